@@ -1,0 +1,1 @@
+"""Pure tensors: grids, sweeps, subspaces, packing. Knows only torch."""
