@@ -1,0 +1,84 @@
+"""The layer Hessian H = 2/n X^T X and the factor that the column sweep needs.
+
+For one linear y = x W^T the squared output error of a change dW is tr(dW H dW^T) / 2 per token,
+whatever the layer (Hassibi & Stork 1992; GPTQ, arXiv 2210.17323, section 3.1). The sweep needs U,
+the upper Cholesky factor of H^-1 = U^T U: row j of U / U_jj is how an error in column j is best
+made up for by the columns that follow.
+
+Here H is X^T X / n, without the factor 2, which no result depends on. Dead inputs (H_jj = 0) get
+H_jj = 1: they then neither compensate nor need compensation. Damping adds a share of the mean
+diagonal; if the factorisation fails it grows tenfold up to `MOST_DAMPING`, and `cholesky_inverse`
+says what was used, so that a report can.
+
+Cost: n * in^2 multiply-adds per batch, then three in^3 / 3 factorisations. float32 throughout;
+products of float16 activations are never summed in float16.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: damping beyond which the sweep is given up
+MOST_DAMPING = 1.0
+
+
+class SecondMoment:
+    """Running mean of x x^T over tokens; `mean_II` is H, `tokens` how many rows went in."""
+
+    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        self._sum_II = torch.zeros(features, features, device=device)
+        self.tokens = 0
+
+    def add(self, x_TI: Tensor) -> None:
+        """Add rows (tokens, in)."""
+        x_TI = x_TI.float()
+        self._sum_II.addmm_(x_TI.T, x_TI)
+        self.tokens += x_TI.shape[0]
+
+    @property
+    def mean_II(self) -> Tensor:
+        return self._sum_II / max(self.tokens, 1)
+
+
+def dead_inputs(H_II: Tensor) -> Tensor:
+    """Mask (in,) of inputs that are zero in every token."""
+    return H_II.diagonal() == 0
+
+
+def damped(H_II: Tensor, damping: float) -> Tensor:
+    """H with dead inputs made inert and `damping` times its mean diagonal added."""
+    H_II = H_II.clone()
+    diagonal_I = H_II.diagonal()
+    diagonal_I[dead_inputs(H_II)] = 1.0
+    diagonal_I += damping * diagonal_I.mean()
+    return H_II
+
+
+def inverse_factor(H_II: Tensor) -> Tensor | None:
+    """U upper triangular with H^-1 = U^T U, or None where H is not positive definite.
+
+    H^-1 = U^T U with U upper means H = L' L'^T reversed: factor the flipped matrix once, invert
+    the triangle, and flip back, which is cheaper and more exact than inverting H first.
+    """
+    L_II, failed = torch.linalg.cholesky_ex(H_II.flip(0, 1))
+    if int(failed) or not bool(torch.isfinite(L_II).all()):
+        return None
+    eye_II = torch.eye(H_II.shape[0], dtype=H_II.dtype, device=H_II.device)
+    inverse_II = torch.linalg.solve_triangular(L_II, eye_II, upper=False)
+    return inverse_II.flip(0, 1)
+
+
+def damped_factor(H_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
+    """The factor with the least damping that works.
+
+    Returns:
+        (U, damping used); U is None when even `MOST_DAMPING` does not help.
+    """
+    used = damping
+    while used <= MOST_DAMPING:
+        U_II = inverse_factor(damped(H_II, used))
+        if U_II is not None:
+            return U_II, used
+        used *= 10
+    return None, used
