@@ -1,0 +1,116 @@
+"""What cptq knows of model families: where the blocks are, what a layer does, what is fused.
+
+One value per family. A layer's role and fused group come from the end of its name; everything
+else (order, shapes, ties) is observed on the model itself. A family that is not listed gets
+`GENERIC`: blocks are the longest `ModuleList` of equal modules, the role is the last part of the
+name, and linears of one parent module that are handed the very same input form a fused group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """A family of models.
+
+    `roles`: end of a linear's name inside its block -> role. `fused`: sets of roles that one
+    decision covers, because runtimes fuse them into one matrix -> name of the group.
+    """
+
+    family: str
+    blocks: str | None = None
+    roles: Mapping[str, str] = field(default_factory=dict)
+    fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def role(self, name: str) -> str:
+        """The role of a linear inside a block, by the longest matching end of its name."""
+        ends = [end for end in self.roles if name == end or name.endswith(f".{end}")]
+        return self.roles[max(ends, key=len)] if ends else name.rsplit(".", 1)[-1]
+
+    def group(self, role: str) -> str | None:
+        """The fused group that a role belongs to, or None."""
+        return next((group for group, roles in self.fused.items() if role in roles), None)
+
+
+QKV = {"qkv": ("q", "k", "v")}
+QKV_GATE_UP = {"qkv": ("q", "k", "v"), "gate_up": ("gate", "up")}
+
+_LLAMA_ROLES = {
+    "q_proj": "q",
+    "k_proj": "k",
+    "v_proj": "v",
+    "o_proj": "o",
+    "gate_proj": "gate",
+    "up_proj": "up",
+    "down_proj": "down",
+}
+_BERT_ROLES = {
+    "attention.self.query": "q",
+    "attention.self.key": "k",
+    "attention.self.value": "v",
+    "attention.output.dense": "o",
+    "intermediate.dense": "fc1",
+    "output.dense": "fc2",
+}
+
+
+def _llama_like(family: str) -> Architecture:
+    return Architecture(
+        family=family, blocks="model.layers", roles=_LLAMA_ROLES, fused=QKV_GATE_UP
+    )
+
+
+def _bert_like(family: str) -> Architecture:
+    return Architecture(family=family, blocks="encoder.layer", roles=_BERT_ROLES, fused=QKV)
+
+
+GENERIC = Architecture(family="generic")
+
+ARCHITECTURES: Mapping[str, Architecture] = {
+    "llama": _llama_like("llama"),
+    "mistral": _llama_like("mistral"),
+    "qwen2": _llama_like("qwen2"),
+    "qwen3": _llama_like("qwen3"),
+    "opt": Architecture(
+        family="opt",
+        blocks="decoder.layers",
+        roles={"q_proj": "q", "k_proj": "k", "v_proj": "v", "out_proj": "o"}
+        | {"fc1": "fc1", "fc2": "fc2"},
+        fused=QKV,
+    ),
+    "gpt2": Architecture(
+        family="gpt2",
+        blocks="transformer.h",
+        roles={"attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "fc1", "mlp.c_proj": "fc2"},
+    ),
+    "gpt_neox": Architecture(
+        family="gpt_neox",
+        blocks="gpt_neox.layers",
+        roles={"query_key_value": "qkv", "attention.dense": "o"}
+        | {"dense_h_to_4h": "fc1", "dense_4h_to_h": "fc2"},
+    ),
+    "bert": _bert_like("bert"),
+    "roberta": _bert_like("roberta"),
+    "distilbert": Architecture(
+        family="distilbert",
+        blocks="transformer.layer",
+        roles={"q_lin": "q", "k_lin": "k", "v_lin": "v", "out_lin": "o"}
+        | {"lin1": "fc1", "lin2": "fc2"},
+        fused=QKV,
+    ),
+    "mpnet": Architecture(
+        family="mpnet",
+        blocks="encoder.layer",
+        roles={"attn.q": "q", "attn.k": "k", "attn.v": "v", "attn.o": "o"}
+        | {"intermediate.dense": "fc1", "output.dense": "fc2"},
+        fused=QKV,
+    ),
+}
+
+
+def architecture(model_type: str) -> Architecture:
+    """The family of a `config.model_type`, or `GENERIC`."""
+    return ARCHITECTURES.get(model_type, GENERIC)

@@ -1,0 +1,147 @@
+"""The files of a checkpoint, checked before anything is allocated.
+
+Only the headers are read: that a shard exists, lies inside the directory, is as long as its header
+says, and that its tensors do not overlap. Format: 8 bytes little-endian header length, a JSON
+header, the data (safetensors' own description). Pickles are never opened here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cptq.errors import ModelError
+from cptq.types import DTYPE_BYTES, TensorSpec
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+#: safetensors' own limit on the header
+MOST_HEADER = 100_000_000
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in index order; empty where there are none.
+
+    Raises:
+        ModelError: the index is unreadable, or names a missing file or one outside `directory`.
+    """
+    index = directory / INDEX
+    if not index.exists():
+        single = directory / SINGLE
+        return [single] if single.exists() else []
+    return [_shard(directory, name) for name in dict.fromkeys(_weight_map(index).values())]
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(
+            f"{index} is no index of safetensors shards ({type(error).__name__})",
+            hint="download the checkpoint again",
+        ) from error
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ModelError(f"{index} has a weight_map that is not a table of file names")
+    return weight_map
+
+
+def _shard(directory: Path, name: str) -> Path:
+    path = directory / name
+    # a Hub snapshot links its files into a blob store: judge the name, not what it links to
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ModelError(
+            f"{directory / INDEX} names the shard {name!r}, which lies outside {directory}",
+            allowed="file names inside the checkpoint directory",
+        )
+    if not path.exists():
+        raise ModelError(
+            f"{directory / INDEX} names the shard {name!r}, which is not there",
+            hint="download the checkpoint again; all shards are needed",
+        )
+    return path
+
+
+def read_header(path: Path) -> dict[str, TensorSpec]:
+    """The tensors of one safetensors file, in file order.
+
+    Raises:
+        ModelError: the file is truncated, corrupt or hostile; says how.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(MOST_HEADER, size - 8):
+            raise _corrupt(path, f"its header claims {length:,} bytes and the file has {size:,}")
+        raw = stream.read(length)
+    try:
+        header = json.loads(raw)
+        entries = {n: e for n, e in header.items() if n != "__metadata__"}
+        ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
+        return _checked(path, ordered, size - 8 - length)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _corrupt(path, f"its header cannot be read ({type(error).__name__})") from error
+
+
+def _checked(path: Path, entries: list[tuple[str, Any]], data_bytes: int) -> dict[str, TensorSpec]:
+    specs: dict[str, TensorSpec] = {}
+    end_before = 0
+    for name, entry in entries:
+        start, end = entry["data_offsets"]
+        dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+        if dtype not in DTYPE_BYTES:
+            raise ModelError(f"{path} holds {name!r} as {dtype}, which cptq does not know")
+        spec = TensorSpec(name=name, dtype=dtype, shape=shape)
+        if min(shape, default=0) < 0 or start != end_before or end - start != spec.nbytes:
+            raise _corrupt(path, f"the place of {name!r} in it does not fit its shape")
+        specs[name], end_before = spec, end
+    if end_before != data_bytes:
+        raise _corrupt(path, f"{end_before:,} bytes of weights expected, {data_bytes:,} there")
+    return specs
+
+
+def _corrupt(path: Path, why: str) -> ModelError:
+    return ModelError(
+        f"{path} is corrupt or truncated: {why}", hint="download or copy the file again"
+    )
+
+
+def checkpoint_tensors(directory: Path) -> dict[str, TensorSpec]:
+    """All tensors of a checkpoint by name; see `weight_files` and `read_header` for errors."""
+    specs: dict[str, TensorSpec] = {}
+    for path in weight_files(directory):
+        specs |= read_header(path)
+    return specs
+
+
+def fingerprint(paths: list[Path]) -> str:
+    """sha256 of the weight files' contents, in order."""
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as stream:
+            total.update(hashlib.file_digest(stream, "sha256").digest())
+    return total.hexdigest()
+
+
+def read_config(directory: Path) -> Mapping[str, Any]:
+    """config.json as plain data.
+
+    Raises:
+        ModelError: there is none, or it is no JSON object.
+    """
+    path = directory / "config.json"
+    if not path.exists():
+        raise ModelError(
+            f"{directory} has no config.json, so it is no Hugging Face checkpoint",
+            allowed="a directory written by save_pretrained, or a Hub id such as facebook/opt-125m",
+        )
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{path} is not a JSON object")
+    return config

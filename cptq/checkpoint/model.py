@@ -1,0 +1,63 @@
+"""A loaded model with everything the later stages ask of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from cptq.types import LayerSpec, ModelKind, TensorSpec, Unit
+
+
+@dataclass(kw_only=True, eq=False)
+class LoadedModel:
+    """A model in evaluation mode on one device, with its inventory.
+
+    `tensors` is what a dense artifact holds: tied duplicates dropped, types as in the checkpoint.
+    `layers` are all weight matrices in forward order, `units` the compressible decisions.
+    """
+
+    source: str
+    path: Path
+    module: nn.Module
+    tokenizer: PreTrainedTokenizerBase | None
+    config: PretrainedConfig
+    kind: ModelKind
+    family: str
+    block_names: tuple[str, ...]
+    layers: tuple[LayerSpec, ...]
+    units: tuple[Unit, ...]
+    tensors: tuple[TensorSpec, ...]
+    fingerprint: str
+    quantized: bool
+    device: torch.device
+    dtype: torch.dtype
+
+    def linear(self, name: str) -> nn.Module:
+        """The module called `name`."""
+        return self.module.get_submodule(name)
+
+    @cached_property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks, in forward order."""
+        return [self.linear(name) for name in self.block_names]
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored weights, tied ones once."""
+        return sum(spec.numel for spec in self.tensors)
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest input the model's positions allow, or None if its config does not say."""
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            value = getattr(self.config.get_text_config(), name, None)
+            if isinstance(value, int):
+                # RoBERTa and MPNet count positions from padding_idx + 1
+                offset = 2 if self.family in ("roberta", "mpnet") else 0
+                return value - offset
+        return None

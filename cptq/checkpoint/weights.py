@@ -1,0 +1,55 @@
+"""Reading and replacing a weight as (out, in), whatever the module keeps it as."""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from cptq.types import LayerSpec
+
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
+
+
+def storage_dtype(spec: LayerSpec) -> torch.dtype:
+    """The torch type in which the checkpoint stores a layer's weight."""
+    return TORCH_DTYPES[spec.dtype]
+
+
+def get_weight(module: nn.Module) -> Tensor:
+    """The weight as an (out, in) view; a Conv1D stores it the other way round."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+
+
+def set_weight(module: nn.Module, W_OI: Tensor) -> None:
+    """Overwrite the weight in place with an (out, in) tensor."""
+    get_weight(module).copy_(W_OI)
+
+
+@contextmanager
+def replaced(module: nn.Module, W_OI: Tensor) -> Iterator[None]:
+    """The module computes with `W_OI` inside the context and as before after it."""
+    before = get_weight(module).clone()
+    set_weight(module, W_OI)
+    try:
+        yield
+    finally:
+        set_weight(module, before)
