@@ -1,0 +1,87 @@
+"""Fixtures that every test may use; what is missing on a machine skips with its reason."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test calls out
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+
+from tests.tiny_models import build_tiny_model
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TinyModel = Callable[..., Path]
+
+
+def pytest_configure() -> None:
+    """Small tensors gain nothing from many threads, and threads fight on a small machine."""
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+def _existing(path: Path, what: str) -> Path:
+    if not path.exists():
+        pytest.skip(f"needs {what}: {path} is absent (CPTQ_ASSETS names the directory of assets)")
+    return path
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the working tree."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    """The directory of real models and data: CPTQ_ASSETS, else ../shared/assets."""
+    default = REPOSITORY.parent / "shared" / "assets"
+    return _existing(Path(os.environ.get("CPTQ_ASSETS") or default), "real models and data")
+
+
+@pytest.fixture(scope="session")
+def data_dir(assets: Path) -> Path:
+    """WikiText and GLUE in their original layout, as CPTQ_DATA would name it."""
+    return _existing(assets / "data", "the evaluation data")
+
+
+@pytest.fixture
+def cptq_data(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """`data_dir`, with CPTQ_DATA set to it for the time of the test."""
+    monkeypatch.setenv("CPTQ_DATA", str(data_dir))
+    return data_dir
+
+
+@pytest.fixture(scope="session")
+def stories(assets: Path) -> Path:
+    """stories260k: a trained causal Llama of 260,032 float32 weights."""
+    return _existing(assets / "models" / "stories260k", "the model stories260k")
+
+
+@pytest.fixture(scope="session")
+def minilm_sst2(assets: Path) -> Path:
+    """minilm-l6-sst2: a trained BERT classifier of 22.7M float16 weights."""
+    return _existing(assets / "models" / "minilm-l6-sst2", "the model minilm-l6-sst2")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> TinyModel:
+    """A factory: `tiny_model("llama", tied=True)` -> the path of a random checkpoint.
+
+    Arguments are those of `tests.tiny_models.build_tiny_model`. A checkpoint is built once per
+    session and shared: copy it before changing it.
+    """
+    root = tmp_path_factory.mktemp("tiny")
+    built: dict[str, Path] = {}
+
+    def make(arch: str, **options: Any) -> Path:
+        key = repr((arch, sorted(options.items())))
+        if key not in built:
+            built[key] = build_tiny_model(root / f"{arch}-{len(built)}", arch, **options)
+        return built[key]
+
+    return make
