@@ -1,0 +1,78 @@
+"""A Hub id or a directory, turned into a directory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import constants, errors, snapshot_download
+
+from cptq.config import ModelSettings
+from cptq.errors import ModelError
+from cptq.types import Emit, Progress
+
+#: what a model needs to run and an artifact to be complete
+WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "1_Pooling/*"]
+_TYPE_NEXT = "a local directory, or a Hub id such as facebook/opt-125m"
+
+
+def resolve(settings: ModelSettings, emit: Emit) -> Path:
+    """The local directory of a checkpoint, downloaded if need be.
+
+    Raises:
+        ModelError: no such directory, no such model, no access, or offline and not cached.
+    """
+    path = Path(settings.model).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise ModelError(
+            f"{path} is a file; cptq takes the directory that holds it", hint=f"try {path.parent}"
+        )
+    if settings.model.startswith((".", "/", "~")) or settings.model.count("/") > 1:
+        raise ModelError(f"no directory {settings.model!r}", allowed=_TYPE_NEXT)
+    return _download(settings, emit)
+
+
+def _download(settings: ModelSettings, emit: Emit) -> Path:
+    emit(Progress(stage="download", done=0, total=None, message=settings.model))
+    extra = (["*.py"] if settings.trust_remote_code else []) + (
+        ["*.bin"] if settings.allow_pickle else []
+    )
+    try:
+        return Path(
+            snapshot_download(
+                settings.model,
+                revision=settings.revision,
+                token=settings.token,
+                cache_dir=settings.cache_dir,
+                allow_patterns=WANTED + extra,
+            )
+        )
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+        raise _explained(settings, error) from error
+
+
+def _explained(settings: ModelSettings, error: Exception) -> ModelError:
+    model = settings.model
+    if isinstance(error, errors.GatedRepoError):
+        return ModelError(f"{model} is gated", hint="accept its licence and pass --token")
+    if isinstance(error, errors.RevisionNotFoundError):
+        return ModelError(f"{model} has no revision {settings.revision!r}")
+    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
+        return ModelError(
+            f"unknown model {model!r}: no such directory, and no such model on the Hub",
+            allowed=_TYPE_NEXT,
+            hint="a private model needs --token",
+        )
+    if constants.HF_HUB_OFFLINE:
+        return ModelError(
+            f"unknown model {model!r}: no such directory, not in the cache, and HF_HUB_OFFLINE "
+            "forbids asking the Hub",
+            allowed=_TYPE_NEXT,
+            hint="unset HF_HUB_OFFLINE to download it",
+        )
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return ModelError(
+        f"unknown model {model!r}: no such directory, and the Hub cannot be reached ({reason})",
+        allowed=_TYPE_NEXT,
+    )

@@ -1,0 +1,241 @@
+"""The inventory: every weight matrix in forward order, with role, fused group and ties.
+
+Order and "does it run at all" are observed, not assumed: a short input goes through the model once
+and each linear, Conv1D and embedding notes when it is first called and which tensor it is handed.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from cptq.checkpoint.architectures import Architecture
+from cptq.errors import ModelError
+from cptq.types import Emit, LayerKind, LayerSpec, Notice, TensorSpec, Unit
+
+#: tokens of the input that is traced
+TRACE_TOKENS = 8
+
+CONV1D_REASON = "a Conv1D, which the compressed-tensors format cannot hold; kept dense"
+
+
+@dataclass(kw_only=True)
+class Trace:
+    """What one forward pass showed: modules in call order and the input each was handed."""
+
+    order: list[str] = field(default_factory=list)
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inventory:
+    """Layers and units in forward order, and the names of the blocks."""
+
+    block_names: tuple[str, ...]
+    layers: tuple[LayerSpec, ...]
+    units: tuple[Unit, ...]
+
+
+def take_inventory(
+    module: nn.Module, family: Architecture, tensors: Mapping[str, TensorSpec], emit: Emit
+) -> Inventory:
+    """List the layers of a model that has not been compressed.
+
+    Args:
+        module: the model, in evaluation mode.
+        family: what is known of its architecture.
+        tensors: storage types by tensor name (see `stored_tensors`).
+        emit: receives a Notice for every linear that will be left dense.
+
+    Raises:
+        ModelError: no blocks are found, or the model does not run on token ids.
+    """
+    blocks = find_blocks(module, family)
+    trace = trace_forward(module)
+    ties = tied_names(module)
+    layers = tuple(
+        _describe(module, name, family, blocks, trace, ties, tensors)
+        for name in _forward_order(module, trace)
+    )
+    _report_dense(layers, emit)
+    return Inventory(block_names=blocks, layers=layers, units=group_units(layers))
+
+
+def find_blocks(module: nn.Module, family: Architecture) -> tuple[str, ...]:
+    """Dotted names of the model's blocks, in order."""
+    lists = {n: m for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
+    known = [n for n in lists if family.blocks and f".{n}".endswith(f".{family.blocks}")]
+    even = [n for n, m in lists.items() if len({type(block) for block in m}) == 1]
+    name = known[0] if known else max(even, key=lambda n: len(lists[n]), default=None)
+    if name is None:
+        raise ModelError(
+            "no stack of equal blocks was found in the model, so there is nothing to walk",
+            allowed="transformer models whose blocks are in a ModuleList",
+        )
+    return tuple(f"{name}.{i}" for i in range(len(lists[name])))
+
+
+def _weighty(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+
+
+def trace_forward(module: nn.Module) -> Trace:
+    """Run a few tokens and note who is called, in which order, with which input."""
+    trace, handles = Trace(), []
+    for name, part in module.named_modules():
+        if _weighty(part):
+            handles.append(part.register_forward_hook(_noting(trace, name)))
+    try:
+        device = next(module.parameters()).device
+        vocabulary = int(module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
+        ids = (torch.arange(TRACE_TOKENS, device=device) + 3).remainder(vocabulary)[None]
+        with torch.no_grad():
+            module(input_ids=ids, attention_mask=torch.ones_like(ids))
+    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+        raise ModelError(
+            f"the model does not run on plain token ids ({type(error).__name__}: {error})",
+            allowed="text models: causal LMs, masked LMs, sequence classifiers, encoders",
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    return trace
+
+
+def _noting(trace: Trace, name: str):  # type: ignore[no-untyped-def]
+    def hook(_module: nn.Module, args: tuple[Tensor, ...], _output: object) -> None:
+        if name not in trace.inputs and args:
+            trace.order.append(name)
+            trace.inputs[name] = args[0]  # kept, so that identity means identity
+
+    return hook
+
+
+def _forward_order(module: nn.Module, trace: Trace) -> list[str]:
+    silent = [n for n, m in module.named_modules() if _weighty(m) and n not in trace.inputs]
+    return trace.order + silent
+
+
+def tied_names(module: nn.Module) -> dict[str, str]:
+    """{tensor name: name of the earlier tensor that is the same parameter}."""
+    first: dict[int, str] = {}
+    ties: dict[str, str] = {}
+    for name, parameter in module.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if owner != name:
+            ties[name] = owner
+    return ties
+
+
+def _describe(
+    module: nn.Module,
+    name: str,
+    family: Architecture,
+    blocks: tuple[str, ...],
+    trace: Trace,
+    ties: Mapping[str, str],
+    tensors: Mapping[str, TensorSpec],
+) -> LayerSpec:
+    part = module.get_submodule(name)
+    block = next((i for i, b in enumerate(blocks) if name.startswith(f"{b}.")), None)
+    tied = ties.get(f"{name}.weight")
+    kind = _kind(module, part)
+    role = _role(name, kind, block, family)
+    reason = _why_dense(kind, block, name in trace.inputs, tied)
+    weight = part.weight
+    assert isinstance(weight, Tensor)
+    shape = weight.T.shape if isinstance(part, Conv1D) else weight.shape
+    return LayerSpec(
+        name=name,
+        block=block,
+        role=role,
+        kind=kind,
+        shape=(shape[0], shape[1]),
+        dtype=tensors[tied or f"{name}.weight"].dtype,
+        fused=None if reason else _fused(name, role, family, trace),
+        tied_to=tied.removesuffix(".weight") if tied else None,
+        transposed=isinstance(part, Conv1D),
+        compressible=reason is None,
+        reason=reason,
+    )
+
+
+def _kind(module: nn.Module, part: nn.Module) -> LayerKind:
+    head = getattr(module, "get_output_embeddings", lambda: None)()
+    if part is head:
+        return "head"
+    if isinstance(part, nn.Embedding):
+        return "embedding"
+    return "conv1d" if isinstance(part, Conv1D) else "linear"
+
+
+def _role(name: str, kind: LayerKind, block: int | None, family: Architecture) -> str:
+    if kind in ("embedding", "head"):
+        return "lm_head" if kind == "head" else name.rsplit(".", 1)[-1]
+    return name.rsplit(".", 1)[-1] if block is None else family.role(name)
+
+
+def _why_dense(kind: LayerKind, block: int | None, runs: bool, tied: str | None) -> str | None:
+    if kind == "conv1d":
+        return CONV1D_REASON
+    if kind == "embedding":
+        return "an embedding; the compressed-tensors format keeps it dense"
+    if kind == "head":
+        return "the output head; kept dense"
+    if not runs:
+        return "never runs in a forward pass, so it cannot be calibrated; kept dense"
+    if tied:
+        return f"shares its weight with {tied}; kept dense"
+    return "outside the blocks; kept dense" if block is None else None
+
+
+def _fused(name: str, role: str, family: Architecture, trace: Trace) -> str | None:
+    """The unit's name where several linears are one decision."""
+    parent = name.rsplit(".", 1)[0]
+    if family.family != "generic":
+        group = family.group(role)
+        return f"{_stem(name, family)}.{group}" if group else None
+    mates = [
+        other
+        for other in trace.order
+        if other.rsplit(".", 1)[0] == parent and trace.inputs[other] is trace.inputs[name]
+    ]
+    ends = [mate.rsplit(".", 1)[-1] for mate in mates]
+    return f"{parent}.{'+'.join(ends)}" if len(mates) > 1 else None
+
+
+def _stem(name: str, family: Architecture) -> str:
+    ends = [end for end in family.roles if name.endswith(f".{end}")]
+    parent = max(ends, key=len)
+    # bert's roles reach over two levels (attention.self.query): keep the parent module
+    return name.rsplit(".", 1)[0] if "." in parent else name[: -len(parent) - 1]
+
+
+def group_units(layers: tuple[LayerSpec, ...]) -> tuple[Unit, ...]:
+    """The compressible layers as decisions, in forward order."""
+    members: dict[str, list[LayerSpec]] = {}
+    for layer in layers:
+        if layer.compressible:
+            members.setdefault(layer.fused or layer.name, []).append(layer)
+    return tuple(
+        Unit(
+            name=name,
+            block=group[0].block,
+            role=group[0].role if len(group) == 1 else name.rsplit(".", 1)[-1],
+            layers=tuple(group),
+        )
+        for name, group in members.items()
+    )
+
+
+def _report_dense(layers: tuple[LayerSpec, ...], emit: Emit) -> None:
+    reasons = Counter(layer.reason for layer in layers if layer.reason)
+    for reason, count in reasons.items():
+        names = [layer.name for layer in layers if layer.reason == reason]
+        some = ", ".join(names[:3]) + (f" and {count - 3} more" if count > 3 else "")
+        emit(Notice(kind="skipped", subject=some, message=str(reason)))
