@@ -1,0 +1,38 @@
+"""The settings of a run: immutable values, filled by the command line and by strict YAML."""
+
+from cptq.config.file import read_file, settings_from
+from cptq.config.settings import (
+    ALLOWED_BITS,
+    DEFAULT_BITS,
+    DEFAULT_GROUP_SIZE,
+    DTYPES,
+    AnalyzeSettings,
+    CalibrationSettings,
+    CompressSettings,
+    EvalSettings,
+    ModelSettings,
+    Settings,
+    option,
+)
+from cptq.config.values import build, command_line, convert, describe, flat_fields
+
+__all__ = [
+    "ALLOWED_BITS",
+    "DEFAULT_BITS",
+    "DEFAULT_GROUP_SIZE",
+    "DTYPES",
+    "AnalyzeSettings",
+    "CalibrationSettings",
+    "CompressSettings",
+    "EvalSettings",
+    "ModelSettings",
+    "Settings",
+    "build",
+    "command_line",
+    "convert",
+    "describe",
+    "flat_fields",
+    "option",
+    "read_file",
+    "settings_from",
+]

@@ -1,0 +1,161 @@
+"""The settings of a run, as immutable values.
+
+Every field has a default that works. A settings value that exists is acceptable: the constructors
+check what needs no model.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cptq.errors import UsageError
+from cptq.registry import closest
+
+DEFAULT_GROUP_SIZE = 64
+DEFAULT_BITS = (2, 3, 4, 5, 6, 8, 16)
+ALLOWED_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+#: fields whose option, and whose key in a file, is spelled in the singular
+SINGULAR = {"metrics": "metric", "tasks": "task"}
+#: what a plan already says; given beside a plan they would be ignored, so they are refused
+FIXED_BY_PLAN = ("target", "metric", "allocator", "bits", "group_size")
+
+
+def option(name: str) -> str:
+    """The spelling of a field on the command line: `--batch-size` for `batch_size`."""
+    return "--" + SINGULAR.get(name, name).replace("_", "-")
+
+
+def _at_least(least: int, **values: int | None) -> None:
+    for name, value in values.items():
+        if value is not None and value < least:
+            raise UsageError(
+                f"{option(name)} is {value}", allowed=f"a whole number of at least {least}"
+            )
+
+
+def _check_bits(bits: tuple[int, ...]) -> None:
+    wrong = [width for width in bits if width not in ALLOWED_BITS]
+    if wrong or not bits:
+        what = f"holds {', '.join(map(str, wrong))}" if wrong else "is empty"
+        raise UsageError(f"--bits {what}", allowed=", ".join(map(str, ALLOWED_BITS)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSettings:
+    """Where the model comes from and how it runs."""
+
+    model: str
+    device: str = "auto"
+    dtype: str = "auto"  # the type it runs in; auto = float32 on a CPU, the checkpoint's on a GPU
+    revision: str | None = None
+    token: str | None = field(default=None, repr=False)
+    trust_remote_code: bool = False
+    cache_dir: Path | None = None
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.model.strip():
+            raise UsageError("the name of the model is empty", allowed="a Hub id or a directory")
+        if self.dtype not in DTYPES:
+            near = closest(self.dtype, list(DTYPES))
+            hint = f"did you mean {near!r}?" if near else None
+            raise UsageError(f"--dtype is {self.dtype!r}", allowed=", ".join(DTYPES), hint=hint)
+        if not re.fullmatch(r"auto|cpu|mps|(?:cuda|xpu)(?::\d+)?", self.device):
+            raise UsageError(f"--device is {self.device!r}", allowed="auto, cpu, cuda, cuda:N, mps")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationSettings:
+    """Which text flows through the model while it is measured and compressed."""
+
+    calibration: str = "auto"  # auto | wikitext | pydoc | glue/<task> | path of a .txt or .tsv file
+    data_dir: Path | None = None
+    samples: int = 64
+    seqlen: int = 512
+    batch_size: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least(1, samples=self.samples, seqlen=self.seqlen, batch_size=self.batch_size)
+        _at_least(0, seed=self.seed)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnalyzeSettings:
+    """`cptq analyze`."""
+
+    model: ModelSettings
+    calibration: CalibrationSettings
+    metrics: tuple[str, ...] = ("output",)
+    bits: tuple[int, ...] = DEFAULT_BITS
+    group_size: int = DEFAULT_GROUP_SIZE
+    out: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+        _at_least(0, group_size=self.group_size)
+        if not self.metrics:
+            raise UsageError("no metric is given", hint="--metric output")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompressSettings:
+    """`cptq compress`. With a `plan`, `target` is None: the plan holds its own budget."""
+
+    model: ModelSettings
+    calibration: CalibrationSettings
+    target: str | None = "4bit"
+    metric: str = "output"
+    allocator: str = "knapsack"
+    compressor: str = "gptq"
+    bits: tuple[int, ...] = DEFAULT_BITS
+    group_size: int = DEFAULT_GROUP_SIZE
+    plan: Path | None = None
+    out: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _check_bits(self.bits)
+        _at_least(0, group_size=self.group_size)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSettings:
+    """`cptq eval`. `limit` <= 1 is a share of the samples, above 1 a count."""
+
+    model: ModelSettings
+    tasks: tuple[str, ...] = ("wikitext",)
+    baseline: str | None = None
+    limit: float | None = None
+    seqlen: int | None = None
+    batch_size: int = 8
+    data_dir: Path | None = None
+    seed: int = 0
+    out: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(1, batch_size=self.batch_size)
+        _at_least(2, seqlen=self.seqlen)
+        _at_least(0, seed=self.seed)
+        if not self.tasks:
+            raise UsageError("no task is given", hint="--task wikitext")
+        limit = self.limit
+        if limit is not None and not (0 < limit <= 1 or (limit > 1 and limit == int(limit))):
+            raise UsageError(
+                f"--limit is {limit:g}", allowed="a share in (0, 1] or a whole number of samples"
+            )
+
+
+Settings = AnalyzeSettings | CompressSettings | EvalSettings
+COMMANDS: Mapping[type, str] = {
+    AnalyzeSettings: "analyze",
+    CompressSettings: "compress",
+    EvalSettings: "eval",
+}

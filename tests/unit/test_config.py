@@ -1,0 +1,187 @@
+"""Settings: ranges, strict YAML, precedence, and the line that repeats a run."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cptq.config import (
+    AnalyzeSettings,
+    CalibrationSettings,
+    CompressSettings,
+    EvalSettings,
+    ModelSettings,
+    build,
+    command_line,
+    describe,
+    settings_from,
+)
+from cptq.errors import UsageError
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    return path
+
+
+def test_defaults_are_those_of_the_dataclasses() -> None:
+    settings = settings_from(CompressSettings, {"model": "m"})
+    assert settings == CompressSettings(
+        model=ModelSettings(model="m"), calibration=CalibrationSettings()
+    )
+
+
+def test_line_wins_over_file_and_file_over_defaults(tmp_path: Path) -> None:
+    file = write(tmp_path, "model: other\ntarget: 3bit\nsamples: 7\nbatch-size: 2\n")
+    line = {"model": "m", "samples": 9, "seqlen": None}
+    settings = settings_from(CompressSettings, line, file)
+    assert settings.model.model == "m"
+    assert settings.target == "3bit"
+    assert (settings.calibration.samples, settings.calibration.batch_size) == (9, 2)
+    assert settings.calibration.seqlen == CalibrationSettings().seqlen
+
+
+def test_the_model_may_stand_in_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, "model: org/name\n")
+    assert settings_from(EvalSettings, {}, file).model.model == "org/name"
+    with pytest.raises(UsageError, match="no model is given"):
+        settings_from(EvalSettings, {})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("alocator: knapsack", "unknown key 'alocator'.*did you mean 'allocator'"),
+        ("group_sise: 64", "did you mean 'group_size'"),
+        ("zzzzzz: 1", "unknown key 'zzzzzz'; allowed: model, device"),
+        ("samples: many", "samples is 'many'; allowed: a whole number"),
+        ("samples: 1.5", "samples is 1.5"),
+        ("samples: true", "samples is True"),
+        ("samples:", "samples is None"),
+        ("target: 4", "target is 4; allowed: text"),
+        ("overwrite: 'yes please'", "overwrite is 'yes please'; allowed: true or false"),
+        ("bits: [2, x]", "bits is 'x'; allowed: a whole number"),
+        ("bits: [2, 9]", "--bits holds 9; allowed: 2, 3"),
+        ("samples: 0", "--samples is 0; allowed: a whole number of at least 1"),
+        ("samples: 3\nsamples: 4", "'samples' is given twice"),
+        ("- target", "holds no settings"),
+        ("", "holds no settings"),
+        ("target: [4bit", "cannot be read"),
+        ("target: !!python/object/apply:os.system ['true']", "cannot be read"),
+        ("dtype: bfloat17", "--dtype is 'bfloat17'.*did you mean 'bfloat16'"),
+        ("device: gpu", "--device is 'gpu'; allowed: auto, cpu, cuda"),
+    ],
+)
+def test_a_wrong_file_is_one_clear_sentence(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message) as raised:
+        settings_from(CompressSettings, {"model": "m"}, write(tmp_path, text))
+    assert "\n" not in str(raised.value)
+    assert raised.value.exit_code == 2
+
+
+def test_a_missing_or_binary_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"absent\.yaml cannot be read"):
+        settings_from(CompressSettings, {"model": "m"}, tmp_path / "absent.yaml")
+    binary = tmp_path / "b.yaml"
+    binary.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match="cannot be read"):
+        settings_from(CompressSettings, {"model": "m"}, binary)
+
+
+def test_lists_are_written_in_any_usual_way(tmp_path: Path) -> None:
+    for text in ("bits: [4, 2, 4]", "bits: 2,4", "bits: '4, 2'"):
+        settings = settings_from(CompressSettings, {"model": "m"}, write(tmp_path, text))
+        assert settings.bits == (2, 4)
+    assert settings_from(CompressSettings, {"model": "m", "bits": "8,4"}).bits == (4, 8)
+    both = write(tmp_path, "metrics: cca, output")
+    assert settings_from(AnalyzeSettings, {"model": "m"}, both).metrics == ("cca", "output")
+    one = write(tmp_path, "metric: cca")
+    assert settings_from(AnalyzeSettings, {"model": "m"}, one).metrics == ("cca",)
+
+
+def test_a_home_directory_is_expanded_in_a_file(tmp_path: Path) -> None:
+    settings = settings_from(CompressSettings, {"model": "m"}, write(tmp_path, "out: ~/x"))
+    assert settings.out == Path.home() / "x"
+
+
+def test_limit_is_a_share_or_a_count() -> None:
+    for value in (0.1, 1.0, 20.0):
+        assert settings_from(EvalSettings, {"model": "m", "limit": value}).limit == value
+    for value in (0.0, -1.0, 2.5):
+        with pytest.raises(UsageError, match="--limit"):
+            settings_from(EvalSettings, {"model": "m", "limit": value})
+
+
+class TestPlan:
+    """A plan fixes the choices: what would be ignored beside it is refused."""
+
+    def test_a_plan_leaves_no_target(self) -> None:
+        settings = settings_from(CompressSettings, {"model": "m", "plan": "plan.json"})
+        assert settings.plan == Path("plan.json")
+        assert settings.target is None
+
+    def test_refused_beside_what_it_fixes(self) -> None:
+        line = {"model": "m", "plan": "plan.json", "target": "4bit", "metric": "cca"}
+        with pytest.raises(UsageError, match="--target and --metric would be ignored"):
+            settings_from(CompressSettings, line)
+
+    def test_on_the_line_wins_over_a_target_in_the_file(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "target: 3bit\nsamples: 5\n")
+        settings = settings_from(CompressSettings, {"model": "m", "plan": "p.json"}, file)
+        assert (settings.target, settings.calibration.samples) == (None, 5)
+
+    def test_in_the_file_yields_to_a_target_on_the_line(self, tmp_path: Path) -> None:
+        file = write(tmp_path, "plan: p.json\n")
+        settings = settings_from(CompressSettings, {"model": "m", "target": "3bit"}, file)
+        assert (settings.plan, settings.target) == (None, "3bit")
+
+
+def test_the_token_is_nowhere_in_what_is_shown() -> None:
+    settings = settings_from(CompressSettings, {"model": "m", "token": "hf_secret"})
+    assert settings.model.token == "hf_secret"
+    shown = f"{settings!r} {describe(settings)} {command_line(settings)}"
+    assert "hf_secret" not in shown
+
+
+def test_command_line_repeats_the_settings(tmp_path: Path) -> None:
+    values = {
+        "model": "a dir/m",
+        "target": "3.5bpw",
+        "bits": (3, 4),
+        "samples": 3,
+        "trust_remote_code": True,
+        "out": tmp_path / "x y",
+    }
+    line = command_line(build(CompressSettings, values))
+    assert shlex.split(line)[:3] == ["cptq", "compress", "a dir/m"]
+    assert "--trust-remote-code" in line
+    assert "--bits 3,4" in line
+    assert "--seqlen" not in line
+
+
+def test_command_line_repeats_repeatable_options() -> None:
+    line = command_line(build(EvalSettings, {"model": "m", "tasks": ("wikitext", "glue/sst2")}))
+    assert line == "cptq eval m --task wikitext --task glue/sst2"
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_preset_loads(path: Path) -> None:
+    settings = settings_from(CompressSettings, {"model": "m"}, path)
+    assert settings.target == path.stem.rpartition("-")[2]
+
+
+def test_presets_exist() -> None:
+    assert len(list(CONFIGS.glob("*.yaml"))) >= 3
+
+
+def test_settings_import_no_torch() -> None:
+    code = "import sys, cptq.config; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
