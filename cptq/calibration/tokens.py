@@ -1,0 +1,167 @@
+"""Text to token batches, with a record that says exactly which tokens they are.
+
+A causal LM gets windows of `seqlen` consecutive tokens of the tokenised text, no padding and no
+special tokens (GPTQ's protocol), drawn without overlap by a seeded permutation. Every other kind
+gets one document a row, cut at `seqlen` tokens and padded; its attention mask marks what is real.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cptq.checkpoint.model import LoadedModel
+from cptq.config import CalibrationSettings, ModelSettings
+from cptq.data.text import Text, load_text
+from cptq.errors import CalibrationError, DataError
+from cptq.types import CalibrationRecord, Emit, Notice
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Calibration:
+    """Token batches on the model's device, and what they are."""
+
+    batches: list[Batch]
+    record: CalibrationRecord
+
+    @property
+    def tokens(self) -> int:
+        """Real (unpadded) tokens."""
+        return self.record.tokens
+
+
+def build_calibration(
+    model: LoadedModel, settings: CalibrationSettings, model_settings: ModelSettings, emit: Emit
+) -> Calibration:
+    """Load, tokenise and batch the calibration text.
+
+    Raises:
+        DataError: the text is missing or empty.
+        CalibrationError: the model has no tokenizer, or the text is too short for one sample.
+    """
+    if model.tokenizer is None:
+        raise CalibrationError(
+            f"{model.source} has no tokenizer, so no text can be turned into tokens",
+            hint="put tokenizer.json and tokenizer_config.json beside config.json",
+        )
+    text = load_text(
+        settings.calibration,
+        "calibration",
+        data_dir=settings.data_dir,
+        cache_dir=model_settings.cache_dir,
+        token=model_settings.token,
+    )
+    for note in text.notes:
+        emit(Notice(kind="info", subject="calibration", message=note))
+    seqlen = _allowed_seqlen(model, settings.seqlen, emit)
+    rows = (_windows if model.kind == "causal-lm" else _documents)(
+        model, text, settings, seqlen, emit
+    )
+    return _assemble(model, text, settings, seqlen, rows)
+
+
+def _allowed_seqlen(model: LoadedModel, asked: int, emit: Emit) -> int:
+    most = model.max_positions
+    if most is None or asked <= most:
+        return asked
+    message = f"{asked} tokens asked, the model takes {most}: using {most}"
+    emit(Notice(kind="warning", subject="--seqlen", message=message))
+    return most
+
+
+def _windows(
+    model: LoadedModel, text: Text, settings: CalibrationSettings, seqlen: int, emit: Emit
+) -> list[Tensor]:
+    """Non-overlapping windows in seeded order, each (seqlen,)."""
+    ids = _encode(model.tokenizer, text.joined)
+    windows = list(ids[: len(ids) // seqlen * seqlen].view(-1, seqlen))
+    if not windows:
+        raise CalibrationError(
+            f"{text.origin} gives {len(ids)} tokens, fewer than one sample of {seqlen}",
+            hint="pass a smaller --seqlen or a longer text",
+        )
+    return _drawn(windows, settings, emit)
+
+
+def _documents(
+    model: LoadedModel, text: Text, settings: CalibrationSettings, seqlen: int, emit: Emit
+) -> list[Tensor]:
+    """One document a row, cut at `seqlen`, in seeded order."""
+    documents = [document for document in text.documents if document.strip()]
+    if not documents:
+        raise DataError(f"{text.origin} holds no text")
+    chosen = _drawn(documents, settings, emit)
+    assert model.tokenizer is not None
+    rows = [model.tokenizer(document)["input_ids"] for document in chosen]
+    long = sum(len(row) > seqlen for row in rows)
+    if long:
+        message = f"{long} of {len(rows)} documents were cut at {seqlen} tokens"
+        emit(Notice(kind="info", subject="calibration", message=message))
+    encoded = [model.tokenizer(d, truncation=True, max_length=seqlen) for d in chosen]
+    return [torch.tensor(row["input_ids"]) for row in encoded]
+
+
+def _drawn(items: list[Any], settings: CalibrationSettings, emit: Emit) -> list[Any]:
+    if len(items) < settings.samples:
+        message = f"{settings.samples} samples asked, the text has {len(items)}: all are used"
+        emit(Notice(kind="warning", subject="--samples", message=message))
+    generator = torch.Generator().manual_seed(settings.seed)
+    order = torch.randperm(len(items), generator=generator)[: settings.samples]
+    return [items[i] for i in order.tolist()]
+
+
+def _encode(tokenizer: Any, text: str) -> Tensor:
+    # the whole text is one sequence on purpose: windows are cut from it afterwards
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def _assemble(
+    model: LoadedModel,
+    text: Text,
+    settings: CalibrationSettings,
+    seqlen: int,
+    rows: list[Tensor],
+) -> Calibration:
+    parts = [
+        rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)
+    ]
+    record = CalibrationRecord(
+        source=text.source,
+        origin=Path(text.origin).name if Path(text.origin).is_absolute() else text.origin,
+        samples=len(rows),
+        seqlen=seqlen,
+        tokens=sum(len(row) for row in rows),
+        seed=settings.seed,
+        fingerprint=_token_digest(rows),
+        text_sha256=text.sha256,
+        notes=tuple(text.notes),
+    )
+    return Calibration(batches=[_padded(model, part) for part in parts], record=record)
+
+
+def _padded(model: LoadedModel, rows: list[Tensor]) -> Batch:
+    """Rows of any length as one batch, padded on the right, on the model's device."""
+    longest = max(len(row) for row in rows)
+    pad = getattr(model.tokenizer, "pad_token_id", None) or 0
+    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = row
+        mask[index, : len(row)] = 1
+    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+
+
+def _token_digest(rows: list[Tensor]) -> str:
+    total = hashlib.sha256()
+    for row in rows:
+        total.update(len(row).to_bytes(8, "little"))
+        total.update(row.to(torch.int64).numpy().tobytes())
+    return total.hexdigest()
