@@ -1,0 +1,37 @@
+"""Which tensors a compressed linear becomes in a `pack-quantized` checkpoint.
+
+| tensor        | type                    | shape                      |
+|---------------|-------------------------|----------------------------|
+| weight_packed | int32                   | (out, ceil(in * bits / 32)) |
+| weight_scale  | the weight's storage type | (out, groups)            |
+| weight_shape  | int64                   | (2,)                       |
+
+Pure Python, so that what is budgeted and what is written cannot differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from cptq.types import LayerSpec, TensorSpec
+
+
+def packed_tensors(layer: LayerSpec, bits: int, groups: int) -> tuple[TensorSpec, ...]:
+    """The three tensors of a compressed layer; `groups` scales per output row."""
+    out, inputs = layer.shape
+    words = -(-inputs * bits // 32)
+    return (
+        TensorSpec(name=f"{layer.name}.weight_packed", dtype="I32", shape=(out, words)),
+        TensorSpec(name=f"{layer.name}.weight_scale", dtype=layer.dtype, shape=(out, groups)),
+        TensorSpec(name=f"{layer.name}.weight_shape", dtype="I64", shape=(2,)),
+    )
+
+
+def replace_tensors(
+    tensors: Iterable[TensorSpec], packed: Mapping[str, Sequence[TensorSpec]]
+) -> list[TensorSpec]:
+    """The dense list with some weights (keys: tensor names) replaced in place."""
+    replaced: list[TensorSpec] = []
+    for spec in tensors:
+        replaced.extend(packed.get(spec.name, (spec,)))
+    return replaced

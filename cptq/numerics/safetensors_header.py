@@ -1,0 +1,97 @@
+"""The header of a safetensors file, byte for byte as the safetensors library writes it.
+
+A file is: 8 bytes, little-endian length n of the header; n bytes of JSON, padded with spaces to a
+multiple of 8; the tensors, one after the other without gaps. The library orders tensors by type,
+widest first, and then by name, so that each lies aligned. Source: the format's description and
+the behaviour of safetensors 0.8, against which every byte is tested.
+
+Pure Python: a byte budget is counted with it where no torch is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+
+from cptq.types import TensorSpec
+
+#: what transformers writes and asks for
+METADATA: Mapping[str, str] = {"format": "pt"}
+#: types in the order in which the library lays them out
+DTYPE_ORDER = (
+    "I64",
+    "F64",
+    "F32",
+    "I32",
+    "BF16",
+    "F16",
+    "I16",
+    "F8_E4M3",
+    "F8_E5M2",
+    "I8",
+    "U8",
+    "BOOL",
+)
+_RANK: Mapping[str, int] = {dtype: rank for rank, dtype in enumerate(DTYPE_ORDER)}
+ALIGNMENT = 8
+#: bytes of tensors in one file; more are split over shards, as transformers does
+SHARD_BYTES = 5_000_000_000
+
+
+def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+    """The tensors in the order in which they lie in the file."""
+    return sorted(specs, key=lambda spec: (_RANK[spec.dtype], spec.name))
+
+
+def header_bytes(specs: Iterable[TensorSpec]) -> bytes:
+    """Everything before the first tensor: the length, the JSON, its padding."""
+    ordered, entries, start = in_file_order(specs), [], 0
+    for spec in ordered:
+        entries.append(_entry(spec, start))
+        start += spec.nbytes
+    metadata = json.dumps(dict(METADATA), separators=(",", ":"))
+    text = "{" + ",".join([f'"__metadata__":{metadata}', *entries]) + "}"
+    raw = text.encode()
+    raw += b" " * (-len(raw) % ALIGNMENT)
+    return len(raw).to_bytes(8, "little") + raw
+
+
+def _entry(spec: TensorSpec, start: int) -> str:
+    name = json.dumps(spec.name, ensure_ascii=False)
+    shape = ",".join(map(str, spec.shape))
+    offsets = f"{start},{start + spec.nbytes}"
+    return f'{name}:{{"dtype":"{spec.dtype}","shape":[{shape}],"data_offsets":[{offsets}]}}'
+
+
+def entry_bytes(spec: TensorSpec, start_digits: int, end_digits: int) -> int:
+    """Bytes of a tensor's entry and its comma, given how many digits its two offsets have."""
+    at_zero = len(_entry(spec, 0).encode()) - 1 - len(str(spec.nbytes))
+    return at_zero + start_digits + end_digits + 1
+
+
+def split_shards(specs: Sequence[TensorSpec], most: int = SHARD_BYTES) -> list[list[TensorSpec]]:
+    """The tensors by file: in the order given, a new file where `most` bytes would be passed."""
+    shards: list[list[TensorSpec]] = [[]]
+    held = 0
+    for spec in specs:
+        if held and held + spec.nbytes > most:
+            shards.append([])
+            held = 0
+        shards[-1].append(spec)
+        held += spec.nbytes
+    return shards
+
+
+def shard_names(count: int) -> list[str]:
+    """File names of `count` shards as transformers names them."""
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+
+
+def total_bytes(specs: Sequence[TensorSpec], most: int = SHARD_BYTES) -> int:
+    """Bytes of the file or of all shards together (not of the JSON index beside shards)."""
+    return sum(
+        len(header_bytes(shard)) + sum(spec.nbytes for spec in shard)
+        for shard in split_shards(specs, most)
+    )

@@ -1,0 +1,1 @@
+"""Slow, readable truths that the fast code is compared with."""
