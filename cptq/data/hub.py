@@ -1,0 +1,86 @@
+"""Data sets from the Hub, or from the cache of an earlier download, through `datasets`.
+
+`datasets` tries an unreachable Hub for half a minute and more. So the Hub is asked for a sign of
+life first, within seconds; with HF_HUB_OFFLINE set only the cache is read.
+"""
+
+from __future__ import annotations
+
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+from cptq.data.files import WAYS, MissingDataError
+
+REACH_SECONDS = 5.0
+_FALSE = ("", "0", "false", "no", "off")
+
+
+def offline() -> bool:
+    """Whether the environment forbids asking the Hub."""
+    names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
+    return any(os.environ.get(name, "").lower() not in _FALSE for name in names)
+
+
+def hub_rows(
+    repository: str, config: str, split: str, *, cache_dir: Path | None, token: str | None
+) -> list[dict[str, Any]]:
+    """All rows of one split.
+
+    Raises:
+        MissingDataError: offline and not cached, unreachable, no access, or no such data set.
+    """
+    cached = _cached(repository, config, cache_dir)
+    if not cached:
+        _require_hub(repository)
+    try:
+        import datasets
+    except ImportError as error:
+        raise MissingDataError("the package datasets is not installed", hint=WAYS) from error
+    try:
+        found = datasets.load_dataset(
+            repository, config, split=split, token=token, cache_dir=_text(cache_dir)
+        )
+        return [dict(row) for row in found]
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
+        raise MissingDataError(
+            f"datasets cannot load {repository} ({config}, {split}): {reason[0]}", hint=WAYS
+        ) from error
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def _cached(repository: str, config: str, cache_dir: Path | None) -> bool:
+    """Whether an earlier run of `datasets` left this configuration in its cache."""
+    home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    cache = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
+    folder = (cache_dir or cache) / repository.replace("/", "___").lower() / config
+    exact = (cache_dir or cache) / repository.replace("/", "___") / config
+    return folder.is_dir() or exact.is_dir()
+
+
+def _require_hub(repository: str) -> None:
+    if offline():
+        raise MissingDataError(
+            f"{repository} is not in the cache of datasets, and HF_HUB_OFFLINE forbids asking "
+            "the Hub",
+            hint=f"{WAYS}, or unset HF_HUB_OFFLINE",
+        )
+    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
+    request = urllib.request.Request(endpoint, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=REACH_SECONDS).close()
+    except urllib.error.HTTPError:
+        return  # it answers
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise MissingDataError(
+            f"{repository} is not in the cache of datasets, and {endpoint} cannot be reached "
+            f"({reason})",
+            hint=WAYS,
+        ) from error

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cptq.data import glue, load_glue, load_text
+from cptq.data.files import MissingDataError
+from cptq.errors import DataError, UnknownNameError
+
+
+@pytest.fixture(autouse=True)
+def _alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("CPTQ_DATA", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+def _write(root: Path, name: str, content: str) -> Path:
+    path = root / "glue" / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(content)
+    return root
+
+
+def test_sst2_has_a_header_and_no_quoting(tmp_path: Path) -> None:
+    _write(tmp_path, "SST-2/dev.tsv", 'sentence\tlabel\n" good \t1\nbad " \t0\n')
+    found = load_glue("sst2", "dev", data_dir=tmp_path)
+    assert found.sentences == (('" good ',), ('bad " ',))
+    assert found.labels == (1, 0)
+    assert found.label_names == ("negative", "positive")
+
+
+def test_cola_has_no_header(tmp_path: Path) -> None:
+    _write(tmp_path, "CoLA/dev.tsv", "gj04\t1\t\tIt stands.\ngj04\t0\t*\tIt stand.\n")
+    found = load_glue("cola", "dev", data_dir=tmp_path)
+    assert found.sentences == (("It stands.",), ("It stand.",))
+    assert found.labels == (1, 0)
+
+
+def test_stsb_goes_by_the_names_of_its_columns(tmp_path: Path) -> None:
+    _write(tmp_path, "STS-B/dev.tsv", "index\tscore\tsentence2\tsentence1\n0\t4.750\tb\ta\n")
+    found = load_glue("stsb", "dev", data_dir=tmp_path)
+    assert (found.sentences, found.labels, found.label_names) == ((("a", "b"),), (4.75,), ())
+
+
+def test_the_directory_may_be_that_of_glue_itself(tmp_path: Path) -> None:
+    _write(tmp_path, "CoLA/dev.tsv", "gj04\t1\t\tIt stands.\n")
+    assert len(load_glue("cola", "dev", data_dir=tmp_path / "glue")) == 1
+
+
+@pytest.mark.parametrize(
+    ("task", "split", "size", "positive"),
+    [("sst2", "dev", 872, 444), ("cola", "dev", 1043, 721), ("stsb", "dev", 1500, None)],
+)
+def test_real_sets_have_their_published_sizes(
+    data_dir: Path, task: str, split: Any, size: int, positive: int | None
+) -> None:
+    found = load_glue(task, split, data_dir=data_dir)
+    assert len(found) == size
+    assert positive is None or sum(found.labels) == positive
+
+
+def test_the_labelled_test_part_of_stsb_is_the_original_one(data_dir: Path) -> None:
+    found = load_glue("stsb", "test", data_dir=data_dir)
+    assert len(found) == 1379
+    assert found.labels[0] == 2.5
+    assert found.sentences[0] == ("A girl is styling her hair.", "A girl is brushing her hair.")
+
+
+def test_training_sentences_are_a_text_source(tmp_path: Path) -> None:
+    _write(tmp_path, "SST-2/train.tsv", "sentence\tlabel\none \t1\ntwo\t0\n")
+    text = load_text("glue/sst2", "calibration", data_dir=tmp_path)
+    assert text.documents == ("one ", "two")
+    assert text.rows == ("one", "two")
+    assert text.origin.endswith("SST-2/train.tsv")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("SST-2/dev.tsv", "text\tlabel\na\t1\n", "lacks the columns sentence; it has text, label"),
+        ("SST-2/dev.tsv", "sentence\tlabel\nonly\n", "line 2 has 1 columns"),
+        ("SST-2/dev.tsv", "sentence\tlabel\na\t2\n", "line 2 has the label '2'; allowed: 0, 1"),
+        ("SST-2/dev.tsv", "sentence\tlabel\na\tx\n", "has the label 'x'"),
+        ("SST-2/dev.tsv", "sentence\tlabel\n", "has no rows"),
+        ("SST-2/dev.tsv", "", "is empty"),
+    ],
+)
+def test_a_malformed_set_is_one_sentence(
+    tmp_path: Path, name: str, content: str, words: str
+) -> None:
+    _write(tmp_path, name, content)
+    with pytest.raises(DataError) as caught:
+        load_glue("sst2", "dev", data_dir=tmp_path)
+    assert words in str(caught.value)
+
+
+def test_a_score_out_of_range_is_refused(tmp_path: Path) -> None:
+    _write(tmp_path, "STS-B/dev.tsv", "sentence1\tsentence2\tscore\na\tb\t5.1\n")
+    with pytest.raises(DataError, match=r"'5.1'; allowed: a score from 0 to 5"):
+        load_glue("stsb", "dev", data_dir=tmp_path)
+
+
+def test_missing_and_unlabelled_parts_say_so(tmp_path: Path) -> None:
+    with pytest.raises(MissingDataError, match=r"no glue/SST-2/dev\.tsv in"):
+        load_glue("sst2", "dev", data_dir=tmp_path)
+    with pytest.raises(DataError, match="not public; allowed: train, dev"):
+        load_glue("cola", "test", data_dir=tmp_path)
+    with pytest.raises(UnknownNameError, match="did you mean 'sst2'"):
+        load_glue("sst-2", "dev", data_dir=tmp_path)
+
+
+def test_rows_of_the_hub_become_the_same_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hub_rows(repository: str, config: str, split: str, **_: object) -> list[dict[str, Any]]:
+        assert (repository, config, split) == ("nyu-mll/glue", "cola", "validation")
+        return [{"sentence": "It stands.", "label": 1, "idx": 0}]
+
+    monkeypatch.setattr(glue, "hub_rows", hub_rows)
+    _write(tmp_path, "CoLA/dev.tsv", "gj04\t1\t\tIt stands.\n")
+    ours, hub = load_glue("cola", "dev", data_dir=tmp_path), load_glue("cola", "dev")
+    assert (ours.sentences, ours.labels, ours.sha256) == (hub.sentences, hub.labels, hub.sha256)
