@@ -1,0 +1,49 @@
+"""Magnitude pruning: which weights survive.
+
+The smallest |w| of a matrix are set to zero, exactly floor(sparsity * numel) of them (Han et al.,
+arXiv 1506.02626, with one threshold per matrix). Ties are broken by position, row by row, so that
+the count is exact and the same weights go every time.
+
+Cost: one selection, O(numel). Limits: magnitudes only; activations and second moments are not
+looked at.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def magnitude_mask(W_OI: Tensor, sparsity: float) -> Tensor:
+    """Mask (out, in), True where the weight is kept.
+
+    Args:
+        W_OI: weights of any shape.
+        sparsity: share of the weights to drop, in [0, 1].
+
+    Raises:
+        ValueError: the share is outside [0, 1].
+    """
+    if not 0.0 <= sparsity <= 1.0:
+        raise ValueError(f"sparsity {sparsity} is not in [0, 1]")
+    flat = W_OI.reshape(-1).abs()
+    drop = int(sparsity * flat.numel() + 1e-9)  # 0.3 * 10 is 3, not 2.9999999999999996
+    if drop == 0:
+        return torch.ones_like(W_OI, dtype=torch.bool)
+    threshold = flat.kthvalue(drop).values
+    dropped = flat < threshold
+    ties = flat == threshold
+    missing = drop - int(dropped.sum())
+    dropped |= ties & (ties.cumsum(0) <= missing)
+    return ~dropped.view(W_OI.shape)
+
+
+def magnitude_pruned(W_OI: Tensor, sparsity: float) -> Tensor:
+    """The weights with the smallest `sparsity` share of them set to zero; a copy."""
+    return W_OI * magnitude_mask(W_OI, sparsity)
+
+
+def relative_error(dW_OI: Tensor, W_OI: Tensor) -> float:
+    """t^2 = |dW|_F^2 / |W|_F^2, the linear form's measure of a change; 0 for a zero matrix."""
+    energy = float(W_OI.double().square().sum())
+    return float(dW_OI.double().square().sum()) / energy if energy else 0.0

@@ -1,0 +1,111 @@
+"""Canonical correlation of two views of the same tokens, in closed form.
+
+Each view X (tokens, features) is centred and reduced to its principal subspace, the fewest k <= 64
+components that hold 99% of its variance, X ~ U S V^T. With ridge e the whitened view is
+U diag(s / sqrt(s^2 + e s_1^2)), and the canonical correlations are the singular values
+
+    rho = svdvals(Qx^T Qy),   Qx = Ux diag(sx / sqrt(sx^2 + e sx_1^2)), Qy alike
+
+(Björck & Golub 1973). They are put into one similarity in three ways:
+
+- `svcca`: the plain mean (Raghu et al., arXiv 1706.05806);
+- `pwcca`: weighted by how much of the first view each canonical direction carries,
+  alpha_i = sum_j |<h_i, x_j>| with h_i the canonical variate in token space (Morcos et al.,
+  arXiv 1806.05759, section 3);
+- `first`: rho_1 alone, as the released code of CPTQuant does; it saturates near 1.
+
+Departure: a ridge, relative to the largest variance, keeps a direction of hardly any variance from
+counting as a perfect match. All in float64: a Gram matrix squares the condition number.
+
+Cost: an eigendecomposition of the smaller of (tokens, tokens) and (features, features) per view.
+Limits: with fewer tokens than components rho is 1 whatever the data; ten tokens per component are
+the least (`tokens_needed`). Untruncated, a linear layer's input and output always have rho = 1;
+what is seen there is how far the dominant subspaces of the two agree.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Summary = Literal["pwcca", "svcca", "first"]
+
+COMPONENTS = 64
+ENERGY = 0.99
+RIDGE = 1e-6
+TOKENS_PER_COMPONENT = 10
+
+
+def tokens_needed(features: int, components: int = COMPONENTS) -> int:
+    """Fewest tokens with which views of this width can be compared."""
+    return TOKENS_PER_COMPONENT * min(features, components)
+
+
+def principal_basis(
+    X_TF: Tensor, *, components: int = COMPONENTS, energy: float = ENERGY, ridge: float = RIDGE
+) -> Tensor:
+    """Ridge-whitened principal directions in token space, Q (tokens, k), float64.
+
+    Args:
+        X_TF: features of the tokens; centred here.
+        components: most directions kept.
+        energy: share of the variance after which no more are kept.
+        ridge: share of the largest variance added to every one of them.
+
+    Returns:
+        Q with Q^T Q diagonal and at most 1; k = 0 for constant features.
+    """
+    X_TF = X_TF.double()
+    X_TF = X_TF - X_TF.mean(0)
+    values_K, U_TK = _left_singular(X_TF)
+    total = float(values_K.sum())
+    if total <= 0.0:
+        return U_TK[:, :0]
+    enough = int((values_K.cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1
+    kept = min(components, enough)
+    shrink_K = (values_K[:kept] / (values_K[:kept] + ridge * values_K[0])).sqrt()
+    return U_TK[:, :kept] * shrink_K
+
+
+def _left_singular(X_TF: Tensor) -> tuple[Tensor, Tensor]:
+    """Squared singular values, largest first, and left vectors; those of value 0 are dropped."""
+    tokens, features = X_TF.shape
+    wide = features > tokens
+    gram = X_TF @ X_TF.T if wide else X_TF.T @ X_TF
+    values, vectors = torch.linalg.eigh(gram)
+    values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
+    kept = int((values > values[0] * 1e-12).sum()) if float(values[0]) > 0 else 0
+    values, vectors = values[:kept], vectors[:, :kept]
+    return values, vectors if wide else (X_TF @ vectors) / values.sqrt()
+
+
+def canonical_correlations(Qx_TK: Tensor, Qy_TL: Tensor) -> Tensor:
+    """rho (min(k, l),), largest first, in [0, 1]."""
+    rho_K: Tensor = torch.linalg.svdvals(Qx_TK.T @ Qy_TL)
+    return rho_K.clamp(0.0, 1.0)
+
+
+def similarity(X_TF: Tensor, Qx_TK: Tensor, Qy_TL: Tensor, *, summary: Summary = "pwcca") -> float:
+    """One number in [0, 1] for how alike two views are.
+
+    Args:
+        X_TF: the first view's features, which weigh the directions for `pwcca`.
+        Qx_TK: principal basis of the first view.
+        Qy_TL: principal basis of the second.
+        summary: which mean of the correlations.
+
+    Returns:
+        The similarity; 1 where either view is constant (there is nothing to lose).
+    """
+    if min(Qx_TK.shape[1], Qy_TL.shape[1]) == 0:
+        return 1.0
+    if summary != "pwcca":
+        rho_K = canonical_correlations(Qx_TK, Qy_TL)
+        return float(rho_K[0] if summary == "first" else rho_K.mean())
+    left_KR, rho_R, _ = torch.linalg.svd(Qx_TK.T @ Qy_TL, full_matrices=False)
+    X_TF = X_TF.double()
+    variates_TR = Qx_TK @ left_KR
+    alpha_R = (variates_TR.T @ (X_TF - X_TF.mean(0))).abs().sum(1)
+    return float((alpha_R * rho_R.clamp(0.0, 1.0)).sum() / alpha_R.sum())

@@ -1,0 +1,125 @@
+"""`cca` (CMPQ): how little of what comes in can be found in what goes out.
+
+    s = 1 - similarity(input, output)       projection-weighted CCA (cptq.numerics.subspace)
+
+per unit between a linear's input and its output (a fused group's outputs side by side), and per
+block, as in the paper (CPTQuant, arXiv 2412.03599, CMPQ), 1 - the mean similarity of the block's
+output to the outputs of all other blocks. On tokens, padding left out; the paper's code takes
+mean-pooled texts with padding and only the first correlation, which saturates near 1.
+
+From a unit's s to a score per candidate: score(c) = s t^2(c) with t^2 = |dW|_F^2 / |W|_F^2 of
+nearest rounding, the linear form of HIGGS (arXiv 2411.17525) with s in the place of the probed
+slope. The number of weights does not enter: t^2 is relative (see `pruning`).
+
+Cost: a forward pass and two eigendecompositions per unit. Limits: s says how a unit's dominant
+subspaces turn, not what an error in them costs; nothing after the unit is looked at. It is here
+because the paper proposes it: look at its rank correlation with `kl` before relying on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cptq.calibration.samples import Wants
+from cptq.checkpoint.model import LoadedModel
+from cptq.numerics.subspace import (
+    COMPONENTS,
+    TOKENS_PER_COMPONENT,
+    Summary,
+    principal_basis,
+    similarity,
+    tokens_needed,
+)
+from cptq.sensitivity.metric import Context, Metric, Needs, UnitView
+from cptq.sensitivity.pruning import joint_relative_error
+from cptq.types import Candidate, Notice
+
+
+def dissimilarity(X_TF: Tensor, Y_TG: Tensor, *, summary: Summary, components: int) -> float:
+    """1 - the similarity of two views of the same tokens, in [0, 1]."""
+    Qx_TK = principal_basis(X_TF, components=components)
+    Qy_TL = principal_basis(Y_TG, components=components)
+    return 1.0 - similarity(X_TF, Qx_TK, Qy_TL, summary=summary)
+
+
+def block_dissimilarity(outputs: list[Tensor], *, summary: Summary) -> list[float]:
+    """1 - mean similarity of each view (tokens, width) to all the others; 0 for a single one."""
+    bases = [principal_basis(X_TF) for X_TF in outputs]
+    result = []
+    for i, X_TF in enumerate(outputs):
+        others = [
+            similarity(X_TF, bases[i], bases[j], summary=summary)
+            for j in range(len(outputs))
+            if j != i
+        ]
+        result.append(1.0 - sum(others) / len(others) if others else 0.0)
+    return result
+
+
+class Cca(Metric):
+    """Projection-weighted CCA; subclasses choose another summary."""
+
+    needs = Needs(samples=Wants(blocks=True))
+    summary: Summary = "pwcca"
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._dissimilarity = 0.0
+
+    @classmethod
+    def least_tokens(cls, model: LoadedModel) -> int:
+        """Ten per component of the widest layer."""
+        widest = max(max(layer.shape) for unit in model.units for layer in unit.layers)
+        return tokens_needed(widest)
+
+    @property
+    def score_unit(self) -> str:
+        return "1 - mean correlation, times relative squared error"
+
+    def unit(self, view: UnitView) -> float:
+        """1 - similarity of input and output; averaged where a unit's layers read other inputs."""
+        inputs = {id(sample.x_TI): sample.x_TI for sample in view.samples}
+        scores = [self._of_input(view, x_TI) for x_TI in inputs.values()]
+        self._dissimilarity = sum(scores) / len(scores)
+        return self._dissimilarity
+
+    def _of_input(self, view: UnitView, x_TI: Tensor) -> float:
+        pairs = zip(view.weights, view.samples, strict=True)
+        y_TO = torch.cat([x_TI @ W_OI.T for W_OI, s in pairs if s.x_TI is x_TI], dim=1)
+        components = min(COMPONENTS, len(x_TI) // TOKENS_PER_COMPONENT)
+        if components < min(COMPONENTS, *x_TI.shape[1:]):
+            message = f"only {len(x_TI)} tokens reach it: {components} components compared"
+            self.context.emit(Notice(kind="warning", subject=view.unit.name, message=message))
+        if components == 0:
+            return 0.0
+        return dissimilarity(x_TI, y_TO, summary=self.summary, components=components)
+
+    def candidate(self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]) -> float:
+        """s t^2 of one candidate."""
+        return self._dissimilarity * joint_relative_error(errors, view.weights)
+
+    def per_block(self, per_unit: Mapping[str, float]) -> dict[int, float]:
+        """Each block's output against those of all other blocks."""
+        assert self.context.samples is not None
+        scores = block_dissimilarity(self.context.samples.blocks, summary=self.summary)
+        return dict(enumerate(scores))
+
+    def details(self) -> dict[str, Any]:
+        """Which mean of the correlations was taken."""
+        return {"summary": self.summary, "components": COMPONENTS}
+
+
+class CcaMean(Cca):
+    """The plain mean of the correlations (SVCCA)."""
+
+    summary: Summary = "svcca"
+
+
+class CcaFirst(Cca):
+    """The first correlation alone, as in the released code of the paper."""
+
+    summary: Summary = "first"

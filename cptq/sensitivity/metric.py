@@ -1,0 +1,100 @@
+"""What a metric is: the base of all of them and what the driver hands them.
+
+A metric sees one unit at a time: first `unit`, then `candidate` for each way to store it. Weights,
+samples and rounding errors are computed once by the driver and shared; a metric keeps what it
+derives from a unit only until the next one.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from cptq.calibration.objective import Objective
+from cptq.calibration.probe import Probe
+from cptq.calibration.samples import LayerSample, Samples, Wants
+from cptq.checkpoint.model import LoadedModel
+from cptq.types import Candidate, Emit, Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Needs:
+    """What the driver must prepare: a sampling pass, a held-out probe, rounding errors."""
+
+    samples: Wants | None = None
+    probe: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Context:
+    """What all units have in common. `samples` and `probe` are None unless a metric needs them."""
+
+    model: LoadedModel
+    objective: Objective
+    samples: Samples | None
+    probe: Probe | None
+    candidates: Sequence[Candidate]
+    seed: int
+    emit: Emit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class UnitView:
+    """One unit: weights W_OI (float32) and samples of its layers, in the order of `unit.layers`.
+
+    Layers that read the same input share one `x_TI` object. `samples` is empty where no metric
+    asked for any.
+    """
+
+    unit: Unit
+    weights: tuple[Tensor, ...]
+    samples: tuple[LayerSample, ...] = field(default=())
+
+
+class Metric(ABC):
+    """One way to score. Scores are per candidate; higher = worse if compressed."""
+
+    needs: ClassVar[Needs]
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+
+    @classmethod
+    def least_tokens(cls, model: LoadedModel) -> int:
+        """Fewest calibration tokens with which the metric means anything."""
+        return 1
+
+    @property
+    @abstractmethod
+    def score_unit(self) -> str:
+        """What a score is measured in."""
+
+    @abstractmethod
+    def unit(self, view: UnitView) -> float:
+        """The metric's number for a unit, whatever the candidate."""
+
+    @abstractmethod
+    def candidate(self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]) -> float:
+        """The score of storing a unit as a (not dense) candidate.
+
+        Args:
+            view: the unit that `unit` was last called with.
+            candidate: how it would be stored.
+            errors: W - Q(W) of each of its layers, (out, in), nearest rounding.
+        """
+
+    def per_block(self, per_unit: Mapping[str, float]) -> dict[int, float]:
+        """Block index -> the sum over its units; a metric with a better idea overrides this."""
+        sums: dict[int, float] = {}
+        for unit in self.context.model.units:
+            if unit.block is not None:
+                sums[unit.block] = sums.get(unit.block, 0.0) + per_unit[unit.name]
+        return sums
+
+    def details(self) -> dict[str, Any]:
+        """What a reader of the table must know, as plain data, without times."""
+        return {}
