@@ -8,7 +8,7 @@ part is the original one, without a header and with seven or nine columns. None 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -79,6 +79,10 @@ class GlueSet:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def first(self, count: int) -> GlueSet:
+        """The first `count` samples."""
+        return replace(self, sentences=self.sentences[:count], labels=self.labels[:count])
 
     @cached_property
     def sha256(self) -> str:

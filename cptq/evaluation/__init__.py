@@ -1,0 +1,82 @@
+"""What can be measured on a model, by name. Importing this loads no torch.
+
+`cptq.evaluation.run.evaluate` runs a task; a text file is the task `text:PATH`, or just its path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cptq.data import SUFFIXES, check_source
+from cptq.errors import EvaluationError, UnknownNameError
+from cptq.registry import Registry, closest
+from cptq.types import ModelKind
+
+#: name -> a `cptq.evaluation.options.Task`
+TASKS: Registry[Any] = Registry(
+    "task",
+    {
+        "wikitext": "cptq.evaluation.tasks.wikitext:wikitext",
+        "pydoc": "cptq.evaluation.tasks.text:pydoc",
+        "glue/sst2": "cptq.evaluation.tasks.glue:sst2",
+        "glue/cola": "cptq.evaluation.tasks.glue:cola",
+        "glue/stsb": "cptq.evaluation.tasks.glue:stsb",
+        "footprint": "cptq.evaluation.footprint:footprint",
+    },
+)
+TEXT_PREFIX = "text:"
+_ALL_KINDS: tuple[ModelKind, ...] = ("causal-lm", "masked-lm", "classifier", "encoder")
+#: which kinds of model a task can be run on; a text file is as wikitext
+TASK_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
+    "wikitext": ("causal-lm",),
+    "pydoc": ("causal-lm",),
+    "glue/sst2": ("classifier",),
+    "glue/cola": ("classifier",),
+    "glue/stsb": ("classifier", "encoder", "masked-lm"),
+    "footprint": _ALL_KINDS,
+}
+
+
+def check_task(name: str) -> str:
+    """The task meant by `name`: a registered name as it is, the path of a text as `text:PATH`.
+
+    Raises:
+        UnknownNameError: no such task; the message lists the names and the nearest one.
+        DataError: the path of a text, and no such file is there or its kind is not read.
+    """
+    if name in TASKS:
+        return name
+    path = name.removeprefix(TEXT_PREFIX)
+    if name.startswith(TEXT_PREFIX) or Path(path).suffix.lower() in SUFFIXES:
+        # "./" keeps a file called "wikitext" from being taken for the source of that name
+        return TEXT_PREFIX + check_source(path if "/" in path or "." in path else f"./{path}")
+    near = closest(name, TASKS.names())
+    raise UnknownNameError(
+        f"unknown task {name!r}",
+        allowed=f"{', '.join(TASKS)}, or text:PATH for a file ({', '.join(SUFFIXES)})",
+        hint=f"did you mean {near!r}?" if near else None,
+    )
+
+
+def tasks_for(kind: ModelKind) -> list[str]:
+    """The names of the tasks that a model of this kind can be measured by."""
+    names = [name for name in TASKS if kind in TASK_KINDS[name]]
+    return [*names, "text:PATH"] if kind == "causal-lm" else names
+
+
+def check_task_kind(name: str, kind: ModelKind) -> None:
+    """Refuse a task that a model of this kind cannot do.
+
+    Raises:
+        EvaluationError: it cannot; the message lists the tasks that it can.
+        UnknownNameError, DataError: as `check_task`.
+    """
+    known = check_task(name)
+    kinds = TASK_KINDS["wikitext" if known.startswith(TEXT_PREFIX) else known]
+    if kind not in kinds:
+        raise EvaluationError(
+            f"the task {name} is for a {' or '.join(kinds)}, and this model is a {kind}",
+            allowed=f"{', '.join(tasks_for(kind))} for a {kind}",
+        )

@@ -1,0 +1,131 @@
+"""What a checkpoint costs: bytes on disk, seconds to load, memory, tokens per second.
+
+Bytes are those of the weight files alone (a tokenizer is often larger than what was saved). The
+rest is measured by `cptq.evaluation.probe` in a fresh process, on the directory the model was
+loaded from, with its device and type and this process's number of threads.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from cptq.checkpoint.files import weight_files
+from cptq.checkpoint.model import LoadedModel
+from cptq.errors import EvaluationError
+from cptq.evaluation.options import EvalOptions
+from cptq.types import Emit, EvalResult, Progress
+
+VERSION = 1
+TIMEOUT_SECONDS = 900
+#: the probe's name -> (task, metric, unit, higher is better), in the order of the results
+MEASURES: Mapping[str, tuple[str, str, str, bool]] = {
+    "load_seconds": ("load", "seconds", "seconds", False),
+    "first_output_seconds": ("load", "seconds_to_first_output", "seconds", False),
+    "peak_bytes": ("memory", "peak_resident", "bytes", False),
+    "model_bytes": ("memory", "peak_above_imports", "bytes", False),
+    "peak_device_bytes": ("memory", "peak_on_device", "bytes", False),
+    "decode_tokens_per_second": ("speed", "decode", "tokens per second", True),
+    "prefill_tokens_per_second": ("speed", "prefill", "tokens per second", True),
+    "tokens_per_second": ("speed", "forward", "tokens per second", True),
+    "rows_per_second": ("speed", "forward_rows", "rows per second", True),
+}
+
+
+def footprint(model: LoadedModel, name: str, options: EvalOptions, emit: Emit) -> list[EvalResult]:
+    """The task `footprint`: as `measure_footprint`."""
+    return measure_footprint(model, options, emit)
+
+
+def measure_footprint(model: LoadedModel, options: EvalOptions, emit: Emit) -> list[EvalResult]:
+    """Results of the tasks `size`, `load`, `memory` and `speed`.
+
+    Raises:
+        EvaluationError: the fresh process failed; the message holds its last line.
+    """
+    emit(Progress(stage="footprint", done=0, total=1, message="a fresh process loads the model"))
+    size = _result("size", "weight_bytes", "bytes", False, weight_bytes(model.path), ())
+    found = _probe(model, options)
+    found["model_bytes"] = found["peak_bytes"] - found["import_bytes"]
+    notes = (_conditions(model),)
+    repeats = int(found["repeats"])
+    measured = [
+        _result(task, metric, unit, higher, found[key], notes, repeats if task == "speed" else 1)
+        for key, (task, metric, unit, higher) in MEASURES.items()
+        if key in found
+    ]
+    emit(Progress(stage="footprint", done=1, total=1))
+    return [size, *measured]
+
+
+def weight_bytes(path: Path) -> int:
+    """Bytes of the weight files: those of the index or the single file, else the pickled ones."""
+    files = weight_files(path) or sorted(path.glob("pytorch_model*.bin"))
+    return sum(file.stat().st_size for file in files)
+
+
+def _conditions(model: LoadedModel) -> str:
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{model.device}, {dtype}, {torch.get_num_threads()} threads, stock transformers"
+
+
+def _result(
+    task: str,
+    metric: str,
+    unit: str,
+    higher: bool,
+    value: float,
+    notes: tuple[str, ...],
+    samples: int = 1,
+) -> EvalResult:
+    return EvalResult(
+        task=task,
+        version=VERSION,
+        metric=metric,
+        value=value,
+        unit=unit,
+        higher_is_better=higher,
+        samples=samples,
+        seconds=0.0,
+        notes=notes,
+    )
+
+
+def _probe(model: LoadedModel, options: EvalOptions) -> dict[str, float]:
+    command = [sys.executable, "-m", "cptq.evaluation.probe", str(model.path)]
+    command += ["--kind", model.kind, "--device", str(model.device)]
+    command += ["--dtype", str(model.dtype).removeprefix("torch.")]
+    command += ["--batch-size", str(options.batch_size), "--seed", str(options.seed)]
+    command += ["--threads", str(torch.get_num_threads())]
+    command += ["--trust-remote-code"] if options.trust_remote_code else []
+    try:
+        done = subprocess.run(
+            command,
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=TIMEOUT_SECONDS,
+        )
+    except subprocess.CalledProcessError as error:
+        last = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[-1]
+        raise EvaluationError(f"a fresh process cannot run {model.path}: {last}") from error
+    except subprocess.TimeoutExpired as error:
+        raise EvaluationError(
+            f"a fresh process did not load and run {model.path} in {TIMEOUT_SECONDS} s"
+        ) from error
+    numbers: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
+    return numbers
+
+
+def _environment() -> dict[str, str]:
+    """This process's, without the network, and with this very cptq first on the path."""
+    here = str(Path(__file__).resolve().parents[2])
+    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}

@@ -1,0 +1,80 @@
+"""GLUE's metrics with standard errors: values in, numbers out.
+
+Accuracy, Matthews correlation (scikit-learn), Pearson and Spearman correlation (SciPy). The error
+of an accuracy is binomial, sqrt(a (1 - a) / n); that of the others the standard deviation over
+BOOTSTRAPS resamples of the sentences drawn with replacement, the same ones for the same seed.
+A correlation with a constant is undefined; it is 0 here (scikit-learn's convention for Matthews),
+and `is_constant` tells when to say so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import pearsonr, spearmanr
+from sklearn.metrics import accuracy_score, matthews_corrcoef
+
+BOOTSTRAPS = 500
+
+Values = NDArray[np.float64]
+Metric = Callable[[Values, Values], float]
+
+
+def is_constant(values: Values) -> bool:
+    """Whether all values are the same."""
+    return bool((values == values[0]).all())
+
+
+def accuracy(labels: Values, predictions: Values) -> float:
+    """Share of predictions that equal the label."""
+    return float(accuracy_score(labels, predictions))
+
+
+def matthews(labels: Values, predictions: Values) -> float:
+    """Matthews correlation coefficient, in [-1, 1]."""
+    return float(matthews_corrcoef(labels, predictions))
+
+
+def pearson(labels: Values, predictions: Values) -> float:
+    """Pearson's correlation coefficient, in [-1, 1]; 0 if a side is constant."""
+    return _correlation(pearsonr, labels, predictions)
+
+
+def spearman(labels: Values, predictions: Values) -> float:
+    """Spearman's rank correlation coefficient, in [-1, 1]; 0 if a side is constant."""
+    return _correlation(spearmanr, labels, predictions)
+
+
+def _correlation(function: Callable[..., Any], labels: Values, predictions: Values) -> float:
+    if is_constant(labels) or is_constant(predictions):
+        return 0.0
+    return float(function(labels, predictions).statistic)
+
+
+METRICS: Mapping[str, Metric] = {
+    "accuracy": accuracy,
+    "matthews": matthews,
+    "pearson": pearson,
+    "spearman": spearman,
+}
+
+
+def standard_error(name: str, labels: Values, predictions: Values, seed: int) -> float | None:
+    """The standard error of a metric in `METRICS`; None for a single sample."""
+    if len(labels) < 2:
+        return None
+    metric = METRICS[name]
+    if metric is accuracy:
+        share = accuracy(labels, predictions)
+        return math.sqrt(share * (1 - share) / len(labels))
+    return bootstrap_error(metric, labels, predictions, seed)
+
+
+def bootstrap_error(metric: Metric, labels: Values, predictions: Values, seed: int) -> float:
+    """Standard deviation of the metric over resamples of the pairs."""
+    draws = np.random.default_rng(seed).integers(len(labels), size=(BOOTSTRAPS, len(labels)))
+    return float(np.std([metric(labels[draw], predictions[draw]) for draw in draws], ddof=1))

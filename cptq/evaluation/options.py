@@ -1,0 +1,43 @@
+"""What every task is given, and what a task is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from math import ceil
+from pathlib import Path
+
+from cptq.checkpoint.model import LoadedModel
+from cptq.types import Emit, EvalResult
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalOptions:
+    """How to measure.
+
+    `batch_size`: at most this many rows in one forward; perplexity takes fewer where windows are
+    long. It changes no result. `limit`: the first samples only (windows of a text, sentences of a
+    labelled set); up to 1 a share, above 1 a count. `seqlen`: tokens of a window, None = 2,048 or
+    what the model can take. `max_length`: tokens at which a sentence is cut, None = the model's.
+    """
+
+    batch_size: int = 8
+    limit: float | None = None
+    seqlen: int | None = None
+    max_length: int | None = None
+    data_dir: Path | None = None
+    cache_dir: Path | None = None
+    token: str | None = field(default=None, repr=False)
+    seed: int = 0
+    trust_remote_code: bool = False
+
+    def count(self, total: int) -> int:
+        """How many of `total` samples to take (at least one)."""
+        if self.limit is None:
+            return total
+        wanted = ceil(self.limit * total) if self.limit <= 1 else int(self.limit)
+        return max(1, min(wanted, total))
+
+
+#: (model, the task's name, options, emit) -> one result per metric, the main one first
+Task = Callable[[LoadedModel, str, EvalOptions, Emit], list[EvalResult]]

@@ -1,0 +1,189 @@
+"""Perplexity by the protocol of the GPTQ repository, and two numbers that tokenizers share.
+
+The whole text is tokenised once, with the special tokens that the tokenizer adds by itself (OPT's
+and Llama's begin with a BOS, so only the first window has one). It is cut into windows of `seqlen`
+tokens that do not overlap; the rest, shorter than a window, is dropped. In each window every token
+but the first is predicted from those before it in the window, so that
+
+    perplexity = exp( sum of nll / (windows * (seqlen - 1)) )        nll in nats
+
+The repository multiplies a window's mean loss over seqlen - 1 tokens by seqlen and divides by
+windows * seqlen: the same number.
+
+Word perplexity exp(sum nll / words) and bits per byte sum nll / (bytes * ln 2) are normalised as in
+lm-evaluation-harness, by words and UTF-8 bytes of the text itself; the words and bytes counted are
+those of the predicted tokens (a word where its last character is). They compare models of different
+vocabularies. The harness's task `wikitext` removes the corpus's spacing, predicts every token and
+counts empty strings at the ends of a page as words, so its digits differ.
+
+Standard errors take windows as the independent samples (a ratio estimate: delta method); they are
+None for a single window.
+
+Cost: one forward of each window without a cache of keys and values. Logits are made for a few
+hundred positions at a time where the model is a body and a linear head (checked on the first
+window), so that memory is bounded by LOGIT_ELEMENTS and not by seqlen * vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+#: logits in memory at one time (128 MiB of float32)
+LOGIT_ELEMENTS = 2**25
+#: tokens of one forward, whatever the batch size (one window is always taken)
+FORWARD_TOKENS = 4096
+_CHECKED_POSITIONS = 8
+
+Hidden = Callable[[Tensor], Tensor]
+Score = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """A tokenised text: ids (tokens,) int64 and where in the text each token ends.
+
+    `ends` (tokens,) are character positions, never decreasing; None if the tokenizer does not say.
+    """
+
+    text: str
+    ids: Tensor
+    ends: np.ndarray[Any, np.dtype[np.int64]] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Estimate:
+    """A number and its standard error (None: not known)."""
+
+    value: float
+    stderr: float | None
+
+
+def tokenize(tokenizer: Any, text: str) -> Tokens:
+    """The text as one sequence, with the tokenizer's own special tokens."""
+    fast = bool(getattr(tokenizer, "is_fast", False))
+    found = tokenizer(text, verbose=False, truncation=False, return_offsets_mapping=fast)
+    ends = None
+    if fast:
+        offsets = np.asarray(found["offset_mapping"], dtype=np.int64).reshape(-1, 2)
+        ends = np.maximum.accumulate(offsets[:, 1])  # special tokens are (0, 0)
+    return Tokens(text=text, ids=torch.tensor(found["input_ids"], dtype=torch.int64), ends=ends)
+
+
+def cut_windows(ids: Tensor, seqlen: int) -> Tensor:
+    """(windows, seqlen): consecutive windows, the rest dropped."""
+    windows = ids.numel() // seqlen
+    return ids[: windows * seqlen].view(windows, seqlen)
+
+
+def counts_per_window(
+    tokens: Tokens, windows: int, seqlen: int
+) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
+    """(words, bytes), each (windows,), of the predicted tokens of every window.
+
+    A token's text reaches from the end of the token before to its own end, so that spaces between
+    tokens count. None if the tokenizer does not say where tokens end.
+    """
+    if tokens.ends is None:
+        return None
+    last_of_word = np.array([m.end() for m in re.finditer(r"\S+", tokens.text)], dtype=np.int64)
+    starts = np.arange(windows) * seqlen
+    begin, end = tokens.ends[starts], tokens.ends[starts + seqlen - 1]
+    words = np.searchsorted(last_of_word, end, "right") - np.searchsorted(
+        last_of_word, begin, "right"
+    )
+    pieces = (tokens.text[a:b] for a, b in zip(begin, end, strict=True))
+    return words, np.array([len(piece.encode()) for piece in pieces])
+
+
+def sum_nll(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
+    """(batch,) float64: the summed negative log-likelihood in nats, float32 inside."""
+    losses = nn.functional.cross_entropy(
+        logits_BTV.float().flatten(0, 1), labels_BT.flatten(), reduction="none"
+    )
+    return losses.view(labels_BT.shape).double().sum(1)
+
+
+def scorer(module: nn.Module, ids_BT: Tensor) -> Score:
+    """A function ids (batch, seqlen) -> summed nll (batch,), all tokens but the first predicted.
+
+    Logits are made piece by piece if the head is a module on its own: `ids_BT` is used to check
+    that body and head give the model's own logits (a model that caps or scales its logits fails
+    this and is scored from whole logits, one window at a time).
+    """
+    body, head = getattr(module, "base_model", None), _head(module)
+    if isinstance(body, nn.Module) and body is not module and head is not None:
+        ids = ids_BT[:1, :_CHECKED_POSITIONS]
+        whole = module(input_ids=ids, use_cache=False).logits
+        pieces = head(body(input_ids=ids, use_cache=False).last_hidden_state)
+        if whole.shape == pieces.shape and torch.allclose(whole, pieces, rtol=1e-4, atol=1e-4):
+            return lambda ids_BT: _nll_in_pieces(body, head, ids_BT)
+    return lambda ids_BT: torch.cat([_nll_whole(module, row) for row in ids_BT.split(1)])
+
+
+def _head(module: nn.Module) -> nn.Module | None:
+    find = getattr(module, "get_output_embeddings", None)
+    head = find() if callable(find) else None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _nll_whole(module: nn.Module, ids_BT: Tensor) -> Tensor:
+    logits_BTV = module(input_ids=ids_BT, use_cache=False).logits
+    return sum_nll(logits_BTV[:, :-1], ids_BT[:, 1:])
+
+
+def _nll_in_pieces(body: nn.Module, head: nn.Module, ids_BT: Tensor) -> Tensor:
+    hidden_BTC = body(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
+    vocabulary = int(getattr(head, "out_features", 0)) or head(hidden_BTC[:1, :1]).shape[-1]
+    positions = max(1, LOGIT_ELEMENTS // (vocabulary * ids_BT.shape[0]))
+    pieces = zip(hidden_BTC.split(positions, 1), ids_BT[:, 1:].split(positions, 1), strict=True)
+    return torch.stack([sum_nll(head(hidden), labels) for hidden, labels in pieces]).sum(0)
+
+
+def window_nll(
+    module: nn.Module,
+    windows_NT: Tensor,
+    *,
+    batch_size: int,
+    device: torch.device,
+    progress: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """(windows,) float64 on the CPU: each window's summed nll of its seqlen - 1 predictions."""
+    rows = max(1, min(batch_size, FORWARD_TOKENS // windows_NT.shape[1]))
+    sums: list[Tensor] = []
+    with torch.inference_mode():
+        score = scorer(module, windows_NT[:1].to(device))
+        for batch in windows_NT.split(rows):
+            sums.append(score(batch.to(device)).cpu())
+            progress(sum(part.numel() for part in sums))
+    return torch.cat(sums)
+
+
+def ratio(nll_N: np.ndarray[Any, Any], count_N: np.ndarray[Any, Any]) -> Estimate:
+    """Sum of nll over sum of counts, with the standard error of a ratio of sums."""
+    value, windows = float(nll_N.sum() / count_N.sum()), len(nll_N)
+    if windows < 2:
+        return Estimate(value=value, stderr=None)
+    residual = float(((nll_N - value * count_N) ** 2).sum())
+    spread = math.sqrt(residual * windows / (windows - 1)) / float(count_N.sum())
+    return Estimate(value=value, stderr=spread)
+
+
+def exponential(rate: Estimate) -> Estimate:
+    """exp of an estimate in nats; infinite where a float cannot hold it."""
+    value = math.exp(rate.value) if rate.value < 709 else math.inf
+    finite = rate.stderr is not None and math.isfinite(value)
+    return Estimate(value=value, stderr=value * (rate.stderr or 0.0) if finite else None)
+
+
+def bits(rate: Estimate) -> Estimate:
+    """An estimate in nats, in bits."""
+    stderr = None if rate.stderr is None else rate.stderr / math.log(2)
+    return Estimate(value=rate.value / math.log(2), stderr=stderr)

@@ -1,0 +1,194 @@
+"""Load time, memory and speed of a checkpoint, measured in a process of its own.
+
+    python -m cptq.evaluation.probe PATH --kind causal-lm [--device cpu] [--dtype float32] ...
+
+prints one line of JSON. The checkpoint is loaded as its users will load it, by stock transformers,
+in a process that has loaded nothing else: a peak of memory cannot be taken back, and what the
+caller holds would count.
+
+- `load_seconds`: `from_pretrained` and the move to the device. The file may be in the system's
+  cache or not; nobody clears it here.
+- `first_output_seconds`: that and the first forward, in which a packed checkpoint unpacks itself.
+- `peak_bytes`: the most memory the process had resident at once; `import_bytes` of it were there
+  before the model was loaded (Python, torch, transformers, the model's code). Pages of a mapped file count.
+- causal LMs: tokens per second of reading a prompt (prefill) and of greedy decoding with a cache
+  of keys and values, one token at a time, for one sequence. Others: tokens and rows per second of
+  a forward of `batch_size` rows. The median of a few repeats after a warm-up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+PROMPT, NEW = 64, 32
+REPEATS, BUDGET_SECONDS = 3, 6.0
+AUTO_CLASSES = {
+    "causal-lm": "AutoModelForCausalLM",
+    "masked-lm": "AutoModelForMaskedLM",
+    "classifier": "AutoModelForSequenceClassification",
+    "encoder": "AutoModel",
+}
+
+
+def probe(arguments: argparse.Namespace) -> dict[str, float]:
+    """All numbers, by name."""
+    torch.manual_seed(arguments.seed)
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+    auto, device = getattr(transformers, AUTO_CLASSES[arguments.kind]), arguments.device
+    import_code(auto, arguments)
+    before, begin = resident_bytes("VmRSS"), time.perf_counter()
+    model = auto.from_pretrained(
+        arguments.path,
+        dtype=getattr(torch, arguments.dtype),
+        trust_remote_code=arguments.trust_remote_code,
+    )
+    model = model.to(device).eval()
+    loaded = time.perf_counter()
+    ids = prompt(model, 1 if arguments.kind == "causal-lm" else arguments.batch_size, device)
+    with torch.inference_mode():
+        model(input_ids=ids)
+        first = seconds_now(device)
+        speed = (decoding if arguments.kind == "causal-lm" else encoding)(model, ids)
+    return {
+        "load_seconds": loaded - begin,
+        "first_output_seconds": first - begin,
+        "import_bytes": before,
+        "peak_bytes": resident_bytes("VmHWM"),
+        **_device_peak(device),
+        **speed,
+    }
+
+
+def import_code(auto: Any, arguments: argparse.Namespace) -> None:
+    """Import what loading needs, so that the first model of its kind is not charged for it.
+
+    Building the model without memory for its weights imports its code.
+    """
+    trust = arguments.trust_remote_code
+    config = transformers.AutoConfig.from_pretrained(arguments.path, trust_remote_code=trust)
+    wanted = ["accelerate", "safetensors.torch"]
+    if getattr(config, "quantization_config", None):
+        wanted.append("compressed_tensors")
+    for name in wanted:
+        import_module(name)
+    with torch.device("meta"):
+        auto.from_config(config, trust_remote_code=trust)
+
+
+def prompt(model: Any, rows: int, device: str) -> torch.Tensor:
+    """(rows, tokens) random token ids, short enough for the model."""
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or PROMPT + NEW
+    length = max(1, min(PROMPT, most - NEW, most // 2))
+    return torch.randint(int(config.vocab_size), (rows, length)).to(device)
+
+
+def decoding(model: Any, ids: torch.Tensor) -> dict[str, float]:
+    """Tokens per second of reading the prompt, and of writing NEW tokens after it."""
+    device = str(ids.device)
+    reading, writing = [], []
+
+    def once() -> None:
+        start = seconds_now(device)
+        out = model(input_ids=ids, use_cache=True)
+        read = seconds_now(device)
+        for _ in range(NEW):
+            token = out.logits[:, -1:].argmax(-1)
+            out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
+        reading.append(read - start)
+        writing.append(seconds_now(device) - read)
+
+    repeat(once)
+    return {
+        "prefill_tokens_per_second": ids.numel() / statistics.median(reading[1:] or reading),
+        "decode_tokens_per_second": NEW / statistics.median(writing[1:] or writing),
+        "repeats": float(len(reading[1:] or reading)),
+    }
+
+
+def encoding(model: Any, ids: torch.Tensor) -> dict[str, float]:
+    """Tokens and rows per second of one forward."""
+    device = str(ids.device)
+    times: list[float] = []
+
+    def once() -> None:
+        start = seconds_now(device)
+        model(input_ids=ids)
+        times.append(seconds_now(device) - start)
+
+    repeat(once)
+    seconds = statistics.median(times[1:] or times)
+    return {
+        "tokens_per_second": ids.numel() / seconds,
+        "rows_per_second": ids.shape[0] / seconds,
+        "repeats": float(len(times[1:] or times)),
+    }
+
+
+def repeat(once: Callable[[], None]) -> None:
+    """A warm-up and REPEATS times, or fewer when that takes longer than BUDGET_SECONDS."""
+    begin = time.perf_counter()
+    for _ in range(1 + REPEATS):
+        once()
+        if time.perf_counter() - begin > BUDGET_SECONDS:
+            break
+
+
+def seconds_now(device: str) -> float:
+    """The clock, once the device has done what it was given."""
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def resident_bytes(field: str) -> float:
+    """Resident memory now (VmRSS) or at its peak (VmHWM), in bytes.
+
+    From /proc, because `getrusage` of a child starts from its parent's peak on Linux; elsewhere
+    `getrusage` gives the peak for both.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        lines = status.read_text().splitlines()
+        line = next(line for line in lines if line.startswith(f"{field}:"))
+        return float(line.split()[1]) * 1024
+    import resource
+
+    peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _device_peak(device: str) -> dict[str, float]:
+    if not device.startswith("cuda"):
+        return {}
+    return {"peak_device_bytes": float(torch.cuda.max_memory_allocated())}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cptq.evaluation.probe")
+    parser.add_argument("path")
+    parser.add_argument("--kind", required=True, choices=AUTO_CLASSES)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=0)
+    parser.add_argument("--trust-remote-code", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    # the one place outside the command line that writes: it is how the parent is answered
+    sys.stdout.write("\n" + json.dumps(probe(_parser().parse_args())) + "\n")

@@ -1,0 +1,147 @@
+"""GLUE on the dev parts: SST-2 (accuracy), CoLA (Matthews), STS-B (Pearson and Spearman).
+
+Sequence classifiers answer with their logits: the label of the greatest one, or for STS-B the one
+score. Sentence encoders answer STS-B with the cosine of two embeddings (cptq.evaluation.embedding).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from cptq.checkpoint.model import LoadedModel
+from cptq.data import GlueSet, load_glue
+from cptq.evaluation.embedding import cosine, pool, read_length, read_pooling
+from cptq.evaluation.labels import class_order, require_score
+from cptq.evaluation.metrics import METRICS, Values, is_constant, standard_error
+from cptq.evaluation.options import EvalOptions
+from cptq.evaluation.sentences import Batch, Encoded, encode, forward
+from cptq.types import Emit, EvalResult, Notice
+
+VERSION = 1
+
+
+def sst2(model: LoadedModel, name: str, options: EvalOptions, emit: Emit) -> list[EvalResult]:
+    """Accuracy of a sentiment classifier."""
+    return _classes(model, name, ("accuracy",), options, emit)
+
+
+def cola(model: LoadedModel, name: str, options: EvalOptions, emit: Emit) -> list[EvalResult]:
+    """Matthews correlation of an acceptability classifier, accuracy beside it."""
+    return _classes(model, name, ("matthews", "accuracy"), options, emit)
+
+
+def stsb(model: LoadedModel, name: str, options: EvalOptions, emit: Emit) -> list[EvalResult]:
+    """Correlation of similarities with human scores: a regressor's, or the cosine of embeddings."""
+    begin = time.perf_counter()
+    found = _load(name, options)
+    how: tuple[str, ...] = ()
+    if model.kind == "classifier":
+        require_score(model.config, name)
+        logits, encoded = _logits(model, name, found.sentences, options, emit)
+        metrics = ("pearson", "spearman")
+        predictions = logits[:, 0].double()
+    else:
+        predictions, encoded, how = _similarities(model, name, found, options, emit)
+        metrics = ("spearman", "pearson")
+    values = predictions.numpy()
+    return _results(name, metrics, found, values, encoded, options, emit, begin, how)
+
+
+def _load(name: str, options: EvalOptions) -> GlueSet:
+    found = load_glue(
+        name.removeprefix("glue/"),
+        "dev",
+        data_dir=options.data_dir,
+        cache_dir=options.cache_dir,
+        token=options.token,
+    )
+    return found.first(options.count(len(found)))
+
+
+def _classes(
+    model: LoadedModel, name: str, metrics: tuple[str, ...], options: EvalOptions, emit: Emit
+) -> list[EvalResult]:
+    begin = time.perf_counter()
+    found = _load(name, options)
+    order = class_order(model.config, name, found.label_names, emit)
+    logits, encoded = _logits(model, name, found.sentences, options, emit)
+    predictions = np.array(order, dtype=np.float64)[logits.argmax(1).numpy()]
+    return _results(name, metrics, found, predictions, encoded, options, emit, begin, ())
+
+
+def _logits(
+    model: LoadedModel,
+    name: str,
+    sentences: Sequence[tuple[str, ...]],
+    options: EvalOptions,
+    emit: Emit,
+) -> tuple[Tensor, Encoded]:
+    encoded = encode(model, sentences, options.max_length, name, emit)
+
+    def logits(batch: Batch) -> Tensor:
+        return model.module(**batch).logits  # type: ignore[no-any-return]
+
+    found = forward(model, encoded, logits, batch_size=options.batch_size, name=name, emit=emit)
+    return found, encoded
+
+
+def _similarities(
+    model: LoadedModel, name: str, found: GlueSet, options: EvalOptions, emit: Emit
+) -> tuple[Tensor, Encoded, tuple[str, ...]]:
+    pooling, length = read_pooling(model.path), options.max_length or read_length(model.path)
+    # of a masked language model the body without its head
+    body: Any = model.module if model.kind == "encoder" else model.module.base_model
+    sentences = [(sentence,) for pair in found.sentences for sentence in pair]
+    encoded = encode(model, sentences, length, name, emit)
+
+    def embed(batch: Batch) -> Tensor:
+        return pool(body(**batch).last_hidden_state, batch["attention_mask"], pooling)
+
+    vectors = forward(model, encoded, embed, batch_size=options.batch_size, name=name, emit=emit)
+    how = (f"cosine of embeddings, pooling {pooling}, at most {length} tokens",)
+    return cosine(vectors[0::2], vectors[1::2]), encoded, how
+
+
+def _results(
+    name: str,
+    metrics: Sequence[str],
+    found: GlueSet,
+    predictions: Values,
+    encoded: Encoded,
+    options: EvalOptions,
+    emit: Emit,
+    begin: float,
+    notes: tuple[str, ...],
+) -> list[EvalResult]:
+    if is_constant(predictions) and len(predictions) > 1:
+        message = (
+            f"all {len(predictions)} predictions are the same; a correlation is then given as 0"
+        )
+        emit(Notice(kind="warning", subject=name, message=message))
+        notes = (*notes, message)
+    if encoded.truncated:
+        notes = (*notes, f"{encoded.truncated} samples cut at {encoded.max_length} tokens")
+    labels, seconds = np.array(found.labels, dtype=np.float64), time.perf_counter() - begin
+    return [
+        EvalResult(
+            task=name,
+            version=VERSION,
+            metric=metric,
+            value=METRICS[metric](labels, predictions),
+            stderr=standard_error(metric, labels, predictions, options.seed),
+            unit="share of sentences" if metric == "accuracy" else "correlation",
+            higher_is_better=True,
+            samples=len(found),
+            seconds=seconds,
+            tokens=encoded.tokens,
+            data_source=found.origin,
+            data_sha256=found.sha256,
+            notes=notes,
+        )
+        for metric in metrics
+    ]
