@@ -15,6 +15,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from cptq.types import LayerSpec, TensorSpec
 
+#: tensors of one packed layer
+PACKED_TENSORS = 3
+
 
 def packed_tensors(layer: LayerSpec, bits: int, groups: int) -> tuple[TensorSpec, ...]:
     """The three tensors of a compressed layer; `groups` scales per output row."""

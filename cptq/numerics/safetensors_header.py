@@ -11,7 +11,8 @@ Pure Python: a byte budget is counted with it where no torch is loaded.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, Protocol, TypeVar
 
 from cptq.types import TensorSpec
 
@@ -34,6 +35,8 @@ DTYPE_ORDER = (
 )
 _RANK: Mapping[str, int] = {dtype: rank for rank, dtype in enumerate(DTYPE_ORDER)}
 ALIGNMENT = 8
+#: bytes of a JSON header without entries
+FRAME = len(json.dumps({"__metadata__": dict(METADATA)}, separators=(",", ":")))
 #: bytes of tensors in one file; more are split over shards, as transformers does
 SHARD_BYTES = 5_000_000_000
 
@@ -63,22 +66,57 @@ def _entry(spec: TensorSpec, start: int) -> str:
     return f'{name}:{{"dtype":"{spec.dtype}","shape":[{shape}],"data_offsets":[{offsets}]}}'
 
 
-def entry_bytes(spec: TensorSpec, start_digits: int, end_digits: int) -> int:
-    """Bytes of a tensor's entry and its comma, given how many digits its two offsets have."""
-    at_zero = len(_entry(spec, 0).encode()) - 1 - len(str(spec.nbytes))
-    return at_zero + start_digits + end_digits + 1
+class Entry(NamedTuple):
+    """What counting needs of a tensor, computed once; sorts in file order.
+
+    `fixed` is the length of the header entry with its comma and without the two offsets.
+    """
+
+    rank: int
+    name: str
+    nbytes: int
+    fixed: int
+
+    def length(self, start: int) -> int:
+        """Bytes of the header entry of a tensor that starts at an offset."""
+        return self.fixed + len(str(start)) + len(str(start + self.nbytes))
 
 
-def split_shards(specs: Sequence[TensorSpec], most: int = SHARD_BYTES) -> list[list[TensorSpec]]:
+def measure(spec: TensorSpec) -> Entry:
+    """A tensor as an `Entry`."""
+    at_zero, nbytes = len(_entry(spec, 0).encode()), spec.nbytes
+    fixed = at_zero - len("0") - len(str(nbytes)) + len(",")
+    return Entry(rank=_RANK[spec.dtype], name=spec.name, nbytes=nbytes, fixed=fixed)
+
+
+def header_length(entries: Iterable[Entry]) -> int:
+    """`len(header_bytes(...))` of measured tensors, many times as fast."""
+    start, length = 0, FRAME
+    for entry in sorted(entries):
+        length += entry.length(start)
+        start += entry.nbytes
+    return 8 + length + -length % ALIGNMENT
+
+
+class _Sized(Protocol):
+    @property
+    def nbytes(self) -> int: ...
+
+
+_T = TypeVar("_T", bound=_Sized)
+
+
+def split_shards(tensors: Iterable[_T], most: int = SHARD_BYTES) -> list[list[_T]]:
     """The tensors by file: in the order given, a new file where `most` bytes would be passed."""
-    shards: list[list[TensorSpec]] = [[]]
+    shards: list[list[_T]] = [[]]
     held = 0
-    for spec in specs:
-        if held and held + spec.nbytes > most:
+    for tensor in tensors:
+        nbytes = tensor.nbytes
+        if held and held + nbytes > most:
             shards.append([])
             held = 0
-        shards[-1].append(spec)
-        held += spec.nbytes
+        shards[-1].append(tensor)
+        held += nbytes
     return shards
 
 
@@ -89,9 +127,9 @@ def shard_names(count: int) -> list[str]:
     return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def total_bytes(specs: Sequence[TensorSpec], most: int = SHARD_BYTES) -> int:
+def total_bytes(entries: Iterable[Entry], most: int = SHARD_BYTES) -> int:
     """Bytes of the file or of all shards together (not of the JSON index beside shards)."""
     return sum(
-        len(header_bytes(shard)) + sum(spec.nbytes for spec in shard)
-        for shard in split_shards(specs, most)
+        header_length(shard) + sum(entry.nbytes for entry in shard)
+        for shard in split_shards(entries, most)
     )

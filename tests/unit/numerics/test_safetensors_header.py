@@ -11,8 +11,9 @@ from safetensors.torch import save, save_file
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.numerics.safetensors_header import (
     DTYPE_ORDER,
-    entry_bytes,
     header_bytes,
+    header_length,
+    measure,
     shard_names,
     split_shards,
     total_bytes,
@@ -40,7 +41,7 @@ def test_equals_the_library_for_all_types_and_odd_shapes() -> None:
     written = library_file(specs)
     header = header_bytes(specs)
     assert written[: len(header)] == header
-    assert len(written) == total_bytes(specs)
+    assert len(written) == total_bytes(map(measure, specs))
 
 
 names = st.text(min_size=1, max_size=8).filter(lambda n: n != "__metadata__")
@@ -58,21 +59,22 @@ def test_equals_the_library(table: dict[str, tuple[str, list[int]]]) -> None:
     specs = [TensorSpec(name=n, dtype=d, shape=tuple(s)) for n, (d, s) in table.items()]
     written = library_file(specs)
     assert written[: len(header_bytes(specs))] == header_bytes(specs)
+    assert header_length(map(measure, specs)) == len(header_bytes(specs))
 
 
 def test_equals_a_file_on_disk(tmp_path: Path) -> None:
     specs = [TensorSpec(name=f"layer.{i}", dtype="F16", shape=(i, 5)) for i in range(40)]
     tensors = {spec.name: torch.zeros(spec.shape, dtype=torch.float16) for spec in specs}
     save_file(tensors, tmp_path / "a.safetensors", METADATA)
-    assert (tmp_path / "a.safetensors").stat().st_size == total_bytes(specs)
+    assert (tmp_path / "a.safetensors").stat().st_size == total_bytes(map(measure, specs))
 
 
-def test_entry_bytes_counts_what_an_entry_adds() -> None:
+def test_an_entry_counts_what_an_entry_adds() -> None:
     one = TensorSpec(name="a", dtype="F16", shape=(64,))
     two = TensorSpec(name="bé", dtype="F16", shape=(1000, 3))
     grown = header_bytes([one, two]).rstrip(b" ")[8:]
     before = header_bytes([one]).rstrip(b" ")[8:]
-    assert len(grown) - len(before) == entry_bytes(two, len("128"), len("6128"))
+    assert len(grown) - len(before) == measure(two).length(128)
 
 
 def test_shards_are_filled_in_order() -> None:

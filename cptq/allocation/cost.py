@@ -1,0 +1,189 @@
+"""The only place that counts bytes: what any choice takes on disk, to the byte.
+
+A checkpoint is its safetensors file (or shards): 8 bytes of length, a JSON header, the tensors. The
+header is counted as well, and it depends on the choice: a packed layer has three entries where a
+dense one has one, and offsets have more or fewer digits. So a whole-file size is no sum over units,
+and is computed exactly, in the writer's own code (`cptq.numerics.safetensors_header`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from itertools import chain
+
+from cptq.errors import PlanError
+from cptq.numerics.groups import resolve_group
+from cptq.numerics.layout import PACKED_TENSORS, packed_tensors
+from cptq.numerics.safetensors_header import Entry, measure, total_bytes
+from cptq.types import DTYPE_BYTES, Candidate, LayerSpec, SizeReport, TensorSpec, Unit
+
+Choices = Mapping[str, Candidate]
+
+#: floating types wider than the 16 bits that sizes are compared with
+_WIDE = ("F32", "F64")
+
+
+class CostModel:
+    """Bytes of the choices for one model.
+
+    Args:
+        units: the compressible units.
+        tensors: everything a dense artifact holds, tied duplicates dropped.
+
+    Raises:
+        PlanError: a unit has a layer whose weight is not among the tensors.
+    """
+
+    def __init__(self, units: Sequence[Unit], tensors: Sequence[TensorSpec]) -> None:
+        self.units = tuple(units)
+        self.tensors = tuple(tensors)
+        self._unit = {unit.name: unit for unit in self.units}
+        self._specs: dict[tuple[str, Candidate], tuple[TensorSpec, ...]] = {}
+        self._entries: dict[tuple[str, Candidate], tuple[Entry, ...]] = {}
+        self._dense_entries = {spec.name: (measure(spec),) for spec in self.tensors}
+        known = {spec.name for spec in self.tensors}
+        for unit in self.units:
+            for layer in unit.layers:
+                if layer.weight_name not in known:
+                    raise PlanError(f"{layer.weight_name} is not among the checkpoint's tensors")
+
+    def unit_tensors(self, unit_name: str, candidate: Candidate) -> tuple[TensorSpec, ...]:
+        """The tensors that a unit's weights become.
+
+        Raises:
+            PlanError: no such unit, or a candidate that the format cannot hold.
+        """
+        known = self._specs.get((unit_name, candidate))
+        if known is None:
+            layers = self._layers(unit_name)
+            known = tuple(spec for layer in layers for spec in layer_tensors(layer, candidate))
+            self._specs[unit_name, candidate] = known
+        return known
+
+    def _layers(self, unit_name: str) -> tuple[LayerSpec, ...]:
+        unit = self._unit.get(unit_name)
+        if unit is None:
+            raise PlanError(
+                f"the model has no unit {unit_name!r}",
+                allowed=f"{len(self.units)} names such as {', '.join(list(self._unit)[:3])}",
+            )
+        return unit.layers
+
+    def unit_bytes(self, unit_name: str, candidate: Candidate) -> int:
+        """Bytes of a unit's tensors (data only; their header entries are in `file_bytes`)."""
+        return sum(entry.nbytes for entry in self.unit_entries(unit_name, candidate))
+
+    def unit_entries(self, unit_name: str, candidate: Candidate) -> tuple[Entry, ...]:
+        """`unit_tensors`, measured."""
+        known = self._entries.get((unit_name, candidate))
+        if known is None:
+            known = tuple(map(measure, self.unit_tensors(unit_name, candidate)))
+            self._entries[unit_name, candidate] = known
+        return known
+
+    def weight_bytes(self, choices: Choices) -> int:
+        """Bytes of the compressible weights' tensors; a unit without a choice is dense."""
+        return sum(self.unit_bytes(unit.name, _choice(choices, unit)) for unit in self.units)
+
+    def file_bytes(self, choices: Choices) -> int:
+        """Bytes of the safetensors file, or of all shards of one above 5 GB.
+
+        A unit without a choice is dense, so `file_bytes({})` is the uncompressed checkpoint. The
+        JSON index beside shards is not counted: it holds no weights.
+
+        Raises:
+            PlanError: as `unit_tensors`.
+        """
+        self._refuse_unknown(choices)
+        entries = dict(self._dense_entries)
+        for unit in self.units:
+            candidate = _choice(choices, unit)
+            if not candidate.dense:
+                packed, each = self.unit_entries(unit.name, candidate), PACKED_TENSORS
+                for i, layer in enumerate(unit.layers):
+                    entries[layer.weight_name] = packed[i * each : (i + 1) * each]
+        return total_bytes(chain.from_iterable(entries.values()))
+
+    def uniform_bytes(self, candidate: Candidate) -> int:
+        """`file_bytes` with one candidate for every unit."""
+        return self.file_bytes({unit.name: candidate for unit in self.units})
+
+    @cached_property
+    def dense_bytes(self) -> int:
+        """Bytes of the file with nothing compressed, in the checkpoint's own types."""
+        return self.file_bytes({})
+
+    @cached_property
+    def dense_file_bytes(self) -> int:
+        """Bytes of the uncompressed file with 16 bits per weight, whatever it is stored in."""
+        half = [
+            replace(spec, dtype="F16") if spec.dtype in _WIDE else spec for spec in self.tensors
+        ]
+        return total_bytes(map(measure, half))
+
+    @cached_property
+    def compressible(self) -> int:
+        """Number of weights in the units."""
+        return sum(unit.numel for unit in self.units)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Number of all stored elements."""
+        return sum(spec.numel for spec in self.tensors)
+
+    def size_report(self, choices: Choices) -> SizeReport:
+        """Bytes, and the averages of bits that a reader may mean.
+
+        `nominal_bits`: bits of a code, averaged over the compressible weights; a dense one counts
+        with its storage type. `effective_bits`: all bytes of the compressible weights (codes,
+        scales, shapes, those kept dense) over their number. `file_bits`: the whole file over all
+        elements. Without a compressible weight the first two are 0.
+        """
+        file_bytes, count = self.file_bytes(choices), max(1, self.compressible)
+        nominal = sum(
+            layer.numel * _code_bits(layer, _choice(choices, unit))
+            for unit in self.units
+            for layer in unit.layers
+        )
+        return SizeReport(
+            file_bytes=file_bytes,
+            dense_file_bytes=self.dense_file_bytes,
+            nominal_bits=nominal / count,
+            effective_bits=8 * self.weight_bytes(choices) / count,
+            file_bits=8 * file_bytes / max(1, self.parameters),
+        )
+
+    def _refuse_unknown(self, choices: Choices) -> None:
+        for name, candidate in choices.items():
+            if name not in self._unit:
+                self.unit_tensors(name, candidate)
+
+
+def layer_tensors(layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
+    """The tensors of one layer's weight under a candidate.
+
+    Raises:
+        PlanError: a candidate that the format cannot hold.
+    """
+    if candidate.dense:
+        shape = layer.shape[::-1] if layer.transposed else layer.shape
+        return (TensorSpec(name=layer.weight_name, dtype=layer.dtype, shape=shape),)
+    if not candidate.symmetric or candidate.sparsity or not 2 <= candidate.bits <= 8:
+        raise PlanError(
+            f"{candidate.label} for {layer.name} cannot be stored in this format",
+            allowed="symmetric codes of 2 to 8 bits without sparsity, or 16",
+        )
+    inputs = layer.shape[1]
+    return packed_tensors(
+        layer, candidate.bits, inputs // resolve_group(inputs, candidate.group_size)
+    )
+
+
+def _choice(choices: Choices, unit: Unit) -> Candidate:
+    return choices.get(unit.name, Candidate(bits=16))
+
+
+def _code_bits(layer: LayerSpec, candidate: Candidate) -> int:
+    return 8 * DTYPE_BYTES[layer.dtype] if candidate.dense else candidate.bits

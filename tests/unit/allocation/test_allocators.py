@@ -1,0 +1,351 @@
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cptq.allocation import ALLOCATORS, knapsack
+from cptq.allocation.allocate import allocate, check_plan
+from cptq.allocation.cost import CostModel
+from cptq.allocation.kmeans import cluster_line
+from cptq.allocation.targets import ledger_of, resolve_budget
+from cptq.errors import BudgetError, PlanError, UnknownNameError
+from cptq.types import Budget, Candidate, Event, Notice, Plan, SensitivityTable
+from tests.reference.allocation import best_clusters, best_loss, spread
+from tests.unit.allocation.synthetic import CANDIDATES, FINGERPRINT, model, random_table, table
+
+MIXING = [name for name in ALLOCATORS if name != "uniform"]
+
+
+def run(
+    name: str,
+    scores: SensitivityTable | None,
+    cost: CostModel,
+    budget: Budget | str,
+    candidates: tuple[Candidate, ...] = CANDIDATES,
+    events: list[Event] | None = None,
+) -> Plan:
+    if isinstance(budget, str):
+        budget = resolve_budget(budget, cost, 64, candidates)
+    emit = (events if events is not None else []).append
+    return allocate(
+        name, scores, cost, budget, candidates, model_fingerprint=FINGERPRINT, emit=emit
+    )
+
+
+def size(cost: CostModel, plan: Plan, candidates: tuple[Candidate, ...]) -> tuple[int, int]:
+    """What the budget limits, and its limit."""
+    ledger = ledger_of(plan.budget, cost, candidates)
+    return ledger.exact(plan.choices), ledger.limit
+
+
+def assert_full(cost: CostModel, plan: Plan, candidates: tuple[Candidate, ...]) -> None:
+    """No unit can take its next larger candidate."""
+    ledger = ledger_of(plan.budget, cost, candidates)
+    used = ledger.exact(plan.choices)
+    for unit, chosen in plan.choices.items():
+        for candidate in candidates:
+            if cost.unit_bytes(unit, candidate) > cost.unit_bytes(unit, chosen):
+                larger = ledger.exact({**plan.choices, unit: candidate})
+                assert larger > ledger.limit or larger <= used
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    units=st.integers(1, 5),
+    share=st.floats(0, 1),
+    noise=st.sampled_from([0.0, 0.3, 2.0]),
+    count=st.integers(1, 7),
+    suffix=st.sampled_from(["bytes", "bpw"]),
+)
+def test_knapsack_is_optimal(
+    seed: int, units: int, share: float, noise: float, count: int, suffix: str
+) -> None:
+    draw = random.Random(seed)
+    candidates = tuple(sorted(draw.sample(CANDIDATES, count)))
+    cost = model(units, seed=seed)
+    scores = random_table(cost, seed, candidates, noise)
+    sizes = sorted(
+        cost.file_bytes(dict.fromkeys((u.name for u in cost.units), c)) for c in candidates
+    )
+    budget = Budget(limit_bytes=round(sizes[0] + share * (sizes[-1] - sizes[0])), asked="")
+    if suffix == "bpw":
+        bits = 8 * cost.weight_bytes(dict.fromkeys((u.name for u in cost.units), candidates[0]))
+        value = bits / cost.compressible + 16 * share + 0.01
+        budget = Budget(limit_bytes=10**9, asked=f"{value:.4f}bpw")
+    ledger = ledger_of(budget, cost, candidates)
+    expected = best_loss(scores.scores, candidates, ledger.exact, ledger.limit)
+    if expected is None:
+        with pytest.raises(BudgetError):
+            run("knapsack", scores, cost, budget, candidates)
+        return
+    plan = run("knapsack", scores, cost, budget, candidates)
+    used, limit = size(cost, plan, candidates)
+    assert used <= limit
+    assert plan.predicted_loss == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    assert_full(cost, plan, candidates)
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10**6), extra=st.integers(0, 40), units=st.integers(1, 4))
+def test_knapsack_is_optimal_at_the_edge_of_a_plan(seed: int, extra: int, units: int) -> None:
+    """Limits within a few bytes of some plan, where the digits of offsets decide."""
+    cost, draw = model(units, seed=seed, sizes=(33, 34, 35)), random.Random(seed)
+    scores = random_table(cost, seed, noise=1.0)
+    plan = {u.name: draw.choice(CANDIDATES) for u in cost.units}
+    limit = cost.file_bytes(plan) + extra - 20
+    expected = best_loss(scores.scores, CANDIDATES, cost.file_bytes, limit)
+    if expected is not None:
+        found = run("knapsack", scores, cost, Budget(limit_bytes=limit, asked="by hand"))
+        assert found.predicted_bytes <= limit
+        assert found.predicted_loss == pytest.approx(expected, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("target", ["2.3bit", "4bit", "3.5bpw", "6.2bpw", "45%", "150KB", "16bit"])
+@pytest.mark.parametrize("seed", range(2))
+def test_the_budget_is_kept_and_used(name: str, target: str, seed: int) -> None:
+    cost = model(15, seed=seed, sizes=(64, 96, 130))
+    plan = run(name, random_table(cost, seed, noise=0.5), cost, target)
+    used, limit = size(cost, plan, CANDIDATES)
+    assert used <= limit
+    assert plan.predicted_bytes == cost.file_bytes(plan.choices) <= plan.budget.limit_bytes
+    assert list(plan.choices) == [u.name for u in cost.units]
+    assert_full(cost, plan, CANDIDATES)
+
+
+@pytest.mark.parametrize("target", ["2.3bit", "4bit", "3.5bpw"])
+def test_the_order_of_the_allocators(target: str) -> None:
+    cost = model(15, sizes=(64, 96, 130))
+    scores = random_table(cost, 3)
+    loss = {name: run(name, scores, cost, target).predicted_loss or 0.0 for name in ALLOCATORS}
+    assert loss["knapsack"] <= loss["greedy"] * (1 + 1e-12)
+    assert loss["knapsack"] <= loss["cluster"] * (1 + 1e-12)
+    assert loss["knapsack"] < loss["uniform"]
+
+
+def test_uniform_takes_the_largest_that_fits_and_says_what_is_left() -> None:
+    cost = model(6)
+    events: list[Event] = []
+    plan = run("uniform", None, cost, "3.7bit", events=events)
+    assert set(plan.choices.values()) == {Candidate(bits=3, group_size=64)}
+    left = plan.budget.limit_bytes - plan.predicted_bytes
+    assert plan.notes == (
+        f"uniform w3g64 leaves {left:,} bytes of the budget; nothing is mixed to fill them",
+    )
+    assert [e.message for e in events if isinstance(e, Notice)] == list(plan.notes)
+    assert plan.predicted_loss is None
+
+
+def test_uniform_at_its_own_size_leaves_nothing() -> None:
+    plan = run("uniform", None, model(6), "4bit")
+    assert set(plan.choices.values()) == {Candidate(bits=4, group_size=64)}
+    assert plan.notes == ()
+
+
+def test_cluster_gives_sensitive_units_more_bits() -> None:
+    cost = model(9, sizes=(64,))
+    names = [u.name for u in cost.units]
+    level = {name: 100.0 ** (i % 3) for i, name in enumerate(names)}
+    scores = table(cost, lambda n, c: 0.0 if c.dense else level[n] * 4.0**-c.bits)
+    plan = run("cluster", scores, cost, "5bit")
+    mean = [sum(plan.choices[n].bits for n in names[k::3]) / 3 for k in range(3)]
+    assert mean == sorted(mean)
+    assert mean[0] < mean[2]
+    assert plan.notes[0].startswith("clusters, least sensitive first: 3 units at ")
+
+
+@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("clusters", [1, 2, 3, 4])
+def test_clusters_are_optimal(seed: int, clusters: int) -> None:
+    draw = random.Random(seed)
+    values = [draw.choice((1e6, 1.0)) + draw.lognormvariate(0, 2) for _ in range(9)]
+    labels = cluster_line(values, clusters)
+    parts = [[v for v, k in zip(values, labels, strict=True) if k == j] for j in range(clusters)]
+    assert all(parts)
+    means = [sum(part) / len(part) for part in parts]
+    assert means == sorted(means)
+    expected = best_clusters(values, clusters)
+    assert sum(map(spread, parts)) == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("values", "labels"),
+    [([], []), ([5.0], [0]), ([2.0, 2.0], [0, 0]), ([3.0, 1.0, 3.0], [1, 0, 1])],
+)
+def test_fewer_values_than_clusters(values: list[float], labels: list[int]) -> None:
+    assert cluster_line(values, 3) == labels
+
+
+@pytest.mark.parametrize("name", list(ALLOCATORS))
+def test_same_input_same_plan(name: str) -> None:
+    cost = model(12)
+    scores = random_table(cost, 1, noise=0.5)
+    assert run(name, scores, cost, "3bit") == run(name, scores, cost, "3bit")
+
+
+def test_equal_units_and_equal_scores() -> None:
+    """Ties everywhere: still a plan within the budget, and quickly."""
+    cost = model(40, sizes=(64,))
+    scores = table(cost, lambda n, c: 4.0**-c.bits)
+    plan = run("knapsack", scores, cost, "3.3bit")
+    assert plan.predicted_bytes <= plan.budget.limit_bytes
+    assert_full(cost, plan, CANDIDATES)
+
+
+def test_scores_of_zero_still_use_the_budget() -> None:
+    cost = model(6)
+    plan = run("knapsack", table(cost, lambda n, c: 0.0), cost, "5bit")
+    assert plan.predicted_loss == 0
+    assert_full(cost, plan, CANDIDATES)
+
+
+def test_a_metric_that_is_not_monotone_is_mended_and_reported() -> None:
+    cost = model(4, sizes=(64,))
+    scores = table(cost, lambda n, c: {3: 1.0, 4: 5.0}.get(c.bits, 20.0 / c.bits))
+    events: list[Event] = []
+    plan = run("knapsack", scores, cost, "3bit", events=events)
+    warnings = [e for e in events if isinstance(e, Notice) and e.kind == "warning"]
+    assert len(warnings) == 1
+    assert "4 of 4 units scored worse with more bytes" in warnings[0].message
+    assert plan.predicted_loss == 4.0
+
+
+def test_a_budget_beyond_all_candidates_says_what_is_left() -> None:
+    cost = model(4)
+    plan = run("knapsack", random_table(cost), cost, "8bit", CANDIDATES[:3])
+    assert {c.bits for c in plan.choices.values()} == {4}
+    assert "every unit has its largest candidate" in plan.notes[0]
+
+
+def test_too_many_states_are_cut_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(knapsack, "FEW_STATES", 2)
+    monkeypatch.setattr(knapsack, "MOST_STATES", 4)
+    cost = model(25)
+    events: list[Event] = []
+    plan = run("knapsack", random_table(cost, 5), cost, "3.37bit", events=events)
+    assert plan.predicted_bytes <= plan.budget.limit_bytes
+    assert any(isinstance(e, Notice) and e.kind == "fallback" for e in events)
+
+
+@pytest.mark.parametrize("name", MIXING)
+def test_32_blocks_of_7_layers_with_14_candidates_take_seconds(name: str) -> None:
+    cost = model(224, sizes=(512, 576, 1536))
+    candidates = tuple(
+        Candidate(bits=bits, group_size=group) for bits in range(2, 9) for group in (32, 64)
+    )
+    scores = random_table(cost, 7, candidates, noise=0.1)
+    start = time.perf_counter()
+    plan = run(name, scores, cost, "4bit", candidates)
+    assert time.perf_counter() - start < 30  # about 2 s on an idle core
+    assert plan.predicted_bytes <= plan.budget.limit_bytes
+
+
+def test_no_units_make_an_empty_plan() -> None:
+    cost = CostModel([], model(2).tensors)
+    for name in ALLOCATORS:
+        plan = run(name, table(cost, lambda n, c: 0.0), cost, "4bit")
+        assert plan.choices == {}
+        assert plan.predicted_bytes == cost.dense_bytes
+
+
+def test_a_missing_candidate_is_named() -> None:
+    cost = model(3)
+    scores = random_table(cost, candidates=CANDIDATES[:3])
+    with pytest.raises(PlanError, match=r"no score for 'model\.layers\.0' at w5g64"):
+        run("greedy", scores, cost, "4bit")
+
+
+def test_a_missing_unit_is_named() -> None:
+    cost = model(3)
+    scores = random_table(model(2))
+    with pytest.raises(PlanError, match=r"no scores for 'model\.layers\.2'"):
+        run("knapsack", scores, cost, "4bit")
+
+
+def test_a_missing_sensitivity_is_named() -> None:
+    cost = model(3)
+    scores = replace(random_table(cost), per_unit={"model.layers.0": 1.0})
+    with pytest.raises(PlanError, match=r"no sensitivity of 'model\.layers\.1'"):
+        run("cluster", scores, cost, "4bit")
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_score_that_is_no_number_is_refused(bad: float) -> None:
+    cost = model(2)
+    scores = table(cost, lambda n, c: bad if c.bits == 5 else 1.0)
+    with pytest.raises(PlanError, match=r"score of 'model\.layers\.0' at w5g64 is"):
+        run("knapsack", scores, cost, "4bit")
+
+
+def test_scores_of_another_model_are_refused() -> None:
+    cost = model(2)
+    scores = replace(random_table(cost), model_fingerprint="e" * 64)
+    with pytest.raises(PlanError, match="made on another model"):
+        run("knapsack", scores, cost, "4bit")
+
+
+def test_scores_are_needed() -> None:
+    with pytest.raises(PlanError, match="needs the scores of a metric"):
+        run("greedy", None, model(2), "4bit")
+
+
+def test_no_candidates() -> None:
+    with pytest.raises(PlanError, match="no candidates"):
+        run("uniform", None, model(2), Budget(limit_bytes=1, asked=""), ())
+
+
+def test_a_budget_below_everything() -> None:
+    with pytest.raises(BudgetError, match="below the smallest plan"):
+        run("uniform", None, model(2), Budget(limit_bytes=1000, asked="by hand"))
+
+
+def test_an_unknown_allocator() -> None:
+    with pytest.raises(UnknownNameError, match="did you mean 'knapsack'"):
+        run("knapsak", None, model(2), "4bit")
+
+
+def plan_of(cost: CostModel) -> Plan:
+    return run("knapsack", random_table(cost), cost, "4bit")
+
+
+def test_a_plan_edited_by_hand_is_checked() -> None:
+    cost = model(3)
+    plan = plan_of(cost)
+    check_plan(plan, cost, FINGERPRINT)
+    fewer = replace(plan, choices=dict(list(plan.choices.items())[1:]))
+    more = replace(plan, choices={**plan.choices, "nope": CANDIDATES[0]})
+    lopsided = replace(
+        plan, choices={**plan.choices, cost.units[0].name: Candidate.parse("w4c-asym")}
+    )
+    for bad, words in (
+        (fewer, "says nothing about"),
+        (more, "no unit 'nope'"),
+        (lopsided, "stored"),
+    ):
+        with pytest.raises(PlanError, match=words):
+            check_plan(bad, cost, FINGERPRINT)
+    with pytest.raises(PlanError, match="made for another model"):
+        check_plan(plan, cost, "e" * 64)
+
+
+def test_a_plan_survives_json() -> None:
+    plan = plan_of(model(3))
+    assert Plan.from_dict(plan.to_dict()) == plan
+
+
+def test_no_torch_is_imported() -> None:
+    code = (
+        "import sys, cptq.allocation.allocate\n"
+        "from cptq.allocation import ALLOCATORS\n"
+        "[ALLOCATORS.get(name) for name in ALLOCATORS]\n"
+        "sys.exit('torch' in sys.modules or 'scipy' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
