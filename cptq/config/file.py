@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-
 from cptq.config.settings import FIXED_BY_PLAN, SINGULAR, option
 from cptq.config.values import build, convert, flat_fields
 from cptq.errors import UsageError
@@ -56,17 +54,6 @@ def _check_plan(values: Mapping[str, Any]) -> None:
         )
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML's safe loader that refuses a key given twice."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        doubled = [str(key) for index, key in enumerate(keys) if key in keys[:index]]
-        if doubled:
-            raise UsageError(f"{node.start_mark.name}: {doubled[0]!r} is given twice")
-        return super().construct_mapping(node, deep=deep)
-
-
 def read_file(kind: type, path: Path) -> dict[str, Any]:
     """The settings that a YAML file gives, by field name, each of its field's type.
 
@@ -74,10 +61,12 @@ def read_file(kind: type, path: Path) -> dict[str, Any]:
         UsageError: the file cannot be read, is no mapping, or has an unknown key or a value of a
             wrong type; the message names the file, the key and the nearest known one.
     """
+    from cptq.config.strict import load_mapping  # YAML is for those who give a file
+
     known = flat_fields(kind)
     spelled = {SINGULAR.get(name, name): name for name in known} | {name: name for name in known}
     values: dict[str, Any] = {}
-    for key, value in _mapping(path).items():
+    for key, value in load_mapping(path).items():
         name = spelled.get(str(key).replace("-", "_"))
         if name is None:
             near = closest(str(key), list(spelled))
@@ -88,15 +77,3 @@ def read_file(kind: type, path: Path) -> dict[str, Any]:
             )
         values[name] = convert(f"{path}: {key}", known[name], value)
     return values
-
-
-def _mapping(path: Path) -> dict[Any, Any]:
-    try:
-        with path.open(encoding="utf-8") as stream:
-            data = yaml.load(stream, Loader=_Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
-        raise UsageError(f"the config file {path} cannot be read: {reason}") from error
-    if not isinstance(data, dict):
-        raise UsageError(f"{path} holds no settings", allowed="lines such as `target: 4bit`")
-    return data

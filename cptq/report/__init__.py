@@ -1,6 +1,5 @@
-"""One summary of a run and its renderings: JSON, Markdown and a self-contained HTML page."""
+"""One summary of a run (`summary`) and its renderings (`render`): JSON, Markdown, HTML."""
 
-from cptq.report.render import render_reports, write_reports
 from cptq.report.summary import (
     AnalyzeOutcome,
     CompressOutcome,
@@ -17,6 +16,4 @@ __all__ = [
     "ModelFacts",
     "Summary",
     "VerificationFacts",
-    "render_reports",
-    "write_reports",
 ]

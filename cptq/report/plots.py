@@ -17,7 +17,7 @@ from cptq.report.words import number, plural
 from cptq.types import LayerSpec, SensitivityTable, Unit
 
 WIDTH, HEIGHT = 960.0, 250.0
-LEFT, RIGHT, TOP, BOTTOM = 62.0, 8.0, 12.0, 34.0
+LEFT, RIGHT, TOP, BOTTOM = 62.0, 8.0, 14.0, 30.0
 #: room between blocks, in widths of one mark
 GAP = 0.8
 #: marks of more roles than this share the last colour
@@ -156,7 +156,7 @@ def dots(
     at = dict(zip(names, columns.centers, strict=True))
     drawn = [mark for mark in marks if isfinite(mark.value)]
     scale = choose_scale([mark.value for mark in drawn], top=TOP, bottom=HEIGHT - BOTTOM)
-    radius = min(3.6, max(1.6, columns.step * 0.42))
+    radius = min(3.6, max(2.0, columns.step * 0.42))
     body = _bands(columns) + _grid(scale)
     if joined:
         body += "".join(_lines(drawn, at, scale))

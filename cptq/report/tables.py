@@ -68,6 +68,8 @@ def verification_words(facts: VerificationFacts) -> str:
     keys = "; ".join(bad) if bad else "no missing, unexpected or mismatched key"
     if facts.max_abs_difference is None:
         return f"{keys}; outputs not compared"
+    if facts.max_abs_difference == 0:
+        return f"{keys}; outputs equal"
     return f"{keys}; outputs differ by at most {facts.max_abs_difference:.3g}"
 
 
@@ -76,7 +78,7 @@ def width_table(summary: Summary) -> Table | None:
     rows = [
         (
             row.label,
-            words.plural(row.layers, "layer"),
+            str(row.layers),
             words.count(row.weights),
             words.percent(row.share),
         )
@@ -87,7 +89,7 @@ def width_table(summary: Summary) -> Table | None:
     rest = [layer for layer in left_alone(summary) if layer.tied_to is None]
     if rest:
         weights = words.count(sum(layer.numel for layer in rest))
-        rows.append(("outside the plan", words.plural(len(rest), "layer"), weights, ""))
+        rows.append(("outside the plan", str(len(rest)), weights, ""))
     return Table(
         title="Layers per width",
         columns=("stored as", "layers", "weights", "of planned"),
@@ -101,23 +103,18 @@ def evaluation_table(summary: Summary) -> Table | None:
     """Results, beside the baseline where one was measured."""
     if not summary.evaluation:
         return None
+    beside = bool(summary.baseline)
     rows = []
     for row in compare(summary.evaluation, summary.baseline):
-        own: tuple[str, ...] = (row.result.task, row.result.metric, _with_error(row.result))
-        if summary.baseline:
-            base = _with_error(row.baseline) if row.baseline else "-"
-            own += (base, words.signed(row.difference) + (" worse" if row.worse else ""))
-        rows.append((*own, row.result.unit))
-    columns = (
-        "task",
-        "metric",
-        "value",
-        *(("baseline", "difference") if summary.baseline else ()),
-        "unit",
-    )
+        cells = [row.result.task, row.result.metric, _with_error(row.result)]
+        if beside:
+            base = words.number(row.baseline.value) if row.baseline else "-"
+            cells += [base, words.signed(row.difference, 3), row.verdict]
+        rows.append((*cells, row.result.unit))
+    extra = ("baseline", "difference", "") if beside else ()
     return Table(
         title="Evaluation",
-        columns=columns,
+        columns=("task", "metric", "value", *extra, "unit"),
         rows=tuple(rows),
         right=("value", "baseline", "difference"),
         note=f"Baseline: {summary.baseline_source}" if summary.baseline_source else "",

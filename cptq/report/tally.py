@@ -37,12 +37,13 @@ class Comparison:
         return None if self.baseline is None else self.result.value - self.baseline.value
 
     @property
-    def worse(self) -> bool:
-        """The difference goes the wrong way."""
-        difference = self.difference
-        if not difference:
-            return False
-        return (difference < 0) == self.result.higher_is_better
+    def verdict(self) -> str:
+        """ "better", "worse", "same", or "" without a baseline."""
+        if self.difference is None or self.difference != self.difference:
+            return ""
+        if self.difference == 0:
+            return "same"
+        return "better" if (self.difference > 0) == self.result.higher_is_better else "worse"
 
 
 def layer_choices(summary: Summary) -> dict[str, Candidate]:

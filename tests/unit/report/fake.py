@@ -72,7 +72,9 @@ def table(metric: str, rows: tuple[Unit, ...], spread: float, seed: int) -> Sens
     for unit in rows:
         depth = (unit.block or 0) / last
         bowl = (2 * depth - 1) ** 4
-        per_unit[unit.name] = WEIGHT[unit.role] * exp(spread * (bowl - 0.4 * depth + rng.gauss(0, 0.12)))
+        per_unit[unit.name] = WEIGHT[unit.role] * exp(
+            spread * (bowl - 0.4 * depth + rng.gauss(0, 0.12))
+        )
     if spread < 1:
         top = max(per_unit.values())
         per_unit = {name: 0.6 * score / top for name, score in per_unit.items()}
@@ -85,7 +87,9 @@ def table(metric: str, rows: tuple[Unit, ...], spread: float, seed: int) -> Sens
         per_block[unit.block or 0] = per_block.get(unit.block or 0, 0.0) + per_unit[unit.name]
     return SensitivityTable(
         metric=metric,
-        score_unit={"cca": "1 - mean rho", "pruning": "nats per token"}.get(metric, "nats per sample"),
+        score_unit={"cca": "1 - mean rho", "pruning": "nats per token"}.get(
+            metric, "nats per sample"
+        ),
         scores=scores,
         per_unit=per_unit,
         per_block=per_block,
@@ -127,11 +131,13 @@ def evaluation(scale: float, accuracy: float) -> tuple[EvalResult, ...]:
     return (
         EvalResult(
             task="wikitext", metric="token_perplexity", value=27.05 * scale, unit="perplexity",
-            higher_is_better=False, seqlen=2048, tokens=20_480, data_source="wikitext-2-raw", **common,
+            higher_is_better=False, seqlen=2048, tokens=20_480,
+            data_source="wikitext-2-raw", **common,
         ),
         EvalResult(
             task="wikitext", metric="bits_per_byte", value=1.021 * scale**0.2, unit="bits per byte",
-            higher_is_better=False, seqlen=2048, tokens=20_480, data_source="wikitext-2-raw", **common,
+            higher_is_better=False, seqlen=2048, tokens=20_480,
+            data_source="wikitext-2-raw", **common,
         ),
         EvalResult(
             task="glue/sst2", metric="accuracy", value=accuracy, unit="share", stderr=0.0101,

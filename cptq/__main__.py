@@ -1,0 +1,6 @@
+"""`python -m cptq`."""
+
+from cptq.cli.app import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,86 @@
+"""`cptq compress`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from cptq.cli import options as o
+from cptq.cli.run import run
+from cptq.config import CompressSettings
+
+Target = Annotated[
+    str | None,
+    typer.Option(
+        "--target",
+        "-t",
+        metavar="SIZE",
+        help="4bit, 3.5bit, 3.5bpw, 25% or 120MB: never above; default 4bit.",
+        show_default=False,
+    ),
+]
+Metric = Annotated[
+    str | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        help="What decides the widths; default output.",
+        show_default=False,
+    ),
+]
+Allocator = Annotated[
+    str | None,
+    typer.Option(
+        "--allocator",
+        metavar="NAME",
+        help="knapsack, cluster, greedy or uniform; default knapsack.",
+        show_default=False,
+    ),
+]
+Compressor = Annotated[
+    str | None,
+    typer.Option(
+        "--compressor", metavar="NAME", help="gptq or nearest; default gptq.", show_default=False
+    ),
+]
+PlanFile = Annotated[
+    Path | None,
+    typer.Option("--plan", metavar="FILE", help="A plan.json to carry out, in place of --target."),
+]
+
+
+def compress(
+    ctx: typer.Context,
+    model: o.Model = None,
+    target: Target = None,
+    metric: Metric = None,
+    allocator: Allocator = None,
+    compressor: Compressor = None,
+    plan: PlanFile = None,
+    bits: o.Bits = None,
+    group_size: o.GroupSize = None,
+    config: o.Config = None,
+    calibration: o.Calibration = None,
+    samples: o.Samples = None,
+    seqlen: o.Seqlen = None,
+    device: o.Device = None,
+    dtype: o.Dtype = None,
+    batch_size: o.BatchSize = None,
+    seed: o.Seed = None,
+    data_dir: o.DataDir = None,
+    revision: o.Revision = None,
+    token: o.Token = None,
+    cache_dir: o.CacheDir = None,
+    trust_remote_code: o.TrustRemoteCode = None,
+    allow_pickle: o.AllowPickle = None,
+    out: o.OutDir = None,
+    overwrite: o.Overwrite = None,
+    shape: o.Shape = "human",
+) -> None:
+    """Compress a model to a given size; transformers loads the result.
+
+    Writes to MODEL-cptq-TARGET, or to the directory given by -o.
+    """
+    run("compress", CompressSettings, ctx.params)

@@ -1,0 +1,49 @@
+"""What must be in the environment before torch and transformers are imported.
+
+Only defaults are set: what the user has set stays.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import MutableMapping
+
+#: idle OpenMP threads sleep instead of spinning: other work on the machine keeps its cores
+ALWAYS = {"OMP_WAIT_POLICY": "passive", "TOKENIZERS_PARALLELISM": "false"}
+#: progress bars and chatter of libraries; ours are shown instead
+QUIET = {
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DATASETS_VERBOSITY": "error",
+}
+_CHATTY = r"(torch|transformers|huggingface_hub|datasets|compressed_tensors|sklearn)(\.|$)"
+
+
+def debugging(environ: MutableMapping[str, str]) -> bool:
+    """CPTQ_DEBUG asks for tracebacks and for what libraries have to say."""
+    return environ.get("CPTQ_DEBUG", "") not in ("", "0")
+
+
+def prepare(environ: MutableMapping[str, str]) -> None:
+    """Set the defaults in `environ`; call this before anything imports torch."""
+    quiet = {} if debugging(environ) else QUIET
+    for name, value in {**ALWAYS, **quiet}.items():
+        environ.setdefault(name, value)
+
+
+def hush() -> None:
+    """Silence Python warnings raised inside libraries; ours are shown."""
+    warnings.filterwarnings("ignore", module=_CHATTY)
+    for category in (DeprecationWarning, FutureWarning):
+        warnings.filterwarnings("ignore", category=category)
+
+
+def tolerate_encodings() -> None:
+    """Let a terminal that cannot show a character show `?` instead of failing the run."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="replace")

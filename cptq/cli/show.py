@@ -1,0 +1,117 @@
+"""What a command prints when it is done, in each of the three formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from cptq.cli.console import Talk
+from cptq.cli.sketch import sketch
+from cptq.report.summary import AnalyzeOutcome, CompressOutcome, EvalOutcome, Summary, plain
+from cptq.report.table import Table, pairs
+from cptq.report.tables import (
+    evaluation_table,
+    size_table,
+    top_table,
+    verification_words,
+    width_table,
+)
+from cptq.report.tally import notices_by_kind
+from cptq.report.words import number, seconds
+from cptq.types import SensitivityTable
+
+Outcome = AnalyzeOutcome | CompressOutcome | EvalOutcome
+TOP = 5
+
+
+def show(talk: Talk, outcome: Outcome) -> None:
+    """Print the outcome as the format asks."""
+    if talk.shape == "json":
+        talk.document(document(outcome))
+    elif talk.shape == "quiet":
+        for line in quiet_lines(outcome):
+            talk.line(line)
+    else:
+        HUMAN[outcome.summary.command](talk, outcome)
+        talk.table(last_table(outcome))
+
+
+def document(outcome: Outcome) -> dict[str, Any]:
+    """The document of `--format json`."""
+    found = {name: plain(getattr(outcome, name)) for name in ("out", "reports")}
+    return {"command": outcome.summary.command, **found, "summary": outcome.summary.to_dict()}
+
+
+def quiet_lines(outcome: Outcome) -> list[str]:
+    """The path that was written; for eval the first number of each task, in order."""
+    if isinstance(outcome, EvalOutcome):
+        results = outcome.summary.evaluation
+        first = {row.task: row for row in reversed(results)}
+        return [repr(first[task].value) for task in dict.fromkeys(row.task for row in results)]
+    return [str(outcome.out)]
+
+
+def show_analyze(talk: Talk, outcome: Outcome) -> None:
+    """The most sensitive units by each metric, and each metric over the blocks."""
+    summary = outcome.summary
+    tables = list(summary.sensitivity.values())
+    talk.tables([top_table(table, summary, TOP) for table in tables])
+    talk.tables([block_table(tables)])
+
+
+def block_table(tables: list[SensitivityTable]) -> Table:
+    """A row of bars per metric, one bar a block."""
+    rows = []
+    for table in tables:
+        blocks = sorted(table.per_block)
+        bars, logs = sketch([table.per_block[block] for block in blocks])
+        rows.append((table.metric, bars, "log" if logs else ""))
+    ends = f" ({blocks[0]} to {blocks[-1]})" if tables and blocks else ""
+    note = "log: the bars show the logarithm" if any(row[2] for row in rows) else ""
+    return Table(
+        title=f"Sensitivity over the blocks{ends}",
+        columns=("", "bars", "scale"),
+        rows=tuple(rows),
+        note=note,
+    )
+
+
+def show_compress(talk: Talk, outcome: Outcome) -> None:
+    """Bytes, bits and widths; results, if there are any."""
+    summary = outcome.summary
+    talk.tables([size_table(summary), width_table(summary), evaluation_table(summary)])
+
+
+def show_eval(talk: Talk, outcome: Outcome) -> None:
+    """The results beside the baseline."""
+    talk.tables([evaluation_table(outcome.summary)])
+
+
+HUMAN: Mapping[str, Callable[[Talk, Outcome], None]] = {
+    "analyze": show_analyze,
+    "compress": show_compress,
+    "eval": show_eval,
+}
+
+
+def last_table(outcome: Outcome) -> Table:
+    """Whether it holds, what was noticed, how long it took, where it lies."""
+    summary = outcome.summary
+    facts = summary.verification
+    return pairs(
+        "Done",
+        [
+            ("verified", verification_words(facts) if facts else None),
+            ("notices", notice_words(summary)),
+            ("time", seconds(sum(summary.timings.values())) if summary.timings else None),
+            ("written to", outcome.out),
+            ("report", outcome.reports.get("html") or outcome.reports.get("md")),
+        ],
+    )
+
+
+def notice_words(summary: Summary) -> str:
+    """`1 fallback, 2 skipped (listed in the report)`."""
+    kinds = notices_by_kind(summary.notices)
+    counts = ", ".join(f"{number(len(found))} {kind}" for kind, found in kinds.items())
+    return f"{counts} (the report lists them)" if counts else "none"
