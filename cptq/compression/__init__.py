@@ -1,0 +1,19 @@
+"""Turning dense weights into codes and scales, block by block."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cptq.registry import Registry
+
+if TYPE_CHECKING:
+    from cptq.compression.problem import Compressor
+
+#: --compressor
+COMPRESSORS: Registry[Compressor] = Registry(
+    "compressor",
+    {
+        "gptq": "cptq.compression.gptq:compress",
+        "nearest": "cptq.compression.nearest:compress",
+    },
+)

@@ -1,0 +1,78 @@
+"""The column sweep of optimal brain surgery: GPTQ's and SparseGPT's shared recursion.
+
+For one linear with Hessian H (inputs x inputs) and U upper triangular, H^-1 = U^T U, columns are
+visited in order. Column j is projected onto what may be stored, p(w_j), and its error is spread
+over the columns not yet visited:
+
+    e_j = (w_j - p(w_j)) / U_jj,      w_k <- w_k - e_j U_jk     for k > j
+
+Source: GPTQ (Frantar et al., arXiv 2210.17323, section 3.3); the projection alone tells GPTQ (a
+grid) from SparseGPT (a mask, arXiv 2301.00774, section 3). The squared output error that remains is
+sum_j |e_j|^2. Here the projection is a callable, so both come from one loop.
+
+Blocks: within a block of `block` columns updates are applied at once, to the columns beyond it in
+one matrix product. It is the same sum in another order: `tests/reference/sweep.py` re-inverts the
+remaining sub-matrix at every column, and the two agree for any block size.
+
+The weight is kept transposed (inputs first), so that a column is a contiguous row. Only one frame
+of indices is used: positions in the visited order. Whoever permutes inputs permutes H, the weight
+and the projection alike, and permutes the result back.
+
+Cost: out * in^2 multiply-adds and `in` calls of the projection. Limits: H must be positive
+definite (see `hessian.damped_factor`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+#: gets (position, the current column (out,)) and returns the column as it will be stored
+Project = Callable[[int, Tensor], Tensor]
+
+BLOCK = 128
+#: columns whose updates are applied one at a time inside a block
+INNER = 32
+
+
+def column_sweep(
+    W_IO: Tensor, U_II: Tensor, project: Project, *, block: int = BLOCK
+) -> tuple[Tensor, Tensor]:
+    """Visit every input in order, project it and compensate.
+
+    Args:
+        W_IO: weight, inputs first (in, out); not changed.
+        U_II: upper factor of the inverse Hessian, in the same order of inputs.
+        project: what a column becomes, given its position and its current value.
+        block: how many columns are finished before the rest is updated.
+
+    Returns:
+        The projected weight (in, out), and the remaining error per output (out,), summed over
+        inputs: E|x (W - Q)|^2 per output for the damped H.
+    """
+    W_IO, Q_IO = W_IO.clone(), torch.empty_like(W_IO)
+    loss_O = W_IO.new_zeros(W_IO.shape[1])
+    for start in range(0, W_IO.shape[0], block):
+        stop = min(start + block, W_IO.shape[0])
+        E_BO = _finish_block(W_IO, Q_IO, U_II, start, stop, project)
+        W_IO[stop:].addmm_(U_II[start:stop, stop:].T, E_BO, alpha=-1)
+        loss_O += E_BO.square().sum(0)
+    return Q_IO, loss_O
+
+
+def _finish_block(
+    W_IO: Tensor, Q_IO: Tensor, U_II: Tensor, start: int, stop: int, project: Project
+) -> Tensor:
+    """Project positions start..stop in place; the errors (stop - start, out)."""
+    E_BO = W_IO.new_empty(stop - start, W_IO.shape[1])
+    for left in range(start, stop, INNER):
+        right = min(left + INNER, stop)
+        for j in range(left, right):
+            Q_IO[j] = project(j, W_IO[j])
+            error_O = torch.sub(W_IO[j], Q_IO[j], out=E_BO[j - start]).div_(U_II[j, j])
+            W_IO[j + 1 : right].addr_(U_II[j, j + 1 : right], error_O, alpha=-1)
+        done = slice(left - start, right - start)
+        W_IO[right:stop].addmm_(U_II[left:right, right:stop].T, E_BO[done], alpha=-1)
+    return E_BO
