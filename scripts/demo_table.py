@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cptq.data import load_text
-from cptq.report.words import number, size_exact
+from cptq.report.words import number
 
 Row = tuple[str, str, str, str]
 
@@ -76,7 +76,6 @@ def main() -> None:
     table = [("", "before", "after", "after/before"), row("weight files (bytes)", *sizes)]
     print()
     show(table + rows(data["baseline"], data["evaluation"]))
-    print(f"\n{options.after}: {size_exact(sizes[1])}")
 
 
 if __name__ == "__main__":
