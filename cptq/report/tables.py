@@ -19,6 +19,9 @@ from cptq.report.tally import compare, left_alone, most_sensitive, notices_by_ki
 from cptq.types import EvalResult, SensitivityTable
 
 TOP = 10
+#: from here on, notices of kinds that changed no result are folded away
+MANY_NOTICES = 30
+CHANGED_THE_RESULT = ("warning", "fallback")
 
 
 def size_table(summary: Summary) -> Table | None:
@@ -142,16 +145,22 @@ def top_table(table: SensitivityTable, summary: Summary, count: int = TOP) -> Ta
     )
 
 
-def notice_table(summary: Summary) -> Table | None:
-    """Every fallback, skipped layer and warning."""
+def notice_tables(summary: Summary) -> list[Table]:
+    """Every fallback, skipped layer and warning; long lists of what changed nothing are folded."""
     rows = [
         (kind, notice.subject, notice.message)
         for kind, found in notices_by_kind(summary.notices).items()
         for notice in found
     ]
-    if not rows:
-        return None
-    return Table(title="Notices", columns=("kind", "about", "what"), rows=tuple(rows))
+    columns = ("kind", "about", "what")
+    if len(rows) <= MANY_NOTICES:
+        return [Table(title="Notices", columns=columns, rows=tuple(rows))]
+    first = tuple(row for row in rows if row[0] in CHANGED_THE_RESULT)
+    rest = tuple(row for row in rows if row[0] not in CHANGED_THE_RESULT)
+    return [
+        Table(title="Notices", columns=columns, rows=first, note=f"{len(rest)} more stand below"),
+        Table(title="More notices", columns=columns, rows=rest, folded=True),
+    ]
 
 
 def all_tables(summary: Summary) -> Sequence[Table]:
@@ -160,7 +169,7 @@ def all_tables(summary: Summary) -> Sequence[Table]:
         evaluation_table(summary),
         size_table(summary),
         width_table(summary),
-        notice_table(summary),
+        *notice_tables(summary),
         *(top_table(table, summary) for table in summary.sensitivity.values()),
         model_table(summary),
         calibration_table(summary),

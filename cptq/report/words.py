@@ -34,7 +34,7 @@ def number(value: float | None, digits: int = 4) -> str:
         return "-"
     if not isfinite(value):
         return str(value)
-    if value == int(value) and abs(value) < 1e9:
+    if value == int(value) and abs(value) < 1e15:
         return f"{int(value):,}"
     if abs(value) >= 10**digits:
         return f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.{digits - 1}e}"
