@@ -10,7 +10,7 @@ caller holds would count.
   cache or not; nobody clears it here.
 - `first_output_seconds`: that and the first forward, in which a packed checkpoint unpacks itself.
 - `peak_bytes`: the most memory the process had resident at once; `import_bytes` of it were there
-  before the model was loaded (Python, torch, transformers, the model's code). Pages of a mapped file count.
+  before the model was loaded (Python, torch, the model's code). Pages of a mapped file count.
 - causal LMs: tokens per second of reading a prompt (prefill) and of greedy decoding with a cache
   of keys and values, one token at a time, for one sequence. Others: tokens and rows per second of
   a forward of `batch_size` rows. The median of a few repeats after a warm-up.

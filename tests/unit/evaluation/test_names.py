@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from cptq.errors import DataError, EvaluationError, UnknownNameError
+from cptq.evaluation import TASK_KINDS, TASKS, check_task, check_task_kind, tasks_for
+
+
+def test_names_are_checked_without_torch() -> None:
+    code = (
+        "import sys; from cptq.evaluation import check_task_kind;"
+        "check_task_kind('glue/sst2', 'classifier'); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_task_is_there_and_says_for_whom() -> None:
+    assert list(TASK_KINDS) == TASKS.names()
+    assert all(callable(TASKS.get(name)) for name in TASKS)
+
+
+def test_an_unknown_task_is_answered_with_the_nearest() -> None:
+    with pytest.raises(UnknownNameError, match=r"'wikitex'.*did you mean 'wikitext'"):
+        check_task("wikitex")
+
+
+def test_a_file_is_a_task_by_its_path_or_with_a_prefix(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt"
+    path.write_text("text")
+    assert check_task(str(path)) == f"text:{path}"
+    assert check_task(f"text:{path}") == f"text:{path}"
+    for missing in ("absent.txt", "text:absent.txt", "text:wikitext"):
+        with pytest.raises((DataError, UnknownNameError)):
+            check_task(missing)
+
+
+def test_a_classifier_is_refused_wikitext_and_told_what_it_can_do() -> None:
+    with pytest.raises(EvaluationError) as caught:
+        check_task_kind("wikitext", "classifier")
+    assert str(caught.value) == (
+        "the task wikitext is for a causal-lm, and this model is a classifier; allowed: "
+        "glue/sst2, glue/cola, glue/stsb, footprint for a classifier"
+    )
+
+
+def test_a_causal_lm_is_refused_glue() -> None:
+    with pytest.raises(EvaluationError, match=r"allowed: wikitext, pydoc, footprint, text:PATH"):
+        check_task_kind("glue/sst2", "causal-lm")
+    assert tasks_for("masked-lm") == ["glue/stsb", "footprint"]
+    assert tasks_for("encoder") == ["glue/stsb", "footprint"]

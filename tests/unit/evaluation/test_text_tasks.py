@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from cptq.errors import DataError, EvaluationError
+from cptq.evaluation.options import EvalOptions
+from cptq.evaluation.run import evaluate
+from cptq.types import Progress
+from tests.reference.perplexity import naive_nll
+from tests.tiny_models import SENTENCES
+
+TEXT = "\n".join(SENTENCES * 3)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    path = tmp_path / "text.txt"
+    path.write_text(TEXT)
+    return str(path)
+
+
+def test_a_file_gives_three_numbers_of_one_nll(load, heard, file: str) -> None:
+    model = load("llama")
+    token, word, byte = evaluate(model, file, EvalOptions(seqlen=64), heard)
+    ids = model.tokenizer(TEXT)["input_ids"]
+    nll = sum(naive_nll(model.module, ids, 64))
+    assert [r.metric for r in (token, word, byte)] == [
+        "perplexity",
+        "word_perplexity",
+        "bits_per_byte",
+    ]
+    assert [r.unit for r in (token, word, byte)] == ["per token", "per word", "bits per byte"]
+    assert token.tokens == token.samples * 63
+    assert token.value == pytest.approx(math.exp(nll / token.tokens), rel=1e-6)
+    # every byte but those of the first token of each window, and of the tail, is predicted
+    scored = nll / (byte.value * math.log(2))
+    assert 0.9 * len(TEXT) < scored < len(TEXT)
+    words = nll / math.log(word.value)
+    assert words == pytest.approx(round(words), abs=1e-3)
+    assert words / scored == pytest.approx(len(TEXT.split()) / len(TEXT), rel=0.02)
+    assert token.task == f"text:{file}"
+    assert token.data_source == file
+    assert all(r.stderr is not None and r.seqlen == 64 for r in (token, word, byte))
+
+
+def test_seqlen_is_the_positions_of_a_small_model_and_that_is_said(load, heard, file: str) -> None:
+    found = evaluate(load("llama"), file, EvalOptions(), heard)[0]
+    assert found.seqlen == 256
+    assert "windows of 256 tokens, the model's positions, instead of 2048" in heard.notices
+
+
+def test_more_than_the_positions_is_refused(load, heard, file: str) -> None:
+    with pytest.raises(EvaluationError, match=r"--seqlen 257 .* 256 positions .* allowed: 2 to"):
+        evaluate(load("llama"), file, EvalOptions(seqlen=257), heard)
+
+
+def test_a_short_text_is_one_window_and_that_is_said(load, heard, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("The quick brown fox")
+    model = load("gpt2")
+    found = evaluate(model, str(tmp_path / "short.txt"), EvalOptions(seqlen=100), heard)
+    assert found[0].seqlen == len(model.tokenizer("The quick brown fox")["input_ids"])
+    assert found[0].stderr is None
+    assert any("all there are" in message for message in heard.notices)
+    (tmp_path / "short.txt").write_text("a")
+    with pytest.raises(DataError, match="has 1 tokens"):
+        evaluate(model, str(tmp_path / "short.txt"), EvalOptions(), heard)
+
+
+@pytest.mark.parametrize(("limit", "windows"), [(3, 3), (0.5, 5), (1, 10), (1000, 10), (1e-9, 1)])
+def test_limit_counts_windows_or_a_share_of_them(
+    load, heard, file: str, limit: float, windows: int
+) -> None:
+    model = load("llama")
+    seqlen = len(model.tokenizer(TEXT)["input_ids"]) // 10
+    found = evaluate(model, file, EvalOptions(seqlen=seqlen, limit=limit), heard)[0]
+    assert found.samples == windows
+    steps = [e for e in heard if isinstance(e, Progress)]
+    assert (steps[-1].done, steps[-1].total) == (windows, windows)
+
+
+def test_outputs_that_are_not_finite_are_refused(load, heard, file: str) -> None:
+    model = load("llama", tied=False)
+    nn.init.constant_(model.module.lm_head.weight, math.nan)
+    with pytest.raises(EvaluationError, match="not finite"):
+        evaluate(model, file, EvalOptions(), heard)
+
+
+def test_a_model_without_a_tokenizer_is_refused(load, heard, file: str) -> None:
+    with pytest.raises(EvaluationError, match="has no tokenizer"):
+        evaluate(replace(load("llama"), tokenizer=None), file, EvalOptions(), heard)
+
+
+def test_a_tokenizer_without_offsets_skips_words_and_bytes(load, heard, file: str) -> None:
+    model = load("llama")
+
+    class Slow:
+        is_fast = False
+
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": model.tokenizer(text)["input_ids"]}
+
+    found = evaluate(replace(model, tokenizer=Slow()), file, EvalOptions(), heard)
+    assert [result.metric for result in found] == ["perplexity"]
+    assert any("no word perplexity and no bits per byte" in message for message in heard.notices)
+
+
+def test_wikitext_is_never_replaced_by_another_text(
+    load, heard, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(DataError, match="no WikiText-2 test text"):
+        evaluate(load("llama"), "wikitext", EvalOptions(data_dir=tmp_path), heard)
+
+
+def test_pydoc_needs_nothing(load, heard) -> None:
+    found = evaluate(load("llama"), "pydoc", EvalOptions(limit=2, seqlen=32), heard)
+    assert found[0].data_source is not None
+    assert found[0].data_source.startswith("pydoc_data.topics of CPython")
+
+
+def test_stories260k_on_wikitext(load, heard, stories: Path, data_dir: Path) -> None:
+    """A number to notice when the text or the protocol changes: first four windows of 512."""
+    found = evaluate(load(stories), "wikitext", EvalOptions(limit=4, data_dir=data_dir), heard)[0]
+    assert (found.seqlen, found.samples, found.tokens) == (512, 4, 2044)
+    assert found.value == pytest.approx(119.5188, rel=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variable", "expected"), [("SMOLLM2", 19.92), ("SMOLLM2_DITHERED", 27.05)]
+)
+def test_smollm2_has_its_known_perplexity(
+    load, heard, data_dir: Path, variable: str, expected: float
+) -> None:
+    """First 20,480 tokens of the test part, windows of 2,048, no BOS."""
+    directory = os.environ.get(f"CPTQ_{variable}")
+    if not directory:
+        pytest.skip(f"CPTQ_{variable} names no directory of smollm2-135m")
+    options = EvalOptions(limit=10, data_dir=data_dir)
+    found = evaluate(load(Path(directory)), "wikitext", options, heard)[0]
+    assert (found.samples, found.seqlen) == (10, 2048)
+    assert found.value == pytest.approx(expected, abs=0.005)
