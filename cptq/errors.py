@@ -18,7 +18,9 @@ class CptqError(Exception):
 
     exit_code = 1
 
-    def __init__(self, problem: str, *, allowed: str | None = None, hint: str | None = None) -> None:
+    def __init__(
+        self, problem: str, *, allowed: str | None = None, hint: str | None = None
+    ) -> None:
         self.problem = problem
         self.allowed = allowed
         self.hint = hint

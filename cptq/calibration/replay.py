@@ -27,7 +27,7 @@ Arguments = tuple[tuple[Any, ...], dict[str, Any]]
 Stand = Callable[[Arguments, Callable[..., Any]], Any]
 
 
-class _Stop(Exception):  # noqa: N818 - a signal, not an error
+class _Stop(Exception):
     """The forward pass has given what was asked for."""
 
 
@@ -132,7 +132,7 @@ def forward(model: LoadedModel, batch: Batch) -> Any:
 def _standing_in(blocks: list[nn.Module], stands: Mapping[int, Stand]) -> Iterator[None]:
     """Each block in `stands` runs its stand-in instead of its own forward."""
     for index, stand in stands.items():
-        blocks[index].forward = _bound(stand, blocks[index].forward)  # type: ignore[method-assign]
+        blocks[index].forward = _bound(stand, blocks[index].forward)
     try:
         yield
     finally:

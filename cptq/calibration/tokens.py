@@ -18,7 +18,7 @@ from torch import Tensor
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import CalibrationSettings, ModelSettings
 from cptq.data.text import Text, load_text
-from cptq.errors import CalibrationError, DataError
+from cptq.errors import CalibrationError
 from cptq.types import CalibrationRecord, Emit, Notice
 
 Batch = dict[str, Tensor]
@@ -80,7 +80,7 @@ def _windows(
     model: LoadedModel, text: Text, settings: CalibrationSettings, seqlen: int, emit: Emit
 ) -> list[Tensor]:
     """Non-overlapping windows in seeded order, each (seqlen,)."""
-    ids = _encode(model.tokenizer, text.joined)
+    ids = _encode(model.tokenizer, text.text)
     windows = list(ids[: len(ids) // seqlen * seqlen].view(-1, seqlen))
     if not windows:
         raise CalibrationError(
@@ -94,18 +94,15 @@ def _documents(
     model: LoadedModel, text: Text, settings: CalibrationSettings, seqlen: int, emit: Emit
 ) -> list[Tensor]:
     """One document a row, cut at `seqlen`, in seeded order."""
-    documents = [document for document in text.documents if document.strip()]
-    if not documents:
-        raise DataError(f"{text.origin} holds no text")
-    chosen = _drawn(documents, settings, emit)
+    chosen = _drawn(list(text.rows), settings, emit)
     assert model.tokenizer is not None
-    rows = [model.tokenizer(document)["input_ids"] for document in chosen]
+    rows = [model.tokenizer(document, verbose=False)["input_ids"] for document in chosen]
     long = sum(len(row) > seqlen for row in rows)
     if long:
         message = f"{long} of {len(rows)} documents were cut at {seqlen} tokens"
         emit(Notice(kind="info", subject="calibration", message=message))
-    encoded = [model.tokenizer(d, truncation=True, max_length=seqlen) for d in chosen]
-    return [torch.tensor(row["input_ids"]) for row in encoded]
+    cut = [model.tokenizer(d, truncation=True, max_length=seqlen)["input_ids"] for d in chosen]
+    return [torch.tensor(row) for row in cut]
 
 
 def _drawn(items: list[Any], settings: CalibrationSettings, emit: Emit) -> list[Any]:
@@ -130,9 +127,7 @@ def _assemble(
     seqlen: int,
     rows: list[Tensor],
 ) -> Calibration:
-    parts = [
-        rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)
-    ]
+    parts = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
     record = CalibrationRecord(
         source=text.source,
         origin=Path(text.origin).name if Path(text.origin).is_absolute() else text.origin,

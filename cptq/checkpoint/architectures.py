@@ -58,9 +58,7 @@ _BERT_ROLES = {
 
 
 def _llama_like(family: str) -> Architecture:
-    return Architecture(
-        family=family, blocks="model.layers", roles=_LLAMA_ROLES, fused=QKV_GATE_UP
-    )
+    return Architecture(family=family, blocks="model.layers", roles=_LLAMA_ROLES, fused=QKV_GATE_UP)
 
 
 def _bert_like(family: str) -> Architecture:

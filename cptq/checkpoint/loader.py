@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
 from torch import nn
+from transformers import PretrainedConfig
 
 from cptq.checkpoint.architectures import GENERIC, architecture
 from cptq.checkpoint.files import (
@@ -69,7 +70,7 @@ def load_model(settings: ModelSettings, emit: Emit) -> LoadedModel:
         path=path,
         module=module,
         tokenizer=_load_tokenizer(path, settings, emit),
-        config=module.config,
+        config=cast(PretrainedConfig, module.config),
         kind=kind,
         family=family.family,
         tensors=tensors,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cptq.calibration.replay import BlockReplay
-from cptq.calibration.tokens import Batch, Calibration
+from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
 from cptq.compression import COMPRESSORS
@@ -129,7 +129,11 @@ def _compress_block(
         for spec in unit.layers:
             module = model.linear(spec.name)
             layer = compress_layer(
-                spec, get_weight(module).float(), moments[unit.name], plan.choices[unit.name], method
+                spec,
+                get_weight(module).float(),
+                moments[unit.name],
+                plan.choices[unit.name],
+                method,
             )
             set_weight(module, layer.dense(model.dtype))
             _tell(layer, emit)

@@ -92,9 +92,7 @@ def fit_scales(
     """The scales (out, in / group) alone, in `scale_dtype`, never 0; arguments as above."""
     rows = max(1, CHUNK // W_OI.shape[1])
     h_GK = None if importance_I is None else importance_I.to(W_OI.dtype).view(-1, group)
-    parts = [
-        _fit_chunk(_grouped(W_RI, group), bits, clip, h_GK) for W_RI in W_OI.split(rows)
-    ]
+    parts = [_fit_chunk(_grouped(W_RI, group), bits, clip, h_GK) for W_RI in W_OI.split(rows)]
     return storable(torch.cat(parts), scale_dtype)
 
 

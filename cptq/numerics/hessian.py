@@ -66,7 +66,8 @@ def inverse_factor(H_II: Tensor) -> Tensor | None:
         return None
     eye_II = torch.eye(H_II.shape[0], dtype=H_II.dtype, device=H_II.device)
     inverse_II = torch.linalg.solve_triangular(L_II, eye_II, upper=False)
-    return inverse_II.flip(0, 1)
+    U_II: Tensor = inverse_II.flip(0, 1)
+    return U_II
 
 
 def damped_factor(H_II: Tensor, damping: float) -> tuple[Tensor | None, float]:

@@ -68,4 +68,5 @@ def _best_change(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor)
     b_OG = (q_OGK * (gap_OI @ H_II).view_as(q_OGK)).sum(-1)
     ridge_O = RIDGE * A_OGH.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     eye_GG = torch.eye(groups, dtype=W_OI.dtype, device=W_OI.device)
-    return torch.linalg.solve(A_OGH + ridge_O.view(-1, 1, 1) * eye_GG, b_OG)
+    change_OG: Tensor = torch.linalg.solve(A_OGH + ridge_O.view(-1, 1, 1) * eye_GG, b_OG)
+    return change_OG

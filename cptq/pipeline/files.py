@@ -1,0 +1,88 @@
+"""The files that a stage leaves for people to read and for the next stage to replay."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from cptq.checkpoint.model import LoadedModel
+from cptq.errors import OutputExistsError
+from cptq.report.summary import plain
+from cptq.types import CalibrationRecord, Plan, SensitivityTable
+
+
+def stage_files(
+    model: LoadedModel,
+    calibration: CalibrationRecord,
+    tables: Mapping[str, SensitivityTable],
+    plan: Plan | None,
+) -> dict[str, bytes]:
+    """{relative path: content} of layers, calibration, sensitivity tables and plan."""
+    layers = {
+        "model_fingerprint": model.fingerprint,
+        "blocks": list(model.block_names),
+        "layers": [plain(layer) for layer in model.layers],
+        "units": {unit.name: [layer.name for layer in unit.layers] for unit in model.units},
+    }
+    files = {"layers.json": layers, "calibration.json": plain(calibration)}
+    files |= {f"sensitivity/{name}.json": plain(table) for name, table in tables.items()}
+    if plan is not None:
+        files["plan.json"] = plan.to_dict()
+    return {name: _json(content) for name, content in files.items()}
+
+
+def _json(content: Any) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def write_stage_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write each file below `directory`."""
+    for name, content in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+
+@contextmanager
+def atomic_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A temporary directory beside `out` that takes its place when the block ends well.
+
+    Raises:
+        OutputExistsError: `out` is there and may not be replaced.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        place.chmod(0o755)
+        yield place
+        if out.exists():
+            shutil.rmtree(out)
+        place.rename(out)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def atomic_file(out: Path, content: str, *, overwrite: bool) -> None:
+    """Write a file whole or not at all.
+
+    Raises:
+        OutputExistsError: `out` is there and may not be replaced.
+    """
+    refuse_existing(out, overwrite=overwrite)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
+        draft = Path(place) / out.name
+        draft.write_text(content, encoding="utf-8")
+        draft.replace(out)
+
+
+def refuse_existing(out: Path, *, overwrite: bool) -> None:
+    """Raise OutputExistsError where `out` is there and may not be replaced."""
+    if out.exists() and not overwrite:
+        raise OutputExistsError(f"{out} is there already", hint="pass --overwrite to replace it")

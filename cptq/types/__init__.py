@@ -1,0 +1,42 @@
+"""The nouns: immutable values that the stages hand to one another.
+
+Bytes, seconds and nats are named in the fields. Nothing here imports torch at run time.
+"""
+
+from __future__ import annotations
+
+from cptq.types.event import Emit, Event, Notice, Progress
+from cptq.types.model import DTYPE_BYTES, LayerKind, LayerSpec, ModelKind, TensorSpec, Unit
+from cptq.types.plan import Budget, Candidate, Plan, SensitivityTable, digest
+from cptq.types.result import (
+    Artifact,
+    CalibrationRecord,
+    CompressedLayer,
+    EvalResult,
+    LayerResult,
+    SizeReport,
+)
+
+__all__ = [
+    "DTYPE_BYTES",
+    "Artifact",
+    "Budget",
+    "CalibrationRecord",
+    "Candidate",
+    "CompressedLayer",
+    "Emit",
+    "EvalResult",
+    "Event",
+    "LayerKind",
+    "LayerResult",
+    "LayerSpec",
+    "ModelKind",
+    "Notice",
+    "Plan",
+    "Progress",
+    "SensitivityTable",
+    "SizeReport",
+    "TensorSpec",
+    "Unit",
+    "digest",
+]

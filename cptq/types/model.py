@@ -1,0 +1,87 @@
+"""What a checkpoint holds: tensors, layers, decision units."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from typing import Literal
+
+ModelKind = Literal["causal-lm", "masked-lm", "classifier", "encoder"]
+LayerKind = Literal["linear", "conv1d", "embedding", "head"]
+
+#: bytes of one element, by the safetensors name of its type
+DTYPE_BYTES: Mapping[str, int] = {
+    "F64": 8,
+    "I64": 8,
+    "F32": 4,
+    "I32": 4,
+    "F16": 2,
+    "BF16": 2,
+    "I16": 2,
+    "I8": 1,
+    "U8": 1,
+    "BOOL": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TensorSpec:
+    """One tensor as it lies in a safetensors file."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerSpec:
+    """One weight matrix of the model, in forward order.
+
+    `shape` is always (out_features, in_features) (embeddings: (vocabulary, width)), also for a
+    Conv1D, whose tensor is `transposed` on disk. `dtype` is the storage type in the checkpoint.
+    """
+
+    name: str
+    block: int | None
+    role: str
+    kind: LayerKind
+    shape: tuple[int, int]
+    dtype: str
+    fused: str | None = None
+    tied_to: str | None = None
+    transposed: bool = False
+    compressible: bool = True
+    reason: str | None = None
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def weight_name(self) -> str:
+        return f"{self.name}.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """What one decision is about: a linear, or a fused group (q/k/v, gate/up) as a whole."""
+
+    name: str
+    block: int | None
+    role: str
+    layers: tuple[LayerSpec, ...]
+
+    @property
+    def numel(self) -> int:
+        return sum(layer.numel for layer in self.layers)

@@ -1,0 +1,112 @@
+"""What came out: sizes, compressed layers, calibration, evaluation, the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cptq.types.model import LayerSpec
+from cptq.types.plan import Candidate
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SizeReport:
+    """Whole-file bytes and the three averages of bits that a reader may mean."""
+
+    file_bytes: int
+    dense_file_bytes: int
+    nominal_bits: float
+    effective_bits: float
+    file_bits: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerResult:
+    """What compression did to one linear: plain numbers for reports and manifests.
+
+    `group_size` is the one really used (0 = per channel). `weight_error` is |W - Q|^2 / |W|^2,
+    `output_error` E|x(W - Q)|^2 / E|xW|^2 on the calibration inputs (None if not measured).
+    """
+
+    name: str
+    candidate: Candidate
+    group_size: int
+    nbytes: int
+    weight_error: float
+    output_error: float | None
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CompressedLayer:
+    """A linear on a symmetric integer grid.
+
+    codes: int8 (out, in), in [-2^(bits-1), 2^(bits-1) - 1]; scale: storage dtype (out, groups),
+    never 0. The weight is codes * scale, groups being consecutive runs of inputs.
+    """
+
+    spec: LayerSpec
+    result: LayerResult
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+    def dense(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight (out, in), multiplied out in `dtype`."""
+        out, groups = self.scale.shape
+        codes_OGK = self.codes.to(dtype).view(out, groups, -1)
+        return (codes_OGK * self.scale.to(dtype).unsqueeze(-1)).view(out, -1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CalibrationRecord:
+    """Which text calibrated: enough to rebuild it and to tell it from another.
+
+    `source` is "wikitext", "pydoc", a path's name ...; `origin` where it was found.
+    `fingerprint` is the sha256 of the token ids; `text_sha256` of the text they come from.
+    """
+
+    source: str
+    origin: str
+    samples: int
+    seqlen: int
+    tokens: int
+    seed: int
+    fingerprint: str
+    text_sha256: str
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """One number of one task."""
+
+    task: str
+    version: int
+    metric: str
+    value: float
+    unit: str
+    higher_is_better: bool
+    samples: int
+    seconds: float
+    stderr: float | None = None
+    seqlen: int | None = None
+    tokens: int | None = None
+    data_source: str | None = None
+    data_sha256: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Artifact:
+    """A written, verified directory."""
+
+    path: Path
+    weight_bytes: int
+    format: str
+    manifest: Mapping[str, Any]
