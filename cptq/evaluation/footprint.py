@@ -11,7 +11,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -50,13 +52,19 @@ def measure_footprint(model: LoadedModel, options: EvalOptions, emit: Emit) -> l
         EvaluationError: the fresh process failed; the message holds its last line.
     """
     emit(Progress(stage="footprint", done=0, total=1, message="a fresh process loads the model"))
-    size = _result("size", "weight_bytes", "bytes", False, weight_bytes(model.path), ())
+    begin = time.perf_counter()
+    size = _result("size", "weight_bytes", "bytes", False, weight_bytes(model.path))
     found = _probe(model, options)
+    seconds = time.perf_counter() - begin
     found["model_bytes"] = found["peak_bytes"] - found["import_bytes"]
-    notes = (_conditions(model),)
-    repeats = int(found["repeats"])
+    notes, repeats = (_conditions(model),), int(found["repeats"])
     measured = [
-        _result(task, metric, unit, higher, found[key], notes, repeats if task == "speed" else 1)
+        replace(
+            _result(task, metric, unit, higher, found[key]),
+            samples=repeats if task == "speed" else 1,
+            seconds=seconds,
+            notes=notes,
+        )
         for key, (task, metric, unit, higher) in MEASURES.items()
         if key in found
     ]
@@ -75,15 +83,7 @@ def _conditions(model: LoadedModel) -> str:
     return f"{model.device}, {dtype}, {torch.get_num_threads()} threads, stock transformers"
 
 
-def _result(
-    task: str,
-    metric: str,
-    unit: str,
-    higher: bool,
-    value: float,
-    notes: tuple[str, ...],
-    samples: int = 1,
-) -> EvalResult:
+def _result(task: str, metric: str, unit: str, higher: bool, value: float) -> EvalResult:
     return EvalResult(
         task=task,
         version=VERSION,
@@ -91,9 +91,8 @@ def _result(
         value=value,
         unit=unit,
         higher_is_better=higher,
-        samples=samples,
+        samples=1,
         seconds=0.0,
-        notes=notes,
     )
 
 
