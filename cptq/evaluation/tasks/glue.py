@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cptq.checkpoint.model import LoadedModel
@@ -94,8 +95,7 @@ def _similarities(
     model: LoadedModel, name: str, found: GlueSet, options: EvalOptions, emit: Emit
 ) -> tuple[Tensor, Encoded, tuple[str, ...]]:
     pooling, length = read_pooling(model.path), options.max_length or read_length(model.path)
-    # of a masked language model the body without its head
-    body: Any = model.module if model.kind == "encoder" else model.module.base_model
+    body = _body(model)
     sentences = [(sentence,) for pair in found.sentences for sentence in pair]
     encoded = encode(model, sentences, length, name, emit)
 
@@ -105,6 +105,16 @@ def _similarities(
     vectors = forward(model, encoded, embed, batch_size=options.batch_size, name=name, emit=emit)
     how = (f"cosine of embeddings, pooling {pooling}, at most {length} tokens",)
     return cosine(vectors[0::2], vectors[1::2]), encoded, how
+
+
+def _body(model: LoadedModel) -> Any:
+    """The encoder itself; of a masked language model, what is under its head."""
+    if model.kind == "encoder":
+        return model.module
+    # a packed checkpoint unpacks itself when it is called as a whole, not through its body
+    with torch.inference_mode():
+        model.module(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=model.device))
+    return model.module.base_model
 
 
 def _results(
