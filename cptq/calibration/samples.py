@@ -36,7 +36,7 @@ from cptq.types import Emit, Notice, Progress
 __all__ = ["LayerSample", "Samples", "Wants", "collect_samples"]
 
 ROWS = 1024
-PASS_TOKENS = 8192
+PASS_TOKENS = 4096
 MEMORY_BYTES = 4 << 30
 
 

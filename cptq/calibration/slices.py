@@ -7,7 +7,9 @@ tokens still come from several places; encoders and classifiers as whole sentenc
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from cptq.calibration.objective import real_tokens
@@ -19,6 +21,12 @@ Rows = dict[str, Tensor]
 MICRO_TOKENS = 1024
 #: windows that the held-out tokens of a language model are spread over
 WINDOWS = 4
+#: tokens held out of a language model's calibration text
+HELD_OUT_TOKENS = 256
+#: tokens held out where whole sentences are judged
+HELD_OUT_SENTENCE_TOKENS = 1024
+#: tokens that must be left for sampling before held-out rows are kept out of it
+ENOUGH_TOKENS = 2048
 
 
 def token_count(batches: Iterable[Mapping[str, Tensor]]) -> int:
@@ -52,26 +60,73 @@ def cropped(batch: Rows, length: int) -> Rows:
     }
 
 
-def split_held_out(
-    batches: Iterable[Rows], kind: ModelKind, tokens: int
-) -> tuple[list[Rows], list[Rows]]:
-    """Single rows to fit on, and at most a quarter of the rows to hold out.
+def stacked(rows: Iterable[Rows], tokens: int = MICRO_TOKENS) -> list[Rows]:
+    """Consecutive rows as batches of at most `tokens` positions, padded on the right with 0."""
+    batches: list[Rows] = []
+    group: list[Rows] = []
+    for row in rows:
+        longest = max(r["input_ids"].shape[1] for r in [*group, row])
+        if group and longest * (len(group) + 1) > tokens:
+            batches.append(_joined(group))
+            group = []
+        group.append(row)
+    return [*batches, _joined(group)] if group else batches
+
+
+def _joined(rows: list[Rows]) -> Rows:
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    padded = [_padded(row, longest) for row in rows]
+    return {name: torch.cat([row[name] for row in padded]) for name in padded[0]}
+
+
+def _padded(row: Rows, length: int) -> Rows:
+    positions = row["input_ids"].shape[1]
+    row = row | {"attention_mask": real_tokens(row).long()}
+    return {
+        name: torch.nn.functional.pad(value, (0, length - positions))
+        if value.dim() > 1 and value.shape[1] == positions
+        else value
+        for name, value in row.items()
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Split:
+    """Rows to sample from and rows to hold out, as batches; do they share any?"""
+
+    fit: list[Rows]
+    held_out: list[Rows]
+    overlap: bool
+
+
+def split_held_out(batches: Iterable[Rows], kind: ModelKind) -> Split:
+    """Hold out the end of the calibration data.
+
+    Language models give up at most a quarter of their rows, others half: they are judged per
+    sentence. Where fewer than `ENOUGH_TOKENS` would be left, the held-out rows are sampled as well.
 
     Args:
         batches: calibration batches.
-        kind: language models are held out as `WINDOWS` short windows.
-        tokens: about how many tokens to hold out.
-
-    Returns:
-        (fit, held out), lists of one-row batches. With a single row both are that row.
+        kind: language models are held out as `WINDOWS` short windows, others as whole sentences.
     """
     rows = micro_batches(batches, tokens=1)
-    most = max(1, len(rows) // 4)
     language = kind in ("causal-lm", "masked-lm")
-    held: list[Rows] = []
-    for row in reversed(rows[-most:]):
-        if token_count(held) >= tokens or (language and len(held) == WINDOWS):
+    most = max(1, len(rows) // (4 if language else 2))
+    held = _windows(rows[-most:]) if language else _sentences(rows[-most:])
+    rest = rows[: len(rows) - len(held)]
+    overlap = token_count(rest) < ENOUGH_TOKENS
+    return Split(fit=stacked(rows if overlap else rest), held_out=stacked(held), overlap=overlap)
+
+
+def _windows(rows: list[Rows]) -> list[Rows]:
+    chosen = rows[-WINDOWS:]
+    return [cropped(row, max(2, HELD_OUT_TOKENS // len(chosen))) for row in chosen]
+
+
+def _sentences(rows: list[Rows]) -> list[Rows]:
+    chosen: list[Rows] = []
+    for row in reversed(rows):
+        if chosen and token_count([*chosen, row]) > HELD_OUT_SENTENCE_TOKENS:
             break
-        held.append(cropped(row, max(1, tokens // min(WINDOWS, most))) if language else row)
-    fit = rows[: len(rows) - len(held)] or rows
-    return fit, held[::-1]
+        chosen.append(row)
+    return chosen[::-1]

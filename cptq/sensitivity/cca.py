@@ -7,9 +7,14 @@ block, as in the paper (CPTQuant, arXiv 2412.03599, CMPQ), 1 - the mean similari
 output to the outputs of all other blocks. On tokens, padding left out; the paper's code takes
 mean-pooled texts with padding and only the first correlation, which saturates near 1.
 
-From a unit's s to a score per candidate: score(c) = s t^2(c) with t^2 = |dW|_F^2 / |W|_F^2 of
-nearest rounding, the linear form of HIGGS (arXiv 2411.17525) with s in the place of the probed
-slope. The number of weights does not enter: t^2 is relative (see `pruning`).
+From a unit's s to a score per candidate: the linear form of HIGGS (arXiv 2411.17525) with s in the
+place of the probed slope, times the unit's share of the weights,
+
+    score(c) = s (n_u / n) t^2(c),      t^2 = |dW|_F^2 / |W|_F^2 of nearest rounding.
+
+The share is there because s is a mean over directions and does not know how many a unit has, while
+a loss adds up over them (a probed slope, as in `pruning`, has it in it). It also makes units of
+equal s get equal bits: where CCA has nothing to say, the plan is the uniform one.
 
 Cost: a forward pass and two eigendecompositions per unit. Limits: s says how a unit's dominant
 subspaces turn, not what an error in them costs; nothing after the unit is looked at. It is here
@@ -38,12 +43,22 @@ from cptq.sensitivity.metric import Context, Metric, Needs, UnitView
 from cptq.sensitivity.pruning import joint_relative_error
 from cptq.types import Candidate, Notice
 
+#: most token rows compared; more only cost time
+COMPARED = 768
+
 
 def dissimilarity(X_TF: Tensor, Y_TG: Tensor, *, summary: Summary, components: int) -> float:
     """1 - the similarity of two views of the same tokens, in [0, 1]."""
     Qx_TK = principal_basis(X_TF, components=components)
     Qy_TL = principal_basis(Y_TG, components=components)
     return 1.0 - similarity(X_TF, Qx_TK, Qy_TL, summary=summary)
+
+
+def compared(X_TF: Tensor) -> Tensor:
+    """At most `COMPARED` rows, evenly spread."""
+    if len(X_TF) <= COMPARED:
+        return X_TF
+    return X_TF[torch.linspace(0, len(X_TF) - 1, COMPARED, device=X_TF.device).round().long()]
 
 
 def block_dissimilarity(outputs: list[Tensor], *, summary: Summary) -> list[float]:
@@ -78,7 +93,7 @@ class Cca(Metric):
 
     @property
     def score_unit(self) -> str:
-        return "1 - mean correlation, times relative squared error"
+        return "1 - similarity, times relative squared error, times share of the weights"
 
     def unit(self, view: UnitView) -> float:
         """1 - similarity of input and output; averaged where a unit's layers read other inputs."""
@@ -89,7 +104,9 @@ class Cca(Metric):
 
     def _of_input(self, view: UnitView, x_TI: Tensor) -> float:
         pairs = zip(view.weights, view.samples, strict=True)
-        y_TO = torch.cat([x_TI @ W_OI.T for W_OI, s in pairs if s.x_TI is x_TI], dim=1)
+        readers = [W_OI for W_OI, sample in pairs if sample.x_TI is x_TI]
+        x_TI = compared(x_TI)
+        y_TO = torch.cat([x_TI @ W_OI.T for W_OI in readers], dim=1)
         components = min(COMPONENTS, len(x_TI) // TOKENS_PER_COMPONENT)
         if components < min(COMPONENTS, *x_TI.shape[1:]):
             message = f"only {len(x_TI)} tokens reach it: {components} components compared"
@@ -99,13 +116,15 @@ class Cca(Metric):
         return dissimilarity(x_TI, y_TO, summary=self.summary, components=components)
 
     def candidate(self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]) -> float:
-        """s t^2 of one candidate."""
-        return self._dissimilarity * joint_relative_error(errors, view.weights)
+        """s (n_u / n) t^2 of one candidate."""
+        share = view.unit.numel / sum(unit.numel for unit in self.context.model.units)
+        return self._dissimilarity * share * joint_relative_error(errors, view.weights)
 
     def per_block(self, per_unit: Mapping[str, float]) -> dict[int, float]:
         """Each block's output against those of all other blocks."""
         assert self.context.samples is not None
-        scores = block_dissimilarity(self.context.samples.blocks, summary=self.summary)
+        outputs = [compared(X_TF) for X_TF in self.context.samples.blocks]
+        scores = block_dissimilarity(outputs, summary=self.summary)
         return dict(enumerate(scores))
 
     def details(self) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """The driver: one sampling pass, one held-out probe and one rounding per candidate for all metrics.
 
-    rows -> fit | held out
+    calibration rows -> fit | held out
     fit      -> samples of every linear (inputs, gradients)      shared by cca, taylor, output
     held out -> probe                                            shared by pruning, kl
     for each unit: weights, for each candidate: dW = W - Q(W)    shared by all
@@ -22,7 +22,7 @@ import torch
 from cptq.calibration.objective import Objective, objective_for
 from cptq.calibration.probe import Probe
 from cptq.calibration.samples import LayerSample, Samples, Wants, collect_samples
-from cptq.calibration.slices import Rows, split_held_out, token_count
+from cptq.calibration.slices import Split, split_held_out, token_count
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
@@ -31,9 +31,6 @@ from cptq.sensitivity import METRICS
 from cptq.sensitivity.metric import Context, Metric, UnitView
 from cptq.sensitivity.rounding import check_candidates, rounding_error
 from cptq.types import Candidate, Emit, Notice, Progress, SensitivityTable, Unit
-
-#: tokens of the calibration text that are held out for measured divergences
-HELD_OUT_TOKENS = 512
 
 
 def measure(
@@ -69,9 +66,10 @@ def measure(
     check_candidates(candidates)
     _check_model(model)
     objective = objective_for(model.kind, model.config)
-    fit, held_out = split_held_out(calibration.batches, model.kind, HELD_OUT_TOKENS)
-    _check_tokens(kinds, model, token_count(fit))
-    context = _prepare(model, kinds, objective, (fit, held_out), candidates, seed, emit)
+    split = split_held_out(calibration.batches, model.kind)
+    _check_tokens(kinds, model, token_count(split.fit))
+    total = calibration.record.tokens
+    context = _prepare(model, kinds, objective, split, candidates, total, seed, emit)
     runs = {name: _Run(metric=kind(context)) for name, kind in kinds.items()}
     clock = _score_units(context, runs)
     tables = {
@@ -122,8 +120,7 @@ def _check_tokens(kinds: dict[str, type[Metric]], model: LoadedModel, tokens: in
         least = kind.least_tokens(model)
         if tokens < least:
             raise CalibrationError(
-                f"metric {name!r} needs at least {least} calibration tokens, there are {tokens}"
-                " beside those held out",
+                f"metric {name!r} needs at least {least} calibration tokens, there are {tokens}",
                 hint="pass larger --samples or --seqlen, or a longer text",
             )
 
@@ -132,8 +129,9 @@ def _prepare(
     model: LoadedModel,
     kinds: dict[str, type[Metric]],
     objective: Objective,
-    rows: tuple[list[Rows], list[Rows]],
+    split: Split,
     candidates: tuple[Candidate, ...],
+    calibration_tokens: int,
     seed: int,
     emit: Emit,
 ) -> Context:
@@ -146,16 +144,20 @@ def _prepare(
             wants = wants | want
         least = max(kind.least_tokens(model) for kind in kinds.values())
         samples = collect_samples(
-            model, rows[0], objective, wants, seed=seed, emit=emit, least=least
+            model, split.fit, objective, wants, seed=seed, emit=emit, least=least
         )
     if any(kind.needs.probe for kind in kinds.values()):
-        probe = Probe(model, rows[1], objective)
+        probe = Probe(model, split.held_out, objective)
+    if samples and probe and split.overlap:
+        message = "too little text to keep the held-out rows out of the sampled ones"
+        emit(Notice(kind="info", subject="sensitivity samples", message=message))
     return Context(
         model=model,
         objective=objective,
         samples=samples,
         probe=probe,
         candidates=candidates,
+        calibration_tokens=calibration_tokens,
         seed=seed,
         emit=emit,
     )

@@ -31,13 +31,17 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Context:
-    """What all units have in common. `samples` and `probe` are None unless a metric needs them."""
+    """What all units have in common. `samples` and `probe` are None unless a metric needs them.
+
+    `calibration_tokens` is how many tokens a compressor will have.
+    """
 
     model: LoadedModel
     objective: Objective
     samples: Samples | None
     probe: Probe | None
     candidates: Sequence[Candidate]
+    calibration_tokens: int
     seed: int
     emit: Emit
 

@@ -19,13 +19,13 @@ Two forms, which differ in the rounding that they expect:
 
   which unweighted is r^2 tr(D), the LDL form of GPTQ's error (QuIP, arXiv 2307.13304, theorem 1).
   r is taken from nearest rounding on the same grid. It costs less than the first form: one product
-  per layer instead of one per candidate. Columns are taken by falling H_jj, as the sweep does.
+  per layer instead of one per candidate. Columns are taken by falling H_jj, as the sweep does, and
+  z^2 is corrected for having been fitted on the tokens that it is judged on (`optimism`).
 
 Cost: a forward and a backward pass, then per layer one factorisation in^3 (`output`) or per
-candidate one product rows x out x in (`output-rtn`). Limits: H comes from the tokens of the pass,
-so that with few tokens per input the error looks smaller than it will be; where an input is too
-wide for its full second moment, columns make up for one another only within chunks of a quarter as
-many columns as there are rows, which overstates the error.
+candidate one product rows x out x in (`output-rtn`). Limits: inputs of the dense model; where an
+input is too wide for its full second moment, columns make up for one another only within chunks of
+a quarter as many columns as there are rows, which overstates the error.
 """
 
 from __future__ import annotations
@@ -41,18 +41,58 @@ from cptq.sensitivity.metric import Context, Metric, Needs, UnitView
 from cptq.sensitivity.taylor import diagonal_fisher, second_order
 from cptq.types import Candidate, Notice
 
+#: share of the mean diagonal, as the `gptq` compressor adds
 DAMPING = 0.01
+#: residual degrees of freedom, as a share of the tokens, below which optimism is not followed
+LEAST_SHARE = 0.1
 
 
-def feedback(H_II: Tensor) -> Tensor | None:
-    """M (in, in) in natural column order, with dW = R M; None where H cannot be factored."""
-    order = H_II.diagonal().argsort(descending=True, stable=True)
-    U_II, _ = damped_factor(H_II[order][:, order], DAMPING)
+def feedback(H_II: Tensor) -> tuple[Tensor, Tensor] | None:
+    """How a sweep over H compensates; None where H cannot be factored.
+
+    Returns:
+        M (in, in) in natural column order, with dW = R M; and df (in,), the effective number of
+        inputs that make up for an error in each column.
+    """
+    order_I = H_II.diagonal().argsort(descending=True, stable=True)
+    sorted_II = H_II[order_I][:, order_I]
+    U_II, damping = damped_factor(sorted_II, DAMPING)
     if U_II is None:
         return None
     M_II = torch.empty_like(H_II)
-    M_II[order[:, None], order] = U_II / U_II.diagonal().unsqueeze(1)
-    return M_II
+    M_II[order_I[:, None], order_I] = U_II / U_II.diagonal().unsqueeze(1)
+    df_I = torch.empty_like(H_II[0])
+    df_I[order_I] = effective_inputs(U_II, ridge(sorted_II, damping))
+    return M_II, df_I
+
+
+def ridge(H_II: Tensor, damping: float) -> float:
+    """What damping adds to the diagonal, dead inputs (see `numerics.hessian`) counting as 1."""
+    diagonal_I = H_II.diagonal()
+    return damping * float(torch.where(diagonal_I == 0, 1.0, diagonal_I).mean())
+
+
+def effective_inputs(U_II: Tensor, ridge: float) -> Tensor:
+    """Degrees of freedom (in,) of the ridge regression of each column on those after it.
+
+    df_j = tr(H_F (H_F + e I)^-1) = |F| - e tr((H_F + e I)^-1) over the columns F after j, and the
+    inverse of a trailing block is U_F^T U_F: a running sum of the rows of U.
+    """
+    rows_I = U_II.square().sum(1)
+    after_I = rows_I.flip(0).cumsum(0).flip(0) - rows_I
+    count_I = torch.arange(len(rows_I) - 1, -1, -1, device=rows_I.device, dtype=rows_I.dtype)
+    return (count_I - ridge * after_I).clamp_min(0.0)
+
+
+def optimism(df_I: Tensor, sampled: int, calibration: int) -> Tensor:
+    """Factor (in,) by which the error on new tokens exceeds that on the `sampled` ones.
+
+    In sample a regression's squared residual is too small by 1 - df / sampled; one that is fitted
+    on the compressor's `calibration` tokens is too large by 1 / (1 - df / calibration) elsewhere.
+    """
+    seen_I = (1 - df_I / sampled).clamp_min(LEAST_SHARE)
+    fitted_I = (1 - df_I / max(calibration, sampled)).clamp_min(LEAST_SHARE)
+    return 1.0 / (seen_I * fitted_I)
 
 
 def weighted_output_error(g_TO: Tensor, dy_TO: Tensor) -> float:
@@ -116,17 +156,24 @@ class Output(OutputNearest):
         """z (rows, in): what an error in each column still does after feedback."""
         x_TI = sample.x_TI
         if sample.moment is not None:
-            return self._through(x_TI, sample.moment.mean_II.to(x_TI.device), view)
+            H_II = sample.moment.mean_II.to(x_TI.device)
+            return self._through(x_TI, H_II, sample.moment.tokens, view)
         self._chunked.append(view.unit.name)
         width = max(1, len(x_TI) // 4)
         return torch.cat(
-            [self._through(x, x.T @ x / len(x), view) for x in x_TI.split(width, dim=1)], dim=1
+            [
+                self._through(x_TC, x_TC.T @ x_TC / len(x_TC), len(x_TC), view)
+                for x_TC in x_TI.split(width, dim=1)
+            ],
+            dim=1,
         )
 
-    def _through(self, x_TI: Tensor, H_II: Tensor, view: UnitView) -> Tensor:
-        M_II = feedback(H_II)
-        if M_II is not None:
-            return x_TI @ M_II.T
+    def _through(self, x_TI: Tensor, H_II: Tensor, tokens: int, view: UnitView) -> Tensor:
+        sweep = feedback(H_II)
+        if sweep is not None:
+            M_II, df_I = sweep
+            factor_I = optimism(df_I, tokens, self.context.calibration_tokens)
+            return (x_TI @ M_II.T) * factor_I.sqrt()
         message = "its second moment cannot be factored: scored as rounded without compensation"
         self.context.emit(Notice(kind="fallback", subject=view.unit.name, message=message))
         return x_TI
