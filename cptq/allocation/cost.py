@@ -42,7 +42,9 @@ class CostModel:
         self._unit = {unit.name: unit for unit in self.units}
         self._specs: dict[tuple[str, Candidate], tuple[TensorSpec, ...]] = {}
         self._entries: dict[tuple[str, Candidate], tuple[Entry, ...]] = {}
-        self._dense_entries = {spec.name: (measure(spec),) for spec in self.tensors}
+        self._dense_entries: dict[str, tuple[Entry, ...]] = {
+            spec.name: (measure(spec),) for spec in self.tensors
+        }
         known = {spec.name for spec in self.tensors}
         for unit in self.units:
             for layer in unit.layers:

@@ -1,0 +1,1 @@
+"""Directories that stock tools load: written whole, verified in another process, then renamed."""

@@ -1,0 +1,107 @@
+"""README.md of an artifact: the model card."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+from cptq.artifact.companions import MODULES
+from cptq.checkpoint.loader import AUTO_CLASSES
+from cptq.checkpoint.model import LoadedModel
+from cptq.types import CalibrationRecord, CompressedLayer, Plan
+
+CARD = "README.md"
+_LICENCE_LINES = re.compile(r"^(?:license|license_name|license_link):.*$", re.MULTILINE)
+
+
+def model_card(
+    model: LoadedModel,
+    layers: Sequence[CompressedLayer],
+    plan: Plan,
+    calibration: CalibrationRecord,
+    weight_bytes: int,
+) -> str:
+    """Base model, how to load it, what was done to it; Markdown with a Hub's front matter."""
+    return "\n".join(
+        [
+            *_front_matter(model, bool(layers)),
+            f"# {base_name(model)}, compressed by cptq",
+            "",
+            f"Made from `{base_name(model)}` ({model.parameters:,} weights, sha256 "
+            f"`{model.fingerprint[:16]}`).",
+            "",
+            *_how_to_load(model, bool(layers)),
+            "## What was done",
+            "",
+            *_what_was_done(layers, plan, calibration, weight_bytes),
+            "",
+            "Everything else (the plan, versions, errors per layer, a sha256 per tensor) is in "
+            "`cptq.json`. The licence is that of the base model.",
+            "",
+        ]
+    )
+
+
+def base_name(model: LoadedModel) -> str:
+    """The Hub id, or the name of a local directory (never its path)."""
+    return model.path.name if Path(model.source).expanduser().is_dir() else model.source
+
+
+def _front_matter(model: LoadedModel, compressed: bool) -> list[str]:
+    lines = ["---", "library_name: transformers"]
+    if not Path(model.source).expanduser().is_dir():
+        lines += [f"base_model: {model.source}", "base_model_relation: quantized"]
+    lines += _licence_lines(model.path / CARD)
+    lines += ["tags:", "- cptq", *(["- compressed-tensors"] if compressed else []), "---", ""]
+    return lines
+
+
+def _licence_lines(card: Path) -> list[str]:
+    """The licence as the base model's own card states it."""
+    if not card.is_file():
+        return []
+    text = card.read_text(encoding="utf-8", errors="replace")
+    parts = text.split("---", 2)
+    return _LICENCE_LINES.findall(parts[1]) if text.startswith("---") and len(parts) == 3 else []
+
+
+def _how_to_load(model: LoadedModel, compressed: bool) -> list[str]:
+    auto = AUTO_CLASSES[model.kind]
+    lines = [
+        "## How to load it",
+        "",
+        "```python",
+        f"from transformers import {auto}, AutoTokenizer",
+    ]
+    lines += ["", f'model = {auto}.from_pretrained("PATH")']
+    lines += ['tokenizer = AutoTokenizer.from_pretrained("PATH")', "```", ""]
+    if (model.path / MODULES).exists():
+        lines += ['With sentence-transformers: `SentenceTransformer("PATH")`.', ""]
+    if compressed:
+        lines += [
+            "This needs `compressed-tensors>=0.18`, nothing of cptq. The file is small; in memory "
+            "transformers unpacks the weights at the first forward pass.",
+            "",
+        ]
+    return lines
+
+
+def _what_was_done(
+    layers: Sequence[CompressedLayer],
+    plan: Plan,
+    calibration: CalibrationRecord,
+    weight_bytes: int,
+) -> list[str]:
+    bits = Counter(layer.result.candidate.bits for layer in layers)
+    spread = ", ".join(f"{bits[b]} at {b} bits" for b in sorted(bits)) or "none"
+    scores = f" on the scores of `{plan.metric}`" if plan.metric else ""
+    return [
+        f"- Target `{plan.budget.asked}`: {plan.budget.limit_bytes:,} bytes; the weights take "
+        f"{weight_bytes:,}.",
+        f"- Linears compressed: {spread}; the rest is stored as in the base model.",
+        f"- Bits were chosen by `{plan.allocator}`{scores}.",
+        f"- Calibration: {calibration.source}, {calibration.samples} samples, "
+        f"{calibration.tokens:,} tokens, seed {calibration.seed}.",
+    ]

@@ -1,0 +1,1 @@
+"""How compressed layers are stored, one file per format."""

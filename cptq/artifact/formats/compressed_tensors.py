@@ -1,0 +1,107 @@
+"""`compressed-tensors`, format `pack-quantized`: symmetric integers of 2 to 8 bits, mixed freely.
+
+What stock transformers loads exactly (measured with compressed-tensors 0.18 and later): every layer
+by its exact name, one `config_groups` entry per distinct scheme, names never overlapping, linears
+that stay dense listed in `ignore`. What it gets wrong without a word, so refused here: a Conv1D,
+whose weights it re-initializes. Codes are packed from our own integers: the library's `compress`
+would quantize again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cptq.checkpoint.weights import storage_dtype
+from cptq.errors import ArtifactError
+from cptq.numerics.layout import packed_tensors
+from cptq.numerics.packing import pack_rows
+from cptq.types import CompressedLayer, LayerSpec, TensorSpec
+
+NAME = "compressed-tensors"
+FORMAT = "pack-quantized"
+DENSE = "dense"
+
+
+def check_layer(layer: CompressedLayer) -> None:
+    """Refuse what the format cannot hold, or holds wrongly.
+
+    Raises:
+        ArtifactError: a Conv1D, which stock transformers would re-initialize; codes or scales of
+            a wrong type or shape; a scale of 0.
+    """
+    spec, name = layer.spec, layer.spec.name
+    if spec.kind == "conv1d" or spec.transposed:
+        raise ArtifactError(
+            f"{name} is a Conv1D, whose packed weights stock transformers replaces by random ones",
+            allowed="Conv1D layers kept dense (w16)",
+        )
+    if spec.kind not in ("linear", "head"):
+        raise ArtifactError(f"{name} is an {spec.kind}, which the format keeps dense")
+    out, inputs = spec.shape
+    groups = layer.scale.shape[-1]
+    if layer.codes.shape != (out, inputs) or layer.codes.dtype is not torch.int8:
+        raise ArtifactError(f"{name} has codes {layer.codes.dtype} {tuple(layer.codes.shape)}")
+    if layer.scale.shape != (out, groups) or groups < 1 or inputs % groups:
+        raise ArtifactError(f"{name} has scales {tuple(layer.scale.shape)} for {inputs} inputs")
+    if layer.scale.dtype is not storage_dtype(spec):
+        raise ArtifactError(f"{name} has {layer.scale.dtype} scales in a {spec.dtype} checkpoint")
+    if not bool((torch.isfinite(layer.scale) & (layer.scale != 0)).all()):
+        raise ArtifactError(f"{name} has a scale that is 0, infinite or not a number")
+
+
+def layer_specs(layer: CompressedLayer) -> tuple[TensorSpec, ...]:
+    """The tensors of a layer, as shapes and types."""
+    return packed_tensors(layer.spec, layer.result.candidate.bits, layer.scale.shape[1])
+
+
+def layer_value(layer: CompressedLayer, spec: TensorSpec) -> Tensor:
+    """The value of one of the tensors of a layer."""
+    packed, scale, _ = layer_specs(layer)
+    if spec.name == packed.name:
+        return pack_rows(layer.codes, layer.result.candidate.bits)
+    if spec.name == scale.name:
+        return layer.scale
+    return torch.tensor(layer.spec.shape, dtype=torch.int64)
+
+
+def scheme(layer: CompressedLayer) -> tuple[int, int]:
+    """Bits and group size; 0 stands for one scale per output channel."""
+    groups, inputs = layer.scale.shape[1], layer.spec.shape[1]
+    return layer.result.candidate.bits, 0 if groups == 1 else inputs // groups
+
+
+def quantization_config(
+    layers: Sequence[CompressedLayer], all_layers: Sequence[LayerSpec]
+) -> dict[str, Any] | None:
+    """What config.json says about the compressed layers; None when nothing is compressed."""
+    if not layers:
+        return None
+    targets: dict[tuple[int, int], list[str]] = {}
+    for layer in layers:
+        targets.setdefault(scheme(layer), []).append(layer.spec.name)
+    packed = {layer.spec.name for layer in layers}
+    linears = [spec.name for spec in all_layers if spec.kind in ("linear", "head")]
+    return {
+        "quant_method": NAME,
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": _group(key, targets[key]) for i, key in enumerate(sorted(targets))
+        },
+        "ignore": [name for name in linears if name not in packed],
+        "kv_cache_scheme": None,
+    }
+
+
+def _group(key: tuple[int, int], names: list[str]) -> Mapping[str, Any]:
+    bits, group_size = key
+    weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True}
+    if group_size:
+        weights |= {"strategy": "group", "group_size": group_size}
+    else:
+        weights |= {"strategy": "channel"}
+    return {"targets": names, "format": FORMAT, "weights": weights}

@@ -1,0 +1,49 @@
+"""Run as a script in a fresh process: load a directory with transformers alone and report.
+
+`python -P stock_load.py JOB.json`: the job names the directory, the auto class, a safetensors
+file of inputs, and where the answer goes. It must not import cptq: the point is that nothing of it
+is needed. Not part of the package's interface.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from typing import Any
+
+
+def main(job_file: str) -> None:
+    """Do what the job says; write {missing, unexpected, mismatched, cptq} and the output."""
+    with open(job_file, encoding="utf-8") as stream:
+        job = json.load(stream)
+
+    import torch
+    import transformers
+    from safetensors.torch import load_file, save_file
+
+    torch.set_num_threads(job["threads"])
+    model, info = getattr(transformers, job["auto_class"]).from_pretrained(
+        job["directory"],
+        output_loading_info=True,
+        dtype=torch.float32,
+        trust_remote_code=job["trust_remote_code"],
+        **({"attn_implementation": job["attention"]} if job["attention"] else {}),
+    )
+    with torch.no_grad():
+        output = model.eval()(**load_file(job["inputs"]))
+    logits = getattr(output, "logits", None)
+    answer = output.last_hidden_state if logits is None else logits
+    save_file({"answer": answer.float().contiguous()}, job["answer"])
+    with open(job["report"], "w", encoding="utf-8") as stream:
+        json.dump(_report(info), stream)
+
+
+def _report(info: dict[str, Any]) -> dict[str, Any]:
+    keys = ("missing", "unexpected", "mismatched")
+    report: dict[str, Any] = {key: sorted(map(str, info[f"{key}_keys"])) for key in keys}
+    report["cptq"] = sorted(name for name in sys.modules if name.split(".")[0] == "cptq")
+    return report
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,157 @@
+"""Does a stock loader make of the files what is in memory?
+
+A fresh Python process that knows nothing of cptq loads the directory with transformers alone. No
+key may be missing, unexpected or of another shape, and the output for a sample must be that of the
+compressed model in memory. Two of the ways in which such a directory can be wrong (a Conv1D,
+experts of mixed bits) load without an error and with random weights; only comparing finds them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cptq.artifact import stock_load
+from cptq.checkpoint.loader import AUTO_CLASSES
+from cptq.errors import ArtifactError
+from cptq.types import ModelKind
+
+#: largest difference, as a share of the largest expected value, between two float32 runs of the
+#: same weights (other kernels and other orders of summation; on one CPU it is 0)
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VerificationSample:
+    """Inputs of the model, and what the compressed model in memory answers (float32).
+
+    `tolerance` is relative to the largest expected value. `attention` is the implementation that
+    the model in memory uses (None: transformers' default).
+    """
+
+    inputs: Mapping[str, Tensor]
+    expected: Tensor
+    tolerance: float = TOLERANCE
+    attention: str | None = None
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verification:
+    """What the fresh process found."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    max_abs_difference: float
+    seconds: float
+
+
+def verify_in_fresh_process(
+    path: Path,
+    kind: ModelKind,
+    sample_inputs: Mapping[str, Tensor],
+    expected: Tensor,
+    *,
+    tolerance: float = TOLERANCE,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> Verification:
+    """Load `path` in another process and compare.
+
+    Args:
+        path: the artifact.
+        kind: of model; names the auto class.
+        sample_inputs: keyword arguments of the model's forward, integers or masks.
+        expected: logits, or the last hidden state of an encoder.
+        tolerance: see `VerificationSample`.
+        attention: as there.
+        trust_remote_code: let the model's own code run.
+
+    Raises:
+        ArtifactError: it does not load, keys are missing, unexpected or mismatched, or the outputs
+            differ; says which and by how much.
+    """
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}-check-", dir=path.parent) as folder:
+        job: dict[str, Any] = {
+            "directory": str(path.resolve()),
+            "auto_class": AUTO_CLASSES[kind],
+            "attention": attention,
+            "trust_remote_code": trust_remote_code,
+            "threads": torch.get_num_threads(),
+        } | {name: str(Path(folder) / name) for name in ("inputs", "answer", "report")}
+        values = {name: x.detach().cpu().contiguous() for name, x in sample_inputs.items()}
+        save_file(values, job["inputs"])
+        report = _run(Path(folder), job)
+        answer = load_file(job["answer"])["answer"]
+    found = Verification(
+        missing=tuple(report["missing"]),
+        unexpected=tuple(report["unexpected"]),
+        mismatched=tuple(report["mismatched"]),
+        max_abs_difference=_difference(answer, expected.detach().float().cpu()),
+        seconds=time.perf_counter() - start,
+    )
+    _judge(found, report["cptq"], tolerance * float(expected.abs().max()))
+    return found
+
+
+def _run(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Start the process and read its report."""
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps(job), encoding="utf-8")
+    # -P: the script's own directory must not come before the packages
+    done = subprocess.run(
+        [sys.executable, "-P", str(stock_load.__file__), str(job_file)],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ArtifactError(
+            "stock transformers cannot load what was written: "
+            + (lines[-1].strip() if lines else f"the process ended with {done.returncode}")
+        )
+    report: dict[str, Any] = json.loads(Path(job["report"]).read_text(encoding="utf-8"))
+    return report
+
+
+def _difference(answer: Tensor, expected: Tensor) -> float:
+    """Largest absolute difference; infinite where shapes differ or a value is not a number."""
+    if answer.shape != expected.shape:
+        return float("inf")
+    difference = float((answer - expected).abs().max())
+    return difference if difference == difference else float("inf")
+
+
+def _judge(found: Verification, imported: list[str], allowed: float) -> None:
+    for what in ("missing", "unexpected", "mismatched"):
+        names: tuple[str, ...] = getattr(found, what)
+        if names:
+            raise ArtifactError(
+                f"stock transformers finds {len(names)} {what} keys in what was written, first "
+                f"{names[0]}"
+            )
+    if imported:
+        raise ArtifactError(f"the check was not independent: {imported[0]} was imported in it")
+    if not found.max_abs_difference <= allowed:
+        raise ArtifactError(
+            f"the written model answers differently from the one in memory: by "
+            f"{found.max_abs_difference:.3g}, where {allowed:.3g} is allowed"
+        )

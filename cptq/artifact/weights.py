@@ -1,0 +1,118 @@
+"""Weights to safetensors files, one tensor in memory at a time; and their digests, read back.
+
+The bytes are those that the safetensors library would write (tested), but each tensor is fetched,
+written and dropped, every file is synced to the disk, and a full disk is an `OSError` that says so.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cptq.checkpoint.weights import TORCH_DTYPES
+from cptq.errors import ArtifactError
+from cptq.numerics.safetensors_header import (
+    SHARD_BYTES,
+    header_bytes,
+    in_file_order,
+    shard_names,
+    split_shards,
+)
+from cptq.types import TensorSpec
+
+INDEX = "model.safetensors.index.json"
+_CHUNK = 1 << 22
+
+Fetch = Callable[[TensorSpec], Tensor]
+"""The value of a tensor, in its storage type, on any device."""
+
+
+def write_weights(
+    directory: Path, specs: Sequence[TensorSpec], fetch: Fetch, *, most: int = SHARD_BYTES
+) -> dict[str, int]:
+    """Write `model.safetensors`, or shards and their index.
+
+    Args:
+        directory: where to.
+        specs: all tensors, in the order in which shards are filled.
+        fetch: gives each value.
+        most: bytes of tensors per file.
+
+    Returns:
+        {file name: bytes} of the weight files.
+
+    Raises:
+        ArtifactError: a value is not what its spec says.
+        OSError: the disk is full, or anything else the system says.
+    """
+    shards = split_shards(specs, most)
+    names = shard_names(len(shards))
+    for name, shard in zip(names, shards, strict=True):
+        _write_file(directory / name, shard, fetch)
+    if len(shards) > 1:
+        weight_map = {s.name: n for n, shard in zip(names, shards, strict=True) for s in shard}
+        total = {"total_size": sum(spec.nbytes for spec in specs)}
+        index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
+        write_bytes(directory / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+    return {name: (directory / name).stat().st_size for name in names}
+
+
+def _write_file(path: Path, specs: Iterable[TensorSpec], fetch: Fetch) -> None:
+    ordered = in_file_order(specs)
+    with path.open("wb") as stream:
+        stream.write(header_bytes(ordered))
+        for spec in ordered:
+            stream.write(_raw(spec, fetch(spec)))
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _raw(spec: TensorSpec, tensor: Tensor) -> memoryview:
+    """The bytes of a tensor that is what its spec says."""
+    if tuple(tensor.shape) != spec.shape or tensor.dtype is not TORCH_DTYPES[spec.dtype]:
+        raise ArtifactError(
+            f"{spec.name} is {tensor.dtype} {tuple(tensor.shape)} in memory and "
+            f"{spec.dtype} {spec.shape} in the checkpoint"
+        )
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    raw: memoryview = flat.view(torch.uint8).numpy().data
+    return raw
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a small file and sync it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("wb") as stream:
+        stream.write(content)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def tensor_digests(paths: Iterable[Path]) -> dict[str, str]:
+    """sha256 (hex) of the bytes of every tensor, as they lie on the disk, sorted by name."""
+    digests: dict[str, str] = {}
+    for path in paths:
+        with path.open("rb") as stream:
+            header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
+            header.pop("__metadata__", None)
+            for name in sorted(header, key=lambda n: header[n]["data_offsets"]):
+                start, end = header[name]["data_offsets"]
+                digests[name] = _digest(stream.read, end - start)
+    return dict(sorted(digests.items()))
+
+
+def _digest(read: Callable[[int], bytes], left: int) -> str:
+    digest = hashlib.sha256()
+    while left:
+        chunk = read(min(left, _CHUNK))
+        if not chunk:
+            raise ArtifactError("a weight file ends before its last tensor does")
+        digest.update(chunk)
+        left -= len(chunk)
+    return digest.hexdigest()

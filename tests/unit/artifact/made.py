@@ -1,0 +1,137 @@
+"""Small compressed models, made by rounding to nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+
+import torch
+
+from cptq.allocation.cost import CostModel
+from cptq.artifact.verify import VerificationSample
+from cptq.artifact.writer import write_artifact
+from cptq.checkpoint.loader import load_model
+from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
+from cptq.config import ModelSettings
+from cptq.numerics.grid import quantize_nearest
+from cptq.numerics.groups import resolve_group
+from cptq.types import (
+    Artifact,
+    Budget,
+    CalibrationRecord,
+    Candidate,
+    CompressedLayer,
+    Event,
+    LayerResult,
+    LayerSpec,
+    Plan,
+)
+
+RECORD = CalibrationRecord(
+    source="pydoc",
+    origin="python",
+    samples=2,
+    seqlen=16,
+    tokens=32,
+    seed=0,
+    fingerprint="a" * 64,
+    text_sha256="b" * 64,
+)
+MIXED = (2, 3, 4, 5, 6, 7, 8, 16)
+
+
+def load(path: Path) -> LoadedModel:
+    return load_model(ModelSettings(model=str(path), device="cpu"), lambda event: None)
+
+
+def compress(
+    model: LoadedModel, bits: Sequence[int] = MIXED, groups: Sequence[int] = (32,)
+) -> tuple[list[CompressedLayer], Plan]:
+    """Unit after unit gets the next of `bits` and of `groups`; the module is changed in place."""
+    width, size = cycle(bits), cycle(groups)
+    choices = {u.name: candidate(next(width), next(size)) for u in model.units}
+    layers = [
+        compress_layer(model, spec, choices[u.name])
+        for u in model.units
+        for spec in u.layers
+        if not choices[u.name].dense
+    ]
+    cost = CostModel(model.units, model.tensors)
+    plan = Plan(
+        model_fingerprint=model.fingerprint,
+        budget=Budget(limit_bytes=cost.dense_bytes, asked="16bit"),
+        allocator="by hand",
+        metric=None,
+        table_digest=None,
+        choices=choices,
+        predicted_bytes=cost.file_bytes(choices),
+        predicted_loss=None,
+    )
+    return layers, plan
+
+
+def candidate(bits: int, group: int) -> Candidate:
+    return Candidate(bits=bits, group_size=0 if bits == 16 else group)
+
+
+def compress_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> CompressedLayer:
+    inputs = spec.shape[1]
+    group = resolve_group(inputs, choice.group_size)
+    module = model.linear(spec.name)
+    codes, scale = quantize_nearest(
+        get_weight(module).float(), choice.bits, group, scale_dtype=storage_dtype(spec)
+    )
+    result = LayerResult(
+        name=spec.name,
+        candidate=choice,
+        group_size=0 if group == inputs else group,
+        nbytes=0,
+        weight_error=0.01,
+        output_error=None,
+        seconds=0.5,
+    )
+    layer = CompressedLayer(spec=spec, result=result, codes=codes, scale=scale)
+    set_weight(module, layer.dense(model.dtype))
+    return layer
+
+
+def inputs_of(model: LoadedModel) -> dict[str, torch.Tensor]:
+    ids = torch.arange(3, 27).view(2, 12) % model.config.vocab_size
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+@torch.no_grad()
+def sample_of(model: LoadedModel) -> VerificationSample:
+    inputs = inputs_of(model)
+    output = model.module(**inputs)
+    logits = getattr(output, "logits", None)
+    return VerificationSample(
+        inputs=inputs, expected=output.last_hidden_state if logits is None else logits
+    )
+
+
+def write(
+    model: LoadedModel,
+    layers: Sequence[CompressedLayer],
+    plan: Plan,
+    out: Path,
+    *,
+    overwrite: bool = False,
+    sample: VerificationSample | None = None,
+    extras: dict[str, bytes] | None = None,
+    events: list[Event] | None = None,
+) -> Artifact:
+    return write_artifact(
+        model,
+        layers,
+        plan,
+        calibration=RECORD,
+        out=out,
+        overwrite=overwrite,
+        seed=0,
+        sample=sample,
+        extras=extras,
+        emit=(events if events is not None else []).append,
+    )

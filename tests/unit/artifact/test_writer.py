@@ -1,0 +1,380 @@
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cptq.artifact import place as places
+from cptq.artifact import writer
+from cptq.artifact.formats.compressed_tensors import check_layer, quantization_config
+from cptq.artifact.place import check_output, check_space
+from cptq.artifact.weights import write_weights
+from cptq.checkpoint.model import LoadedModel
+from cptq.errors import ArtifactError, OutputExistsError
+from cptq.types import CompressedLayer, Plan, TensorSpec
+from tests.conftest import TinyModel
+from tests.unit.artifact.made import compress, load, write
+
+Made = tuple[LoadedModel, list[CompressedLayer], Plan]
+
+
+@pytest.fixture(scope="module")
+def made(tiny_model: TinyModel) -> Made:
+    model = load(tiny_model("llama", dtype=torch.float16))
+    return model, *compress(model)
+
+
+def files_below(directory: Path) -> dict[str, bytes]:
+    return {
+        str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()
+    }
+
+
+def test_same_input_same_bytes(made: Made, tmp_path: Path) -> None:
+    write(*made, tmp_path / "a")
+    write(*made, tmp_path / "b")
+    assert files_below(tmp_path / "a") == files_below(tmp_path / "b")
+
+
+def test_the_manifest_describes_the_files(made: Made, tmp_path: Path) -> None:
+    model, layers, plan = made
+    artifact = write(model, layers, plan, tmp_path / "out")
+    found = json.loads((artifact.path / "cptq.json").read_text())
+    assert Plan.from_dict(found["plan"]) == plan
+    assert found["model"]["fingerprint"] == model.fingerprint
+    assert found["calibration"]["fingerprint"] == "a" * 64
+    assert {"cptq", "torch", "transformers", "safetensors"} <= set(found["versions"])
+    assert [layer["name"] for layer in found["layers"]] == [x.spec.name for x in layers]
+    assert {spec.name for spec in model.layers} == {
+        *found["dense"],
+        *(layer["name"] for layer in found["layers"]),
+    }
+    tensors = load_file(artifact.path / "model.safetensors")
+    assert set(tensors) == set(found["tensors_sha256"])
+    for name, tensor in tensors.items():
+        raw = tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+        assert found["tensors_sha256"][name] == hashlib.sha256(raw).hexdigest()
+    assert found["weight_files"] == {"model.safetensors": artifact.weight_bytes}
+
+
+def test_quantization_config_names_every_linear_once(made: Made) -> None:
+    model, layers, _ = made
+    config = quantization_config(layers, model.layers)
+    assert config is not None
+    groups = config["config_groups"]
+    targets = [name for group in groups.values() for name in group["targets"]]
+    assert sorted(targets) == sorted(layer.spec.name for layer in layers)
+    linears = {spec.name for spec in model.layers if spec.kind in ("linear", "head")}
+    assert set(config["ignore"]) == linears - set(targets)
+    assert "lm_head" in config["ignore"]
+    assert config["kv_cache_scheme"] is None
+    schemes = [json.dumps(group["weights"], sort_keys=True) for group in groups.values()]
+    assert len(set(schemes)) == len(schemes)
+
+
+def test_companions_come_along(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny_model("bert-encoder"), source)
+    more = {
+        "LICENSE": "Apache",
+        "NOTICE.txt": "notice",
+        "chat_template.jinja": "{{ x }}",
+        "README.md": "---\nlicense: apache-2.0\nlanguage: en\n---\n# A model\n",
+        "generation_config.json": "{}",
+        "1_Pooling/config.json": '{"pooling_mode_mean_tokens": true}',
+        "optimizer.pt": "not wanted",
+        "modules.json": json.dumps(
+            [
+                {"idx": 0, "path": "", "type": "sentence_transformers.models.Transformer"},
+                {"idx": 1, "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+            ]
+        ),
+    }
+    for name, text in more.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    (source / "LICENSE").rename(tmp_path / "blob")
+    (source / "LICENSE").symlink_to(tmp_path / "blob")  # as in a snapshot of the Hub
+    model = load(source)
+    artifact = write(model, *compress(model), tmp_path / "out", extras={"a/b.json": b"{}"})
+    written = files_below(artifact.path)
+    for name in set(more) - {"README.md", "optimizer.pt"}:
+        assert written[name].decode() == more[name]
+    assert not (artifact.path / "LICENSE").is_symlink()
+    assert {"tokenizer.json", "tokenizer_config.json", "a/b.json"} <= set(written)
+    assert "optimizer.pt" not in written
+    card = written["README.md"].decode()
+    assert "license: apache-2.0" in card
+    assert "AutoModel.from_pretrained" in card
+    assert "SentenceTransformer" in card
+    assert str(tmp_path) not in card
+
+
+@pytest.mark.parametrize("folder", ["../elsewhere", "/etc"])
+def test_modules_outside_the_model_are_refused(
+    tiny_model: TinyModel, tmp_path: Path, folder: str
+) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny_model("bert-encoder"), source)
+    (source / "modules.json").write_text(json.dumps([{"path": folder, "type": "x.Pooling"}]))
+    model = load(source)
+    with pytest.raises(ArtifactError, match="lies outside the model"):
+        write(model, *compress(model), tmp_path / "out")
+
+
+def test_a_tokenizer_without_files_is_saved(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tmp_path / "model"
+    shutil.copytree(tiny_model("bert"), source)
+    model = load(source)
+    for path in source.glob("tokenizer*"):
+        path.unlink()
+    events: list[Any] = []
+    artifact = write(model, *compress(model), tmp_path / "out", events=events)
+    assert (artifact.path / "tokenizer.json").exists()
+    assert any("no tokenizer files" in getattr(e, "message", "") for e in events)
+    assert any("no licence file" in getattr(e, "message", "") for e in events)
+
+
+def test_an_existing_output_is_kept(made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with pytest.raises(OutputExistsError, match="already there; pass --overwrite") as error:
+        write(*made, out)
+    assert error.value.exit_code == 2
+    assert list(out.iterdir()) == []
+
+
+def test_overwrite_replaces_an_artifact_whole(made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(*made, out, extras={"old.json": b"{}"})
+    write(*made, out, overwrite=True)
+    assert not (out / "old.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_overwrite_does_not_replace_what_is_not_ours(made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.tex").write_text("years of work")
+    with pytest.raises(ArtifactError, match="is no artifact of cptq"):
+        write(*made, out, overwrite=True)
+    file = tmp_path / "file"
+    file.write_text("a file")
+    with pytest.raises(ArtifactError, match="is no artifact of cptq"):
+        write(*made, file, overwrite=True)
+
+
+def test_the_model_itself_is_never_replaced(tmp_path: Path) -> None:
+    source = tmp_path / "models" / "a"
+    source.mkdir(parents=True)
+    (source / "cptq.json").touch()
+    link = tmp_path / "link"
+    link.symlink_to(source)
+    for out in (source, source.parent, link):
+        with pytest.raises(ArtifactError, match="is or holds the model"):
+            check_output(out, overwrite=True, source=source)
+
+
+def fail_after(count: int, error: BaseException) -> Any:
+    calls = iter(range(10**6))
+
+    def write_or_fail(path: Path, content: bytes) -> None:
+        if next(calls) >= count:
+            raise error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+
+    return write_or_fail
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    ("error", "raised", "words"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            ArtifactError,
+            r"needs [\d,]+ bytes and [\d,]+ are free",
+        ),
+        (
+            OSError(errno.EACCES, "Permission denied"),
+            ArtifactError,
+            "cannot be written: Permission denied",
+        ),
+        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+    ],
+)
+def test_nothing_half_written_stays(
+    made: Made,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    overwrite: bool,
+    error: BaseException,
+    raised: type[BaseException],
+    words: str,
+) -> None:
+    out = tmp_path / "sub" / "out"
+    before = {}
+    if overwrite:
+        write(*made, out)
+        before = files_below(out)
+    monkeypatch.setattr(writer, "write_bytes", fail_after(1, error))
+    with pytest.raises(raised, match=words):
+        write(*made, out, overwrite=overwrite, extras={"x.json": b"{}"})
+    assert [p.name for p in out.parent.iterdir()] == (["out"] if overwrite else [])
+    assert (files_below(out) if overwrite else {}) == before
+
+
+def test_the_old_one_comes_back_when_the_rename_fails(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    write(*made, out)
+    before = files_below(out)
+    rename = Path.rename
+
+    def fail_once(self: Path, target: Path) -> Path:
+        if self.suffix == ".partial":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_once)
+    with pytest.raises(KeyboardInterrupt):
+        write(*made, out, overwrite=True)
+    assert files_below(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = shutil.disk_usage(tmp_path)._replace(free=12_345)
+    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: full)
+    with pytest.raises(ArtifactError, match=r"needs [\d,]+ bytes and 12,345 are free"):
+        write(*made, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_check_space() -> None:
+    check_space(Path("."), 1)
+    with pytest.raises(ArtifactError, match="the disk is full"):
+        check_space(Path("."), 10**18)
+
+
+def test_shards_have_an_index_that_transformers_reads(tmp_path: Path) -> None:
+    specs = [TensorSpec(name=f"t{i}", dtype="F16", shape=(10, i)) for i in range(1, 6)]
+    values = {spec.name: torch.randn(spec.shape).half() for spec in specs}
+    files = write_weights(tmp_path, specs, lambda spec: values[spec.name], most=100)
+    assert list(files) == [f"model-{i:05d}-of-00004.safetensors" for i in range(1, 5)]
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 300
+    for name, file in index["weight_map"].items():
+        assert torch.equal(load_file(tmp_path / file)[name], values[name])
+        assert (tmp_path / file).stat().st_size == files[file]
+
+
+def test_a_tensor_that_is_not_what_was_planned(tmp_path: Path) -> None:
+    spec = TensorSpec(name="t", dtype="F16", shape=(2, 2))
+    for wrong in (torch.zeros(2, 2), torch.zeros(2, 3).half()):
+        with pytest.raises(ArtifactError, match="t is torch"):
+            write_weights(tmp_path, [spec], lambda s, wrong=wrong: wrong)
+
+
+@pytest.mark.parametrize("name", ["../x.json", "/x.json", "model.safetensors"])
+def test_extras_stay_inside(made: Made, tmp_path: Path, name: str) -> None:
+    with pytest.raises(ArtifactError, match="is no name for a file"):
+        write(*made, tmp_path / "out", extras={name: b""})
+
+
+def test_a_conv1d_is_refused(made: Made, tmp_path: Path) -> None:
+    model, layers, plan = made
+    spec = replace(layers[0].spec, kind="conv1d", transposed=True)
+    wrong = replace(layers[0], spec=spec)
+    with pytest.raises(ArtifactError, match=r"is a Conv1D.*allowed: .*w16"):
+        write(model, [wrong, *layers[1:]], plan, tmp_path / "out")
+
+
+def test_layers_that_cannot_be_right_are_refused(made: Made) -> None:
+    layer = made[1][0]
+    zero = layer.scale.clone()
+    zero[0, 0] = 0
+    wrong = {
+        "scale that is 0": replace(layer, scale=zero),
+        "scales in a F16": replace(layer, scale=layer.scale.float()),
+        "has scales": replace(layer, scale=layer.scale[:-1]),
+        "has codes": replace(layer, codes=layer.codes[:, :-1]),
+        "is an embedding": replace(layer, spec=replace(layer.spec, kind="embedding")),
+    }
+    check_layer(layer)
+    for words, bad in wrong.items():
+        with pytest.raises(ArtifactError, match=words):
+            check_layer(bad)
+
+
+def test_a_layer_given_twice_or_unknown(made: Made, tmp_path: Path) -> None:
+    model, layers, plan = made
+    with pytest.raises(ArtifactError, match="is twice in the model"):
+        write(model, [*layers, layers[0]], plan, tmp_path / "out")
+    other = replace(layers[0], spec=replace(layers[0].spec, name="nope"))
+    with pytest.raises(ArtifactError, match=r"nope\.weight is not in the model"):
+        write(model, [other], plan, tmp_path / "out")
+
+
+def test_values_rounded_by_the_run_type_are_said(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model = load(tiny_model("bert"))
+    layers, plan = compress(model)
+    model.module.to(torch.bfloat16)
+    events: list[Any] = []
+    write(model, layers, plan, tmp_path / "out", events=events)
+    assert any("narrower type" in getattr(e, "message", "") for e in events)
+
+
+def test_an_artifact_is_not_compressed_again(made: Made, tmp_path: Path) -> None:
+    model, layers, plan = made
+    model.quantized = True
+    try:
+        with pytest.raises(ArtifactError, match="already compressed"):
+            write(model, layers, plan, tmp_path / "out")
+    finally:
+        model.quantized = False
+
+
+def test_a_corrupt_codes_range_never_reaches_the_disk(made: Made, tmp_path: Path) -> None:
+    model, layers, plan = made
+    layer = next(x for x in layers if x.result.candidate.bits == 2)
+    bad = replace(layer, codes=layer.codes + 5)
+    with pytest.raises(ValueError, match="outside"):
+        write(model, [bad], plan, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_reference_of_a_layer_is_what_is_unpacked(made: Made, tmp_path: Path) -> None:
+    """Load one layer with compressed-tensors itself, apart from transformers."""
+    from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
+
+    model, layers, plan = made
+    artifact = write(model, layers, plan, tmp_path / "out")
+    stored = load_file(artifact.path / "model.safetensors")
+    for layer in layers:
+        name, bits = layer.spec.name, layer.result.candidate.bits
+        codes = unpack_from_int32(
+            stored[f"{name}.weight_packed"], bits, torch.Size(stored[f"{name}.weight_shape"])
+        )
+        assert torch.equal(codes, layer.codes)
+        assert torch.equal(stored[f"{name}.weight_scale"], layer.scale)
+
+
+def test_save_file_keeps_the_size(made: Made, tmp_path: Path) -> None:
+    """Saved again by the library the file has the same bytes."""
+    artifact = write(*made, tmp_path / "out")
+    tensors = load_file(artifact.path / "model.safetensors")
+    save_file(tensors, tmp_path / "again.safetensors", {"format": "pt"})
+    assert (tmp_path / "again.safetensors").stat().st_size == artifact.weight_bytes
