@@ -1,0 +1,67 @@
+"""The probe against whole forward passes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cptq.calibration.objective import objective_for
+from cptq.calibration.probe import Probe
+from cptq.calibration.replay import forward
+from cptq.calibration.slices import split_held_out
+from cptq.checkpoint.weights import get_weight, replaced
+from cptq.errors import CalibrationError
+from tests.reference.sensitivity import loaded, random_calibration
+
+TinyModel = Callable[..., Path]
+ARCHITECTURES = ("llama", "opt", "gpt_neox", "bert", "distilbert", "bert-encoder", "bert-mlm")
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_a_trial_equals_a_whole_forward_pass(arch: str, tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model(arch))
+    objective = objective_for(model.kind, model.config)
+    rows = split_held_out(random_calibration(model).batches, model.kind).held_out
+    probe = Probe(model, rows, objective)
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    for unit in (model.units[0], model.units[-1]):
+        name = unit.layers[-1].name
+        module = model.linear(name)
+        W = get_weight(module) * 0.8
+        ours = probe.divergence(unit, {name: W})
+        parts = []
+        with torch.no_grad():
+            for row in rows:
+                dense = objective.reference(objective.answer(forward(model, row), row))
+                with replaced(module, W):
+                    parts.append(
+                        objective.divergence(dense, objective.answer(forward(model, row), row))
+                    )
+        assert ours == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
+        assert ours > 0
+    assert all(torch.equal(before[n], v) for n, v in model.module.state_dict().items())
+    assert probe.trials == 2
+
+
+def test_no_change_is_no_divergence(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    rows = split_held_out(random_calibration(model).batches, model.kind).held_out
+    probe = Probe(model, rows, objective_for(model.kind, model.config))
+    for unit in model.units:
+        weights = {s.name: get_weight(model.linear(s.name)).clone() for s in unit.layers}
+        assert probe.divergence(unit, weights) == 0.0
+
+
+def test_weights_come_back_after_a_failed_trial(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    rows = split_held_out(random_calibration(model).batches, model.kind).held_out
+    probe = Probe(model, rows, objective_for(model.kind, model.config))
+    unit = model.units[0]
+    spec = unit.layers[0]
+    W = get_weight(model.linear(spec.name)).clone()
+    with pytest.raises(CalibrationError, match="qkv"):
+        probe.divergence(unit, {spec.name: torch.full_like(W, float("nan"))})
+    assert torch.equal(get_weight(model.linear(spec.name)), W)

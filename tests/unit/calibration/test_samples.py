@@ -1,0 +1,187 @@
+"""The sampling pass against autograd on the same model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from cptq.calibration.objective import objective_for, real_tokens
+from cptq.calibration.replay import forward
+from cptq.calibration.samples import Samples, Wants, collect_samples
+from cptq.calibration.slices import split_held_out
+from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.weights import get_weight, replaced
+from cptq.errors import CalibrationError
+from cptq.types import Notice, Progress
+from tests.reference.sensitivity import loaded, random_calibration
+
+TinyModel = Callable[..., Path]
+ALL = Wants(gradients=True, label_gradients=True, moments=True, blocks=True)
+ARCHITECTURES = ("llama", "opt", "gpt_neox", "bert", "bert-encoder", "bert-mlm", "mpnet")
+
+
+def sampled(model: LoadedModel, wants: Wants = ALL, **options: int) -> Samples:
+    objective = objective_for(model.kind, model.config)
+    fit = split_held_out(random_calibration(model).batches, model.kind).fit
+    options = {"seed": 3} | options
+    return collect_samples(model, fit, objective, wants, emit=lambda event: None, **options)
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_rows_equal_what_autograd_sees(arch: str, tiny_model: TinyModel) -> None:
+    """All tokens kept: inputs, gradients, moments and outputs, for one batch by plain autograd."""
+    model = loaded(tiny_model(arch))
+    objective = objective_for(model.kind, model.config)
+    batch = random_calibration(model, rows=3, length=17).batches[0]
+    samples = collect_samples(
+        model, [batch], objective, ALL, seed=3, emit=lambda event: None, keep=10_000
+    )
+    spec = model.units[-1].layers[-1]
+    seen: list[torch.Tensor] = []
+
+    def look(module: object, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        output.retain_grad()
+        seen.extend([args[0], output])
+
+    module = model.linear(spec.name)
+    get = module.weight.requires_grad_(True)
+    handle = module.register_forward_hook(look)
+    answer = objective.answer(forward(model, batch), batch)
+    handle.remove()
+    directions = torch.Generator().manual_seed(3 + 1)
+    answer.backward(objective.direction(answer, directions), retain_graph=True)
+    get.requires_grad_(False)
+    mask = real_tokens(batch).flatten()  # some families flatten their tokens themselves
+    ours = samples.layers[spec.name]
+    assert ours.g_TO is not None
+    assert ours.moment is not None
+    torch.testing.assert_close(ours.x_TI, seen[0].detach().reshape(len(mask), -1)[mask])
+    gradient = seen[1].grad.reshape(len(mask), -1)[mask]
+    torch.testing.assert_close(ours.g_TO, gradient, rtol=1e-4, atol=1e-5)
+    x = ours.x_TI
+    torch.testing.assert_close(ours.moment.mean_II, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
+    assert ours.scale == pytest.approx(1 / len(answer))
+    assert samples.answers == len(answer)
+    assert len(samples.blocks) == len(model.block_names)
+    assert (ours.label_g_TO is not None) == (model.kind == "causal-lm")
+
+
+def test_the_fisher_measures_the_kl_in_nats(tiny_model: TinyModel) -> None:
+    """1/2 E (sum_t g_t . dW x_t)^2 over many directions is the divergence of a small change."""
+    model = loaded(tiny_model("llama"))
+    objective = objective_for(model.kind, model.config)
+    batch = random_calibration(model, rows=1, length=24).batches[0]
+    spec = model.units[2].layers[0]
+    W = get_weight(model.linear(spec.name)).clone()
+    dW = 0.01 * torch.randn(W.shape, generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        dense = objective.reference(objective.answer(forward(model, batch), batch))
+        with replaced(model.linear(spec.name), W + dW):
+            changed = objective.answer(forward(model, batch), batch)
+    kl = float(objective.divergence(dense, changed).mean())
+    squares = []
+    for seed in range(300):
+        samples = collect_samples(
+            model, [batch], objective, Wants(gradients=True), seed=seed, emit=lambda event: None
+        )
+        row = samples.layers[spec.name]
+        squares.append(float((row.g_TO * (row.x_TI @ dW.T)).sum()) ** 2)
+    assert sum(squares) / len(squares) / 2 / 24 == pytest.approx(kl, rel=0.25)
+
+
+def test_same_seed_same_rows_and_another_seed_others(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    name = model.units[0].layers[0].name
+    first, again, other = (sampled(model, seed=s, keep=50).layers[name] for s in (1, 1, 2))
+    assert torch.equal(first.x_TI, again.x_TI)
+    assert torch.equal(first.g_TO, again.g_TO)
+    assert not torch.equal(first.x_TI, other.x_TI)
+
+
+def test_the_number_of_rows_is_kept_to(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("bert"))
+    samples = sampled(model, keep=37)
+    assert {len(layer.x_TI) for layer in samples.layers.values()} == {37}
+    assert {len(block) for block in samples.blocks} == {37}
+    assert samples.layers[model.units[0].layers[0].name].scale == pytest.approx(
+        samples.tokens / (37 * samples.answers)
+    )
+
+
+def test_a_shared_input_is_kept_once(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    samples = sampled(model)
+    qkv = [samples.layers[spec.name] for spec in model.units[0].layers]
+    assert len(qkv) == 3
+    assert all(layer.x_TI is qkv[0].x_TI for layer in qkv)
+    assert all(layer.moment is qkv[0].moment for layer in qkv)
+
+
+def test_forward_only_computes_no_gradient_and_leaves_no_trace(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("bert"))
+    before = [p.requires_grad for p in model.module.parameters()]
+    for parameter in list(model.module.parameters())[:3]:
+        parameter.requires_grad_(True)
+    samples = sampled(model, Wants(blocks=True))
+    assert all(layer.g_TO is None and layer.moment is None for layer in samples.layers.values())
+    after = [p.requires_grad for p in model.module.parameters()]
+    assert after == [True] * 3 + before[3:]
+    assert all(p.grad is None for p in model.module.parameters())
+    assert all(not m._forward_hooks for m in model.module.modules())
+
+
+def test_memory_caps_the_rows_and_says_so(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    objective = objective_for(model.kind, model.config)
+    fit = split_held_out(random_calibration(model).batches, model.kind).fit
+    events: list[object] = []
+    samples = collect_samples(
+        model, fit, objective, ALL, seed=0, emit=events.append, memory_bytes=100_000
+    )
+    rows = len(samples.layers[model.units[0].layers[0].name].x_TI)
+    assert rows < 100
+    notices = [event for event in events if isinstance(event, Notice)]
+    assert len(notices) == 1
+    assert f"{rows} token rows" in notices[0].message
+    assert any(isinstance(event, Progress) for event in events)
+
+
+def test_a_layer_called_twice_keeps_the_rows_of_both_calls(tiny_model: TinyModel) -> None:
+    """Gradients arrive in the reverse order of the calls: each goes with its own input."""
+    model = loaded(tiny_model("llama"))
+    model.module.model.layers[1].mlp = model.module.model.layers[0].mlp
+    object.__setattr__(
+        model, "units", tuple(u for u in model.units if "layers.1.mlp" not in u.name)
+    )
+    name = "model.layers.0.mlp.down_proj"
+    batch = random_calibration(model, rows=1, length=9).batches[0]
+    objective = objective_for(model.kind, model.config)
+    samples = collect_samples(
+        model, [batch], objective, Wants(gradients=True), seed=0, emit=lambda event: None
+    )
+    sample = samples.layers[name]
+    calls: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def look(module: object, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        output.retain_grad()
+        calls.append((args[0], output))
+
+    weight = model.linear(name).weight.requires_grad_(True)
+    handle = model.linear(name).register_forward_hook(look)
+    answer = objective.answer(forward(model, batch), batch)
+    handle.remove()
+    answer.backward(objective.direction(answer, torch.Generator().manual_seed(1)))
+    weight.requires_grad_(False)
+    torch.testing.assert_close(sample.x_TI, torch.cat([x[0] for x, _ in calls]).detach())
+    expected = torch.cat([y.grad[0] for _, y in calls])
+    torch.testing.assert_close(sample.g_TO, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_infinite_activations_name_the_layer(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    model.module.model.layers[1].mlp.gate_proj.weight.data.fill_(float("inf"))
+    with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.down_proj"):
+        sampled(model)
