@@ -69,7 +69,7 @@ def test_optimism_predicts_the_error_on_new_tokens() -> None:
     ratio = (in_sample * factor / fresh).log().mean().exp()
     # a little above 1: the part of the residual that damping leaves is not optimistic
     assert float(ratio) == pytest.approx(1.0, abs=0.2)
-    assert float((in_sample / fresh).log().mean().exp()) < 0.7
+    assert float((in_sample / fresh).log().mean().exp()) < 0.75
 
 
 def test_expected_error_is_what_the_sweep_leaves() -> None:
