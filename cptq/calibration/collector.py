@@ -225,6 +225,7 @@ class Collector:
                 moment=kept.moment,
                 scale=kept.seen / (max(len(joined[key]), 1) * answers),
             )
+            kept.g, kept.label_g = [], []  # half the memory is in the pieces
         return result
 
 

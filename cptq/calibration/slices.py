@@ -18,11 +18,13 @@ from cptq.types import ModelKind
 Rows = dict[str, Tensor]
 
 #: tokens that flow through a model at once while it is measured
-MICRO_TOKENS = 1024
-#: windows that the held-out tokens of a language model are spread over
-WINDOWS = 4
-#: tokens held out of a language model's calibration text
-HELD_OUT_TOKENS = 256
+MICRO_TOKENS = 512
+#: about how long the windows are that a language model is held out in
+WINDOW = 128
+#: tokens held out of a language model's calibration text: fewest, most
+HELD_OUT_TOKENS = (192, 1024)
+#: weights x held-out tokens that half a forward pass per trial may take on a CPU
+HELD_OUT_WORK = 26e9
 #: tokens held out where whole sentences are judged
 HELD_OUT_SENTENCE_TOKENS = 1024
 #: tokens that must be left for sampling before held-out rows are kept out of it
@@ -99,7 +101,14 @@ class Split:
     overlap: bool
 
 
-def split_held_out(batches: Iterable[Rows], kind: ModelKind) -> Split:
+def held_out_tokens(parameters: int, on_cpu: bool) -> int:
+    """How many tokens of a language model to hold out: as many as its trials can afford."""
+    fewest, most = HELD_OUT_TOKENS
+    affordable = int(HELD_OUT_WORK / max(parameters, 1)) if on_cpu else most
+    return min(max(affordable, fewest), most)
+
+
+def split_held_out(batches: Iterable[Rows], kind: ModelKind, tokens: int) -> Split:
     """Hold out the end of the calibration data.
 
     Language models give up at most a quarter of their rows, others half: they are judged per
@@ -107,20 +116,21 @@ def split_held_out(batches: Iterable[Rows], kind: ModelKind) -> Split:
 
     Args:
         batches: calibration batches.
-        kind: language models are held out as `WINDOWS` short windows, others as whole sentences.
+        kind: language models are held out as short windows, others as whole sentences.
+        tokens: how many to hold out of a language model's text.
     """
     rows = micro_batches(batches, tokens=1)
     language = kind in ("causal-lm", "masked-lm")
     most = max(1, len(rows) // (4 if language else 2))
-    held = _windows(rows[-most:]) if language else _sentences(rows[-most:])
+    held = _windows(rows[-most:], tokens) if language else _sentences(rows[-most:])
     rest = rows[: len(rows) - len(held)]
     overlap = token_count(rest) < ENOUGH_TOKENS
     return Split(fit=stacked(rows if overlap else rest), held_out=stacked(held), overlap=overlap)
 
 
-def _windows(rows: list[Rows]) -> list[Rows]:
-    chosen = rows[-WINDOWS:]
-    return [cropped(row, max(2, HELD_OUT_TOKENS // len(chosen))) for row in chosen]
+def _windows(rows: list[Rows], tokens: int) -> list[Rows]:
+    chosen = rows[-max(2, tokens // WINDOW) :]
+    return [cropped(row, max(2, tokens // len(chosen))) for row in chosen]
 
 
 def _sentences(rows: list[Rows]) -> list[Rows]:

@@ -10,6 +10,8 @@ looked at.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -43,7 +45,12 @@ def magnitude_pruned(W_OI: Tensor, sparsity: float) -> Tensor:
     return W_OI * magnitude_mask(W_OI, sparsity)
 
 
-def relative_error(dW_OI: Tensor, W_OI: Tensor) -> float:
-    """t^2 = |dW|_F^2 / |W|_F^2, the linear form's measure of a change; 0 for a zero matrix."""
-    energy = float(W_OI.double().square().sum())
-    return float(dW_OI.double().square().sum()) / energy if energy else 0.0
+def relative_error(dW: Sequence[Tensor], W: Sequence[Tensor]) -> float:
+    """t^2 = sum |dW|_F^2 / sum |W|_F^2 over some matrices; 0 where the weights are all 0."""
+    energy = sum(squared_norm(W_OI) for W_OI in W)
+    return sum(squared_norm(dW_OI) for dW_OI in dW) / energy if energy else 0.0
+
+
+def squared_norm(W_OI: Tensor) -> float:
+    """|W|_F^2."""
+    return float(torch.linalg.vector_norm(W_OI)) ** 2

@@ -31,6 +31,7 @@ from torch import Tensor
 
 from cptq.calibration.samples import Wants
 from cptq.checkpoint.model import LoadedModel
+from cptq.numerics.masks import relative_error
 from cptq.numerics.subspace import (
     COMPONENTS,
     TOKENS_PER_COMPONENT,
@@ -40,11 +41,10 @@ from cptq.numerics.subspace import (
     tokens_needed,
 )
 from cptq.sensitivity.metric import Context, Metric, Needs, UnitView
-from cptq.sensitivity.pruning import joint_relative_error
 from cptq.types import Candidate, Notice
 
-#: most token rows compared; more only cost time
-COMPARED = 768
+#: most token rows compared: ten for each of 64 components
+COMPARED = 640
 
 
 def dissimilarity(X_TF: Tensor, Y_TG: Tensor, *, summary: Summary, components: int) -> float:
@@ -118,7 +118,7 @@ class Cca(Metric):
     def candidate(self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]) -> float:
         """s (n_u / n) t^2 of one candidate."""
         share = view.unit.numel / sum(unit.numel for unit in self.context.model.units)
-        return self._dissimilarity * share * joint_relative_error(errors, view.weights)
+        return self._dissimilarity * share * relative_error(errors, view.weights)
 
     def per_block(self, per_unit: Mapping[str, float]) -> dict[int, float]:
         """Each block's output against those of all other blocks."""

@@ -22,7 +22,7 @@ import torch
 from cptq.calibration.objective import Objective, objective_for
 from cptq.calibration.probe import Probe
 from cptq.calibration.samples import LayerSample, Samples, Wants, collect_samples
-from cptq.calibration.slices import Split, split_held_out, token_count
+from cptq.calibration.slices import Split, held_out_tokens, split_held_out, token_count
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
@@ -66,7 +66,8 @@ def measure(
     check_candidates(candidates)
     _check_model(model)
     objective = objective_for(model.kind, model.config)
-    split = split_held_out(calibration.batches, model.kind)
+    held_out = held_out_tokens(model.parameters, model.device.type == "cpu")
+    split = split_held_out(calibration.batches, model.kind, held_out)
     _check_tokens(kinds, model, token_count(split.fit))
     total = calibration.record.tokens
     context = _prepare(model, kinds, objective, split, candidates, total, seed, emit)

@@ -38,16 +38,6 @@ def area(sparsities: tuple[float, ...], curve: tuple[float, ...]) -> float:
     return sum((p1 - p0) * (s0 + s1) / 2 for (p0, s0), (p1, s1) in pairwise(points))
 
 
-def joint_relative_error(errors: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> float:
-    """t^2 of a unit: the mean of its matrices' relative errors, weighted by their energy."""
-    energy = [float(W_OI.double().square().sum()) for W_OI in weights]
-    terms = [
-        relative_error(dW_OI, W_OI) * e
-        for dW_OI, W_OI, e in zip(errors, weights, energy, strict=True)
-    ]
-    return sum(terms) / sum(energy) if sum(energy) else 0.0
-
-
 class Pruning(Metric):
     """Divergence under magnitude pruning, carried to candidates by the linear form."""
 
@@ -74,7 +64,7 @@ class Pruning(Metric):
                 self.context.probe.divergence(view.unit, {s.name: W_OI for s, W_OI in layers})
             )
             lost = tuple(W - P for W, P in zip(view.weights, pruned, strict=True))
-            t2 = joint_relative_error(lost, view.weights)
+            t2 = relative_error(lost, view.weights)
             slopes.append(curve[-1] / t2 if t2 else 0.0)
         self._curves[view.unit.name] = curve
         self._areas[view.unit.name] = area(SPARSITIES, tuple(curve))
@@ -83,7 +73,7 @@ class Pruning(Metric):
 
     def candidate(self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]) -> float:
         """alpha t^2 of one candidate."""
-        return self._alpha * joint_relative_error(errors, view.weights)
+        return self._alpha * relative_error(errors, view.weights)
 
     def details(self) -> dict[str, Any]:
         """The curve over sparsities and the area under it, per unit."""

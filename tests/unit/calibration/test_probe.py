@@ -24,7 +24,7 @@ ARCHITECTURES = ("llama", "opt", "gpt_neox", "bert", "distilbert", "bert-encoder
 def test_a_trial_equals_a_whole_forward_pass(arch: str, tiny_model: TinyModel) -> None:
     model = loaded(tiny_model(arch))
     objective = objective_for(model.kind, model.config)
-    rows = split_held_out(random_calibration(model).batches, model.kind).held_out
+    rows = split_held_out(random_calibration(model).batches, model.kind, 200).held_out
     probe = Probe(model, rows, objective)
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     for unit in (model.units[0], model.units[-1]):
@@ -48,7 +48,7 @@ def test_a_trial_equals_a_whole_forward_pass(arch: str, tiny_model: TinyModel) -
 
 def test_no_change_is_no_divergence(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("llama"))
-    rows = split_held_out(random_calibration(model).batches, model.kind).held_out
+    rows = split_held_out(random_calibration(model).batches, model.kind, 200).held_out
     probe = Probe(model, rows, objective_for(model.kind, model.config))
     for unit in model.units:
         weights = {s.name: get_weight(model.linear(s.name)).clone() for s in unit.layers}
@@ -57,7 +57,7 @@ def test_no_change_is_no_divergence(tiny_model: TinyModel) -> None:
 
 def test_weights_come_back_after_a_failed_trial(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("llama"))
-    rows = split_held_out(random_calibration(model).batches, model.kind).held_out
+    rows = split_held_out(random_calibration(model).batches, model.kind, 200).held_out
     probe = Probe(model, rows, objective_for(model.kind, model.config))
     unit = model.units[0]
     spec = unit.layers[0]

@@ -25,7 +25,7 @@ ARCHITECTURES = ("llama", "opt", "gpt_neox", "bert", "bert-encoder", "bert-mlm",
 
 def sampled(model: LoadedModel, wants: Wants = ALL, **options: int) -> Samples:
     objective = objective_for(model.kind, model.config)
-    fit = split_held_out(random_calibration(model).batches, model.kind).fit
+    fit = split_held_out(random_calibration(model).batches, model.kind, 200).fit
     options = {"seed": 3} | options
     return collect_samples(model, fit, objective, wants, emit=lambda event: None, **options)
 
@@ -136,7 +136,7 @@ def test_forward_only_computes_no_gradient_and_leaves_no_trace(tiny_model: TinyM
 def test_memory_caps_the_rows_and_says_so(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("llama"))
     objective = objective_for(model.kind, model.config)
-    fit = split_held_out(random_calibration(model).batches, model.kind).fit
+    fit = split_held_out(random_calibration(model).batches, model.kind, 200).fit
     events: list[object] = []
     samples = collect_samples(
         model, fit, objective, ALL, seed=0, emit=events.append, memory_bytes=100_000

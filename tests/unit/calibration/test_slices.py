@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from cptq.calibration import slices
-from cptq.calibration.slices import micro_batches, split_held_out, stacked, token_count
+from cptq.calibration.slices import (
+    held_out_tokens,
+    micro_batches,
+    split_held_out,
+    stacked,
+    token_count,
+)
 
 
 def batch(lengths: list[int], start: int = 1) -> dict[str, torch.Tensor]:
@@ -39,11 +45,11 @@ def test_nothing_is_lost_by_cutting_and_stacking() -> None:
 
 def test_language_models_hold_out_short_windows_of_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slices, "ENOUGH_TOKENS", 100)
-    monkeypatch.setattr(slices, "HELD_OUT_TOKENS", 32)
+    monkeypatch.setattr(slices, "WINDOW", 8)
     rows = [batch([40]) | {} for _ in range(16)]
     for index, row in enumerate(rows):
         row["input_ids"] += 1000 * index
-    split = split_held_out(rows, "causal-lm")
+    split = split_held_out(rows, "causal-lm", 32)
     assert not split.overlap
     assert token_count(split.held_out) == 32
     assert [row[0] // 1000 for row in texts(split.held_out)] == [12, 13, 14, 15]
@@ -51,14 +57,21 @@ def test_language_models_hold_out_short_windows_of_the_end(monkeypatch: pytest.M
 
 
 def test_sentences_stay_whole_and_few_tokens_are_shared() -> None:
-    split = split_held_out([batch([5, 3, 9, 4])], "classifier")
+    split = split_held_out([batch([5, 3, 9, 4])], "classifier", 32)
     assert split.overlap
     assert [len(row) for row in texts(split.fit)] == [5, 3, 9, 4]
     assert [len(row) for row in texts(split.held_out)] == [9, 4]
 
 
 def test_a_single_row_serves_both() -> None:
-    split = split_held_out([batch([6])], "causal-lm")
+    split = split_held_out([batch([6])], "causal-lm", 32)
     assert split.overlap
     assert token_count(split.fit) == 6
     assert token_count(split.held_out) == 6
+
+
+def test_small_models_can_afford_more_tokens() -> None:
+    assert held_out_tokens(134_515_008, on_cpu=True) == 193
+    assert held_out_tokens(7_000_000_000, on_cpu=True) == 192
+    assert held_out_tokens(7_000_000_000, on_cpu=False) == 1024
+    assert held_out_tokens(260_032, on_cpu=True) == 1024

@@ -40,6 +40,9 @@ def test_shares_outside_the_unit_interval_are_refused(sparsity: float) -> None:
         magnitude_mask(torch.ones(2, 2), sparsity)
 
 
-def test_relative_error() -> None:
-    assert relative_error(torch.tensor([[3.0, 0.0]]), torch.tensor([[3.0, 4.0]])) == 9 / 25
-    assert relative_error(torch.zeros(2, 2), torch.zeros(2, 2)) == 0.0
+def test_relative_error_is_that_of_the_matrices_put_together() -> None:
+    W, V = torch.randn(3, 4), torch.randn(5, 4)
+    dW, dV = 0.1 * torch.randn(3, 4), 0.3 * torch.randn(5, 4)
+    whole = torch.cat([dW, dV]).square().sum() / torch.cat([W, V]).square().sum()
+    assert relative_error((dW, dV), (W, V)) == pytest.approx(float(whole), rel=1e-5)
+    assert relative_error((torch.zeros(2, 2),), (torch.zeros(2, 2),)) == 0.0

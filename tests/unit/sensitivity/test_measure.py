@@ -87,7 +87,7 @@ def test_pruning_equals_its_definition(arch: str, tiny_model: TinyModel) -> None
         seed=0,
         emit=lambda event: None,
     )["pruning"]
-    held_out = split_held_out(calibration.batches, model.kind).held_out
+    held_out = split_held_out(calibration.batches, model.kind, 1024).held_out
     probe = Probe(model, held_out, driver.objective_for(model.kind, model.config))
     unit = next(unit for unit in model.units if len(unit.layers) == 1)
     spec = unit.layers[0]
@@ -95,11 +95,13 @@ def test_pruning_equals_its_definition(arch: str, tiny_model: TinyModel) -> None
     alphas = []
     for sparsity in SPARSITIES:
         pruned = magnitude_pruned(W, sparsity)
-        alphas.append(probe.divergence(unit, {spec.name: pruned}) / relative_error(W - pruned, W))
+        alphas.append(
+            probe.divergence(unit, {spec.name: pruned}) / relative_error([W - pruned], [W])
+        )
     alpha = sum(alphas) / len(alphas)
     assert table.per_unit[unit.name] == pytest.approx(alpha)
     for candidate in CANDIDATES:
-        t2 = relative_error(rounding_error(W, spec, candidate), W)
+        t2 = relative_error([rounding_error(W, spec, candidate)], [W])
         assert table.scores[unit.name][candidate] == pytest.approx(alpha * t2)
 
 
@@ -208,7 +210,9 @@ def test_metrics_rank_like_the_truth_on_a_trained_model(stories: Path) -> None:
     torch.manual_seed(0)
     start = torch.ones(64, 1, dtype=torch.long)
     with torch.no_grad():
-        ids = model.module.generate(start, max_new_tokens=127, min_new_tokens=127, do_sample=True)
+        ids = model.module.generate(
+            start, attention_mask=start, max_new_tokens=127, min_new_tokens=127, do_sample=True
+        )
     calibration = replace(
         random_calibration(model),
         batches=[
