@@ -209,7 +209,7 @@ def fail_after(count: int, error: BaseException) -> Any:
             ArtifactError,
             "cannot be written: Permission denied",
         ),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
     ],
 )
 def test_nothing_half_written_stays(
