@@ -17,8 +17,6 @@ METRICS: Registry[type[Metric]] = Registry(
         "taylor": "cptq.sensitivity.taylor:Taylor",
         "pruning": "cptq.sensitivity.pruning:Pruning",
         "cca": "cptq.sensitivity.cca:Cca",
-        "cca-svcca": "cptq.sensitivity.cca:CcaMean",
-        "cca-first": "cptq.sensitivity.cca:CcaFirst",
         "kl": "cptq.sensitivity.kl:Divergence",
     },
 )

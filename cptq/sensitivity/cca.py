@@ -43,15 +43,17 @@ from cptq.numerics.subspace import (
 from cptq.sensitivity.metric import Context, Metric, Needs, UnitView
 from cptq.types import Candidate, Notice
 
+#: the first is the one that counts
+SUMMARIES: tuple[Summary, ...] = ("pwcca", "svcca", "first")
 #: most token rows compared: ten for each of 64 components
 COMPARED = 640
 
 
-def dissimilarity(X_TF: Tensor, Y_TG: Tensor, *, summary: Summary, components: int) -> float:
-    """1 - the similarity of two views of the same tokens, in [0, 1]."""
+def dissimilarities(X_TF: Tensor, Y_TG: Tensor, *, components: int) -> dict[Summary, float]:
+    """1 - the similarity of two views of the same tokens, in [0, 1], by each summary."""
     Qx_TK = principal_basis(X_TF, components=components)
     Qy_TL = principal_basis(Y_TG, components=components)
-    return 1.0 - similarity(X_TF, Qx_TK, Qy_TL, summary=summary)
+    return {s: 1.0 - similarity(X_TF, Qx_TK, Qy_TL, summary=s) for s in SUMMARIES}
 
 
 def compared(X_TF: Tensor) -> Tensor:
@@ -61,29 +63,25 @@ def compared(X_TF: Tensor) -> Tensor:
     return X_TF[torch.linspace(0, len(X_TF) - 1, COMPARED, device=X_TF.device).round().long()]
 
 
-def block_dissimilarity(outputs: list[Tensor], *, summary: Summary) -> list[float]:
+def block_dissimilarity(outputs: list[Tensor]) -> list[float]:
     """1 - mean similarity of each view (tokens, width) to all the others; 0 for a single one."""
     bases = [principal_basis(X_TF) for X_TF in outputs]
     result = []
     for i, X_TF in enumerate(outputs):
-        others = [
-            similarity(X_TF, bases[i], bases[j], summary=summary)
-            for j in range(len(outputs))
-            if j != i
-        ]
+        others = [similarity(X_TF, bases[i], bases[j]) for j in range(len(outputs)) if j != i]
         result.append(1.0 - sum(others) / len(others) if others else 0.0)
     return result
 
 
 class Cca(Metric):
-    """Projection-weighted CCA; subclasses choose another summary."""
+    """Projection-weighted CCA; SVCCA and the first correlation stand beside it in the details."""
 
     needs = Needs(samples=Wants(blocks=True))
-    summary: Summary = "pwcca"
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._dissimilarity = 0.0
+        self._summaries: dict[str, dict[Summary, float]] = {}
 
     @classmethod
     def least_tokens(cls, model: LoadedModel) -> int:
@@ -99,10 +97,12 @@ class Cca(Metric):
         """1 - similarity of input and output; averaged where a unit's layers read other inputs."""
         inputs = {id(sample.x_TI): sample.x_TI for sample in view.samples}
         scores = [self._of_input(view, x_TI) for x_TI in inputs.values()]
-        self._dissimilarity = sum(scores) / len(scores)
+        means = {s: sum(score[s] for score in scores) / len(scores) for s in SUMMARIES}
+        self._summaries[view.unit.name] = means
+        self._dissimilarity = means[SUMMARIES[0]]
         return self._dissimilarity
 
-    def _of_input(self, view: UnitView, x_TI: Tensor) -> float:
+    def _of_input(self, view: UnitView, x_TI: Tensor) -> dict[Summary, float]:
         pairs = zip(view.weights, view.samples, strict=True)
         readers = [W_OI for W_OI, sample in pairs if sample.x_TI is x_TI]
         x_TI = compared(x_TI)
@@ -112,8 +112,8 @@ class Cca(Metric):
             message = f"only {len(x_TI)} tokens reach it: {components} components compared"
             self.context.emit(Notice(kind="warning", subject=view.unit.name, message=message))
         if components == 0:
-            return 0.0
-        return dissimilarity(x_TI, y_TO, summary=self.summary, components=components)
+            return dict.fromkeys(SUMMARIES, 0.0)
+        return dissimilarities(x_TI, y_TO, components=components)
 
     def candidate(self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]) -> float:
         """s (n_u / n) t^2 of one candidate."""
@@ -124,21 +124,9 @@ class Cca(Metric):
         """Each block's output against those of all other blocks."""
         assert self.context.samples is not None
         outputs = [compared(X_TF) for X_TF in self.context.samples.blocks]
-        scores = block_dissimilarity(outputs, summary=self.summary)
+        scores = block_dissimilarity(outputs)
         return dict(enumerate(scores))
 
     def details(self) -> dict[str, Any]:
-        """Which mean of the correlations was taken."""
-        return {"summary": self.summary, "components": COMPONENTS}
-
-
-class CcaMean(Cca):
-    """The plain mean of the correlations (SVCCA)."""
-
-    summary: Summary = "svcca"
-
-
-class CcaFirst(Cca):
-    """The first correlation alone, as in the released code of the paper."""
-
-    summary: Summary = "first"
+        """What each summary says of each unit."""
+        return {"components": COMPONENTS, "dissimilarity": self._summaries}

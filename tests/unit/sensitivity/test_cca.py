@@ -6,21 +6,19 @@ import pytest
 import torch
 
 from cptq.numerics.subspace import principal_basis, similarity
-from cptq.sensitivity.cca import COMPARED, block_dissimilarity, compared, dissimilarity
+from cptq.sensitivity.cca import COMPARED, block_dissimilarity, compared, dissimilarities
 
 
 def test_the_same_view_is_not_dissimilar_and_noise_is() -> None:
     X = torch.randn(2000, 10, generator=torch.Generator().manual_seed(0))
     Y = torch.randn(2000, 10, generator=torch.Generator().manual_seed(1))
-    assert dissimilarity(X, 2 * X + 1, summary="pwcca", components=64) < 1e-4
-    assert dissimilarity(X, Y, summary="pwcca", components=64) > 0.85
+    assert dissimilarities(X, 2 * X + 1, components=64)["pwcca"] < 1e-4
+    assert dissimilarities(X, Y, components=64)["pwcca"] > 0.85
 
 
 def test_a_projection_loses_what_it_projects_away() -> None:
     X = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0))
-    losses = [
-        dissimilarity(X[:, :kept], X[:, :8], summary="svcca", components=kept) for kept in (8, 4)
-    ]
+    losses = [dissimilarities(X[:, :kept], X[:, :8], components=kept)["svcca"] for kept in (8, 4)]
     assert losses[0] < 1e-4 < losses[1]
 
 
@@ -33,9 +31,9 @@ def test_blocks_are_compared_with_all_others() -> None:
     for i in range(3):
         others = [similarity(views[i], bases[i], bases[j]) for j in range(3) if j != i]
         expected.append(1 - sum(others) / 2)
-    assert block_dissimilarity(views, summary="pwcca") == pytest.approx(expected)
+    assert block_dissimilarity(views) == pytest.approx(expected)
     assert expected[2] > expected[0]
-    assert block_dissimilarity(views[:1], summary="pwcca") == [0.0]
+    assert block_dissimilarity(views[:1]) == [0.0]
 
 
 def test_rows_are_thinned_evenly() -> None:
