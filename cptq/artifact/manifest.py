@@ -82,8 +82,5 @@ def _layer(result: LayerResult) -> dict[str, Any]:
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it is written: without the seconds, which differ from run to run."""
-    plain = dict(manifest)
-    if plain["verification"]:
-        plain["verification"] = {k: v for k, v in plain["verification"].items() if k != "seconds"}
-    return (json.dumps(plain, indent=1, ensure_ascii=False) + "\n").encode()
+    """The manifest as it is written."""
+    return (json.dumps(dict(manifest), indent=1, ensure_ascii=False) + "\n").encode()

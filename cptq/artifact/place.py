@@ -23,13 +23,14 @@ _MARGIN = 1 << 20
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
-def check_output(out: Path, *, overwrite: bool, source: Path) -> Path:
-    """Whether an artifact may be written to `out`; cheap, so ask before the work is done.
+def check_output(out: Path, *, overwrite: bool, source: Path, marker: str = MANIFEST) -> Path:
+    """Whether a directory may be written to `out`; cheap, so ask before the work is done.
 
     Args:
         out: the directory to be.
-        overwrite: an older artifact there may be replaced.
+        overwrite: an older one there may be replaced.
         source: directory of the model, which is never replaced.
+        marker: a file that every directory of this sort has; without it nothing is replaced.
 
     Returns:
         `out`, absolute and without links.
@@ -51,9 +52,9 @@ def check_output(out: Path, *, overwrite: bool, source: Path) -> Path:
             f"the output {out} is already there",
             hint="pass --overwrite to replace it, or name another directory with -o",
         )
-    if not out.is_dir() or not ((out / MANIFEST).exists() or next(out.iterdir(), None) is None):
+    if not out.is_dir() or not ((out / marker).exists() or next(out.iterdir(), None) is None):
         raise ArtifactError(
-            f"{out} is no artifact of cptq (it has no {MANIFEST}), so it is not replaced",
+            f"{out} was not written by cptq (it has no {marker}), so it is not replaced",
             hint="remove it yourself, or name another directory with -o",
         )
     return out

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -92,6 +92,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         stream.write(content)
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
+    """Write {relative path: content} below a directory, each synced."""
+    for name, content in files.items():
+        write_bytes(directory / name, content)
 
 
 def tensor_digests(paths: Iterable[Path]) -> dict[str, str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from cptq.artifact.formats import compressed_tensors as packed_format
 from cptq.artifact.manifest import MANIFEST, build_manifest, manifest_bytes
 from cptq.artifact.place import check_output, new_directory
 from cptq.artifact.verify import Verification, VerificationSample, verify_in_fresh_process
-from cptq.artifact.weights import tensor_digests, write_bytes, write_weights
+from cptq.artifact.weights import tensor_digests, write_bytes, write_files, write_weights
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
@@ -55,6 +55,7 @@ def write_artifact(
     seed: int,
     sample: VerificationSample | None,
     extras: Mapping[str, bytes] | None = None,
+    reports: Callable[[Verification | None], Mapping[str, bytes]] | None = None,
     emit: Emit,
 ) -> Artifact:
     """Write a directory that stock transformers loads.
@@ -69,10 +70,11 @@ def write_artifact(
         seed: of the run.
         sample: what to verify with; None leaves that out, and says so.
         extras: {relative path: content} of more files.
+        reports: more of them, made when it is known what the verification found.
         emit: receives progress, and what must be said.
 
     Returns:
-        The artifact. Its manifest is that of cptq.json, and has the seconds of the verification.
+        The artifact, its manifest being that of cptq.json.
 
     Raises:
         OutputExistsError: `out` is there and `overwrite` is not set.
@@ -92,8 +94,7 @@ def write_artifact(
         copy_companions(model, place, emit)
         card = model_card(model, layers, plan, calibration, sum(files.values()))
         write_bytes(place / CARD, card.encode())
-        for name, content in more.items():
-            write_bytes(place / name, content)
+        write_files(place, more)
         emit(Progress(stage="write", done=1, total=2, message="verifying in a fresh process"))
         verification = _verify(place, model, sample, emit)
         manifest = build_manifest(
@@ -106,8 +107,9 @@ def write_artifact(
             weight_files=files,
             digests=tensor_digests(place / name for name in files),
         )
-        manifest["verification"] = verification
+        manifest["verification"] = _plain(verification)
         write_bytes(place / MANIFEST, manifest_bytes(manifest))
+        write_files(place, reports(verification) if reports else {})
     emit(Progress(stage="write", done=2, total=2, message=str(out)))
     return Artifact(
         path=out, weight_bytes=sum(files.values()), format=manifest["format"], manifest=manifest
@@ -178,12 +180,12 @@ class _Values:
 
 def _verify(
     place: Path, model: LoadedModel, sample: VerificationSample | None, emit: Emit
-) -> dict[str, Any] | None:
+) -> Verification | None:
     if sample is None:
         message = "was not compared with the model in memory, as no sample was given"
         emit(Notice(kind="warning", subject="artifact", message=message))
         return None
-    found: Verification = verify_in_fresh_process(
+    return verify_in_fresh_process(
         place,
         model.kind,
         sample.inputs,
@@ -192,5 +194,12 @@ def _verify(
         attention=sample.attention or getattr(model.config, "_attn_implementation", None),
         trust_remote_code=sample.trust_remote_code,
     )
+
+
+def _plain(found: Verification | None) -> dict[str, Any] | None:
+    """JSON's words for it, without the seconds: the same run writes the same bytes."""
+    if found is None:
+        return None
     plain = asdict(found)
+    plain.pop("seconds")
     return plain | {key: list(plain[key]) for key in ("missing", "unexpected", "mismatched")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
-from cptq.pipeline.commands import analyze, compress, evaluate
+from cptq.pipeline.analyze import analyze
+from cptq.pipeline.compress import compress
+from cptq.pipeline.evaluate import evaluate
 
 __all__ = ["analyze", "compress", "evaluate"]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,34 +36,6 @@ def stage_files(
 
 def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def write_stage_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write each file below `directory`."""
-    for name, content in files.items():
-        path = directory / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
-
-
-@contextmanager
-def atomic_directory(out: Path, *, overwrite: bool) -> Iterator[Path]:
-    """A temporary directory beside `out` that takes its place when the block ends well.
-
-    Raises:
-        OutputExistsError: `out` is there and may not be replaced.
-    """
-    refuse_existing(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
-    try:
-        place.chmod(0o755)
-        yield place
-        if out.exists():
-            shutil.rmtree(out)
-        place.rename(out)
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
 
 
 def atomic_file(out: Path, content: str, *, overwrite: bool) -> None:

@@ -15,7 +15,8 @@ class Recorder:
     def __init__(self, emit: Emit) -> None:
         self._emit = emit
         self.notices: list[Notice] = []
-        self.timings: dict[str, float] = {}
+        self._spent: dict[str, float] = {}
+        self._began: dict[str, float] = {}
 
     def __call__(self, event: Event) -> None:
         if isinstance(event, Notice):
@@ -27,8 +28,17 @@ class Recorder:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Add the seconds spent inside to the stage `name`."""
-        began = time.perf_counter()
+        self._began[name] = time.perf_counter()
         try:
             yield
         finally:
-            self.timings[name] = self.timings.get(name, 0.0) + time.perf_counter() - began
+            began = self._began.pop(name)
+            self._spent[name] = self._spent.get(name, 0.0) + time.perf_counter() - began
+
+    @property
+    def timings(self) -> dict[str, float]:
+        """Stage -> seconds; of a stage that is under way, those until now."""
+        now = time.perf_counter()
+        running = {name: now - began for name, began in self._began.items()}
+        names = dict.fromkeys([*self._spent, *running])
+        return {name: self._spent.get(name, 0.0) + running.get(name, 0.0) for name in names}

@@ -1,9 +1,8 @@
-"""Writing a report: the same summary as JSON for programs, Markdown and HTML for people."""
+"""Rendering a report: the same summary as JSON for programs, Markdown and HTML for people."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 from cptq.report.html import render_html
 from cptq.report.markdown import render_markdown
@@ -26,17 +25,7 @@ def render_reports(summary: Summary) -> dict[str, str]:
     }
 
 
-def write_reports(summary: Summary, directory: Path) -> dict[str, Path]:
-    """Write report.json, report.md and report.html into `directory`, which is made if absent.
-
-    Returns:
-        kind -> path.
-
-    Raises:
-        OSError: the directory cannot be written.
-    """
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = {kind: directory / name for kind, name in FILES.items()}
-    for kind, content in render_reports(summary).items():
-        paths[kind].write_bytes(content.encode("utf-8", errors="replace"))
-    return paths
+def report_files(summary: Summary) -> dict[str, bytes]:
+    """{file name: content} of report.json, report.md and report.html."""
+    texts = render_reports(summary)
+    return {FILES[kind]: text.encode("utf-8", errors="replace") for kind, text in texts.items()}

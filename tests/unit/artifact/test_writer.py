@@ -164,11 +164,11 @@ def test_overwrite_does_not_replace_what_is_not_ours(made: Made, tmp_path: Path)
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(ArtifactError, match="is no artifact of cptq"):
+    with pytest.raises(ArtifactError, match="was not written by cptq"):
         write(*made, out, overwrite=True)
     file = tmp_path / "file"
     file.write_text("a file")
-    with pytest.raises(ArtifactError, match="is no artifact of cptq"):
+    with pytest.raises(ArtifactError, match="was not written by cptq"):
         write(*made, file, overwrite=True)
 
 

@@ -33,7 +33,7 @@ def test_help_imports_no_torch_and_nothing_else_heavy(words: list[str]) -> None:
     )
     done = process(sys.executable, "-c", code, *words)
     assert done.returncode == 0, done.stderr
-    for heavy in ("torch", "transformers", "numpy", "scipy", "datasets", "jinja2", "yaml"):
+    for heavy in ("torch", "transformers", "numpy", "scipy", "datasets", "jinja2", "yaml", "rich"):
         assert f"'{heavy}'" not in done.stderr
 
 
@@ -54,20 +54,6 @@ def test_an_early_refusal_imports_no_torch() -> None:
         done = process(sys.executable, "-c", code, *line.split())
         assert done.returncode == 2, (line, done.stderr)
         assert done.stdout == "False\n", line
-
-
-def test_help_takes_less_than_half_a_second() -> None:
-    """Of processor time, the least of three: what else the machine does must not count."""
-    times = []
-    for _ in range(3):
-        before = os.times()
-        assert process(sys.executable, "-m", "cptq", "--help").returncode == 0
-        after = os.times()
-        times.append(
-            after.children_user + after.children_system
-            - before.children_user - before.children_system
-        )  # fmt: skip
-    assert min(times) < 0.5
 
 
 def test_help_names_the_commands_and_version_the_version() -> None:

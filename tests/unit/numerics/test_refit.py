@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.reference.refit import naive_refit
 from torch import Tensor
 
 from cptq.numerics import refit
 from cptq.numerics.grid import quantize_nearest
+from tests.reference.refit import naive_refit
 
 
 def problem(out: int, features: int) -> tuple[Tensor, Tensor, Tensor]:

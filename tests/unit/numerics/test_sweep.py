@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.reference.sweep import naive_sweep
 from torch import Tensor
 
 from cptq.numerics.hessian import inverse_factor
 from cptq.numerics.sweep import column_sweep
+from tests.reference.sweep import naive_sweep
 
 SHAPES = [(5, 7), (3, 33), (8, 65), (1, 40), (6, 1)]
 
@@ -52,7 +52,7 @@ def test_loss_is_the_output_error() -> None:
 
 def test_beats_rounding_where_inputs_correlate() -> None:
     W_OI, H_II = problem(16, 33)
-    Q_IO, loss_O = column_sweep(W_OI.T.contiguous(), inverse_factor(H_II), to_grid)
+    _, loss_O = column_sweep(W_OI.T.contiguous(), inverse_factor(H_II), to_grid)
     D_OI = W_OI - to_grid(0, W_OI)
     assert loss_O.sum() < 0.8 * ((D_OI @ H_II) * D_OI).sum()
 

@@ -7,14 +7,13 @@ import subprocess
 import sys
 from dataclasses import replace
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 
 from cptq.report import ModelFacts, Summary
 from cptq.report.html import render_html
 from cptq.report.markdown import cell, code, render_markdown, table_text
-from cptq.report.render import FILES, render_reports, write_reports
+from cptq.report.render import FILES, render_reports, report_files
 from cptq.report.table import Table
 from cptq.types import Notice
 from tests.unit.report import fake
@@ -53,12 +52,12 @@ def summary() -> Summary:
     return fake.summary(blocks=4)
 
 
-def test_three_files_are_written(summary: Summary, tmp_path: Path) -> None:
-    paths = write_reports(summary, tmp_path / "new" / "place")
-    assert {kind: path.name for kind, path in paths.items()} == FILES
+def test_three_files_are_made(summary: Summary) -> None:
+    files = report_files(summary)
+    assert set(files) == set(FILES.values())
     for kind, text in render_reports(summary).items():
-        assert paths[kind].read_text(encoding="utf-8") == text
-    assert json.loads(paths["json"].read_text())["command"] == "compress"
+        assert files[FILES[kind]].decode("utf-8") == text
+    assert json.loads(files[FILES["json"]])["command"] == "compress"
 
 
 def test_the_page_is_well_formed_and_fetches_nothing(summary: Summary) -> None:

@@ -1,0 +1,44 @@
+"""What `analyze` and `compress` begin with: a dense model, its calibration, its candidates."""
+
+from __future__ import annotations
+
+from cptq.calibration.tokens import Calibration, build_calibration
+from cptq.checkpoint.loader import load_model
+from cptq.checkpoint.model import LoadedModel
+from cptq.config import AnalyzeSettings, CompressSettings, ModelSettings
+from cptq.errors import ModelError
+from cptq.pipeline.recorder import Recorder
+from cptq.types import Candidate
+
+
+def load_dense(settings: ModelSettings, recorder: Recorder) -> LoadedModel:
+    """Load a model that is not compressed yet.
+
+    Raises:
+        ModelError: it is, or cannot be loaded.
+    """
+    with recorder.stage("load"):
+        model = load_model(settings, recorder)
+    if model.quantized:
+        raise ModelError(
+            f"{model.source} is compressed already",
+            allowed="a dense checkpoint",
+            hint="compress the model that it was made from; cptq eval takes artifacts",
+        )
+    return model
+
+
+def calibrate(
+    model: LoadedModel, settings: AnalyzeSettings | CompressSettings, recorder: Recorder
+) -> Calibration:
+    """The calibration text as the model's own tokens."""
+    with recorder.stage("calibration"):
+        return build_calibration(model, settings.calibration, settings.model, recorder)
+
+
+def candidates(bits: tuple[int, ...], group_size: int) -> tuple[Candidate, ...]:
+    """One candidate per width, fewest bits first; 16 keeps a unit dense."""
+    return tuple(
+        Candidate(bits=width, group_size=0 if width == 16 else group_size)
+        for width in sorted(set(bits))
+    )

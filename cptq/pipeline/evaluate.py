@@ -1,0 +1,71 @@
+"""`cptq eval`: run tasks on a model or artifact, and on a baseline beside it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cptq.checkpoint.loader import load_model
+from cptq.checkpoint.model import LoadedModel
+from cptq.config import EvalSettings
+from cptq.evaluation import check_task_kind
+from cptq.evaluation.options import EvalOptions
+from cptq.evaluation.run import evaluate as run_task
+from cptq.pipeline.facts import summary
+from cptq.pipeline.files import atomic_file, refuse_existing
+from cptq.pipeline.recorder import Recorder
+from cptq.report.render import render_json
+from cptq.report.summary import EvalOutcome
+from cptq.types import Emit, EvalResult
+
+
+def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
+    """Run tasks on a model or artifact, and on a baseline beside it."""
+    recorder = Recorder(emit)
+    if settings.out is not None:
+        refuse_existing(settings.out, overwrite=settings.overwrite)
+    model, results = _run_tasks(settings, settings.model.model, "evaluation", recorder)
+    baseline: tuple[EvalResult, ...] = ()
+    if settings.baseline is not None:
+        _, baseline = _run_tasks(settings, settings.baseline, "baseline", recorder)
+    report = summary(
+        "eval",
+        settings,
+        model,
+        recorder,
+        seed=settings.seed,
+        evaluation=results,
+        baseline=baseline,
+        baseline_source=settings.baseline,
+    )
+    if settings.out is not None:
+        atomic_file(settings.out, render_json(report), overwrite=settings.overwrite)
+    return EvalOutcome(summary=report, out=settings.out)
+
+
+def _run_tasks(
+    settings: EvalSettings, source: str, stage: str, recorder: Recorder
+) -> tuple[LoadedModel, tuple[EvalResult, ...]]:
+    """Load `source` and measure it by each task; a task that it cannot do stops all at once."""
+    with recorder.stage("load"):
+        model = load_model(replace(settings.model, model=source), recorder)
+    for task in settings.tasks:
+        check_task_kind(task, model.kind)
+    options = _options(settings)
+    results: list[EvalResult] = []
+    with recorder.stage(stage):
+        for task in settings.tasks:
+            results += run_task(model, task, options, recorder)
+    return model, tuple(results)
+
+
+def _options(settings: EvalSettings) -> EvalOptions:
+    return EvalOptions(
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        seqlen=settings.seqlen,
+        data_dir=settings.data_dir,
+        cache_dir=settings.model.cache_dir,
+        token=settings.model.token,
+        seed=settings.seed,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
