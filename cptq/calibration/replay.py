@@ -131,13 +131,18 @@ def forward(model: LoadedModel, batch: Batch) -> Any:
 @contextmanager
 def _standing_in(blocks: list[nn.Module], stands: Mapping[int, Stand]) -> Iterator[None]:
     """Each block in `stands` runs its stand-in instead of its own forward."""
+    # a forward on the instance is somebody's hook (accelerate's, say) and comes back as well
+    own = {index: vars(blocks[index]).get("forward") for index in stands}
     for index, stand in stands.items():
         blocks[index].forward = _bound(stand, blocks[index].forward)
     try:
         yield
     finally:
-        for index in stands:
-            del blocks[index].forward  # the instance attribute; the class's method is back
+        for index, before in own.items():
+            if before is None:
+                del blocks[index].forward  # the class's method is back
+            else:
+                blocks[index].forward = before
 
 
 def _bound(stand: Stand, run: Callable[..., Any]) -> Callable[..., Any]:

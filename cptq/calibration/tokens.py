@@ -94,8 +94,14 @@ def _documents(
     model: LoadedModel, text: Text, settings: CalibrationSettings, seqlen: int, emit: Emit
 ) -> list[Tensor]:
     """One document a row, cut at `seqlen`, in seeded order."""
-    chosen = _drawn(list(text.rows), settings, emit)
     assert model.tokenizer is not None
+    specials = model.tokenizer.num_special_tokens_to_add()
+    if seqlen <= specials:  # the tokenizer would not cut at all
+        raise CalibrationError(
+            f"a row of {seqlen} tokens has no room for text beside {specials} special tokens",
+            hint=f"pass a --seqlen of at least {specials + 1}",
+        )
+    chosen = _drawn(list(text.rows), settings, emit)
     rows = [model.tokenizer(document, verbose=False)["input_ids"] for document in chosen]
     long = sum(len(row) > seqlen for row in rows)
     if long:

@@ -18,7 +18,8 @@ from cptq.types import DTYPE_BYTES, TensorSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+PICKLE_SINGLE = "pytorch_model.bin"
 #: safetensors' own limit on the header
 MOST_HEADER = 100_000_000
 
@@ -29,19 +30,30 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         ModelError: the index is unreadable, or names a missing file or one outside `directory`.
     """
-    index = directory / INDEX
-    if not index.exists():
-        single = directory / SINGLE
-        return [single] if single.exists() else []
-    return [_shard(directory, name) for name in dict.fromkeys(_weight_map(index).values())]
+    return _files(directory, SINGLE, INDEX)
+
+
+def pickle_files(directory: Path) -> list[Path]:
+    """The pickled weight files of a checkpoint; raises as `weight_files`."""
+    return _files(directory, PICKLE_SINGLE, PICKLE_INDEX)
+
+
+def _files(directory: Path, single: str, index: str) -> list[Path]:
+    # transformers, too, takes the single file where both are there
+    if (directory / single).is_file():
+        return [directory / single]
+    if not (directory / index).exists():
+        return []
+    names = dict.fromkeys(_weight_map(directory / index).values())
+    return [_shard(directory / index, name) for name in names]
 
 
 def _weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, OSError) as error:
+    except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ModelError(
-            f"{index} is no index of safetensors shards ({type(error).__name__})",
+            f"{index} is no index of shards ({type(error).__name__})",
             hint="download the checkpoint again",
         ) from error
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -49,17 +61,17 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _shard(directory: Path, name: str) -> Path:
-    path = directory / name
+def _shard(index: Path, name: str) -> Path:
+    directory, path = index.parent, index.parent / name
     # a Hub snapshot links its files into a blob store: judge the name, not what it links to
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise ModelError(
-            f"{directory / INDEX} names the shard {name!r}, which lies outside {directory}",
+            f"{index} names the shard {name!r}, which lies outside {directory}",
             allowed="file names inside the checkpoint directory",
         )
-    if not path.exists():
+    if not path.is_file():
         raise ModelError(
-            f"{directory / INDEX} names the shard {name!r}, which is not there",
+            f"{index} names the shard {name!r}, which is not there",
             hint="download the checkpoint again; all shards are needed",
         )
     return path
@@ -82,7 +94,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         entries = {n: e for n, e in header.items() if n != "__metadata__"}
         ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
         return _checked(path, ordered, size - 8 - length)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise _corrupt(path, f"its header cannot be read ({type(error).__name__})") from error
 
 
@@ -140,7 +152,7 @@ def read_config(directory: Path) -> Mapping[str, Any]:
         )
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object")

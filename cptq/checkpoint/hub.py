@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 from huggingface_hub import constants, errors, snapshot_download
@@ -48,8 +49,16 @@ def _download(settings: ModelSettings, emit: Emit) -> Path:
                 allow_patterns=WANTED + extra,
             )
         )
-    except (errors.HfHubHTTPError, errors.HFValidationError, OSError, ValueError) as error:
+    except Exception as error:  # the HTTP library's own errors share no base with the Hub's
+        if _of_this_machine(error):
+            raise
         raise _explained(settings, error) from error
+
+
+def _of_this_machine(error: Exception) -> bool:
+    """No memory, no space, or a path that cannot be used: not the Hub's doing."""
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
+    return full or isinstance(error, MemoryError) or getattr(error, "filename", None) is not None
 
 
 def _explained(settings: ModelSettings, error: Exception) -> ModelError:

@@ -23,13 +23,19 @@ TRACE_TOKENS = 8
 
 CONV1D_REASON = "a Conv1D, which the compressed-tensors format cannot hold; kept dense"
 
+REPEATED_REASON = "its block runs more than once in a forward pass; kept dense"
+
 
 @dataclass(kw_only=True)
 class Trace:
-    """What one forward pass showed: modules in call order and the input each was handed."""
+    """What one forward pass showed: modules in call order and the input each was handed.
+
+    `repeated`: blocks that ran more than once; what goes in and out of one is no chain then.
+    """
 
     order: list[str] = field(default_factory=list)
     inputs: dict[str, Tensor] = field(default_factory=dict)
+    repeated: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,13 +62,14 @@ def take_inventory(
         ModelError: no blocks are found, or the model does not run on token ids.
     """
     blocks = find_blocks(module, family)
-    trace = trace_forward(module)
+    trace = trace_forward(module, blocks)
     ties = tied_names(module)
     layers = tuple(
         _describe(module, name, family, blocks, trace, ties, tensors)
         for name in _forward_order(module, trace)
     )
     _report_dense(layers, emit)
+    _report_unlisted(module, layers, emit)
     return Inventory(block_names=blocks, layers=layers, units=group_units(layers))
 
 
@@ -84,19 +91,23 @@ def _weighty(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
 
 
-def trace_forward(module: nn.Module) -> Trace:
+def trace_forward(module: nn.Module, blocks: tuple[str, ...]) -> Trace:
     """Run a few tokens and note who is called, in which order, with which input."""
     trace, handles = Trace(), []
     for name, part in module.named_modules():
         if _weighty(part):
             handles.append(part.register_forward_hook(_noting(trace, name)))
+    seen: set[str] = set()
+    for name in blocks:
+        block = module.get_submodule(name)
+        handles.append(block.register_forward_hook(_counting(trace, seen, name)))
     try:
         device = next(module.parameters()).device
         vocabulary = int(module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         ids = (torch.arange(TRACE_TOKENS, device=device) + 3).remainder(vocabulary)[None]
         with torch.no_grad():
             module(input_ids=ids, attention_mask=torch.ones_like(ids))
-    except (TypeError, ValueError, RuntimeError, NotImplementedError) as error:
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         raise ModelError(
             f"the model does not run on plain token ids ({type(error).__name__}: {error})",
             allowed="text models: causal LMs, masked LMs, sequence classifiers, encoders",
@@ -112,6 +123,13 @@ def _noting(trace: Trace, name: str):  # type: ignore[no-untyped-def]
         if name not in trace.inputs and args:
             trace.order.append(name)
             trace.inputs[name] = args[0]  # kept, so that identity means identity
+
+    return hook
+
+
+def _counting(trace: Trace, seen: set[str], name: str):  # type: ignore[no-untyped-def]
+    def hook(*_: object) -> None:
+        (trace.repeated if name in seen else seen).add(name)
 
     return hook
 
@@ -147,6 +165,8 @@ def _describe(
     kind = _kind(module, part)
     role = _role(name, kind, block, family)
     reason = _why_dense(kind, block, name in trace.inputs, tied)
+    if reason is None and block is not None and blocks[block] in trace.repeated:
+        reason = REPEATED_REASON
     weight = part.weight
     assert isinstance(weight, Tensor)
     shape = weight.T.shape if isinstance(part, Conv1D) else weight.shape
@@ -239,3 +259,12 @@ def _report_dense(layers: tuple[LayerSpec, ...], emit: Emit) -> None:
         names = [layer.name for layer in layers if layer.reason == reason]
         some = ", ".join(names[:3]) + (f" and {count - 3} more" if count > 3 else "")
         emit(Notice(kind="skipped", subject=some, message=str(reason)))
+
+
+def _report_unlisted(module: nn.Module, layers: tuple[LayerSpec, ...], emit: Emit) -> None:
+    """Matrices that no linear, Conv1D or embedding holds, such as the stacked experts of an MoE."""
+    listed = {layer.weight_name for layer in layers}
+    names = [n for n, p in module.named_parameters() if p.ndim > 1 and n not in listed]
+    if names:
+        some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        emit(Notice(kind="skipped", subject=some, message="in no linear layer; kept dense"))

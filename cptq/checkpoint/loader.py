@@ -14,9 +14,11 @@ from transformers import PretrainedConfig
 
 from cptq.checkpoint.architectures import GENERIC, architecture
 from cptq.checkpoint.files import (
-    PICKLES,
+    PICKLE_INDEX,
+    PICKLE_SINGLE,
     checkpoint_tensors,
     fingerprint,
+    pickle_files,
     read_config,
     weight_files,
 )
@@ -25,7 +27,7 @@ from cptq.checkpoint.layers import Inventory, take_inventory, tied_names
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
-from cptq.errors import ModelError, UsageError
+from cptq.errors import CptqError, ModelError, UsageError
 from cptq.types import Emit, ModelKind, Notice, TensorSpec
 
 AUTO_CLASSES: Mapping[ModelKind, str] = {
@@ -55,12 +57,12 @@ def load_model(settings: ModelSettings, emit: Emit) -> LoadedModel:
     config = read_config(path)
     kind = model_kind(config, path)
     files = _weight_paths(path, settings)
-    stored = checkpoint_tensors(path)
+    stored = _stored_types(path, files, settings)
     dtype = pick_dtype(settings.dtype, device, stored)
     with _hub_errors_explained(settings.model):
         module = _from_pretrained(path, kind, dtype, settings, emit).to(device).eval()
     module.requires_grad_(False)
-    quantized = "quantization_config" in config
+    quantized = config.get("quantization_config") is not None
     if not quantized:
         _refuse_not_finite(module)
     tensors = tuple(stored.values()) if quantized else stored_tensors(module, stored)
@@ -102,7 +104,8 @@ def _inventory(
 
 def model_kind(config: Mapping[str, Any], path: Path) -> ModelKind:
     """Which of the four kinds a checkpoint is, by the class that wrote it."""
-    name = str((config.get("architectures") or [""])[0])
+    named = config.get("architectures")
+    name = str(named[0]) if isinstance(named, list) and named else ""
     for ending, kind in _ENDINGS:
         if name.endswith(ending):
             return kind
@@ -164,17 +167,32 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 
 def _weight_paths(path: Path, settings: ModelSettings) -> list[Path]:
-    files = weight_files(path)
-    pickles = [path / name for name in PICKLES if (path / name).exists()]
-    if files or (pickles and settings.allow_pickle):
-        return files or pickles
+    files = weight_files(path) or (pickle_files(path) if settings.allow_pickle else [])
+    if files:
+        return files
+    pickles = [name for name in (PICKLE_SINGLE, PICKLE_INDEX) if (path / name).exists()]
     if pickles:
         raise ModelError(
-            f"{path} has only pickled weights ({pickles[0].name}), which can run code when opened",
+            f"{path} has only pickled weights ({pickles[0]}), which can run code when opened",
             allowed="safetensors",
             hint="pass --allow-pickle if you trust whoever made the file",
         )
     raise ModelError(f"{path} has no model.safetensors and no index of shards")
+
+
+def _stored_types(path: Path, files: list[Path], settings: ModelSettings) -> dict[str, TensorSpec]:
+    """The tensors as the checkpoint stores them; of pickles everything but the data is read."""
+    if weight_files(path):
+        return checkpoint_tensors(path)
+    specs = {}
+    with _hub_errors_explained(settings.model):
+        for file in files:
+            loaded = torch.load(file, map_location="meta", weights_only=True)
+            for name, value in loaded.items():
+                if isinstance(value, torch.Tensor):
+                    dtype, shape = _dtype_name(value.dtype), tuple(value.shape)
+                    specs[name] = TensorSpec(name=name, dtype=dtype, shape=shape)
+    return specs
 
 
 def _from_pretrained(
@@ -185,6 +203,7 @@ def _from_pretrained(
         path,
         dtype=dtype,
         output_loading_info=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
         trust_remote_code=settings.trust_remote_code,
         use_safetensors=False if settings.allow_pickle and not weight_files(path) else None,
     )
@@ -207,9 +226,18 @@ def _from_pretrained(
 def _hub_errors_explained(source: str) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, AttributeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"transformers cannot load {source}: {first}") from error
+    except (CptqError, MemoryError):
+        raise
+    except Exception as error:  # there is no telling what a damaged file makes transformers raise
+        raise ModelError(f"transformers cannot load {source}: {_reason(error)}") from error
+
+
+def _reason(error: Exception) -> str:
+    """The first line of a message, and the second where the first announces it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
 def _refuse_not_finite(module: nn.Module) -> None:
@@ -227,7 +255,7 @@ def _load_tokenizer(path: Path, settings: ModelSettings, emit: Emit) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             path, trust_remote_code=settings.trust_remote_code
         )
-    except (OSError, ValueError, KeyError, ImportError, TypeError, AttributeError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        emit(Notice(kind="warning", subject="tokenizer", message=f"cannot be loaded: {reason}"))
+    except Exception as error:  # a damaged tokenizer.json raises no less general an error
+        message = f"cannot be loaded: {_reason(error)}"
+        emit(Notice(kind="warning", subject="tokenizer", message=message))
         return None

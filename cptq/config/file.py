@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cptq.config.settings import FIXED_BY_PLAN, SINGULAR, option
+from cptq.config.settings import FIXED_BY, SINGULAR, option
 from cptq.config.values import build, convert, flat_fields
 from cptq.errors import UsageError
 from cptq.registry import closest
@@ -35,23 +35,30 @@ def settings_from(kind: type[S], line: Mapping[str, Any], file: Path | None = No
 
 def _merge(line: dict[str, Any], file: dict[str, Any]) -> dict[str, Any]:
     for source in (line, file):
-        _check_plan(source)
-    if "plan" in line:
-        file = {name: value for name, value in file.items() if name not in FIXED_BY_PLAN}
-    elif any(name in line for name in FIXED_BY_PLAN):
-        file = {name: value for name, value in file.items() if name != "plan"}
+        _check_doubled(source)
+    for fixing, fixed in FIXED_BY.items():
+        if fixing in line:
+            file = {name: value for name, value in file.items() if name not in fixed}
+        elif any(name in line for name in fixed):
+            file = {name: value for name, value in file.items() if name != fixing}
     merged = {**file, **line}
     return {**merged, "target": None} if "plan" in merged else merged
 
 
-def _check_plan(values: Mapping[str, Any]) -> None:
-    doubled = [option(name) for name in FIXED_BY_PLAN if name in values]
-    if "plan" in values and doubled:
-        raise UsageError(
-            f"a plan already says what every layer gets, so {' and '.join(doubled)} would be "
-            "ignored",
-            hint=f"leave out {' and '.join(doubled)}, or --plan",
-        )
+_SAYS = {
+    "plan": "a plan already says what every layer gets",
+    "sensitivity": "the file of --sensitivity already says the metric",
+}
+
+
+def _check_doubled(values: Mapping[str, Any]) -> None:
+    for fixing, fixed in FIXED_BY.items():
+        doubled = " and ".join(option(name) for name in fixed if name in values)
+        if fixing in values and doubled:
+            raise UsageError(
+                f"{_SAYS[fixing]}, so {doubled} would be ignored",
+                hint=f"leave out {doubled}, or {option(fixing)}",
+            )
 
 
 def read_file(kind: type, path: Path) -> dict[str, Any]:

@@ -21,8 +21,11 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: fields whose option, and whose key in a file, is spelled in the singular
 SINGULAR = {"metrics": "metric", "tasks": "task"}
-#: what a plan already says; given beside a plan they would be ignored, so they are refused
-FIXED_BY_PLAN = ("target", "metric", "allocator", "bits", "group_size")
+#: what a file already says; given beside it they would be ignored, so they are refused
+FIXED_BY = {
+    "plan": ("target", "metric", "allocator", "bits", "group_size", "sensitivity"),
+    "sensitivity": ("metric",),
+}
 
 
 def option(name: str) -> str:
@@ -106,7 +109,8 @@ class AnalyzeSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressSettings:
-    """`cptq compress`. With a `plan`, `target` is None: the plan holds its own budget."""
+    """`cptq compress`. With a `plan`, `target` is None: the plan holds its own budget. With
+    `sensitivity`, a table that `analyze` wrote, its metric counts and nothing is measured."""
 
     model: ModelSettings
     calibration: CalibrationSettings
@@ -117,6 +121,7 @@ class CompressSettings:
     bits: tuple[int, ...] = DEFAULT_BITS
     group_size: int = DEFAULT_GROUP_SIZE
     plan: Path | None = None
+    sensitivity: Path | None = None
     out: Path | None = None
     overwrite: bool = False
 

@@ -23,7 +23,7 @@ from cptq.config import CompressSettings
 from cptq.errors import PlanError
 from cptq.pipeline.dense import calibrate, candidates, load_dense
 from cptq.pipeline.facts import summary
-from cptq.pipeline.files import stage_files
+from cptq.pipeline.files import read_table, stage_files
 from cptq.pipeline.recorder import Recorder
 from cptq.report.render import FILES, report_files
 from cptq.report.summary import CompressOutcome, Summary, VerificationFacts
@@ -97,32 +97,45 @@ class _Run:
         else:
             target = settings.target or DEFAULT_TARGET
             budget = resolve_budget(target, self.cost, settings.group_size, self.choices)
+        if settings.sensitivity is not None:
+            self.read_table()
         self.out = settings.out or Path(f"{self.model.path.name}-cptq-{budget.asked}")
         check_output(self.out, overwrite=settings.overwrite, source=self.model.path)
         return budget
 
     def make_plan(self, budget: Budget) -> Plan:
-        """Measure by the metric asked for, and allocate."""
+        """Measure where the allocator needs it and no file of --sensitivity has it; allocate."""
         settings = self.settings
-        with self.recorder.stage("sensitivity"):
-            self.tables = measure(
-                self.model,
-                self.calibration,
-                metrics=[settings.metric],
-                candidates=self.choices,
-                seed=settings.calibration.seed,
-                emit=self.recorder,
-            )
+        if settings.sensitivity is None and settings.allocator != "uniform":
+            self.measure()
         with self.recorder.stage("allocation"):
             return allocate(
                 settings.allocator,
-                self.tables[settings.metric],
+                next(iter(self.tables.values()), None),
                 self.cost,
                 budget,
                 self.choices,
                 model_fingerprint=self.model.fingerprint,
                 emit=self.recorder,
             )
+
+    def measure(self) -> None:
+        """Fill `tables` with that of the metric asked for."""
+        with self.recorder.stage("sensitivity"):
+            self.tables = measure(
+                self.model,
+                self.calibration,
+                metrics=[self.settings.metric],
+                candidates=self.choices,
+                seed=self.settings.calibration.seed,
+                emit=self.recorder,
+            )
+
+    def read_table(self) -> None:
+        """Fill `tables` from the file of --sensitivity."""
+        assert self.settings.sensitivity is not None
+        table = read_table(self.settings.sensitivity, self.model.fingerprint)
+        self.tables = {table.metric: table}
 
     def write(self, layers: list[CompressedLayer], plan: Plan) -> tuple[Artifact, Summary]:
         """The artifact, and in it the report."""

@@ -9,9 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from cptq.checkpoint.model import LoadedModel
-from cptq.errors import OutputExistsError
+from cptq.errors import OutputExistsError, PlanError
 from cptq.report.summary import plain
 from cptq.types import CalibrationRecord, Plan, SensitivityTable
+
+#: version of the layout of sensitivity/*.json; grows when a field or a score changes its meaning
+TABLE_SCHEMA = 1
+_MEASURE = "measure this model with cptq analyze"
 
 
 def stage_files(
@@ -28,10 +32,39 @@ def stage_files(
         "units": {unit.name: [layer.name for layer in unit.layers] for unit in model.units},
     }
     files = {"layers.json": layers, "calibration.json": plain(calibration)}
-    files |= {f"sensitivity/{name}.json": plain(table) for name, table in tables.items()}
+    files |= {f"sensitivity/{name}.json": _table_data(table) for name, table in tables.items()}
     if plan is not None:
         files["plan.json"] = plan.to_dict()
     return {name: _json(content) for name, content in files.items()}
+
+
+def _table_data(table: SensitivityTable) -> dict[str, Any]:
+    data: dict[str, Any] = plain(table)
+    return {"schema": TABLE_SCHEMA, **data}
+
+
+def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
+    """The measurement in a file that `analyze` wrote.
+
+    Raises:
+        PlanError: it cannot be read, or is of another model or another version of cptq.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        schema = data.pop("schema", None)
+        if schema != TABLE_SCHEMA:
+            raise ValueError(f"its schema is {schema!r}, and this cptq reads {TABLE_SCHEMA}")
+        table = SensitivityTable.from_dict(data)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise PlanError(f"{path} holds no sensitivity table: {reason}", hint=_MEASURE) from error
+    if table.model_fingerprint != model_fingerprint:
+        raise PlanError(
+            f"{path} was measured on another model ({table.model_fingerprint[:12]}, this is "
+            f"{model_fingerprint[:12]})",
+            hint=_MEASURE,
+        )
+    return table
 
 
 def _json(content: Any) -> bytes:

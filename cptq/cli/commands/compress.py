@@ -49,6 +49,14 @@ PlanFile = Annotated[
     Path | None,
     typer.Option("--plan", metavar="FILE", help="A plan.json to carry out, in place of --target."),
 ]
+SensitivityFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--sensitivity",
+        metavar="FILE",
+        help="A sensitivity/METRIC.json of cptq analyze: nothing is measured again.",
+    ),
+]
 
 
 def compress(
@@ -59,6 +67,7 @@ def compress(
     allocator: Allocator = None,
     compressor: Compressor = None,
     plan: PlanFile = None,
+    sensitivity: SensitivityFile = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     config: o.Config = None,
