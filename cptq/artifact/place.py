@@ -87,8 +87,9 @@ def new_directory(out: Path, need: int) -> Iterator[Path]:
 
 
 def check_space(directory: Path, need: int) -> None:
-    """Raise ArtifactError when a directory's disk has too little room for `need` bytes."""
-    free = shutil.disk_usage(directory).free
+    """Raise ArtifactError when the disk of a directory (to be) has no room for `need` bytes."""
+    existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
+    free = shutil.disk_usage(existing).free
     if free < need + _MARGIN:
         raise _full(directory, need + _MARGIN, free)
 

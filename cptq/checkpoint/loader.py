@@ -65,7 +65,7 @@ def load_model(settings: ModelSettings, emit: Emit) -> LoadedModel:
     quantized = config.get("quantization_config") is not None
     if not quantized:
         _refuse_not_finite(module)
-    tensors = tuple(stored.values()) if quantized else stored_tensors(module, stored)
+    tensors = unpacked_view(module, stored) if quantized else stored_tensors(module, stored)
     family = architecture(str(config.get("model_type")))
     return LoadedModel(
         source=settings.model,
@@ -159,6 +159,20 @@ def stored_tensors(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple
         floating = tensor.is_floating_point()
         dtype = known.dtype if known else (usual if floating else _dtype_name(tensor.dtype))
         specs.append(TensorSpec(name=name, dtype=dtype, shape=tuple(tensor.shape)))
+    return tuple(specs)
+
+
+def unpacked_view(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
+    """The tensors of an artifact with each packed weight (compressed-tensors) as it is dense."""
+    state, specs = module.state_dict(), []
+    for name, spec in stored.items():
+        layer, _, part = name.rpartition(".")
+        shape = state.get(f"{layer}.weight_shape")
+        if part == "weight_packed" and shape is not None:
+            dtype, dense = stored[f"{layer}.weight_scale"].dtype, tuple(shape.tolist())
+            specs.append(TensorSpec(name=f"{layer}.weight", dtype=dtype, shape=dense))
+        elif part not in ("weight_scale", "weight_shape") or shape is None:
+            specs.append(spec)
     return tuple(specs)
 
 

@@ -95,10 +95,14 @@ def _second_moments(
 
 
 def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Activations (rows, tokens, in) as (real tokens, in), padding left out."""
-    if mask is None or x.shape[:2] != mask.shape:
-        return x.reshape(-1, x.shape[-1])
-    return x[mask.bool()]
+    """Activations (rows, tokens, in) as (real tokens, in), padding left out.
+
+    Some families hand on (rows * tokens, in); what has no row per token is kept whole.
+    """
+    x_MI = x.reshape(-1, x.shape[-1])
+    if mask is None or len(x_MI) != mask.numel():
+        return x_MI
+    return x_MI[mask.flatten().bool()]
 
 
 @contextmanager

@@ -57,7 +57,8 @@ def _words(name: str, value: Any) -> list[str]:
     if name == "bits":
         return [option(name), ",".join(map(str, value))]
     values = value if isinstance(value, list) else [value]
-    return [word for item in values for word in (option(name), f"{item}")]
+    whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
+    return [word for item in whole for word in (option(name), f"{item}")]
 
 
 def build(kind: type[S], values: Mapping[str, Any]) -> S:

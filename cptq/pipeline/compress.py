@@ -14,6 +14,7 @@ from cptq.allocation.allocate import allocate, check_plan
 from cptq.allocation.cost import CostModel
 from cptq.allocation.targets import resolve_budget
 from cptq.artifact.verify import TOLERANCE, Verification
+from cptq.artifact.place import check_space
 from cptq.artifact.writer import VerificationSample, check_output, write_artifact
 from cptq.calibration.replay import forward
 from cptq.calibration.tokens import Batch, Calibration
@@ -100,7 +101,8 @@ class _Run:
         if settings.sensitivity is not None:
             self.read_table()
         self.out = settings.out or Path(f"{self.model.path.name}-cptq-{budget.asked}")
-        check_output(self.out, overwrite=settings.overwrite, source=self.model.path)
+        place = check_output(self.out, overwrite=settings.overwrite, source=self.model.path)
+        check_space(place, budget.limit_bytes)
         return budget
 
     def make_plan(self, budget: Budget) -> Plan:

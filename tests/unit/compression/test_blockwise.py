@@ -1,0 +1,312 @@
+"""The block-by-block driver against a copy of the model, hooks and a loop over tokens."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import cycle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cptq.calibration.replay import forward
+from cptq.calibration.tokens import Batch, Calibration
+from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.weights import get_weight, set_weight
+from cptq.compression import blockwise, gptq, nearest
+from cptq.compression.blockwise import compress_model, real_rows
+from cptq.compression.problem import Problem, Solution
+from cptq.errors import CalibrationError, UnknownNameError
+from cptq.numerics.groups import resolve_group
+from cptq.numerics.layout import packed_tensors
+from cptq.types import Budget, Candidate, CompressedLayer, Event, LayerSpec, Notice, Plan, Progress
+from tests.conftest import TinyModel
+from tests.reference.sensitivity import loaded, random_calibration
+from tests.tiny_models import RECIPES, VOCABULARY
+
+DENSE = Candidate(bits=16)
+#: cycled over the units, so that every model meets dense units, odd groups and all grids
+MIXED = [Candidate(bits=4, group_size=16), Candidate(bits=3, group_size=20), DENSE]
+MIXED += [Candidate(bits=2), Candidate(bits=5, group_size=8), Candidate(bits=8, group_size=64)]
+
+
+def plan_for(model: LoadedModel, candidates: Sequence[Candidate]) -> Plan:
+    choices = dict(zip([unit.name for unit in model.units], cycle(candidates), strict=False))
+    return Plan(
+        model_fingerprint=model.fingerprint,
+        budget=Budget(limit_bytes=0, asked="by hand"),
+        allocator="by hand",
+        metric=None,
+        table_digest=None,
+        choices=choices,
+        predicted_bytes=0,
+        predicted_loss=None,
+    )
+
+
+def padded(model: LoadedModel) -> Calibration:
+    """Rows of several lengths, also for causal models."""
+    calibration = random_calibration(model, rows=5, length=21)
+    generator = torch.Generator().manual_seed(5)
+    batches = []
+    for lengths in ((21, 9, 14), (11, 17)):
+        ids = torch.randint(5, VOCABULARY, (len(lengths), max(lengths)), generator=generator)
+        mask = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
+        batches.append({"input_ids": ids * mask, "attention_mask": mask})
+    return Calibration(batches=batches, record=calibration.record)
+
+
+def run(
+    model: LoadedModel,
+    calibration: Calibration,
+    candidates: Sequence[Candidate] = MIXED,
+    compressor: str = "nearest",
+    events: list[Event] | None = None,
+) -> list[CompressedLayer]:
+    emit = (events if events is not None else []).append
+    return compress_model(
+        model, calibration, plan_for(model, candidates), compressor=compressor, emit=emit
+    )
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
+    """Every problem that the driver poses, answered by rounding to nearest."""
+    problems: list[Problem] = []
+
+    def answer(problem: Problem) -> Solution:
+        problems.append(replace(problem, W_OI=problem.W_OI.clone()))
+        return nearest.compress(problem)
+
+    table = SimpleNamespace(get=lambda _name: answer)
+    monkeypatch.setattr(blockwise, "COMPRESSORS", table)
+    yield problems
+
+
+def naive_moment(model: LoadedModel, module: nn.Module, name: str, batches: list[Batch]) -> Tensor:
+    """Mean of x x^T over real tokens, one by one in float64, from a whole forward pass."""
+    caught: list[Tensor] = []
+    hook = module.get_submodule(name).register_forward_hook(
+        lambda _module, args, _output: caught.append(args[0].detach())
+    )
+    total, count = 0.0, 0
+    for batch in batches:
+        caught.clear()
+        with torch.no_grad():
+            module(**batch, **({"use_cache": False} if model.kind == "causal-lm" else {}))
+        mask = batch["attention_mask"].flatten().bool().tolist()
+        rows = caught[0].reshape(len(mask), -1).double()
+        for row, real in zip(rows, mask, strict=True):
+            if real:
+                total, count = total + torch.outer(row, row), count + 1
+    hook.remove()
+    return total / count
+
+
+@pytest.mark.parametrize("arch", [arch for arch in RECIPES if arch != "gpt2"])
+def test_a_block_sees_what_the_compressed_blocks_before_it_give(
+    arch: str, tiny_model: TinyModel, seen: list[Problem]
+) -> None:
+    model = loaded(tiny_model(arch))
+    dense, calibration = copy.deepcopy(model.module), padded(model)
+    layers = run(model, calibration)
+    assert len(layers) == len(seen) > 6
+    partly, block = copy.deepcopy(dense), 0
+    for layer, problem in zip(layers, seen, strict=True):
+        if layer.spec.block != block:  # the blocks before this one are compressed by now
+            block = layer.spec.block
+            for done in layers:
+                if done.spec.block < block:
+                    set_weight(partly.get_submodule(done.spec.name), done.dense(torch.float32))
+        expected = naive_moment(model, partly, layer.spec.name, calibration.batches)
+        torch.testing.assert_close(problem.H_II.double(), expected, rtol=1e-3, atol=1e-4)
+        assert torch.equal(problem.W_OI, get_weight(dense.get_submodule(layer.spec.name)))
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "opt", "mpnet", "generic"])
+@pytest.mark.parametrize("compressor", ["gptq", "nearest"])
+def test_the_module_holds_the_compressed_weights_and_nothing_else_changes(
+    arch: str, compressor: str, tiny_model: TinyModel
+) -> None:
+    model = loaded(tiny_model(arch))
+    before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
+    layers = run(model, padded(model), compressor=compressor)
+    chosen = plan_for(model, MIXED).choices
+    wanted = [
+        spec for unit in model.units if not chosen[unit.name].dense for spec in unit.layers
+    ]
+    assert [layer.spec for layer in layers] == wanted
+    for layer in layers:
+        W_OI = get_weight(model.linear(layer.spec.name))
+        assert torch.equal(W_OI, layer.dense(torch.float32))
+        assert not torch.equal(W_OI, before.pop(layer.spec.weight_name))
+    after = model.module.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not [m for m in model.module.modules() if m._forward_pre_hooks or "forward" in vars(m)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_results_say_what_was_done(
+    dtype: torch.dtype, tiny_model: TinyModel, seen: list[Problem]
+) -> None:
+    model = loaded(tiny_model("llama", dtype=dtype))
+    layers = run(model, random_calibration(model, rows=2, length=20))
+    chosen = plan_for(model, MIXED).choices
+    of = {spec.name: chosen[unit.name] for unit in model.units for spec in unit.layers}
+    for layer, problem in zip(layers, seen, strict=True):
+        result, candidate = layer.result, of[layer.spec.name]
+        inputs = layer.spec.shape[1]
+        group = resolve_group(inputs, candidate.group_size)
+        assert (result.name, result.candidate) == (layer.spec.name, candidate)
+        assert result.group_size == (0 if group == inputs else group)
+        assert (problem.bits, problem.group) == (candidate.bits, group)
+        assert layer.scale.dtype is problem.scale_dtype is dtype
+        assert layer.scale.shape == (layer.spec.shape[0], inputs // group)
+        specs = packed_tensors(layer.spec, candidate.bits, inputs // group)
+        assert result.nbytes == sum(spec.nbytes for spec in specs)
+        W_OI = problem.W_OI.double()
+        D_OI, H_II = W_OI - layer.dense(torch.float64), problem.H_II.double()
+        error = float(D_OI.square().sum() / W_OI.square().sum())
+        assert result.weight_error == pytest.approx(error, rel=1e-4)
+        output = float(torch.trace(D_OI @ H_II @ D_OI.T) / torch.trace(W_OI @ H_II @ W_OI.T))
+        assert result.output_error == pytest.approx(output, rel=1e-3)
+        assert result.seconds >= 0
+
+
+def test_a_unit_shares_one_second_moment(tiny_model: TinyModel, seen: list[Problem]) -> None:
+    model = loaded(tiny_model("llama"))
+    run(model, random_calibration(model, rows=2, length=20), [MIXED[0]])
+    q, k, v, o = seen[:4]
+    assert q.H_II is k.H_II is v.H_II
+    assert o.H_II is not q.H_II
+
+
+def test_a_plan_that_keeps_all_dense_changes_nothing(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    before = copy.deepcopy(model.module.state_dict())
+    assert run(model, random_calibration(model, rows=2, length=20), [DENSE]) == []
+    after = model.module.state_dict()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+
+
+def test_a_model_without_units_is_left_alone(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("gpt2"))
+    assert run(model, random_calibration(model, rows=2, length=20)) == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "inputs", "used", "note"),
+    [
+        (16, 48, 16, None),
+        (20, 48, 16, "groups of 20 do not divide 48 inputs: groups of 16"),
+        (20, 80, 20, None),
+        (64, 80, 40, "groups of 64 do not divide 80 inputs: groups of 40"),
+        (79, 80, 40, "groups of 79 do not divide 80 inputs: groups of 40"),
+        (5, 48, 4, "groups of 5 do not divide 48 inputs: groups of 4"),
+        (47, 48, 24, "groups of 47 do not divide 48 inputs: groups of 24"),
+        (64, 48, 0, None),
+        (0, 80, 0, None),
+        (64, 67, 0, "groups of 64 do not divide 67 inputs: one scale per channel"),
+    ],
+)
+def test_a_group_that_does_not_divide_is_replaced_and_noted(
+    asked: int, inputs: int, used: int, note: str | None
+) -> None:
+    spec = LayerSpec(name="x", block=0, role="q", kind="linear", shape=(3, inputs), dtype="F16")
+    W_OI = torch.randn(3, inputs, generator=torch.Generator().manual_seed(0))
+    candidate = Candidate(bits=4, group_size=asked)
+    layer = blockwise.compress_layer(spec, W_OI, torch.eye(inputs), candidate, nearest.compress)
+    assert layer.result.group_size == used
+    assert layer.scale.shape == (3, inputs // (used or inputs))
+    assert layer.result.notes == (() if note is None else (note,))
+
+
+def test_notes_are_told(tiny_model: TinyModel) -> None:
+    model, events = loaded(tiny_model("llama")), []
+    candidates = [Candidate(bits=4, group_size=20)]
+    layers = run(model, random_calibration(model, rows=2, length=20), candidates, events=events)
+    told = [(e.kind, e.subject, e.message) for e in events if isinstance(e, Notice)]
+    expected = [("fallback", x.spec.name, note) for x in layers for note in x.result.notes]
+    assert told == expected
+    assert len(expected) == 12  # all but the two of 80 inputs
+    steps = [(e.done, e.total) for e in events if isinstance(e, Progress)]
+    assert steps == [(0, 2), (1, 2), (2, 2)]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("norm", "unit"),
+    [
+        ("model.layers.0.input_layernorm", "model.layers.0.self_attn.qkv"),
+        ("model.layers.0.post_attention_layernorm", "model.layers.0.mlp.gate_up"),
+        ("model.layers.1.post_attention_layernorm", "model.layers.1.mlp.gate_up"),
+    ],
+)
+def test_an_activation_that_is_not_finite_is_named(
+    norm: str, unit: str, bad: float, tiny_model: TinyModel
+) -> None:
+    model = loaded(tiny_model("llama"))
+    model.linear(norm).weight.data[7] = bad
+    with pytest.raises(CalibrationError, match=f"the inputs of {unit} are NaN or inf") as caught:
+        run(model, random_calibration(model, rows=2, length=20), [MIXED[0]])
+    assert "--dtype" in str(caught.value.hint)
+    assert not [m for m in model.module.modules() if m._forward_pre_hooks or "forward" in vars(m)]
+
+
+def test_an_unknown_compressor(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    with pytest.raises(UnknownNameError, match="unknown compressor"):
+        run(model, random_calibration(model, rows=1), compressor="awq")
+
+
+def test_compensation_pays_for_the_whole_model(tiny_model: TinyModel) -> None:
+    calibration = random_calibration(loaded(tiny_model("llama")))
+    with torch.no_grad():
+        dense = loaded(tiny_model("llama"))
+        expected = forward(dense, calibration.batches[0]).logits
+        errors = []
+        for compressor in ("gptq", "nearest"):
+            model = loaded(tiny_model("llama"))
+            run(model, calibration, [Candidate(bits=3, group_size=16)], compressor)
+            logits = forward(model, calibration.batches[0]).logits
+            errors.append(float((logits - expected).square().mean()))
+    assert errors[0] < 0.8 * errors[1]
+
+
+def test_same_input_same_codes(tiny_model: TinyModel) -> None:
+    runs = []
+    for _ in range(2):
+        model = loaded(tiny_model("bert"))
+        runs.append(run(model, padded(model), compressor="gptq"))
+    for one, two in zip(*runs, strict=True):
+        assert torch.equal(one.codes, two.codes)
+        assert torch.equal(one.scale, two.scale)
+
+
+def test_padding_is_left_out_however_a_family_shapes_its_tokens() -> None:
+    x = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
+    kept = [x[0, 0].tolist(), x[0, 1].tolist(), x[1, 0].tolist()]
+    assert real_rows(x, mask).tolist() == kept
+    assert real_rows(x.view(6, 4), mask).tolist() == kept
+    assert real_rows(x, None).tolist() == x.view(6, 4).tolist()
+    assert real_rows(x[:, 0], mask).tolist() == x[:, 0].tolist()  # one row per sentence
+
+
+def test_the_method_is_taken_from_the_registry(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    real = gptq.compress
+
+    def counting(problem: Problem) -> Solution:
+        calls.append(problem.bits)
+        return real(problem)
+
+    monkeypatch.setattr(gptq, "compress", counting)
+    model = loaded(tiny_model("opt"))
+    layers = run(model, padded(model), compressor="gptq")
+    assert calls == [layer.result.candidate.bits for layer in layers]
