@@ -36,7 +36,7 @@ from cptq.types import Candidate, Emit, Notice
 _Floats = npt.NDArray[np.float64]
 _Ints = npt.NDArray[np.int64]
 
-MOST_STATES = 20_000
+MOST_STATES = 200_000
 #: states of the first, quick search
 FEW_STATES = 1_000
 #: rounds of dropping options, each of which tightens the next

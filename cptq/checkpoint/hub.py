@@ -12,7 +12,11 @@ from cptq.errors import ModelError
 from cptq.types import Emit, Progress
 
 #: what a model needs to run and an artifact to be complete
-WANTED = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "LICENSE*", "1_Pooling/*"]
+WANTED = [
+    *("*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja"),
+    *("LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY*"),
+    *("[0-9]_*/*", "additional_chat_templates/*"),
+]
 _TYPE_NEXT = "a local directory, or a Hub id such as facebook/opt-125m"
 
 

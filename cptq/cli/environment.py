@@ -18,6 +18,7 @@ QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DATASETS_VERBOSITY": "error",
+    "TQDM_DISABLE": "1",  # compressed-tensors shows its bars whatever transformers is told
 }
 _CHATTY = r"(torch|transformers|huggingface_hub|datasets|compressed_tensors|sklearn)(\.|$)"
 

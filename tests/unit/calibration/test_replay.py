@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -49,8 +48,8 @@ def direct(model: LoadedModel, batch: Batch) -> Any:
 
 
 @pytest.fixture(scope="module", params=list(RECIPES))
-def model(request: pytest.FixtureRequest, tiny_model: TinyModel) -> Iterator[LoadedModel]:
-    yield loaded(tiny_model(request.param))
+def model(request: pytest.FixtureRequest, tiny_model: TinyModel) -> LoadedModel:
+    return loaded(tiny_model(request.param))
 
 
 @pytest.mark.parametrize("side", ["right", "left"])

@@ -19,7 +19,7 @@ from cptq.errors import CalibrationError, DataError, UnknownNameError
 from cptq.types import Event, Notice
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded
-from tests.tiny_models import SENTENCES
+from tests.tiny_models import SENTENCES, tiny_tokenizer
 
 ENCODERS = ("bert", "bert-encoder", "bert-mlm", "mpnet")
 
@@ -82,6 +82,15 @@ def test_a_causal_model_gets_windows_of_the_running_text(causal: LoadedModel, te
     assert [tuple(b["input_ids"].shape) for b in found.batches] == [(4, 16), (2, 16)]
     assert all(bool(batch["attention_mask"].all()) for batch in found.batches)
     assert found.tokens == found.record.tokens == 96
+
+
+def test_a_causal_model_gets_no_special_tokens(tiny_model: TinyModel, text: Path) -> None:
+    """Also where the tokenizer would add them."""
+    model = loaded(tiny_model("llama"))
+    model.tokenizer = tiny_tokenizer(causal=False)
+    assert model.tokenizer("a")["input_ids"][0] == 1
+    found = build(model, text, samples=1000)
+    assert not {1, 2} & {token for row in rows(found) for token in row}
 
 
 @pytest.mark.parametrize("arch", ENCODERS)
@@ -239,8 +248,12 @@ def test_without_a_tokenizer_nothing_can_be_done(tiny_model: TinyModel, text: Pa
 
 @pytest.mark.parametrize(
     ("source", "error"),
-    [("gone.txt", DataError), ("empty.txt", DataError), ("wikitext", DataError)]
-    + [("wikitex", UnknownNameError)],
+    [
+        ("gone.txt", DataError),
+        ("empty.txt", DataError),
+        ("wikitext", DataError),
+        ("wikitex", UnknownNameError),
+    ],
 )
 def test_a_text_that_is_not_there(
     source: str,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 import pytest
 import torch
@@ -70,6 +70,7 @@ UNITS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
         "fc2": ("fc2",),
     },
 }
+Made = tuple[str, LoadedModel, list[Event]]
 KINDS = {"bert": "classifier", "distilbert": "classifier", "roberta": "classifier"} | {
     "bert-encoder": "encoder",
     "mpnet": "encoder",
@@ -99,9 +100,9 @@ def observed_order(model: LoadedModel) -> list[str]:
 
 
 @pytest.fixture(scope="module", params=list(RECIPES))
-def made(request: pytest.FixtureRequest, tiny_model: TinyModel) -> Iterator[tuple]:
+def made(request: pytest.FixtureRequest, tiny_model: TinyModel) -> Made:
     events: list[Event] = []
-    yield request.param, load(tiny_model(request.param), events), events
+    return request.param, load(tiny_model(request.param), events), events
 
 
 def test_recipes_and_expectations_are_the_same_families() -> None:
@@ -109,14 +110,14 @@ def test_recipes_and_expectations_are_the_same_families() -> None:
     assert {r.model_type for r in RECIPES.values()} - {"phi"} == set(architectures.ARCHITECTURES)
 
 
-def test_every_matrix_is_listed_once_in_forward_order(made) -> None:
+def test_every_matrix_is_listed_once_in_forward_order(made: Made) -> None:
     _, model, _ = made
     names = [spec.name for spec in model.layers]
     assert names == observed_order(model)
     assert len(set(names)) == len(names)
 
 
-def test_shapes_kinds_and_types_are_those_of_the_modules(made) -> None:
+def test_shapes_kinds_and_types_are_those_of_the_modules(made: Made) -> None:
     _, model, _ = made
     for spec in model.layers:
         part = model.linear(spec.name)
@@ -133,7 +134,7 @@ def test_shapes_kinds_and_types_are_those_of_the_modules(made) -> None:
         assert spec.dtype == "F32"
 
 
-def test_the_decisions_are_those_of_the_family(made) -> None:
+def test_the_decisions_are_those_of_the_family(made: Made) -> None:
     arch, model, _ = made
     expected = [(block, role) for block in range(BLOCKS) for role in UNITS[arch]]
     assert [(unit.block, unit.role) for unit in model.units] == expected
@@ -149,7 +150,7 @@ def test_the_decisions_are_those_of_the_family(made) -> None:
     assert len({unit.name for unit in model.units}) == len(model.units)
 
 
-def test_every_linear_of_a_block_is_in_one_decision(made) -> None:
+def test_every_linear_of_a_block_is_in_one_decision(made: Made) -> None:
     _, model, _ = made
     members = [spec.name for unit in model.units for spec in unit.layers]
     inside = [
@@ -164,7 +165,7 @@ def test_every_linear_of_a_block_is_in_one_decision(made) -> None:
         assert model.blocks[index] is model.module.get_submodule(name)
 
 
-def test_what_is_kept_dense_says_why(made) -> None:
+def test_what_is_kept_dense_says_why(made: Made) -> None:
     arch, model, events = made
     members = {spec.name for unit in model.units for spec in unit.layers}
     dense = [spec for spec in model.layers if spec.name not in members]
@@ -177,13 +178,13 @@ def test_what_is_kept_dense_says_why(made) -> None:
     assert all("Conv1D" in spec.reason for spec in conv1d)
 
 
-def test_weights_are_counted_once(made) -> None:
+def test_weights_are_counted_once(made: Made) -> None:
     _, model, _ = made
     assert model.parameters == sum(p.numel() for p in model.module.parameters())
     assert len({spec.name for spec in model.tensors}) == len(model.tensors)
 
 
-def test_the_kind_and_the_family(made) -> None:
+def test_the_kind_and_the_family(made: Made) -> None:
     arch, model, events = made
     assert model.kind == KINDS.get(arch, "causal-lm")
     assert model.family == ("generic" if arch == "generic" else RECIPES[arch].model_type)
@@ -191,7 +192,7 @@ def test_the_kind_and_the_family(made) -> None:
     assert len(inferred) == (arch == "generic")
 
 
-def test_the_longest_input_runs(made) -> None:
+def test_the_longest_input_runs(made: Made) -> None:
     _, model, _ = made
     longest = model.max_positions
     assert longest == (254 if model.family in ("roberta", "mpnet") else 256)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
 from types import SimpleNamespace
 
 import pytest
 import torch
-from torch import Tensor, nn
 
 from cptq.calibration.replay import forward
-from cptq.calibration.tokens import Batch, Calibration
+from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import blockwise, gptq, nearest
@@ -24,6 +23,7 @@ from cptq.numerics.groups import resolve_group
 from cptq.numerics.layout import packed_tensors
 from cptq.types import Budget, Candidate, CompressedLayer, Event, LayerSpec, Notice, Plan, Progress
 from tests.conftest import TinyModel
+from tests.reference.moments import naive_moment
 from tests.reference.sensitivity import loaded, random_calibration
 from tests.tiny_models import RECIPES, VOCABULARY
 
@@ -73,7 +73,7 @@ def run(
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
     """Every problem that the driver poses, answered by rounding to nearest."""
     problems: list[Problem] = []
 
@@ -83,27 +83,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Problem]]:
 
     table = SimpleNamespace(get=lambda _name: answer)
     monkeypatch.setattr(blockwise, "COMPRESSORS", table)
-    yield problems
-
-
-def naive_moment(model: LoadedModel, module: nn.Module, name: str, batches: list[Batch]) -> Tensor:
-    """Mean of x x^T over real tokens, one by one in float64, from a whole forward pass."""
-    caught: list[Tensor] = []
-    hook = module.get_submodule(name).register_forward_hook(
-        lambda _module, args, _output: caught.append(args[0].detach())
-    )
-    total, count = 0.0, 0
-    for batch in batches:
-        caught.clear()
-        with torch.no_grad():
-            module(**batch, **({"use_cache": False} if model.kind == "causal-lm" else {}))
-        mask = batch["attention_mask"].flatten().bool().tolist()
-        rows = caught[0].reshape(len(mask), -1).double()
-        for row, real in zip(rows, mask, strict=True):
-            if real:
-                total, count = total + torch.outer(row, row), count + 1
-    hook.remove()
-    return total / count
+    return problems
 
 
 @pytest.mark.parametrize("arch", [arch for arch in RECIPES if arch != "gpt2"])
@@ -121,7 +101,7 @@ def test_a_block_sees_what_the_compressed_blocks_before_it_give(
             for done in layers:
                 if done.spec.block < block:
                     set_weight(partly.get_submodule(done.spec.name), done.dense(torch.float32))
-        expected = naive_moment(model, partly, layer.spec.name, calibration.batches)
+        expected = naive_moment(partly, layer.spec.name, calibration.batches)
         torch.testing.assert_close(problem.H_II.double(), expected, rtol=1e-3, atol=1e-4)
         assert torch.equal(problem.W_OI, get_weight(dense.get_submodule(layer.spec.name)))
 
@@ -135,9 +115,7 @@ def test_the_module_holds_the_compressed_weights_and_nothing_else_changes(
     before = {name: tensor.clone() for name, tensor in model.module.state_dict().items()}
     layers = run(model, padded(model), compressor=compressor)
     chosen = plan_for(model, MIXED).choices
-    wanted = [
-        spec for unit in model.units if not chosen[unit.name].dense for spec in unit.layers
-    ]
+    wanted = [spec for unit in model.units if not chosen[unit.name].dense for spec in unit.layers]
     assert [layer.spec for layer in layers] == wanted
     for layer in layers:
         W_OI = get_weight(model.linear(layer.spec.name))

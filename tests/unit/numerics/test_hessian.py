@@ -128,6 +128,7 @@ def test_dead_inputs_are_inert() -> None:
     assert not bool(off_II[:, [1, 4]].any())
     assert bool((damped(H_II, 0.01).diagonal() > 0).all())
     assert inverse_factor(H_II) is None
+    assert inverse_factor(damped(H_II, 0.0)) is not None
 
 
 def test_the_least_damping_that_works_is_used() -> None:

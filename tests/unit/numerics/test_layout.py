@@ -21,9 +21,7 @@ def layer(out: int, inputs: int, dtype: str = "BF16") -> LayerSpec:
 def test_shapes_are_those_of_the_packed_codes(bits: int, out: int, inputs: int) -> None:
     packed, scale, shape = packed_tensors(layer(out, inputs), bits, groups=3)
     words = pack_rows(torch.zeros(out, inputs, dtype=torch.int8), bits)
-    assert packed == TensorSpec(
-        name="model.x.weight_packed", dtype="I32", shape=tuple(words.shape)
-    )
+    assert packed == TensorSpec(name="model.x.weight_packed", dtype="I32", shape=tuple(words.shape))
     assert packed.nbytes == words.nbytes
     assert 8 * packed.nbytes < out * (inputs * bits + 32)
     assert scale == TensorSpec(name="model.x.weight_scale", dtype="BF16", shape=(out, 3))

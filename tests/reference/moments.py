@@ -1,0 +1,36 @@
+"""Second moments of a layer's inputs, a token at a time in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def naive_moment(module: nn.Module, name: str, batches: Sequence[Mapping[str, Tensor]]) -> Tensor:
+    """Mean of x x^T over the tokens that are not padding, from whole forward passes.
+
+    Args:
+        module: the model as it is to be calibrated; left as it was.
+        name: the linear whose inputs are meant.
+        batches: arguments of the model, with an attention mask.
+    """
+    caught: list[Tensor] = []
+    hook = module.get_submodule(name).register_forward_hook(
+        lambda _module, args, _output: caught.append(args[0].detach())
+    )
+    width = module.get_submodule(name).weight.shape[1]
+    total_II, count = torch.zeros(width, width, dtype=torch.float64), 0
+    for batch in batches:
+        caught.clear()
+        with torch.no_grad():
+            module(**batch)
+        mask = batch["attention_mask"].flatten().bool().tolist()
+        rows = caught[0].reshape(len(mask), -1).double()
+        for row_I, real in zip(rows, mask, strict=True):
+            if real:
+                total_II += torch.outer(row_I, row_I)
+                count += 1
+    hook.remove()
+    return total_II / count
