@@ -9,6 +9,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test calls out
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `cptq` itself sets it
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ TinyModel = Callable[..., Path]
 
 def pytest_configure() -> None:
     """Small tensors gain nothing from many threads, and threads fight on a small machine."""
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)
 
 
 def _existing(path: Path, what: str) -> Path:

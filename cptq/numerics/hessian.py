@@ -6,9 +6,10 @@ the upper Cholesky factor of H^-1 = U^T U: row j of U / U_jj is how an error in 
 made up for by the columns that follow.
 
 Here H is X^T X / n, without the factor 2, which no result depends on. Dead inputs (H_jj = 0) get
-H_jj = 1: they then neither compensate nor need compensation. Damping adds a share of the mean
-diagonal; if the factorisation fails it grows tenfold up to `MOST_DAMPING`, and `cholesky_inverse`
-says what was used, so that a report can.
+the mean diagonal of the others (GPTQ's code: 1, which ties the damping to the activations' scale):
+they then neither compensate nor need compensation. Damping adds a share of that mean; if the
+factorisation fails it grows tenfold up to `MOST_DAMPING`, and `damped_factor` says what was used,
+so that a report can.
 
 Cost: n * in^2 multiply-adds per batch, then three in^3 / 3 factorisations. float32 throughout;
 products of float16 activations are never summed in float16.
@@ -47,12 +48,19 @@ def dead_inputs(H_II: Tensor) -> Tensor:
 
 
 def damped(H_II: Tensor, damping: float) -> Tensor:
-    """H with dead inputs made inert and `damping` times its mean diagonal added."""
+    """H with dead inputs made inert and `damping` times its mean live diagonal added."""
+    mean = live_mean(H_II)
     H_II = H_II.clone()
     diagonal_I = H_II.diagonal()
-    diagonal_I[dead_inputs(H_II)] = 1.0
-    diagonal_I += damping * diagonal_I.mean()
+    diagonal_I[dead_inputs(H_II)] = mean
+    diagonal_I += damping * mean
     return H_II
+
+
+def live_mean(H_II: Tensor) -> Tensor:
+    """Mean diagonal (scalar) over the inputs that are not dead; 1 where all are."""
+    dead_I = dead_inputs(H_II)
+    return torch.where(dead_I.all(), 1.0, H_II.diagonal().sum() / (~dead_I).sum().clamp_min(1))
 
 
 def inverse_factor(H_II: Tensor) -> Tensor | None:

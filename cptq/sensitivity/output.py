@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from cptq.calibration.samples import LayerSample, Wants
-from cptq.numerics.hessian import damped_factor
+from cptq.numerics.hessian import damped_factor, live_mean
 from cptq.sensitivity.metric import Context, Metric, Needs, UnitView
 from cptq.sensitivity.taylor import diagonal_fisher, second_order
 from cptq.types import Candidate, Notice
@@ -67,9 +67,8 @@ def feedback(H_II: Tensor) -> tuple[Tensor, Tensor] | None:
 
 
 def ridge(H_II: Tensor, damping: float) -> float:
-    """What damping adds to the diagonal, dead inputs (see `numerics.hessian`) counting as 1."""
-    diagonal_I = H_II.diagonal()
-    return damping * float(torch.where(diagonal_I == 0, 1.0, diagonal_I).mean())
+    """What damping adds to the diagonal (see `numerics.hessian`)."""
+    return damping * float(live_mean(H_II))
 
 
 def effective_inputs(U_II: Tensor, ridge: float) -> Tensor:

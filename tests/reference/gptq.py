@@ -13,13 +13,12 @@ from torch import Tensor
 
 
 def damped(H_II: Tensor, damping: float) -> Tensor:
-    """H, 1 for inputs that never occur, and a share of the mean diagonal."""
+    """H, the mean diagonal for inputs that never occur, and a share of that mean for all."""
     rows = H_II.double().tolist()
+    live = [rows[j][j] for j in range(len(rows)) if rows[j][j]]
+    mean = sum(live) / len(live) if live else 1.0
     for j in range(len(rows)):
-        rows[j][j] = rows[j][j] or 1.0
-    mean = sum(rows[j][j] for j in range(len(rows))) / len(rows)
-    for j in range(len(rows)):
-        rows[j][j] += damping * mean
+        rows[j][j] = (rows[j][j] or mean) + damping * mean
     return torch.tensor(rows, dtype=torch.float64)
 
 

@@ -103,6 +103,15 @@ def test_dead_inputs_get_code_zero(bits: int, dead: tuple[int, ...]) -> None:
     agree(asked, found, reference(asked))
 
 
+@pytest.mark.parametrize("dead", [(), (3, 9, 10)])
+def test_the_scale_of_the_inputs_changes_nothing(dead: tuple[int, ...]) -> None:
+    asked = problem(4, 15, 5, 3, dead=dead)
+    found = gptq.compress(asked)
+    quiet = gptq.compress(replace(asked, H_II=asked.H_II * 2.0**-20))
+    assert torch.equal(quiet.codes_OI, found.codes_OI)
+    torch.testing.assert_close(quiet.scale_OG, found.scale_OG)
+
+
 def test_inputs_that_are_all_dead() -> None:
     asked = problem(4, 6, 3, 3)
     found = gptq.compress(replace(asked, H_II=torch.zeros_like(asked.H_II)))
