@@ -49,7 +49,7 @@ class Bench:
     out: Path
     task: str
     limit: str | None
-    calibration: str
+    calibration: tuple[str, ...]
 
     def cptq(self, *words: object) -> float:
         """Run one command; the seconds it took."""
@@ -82,8 +82,8 @@ class Bench:
         place, seconds = self.out / name, self.out / f"{name}-seconds.json"
         if not place.exists():
             table = ("--sensitivity", tables / f"{row.metric}.json") if row.metric else ()
-            common = ("--calibration", self.calibration, "-o", place)
-            spent = self.cptq("compress", self.model, *row.options, *table, *common)
+            words = (*row.options, *table, *self.calibration, "-o", place)
+            spent = self.cptq("compress", self.model, *words)
             if row.metric:
                 spent += json.loads((tables / f"{row.metric}.json").read_text())["seconds"]
             seconds.write_text(json.dumps(spent))
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--task", default="wikitext")
     parser.add_argument("--limit")
     parser.add_argument("--calibration", default="auto")
+    parser.add_argument("--samples")
     parser.add_argument("--metric", action="append")
     parser.add_argument("--target", action="append")
     parser.add_argument("--out", type=Path, default=Path("build/bench"))
@@ -129,7 +130,9 @@ def main() -> None:
     model = (given.caller / given.model).resolve()
     out = given.out.resolve() / model.name
     out.mkdir(parents=True, exist_ok=True)
-    bench = Bench(model, out, given.task, given.limit, given.calibration)
+    samples = ("--samples", given.samples) if given.samples else ()
+    calibration = ("--calibration", given.calibration, *samples)
+    bench = Bench(model, out, given.task, given.limit, calibration)
     show(bench, given.metric or list(METRICS), given.target or list(TARGETS))
 
 
