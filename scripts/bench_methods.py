@@ -73,7 +73,7 @@ class Bench:
         place = self.out / "analysis"
         if not place.exists():
             asked = [word for metric in metrics for word in ("--metric", metric)]
-            self.cptq("analyze", self.model, *asked, "--calibration", self.calibration, "-o", place)
+            self.cptq("analyze", self.model, *asked, *self.calibration, "-o", place)
         return place / "sensitivity"
 
     def compress(self, row: Row, tables: Path) -> dict[str, Any]:

@@ -13,8 +13,8 @@ import torch
 from cptq.allocation.allocate import allocate, check_plan
 from cptq.allocation.cost import CostModel
 from cptq.allocation.targets import resolve_budget
-from cptq.artifact.verify import TOLERANCE, Verification
 from cptq.artifact.place import check_space
+from cptq.artifact.verify import TOLERANCE, Verification
 from cptq.artifact.writer import VerificationSample, check_output, write_artifact
 from cptq.calibration.replay import forward
 from cptq.calibration.tokens import Batch, Calibration
