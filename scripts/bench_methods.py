@@ -1,17 +1,18 @@
 #!/usr/bin/env python3
 """What `scripts/bench_methods` runs: the cptq commands, each in a process of its own.
 
-Sensitivity is measured once for all metrics; a row's seconds are those of its `cptq compress` from
-start to end plus what its metric takes when it is measured alone.
+Each metric is measured once, by a `cptq analyze` of its own, for every target. A row's seconds are
+processor time (user and system, all threads), as a busy neighbour does not change that much: those
+of its `cptq compress` from start to end plus those of its metric's `cptq analyze`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,12 @@ class Bench:
     calibration: tuple[str, ...]
 
     def cptq(self, *words: object) -> float:
-        """Run one command; the seconds it took."""
+        """Run one command; the seconds of processor time it took."""
         line = [sys.executable, "-m", "cptq", *map(str, words)]
         print("$ cptq", *line[3:], file=sys.stderr, flush=True)
-        began = time.perf_counter()
+        began = _spent()
         subprocess.run(line, stdout=subprocess.DEVNULL, check=True)
-        return time.perf_counter() - began
+        return _spent() - began
 
     def evaluate(self, model: Path, name: str) -> float:
         """The task's first number."""
@@ -68,25 +69,24 @@ class Bench:
         results: list[dict[str, Any]] = json.loads(file.read_text())["evaluation"]
         return float(results[0]["value"])
 
-    def analyze(self, metrics: list[str]) -> Path:
-        """The directory of the sensitivity tables."""
-        place = self.out / "analysis"
-        if not place.exists():
-            asked = [word for metric in metrics for word in ("--metric", metric)]
-            self.cptq("analyze", self.model, *asked, *self.calibration, "-o", place)
-        return place / "sensitivity"
+    def analyze(self, metric: str) -> tuple[Path, float]:
+        """The file of a metric's table, and the seconds that it took."""
+        place = self.out / f"analysis-{metric}"
+        spent = self.out / f"analysis-{metric}-seconds.json"
+        if not spent.exists():
+            asked = ("--metric", metric, *self.calibration, "-o", place, "--overwrite")
+            spent.write_text(json.dumps(self.cptq("analyze", self.model, *asked)))
+        return place / "sensitivity" / f"{metric}.json", float(json.loads(spent.read_text()))
 
-    def compress(self, row: Row, tables: Path) -> dict[str, Any]:
+    def compress(self, row: Row) -> dict[str, Any]:
         """The row's numbers."""
         name = f"{row.target}-{row.name.replace(', ', '-').replace(' ', '-')}"
         place, seconds = self.out / name, self.out / f"{name}-seconds.json"
-        if not place.exists():
-            table = ("--sensitivity", tables / f"{row.metric}.json") if row.metric else ()
-            words = (*row.options, *table, *self.calibration, "-o", place)
-            spent = self.cptq("compress", self.model, *words)
-            if row.metric:
-                spent += json.loads((tables / f"{row.metric}.json").read_text())["seconds"]
-            seconds.write_text(json.dumps(spent))
+        if not seconds.exists():
+            table, spent = self.analyze(row.metric) if row.metric else (None, 0.0)
+            given = ("--sensitivity", table) if table else ()
+            words = (*row.options, *given, *self.calibration, "-o", place, "--overwrite")
+            seconds.write_text(json.dumps(spent + self.cptq("compress", self.model, *words)))
         report = json.loads((place / "report.json").read_text())
         return {
             "bytes": report["size"]["file_bytes"],
@@ -97,14 +97,19 @@ class Bench:
         }
 
 
+def _spent() -> float:
+    """Processor seconds of all commands run so far."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def show(bench: Bench, metrics: list[str], targets: list[str]) -> None:
     """Run what is missing, then print the table."""
     dense = bench.evaluate(bench.model, "dense")
     size = sum(file.stat().st_size for file in bench.model.glob("*.safetensors"))
-    tables = bench.analyze(metrics)
-    lines = [(row, bench.compress(row, tables)) for row in rows(metrics, targets)]
+    lines = [(row, bench.compress(row)) for row in rows(metrics, targets)]
     print(f"| target | how | file bytes | of dense | bits | with scales | {bench.task} | "
-          "to dense | seconds |")  # fmt: skip
+          "to dense | CPU s |")  # fmt: skip
     print("|---|---|--:|--:|--:|--:|--:|--:|--:|")
     print(f"| | dense | {size:,} | 1.000 | 16 | 16 | {dense:.4g} | 1.000 | |")
     for row, got in lines:
