@@ -50,12 +50,12 @@ class VerificationSample:
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What the fresh process found."""
+    """What the fresh process found; no difference where nothing could be computed."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[str, ...]
-    max_abs_difference: float
+    max_abs_difference: float | None
     seconds: float
 
 
@@ -153,7 +153,7 @@ def _judge(found: Verification, imported: list[str], allowed: float) -> None:
             )
     if imported:
         raise ArtifactError(f"the check was not independent: {imported[0]} was imported in it")
-    if not found.max_abs_difference <= allowed:
+    if found.max_abs_difference is None or not found.max_abs_difference <= allowed:
         raise ArtifactError(
             f"the written model answers differently from the one in memory: by "
             f"{found.max_abs_difference:.3g}, where {allowed:.3g} is allowed"

@@ -116,7 +116,7 @@ def _verify(
         message = "was not compared with the model in memory, as no sample was given"
         emit(Notice(kind="warning", subject="artifact", message=message))
         return None
-    return form.verify(content, place, sample)
+    return form.verify(content, place, sample, emit)
 
 
 def _plain(found: Verification | None) -> dict[str, Any] | None:

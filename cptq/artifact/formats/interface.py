@@ -51,14 +51,16 @@ class Format(ABC):
 
     @abstractmethod
     def nbytes(self, content: Content) -> int:
-        """Bytes of the weight files to be."""
+        """Bytes of the weight files to be, or a little more."""
 
     @abstractmethod
     def write(self, content: Content, place: Path, emit: Emit) -> Written:
         """Write the weights, and all that the format's readers need, into an empty directory."""
 
     @abstractmethod
-    def verify(self, content: Content, place: Path, sample: VerificationSample) -> Verification:
+    def verify(
+        self, content: Content, place: Path, sample: VerificationSample, emit: Emit
+    ) -> Verification:
         """Load what was written in a fresh process, as a user would, and compare.
 
         Raises:
@@ -132,7 +134,9 @@ class SafetensorsFormat(Format):
         copy_companions(content, place, emit)
         return Written(files=files, digests=tensor_digests(place / name for name in files))
 
-    def verify(self, content: Content, place: Path, sample: VerificationSample) -> Verification:
+    def verify(
+        self, content: Content, place: Path, sample: VerificationSample, emit: Emit
+    ) -> Verification:
         return verify_in_fresh_process(
             place,
             content.kind,
