@@ -116,10 +116,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def write_config(directory: Path, quantization: dict[str, Any] | None, to: Path) -> None:
-    """config.json: the model's own, and what says how the weights are stored."""
+def write_config(
+    directory: Path, quantization: dict[str, Any] | None, to: Path, dtype: str | None = None
+) -> None:
+    """config.json: the model's own, and what says how the weights are stored.
+
+    `dtype` is the type of the dense weights where it is no longer the model's own.
+    """
     config = read_config(directory)
     config.pop("quantization_config", None)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
     if quantization is not None:
         config["quantization_config"] = quantization
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

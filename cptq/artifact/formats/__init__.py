@@ -18,6 +18,7 @@ FORMATS: Registry[Format] = Registry(
     "format",
     {
         "compressed-tensors": "cptq.artifact.formats.compressed_tensors:COMPRESSED_TENSORS",
+        "dense": "cptq.artifact.formats.dense:DENSE",
         "gguf": "cptq.artifact.formats.gguf:GGUF",
     },
 )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from transformers import AutoConfig
 from cptq import __version__
 from cptq.artifact.companions import LICENCE, copy_companions
 from cptq.artifact.content import Content
-from cptq.artifact.formats.interface import Format, Written, refused
+from cptq.artifact.formats.interface import Format, refused
 from cptq.artifact.gguf.check import gguf_digests, verify_in_llama_cpp
 from cptq.artifact.gguf.families import Config, Family, find_family, rope_factors, row_order
 from cptq.artifact.gguf.vocabulary import add_vocabulary, read_tokenizer, sort_of
@@ -37,7 +37,7 @@ from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
 from cptq.numerics.gguf_blocks import half_holds, pack_blocks
 from cptq.numerics.gguf_layout import BLOCK_BYTES, GGUF_LAYOUT, TYPE_OF_BITS, shape_refusal
-from cptq.types import CompressedLayer, Emit, Notice, TensorSpec
+from cptq.types import CompressedLayer, Emit, ModelKind, Notice, TensorSpec
 
 _FILE_TYPES = {"Q4_0": 2, "Q5_0": 8, "Q8_0": 7}
 _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
@@ -88,7 +88,7 @@ class Gguf(Format):
         data = sum(int(np.prod(entry.byte_shape)) + 32 + 128 for entry in entries)
         return data + 2 * (content.path / "tokenizer.json").stat().st_size + (1 << 16)
 
-    def write(self, content: Content, place: Path, emit: Emit) -> Written:
+    def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
         path = place / file_name(content)
         config = read_config(content)
         family = find_family(config, content.kind)
@@ -97,12 +97,21 @@ class Gguf(Format):
         _report_window(config, emit)
         _write_file(path, content, config, family, entries, emit)
         copy_companions(content, place, emit, only=LICENCE)
-        return Written(files={path.name: path.stat().st_size}, digests=gguf_digests(path))
+        return {path.name: path.stat().st_size}
 
     def verify(
-        self, content: Content, place: Path, sample: VerificationSample, emit: Emit
+        self,
+        place: Path,
+        kind: ModelKind,
+        sample: VerificationSample,
+        emit: Emit,
+        source: Path | None = None,
     ) -> Verification:
-        return verify_in_llama_cpp(place / file_name(content), content, sample, emit)
+        tokenizer = None if source is None else source / "tokenizer.json"
+        return verify_in_llama_cpp(only_file(place), kind, sample, emit, tokenizer)
+
+    def digests(self, place: Path, files: Iterable[str]) -> dict[str, str]:
+        return {n: d for name in files for n, d in gguf_digests(place / name).items()}
 
     def how_to_load(self, content: Content) -> Sequence[str]:
         return [
@@ -122,6 +131,18 @@ GGUF = Gguf()
 def file_name(content: Content) -> str:
     """The base model's name as a file name."""
     return re.sub(r"[^\w.-]+", "-", content.base_name.rpartition("/")[2]) + ".gguf"
+
+
+def only_file(place: Path) -> Path:
+    """The one GGUF file of a directory.
+
+    Raises:
+        ArtifactError: there is none, or more than one.
+    """
+    found = sorted(place.glob("*.gguf"))
+    if len(found) != 1:
+        raise ArtifactError(f"{place} holds {len(found)} GGUF files", allowed="one")
+    return found[0]
 
 
 def read_config(content: Content) -> dict[str, Any]:

@@ -26,6 +26,8 @@ CUTS: Mapping[str, str] = {
     _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe",
     _WORDS + r"\p{N}" + _REST: "qwen2",
 }
+#: special tokens that the file names (cls is its bos)
+SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPACE = "\u2581"
 
@@ -52,7 +54,9 @@ def add_vocabulary(writer: gguf.GGUFWriter, directory: Path, size: int, emit: Em
         writer.add_token_scores(_scores(data, tokens))
     if sort != "bert":
         writer.add_add_space_prefix(_prefixes_space(data))
-    special = gguf.SpecialVocab(directory, load_merges=sort == "gpt2", n_vocab=size)
+    special = gguf.SpecialVocab(
+        directory, load_merges=sort == "gpt2", special_token_types=SPECIAL, n_vocab=size
+    )
     if special.chat_template is None and (directory / "chat_template.jinja").is_file():
         special.chat_template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     special.add_to_gguf(writer, quiet=True)
