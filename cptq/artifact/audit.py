@@ -8,7 +8,7 @@ computed.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ def audit(directory: Path, emit: Emit, *, trust_remote_code: bool = False) -> Au
         ArtifactError: it is not what was written, does not load, or answers differently.
         ModelError: a weight file is truncated, corrupt or hostile.
     """
-    directory = directory.expanduser()
+    directory = directory.expanduser().resolve()
     manifest = read_manifest(directory)
     try:
         return _audit(directory, manifest, emit, trust_remote_code)
@@ -68,7 +68,7 @@ def _audit(directory: Path, manifest: Mapping[str, Any], emit: Emit, trusted: bo
         emit(Notice(kind="warning", subject=MANIFEST, message=message))
     else:
         sample = read_sample(manifest["sample"], trust_remote_code=trusted)
-        found = form.verify(directory, kind, replace(sample), emit)
+        found = form.verify(directory, kind, sample, emit)
     return Audit(
         path=directory,
         form=str(manifest["format"]),

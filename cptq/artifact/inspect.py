@@ -1,7 +1,7 @@
 """`cptq inspect`: what is in a checkpoint or a GGUF file, from its headers alone.
 
-No weight is read, no torch needed, so it takes a moment and no memory whatever the size. Bits per
-weight of a layer are all its bytes, scales and shapes included, over its number of weights.
+No weight is read, so it takes a moment and no memory whatever the size. Bits per weight of a layer
+are all its bytes, scales and shapes included, over its number of weights.
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+
+from cptq.artifact.gguf.header import GgufTensor, read_gguf
 from cptq.artifact.manifest import MANIFEST
 from cptq.checkpoint.files import read_header, weight_files
 from cptq.errors import ArtifactError, ModelError
@@ -21,6 +24,8 @@ from cptq.types import TensorSpec
 
 _BLOCK = re.compile(r"\.\d+\.")
 _PACKED = ("weight_packed", "weight_scale", "weight_shape")
+#: types of ggml that are not packed
+FLOATS = ("F64", "F32", "F16", "BF16")
 #: parts in the order in which they are told
 PARTS = (
     "packed weights",
@@ -28,7 +33,7 @@ PARTS = (
     "dense matrices in blocks",
     "embeddings and heads",
     "norms and biases",
-    "header",
+    "header, settings, vocabulary",
 )
 
 
@@ -88,7 +93,7 @@ def inspect(path: Path) -> Inspection:
 def _safetensors(path: Path, files: list[Path]) -> Inspection:
     specs = [spec for file in files for spec in read_header(file).values()]
     size = sum(file.stat().st_size for file in files)
-    layers = tuple(_layers(specs, path if path.is_dir() else path.parent))
+    layers = tuple(_layers(specs, _shapes(files), path if path.is_dir() else path.parent))
     loose = sum(s.numel for s in specs if not _is_packed(s) and len(s.shape) < 2)
     return Inspection(
         path=path,
@@ -112,8 +117,7 @@ def _parts(
     for name, shape, nbytes in rows:
         part = found[_part(name, shape)]
         part[0], part[1] = part[0] + 1, part[1] + nbytes
-    found["header"] = [len(found), size - sum(nbytes for _, nbytes in found.values())]
-    found["header"][0] = 0
+    found[PARTS[5]] = [0, size - sum(nbytes for _, nbytes in found.values())]
     return {part: (count, nbytes) for part, (count, nbytes) in found.items() if count or nbytes}
 
 
@@ -127,13 +131,28 @@ def _part(name: str, shape: tuple[int, ...]) -> str:
     return PARTS[2] if _BLOCK.search(name) else PARTS[3]
 
 
-def _layers(specs: list[TensorSpec], directory: Path) -> Iterable[LayerFacts]:
+def _shapes(files: list[Path]) -> dict[str, tuple[int, int]]:
+    """{layer: (out, in)} of packed layers, whose two numbers are read."""
+    found = {}
+    for file in files:
+        names = [n for n, s in read_header(file).items() if s.name.endswith("weight_shape")]
+        with safe_open(file, framework="numpy") as stream:
+            for name in names:
+                values = stream.get_tensor(name).reshape(-1).tolist()
+                if len(values) == 2 and all(type(v) is int and 0 < v < 1 << 31 for v in values):
+                    found[name.removesuffix(".weight_shape")] = (values[0], values[1])
+    return found
+
+
+def _layers(
+    specs: list[TensorSpec], shapes: Mapping[str, tuple[int, int]], directory: Path
+) -> Iterable[LayerFacts]:
     """Every matrix, packed ones as what they stand for."""
     schemes, sizes = _schemes(directory), {s.name: s for s in specs}
     for spec in specs:
         layer, _, end = spec.name.rpartition(".")
         if end == "weight_packed":
-            yield _packed(layer, sizes, schemes)
+            yield _packed(layer, sizes, shapes.get(layer), schemes.get(layer, {}))
         elif len(spec.shape) >= 2 and not _is_packed(spec):
             bits = 8 * spec.nbytes / max(1, spec.numel)
             yield LayerFacts(
@@ -146,23 +165,20 @@ def _layers(specs: list[TensorSpec], directory: Path) -> Iterable[LayerFacts]:
 
 
 def _packed(
-    layer: str, sizes: Mapping[str, TensorSpec], schemes: Mapping[str, Mapping[str, Any]]
+    layer: str,
+    sizes: Mapping[str, TensorSpec],
+    shape: tuple[int, int] | None,
+    weights: Mapping[str, Any],
 ) -> LayerFacts:
-    """A layer of compressed-tensors; its inputs follow from its words and its bits."""
+    """A layer of compressed-tensors."""
     parts = [sizes[f"{layer}.{end}"] for end in _PACKED if f"{layer}.{end}" in sizes]
-    nbytes, (out, words) = sum(part.nbytes for part in parts), (*parts[0].shape, 1)[:2]
-    weights = schemes.get(layer, {})
-    bits = weights.get("num_bits")
-    if type(bits) is not int or not 1 <= bits <= 32:
-        return LayerFacts(
-            name=layer, stored="packed", shape=(out, words), nbytes=nbytes, bits=float("nan")
-        )
-    groups = parts[1].shape[-1] if len(parts) > 1 else 1
-    size = weights.get("group_size")
-    inputs = groups * size if type(size) is int and size > 0 else words * 32 // bits
-    label = f"{bits} bits, " + (f"groups of {size}" if size else "per channel")
-    real = 8 * nbytes / max(1, out * inputs)
-    return LayerFacts(name=layer, stored=label, shape=(out, inputs), nbytes=nbytes, bits=real)
+    nbytes, group = sum(part.nbytes for part in parts), weights.get("group_size")
+    groups = f"groups of {group}" if group else "per channel"
+    stored = f"{weights['num_bits']} bits, {groups}" if "num_bits" in weights else "packed"
+    bits = 8 * nbytes / prod(shape) if shape else float("nan")
+    return LayerFacts(
+        name=layer, stored=stored, shape=shape or parts[0].shape, nbytes=nbytes, bits=bits
+    )
 
 
 def _schemes(directory: Path) -> dict[str, Mapping[str, Any]]:
@@ -176,8 +192,6 @@ def _schemes(directory: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _gguf(path: Path, provenance: Mapping[str, str]) -> Inspection:
-    from cptq.artifact.gguf.header import read_gguf
-
     header, size = read_gguf(path), path.stat().st_size
     words = {
         key.rpartition(".")[2] if key.startswith("general.") else key: str(value)
@@ -200,10 +214,15 @@ def _gguf(path: Path, provenance: Mapping[str, str]) -> Inspection:
         form=f"GGUF, version {header.version}",
         nbytes=size,
         weights=sum(tensor.numel for tensor in header.tensors),
-        parts=_parts(((t.name, t.shape, t.nbytes) for t in header.tensors), size),
+        parts=_parts(((_as_packed(t), t.shape, t.nbytes) for t in header.tensors), size),
         layers=layers,
         provenance={**words, **provenance},
     )
+
+
+def _as_packed(tensor: GgufTensor) -> str:
+    """The name of a tensor, that of a quantized one as it would be in safetensors."""
+    return tensor.name if tensor.kind in FLOATS else f"{tensor.name}_packed"
 
 
 def _manifest_words(directory: Path) -> dict[str, str]:
@@ -221,10 +240,11 @@ def _manifest_words(directory: Path) -> dict[str, str]:
 
 def _words(manifest: Mapping[str, Any]) -> dict[str, str]:
     model, plan, text = manifest["model"], manifest["plan"], manifest["calibration"]
+    budget = plan["budget"]
     return {
         "base model": f"{model['source']} (sha256 {str(model['fingerprint'])[:16]})",
         "format": str(manifest["format"]),
-        "target": f"{plan['budget']['asked']}, at most {int(plan['budget']['limit_bytes']):,} bytes",
+        "target": f"{budget['asked']}, at most {int(budget['limit_bytes']):,} bytes",
         "bits by": f"{plan['allocator']}" + (f" on {plan['metric']}" if plan["metric"] else ""),
         "calibration": f"{text['source']}, {text['samples']} samples, {text['tokens']} tokens",
         "seed": str(manifest["seed"]),

@@ -46,7 +46,7 @@ def build_manifest(
         "format": weight_format,
         "versions": _versions(),
         "model": {
-            "source": model.source,
+            "source": model.base_name,
             "fingerprint": model.fingerprint,
             "kind": model.kind,
             "family": model.family,
@@ -65,7 +65,6 @@ def build_manifest(
         "tensors_sha256": dict(digests),
         "files_sha256": {},
         "verification": None,
-        "sample": None,
     }
 
 

@@ -90,10 +90,10 @@ def verify_in_fresh_process(
         ArtifactError: it does not load, keys are missing, unexpected or mismatched, or the outputs
             differ; says which and by how much.
     """
-    start = time.perf_counter()
+    start, path = time.perf_counter(), path.resolve()
     with tempfile.TemporaryDirectory(prefix=f"{path.name}-check-", dir=path.parent) as folder:
         job: dict[str, Any] = {
-            "directory": str(path.resolve()),
+            "directory": str(path),
             "auto_class": AUTO_CLASSES[kind],
             "attention": attention,
             "trust_remote_code": trust_remote_code,

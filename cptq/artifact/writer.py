@@ -123,9 +123,7 @@ def write_content(
         verification = _verify(chosen, content, place, sample, emit)
         manifest = _manifest(chosen, content, record, files, place)
         manifest["verification"] = _plain(verification)
-        manifest["sample"] = (
-            None if sample is None else sample_record(_with_attention(sample, content))
-        )
+        manifest.setdefault("sample", sample and sample_record(_with_attention(sample, content)))
         write_bytes(place / MANIFEST, manifest_bytes(manifest))
         write_files(place, reports(verification) if reports else {})
     emit(Progress(stage="write", done=2, total=2, message=str(out)))

@@ -9,6 +9,7 @@ llama.cpp but a name that stands for code, so only known cuts can be named.
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,7 @@ def add_vocabulary(writer: gguf.GGUFWriter, directory: Path, size: int, emit: Em
     Raises:
         ArtifactError: no tokenizer.json, or one of another sort.
     """
+    logging.getLogger("gguf").setLevel(logging.ERROR)  # it doubts pairs of texts, unused here
     data = read_tokenizer(directory)
     sort = sort_of(data)
     tokens, types = _tokens(data, size, sort)
