@@ -14,11 +14,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from cptq.artifact.gguf.header import GgufTensor, read_gguf
 from cptq.artifact.manifest import MANIFEST
-from cptq.checkpoint.files import read_header, weight_files
+from cptq.checkpoint.files import open_tensors, read_header, weight_files
 from cptq.errors import ArtifactError, ModelError
 from cptq.types import TensorSpec
 
@@ -136,7 +134,7 @@ def _shapes(files: list[Path]) -> dict[str, tuple[int, int]]:
     found = {}
     for file in files:
         names = [n for n, s in read_header(file).items() if s.name.endswith("weight_shape")]
-        with safe_open(file, framework="numpy") as stream:
+        with open_tensors(file, "numpy") as stream:
             for name in names:
                 values = stream.get_tensor(name).reshape(-1).tolist()
                 if len(values) == 2 and all(type(v) is int and 0 < v < 1 << 31 for v in values):

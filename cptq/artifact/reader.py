@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from cptq.artifact.content import Content
@@ -22,7 +21,7 @@ from cptq.artifact.formats.interface import Format, SafetensorsFormat
 from cptq.artifact.manifest import FORMAT_VERSION, MANIFEST
 from cptq.artifact.sample import read_sample
 from cptq.artifact.verify import VerificationSample
-from cptq.checkpoint.files import read_header, weight_files
+from cptq.checkpoint.files import open_tensors, read_header, weight_files
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.errors import ArtifactError
 from cptq.types import (
@@ -216,7 +215,7 @@ def _getter(places: Mapping[str, Path]) -> Callable[[str], Tensor]:
     def get(name: str) -> Tensor:
         path = places[name]
         if path not in opened:
-            opened[path] = stack.enter_context(safe_open(path, framework="pt"))
+            opened[path] = stack.enter_context(open_tensors(path, "pt"))
         value: Tensor = opened[path].get_tensor(name)
         return value
 
