@@ -17,6 +17,10 @@ Model = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="A Hub id or a local directory.", show_default=False),
 ]
+Artifact = Annotated[
+    Path,
+    typer.Argument(metavar="ARTIFACT", help="A directory that cptq wrote.", show_default=False),
+]
 Config = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="YAML with the same names; options win over it."),
@@ -185,6 +189,15 @@ OutFile = Annotated[
     Path | None,
     typer.Option(
         "--out", "--output", "-o", metavar="FILE", help="JSON file.", rich_help_panel=OUTPUT
+    ),
+]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="REPO",
+        help="Upload the result to this repository, such as your-name/model-4bit.",
+        rich_help_panel=OUTPUT,
     ),
 ]
 Overwrite = Annotated[

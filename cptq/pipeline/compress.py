@@ -13,6 +13,8 @@ import torch
 from cptq.allocation.allocate import allocate, check_plan
 from cptq.allocation.cost import CostModel
 from cptq.allocation.targets import resolve_budget
+from cptq.artifact.formats import FORMATS
+from cptq.artifact.hub import check_push, push
 from cptq.artifact.place import check_space
 from cptq.artifact.verify import TOLERANCE, Verification
 from cptq.artifact.writer import VerificationSample, check_output, write_artifact
@@ -20,7 +22,7 @@ from cptq.calibration.replay import forward
 from cptq.calibration.tokens import Batch, Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression.blockwise import compress_model
-from cptq.config import CompressSettings
+from cptq.config import CompressSettings, find_runtime
 from cptq.errors import PlanError
 from cptq.pipeline.dense import calibrate, candidates, load_dense
 from cptq.pipeline.facts import summary
@@ -35,6 +37,7 @@ from cptq.types import (
     Candidate,
     CompressedLayer,
     Emit,
+    Notice,
     Plan,
     SensitivityTable,
 )
@@ -61,9 +64,15 @@ def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
             run.calibration,
             run.plan,
             compressor=settings.compressor,
+            half_scales=run.runtime.half_scales,
             emit=run.recorder,
         )
     artifact, report = run.write(layers, run.plan)
+    if run.runtime.next_step is not None:
+        message = f"to run it there: {run.runtime.next_step.format(out=run.out)}"
+        emit(Notice(kind="info", subject=run.runtime.name, message=message))
+    if settings.push_to_hub is not None:
+        push(artifact.path, settings.push_to_hub, token=settings.model.token, emit=run.recorder)
     return CompressOutcome(
         summary=report,
         out=run.out,
@@ -84,7 +93,11 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.model: LoadedModel = load_dense(self.settings.model, self.recorder)
-        self.cost = CostModel(self.model.units, self.model.tensors)
+        self.runtime = find_runtime(self.settings.runtime)
+        if any(width < 16 for width in self.settings.bits):
+            self.runtime.check_tensors(spec.name for spec in self.model.tensors)
+        layout = FORMATS.get(self.runtime.format).layout
+        self.cost = CostModel(self.model.units, self.model.tensors, layout, self.runtime)
         self.choices: tuple[Candidate, ...] = candidates(
             self.settings.bits, self.settings.group_size
         )
@@ -92,6 +105,8 @@ class _Run:
     def read_budget_or_plan(self) -> Budget:
         """The bytes to keep to; a target out of reach is refused before anything is measured."""
         settings = self.settings
+        if settings.push_to_hub is not None:
+            check_push(settings.push_to_hub, settings.model.token)
         if settings.plan is not None:
             self.plan = _given_plan(settings.plan, self.model, self.cost)
             budget = self.plan.budget
@@ -159,6 +174,7 @@ class _Run:
                 sample=_verification_sample(self.model, self.calibration, self.settings),
                 extras=stage_files(self.model, self.calibration.record, self.tables, plan),
                 reports=reports,
+                form=self.runtime.format,
                 emit=self.recorder,
             )
         return artifact, made[0]
