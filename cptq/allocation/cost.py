@@ -14,10 +14,9 @@ from functools import cached_property
 from itertools import chain
 
 from cptq.errors import PlanError
-from cptq.numerics.groups import resolve_group
-from cptq.numerics.layout import PACKED_TENSORS, packed_tensors
+from cptq.numerics.layout import PACK_QUANTIZED
 from cptq.numerics.safetensors_header import Entry, measure, total_bytes
-from cptq.types import DTYPE_BYTES, Candidate, LayerSpec, SizeReport, TensorSpec, Unit
+from cptq.types import DTYPE_BYTES, Candidate, LayerSpec, Layout, SizeReport, TensorSpec, Unit
 
 Choices = Mapping[str, Candidate]
 
@@ -31,14 +30,21 @@ class CostModel:
     Args:
         units: the compressible units.
         tensors: everything a dense artifact holds, tied duplicates dropped.
+        layout: how the file's format stores a compressed layer.
 
     Raises:
         PlanError: a unit has a layer whose weight is not among the tensors.
     """
 
-    def __init__(self, units: Sequence[Unit], tensors: Sequence[TensorSpec]) -> None:
+    def __init__(
+        self,
+        units: Sequence[Unit],
+        tensors: Sequence[TensorSpec],
+        layout: Layout = PACK_QUANTIZED,
+    ) -> None:
         self.units = tuple(units)
         self.tensors = tuple(tensors)
+        self.layout = layout
         self._unit = {unit.name: unit for unit in self.units}
         self._specs: dict[tuple[str, Candidate], tuple[TensorSpec, ...]] = {}
         self._entries: dict[tuple[str, Candidate], tuple[Entry, ...]] = {}
@@ -60,9 +66,12 @@ class CostModel:
         known = self._specs.get((unit_name, candidate))
         if known is None:
             layers = self._layers(unit_name)
-            known = tuple(spec for layer in layers for spec in layer_tensors(layer, candidate))
+            known = tuple(chain.from_iterable(self._layer(layer, candidate) for layer in layers))
             self._specs[unit_name, candidate] = known
         return known
+
+    def _layer(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
+        return layer_tensors(layer, candidate, self.layout)
 
     def _layers(self, unit_name: str) -> tuple[LayerSpec, ...]:
         unit = self._unit.get(unit_name)
@@ -103,7 +112,8 @@ class CostModel:
         for unit in self.units:
             candidate = _choice(choices, unit)
             if not candidate.dense:
-                packed, each = self.unit_entries(unit.name, candidate), PACKED_TENSORS
+                packed = self.unit_entries(unit.name, candidate)
+                each = len(packed) // len(unit.layers)  # one candidate: as many for every layer
                 for i, layer in enumerate(unit.layers):
                     entries[layer.weight_name] = packed[i * each : (i + 1) * each]
         return total_bytes(chain.from_iterable(entries.values()))
@@ -163,7 +173,9 @@ class CostModel:
                 self.unit_tensors(name, candidate)
 
 
-def layer_tensors(layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
+def layer_tensors(
+    layer: LayerSpec, candidate: Candidate, layout: Layout = PACK_QUANTIZED
+) -> tuple[TensorSpec, ...]:
     """The tensors of one layer's weight under a candidate.
 
     Raises:
@@ -172,15 +184,15 @@ def layer_tensors(layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, .
     if candidate.dense:
         shape = layer.shape[::-1] if layer.transposed else layer.shape
         return (TensorSpec(name=layer.weight_name, dtype=layer.dtype, shape=shape),)
-    if not candidate.symmetric or candidate.sparsity or not 2 <= candidate.bits <= 8:
+    why = layout.refusal(layer, candidate)
+    if why is not None:
         raise PlanError(
-            f"{candidate.label} for {layer.name} cannot be stored in this format",
-            allowed="symmetric codes of 2 to 8 bits without sparsity, or 16",
+            f"{candidate.label} for {layer.name} cannot be stored in {layout.name} ({why})",
+            allowed="symmetric codes of 2 to 8 bits without sparsity, or 16"
+            if layout is PACK_QUANTIZED
+            else "another format, or w16",
         )
-    inputs = layer.shape[1]
-    return packed_tensors(
-        layer, candidate.bits, inputs // resolve_group(inputs, candidate.group_size)
-    )
+    return layout.tensors(layer, candidate)
 
 
 def _choice(choices: Choices, unit: Unit) -> Candidate:

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cptq.artifact.companions import MODULES
-from cptq.checkpoint.loader import AUTO_CLASSES
-from cptq.checkpoint.model import LoadedModel
+from cptq.artifact.content import Content
+from cptq.artifact.formats.interface import Format
 from cptq.types import CalibrationRecord, CompressedLayer, Plan
 
 CARD = "README.md"
@@ -17,22 +17,23 @@ _LICENCE_LINES = re.compile(r"^(?:license|license_name|license_link):.*$", re.MU
 
 
 def model_card(
-    model: LoadedModel,
-    layers: Sequence[CompressedLayer],
+    model: Content,
+    form: Format,
     plan: Plan,
     calibration: CalibrationRecord,
     weight_bytes: int,
 ) -> str:
     """Base model, how to load it, what was done to it; Markdown with a Hub's front matter."""
+    layers = list(model.compressed.values())
     return "\n".join(
         [
-            *_front_matter(model, bool(layers)),
+            *_front_matter(model, form),
             f"# {base_name(model)}, compressed by cptq",
             "",
             f"Made from `{base_name(model)}` ({model.parameters:,} weights, sha256 "
             f"`{model.fingerprint[:16]}`).",
             "",
-            *_how_to_load(model, bool(layers)),
+            *_how_to_load(model, form),
             "## What was done",
             "",
             *_what_was_done(layers, plan, calibration, weight_bytes),
@@ -44,17 +45,17 @@ def model_card(
     )
 
 
-def base_name(model: LoadedModel) -> str:
+def base_name(model: Content) -> str:
     """The Hub id, or the name of a local directory (never its path)."""
     return model.path.name if Path(model.source).expanduser().is_dir() else model.source
 
 
-def _front_matter(model: LoadedModel, compressed: bool) -> list[str]:
+def _front_matter(model: Content, form: Format) -> list[str]:
     lines = ["---", "library_name: transformers"]
     if not Path(model.source).expanduser().is_dir():
         lines += [f"base_model: {model.source}", "base_model_relation: quantized"]
     lines += _licence_lines(model.path / CARD)
-    lines += ["tags:", "- cptq", *(["- compressed-tensors"] if compressed else []), "---", ""]
+    lines += ["tags:", "- cptq", *(f"- {tag}" for tag in _tags(model, form)), "---", ""]
     return lines
 
 
@@ -67,24 +68,14 @@ def _licence_lines(card: Path) -> list[str]:
     return _LICENCE_LINES.findall(parts[1]) if text.startswith("---") and len(parts) == 3 else []
 
 
-def _how_to_load(model: LoadedModel, compressed: bool) -> list[str]:
-    auto = AUTO_CLASSES[model.kind]
-    lines = [
-        "## How to load it",
-        "",
-        "```python",
-        f"from transformers import {auto}, AutoTokenizer",
-    ]
-    lines += ["", f'model = {auto}.from_pretrained("PATH")']
-    lines += ['tokenizer = AutoTokenizer.from_pretrained("PATH")', "```", ""]
+def _tags(model: Content, form: Format) -> Sequence[str]:
+    return form.tags if model.compressed else ()
+
+
+def _how_to_load(model: Content, form: Format) -> list[str]:
+    lines = ["## How to load it", "", *form.how_to_load(model)]
     if (model.path / MODULES).exists():
         lines += ['With sentence-transformers: `SentenceTransformer("PATH")`.', ""]
-    if compressed:
-        lines += [
-            "This needs `compressed-tensors>=0.18`, nothing of cptq. The file is small; in memory "
-            "transformers unpacks the weights at the first forward pass.",
-            "",
-        ]
     return lines
 
 

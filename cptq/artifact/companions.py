@@ -12,8 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from cptq.artifact.content import Content
 from cptq.artifact.weights import write_bytes
-from cptq.checkpoint.model import LoadedModel
 from cptq.errors import ArtifactError
 from cptq.types import Emit, Notice
 
@@ -77,9 +77,9 @@ def _modules(directory: Path) -> list[str]:
     return [folder for folder in folders if folder]
 
 
-def copy_companions(model: LoadedModel, to: Path, emit: Emit) -> list[str]:
+def copy_companions(model: Content, to: Path, emit: Emit) -> list[str]:
     """Copy them; names of what was copied. What is missing is said."""
-    code = "auto_map" in read_config(model)
+    code = "auto_map" in read_config(model.path)
     names = companion_files(model.path, code=code)
     for name in names:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
@@ -106,15 +106,15 @@ def companion_bytes(directory: Path, *, code: bool = False) -> int:
     return sum((directory / name).stat().st_size for name in companion_files(directory, code=code))
 
 
-def read_config(model: LoadedModel) -> dict[str, Any]:
+def read_config(directory: Path) -> dict[str, Any]:
     """The model's config.json as it is written."""
-    config: dict[str, Any] = json.loads((model.path / "config.json").read_text(encoding="utf-8"))
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     return config
 
 
-def write_config(model: LoadedModel, quantization: dict[str, Any] | None, to: Path) -> None:
+def write_config(directory: Path, quantization: dict[str, Any] | None, to: Path) -> None:
     """config.json: the model's own, and what says how the weights are stored."""
-    config = read_config(model)
+    config = read_config(directory)
     config.pop("quantization_config", None)
     if quantization is not None:
         config["quantization_config"] = quantization

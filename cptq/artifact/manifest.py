@@ -6,14 +6,14 @@ No times and no dates: the same run writes the same bytes.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from cptq import __version__
-from cptq.checkpoint.model import LoadedModel
-from cptq.types import CalibrationRecord, CompressedLayer, LayerResult, Plan
+from cptq.artifact.content import Content
+from cptq.types import CalibrationRecord, LayerResult, LayerSpec, Plan
 
 MANIFEST = "cptq.json"
 FORMAT_VERSION = 1
@@ -21,8 +21,7 @@ _PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors")
 
 
 def build_manifest(
-    model: LoadedModel,
-    layers: Sequence[CompressedLayer],
+    model: Content,
     plan: Plan,
     *,
     calibration: CalibrationRecord,
@@ -32,7 +31,7 @@ def build_manifest(
     digests: Mapping[str, str],
 ) -> dict[str, Any]:
     """Everything but the verification, as plain data."""
-    packed = {layer.spec.name for layer in layers}
+    packed = {layer.spec.name: layer for layer in model.compressed.values()}
     return {
         "format_version": FORMAT_VERSION,
         "format": weight_format,
@@ -46,7 +45,7 @@ def build_manifest(
         "seed": seed,
         "plan": plan.to_dict(),
         "calibration": asdict(calibration),
-        "layers": [_layer(layer.result) for layer in layers],
+        "layers": [_layer(layer.spec, layer.result) for layer in packed.values()],
         "dense": {
             spec.name: spec.reason or "kept at 16 bits by the plan"
             for spec in model.layers
@@ -68,9 +67,15 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _layer(result: LayerResult) -> dict[str, Any]:
+def _layer(spec: LayerSpec, result: LayerResult) -> dict[str, Any]:
     return {
         "name": result.name,
+        "block": spec.block,
+        "role": spec.role,
+        "kind": spec.kind,
+        "shape": list(spec.shape),
+        "dtype": spec.dtype,
+        "transposed": spec.transposed,
         "candidate": result.candidate.label,
         "bits": result.candidate.bits,
         "group_size": result.group_size,

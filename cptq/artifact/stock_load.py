@@ -2,13 +2,15 @@
 
 `python -P stock_load.py JOB.json`: the job names the directory, the auto class, a safetensors
 file of inputs, and where the answer goes. It must not import cptq: the point is that nothing of it
-is needed. Not part of the package's interface.
+is needed (unless the job names modules to import first, without which its format does not load).
+Not part of the package's interface.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from typing import Any
 
 
@@ -21,6 +23,8 @@ def main(job_file: str) -> None:
     import transformers
     from safetensors.torch import load_file, save_file
 
+    for module in job["imports"]:
+        import_module(module)
     torch.set_num_threads(job["threads"])
     model, info = getattr(transformers, job["auto_class"]).from_pretrained(
         job["directory"],

@@ -13,10 +13,38 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from cptq.types import LayerSpec, TensorSpec
+from cptq.numerics.groups import resolve_group
+from cptq.types import Candidate, LayerSpec, TensorSpec
 
 #: tensors of one packed layer
 PACKED_TENSORS = 3
+
+
+class PackQuantized:
+    """The `cptq.types.Layout` of compressed-tensors' `pack-quantized`."""
+
+    name = "compressed-tensors"
+
+    def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
+        """Everything but symmetric linears of 2 to 8 bits without sparsity."""
+        if layer.transposed or layer.kind == "conv1d":
+            return "a Conv1D, whose packed weights stock transformers replaces by random ones"
+        if layer.kind == "embedding":
+            return "an embedding, which the format keeps dense"
+        if not candidate.symmetric:
+            return "an asymmetric grid, which stock transformers does not load"
+        if candidate.sparsity:
+            return "sparse, for which the format has no storage"
+        return None if 2 <= candidate.bits <= 8 else f"{candidate.bits} bits, not 2 to 8"
+
+    def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
+        """See `packed_tensors`."""
+        inputs = layer.shape[1]
+        groups = inputs // resolve_group(inputs, candidate.group_size)
+        return packed_tensors(layer, candidate.bits, groups)
+
+
+PACK_QUANTIZED = PackQuantized()
 
 
 def packed_tensors(layer: LayerSpec, bits: int, groups: int) -> tuple[TensorSpec, ...]:

@@ -6,6 +6,7 @@ Bytes, seconds and nats are named in the fields. Nothing here imports torch at r
 from __future__ import annotations
 
 from cptq.types.event import Emit, Event, Notice, Progress
+from cptq.types.layout import Layout
 from cptq.types.model import DTYPE_BYTES, LayerKind, LayerSpec, ModelKind, TensorSpec, Unit
 from cptq.types.plan import Budget, Candidate, Plan, SensitivityTable, digest
 from cptq.types.result import (
@@ -30,6 +31,7 @@ __all__ = [
     "LayerKind",
     "LayerResult",
     "LayerSpec",
+    "Layout",
     "ModelKind",
     "Notice",
     "Plan",

@@ -1,1 +1,23 @@
-"""How compressed layers are stored, one file per format."""
+"""File formats by name. Importing this loads no torch.
+
+A format is a `cptq.artifact.formats.interface.Format`: one file here, one line below. The half of
+it that knows no torch, a `cptq.types.Layout`, is what budgets are counted with.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cptq.registry import Registry
+
+if TYPE_CHECKING:
+    from cptq.artifact.formats.interface import Format
+
+#: name -> a `Format`
+FORMATS: Registry[Format] = Registry(
+    "format",
+    {
+        "compressed-tensors": "cptq.artifact.formats.compressed_tensors:COMPRESSED_TENSORS",
+    },
+)
+DEFAULT_FORMAT = "compressed-tensors"

@@ -9,21 +9,82 @@ would quantize again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from cptq.artifact.content import Content
+from cptq.artifact.formats.interface import SafetensorsFormat
+from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.checkpoint.weights import storage_dtype
 from cptq.errors import ArtifactError
-from cptq.numerics.layout import packed_tensors
-from cptq.numerics.packing import pack_rows
-from cptq.types import CompressedLayer, LayerSpec, TensorSpec
+from cptq.numerics.layout import PACK_QUANTIZED, packed_tensors
+from cptq.numerics.packing import pack_rows, packed_words, unpack_rows
+from cptq.types import CompressedLayer, LayerResult, LayerSpec, TensorSpec
 
 NAME = "compressed-tensors"
 FORMAT = "pack-quantized"
-DENSE = "dense"
+
+
+class CompressedTensors(SafetensorsFormat):
+    """See the head of this module."""
+
+    name = NAME
+    layout = PACK_QUANTIZED
+    tags = ("compressed-tensors",)
+
+    def check_layer(self, layer: CompressedLayer) -> None:
+        check_layer(layer)
+
+    def layer_specs(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
+        return layer_specs(layer)
+
+    def layer_value(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
+        return layer_value(layer, spec)
+
+    def read_layer(
+        self, spec: LayerSpec, result: LayerResult, get: Callable[[str], Tensor]
+    ) -> CompressedLayer:
+        packed, scale = (get(f"{spec.name}.{part}") for part in ("weight_packed", "weight_scale"))
+        bits, (out, inputs) = result.candidate.bits, spec.shape
+        if packed.shape != (out, packed_words(inputs, bits)) or packed.dtype is not torch.int32:
+            raise ArtifactError(f"{spec.name} is not packed as its manifest says")
+        codes = unpack_rows(packed, bits, inputs)
+        layer = CompressedLayer(spec=spec, result=result, codes=codes, scale=scale)
+        check_layer(layer)
+        return layer
+
+    def quantization_config(self, content: Content) -> dict[str, Any] | None:
+        return quantization_config(list(content.compressed.values()), content.layers)
+
+    def label(self, content: Content) -> str:
+        return f"{NAME} {FORMAT}" if content.compressed else "dense"
+
+    def how_to_load(self, content: Content) -> Sequence[str]:
+        lines = from_pretrained_lines(content)
+        if content.compressed:
+            lines += [
+                "This needs `compressed-tensors>=0.18`, nothing of cptq. The file is small; in "
+                "memory transformers unpacks the weights at the first forward pass.",
+                "",
+            ]
+        return lines
+
+
+def from_pretrained_lines(content: Content) -> list[str]:
+    """The lines of code that load a directory with transformers."""
+    auto = AUTO_CLASSES[content.kind]
+    return [
+        "```python",
+        f"from transformers import {auto}, AutoTokenizer",
+        "",
+        f'model = {auto}.from_pretrained("PATH")',
+        'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+        "```",
+        "",
+    ]
 
 
 def check_layer(layer: CompressedLayer) -> None:
@@ -105,3 +166,6 @@ def _group(key: tuple[int, int], names: list[str]) -> Mapping[str, Any]:
     else:
         weights |= {"strategy": "channel"}
     return {"targets": names, "format": FORMAT, "weights": weights}
+
+
+COMPRESSED_TENSORS = CompressedTensors()

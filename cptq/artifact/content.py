@@ -1,0 +1,127 @@
+"""What is to be written, whatever the format and wherever it comes from.
+
+`compress` fills it from a model in memory, `export` from an artifact on the disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.weights import TORCH_DTYPES
+from cptq.errors import ArtifactError
+from cptq.types import CompressedLayer, Emit, LayerSpec, ModelKind, Notice, TensorSpec
+
+#: run types that hold every value of a storage type
+_HOLDS = {
+    torch.float64: ("F64", "F32", "F16", "BF16"),
+    torch.float32: ("F32", "F16", "BF16"),
+    torch.float16: ("F16",),
+    torch.bfloat16: ("BF16",),
+}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Content:
+    """A model as weights and the files around them.
+
+    `path` is the directory with config.json and the tokenizer, `tensors` what a dense artifact
+    holds (ties once, in storage types), `layers` all weight matrices in forward order,
+    `compressed` those that are compressed, by the name of their weight tensor. `fetch` gives a
+    dense tensor by name, in any floating type that holds it, or None where there is none.
+    """
+
+    source: str
+    path: Path
+    kind: ModelKind
+    family: str
+    fingerprint: str
+    tensors: tuple[TensorSpec, ...]
+    layers: tuple[LayerSpec, ...]
+    compressed: Mapping[str, CompressedLayer]
+    fetch: Callable[[str], Tensor | None]
+    tokenizer: PreTrainedTokenizerBase | None = None
+    attention: str | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Number of stored weights, tied ones once."""
+        return sum(spec.numel for spec in self.tensors)
+
+    def dense(self, spec: TensorSpec) -> Tensor:
+        """The value of a tensor that is stored dense, in its storage type.
+
+        Raises:
+            ArtifactError: there is no such tensor.
+        """
+        value = self.fetch(spec.name)
+        if value is None:
+            raise ArtifactError(f"{spec.name} is in the checkpoint and not in the loaded model")
+        return value.to(TORCH_DTYPES[spec.dtype])
+
+
+def content_of(model: LoadedModel, layers: Sequence[CompressedLayer], emit: Emit) -> Content:
+    """A model in memory and its compressed layers.
+
+    Raises:
+        ArtifactError: the model is compressed already; a layer comes twice or is not in it.
+    """
+    if model.quantized:
+        raise ArtifactError(
+            f"{model.source} is already compressed", hint="compress the model it was made from"
+        )
+    state = model.module.state_dict()
+    _report_rounded(model, state, emit)
+    return Content(
+        source=model.source,
+        path=model.path,
+        kind=model.kind,
+        family=model.family,
+        fingerprint=model.fingerprint,
+        tensors=model.tensors,
+        layers=model.layers,
+        compressed=by_weight_name(layers, model.tensors),
+        fetch=state.get,
+        tokenizer=model.tokenizer,
+        attention=getattr(model.config, "_attn_implementation", None),
+    )
+
+
+def by_weight_name(
+    layers: Sequence[CompressedLayer], tensors: Sequence[TensorSpec]
+) -> dict[str, CompressedLayer]:
+    """Layers by the name of the tensor that they replace.
+
+    Raises:
+        ArtifactError: a layer comes twice or its weight is not among the tensors.
+    """
+    known = {spec.name for spec in tensors}
+    found: dict[str, CompressedLayer] = {}
+    for layer in layers:
+        name = layer.spec.weight_name
+        if name not in known or name in found:
+            raise ArtifactError(f"{name} is {'twice' if name in found else 'not'} in the model")
+        found[name] = layer
+    return found
+
+
+def _report_rounded(model: LoadedModel, state: Mapping[str, Tensor], emit: Emit) -> None:
+    """Dense values that the type in which the model ran has rounded."""
+    rounded = [
+        spec.name
+        for spec in model.tensors
+        if spec.name in state
+        and spec.dtype not in _HOLDS.get(state[spec.name].dtype, (spec.dtype,))
+    ]
+    if rounded:
+        message = (
+            f"{len(rounded)} tensors ran in a narrower type than they are stored in and are "
+            "written rounded; run in float32 (--dtype float32) to keep them exact"
+        )
+        emit(Notice(kind="warning", subject=rounded[0], message=message))

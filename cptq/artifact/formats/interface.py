@@ -1,0 +1,156 @@
+"""What a file format has to offer, so that nothing outside its own file branches on its name.
+
+`Format` is the whole of it. `SafetensorsFormat` does most of it for those that are ordinary
+checkpoints (safetensors and a config.json): a new one says which tensors a layer becomes, what
+config.json must say about them, and how they are read back.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from cptq.artifact.companions import copy_companions, write_config
+from cptq.artifact.content import Content
+from cptq.artifact.verify import Verification, VerificationSample, verify_in_fresh_process
+from cptq.artifact.weights import tensor_digests, write_weights
+from cptq.errors import ArtifactError
+from cptq.numerics.layout import replace_tensors
+from cptq.numerics.safetensors_header import measure, total_bytes
+from cptq.types import CompressedLayer, Emit, LayerResult, LayerSpec, Layout, TensorSpec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Written:
+    """Weight files and their bytes, and a sha256 for every tensor in them."""
+
+    files: Mapping[str, int]
+    digests: Mapping[str, str]
+
+
+class Format(ABC):
+    """One way to lay a compressed model on the disk."""
+
+    name: ClassVar[str]
+    layout: Layout
+    #: tags of the model card
+    tags: tuple[str, ...] = ()
+
+    @abstractmethod
+    def check(self, content: Content) -> None:
+        """Refuse what the format cannot hold, or holds wrongly; before anything is written.
+
+        Raises:
+            ArtifactError: names the layers and says why.
+        """
+
+    @abstractmethod
+    def nbytes(self, content: Content) -> int:
+        """Bytes of the weight files to be."""
+
+    @abstractmethod
+    def write(self, content: Content, place: Path, emit: Emit) -> Written:
+        """Write the weights, and all that the format's readers need, into an empty directory."""
+
+    @abstractmethod
+    def verify(self, content: Content, place: Path, sample: VerificationSample) -> Verification:
+        """Load what was written in a fresh process, as a user would, and compare.
+
+        Raises:
+            ArtifactError: it does not load, or answers differently.
+        """
+
+    @abstractmethod
+    def how_to_load(self, content: Content) -> Sequence[str]:
+        """Lines of Markdown for the model card."""
+
+    def label(self, content: Content) -> str:
+        """What the manifest calls it."""
+        return self.name
+
+
+class SafetensorsFormat(Format):
+    """A format that `from_pretrained` loads."""
+
+    #: modules that a fresh process imports before it loads; none means stock transformers
+    imports: tuple[str, ...] = ()
+
+    @abstractmethod
+    def check_layer(self, layer: CompressedLayer) -> None:
+        """Refuse a layer; raises ArtifactError."""
+
+    @abstractmethod
+    def layer_specs(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
+        """The tensors of a layer, as shapes and types; what `layout` counts."""
+
+    @abstractmethod
+    def layer_value(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
+        """The value of one of `layer_specs`."""
+
+    @abstractmethod
+    def read_layer(
+        self, spec: LayerSpec, result: LayerResult, get: Callable[[str], Tensor]
+    ) -> CompressedLayer:
+        """The inverse: a layer from its tensors, `get` giving them by name, as they are stored.
+
+        `spec` and `result` are those of the manifest, whose word on shape, bits and group size
+        must be checked against the tensors.
+
+        Raises:
+            ArtifactError: the tensors are not what the manifest says.
+        """
+
+    @abstractmethod
+    def quantization_config(self, content: Content) -> dict[str, Any] | None:
+        """What config.json says about the compressed layers; None: nothing."""
+
+    def check(self, content: Content) -> None:
+        for layer in content.compressed.values():
+            self.check_layer(layer)
+
+    def nbytes(self, content: Content) -> int:
+        return total_bytes(map(measure, self._specs(content)))
+
+    def write(self, content: Content, place: Path, emit: Emit) -> Written:
+        packed = {
+            spec.name: layer
+            for layer in content.compressed.values()
+            for spec in self.layer_specs(layer)
+        }
+
+        def value(spec: TensorSpec) -> Tensor:
+            layer = packed.get(spec.name)
+            return content.dense(spec) if layer is None else self.layer_value(layer, spec)
+
+        files = write_weights(place, self._specs(content), value)
+        write_config(content.path, self.quantization_config(content), place)
+        copy_companions(content, place, emit)
+        return Written(files=files, digests=tensor_digests(place / name for name in files))
+
+    def verify(self, content: Content, place: Path, sample: VerificationSample) -> Verification:
+        return verify_in_fresh_process(
+            place,
+            content.kind,
+            sample.inputs,
+            sample.expected,
+            tolerance=sample.tolerance,
+            attention=sample.attention or content.attention,
+            trust_remote_code=sample.trust_remote_code,
+            imports=self.imports,
+        )
+
+    def _specs(self, content: Content) -> list[TensorSpec]:
+        """All tensors of the file, compressed weights replaced in place."""
+        packed = {n: self.layer_specs(layer) for n, layer in content.compressed.items()}
+        return replace_tensors(content.tensors, packed)
+
+
+def refused(names: Sequence[str], what: str, *, allowed: str) -> ArtifactError:
+    """An error that names some of the layers that a format cannot hold."""
+    some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+    return ArtifactError(f"{some}: {what}", allowed=allowed)

@@ -1,0 +1,27 @@
+"""How a file format stores a compressed layer, in words and numbers alone.
+
+A budget is counted where no torch is loaded, so the part of a format that counting needs is a
+value of its own: which choices it can hold, and which tensors a layer becomes.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from cptq.types.model import LayerSpec, TensorSpec
+from cptq.types.plan import Candidate
+
+
+class Layout(Protocol):
+    """What a format makes of one layer. Dense layers (`w16`) are the same in all and not asked."""
+
+    @property
+    def name(self) -> str:
+        """The format's name, as in `cptq.artifact.formats.FORMATS`."""
+
+    def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
+        """Why the format cannot hold a layer so compressed, as a clause; None where it can."""
+
+    def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
+        """The tensors that replace the layer's weight in the file, in their exact types and
+        shapes; only asked where `refusal` is None."""
