@@ -14,10 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from cptq.errors import ModelError
+from cptq.numerics.packed_layout import WEIGHT_FILES
 from cptq.types import DTYPE_BYTES, TensorSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+#: the same of a packed artifact
+PACKED_SINGLE, PACKED_INDEX = WEIGHT_FILES
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 #: safetensors' own limit on the header
@@ -30,7 +33,8 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         ModelError: the index is unreadable, or names a missing file or one outside `directory`.
     """
-    return _files(directory, SINGLE, INDEX)
+    found = _files(directory, SINGLE, INDEX)
+    return found or _files(directory, PACKED_SINGLE, PACKED_INDEX)
 
 
 def pickle_files(directory: Path) -> list[Path]:

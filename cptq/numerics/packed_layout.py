@@ -22,8 +22,17 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cptq.numerics.groups import resolve_group
-from cptq.types import Candidate, TensorSpec
+from cptq.types import Candidate, LayerSpec, TensorSpec
 
+#: grows when a tensor changes its meaning
+FORMAT_VERSION = 1
+#: `quant_method` in config.json
+METHOD = "cptq"
+NEEDS = "cptq (pip install cptq, then `import cptq` before from_pretrained, or cptq.load)"
+#: the weight file, or the index of its shards; not model.safetensors, so that whoever does not know
+#: the method finds no weights instead of reading some of them
+STEM = "cptq"
+WEIGHT_FILES = (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
 UNSTRUCTURED, TWO_OF_FOUR = "unstructured", "2:4"
 
 
@@ -50,7 +59,7 @@ def unfit(shape: tuple[int, int], scheme: Candidate) -> str | None:
         return f"{scheme.bits} bits; 2 to 8 can be packed"
     if scheme.group_size and shape[1] % scheme.group_size:
         return f"groups of {scheme.group_size} do not divide {shape[1]} inputs"
-    if scheme.sparsity and not 0 < stored_count(shape, scheme):
+    if scheme.sparsity and stored_count(shape, scheme) < 1:
         return f"a sparsity of {scheme.sparsity:g}, which stores no weight"
     if scheme.pattern == TWO_OF_FOUR and shape[1] % 4:
         return f"2:4 needs a multiple of 4 inputs, and there are {shape[1]}"
@@ -85,3 +94,23 @@ def packed_specs(
         TensorSpec(name=f"{name}.weight_scale", dtype=scale_dtype, shape=(out, groups)),
         *(TensorSpec(name=f"{name}.{part}", dtype="I32", shape=(out, n)) for part, n in more),
     )
+
+
+class PackedLayout:
+    """The `cptq.types.Layout` of `packed`."""
+
+    name = "packed"
+
+    def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
+        """What cannot be packed, or not in this kind of layer."""
+        if layer.kind == "embedding" and candidate.sparsity:
+            return "a sparse embedding, whose rows would have no fixed place"
+        return unfit(layer.shape, resolved(candidate, layer.shape[1]))
+
+    def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
+        """See `packed_specs`."""
+        scheme = resolved(candidate, layer.shape[1])
+        return packed_specs(layer.name, layer.shape, layer.dtype, scheme)
+
+
+PACKED_LAYOUT = PackedLayout()

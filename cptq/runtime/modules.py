@@ -28,6 +28,7 @@ PARTS = {
 class PackedModule(nn.Module):
     """What linears and embeddings share: a packed weight (out, in)."""
 
+    weight: nn.Parameter
     weight_scale: nn.Parameter
 
     def __init__(self, shape: tuple[int, int], scheme: Candidate) -> None:
@@ -74,6 +75,7 @@ class PackedLinear(PackedModule):
         self.out_features, self.in_features = shape
         self.transposed = transposed
         empty = nn.Parameter(torch.zeros(shape[0]), requires_grad=False) if bias else None
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", empty)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,13 +87,13 @@ class PackedLinear(PackedModule):
         W_OI = self.dense_weight(dtype)
         module: nn.Module
         if self.transposed:
-            module = Conv1D(*self.shape)
+            module = Conv1D(*self.shape)  # type: ignore[no-untyped-call]
             module.weight = nn.Parameter(W_OI.T.contiguous(), requires_grad=False)
         else:
             module = nn.Linear(1, 1, bias=False)
             module.out_features, module.in_features = self.shape
             module.weight = nn.Parameter(W_OI, requires_grad=False)
-        module.bias = self.bias
+        module.register_parameter("bias", self.bias)
         return module
 
 

@@ -40,7 +40,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Unpacks the rows that are asked for and no others."""
     if weight.mask is not None:
-        raise ValueError("an embedding cannot be stored with a bitmask: its rows have no fixed place")
+        raise ValueError("rows of a weight with a bitmask have no fixed place to be read from")
     rows_RI = _dense(_rows(weight, ids.reshape(-1)), dtype)
     return rows_RI.view(*ids.shape, weight.shape[1])
 

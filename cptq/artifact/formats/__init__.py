@@ -18,6 +18,7 @@ FORMATS: Registry[Format] = Registry(
     "format",
     {
         "compressed-tensors": "cptq.artifact.formats.compressed_tensors:COMPRESSED_TENSORS",
+        "packed": "cptq.artifact.formats.packed:PACKED",
     },
 )
 DEFAULT_FORMAT = "compressed-tensors"

@@ -79,6 +79,8 @@ class SafetensorsFormat(Format):
 
     #: modules that a fresh process imports before it loads; none means stock transformers
     imports: tuple[str, ...] = ()
+    #: name of the weight file without its ending
+    stem: str = "model"
 
     @abstractmethod
     def check_layer(self, layer: CompressedLayer) -> None:
@@ -127,7 +129,7 @@ class SafetensorsFormat(Format):
             layer = packed.get(spec.name)
             return content.dense(spec) if layer is None else self.layer_value(layer, spec)
 
-        files = write_weights(place, self._specs(content), value)
+        files = write_weights(place, self._specs(content), value, stem=self.stem)
         write_config(content.path, self.quantization_config(content), place)
         copy_companions(content, place, emit)
         return Written(files=files, digests=tensor_digests(place / name for name in files))
