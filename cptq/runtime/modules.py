@@ -54,6 +54,10 @@ class PackedModule(nn.Module):
         """The weight (out, in), multiplied out."""
         return operations.dequantize(self.packed, dtype)
 
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """The dense module it stands for."""
+        raise NotImplementedError
+
     def extra_repr(self) -> str:
         return f"{self.shape[1]}, {self.shape[0]}, {self.scheme.label}"
 

@@ -112,9 +112,9 @@ class CptqQuantizer(HfQuantizer):
         """Every packed module as the dense one that it stands for; ties as before."""
         if isinstance(dtype, str):  # what save_pretrained leaves in the config
             dtype = getattr(torch, dtype)
-        for name, module in list(model.named_modules()):
-            if isinstance(module, PackedModule):
-                model.set_submodule(name, module.dense(dtype or module.weight_scale.dtype))
+        packed = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedModule)]
+        for name, module in packed:
+            model.set_submodule(name, module.dense(dtype or module.weight_scale.dtype))
         vars(model).pop("_tied_weights_keys", None)  # the class's own hold again
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.tie_weights()
