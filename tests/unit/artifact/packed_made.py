@@ -46,7 +46,7 @@ def mask_of(W_OI: torch.Tensor, choice: Candidate) -> torch.Tensor | None:
 def pack_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> CompressedLayer:
     """Compress a layer by rounding and put the result into the model."""
     module = model.linear(spec.name)
-    W_OI = get_weight(module).float()
+    W_OI = get_weight(module).float().contiguous()
     mask = mask_of(W_OI, choice)
     kept_OI, group = (
         W_OI if mask is None else W_OI * mask,

@@ -44,13 +44,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("mpnet", {}),
     ("qwen3", {"dtype": torch.bfloat16}),
 ]
-KINDS = {
-    "symmetric": SYMMETRIC,
-    "asymmetric": ASYMMETRIC,
-    "sparse": (*SPARSE, "w4g16"),
-    "2:4": (*TWO_FOUR, "w4g16"),
-    "everything": EVERYTHING,
-}
+KINDS = (SYMMETRIC, ASYMMETRIC, (*SPARSE, "w4g16"), (*TWO_FOUR, "w4g16"))
 
 
 @torch.no_grad()
@@ -60,8 +54,11 @@ def answer(module: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
-@pytest.mark.parametrize("labels", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize(("arch", "options"), FAMILIES, ids=lambda v: v if type(v) is str else "")
+CASES = [(*family, EVERYTHING) for family in FAMILIES]
+CASES += [(*family, labels) for family in (FAMILIES[0], FAMILIES[5]) for labels in KINDS]
+
+
+@pytest.mark.parametrize(("arch", "options", "labels"), CASES)
 def test_loads_and_computes_the_same(
     tiny_model: TinyModel,
     tmp_path: Path,
@@ -69,15 +66,17 @@ def test_loads_and_computes_the_same(
     options: dict[str, Any],
     labels: tuple[str, ...],
 ) -> None:
-    """One tile holds each of these matrices, so the products are those of the dense model."""
+    """One tile holds each of these matrices, so the products are those of the dense model; a
+    Conv1D's are sums in another order (addmm of the transposed weight)."""
     model, layers, artifact = write_packed(tiny_model(arch, **options), tmp_path / "out", labels)
     auto = getattr(transformers, AUTO_CLASSES[model.kind])
     loaded, info = auto.from_pretrained(
         artifact.path, dtype=torch.float32, output_loading_info=True
     )
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    inputs = inputs_of(model)
-    assert torch.equal(answer(loaded, inputs), answer(model.module, inputs))
+    inputs, slack = inputs_of(model), 1e-5 if arch == "gpt2" else 0.0
+    expected = answer(model.module, inputs)
+    torch.testing.assert_close(answer(loaded, inputs), expected, rtol=slack, atol=slack)
     for layer in layers:
         module = loaded.get_submodule(layer.spec.name)
         assert isinstance(module, PackedModule), layer.spec.name
@@ -111,7 +110,7 @@ def test_verified_in_a_fresh_process_that_imports_cptq(
     _, _, artifact = write_packed(
         tiny_model("gpt2", dtype=torch.float16), tmp_path / "out", verify=True
     )
-    assert artifact.manifest["verification"]["max_abs_difference"] == 0.0
+    assert artifact.manifest["verification"]["max_abs_difference"] < 1e-5
     assert artifact.manifest["format"] == "packed"
     card = (artifact.path / "README.md").read_text()
     assert "**This model needs cptq**" in card
@@ -162,7 +161,7 @@ def test_load_picks_the_class_and_dequantize_gives_the_dense_model(
     assert type(loaded) is type(model.module)
     assert loaded.dtype is torch.float32
     expected, inputs = answer(model.module, inputs_of(model)), inputs_of(model)
-    assert torch.equal(answer(loaded, inputs), expected)
+    torch.testing.assert_close(answer(loaded, inputs), expected, rtol=1e-5, atol=1e-5)
     dense = loaded.dequantize()
     assert not any(isinstance(module, PackedModule) for module in dense.modules())
     assert torch.equal(answer(dense, inputs), expected)
