@@ -128,3 +128,10 @@ def check_plan(plan: Plan, cost: CostModel, model_fingerprint: str) -> None:
         )
     for unit, candidate in plan.choices.items():
         cost.unit_tensors(unit, candidate)
+        why = cost.refusal(unit, candidate)
+        if why is not None:
+            raise PlanError(
+                f"the plan gives {unit} {candidate.label}: {why}",
+                allowed="what the runtime takes, or w16 to keep it dense",
+                hint="edit the plan, or name another --runtime",
+            )

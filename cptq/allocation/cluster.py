@@ -53,7 +53,9 @@ def _sensitivity(problem: Problem) -> dict[str, float]:
 
 
 def _option(problem: Problem, unit: str, candidate: Candidate) -> int:
-    size = problem.ledger.bytes_of[unit][candidate]
+    """Option of a unit for a candidate; the largest where the runtime does not take that one."""
+    sizes = problem.ledger.bytes_of[unit]
+    size = sizes.get(candidate, max(sizes.values()))
     return next(i for i, option in enumerate(problem.options[unit]) if option.nbytes == size)
 
 
@@ -69,7 +71,9 @@ def _best_levels(problem: Problem, labels: Mapping[str, int]) -> tuple[Candidate
 def _ranked_levels(problem: Problem, labels: Mapping[str, int]) -> Iterator[tuple[Candidate, ...]]:
     """Level tuples that may fit, least loss first, among equals the larger."""
     sizes = problem.ledger.bytes_of
-    rising = sorted(problem.candidates, key=lambda c: (sum(row[c] for row in sizes.values()), c))
+    rising = sorted(
+        problem.candidates, key=lambda c: (sum(row.get(c, 0) for row in sizes.values()), c)
+    )
     groups = max(labels.values()) + 1
     loss, size = _cluster_sums(problem, labels, groups)
     ledger, ranked = problem.ledger, []

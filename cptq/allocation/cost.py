@@ -13,7 +13,9 @@ from dataclasses import replace
 from functools import cached_property
 from itertools import chain
 
+from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime
 from cptq.errors import PlanError
+from cptq.numerics.groups import resolve_group
 from cptq.numerics.layout import PACK_QUANTIZED
 from cptq.numerics.safetensors_header import Entry, measure, total_bytes
 from cptq.types import DTYPE_BYTES, Candidate, LayerSpec, Layout, SizeReport, TensorSpec, Unit
@@ -31,6 +33,7 @@ class CostModel:
         units: the compressible units.
         tensors: everything a dense artifact holds, tied duplicates dropped.
         layout: how the file's format stores a compressed layer.
+        runtime: what the program that will load the file takes.
 
     Raises:
         PlanError: a unit has a layer whose weight is not among the tensors.
@@ -41,10 +44,12 @@ class CostModel:
         units: Sequence[Unit],
         tensors: Sequence[TensorSpec],
         layout: Layout = PACK_QUANTIZED,
+        runtime: Runtime = RUNTIMES[DEFAULT_RUNTIME],
     ) -> None:
         self.units = tuple(units)
         self.tensors = tuple(tensors)
         self.layout = layout
+        self.runtime = runtime
         self._unit = {unit.name: unit for unit in self.units}
         self._specs: dict[tuple[str, Candidate], tuple[TensorSpec, ...]] = {}
         self._entries: dict[tuple[str, Candidate], tuple[Entry, ...]] = {}
@@ -72,6 +77,23 @@ class CostModel:
 
     def _layer(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
         return layer_tensors(layer, candidate, self.layout)
+
+    def refusal(self, unit_name: str, candidate: Candidate) -> str | None:
+        """Why a unit cannot have a candidate, by the format or the runtime; None where it can."""
+        if candidate.dense:
+            return None
+        for layer in self._layers(unit_name):
+            group = resolve_group(layer.shape[1], candidate.group_size)
+            why = self.layout.refusal(layer, candidate)
+            why = why or self.runtime.refusal(layer, candidate, group)
+            if why is not None:
+                return why
+        return None
+
+    def options(self, unit_name: str, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+        """Those of the candidates that a unit can have; dense alone where it can have none."""
+        taken = tuple(c for c in candidates if self.refusal(unit_name, c) is None)
+        return taken or (Candidate(bits=16),)
 
     def _layers(self, unit_name: str) -> tuple[LayerSpec, ...]:
         unit = self._unit.get(unit_name)
@@ -119,8 +141,16 @@ class CostModel:
         return total_bytes(chain.from_iterable(entries.values()))
 
     def uniform_bytes(self, candidate: Candidate) -> int:
-        """`file_bytes` with one candidate for every unit."""
-        return self.file_bytes({unit.name: candidate for unit in self.units})
+        """`file_bytes` with one candidate for every unit that can have one of its group size."""
+        usual = replace(candidate, bits=candidate.bits if candidate.dense else self._usual_bits)
+        return self.file_bytes(
+            {unit.name: candidate for unit in self.units if not self.refusal(unit.name, usual)}
+        )
+
+    @property
+    def _usual_bits(self) -> int:
+        """A width that the runtime takes, to ask about the rest of a candidate."""
+        return 4 if 4 in self.runtime.bits else self.runtime.bits[0]
 
     @cached_property
     def dense_bytes(self) -> int:

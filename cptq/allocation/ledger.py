@@ -69,8 +69,8 @@ class Ledger:
 def same_for_all(
     cost: CostModel, candidates: Sequence[Candidate]
 ) -> dict[str, Sequence[Candidate]]:
-    """The same candidates for every unit."""
-    return {unit.name: candidates for unit in cost.units}
+    """The same candidates for every unit, as far as format and runtime take them."""
+    return {unit.name: cost.options(unit.name, candidates) for unit in cost.units}
 
 
 def weights_ledger(

@@ -112,14 +112,16 @@ def build_problem(
     """
     options, mended = {}, {}
     for unit, sizes in ledger.bytes_of.items():
-        scores = _scores(table, unit, candidates)
+        allowed = [c for c in candidates if c in sizes]
+        scores = _scores(table, unit, allowed) if allowed else dict.fromkeys(sizes, 0.0)
         raw = sorted(
-            (Option(candidate=c, nbytes=sizes[c], score=scores[c]) for c in candidates),
+            (Option(candidate=c, nbytes=sizes[c], score=scores[c]) for c in sizes),
             key=lambda option: (option.nbytes, option.score, option.candidate),
         )
         options[unit], excess = _monotone(raw)
         if excess > 0:
             mended[unit] = excess
+    _report_refused(ledger, candidates, emit)
     if table is not None and mended:
         _report_mended(table.metric, mended, len(options), emit)
     return Problem(
@@ -128,6 +130,19 @@ def build_problem(
         options=options,
         per_unit={} if table is None else table.per_unit,
     )
+
+
+def _report_refused(ledger: Ledger, candidates: Sequence[Candidate], emit: Emit) -> None:
+    """Units that can have less than was offered, by reason."""
+    offered = [c for c in candidates if not c.dense]
+    reasons: dict[str, list[str]] = {}
+    for unit, sizes in ledger.bytes_of.items():
+        if not any(c in sizes for c in offered) and offered:
+            why = ledger.cost.refusal(unit, offered[0]) or ""
+            reasons.setdefault(why, []).append(unit)
+    for why, units in reasons.items():
+        some = ", ".join(units[:3]) + (f" and {len(units) - 3} more" if len(units) > 3 else "")
+        emit(Notice(kind="skipped", subject=some, message=f"kept dense: {why}"))
 
 
 def _scores(

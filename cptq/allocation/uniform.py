@@ -1,6 +1,7 @@
-"""`uniform`: the largest single candidate that fits, for every unit.
+"""`uniform`: the largest single candidate that fits, for every unit that can have it.
 
-Nothing is mixed to fill the rest of the budget; how much of it stays is said.
+What the runtime does not take stays dense (and was said). Nothing is mixed to fill the rest of the
+budget; how much of it stays is said.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ def uniform(problem: Problem, emit: Emit) -> Solution:
     ledger = problem.ledger
     taken: dict[Candidate, int] = {}
     for candidate in problem.candidates:
-        plan = dict.fromkeys(ledger.bytes_of, candidate)
+        plan = _for_all(problem, candidate)
         if ledger.fits(plan, ledger.total(plan)):
             taken[candidate] = ledger.exact(plan)
     if not taken:
@@ -32,4 +33,12 @@ def uniform(problem: Problem, emit: Emit) -> Solution:
     note = (
         f"uniform {best.label} leaves {left:,} bytes of the budget; nothing is mixed to fill them"
     )
-    return Solution(choices=dict.fromkeys(ledger.bytes_of, best), notes=(note,) if left else ())
+    return Solution(choices=_for_all(problem, best), notes=(note,) if left else ())
+
+
+def _for_all(problem: Problem, candidate: Candidate) -> dict[str, Candidate]:
+    """A candidate for every unit that can have it; the largest one for the others."""
+    return {
+        unit: candidate if candidate in sizes else max(sizes, key=lambda c: (sizes[c], c))
+        for unit, sizes in problem.ledger.bytes_of.items()
+    }

@@ -187,6 +187,15 @@ OutFile = Annotated[
         "--out", "--output", "-o", metavar="FILE", help="JSON file.", rich_help_panel=OUTPUT
     ),
 ]
+PushToHub = Annotated[
+    str | None,
+    typer.Option(
+        "--push-to-hub",
+        metavar="REPO",
+        help="Upload the result to this repository, such as your-name/model-4bit.",
+        rich_help_panel=OUTPUT,
+    ),
+]
 Overwrite = Annotated[
     bool | None,
     typer.Option(

@@ -20,6 +20,7 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
 from cptq.compression import COMPRESSORS
+from cptq.compression.half import in_half
 from cptq.compression.problem import Compressor, Problem
 from cptq.errors import CalibrationError
 from cptq.numerics.grid import dequantize
@@ -39,9 +40,17 @@ from cptq.types import (
 
 
 def compress_model(
-    model: LoadedModel, calibration: Calibration, plan: Plan, *, compressor: str, emit: Emit
+    model: LoadedModel,
+    calibration: Calibration,
+    plan: Plan,
+    *,
+    compressor: str,
+    half_scales: bool = False,
+    emit: Emit,
 ) -> list[CompressedLayer]:
     """Carry out a plan; afterwards `model.module` computes with the compressed weights.
+
+    `half_scales` makes every scale one that float16 holds, whatever the checkpoint's type.
 
     Returns:
         One `CompressedLayer` for every linear that is not kept dense, in forward order.
@@ -51,6 +60,7 @@ def compress_model(
         UnknownNameError: no such compressor.
     """
     method = COMPRESSORS.get(compressor)
+    method = in_half(method) if half_scales else method
     replay = BlockReplay(model, calibration.batches)
     hidden = [replay.embed(i) for i in range(len(calibration.batches))]
     done: list[CompressedLayer] = []

@@ -1,6 +1,7 @@
 """The settings of a run: immutable values, filled by the command line and by strict YAML."""
 
 from cptq.config.file import read_file, settings_from
+from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.config.settings import (
     ALLOWED_BITS,
     DEFAULT_BITS,
@@ -10,8 +11,10 @@ from cptq.config.settings import (
     CalibrationSettings,
     CompressSettings,
     EvalSettings,
+    ExportSettings,
     ModelSettings,
     Settings,
+    check_repository,
     option,
 )
 from cptq.config.values import build, command_line, convert, describe, flat_fields
@@ -20,17 +23,23 @@ __all__ = [
     "ALLOWED_BITS",
     "DEFAULT_BITS",
     "DEFAULT_GROUP_SIZE",
+    "DEFAULT_RUNTIME",
     "DTYPES",
+    "RUNTIMES",
     "AnalyzeSettings",
     "CalibrationSettings",
     "CompressSettings",
     "EvalSettings",
+    "ExportSettings",
     "ModelSettings",
+    "Runtime",
     "Settings",
     "build",
+    "check_repository",
     "command_line",
     "convert",
     "describe",
+    "find_runtime",
     "flat_fields",
     "option",
     "read_file",

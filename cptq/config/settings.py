@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, find_runtime
 from cptq.errors import UsageError
 from cptq.registry import closest
 
-DEFAULT_GROUP_SIZE = 64
-DEFAULT_BITS = (2, 3, 4, 5, 6, 8, 16)
+DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
+DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
 ALLOWED_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -118,16 +119,21 @@ class CompressSettings:
     metric: str = "output"
     allocator: str = "knapsack"
     compressor: str = "gptq"
+    runtime: str = DEFAULT_RUNTIME
     bits: tuple[int, ...] = DEFAULT_BITS
     group_size: int = DEFAULT_GROUP_SIZE
     plan: Path | None = None
     sensitivity: Path | None = None
+    push_to_hub: str | None = None
     out: Path | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        runtime = find_runtime(self.runtime)
         _check_bits(self.bits)
         _at_least(0, group_size=self.group_size)
+        runtime.check(self.bits, self.group_size)
+        check_repository(self.push_to_hub)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -156,6 +162,30 @@ class EvalSettings:
             raise UsageError(
                 f"--limit is {limit:g}", allowed="a share in (0, 1] or a whole number of samples"
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportSettings:
+    """`cptq export`: an artifact in another file format."""
+
+    artifact: Path
+    format: str
+    out: Path | None = None
+    overwrite: bool = False
+    push_to_hub: str | None = None
+    token: str | None = field(default=None, repr=False)
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        check_repository(self.push_to_hub)
+
+
+def check_repository(name: str | None) -> None:
+    """Refuse what is no `owner/name` (or `name`) of a repository on the Hub."""
+    if name is not None and not re.fullmatch(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", name):
+        raise UsageError(
+            f"--push-to-hub is {name!r}", allowed="a repository such as your-name/model-4bit"
+        )
 
 
 Settings = AnalyzeSettings | CompressSettings | EvalSettings

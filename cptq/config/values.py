@@ -12,7 +12,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from cptq.config.settings import COMMANDS, Settings, option
+from cptq.config.runtimes import DEFAULT_RUNTIME, find_runtime
+from cptq.config.settings import COMMANDS, CompressSettings, Settings, option
 from cptq.errors import UsageError
 
 S = TypeVar("S")
@@ -42,11 +43,11 @@ def describe(settings: Settings) -> dict[str, Any]:
 def command_line(settings: Settings) -> str:
     """The shortest `cptq ...` line that gives these settings (never the access token)."""
     given = describe(settings)
-    nothing: Mapping[str, Any] = {"model": given["model"]}
-    usual = describe(build(type(settings), nothing))
+    least = {name: given[name] for name in ("model", "runtime") if name in given}
+    usual = describe(build(type(settings), least)) | {"runtime": DEFAULT_RUNTIME}
     words = ["cptq", COMMANDS[type(settings)], given["model"]]
     for name, value in given.items():
-        if value != usual[name] and value is not None:
+        if name != "model" and value != usual[name] and value is not None:
             words += _words(name, value)
     return shlex.join(words)
 
@@ -69,6 +70,8 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
     """
     if not values.get("model"):
         raise UsageError("no model is given", allowed="a Hub id or a local directory")
+    if kind is CompressSettings:
+        values = _of_runtime(values)
     own: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():
         if is_dataclass(hint):
@@ -76,6 +79,12 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
         elif name in values:
             own[name] = values[name]
     return kind(**own)
+
+
+def _of_runtime(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, with a runtime's own bits and group size where none are given."""
+    runtime = find_runtime(values.get("runtime", DEFAULT_RUNTIME))
+    return {"bits": runtime.default_bits, "group_size": runtime.group_size, **values}
 
 
 def convert(where: str, hint: Any, value: Any) -> Any:

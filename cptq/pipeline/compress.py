@@ -13,6 +13,7 @@ import torch
 from cptq.allocation.allocate import allocate, check_plan
 from cptq.allocation.cost import CostModel
 from cptq.allocation.targets import resolve_budget
+from cptq.artifact.formats import FORMATS
 from cptq.artifact.place import check_space
 from cptq.artifact.verify import TOLERANCE, Verification
 from cptq.artifact.writer import VerificationSample, check_output, write_artifact
@@ -20,7 +21,7 @@ from cptq.calibration.replay import forward
 from cptq.calibration.tokens import Batch, Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression.blockwise import compress_model
-from cptq.config import CompressSettings
+from cptq.config import CompressSettings, find_runtime
 from cptq.errors import PlanError
 from cptq.pipeline.dense import calibrate, candidates, load_dense
 from cptq.pipeline.facts import summary
@@ -61,6 +62,7 @@ def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
             run.calibration,
             run.plan,
             compressor=settings.compressor,
+            half_scales=run.runtime.half_scales,
             emit=run.recorder,
         )
     artifact, report = run.write(layers, run.plan)
@@ -84,7 +86,11 @@ class _Run:
 
     def __post_init__(self) -> None:
         self.model: LoadedModel = load_dense(self.settings.model, self.recorder)
-        self.cost = CostModel(self.model.units, self.model.tensors)
+        self.runtime = find_runtime(self.settings.runtime)
+        if any(width < 16 for width in self.settings.bits):
+            self.runtime.check_tensors(spec.name for spec in self.model.tensors)
+        layout = FORMATS.get(self.runtime.format).layout
+        self.cost = CostModel(self.model.units, self.model.tensors, layout, self.runtime)
         self.choices: tuple[Candidate, ...] = candidates(
             self.settings.bits, self.settings.group_size
         )
@@ -159,6 +165,7 @@ class _Run:
                 sample=_verification_sample(self.model, self.calibration, self.settings),
                 extras=stage_files(self.model, self.calibration.record, self.tables, plan),
                 reports=reports,
+                form=self.runtime.format,
                 emit=self.recorder,
             )
         return artifact, made[0]

@@ -9,7 +9,7 @@ import typer
 
 from cptq.cli import options as o
 from cptq.cli.run import run
-from cptq.config import CompressSettings
+from cptq.config import RUNTIMES, CompressSettings
 
 Target = Annotated[
     str | None,
@@ -45,6 +45,15 @@ Compressor = Annotated[
         "--compressor", metavar="NAME", help="gptq or nearest; default gptq.", show_default=False
     ),
 ]
+RuntimeName = Annotated[
+    str | None,
+    typer.Option(
+        "--runtime",
+        metavar="NAME",
+        help=f"What will run it: {', '.join(RUNTIMES)}; only what that loads is planned.",
+        show_default=False,
+    ),
+]
 PlanFile = Annotated[
     Path | None,
     typer.Option("--plan", metavar="FILE", help="A plan.json to carry out, in place of --target."),
@@ -66,6 +75,7 @@ def compress(
     metric: Metric = None,
     allocator: Allocator = None,
     compressor: Compressor = None,
+    runtime: RuntimeName = None,
     plan: PlanFile = None,
     sensitivity: SensitivityFile = None,
     bits: o.Bits = None,
@@ -84,6 +94,7 @@ def compress(
     cache_dir: o.CacheDir = None,
     trust_remote_code: o.TrustRemoteCode = None,
     allow_pickle: o.AllowPickle = None,
+    push_to_hub: o.PushToHub = None,
     out: o.OutDir = None,
     overwrite: o.Overwrite = None,
     shape: o.Shape = "human",

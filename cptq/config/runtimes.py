@@ -1,0 +1,164 @@
+"""Constraint sets: what the program that will run the model loads, so that no plan asks for more.
+
+One table, from what was measured on stock tools (transformers 5.23 with compressed-tensors 0.20,
+llama.cpp) and from vLLM's source (0.33; not run here):
+
+| runtime      | bits     | groups                    | dimensions            | scales  |
+|--------------|----------|---------------------------|-----------------------|---------|
+| transformers | 2 to 8   | any that divide, channel  | any                   | any     |
+| vllm         | 4, 8     | 32, 64, 128, channel      | both divisible by 32  | any     |
+| llamacpp     | 4, 5, 8  | 32                        | inputs divisible by 32| float16 |
+
+All are symmetric and may keep any layer at 16 bits. Query, key and value, and gate and up, are one
+decision in every plan, which is what vLLM asks of the matrices that it fuses. vLLM also takes 2,
+3, 5 and 6 bits by a fallback kernel that is not verified; that is `transformers`, at one's own
+risk.
+
+A mixture of experts is refused by all three: its experts lie in one stacked parameter that no
+linear layer holds, so they would stay dense, and stock transformers refuses dense experts beside
+quantized attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from cptq.errors import ModelError, UnknownNameError, UsageError
+from cptq.registry import closest
+from cptq.types import Candidate, LayerSpec
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Runtime:
+    """What one program takes.
+
+    `format` is the file format that is written for it, `bits` and `groups` what a packed layer may
+    have (16 bits is always allowed; group 0: per channel; no `groups`: any), `group_size` the
+    default. `out_multiple` and `in_multiple` must divide a packed layer's dimensions, `half_scales`
+    asks for scales that float16 holds exactly, `experts` whether a mixture of experts is taken.
+    `next_step` is what to type with the artifact, if more is needed.
+    """
+
+    name: str
+    format: str
+    bits: tuple[int, ...]
+    default_bits: tuple[int, ...]
+    group_size: int
+    groups: tuple[int, ...] = ()
+    out_multiple: int = 1
+    in_multiple: int = 1
+    half_scales: bool = False
+    experts: bool = False
+    next_step: str | None = None
+
+    def check(self, bits: Sequence[int], group_size: int) -> None:
+        """Refuse options that the runtime does not take.
+
+        Raises:
+            UsageError: says what it takes.
+        """
+        wrong = [width for width in bits if width not in (*self.bits, 16)]
+        if wrong:
+            raise UsageError(
+                f"--bits holds {', '.join(map(str, wrong))}, which --runtime {self.name} does not "
+                "take",
+                allowed=", ".join(map(str, (*self.bits, 16))),
+            )
+        if self.groups and group_size not in self.groups:
+            raise UsageError(
+                f"--group-size is {group_size}, which --runtime {self.name} does not take",
+                allowed=self._group_words(),
+            )
+
+    def refusal(self, layer: LayerSpec, candidate: Candidate, group: int) -> str | None:
+        """Why it does not take a layer so packed; None where it does.
+
+        Args:
+            layer: the layer.
+            candidate: what it would get; a dense one is always taken.
+            group: the group size that the layer would really have; `in_features` is per channel.
+        """
+        if candidate.dense:
+            return None
+        out, inputs = layer.shape
+        if candidate.bits not in self.bits:
+            return f"{self.name} takes {', '.join(map(str, self.bits))} bits, not {candidate.bits}"
+        if out % self.out_multiple or inputs % self.in_multiple:
+            least = f"inputs that {self.in_multiple} divides"
+            both = f"outputs and {least}" if self.out_multiple > 1 else least
+            return f"{self.name} takes {both}, and this is {out} x {inputs}"
+        real = 0 if group == inputs and group not in self.groups else group
+        if self.groups and real not in self.groups:
+            what = f"groups of {group}" if real else "one scale per channel"
+            return f"{self.name} takes {self._group_words()}, not {what}"
+        return None
+
+    def check_tensors(self, names: Iterable[str]) -> None:
+        """Refuse a mixture of experts where the runtime cannot load one.
+
+        Raises:
+            ModelError: a tensor belongs to an expert.
+        """
+        found = next((name for name in names if ".experts." in name), None)
+        if found is not None and not self.experts:
+            raise ModelError(
+                f"the model is a mixture of experts ({found}), which cannot be compressed for "
+                f"{self.name}: experts in one stacked tensor would stay dense, and dense experts "
+                "beside quantized attention do not load",
+                allowed="models without experts",
+            )
+
+    def _group_words(self) -> str:
+        sizes = [str(size) for size in self.groups if size]
+        per_channel = ["0 (per channel)"] if 0 in self.groups else []
+        return "groups of " + ", ".join(sizes + per_channel)
+
+
+RUNTIMES: Mapping[str, Runtime] = {
+    "transformers": Runtime(
+        name="transformers",
+        format="compressed-tensors",
+        bits=(2, 3, 4, 5, 6, 7, 8),
+        default_bits=(2, 3, 4, 5, 6, 8, 16),
+        group_size=64,
+    ),
+    "vllm": Runtime(
+        name="vllm",
+        format="compressed-tensors",
+        bits=(4, 8),
+        default_bits=(4, 8, 16),
+        group_size=64,
+        groups=(32, 64, 128, 0),
+        out_multiple=32,
+        in_multiple=32,
+    ),
+    "llamacpp": Runtime(
+        name="llamacpp",
+        format="compressed-tensors",
+        bits=(4, 5, 8),
+        default_bits=(4, 5, 8, 16),
+        group_size=32,
+        groups=(32,),
+        in_multiple=32,
+        half_scales=True,
+        next_step="cptq export {out} --format gguf",
+    ),
+}
+DEFAULT_RUNTIME = "transformers"
+
+
+def find_runtime(name: str) -> Runtime:
+    """The constraint set called `name`.
+
+    Raises:
+        UnknownNameError: there is none; the message lists them.
+    """
+    if name not in RUNTIMES:
+        near = closest(name, list(RUNTIMES))
+        raise UnknownNameError(
+            f"unknown runtime {name!r}",
+            allowed=", ".join(RUNTIMES),
+            hint=f"did you mean {near!r}?" if near else None,
+        )
+    return RUNTIMES[name]

@@ -1,0 +1,94 @@
+"""Symmetric integer codes as ggml's blocks of 32, bit for bit, and back.
+
+| type | bytes | layout of a block                                       | weight       |
+|------|-------|---------------------------------------------------------|--------------|
+| Q4_0 | 18    | d (float16), 16 bytes                                   | d * (u - 8)  |
+| Q5_0 | 22    | d (float16), 32 fifth bits (uint32), 16 bytes           | d * (u - 16) |
+| Q8_0 | 34    | d (float16), 32 signed bytes                            | d * q        |
+
+Byte j of the 16 holds the low four bits of value j (low half) and of value j + 16 (high half);
+bit j of the uint32 is the fifth bit of value j. Source: ggml's block definitions
+(ggml-common.h, ggml-quants.c), tested against the gguf package's own dequantization.
+
+What fits: codes of fewer bits fit into the next wider block (2, 3 -> Q4_0; 6, 7 -> Q8_0), groups of
+a multiple of 32 are that many blocks of equal d, and d may be negative. So a layer is held exactly
+if 32 divides its inputs and its group, and float16 holds its scales. Nothing is rounded here.
+
+Cost: O(out * in). Shapes: codes_OI int8 (out, in), scale_OG (out, groups), bytes (out, bytes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+#: weights of one block
+BLOCK = 32
+#: bits of the codes -> type that holds them
+TYPE_OF_BITS: Mapping[int, str] = (
+    dict.fromkeys((2, 3, 4), "Q4_0") | {5: "Q5_0"} | dict.fromkeys((6, 7, 8), "Q8_0")
+)
+BLOCK_BYTES: Mapping[str, int] = {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34}
+
+
+def half_holds(scale_OG: Tensor) -> bool:
+    """Whether float16 holds every scale exactly."""
+    half = scale_OG.to(torch.float16)
+    return bool((torch.isfinite(half) & (half.to(scale_OG.dtype) == scale_OG)).all())
+
+
+def pack_blocks(codes_OI: Tensor, scale_OG: Tensor, kind: str) -> Tensor:
+    """The bytes of a weight, uint8 (out, blocks * block bytes).
+
+    Args:
+        codes_OI: int8, in the range of the type (4, 5 or 8 bits, signed).
+        scale_OG: scales that float16 holds; a group is a multiple of 32 inputs.
+        kind: a key of `BLOCK_BYTES`.
+
+    Raises:
+        ValueError: a shape, a code or a scale that the type cannot hold.
+    """
+    out, inputs = codes_OI.shape
+    blocks = inputs // BLOCK
+    if inputs % BLOCK or blocks % scale_OG.shape[1]:
+        raise ValueError(f"{inputs} inputs in {scale_OG.shape[1]} groups are no blocks of {BLOCK}")
+    if not half_holds(scale_OG):
+        raise ValueError("a scale is not exact in float16")
+    _check_range(codes_OI, {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}[kind])
+    d_OB = scale_OG.to(torch.float16).repeat_interleave(blocks // scale_OG.shape[1], dim=1)
+    d_OBD = d_OB.contiguous().view(torch.uint8).view(out, blocks, 2)
+    body_OBD = _BODIES[kind](codes_OI.view(out, blocks, BLOCK))
+    return torch.cat([d_OBD, body_OBD], dim=-1).view(out, blocks * BLOCK_BYTES[kind])
+
+
+def _check_range(codes_OI: Tensor, bits: int) -> None:
+    half = 1 << (bits - 1)
+    if codes_OI.numel() and not -half <= int(codes_OI.min()) <= int(codes_OI.max()) < half:
+        raise ValueError(f"a code lies outside [{-half}, {half - 1}]")
+
+
+def _nibbles(u_OBK: Tensor) -> Tensor:
+    """The low four bits of values j and j + 16 in byte j."""
+    low_OBK = u_OBK & 0xF
+    return low_OBK[..., :16] | (low_OBK[..., 16:] << 4)
+
+
+def _body4(codes_OBK: Tensor) -> Tensor:
+    return _nibbles((codes_OBK + 8).to(torch.uint8))
+
+
+def _body5(codes_OBK: Tensor) -> Tensor:
+    u_OBK = (codes_OBK + 16).to(torch.uint8)
+    fifth_OBK = (u_OBK >> 4).view(*u_OBK.shape[:-1], 4, 8)
+    places = torch.arange(8, device=u_OBK.device, dtype=torch.uint8)
+    high_OBD = (fifth_OBK << places).sum(-1).to(torch.uint8)  # little-endian uint32
+    return torch.cat([high_OBD, _nibbles(u_OBK)], dim=-1)
+
+
+def _body8(codes_OBK: Tensor) -> Tensor:
+    return codes_OBK.contiguous().view(torch.uint8)
+
+
+_BODIES = {"Q4_0": _body4, "Q5_0": _body5, "Q8_0": _body8}

@@ -1,0 +1,21 @@
+"""ggml's blocks read one value at a time, from the definitions in ggml-common.h."""
+
+from __future__ import annotations
+
+import struct
+
+
+def unpack_block(raw: bytes, kind: str) -> list[float]:
+    """The 32 weights of a block in float64."""
+    (d,) = struct.unpack("<e", raw[:2])
+    if kind == "Q8_0":
+        return [d * q for q in struct.unpack("<32b", raw[2:])]
+    high = struct.unpack("<I", raw[2:6])[0] if kind == "Q5_0" else 0
+    low = raw[6:] if kind == "Q5_0" else raw[2:]
+    half = 16 if kind == "Q5_0" else 8
+    values = []
+    for j in range(32):
+        nibble = low[j] & 0xF if j < 16 else low[j - 16] >> 4
+        fifth = (high >> j) & 1
+        values.append(d * ((nibble | fifth << 4) - half))
+    return values

@@ -1,0 +1,77 @@
+"""Our blocks against the gguf package's own decoder, and against a loop over ggml's definition."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from cptq.numerics.gguf_blocks import BLOCK_BYTES, TYPE_OF_BITS, half_holds, pack_blocks
+from cptq.numerics.grid import code_range
+from tests.reference.gguf_blocks import unpack_block
+
+
+def drawn(
+    bits: int, out: int, inputs: int, group: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(bits * 1000 + out)
+    low, high = code_range(bits)
+    codes = torch.randint(low, high + 1, (out, inputs), generator=generator).to(torch.int8)
+    codes[0, 0], codes[-1, -1] = low, high
+    scale = torch.randn(out, inputs // group, generator=generator).to(torch.float16)
+    return codes, scale.to(dtype)
+
+
+def weights(codes: torch.Tensor, scale: torch.Tensor) -> np.ndarray:
+    group = codes.shape[1] // scale.shape[1]
+    return (codes.double() * scale.double().repeat_interleave(group, dim=1)).numpy()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(("out", "inputs", "group"), [(1, 32, 32), (7, 96, 32), (5, 192, 64)])
+def test_the_library_reads_back_exactly_what_was_packed(
+    bits: int, out: int, inputs: int, group: int
+) -> None:
+    codes, scale = drawn(bits, out, inputs, group)
+    kind = TYPE_OF_BITS[bits]
+    packed = pack_blocks(codes, scale, kind).numpy()
+    assert packed.shape == (out, inputs // 32 * BLOCK_BYTES[kind])
+    read = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(read.astype(np.float64), weights(codes, scale))
+
+
+@pytest.mark.parametrize("bits", [4, 5, 8])
+def test_a_block_is_what_the_definition_says(bits: int) -> None:
+    codes, scale = drawn(bits, 3, 64, 32)
+    kind = TYPE_OF_BITS[bits]
+    size = BLOCK_BYTES[kind]
+    for row, packed in enumerate(pack_blocks(codes, scale, kind).numpy()):
+        for block in range(2):
+            read = unpack_block(bytes(packed[block * size : (block + 1) * size]), kind)
+            assert read == weights(codes, scale)[row, block * 32 : (block + 1) * 32].tolist()
+
+
+@pytest.mark.parametrize(
+    ("codes", "scale", "kind"),
+    [
+        (torch.zeros(2, 48, dtype=torch.int8), torch.ones(2, 1), "Q4_0"),
+        (torch.zeros(2, 96, dtype=torch.int8), torch.ones(2, 2), "Q4_0"),
+        (torch.full((1, 32), 8, dtype=torch.int8), torch.ones(1, 1), "Q4_0"),
+        (torch.full((1, 32), -17, dtype=torch.int8), torch.ones(1, 1), "Q5_0"),
+        (torch.zeros(1, 32, dtype=torch.int8), torch.full((1, 1), 1 + 2.0**-12), "Q8_0"),
+        (torch.zeros(1, 32, dtype=torch.int8), torch.full((1, 1), 1e6), "Q8_0"),
+    ],
+)
+def test_what_a_block_cannot_hold_is_refused(
+    codes: torch.Tensor, scale: torch.Tensor, kind: str
+) -> None:
+    with pytest.raises(ValueError, match=r"blocks of 32|outside|float16"):
+        pack_blocks(codes, scale, kind)
+
+
+def test_bfloat16_scales_are_exact_down_to_their_bound() -> None:
+    exponents = torch.arange(-17.0, 16.0)
+    scale = (1 + 127 / 128) * torch.exp2(exponents)
+    assert half_holds(scale.to(torch.bfloat16)[None])
+    assert not half_holds(torch.tensor([[2.0**-18 * (1 + 1 / 128)]]).to(torch.bfloat16))
