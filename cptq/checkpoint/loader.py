@@ -46,8 +46,10 @@ _ENDINGS: tuple[tuple[str, ModelKind], ...] = (
 )
 
 
-def load_model(settings: ModelSettings, emit: Emit) -> LoadedModel:
+def load_model(settings: ModelSettings, emit: Emit, *, conv1d: bool = False) -> LoadedModel:
     """Load a dense checkpoint or a compressed artifact.
+
+    `conv1d` counts the Conv1D layers of GPT-2 among the compressible.
 
     Raises:
         ModelError: not found, not readable, not a text model, NaN weights, random weights.
@@ -80,12 +82,17 @@ def load_model(settings: ModelSettings, emit: Emit) -> LoadedModel:
         quantized=quantized,
         device=device,
         dtype=dtype,
-        **_inventory(module, family, tensors, quantized, emit),
+        **_inventory(module, family, tensors, quantized, emit, conv1d),
     )
 
 
 def _inventory(
-    module: nn.Module, family: Any, tensors: tuple[TensorSpec, ...], quantized: bool, emit: Emit
+    module: nn.Module,
+    family: Any,
+    tensors: tuple[TensorSpec, ...],
+    quantized: bool,
+    emit: Emit,
+    conv1d: bool,
 ) -> dict[str, Any]:
     if quantized:
         found = Inventory(block_names=(), layers=(), units=())
@@ -98,7 +105,8 @@ def _inventory(
                     message="no known family; blocks, roles and fused groups were inferred",
                 )
             )
-        found = take_inventory(module, family, {spec.name: spec for spec in tensors}, emit)
+        named = {spec.name: spec for spec in tensors}
+        found = take_inventory(module, family, named, emit, conv1d=conv1d)
     return {"block_names": found.block_names, "layers": found.layers, "units": found.units}
 
 
