@@ -28,6 +28,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
 from cptq.errors import CptqError, ModelError, UsageError
+from cptq.runtime.modules import packed_modules
 from cptq.types import Emit, ModelKind, Notice, TensorSpec
 
 AUTO_CLASSES: Mapping[ModelKind, str] = {
@@ -171,15 +172,18 @@ def stored_tensors(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple
 
 
 def unpacked_view(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The tensors of an artifact with each packed weight (compressed-tensors) as it is dense."""
-    state, specs = module.state_dict(), []
+    """The tensors of an artifact with each packed weight as it is dense."""
+    state, packed, specs = module.state_dict(), packed_modules(module), []
     for name, spec in stored.items():
         layer, _, part = name.rpartition(".")
         shape = state.get(f"{layer}.weight_shape")
+        dense = packed[layer].shape if layer in packed else None
         if part == "weight_packed" and shape is not None:
-            dtype, dense = stored[f"{layer}.weight_scale"].dtype, tuple(shape.tolist())
+            dense, shape = tuple(shape.tolist()), None
+        if part in ("weight", "weight_packed") and dense is not None:
+            dtype = stored[f"{layer}.weight_scale"].dtype
             specs.append(TensorSpec(name=f"{layer}.weight", dtype=dtype, shape=dense))
-        elif part not in ("weight_scale", "weight_shape") or shape is None:
+        elif (dense is None and shape is None) or part == "bias":
             specs.append(spec)
     return tuple(specs)
 

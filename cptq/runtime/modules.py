@@ -140,3 +140,8 @@ def packed_like(module: nn.Module, scheme: Candidate) -> PackedModule | None:
         shape = (module.num_embeddings, module.embedding_dim)
         return PackedEmbedding(shape, scheme, padding_idx=module.padding_idx)
     return None
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """The packed modules of a model by name; a tied head is there beside its embedding."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedModule)}

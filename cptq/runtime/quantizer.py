@@ -29,7 +29,13 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from cptq.errors import ArtifactError
 from cptq.numerics.packed_layout import FORMAT_VERSION, METHOD, NEEDS, WEIGHT_FILES
 from cptq.runtime.checks import check_header, read_modules
-from cptq.runtime.modules import PARTS, PackedLinear, PackedModule, packed_like
+from cptq.runtime.modules import (
+    PARTS,
+    PackedLinear,
+    PackedModule,
+    packed_like,
+    packed_modules,
+)
 from cptq.types import Candidate
 
 
@@ -99,9 +105,8 @@ class CptqQuantizer(HfQuantizer):
         _tie(model, packed)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        for module in model.modules():
-            if isinstance(module, PackedModule):
-                module.weight_scale.requires_grad_(False)  # transformers sets it on all floats
+        for module in packed_modules(model).values():
+            module.weight_scale.requires_grad_(False)  # transformers sets it on all floats
         config: Any = model.config
         if hasattr(config, "transformers_weights"):
             del config.transformers_weights
@@ -112,8 +117,7 @@ class CptqQuantizer(HfQuantizer):
         """Every packed module as the dense one that it stands for; ties as before."""
         if isinstance(dtype, str):  # what save_pretrained leaves in the config
             dtype = getattr(torch, dtype)
-        packed = [(n, m) for n, m in model.named_modules() if isinstance(m, PackedModule)]
-        for name, module in packed:
+        for name, module in packed_modules(model).items():
             model.set_submodule(name, module.dense(dtype or module.weight_scale.dtype))
         vars(model).pop("_tied_weights_keys", None)  # the class's own hold again
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
