@@ -183,7 +183,7 @@ def unpacked_view(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple[
         if part in ("weight", "weight_packed") and dense is not None:
             dtype = stored[f"{layer}.weight_scale"].dtype
             specs.append(TensorSpec(name=f"{layer}.weight", dtype=dtype, shape=dense))
-        elif (dense is None and shape is None) or part == "bias":
+        elif (dense is None and shape is None) or not part.startswith("weight_"):
             specs.append(spec)
     return tuple(specs)
 

@@ -14,7 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cptq.errors import ArtifactError
-from cptq.numerics.packed_layout import FORMAT_VERSION, packed_specs, unfit
+from cptq.numerics.packed_layout import FORMAT_VERSION, packed_specs, stored_count, unfit
+from cptq.numerics.packing import unpack_values
+from cptq.numerics.sparse import PATTERN_BITS, PATTERNS
+from cptq.runtime.weight import PackedWeight
 from cptq.types import Candidate
 
 _AGAIN = "download or copy the artifact again"
@@ -80,6 +83,25 @@ def check_header(
                     f"{' or '.join(allowed)} {list(spec.shape)}",
                     hint=_AGAIN,
                 )
+
+
+def check_places(name: str, weight: PackedWeight) -> None:
+    """Whether a mask or pattern is one that its codes can fill; after loading, from the data.
+
+    Raises:
+        ArtifactError: it is not.
+    """
+    inputs, stored, wrong = weight.shape[1], 0, False
+    if weight.mask is not None and not weight.mask.is_meta:
+        stored = int(unpack_values(weight.mask, 1, inputs).sum())
+        wrong = stored != stored_count(weight.shape, weight.scheme)
+    if weight.pattern is not None and not weight.pattern.is_meta:
+        wrong = int(unpack_values(weight.pattern, PATTERN_BITS, inputs // 4).max()) >= len(PATTERNS)
+    if wrong:
+        raise ArtifactError(
+            f"the places of the stored weights of {name} are not those of {weight.scheme.label}",
+            hint=_AGAIN,
+        )
 
 
 def _headers(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:

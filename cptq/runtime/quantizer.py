@@ -28,7 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cptq.errors import ArtifactError
 from cptq.numerics.packed_layout import FORMAT_VERSION, METHOD, NEEDS, WEIGHT_FILES
-from cptq.runtime.checks import check_header, read_modules
+from cptq.runtime.checks import check_header, check_places, read_modules
 from cptq.runtime.modules import (
     PARTS,
     PackedLinear,
@@ -105,8 +105,9 @@ class CptqQuantizer(HfQuantizer):
         _tie(model, packed)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        for module in packed_modules(model).values():
+        for name, module in packed_modules(model).items():
             module.weight_scale.requires_grad_(False)  # transformers sets it on all floats
+            check_places(name, module.packed)
         config: Any = model.config
         if hasattr(config, "transformers_weights"):
             del config.transformers_weights
@@ -153,10 +154,11 @@ def _present(model: nn.Module, schemes: Mapping[str, Candidate]) -> dict[str, Ca
         place = next((other for other in names if other in known), None)
         if place is not None:
             found[place] = scheme
-        elif any(other.startswith(prefix) for other in schemes) and not name.startswith(prefix):
-            continue  # belongs to a head that is not being loaded
-        else:
-            raise ArtifactError(f"config.json packs {name!r}, which {_kind(model)} does not have")
+        elif model.base_model is not model or name.startswith(prefix):
+            raise ArtifactError(
+                f"config.json packs {name!r}, which {type(model).__name__} does not have"
+            )
+        # else it belongs to a head that is not being loaded
     return found
 
 
@@ -165,7 +167,7 @@ def _packed(model: nn.Module, name: str, scheme: Candidate) -> PackedModule:
     packed = packed_like(module, scheme)
     if packed is None:
         raise ArtifactError(
-            f"config.json packs {name!r}, a {type(module).__name__}, as {scheme.label}",
+            f"config.json packs {name!r}, of type {type(module).__name__}, as {scheme.label}",
             allowed="plain linears, Conv1D, and embeddings without sparsity",
         )
     return packed
@@ -189,7 +191,3 @@ def _tie(model: Any, packed: Mapping[str, PackedModule]) -> None:
     if ties:
         model.all_tied_weights_keys = model.all_tied_weights_keys | ties
         model._tied_weights_keys = dict(model._tied_weights_keys or {}) | ties
-
-
-def _kind(model: nn.Module) -> str:
-    return type(model).__name__
