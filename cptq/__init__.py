@@ -1,3 +1,27 @@
-"""cptq: analyze, compress and evaluate Hugging Face models."""
+"""cptq: analyze, compress and evaluate Hugging Face models.
 
+Importing it is enough for transformers to load packed artifacts (`cptq.runtime.registration`), and
+imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from cptq.runtime.registration import ensure_registered
+
+if TYPE_CHECKING:
+    from cptq.checkpoint.load import load
+
+__all__ = ["__version__", "load"]
 __version__ = "0.1.0"
+
+ensure_registered()
+
+
+def __getattr__(name: str) -> Any:
+    """`load` when it is first asked for: it needs torch."""
+    if name != "load":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return import_module("cptq.checkpoint.load").load

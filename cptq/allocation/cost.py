@@ -8,7 +8,7 @@ and is computed exactly, in the writer's own code (`cptq.numerics.safetensors_he
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from itertools import chain
@@ -34,6 +34,7 @@ class CostModel:
         tensors: everything a dense artifact holds, tied duplicates dropped.
         layout: how the file's format stores a compressed layer.
         runtime: what the program that will load the file takes.
+        fixed: what weights outside the units become, by the name of the dense tensor.
 
     Raises:
         PlanError: a unit has a layer whose weight is not among the tensors.
@@ -45,6 +46,7 @@ class CostModel:
         tensors: Sequence[TensorSpec],
         layout: Layout = PACK_QUANTIZED,
         runtime: Runtime = RUNTIMES[DEFAULT_RUNTIME],
+        fixed: Mapping[str, Sequence[TensorSpec]] | None = None,
     ) -> None:
         self.units = tuple(units)
         self.tensors = tuple(tensors)
@@ -54,7 +56,8 @@ class CostModel:
         self._specs: dict[tuple[str, Candidate], tuple[TensorSpec, ...]] = {}
         self._entries: dict[tuple[str, Candidate], tuple[Entry, ...]] = {}
         self._dense_entries: dict[str, tuple[Entry, ...]] = {
-            spec.name: (measure(spec),) for spec in self.tensors
+            spec.name: tuple(map(measure, (fixed or {}).get(spec.name, (spec,))))
+            for spec in self.tensors
         }
         known = {spec.name for spec in self.tensors}
         for unit in self.units:
@@ -115,6 +118,11 @@ class CostModel:
             known = tuple(map(measure, self.unit_tensors(unit_name, candidate)))
             self._entries[unit_name, candidate] = known
         return known
+
+    def entries_besides(self, names: Collection[str]) -> list[Entry]:
+        """What the file holds in any case: all tensors but the dense ones so named."""
+        rest = (row for name, row in self._dense_entries.items() if name not in names)
+        return list(chain.from_iterable(rest))
 
     def weight_bytes(self, choices: Choices) -> int:
         """Bytes of the compressible weights' tensors; a unit without a choice is dense."""

@@ -23,7 +23,6 @@ from cptq.numerics.safetensors_header import (
     FRAME,
     SHARD_BYTES,
     Entry,
-    measure,
 )
 from cptq.types import Candidate
 
@@ -89,7 +88,7 @@ def file_ledger(
     """A limit on the bytes of the whole file."""
     units = {unit: {c: cost.unit_entries(unit, c) for c in row} for unit, row in candidates.items()}
     mine = {layer.weight_name for unit in cost.units for layer in unit.layers}
-    rest = [measure(spec) for spec in cost.tensors if spec.name not in mine]
+    rest = cost.entries_besides(mine)
     reach = _reach(rest, list(units.values()))
     most = {
         unit: {c: sum(_most(entry, reach) for entry in entries) for c, entries in options.items()}
@@ -108,7 +107,13 @@ def file_ledger(
     )
 
 
-_Reach = Mapping[str, tuple[int, int]]
+#: a name can come with two types, which lie in two places: dense, and packed under the same name
+_Place = tuple[int, str]
+_Reach = Mapping[_Place, tuple[int, int]]
+
+
+def _place(entry: Entry) -> _Place:
+    return entry.rank, entry.name
 
 
 def _reach(
@@ -116,46 +121,47 @@ def _reach(
     units: Sequence[Mapping[Candidate, Sequence[Entry]]],
 ) -> _Reach:
     """Smallest and largest offset at which each tensor can start, over all plans."""
-    least: dict[str, int] = {}
-    most: dict[str, Entry] = {}
+    least: dict[_Place, int] = {}
+    most: dict[_Place, Entry] = {}
     for entry in rest:
-        least[entry.name], most[entry.name] = entry.nbytes, entry
+        least[_place(entry)], most[_place(entry)] = entry.nbytes, entry
     for options in units:
         _add_option_sizes(options, least, most)
     sharded = sum(entry.nbytes for entry in most.values()) > SHARD_BYTES
     reach, low, high = {}, 0, 0
     for entry in sorted(most.values()):
-        reach[entry.name] = (0 if sharded else low, high)
-        low, high = low + least[entry.name], high + entry.nbytes
+        reach[_place(entry)] = (0 if sharded else low, high)
+        low, high = low + least[_place(entry)], high + entry.nbytes
     return reach
 
 
 def _add_option_sizes(
     options: Mapping[Candidate, Sequence[Entry]],
-    least: dict[str, int],
-    most: dict[str, Entry],
+    least: dict[_Place, int],
+    most: dict[_Place, Entry],
 ) -> None:
     """A tensor that some option does not have can take 0 bytes."""
-    counts: dict[str, int] = {}
+    counts: dict[_Place, int] = {}
     for entries in options.values():
         for entry in entries:
-            counts[entry.name] = counts.get(entry.name, 0) + 1
-            least[entry.name] = min(entry.nbytes, least.get(entry.name, entry.nbytes))
-            if entry.name not in most or most[entry.name].nbytes < entry.nbytes:
-                most[entry.name] = entry
-    for name, count in counts.items():
+            place = _place(entry)
+            counts[place] = counts.get(place, 0) + 1
+            least[place] = min(entry.nbytes, least.get(place, entry.nbytes))
+            if place not in most or most[place].nbytes < entry.nbytes:
+                most[place] = entry
+    for place, count in counts.items():
         if count < len(options):
-            least[name] = 0
+            least[place] = 0
 
 
 def _most(entry: Entry, reach: _Reach) -> int:
     """Bytes of a tensor and its header entry at the largest offset."""
-    return entry.nbytes + entry.length(reach[entry.name][1])
+    return entry.nbytes + entry.length(reach[_place(entry)][1])
 
 
 def _spread(entry: Entry, reach: _Reach) -> int:
     """How many digits an entry can lose where the tensor starts earlier."""
-    low, high = reach[entry.name]
+    low, high = reach[_place(entry)]
     return entry.length(high) - entry.length(low)
 
 

@@ -26,7 +26,6 @@ from cptq.numerics.safetensors_header import (
 )
 from cptq.types import TensorSpec
 
-INDEX = "model.safetensors.index.json"
 _CHUNK = 1 << 22
 
 Fetch = Callable[[TensorSpec], Tensor]
@@ -34,7 +33,12 @@ Fetch = Callable[[TensorSpec], Tensor]
 
 
 def write_weights(
-    directory: Path, specs: Sequence[TensorSpec], fetch: Fetch, *, most: int = SHARD_BYTES
+    directory: Path,
+    specs: Sequence[TensorSpec],
+    fetch: Fetch,
+    *,
+    most: int = SHARD_BYTES,
+    stem: str = "model",
 ) -> dict[str, int]:
     """Write `model.safetensors`, or shards and their index.
 
@@ -43,6 +47,7 @@ def write_weights(
         specs: all tensors, in the order in which shards are filled.
         fetch: gives each value.
         most: bytes of tensors per file.
+        stem: what the files are called in place of "model".
 
     Returns:
         {file name: bytes} of the weight files.
@@ -52,14 +57,17 @@ def write_weights(
         OSError: the disk is full, or anything else the system says.
     """
     shards = split_shards(specs, most)
-    names = shard_names(len(shards))
+    names = shard_names(len(shards), stem)
     for name, shard in zip(names, shards, strict=True):
         _write_file(directory / name, shard, fetch)
     if len(shards) > 1:
         weight_map = {s.name: n for n, shard in zip(names, shards, strict=True) for s in shard}
         total = {"total_size": sum(spec.nbytes for spec in specs)}
         index = {"metadata": total, "weight_map": dict(sorted(weight_map.items()))}
-        write_bytes(directory / INDEX, (json.dumps(index, indent=2) + "\n").encode())
+        write_bytes(
+            directory / f"{stem}.safetensors.index.json",
+            (json.dumps(index, indent=2) + "\n").encode(),
+        )
     return {name: (directory / name).stat().st_size for name in names}
 
 

@@ -16,10 +16,13 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cptq.errors import ModelError
+from cptq.numerics.packed_layout import WEIGHT_FILES
 from cptq.types import DTYPE_BYTES, TensorSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+#: the same of a packed artifact
+PACKED_SINGLE, PACKED_INDEX = WEIGHT_FILES
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 #: what reading a header that holds anything at all can raise
@@ -41,7 +44,8 @@ def weight_files(directory: Path) -> list[Path]:
     Raises:
         ModelError: the index is unreadable, or names a missing file or one outside `directory`.
     """
-    return _files(directory, SINGLE, INDEX)
+    found = _files(directory, SINGLE, INDEX)
+    return found or _files(directory, PACKED_SINGLE, PACKED_INDEX)
 
 
 def pickle_files(directory: Path) -> list[Path]:

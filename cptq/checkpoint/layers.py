@@ -48,7 +48,12 @@ class Inventory:
 
 
 def take_inventory(
-    module: nn.Module, family: Architecture, tensors: Mapping[str, TensorSpec], emit: Emit
+    module: nn.Module,
+    family: Architecture,
+    tensors: Mapping[str, TensorSpec],
+    emit: Emit,
+    *,
+    conv1d: bool = False,
 ) -> Inventory:
     """List the layers of a model that has not been compressed.
 
@@ -57,6 +62,7 @@ def take_inventory(
         family: what is known of its architecture.
         tensors: storage types by tensor name (see `stored_tensors`).
         emit: receives a Notice for every linear that will be left dense.
+        conv1d: count a Conv1D among the compressible, as a format may hold it.
 
     Raises:
         ModelError: no blocks are found, or the model does not run on token ids.
@@ -65,7 +71,7 @@ def take_inventory(
     trace = trace_forward(module, blocks)
     ties = tied_names(module)
     layers = tuple(
-        _describe(module, name, family, blocks, trace, ties, tensors)
+        _describe(module, name, family, blocks, trace, ties, tensors, conv1d)
         for name in _forward_order(module, trace)
     )
     _report_dense(layers, emit)
@@ -158,13 +164,15 @@ def _describe(
     trace: Trace,
     ties: Mapping[str, str],
     tensors: Mapping[str, TensorSpec],
+    conv1d: bool,
 ) -> LayerSpec:
     part = module.get_submodule(name)
     block = next((i for i, b in enumerate(blocks) if name.startswith(f"{b}.")), None)
     tied = ties.get(f"{name}.weight")
     kind = _kind(module, part)
     role = _role(name, kind, block, family)
-    reason = _why_dense(kind, block, name in trace.inputs, tied)
+    reason = CONV1D_REASON if kind == "conv1d" and not conv1d else None
+    reason = reason or _why_dense(kind, block, name in trace.inputs, tied)
     if reason is None and block is not None and blocks[block] in trace.repeated:
         reason = REPEATED_REASON
     weight = part.weight
@@ -201,12 +209,10 @@ def _role(name: str, kind: LayerKind, block: int | None, family: Architecture) -
 
 
 def _why_dense(kind: LayerKind, block: int | None, runs: bool, tied: str | None) -> str | None:
-    if kind == "conv1d":
-        return CONV1D_REASON
     if kind == "embedding":
-        return "an embedding; the compressed-tensors format keeps it dense"
+        return "an embedding; dense unless --embedding-bits packs it"
     if kind == "head":
-        return "the output head; kept dense"
+        return "the output head; dense unless --embedding-bits packs it"
     if not runs:
         return "never runs in a forward pass, so it cannot be calibrated; kept dense"
     if tied:

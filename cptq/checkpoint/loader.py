@@ -29,6 +29,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
 from cptq.errors import CptqError, ModelError, UsageError
+from cptq.runtime.modules import packed_modules
 from cptq.types import Emit, ModelKind, Notice, TensorSpec
 
 AUTO_CLASSES: Mapping[ModelKind, str] = {
@@ -47,8 +48,10 @@ _ENDINGS: tuple[tuple[str, ModelKind], ...] = (
 )
 
 
-def load_model(settings: ModelSettings, emit: Emit) -> LoadedModel:
+def load_model(settings: ModelSettings, emit: Emit, *, conv1d: bool = False) -> LoadedModel:
     """Load a dense checkpoint or a compressed artifact.
+
+    `conv1d` counts the Conv1D layers of GPT-2 among the compressible.
 
     Raises:
         ModelError: not found, not readable, not a text model, NaN weights, random weights.
@@ -82,12 +85,17 @@ def load_model(settings: ModelSettings, emit: Emit) -> LoadedModel:
         quantized=quantized,
         device=device,
         dtype=dtype,
-        **_inventory(module, family, tensors, quantized, emit),
+        **_inventory(module, family, tensors, quantized, emit, conv1d),
     )
 
 
 def _inventory(
-    module: nn.Module, family: Any, tensors: tuple[TensorSpec, ...], quantized: bool, emit: Emit
+    module: nn.Module,
+    family: Any,
+    tensors: tuple[TensorSpec, ...],
+    quantized: bool,
+    emit: Emit,
+    conv1d: bool,
 ) -> dict[str, Any]:
     if quantized:
         found = Inventory(block_names=(), layers=(), units=())
@@ -100,7 +108,8 @@ def _inventory(
                     message="no known family; blocks, roles and fused groups were inferred",
                 )
             )
-        found = take_inventory(module, family, {spec.name: spec for spec in tensors}, emit)
+        named = {spec.name: spec for spec in tensors}
+        found = take_inventory(module, family, named, emit, conv1d=conv1d)
     return {"block_names": found.block_names, "layers": found.layers, "units": found.units}
 
 
@@ -165,15 +174,18 @@ def stored_tensors(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple
 
 
 def unpacked_view(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The tensors of an artifact with each packed weight (compressed-tensors) as it is dense."""
-    state, specs = module.state_dict(), []
+    """The tensors of an artifact with each packed weight as it is dense."""
+    state, packed, specs = module.state_dict(), packed_modules(module), []
     for name, spec in stored.items():
         layer, _, part = name.rpartition(".")
         shape = state.get(f"{layer}.weight_shape")
+        dense = packed[layer].shape if layer in packed else None
         if part == "weight_packed" and shape is not None:
-            dtype, dense = stored[f"{layer}.weight_scale"].dtype, tuple(shape.tolist())
+            dense, shape = tuple(shape.tolist()), None
+        if part in ("weight", "weight_packed") and dense is not None:
+            dtype = stored[f"{layer}.weight_scale"].dtype
             specs.append(TensorSpec(name=f"{layer}.weight", dtype=dtype, shape=dense))
-        elif part not in ("weight_scale", "weight_shape") or shape is None:
+        elif (dense is None and shape is None) or not part.startswith("weight_"):
             specs.append(spec)
     return tuple(specs)
 

@@ -21,17 +21,22 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
 from cptq.compression import COMPRESSORS
 from cptq.compression.half import in_half
-from cptq.compression.problem import Compressor, Problem
+from cptq.compression.problem import Compressor, Problem, Solution
 from cptq.errors import CalibrationError
+from cptq.numerics.asymmetric import dequantize_asymmetric
 from cptq.numerics.grid import dequantize
 from cptq.numerics.groups import resolve_group
 from cptq.numerics.hessian import SecondMoment
+from cptq.numerics.layout import PACK_QUANTIZED
+from cptq.numerics.masks import magnitude_mask, two_of_four_mask
+from cptq.numerics.packed_layout import TWO_OF_FOUR
 from cptq.types import (
     Candidate,
     CompressedLayer,
     Emit,
     LayerResult,
     LayerSpec,
+    Layout,
     Notice,
     Plan,
     Progress,
@@ -46,11 +51,13 @@ def compress_model(
     *,
     compressor: str,
     half_scales: bool = False,
+    layout: Layout = PACK_QUANTIZED,
     emit: Emit,
 ) -> list[CompressedLayer]:
     """Carry out a plan; afterwards `model.module` computes with the compressed weights.
 
-    `half_scales` makes every scale one that float16 holds, whatever the checkpoint's type.
+    `layout` counts the bytes of a layer. `half_scales` makes every scale one that float16 holds,
+    whatever the checkpoint's type.
 
     Returns:
         One `CompressedLayer` for every linear that is not kept dense, in forward order.
@@ -70,7 +77,7 @@ def compress_model(
         units = [u for u in model.units if u.block == block and not plan.choices[u.name].dense]
         if units:
             moments = _second_moments(model, replay, block, hidden, units)
-            done += _compress_block(model, units, plan, moments, method, emit)
+            done += _compress_block(model, units, plan, moments, method, layout, emit)
         hidden = [replay.run(block, h, i) for i, h in enumerate(hidden)]
     emit(Progress(stage="compress", done=total, total=total))
     return done
@@ -136,6 +143,7 @@ def _compress_block(
     plan: Plan,
     moments: Mapping[str, Tensor],
     method: Compressor,
+    layout: Layout,
     emit: Emit,
 ) -> list[CompressedLayer]:
     done = []
@@ -148,6 +156,7 @@ def _compress_block(
                 moments[unit.name],
                 plan.choices[unit.name],
                 method,
+                layout,
             )
             set_weight(module, layer.dense(model.dtype))
             _tell(layer, emit)
@@ -156,30 +165,69 @@ def _compress_block(
 
 
 def compress_layer(
-    spec: LayerSpec, W_OI: Tensor, H_II: Tensor, candidate: Candidate, method: Compressor
+    spec: LayerSpec,
+    W_OI: Tensor,
+    H_II: Tensor,
+    candidate: Candidate,
+    method: Compressor,
+    layout: Layout = PACK_QUANTIZED,
 ) -> CompressedLayer:
     """Compress one linear and measure what it cost."""
     began = time.perf_counter()
     group = resolve_group(spec.shape[1], candidate.group_size)
+    mask_OI = _mask(W_OI, H_II, candidate)
     problem = Problem(
-        W_OI=W_OI, H_II=H_II, bits=candidate.bits, group=group, scale_dtype=storage_dtype(spec)
+        W_OI=W_OI,
+        H_II=H_II,
+        bits=candidate.bits,
+        group=group,
+        scale_dtype=storage_dtype(spec),
+        symmetric=candidate.symmetric,
+        mask_OI=mask_OI,
     )
     solution = method(problem)
-    Q_OI = dequantize(solution.codes_OI, solution.scale_OG, torch.float32)
+    Q_OI = _values(solution)
     per_channel = group == spec.shape[1]
     result = LayerResult(
         name=spec.name,
         candidate=candidate,
         group_size=0 if per_channel else group,
-        nbytes=_packed_bytes(solution.codes_OI, solution.scale_OG, candidate.bits),
+        nbytes=sum(tensor.nbytes for tensor in layout.tensors(spec, candidate)),
         weight_error=_ratio((W_OI - Q_OI).square().sum(), W_OI.square().sum()),
         output_error=_ratio(_energy(W_OI - Q_OI, H_II), _energy(W_OI, H_II)),
         seconds=time.perf_counter() - began,
         notes=_group_note(candidate, group, spec) + solution.notes,
     )
     return CompressedLayer(
-        spec=spec, result=result, codes=solution.codes_OI, scale=solution.scale_OG
+        spec=spec,
+        result=result,
+        codes=solution.codes_OI,
+        scale=solution.scale_OG,
+        zero=solution.zero_OG,
+        mask=mask_OI,
     )
+
+
+def _values(solution: Solution) -> Tensor:
+    """The weight (out, in) that a solution stands for, float32."""
+    codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
+    if zero_OG is None:
+        return dequantize(codes_OI, scale_OG, torch.float32)
+    return dequantize_asymmetric(codes_OI, scale_OG, zero_OG, torch.float32)
+
+
+def _mask(W_OI: Tensor, H_II: Tensor, candidate: Candidate) -> Tensor | None:
+    """Which weights a sparse candidate keeps: the largest |w_ij| sqrt(H_jj).
+
+    Source: Wanda (Sun et al., arXiv 2306.11695), there with the same count in every row; here the
+    smallest of the whole matrix go, or two of every four inputs.
+    """
+    if not candidate.sparsity:
+        return None
+    score_OI = W_OI * H_II.diagonal().clamp_min(0).sqrt()
+    if candidate.pattern == TWO_OF_FOUR:
+        return two_of_four_mask(score_OI)
+    return magnitude_mask(score_OI, candidate.sparsity)
 
 
 def _energy(W_OI: Tensor, H_II: Tensor) -> Tensor:
@@ -189,11 +237,6 @@ def _energy(W_OI: Tensor, H_II: Tensor) -> Tensor:
 
 def _ratio(part: Tensor, whole: Tensor) -> float:
     return float(part) / float(whole) if float(whole) > 0 else 0.0
-
-
-def _packed_bytes(codes_OI: Tensor, scale_OG: Tensor, bits: int) -> int:
-    out, features = codes_OI.shape
-    return 4 * out * -(-features * bits // 32) + scale_OG.numel() * scale_OG.element_size() + 16
 
 
 def _group_note(candidate: Candidate, group: int, spec: LayerSpec) -> tuple[str, ...]:

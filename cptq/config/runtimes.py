@@ -8,13 +8,15 @@ llama.cpp) and from vLLM's source (0.33; not run here):
 | transformers | 2 to 8   | any that divide, channel  | any                   | any     |
 | vllm         | 4, 8     | 32, 64, 128, channel      | both divisible by 32  | any     |
 | llamacpp     | 4, 5, 8  | 32                        | inputs divisible by 32| float16 |
+| cptq         | 2 to 8   | any that divide, channel  | any                   | any     |
 
-All are symmetric and may keep any layer at 16 bits. Query, key and value, and gate and up, are one
-decision in every plan, which is what vLLM asks of the matrices that it fuses. vLLM also takes 2,
-3, 5 and 6 bits by a fallback kernel that is not verified; that is `transformers`, at one's own
-risk.
+All may keep any layer at 16 bits. All but `cptq`, which is cptq's own (`cptq.runtime`), are
+symmetric and leave embeddings, output heads and the Conv1D of GPT-2 dense. Query, key and value,
+and gate and up, are one decision in every plan, which is what vLLM asks of the matrices that it
+fuses. vLLM also takes 2, 3, 5 and 6 bits by a fallback kernel that is not verified; that is
+`transformers`, at one's own risk.
 
-A mixture of experts is refused by all three: its experts lie in one stacked parameter that no
+A mixture of experts is refused by all: its experts lie in one stacked parameter that no
 linear layer holds, so they would stay dense, and stock transformers refuses dense experts beside
 quantized attention.
 """
@@ -37,6 +39,7 @@ class Runtime:
     have (16 bits is always allowed; group 0: per channel; no `groups`: any), `group_size` the
     default. `out_multiple` and `in_multiple` must divide a packed layer's dimensions, `half_scales`
     asks for scales that float16 holds exactly, `experts` whether a mixture of experts is taken.
+    `wider` says that it also takes asymmetric grids, embeddings, heads, Conv1D and sparse weights.
     `next_step` is what to type with the artifact, if more is needed.
     """
 
@@ -50,7 +53,21 @@ class Runtime:
     in_multiple: int = 1
     half_scales: bool = False
     experts: bool = False
+    wider: bool = False
     next_step: str | None = None
+
+    def check_wider(self, *options: str) -> None:
+        """Refuse options that only a wider runtime takes.
+
+        Raises:
+            UsageError: one was given.
+        """
+        if options and not self.wider:
+            others = [name for name, known in RUNTIMES.items() if known.wider]
+            raise UsageError(
+                f"{options[0]} makes what --runtime {self.name} does not load",
+                allowed=f"--runtime {' or '.join(others)}",
+            )
 
     def check(self, bits: Sequence[int], group_size: int) -> None:
         """Refuse options that the runtime does not take.
@@ -143,6 +160,14 @@ RUNTIMES: Mapping[str, Runtime] = {
         in_multiple=32,
         half_scales=True,
         next_step="cptq export {out} --format gguf",
+    ),
+    "cptq": Runtime(
+        name="cptq",
+        format="packed",
+        bits=(2, 3, 4, 5, 6, 7, 8),
+        default_bits=(2, 3, 4, 5, 6, 8, 16),
+        group_size=64,
+        wider=True,
     ),
 }
 DEFAULT_RUNTIME = "transformers"

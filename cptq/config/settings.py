@@ -11,12 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, find_runtime
+from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.errors import UsageError
 from cptq.registry import closest
 
 DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
 DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
+EMBEDDING_BITS = (6, 7, 8)
 ALLOWED_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
@@ -122,6 +123,8 @@ class CompressSettings:
     runtime: str = DEFAULT_RUNTIME
     bits: tuple[int, ...] = DEFAULT_BITS
     group_size: int = DEFAULT_GROUP_SIZE
+    asymmetric: bool = False
+    embedding_bits: int | None = None  # also of an output head; None keeps them dense
     plan: Path | None = None
     sensitivity: Path | None = None
     push_to_hub: str | None = None
@@ -133,7 +136,18 @@ class CompressSettings:
         _check_bits(self.bits)
         _at_least(0, group_size=self.group_size)
         runtime.check(self.bits, self.group_size)
+        self._check_wider(runtime)
         check_repository(self.push_to_hub)
+
+    def _check_wider(self, runtime: Runtime) -> None:
+        given = {"--asymmetric": self.asymmetric, "--embedding-bits": self.embedding_bits}
+        runtime.check_wider(*(name for name, value in given.items() if value))
+        if self.embedding_bits is not None and self.embedding_bits not in EMBEDDING_BITS:
+            raise UsageError(
+                f"--embedding-bits is {self.embedding_bits}",
+                allowed=f"{', '.join(map(str, EMBEDDING_BITS))} (an output head, which most models "
+                "share with the embedding, suffers from fewer)",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,6 +40,21 @@ def magnitude_mask(W_OI: Tensor, sparsity: float) -> Tensor:
     return ~dropped.view(W_OI.shape)
 
 
+def two_of_four_mask(score_OI: Tensor) -> Tensor:
+    """Mask (out, in), True at the two largest |score| of every four neighbouring inputs.
+
+    Raises:
+        ValueError: the inputs do not divide by 4.
+    """
+    if score_OI.shape[1] % 4:
+        raise ValueError(f"{score_OI.shape[1]} inputs are no whole number of blocks of 4")
+    blocks_BK = score_OI.abs().reshape(-1, 4)
+    # ties go to the first, every time
+    kept_BK = blocks_BK.argsort(dim=1, descending=True, stable=True)[:, :2]
+    mask_BK = torch.zeros_like(blocks_BK, dtype=torch.bool).scatter_(1, kept_BK, True)
+    return mask_BK.view(score_OI.shape)
+
+
 def magnitude_pruned(W_OI: Tensor, sparsity: float) -> Tensor:
     """The weights with the smallest `sparsity` share of them set to zero; a copy."""
     return W_OI * magnitude_mask(W_OI, sparsity)

@@ -1,4 +1,4 @@
-"""Signed codes to a dense bitstream of 32-bit words, and back.
+"""Small integers to a dense bitstream of 32-bit words, and back.
 
 What compressed-tensors >= 0.18 stores as `weight_packed`: code q becomes the unsigned value
 u = q + 2^(b-1), and the values of one output row follow one another, least significant bit first,
@@ -7,9 +7,10 @@ on a whole word; the bits that are left over are those of zeros. (Releases befor
 3, 5, 6 and 7 bits to whole values per word: another layout, which is not written here.)
 
 Method: 32 values of b bits fill exactly b words, so a row is handled as runs of 32 values, where
-word and shift of each value are constants. Cost: O(out * in), int64 words of a block of rows at a
-time. Limits: two-dimensional weights, packed along the inputs only. Shapes: codes_OI int8
-(out, in), packed_OP int32 (out, ceil(in * b / 32)).
+word and shift of each value are constants. Unpacking is 32 strided writes of int32 arithmetic, and
+leaves nothing behind but bytes: it runs in every forward pass of a packed model. Packing happens
+once. Cost: O(out * in). Limits: two dimensions, packed along the last. Shapes: codes_OI int8
+(out, in), values_OI uint8 (out, in), packed_OP int32 (out, ceil(in * b / 32)).
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from torch import Tensor
 RUN = 32
 #: values handled at once, each of which takes 8 bytes and some copies
 CHUNK = 1 << 22
+#: widths of signed codes; unsigned values may also have 1 bit
 PACKABLE = range(2, 9)
 
 
 def packed_words(in_features: int, bits: int) -> int:
-    """32-bit words that one row of `in_features` codes takes."""
+    """32-bit words that one row of `in_features` values takes."""
     return -(-in_features * bits // 32)
 
 
@@ -44,15 +46,45 @@ def pack_rows(codes_OI: Tensor, bits: int) -> Tensor:
             neighbours.
     """
     _check(codes_OI, bits)
+    half = 1 << (bits - 1)
     rows = max(1, CHUNK // max(1, codes_OI.shape[1]))
-    return torch.cat([_pack_chunk(chunk_RI, bits) for chunk_RI in codes_OI.split(rows)])
+    chunks = codes_OI.split(rows)
+    return torch.cat([_pack_chunk(chunk_RI.to(torch.int64) + half, bits) for chunk_RI in chunks])
 
 
 def unpack_rows(packed_OP: Tensor, bits: int, in_features: int) -> Tensor:
     """The inverse of `pack_rows`: int8 (out, in_features)."""
+    # u - 2^(b-1) modulo 256, read as a signed byte
+    values_OI = unpack_values(packed_OP, bits, in_features)
+    return values_OI.sub_(1 << (bits - 1)).view(torch.int8)
+
+
+def pack_values(values_OI: Tensor, bits: int) -> Tensor:
+    """Pack unsigned values along the inputs.
+
+    Args:
+        values_OI: uint8 or bool (out, in), below 2^bits.
+        bits: 1..8.
+
+    Returns:
+        int32 (out, ceil(in * bits / 32)).
+
+    Raises:
+        ValueError: other bits, or a value that needs more.
+    """
+    if not 1 <= bits <= 8:
+        raise ValueError(f"values of {bits} bits cannot be packed; 1..8 can")
+    if values_OI.numel() and int(values_OI.max()) >= 1 << bits:
+        raise ValueError(f"a value needs more than {bits} bits")
+    rows = max(1, CHUNK // max(1, values_OI.shape[1]))
+    return torch.cat([_pack_chunk(chunk.to(torch.int64), bits) for chunk in values_OI.split(rows)])
+
+
+def unpack_values(packed_OP: Tensor, bits: int, in_features: int) -> Tensor:
+    """The inverse of `pack_values`: uint8 (out, in_features)."""
     rows = max(1, CHUNK // max(1, in_features))
     parts = [_unpack_chunk(chunk_RP, bits, in_features) for chunk_RP in packed_OP.split(rows)]
-    return torch.cat(parts)
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _check(codes_OI: Tensor, bits: int) -> None:
@@ -65,20 +97,14 @@ def _check(codes_OI: Tensor, bits: int) -> None:
         raise ValueError(f"a code lies outside [{-half}, {half - 1}], the range of {bits} bits")
 
 
-def _places(bits: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Word and shift of each of the 32 values of a run."""
-    first_bit = torch.arange(RUN, device=device) * bits
-    return first_bit // 32, first_bit % 32
-
-
-def _pack_chunk(codes_RI: Tensor, bits: int) -> Tensor:
-    rows, inputs = codes_RI.shape
+def _pack_chunk(unsigned_RI: Tensor, bits: int) -> Tensor:
+    rows, inputs = unsigned_RI.shape
     runs = -(-inputs // RUN)
-    unsigned_RI = codes_RI.to(torch.int64) + (1 << (bits - 1))
     padded_RI = torch.nn.functional.pad(unsigned_RI, (0, runs * RUN - inputs))
-    word, shift = _places(bits, codes_RI.device)
+    first_bit = torch.arange(RUN, device=unsigned_RI.device) * bits
+    word, shift = first_bit // 32, first_bit % 32
     shifted_RGV = padded_RI.view(rows, runs, RUN) << shift
-    words_RGW = torch.zeros(rows, runs, bits + 1, dtype=torch.int64, device=codes_RI.device)
+    words_RGW = torch.zeros(rows, runs, bits + 1, dtype=torch.int64, device=unsigned_RI.device)
     # no two values share a bit, so adding is or-ing
     words_RGW.index_add_(2, word, shifted_RGV & 0xFFFFFFFF)
     words_RGW.index_add_(2, word + 1, shifted_RGV >> 32)
@@ -94,11 +120,20 @@ def _signed(words: Tensor) -> Tensor:
 def _unpack_chunk(packed_RP: Tensor, bits: int, inputs: int) -> Tensor:
     rows, words = packed_RP.shape
     runs = -(-inputs // RUN)
-    words_RP = packed_RP.to(torch.int64) & 0xFFFFFFFF
-    padded_RP = torch.nn.functional.pad(words_RP, (0, runs * bits - words))
-    # a word of zeros after each run, which the last value may look into
-    words_RGW = torch.nn.functional.pad(padded_RP.view(rows, runs, bits), (0, 1))
-    word, shift = _places(bits, packed_RP.device)
-    pair_RGV = words_RGW[..., word] | (words_RGW[..., word + 1] << 32)
-    unsigned_RGV = (pair_RGV >> shift) & ((1 << bits) - 1)
-    return (unsigned_RGV - (1 << (bits - 1))).to(torch.int8).view(rows, -1)[:, :inputs].contiguous()
+    padded_RP = torch.nn.functional.pad(packed_RP, (0, runs * bits - words))
+    # words first, so that each step below reads and writes whole rows
+    words_WRG = padded_RP.view(rows, runs, bits).permute(2, 0, 1).contiguous()
+    values_RGV = torch.empty(rows, runs, RUN, dtype=torch.uint8, device=packed_RP.device)
+    for value in range(RUN):
+        values_RGV[..., value] = _value(words_WRG, bits, *divmod(value * bits, 32))
+    return values_RGV.view(rows, runs * RUN)[:, :inputs].contiguous()
+
+
+def _value(words_WRG: Tensor, bits: int, word: int, shift: int) -> Tensor:
+    """One value of every run, int32; the sign that a right shift drags in is masked off."""
+    low, mask = words_WRG[word] >> shift, (1 << bits) - 1
+    straddling = shift + bits - 32
+    if straddling <= 0:
+        return low & mask
+    upper = (words_WRG[word + 1] & ((1 << straddling) - 1)) << (32 - shift)
+    return (low & ((1 << (32 - shift)) - 1)) | upper

@@ -120,11 +120,11 @@ def split_shards(tensors: Iterable[_T], most: int = SHARD_BYTES) -> list[list[_T
     return shards
 
 
-def shard_names(count: int) -> list[str]:
+def shard_names(count: int, stem: str = "model") -> list[str]:
     """File names of `count` shards as transformers names them."""
     if count == 1:
-        return ["model.safetensors"]
-    return [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+        return [f"{stem}.safetensors"]
+    return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
 def total_bytes(entries: Iterable[Entry], most: int = SHARD_BYTES) -> int:

@@ -22,6 +22,7 @@ from cptq.calibration.replay import forward
 from cptq.calibration.tokens import Batch, Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression.blockwise import compress_model
+from cptq.compression.embeddings import compress_embeddings, embedding_tensors
 from cptq.config import CompressSettings, find_runtime
 from cptq.errors import PlanError
 from cptq.pipeline.dense import calibrate, candidates, load_dense
@@ -59,12 +60,14 @@ def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
     if run.plan is None:
         run.plan = run.make_plan(budget)
     with run.recorder.stage("compression"):
-        layers = compress_model(
+        layers = compress_embeddings(run.model, run.embedding, run.layout)
+        layers += compress_model(
             run.model,
             run.calibration,
             run.plan,
             compressor=settings.compressor,
             half_scales=run.runtime.half_scales,
+            layout=run.layout,
             emit=run.recorder,
         )
     artifact, report = run.write(layers, run.plan)
@@ -92,14 +95,26 @@ class _Run:
     calibration: Calibration = field(init=False)
 
     def __post_init__(self) -> None:
-        self.model: LoadedModel = load_dense(self.settings.model, self.recorder)
-        self.runtime = find_runtime(self.settings.runtime)
+        settings, self.runtime = self.settings, find_runtime(self.settings.runtime)
+        self.model: LoadedModel = load_dense(
+            settings.model, self.recorder, conv1d=self.runtime.wider
+        )
         if any(width < 16 for width in self.settings.bits):
             self.runtime.check_tensors(spec.name for spec in self.model.tensors)
-        layout = FORMATS.get(self.runtime.format).layout
-        self.cost = CostModel(self.model.units, self.model.tensors, layout, self.runtime)
-        self.choices: tuple[Candidate, ...] = candidates(
-            self.settings.bits, self.settings.group_size
+        self.layout = FORMATS.get(self.runtime.format).layout
+        symmetric = not settings.asymmetric
+        self.choices = candidates(settings.bits, settings.group_size, symmetric=symmetric)
+        self.embedding: Candidate | None = None
+        if settings.embedding_bits is not None:
+            self.embedding = Candidate(
+                bits=settings.embedding_bits, group_size=settings.group_size, symmetric=symmetric
+            )
+        self.cost = CostModel(
+            self.model.units,
+            self.model.tensors,
+            self.layout,
+            self.runtime,
+            embedding_tensors(self.model, self.embedding, self.layout, self.recorder),
         )
 
     def read_budget_or_plan(self) -> Budget:

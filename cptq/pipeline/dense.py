@@ -11,14 +11,14 @@ from cptq.pipeline.recorder import Recorder
 from cptq.types import Candidate
 
 
-def load_dense(settings: ModelSettings, recorder: Recorder) -> LoadedModel:
-    """Load a model that is not compressed yet.
+def load_dense(settings: ModelSettings, recorder: Recorder, *, conv1d: bool = False) -> LoadedModel:
+    """Load a model that is not compressed yet; `conv1d` as in `load_model`.
 
     Raises:
         ModelError: it is, or cannot be loaded.
     """
     with recorder.stage("load"):
-        model = load_model(settings, recorder)
+        model = load_model(settings, recorder, conv1d=conv1d)
     if model.quantized:
         raise ModelError(
             f"{model.source} is compressed already",
@@ -36,9 +36,13 @@ def calibrate(
         return build_calibration(model, settings.calibration, settings.model, recorder)
 
 
-def candidates(bits: tuple[int, ...], group_size: int) -> tuple[Candidate, ...]:
+def candidates(
+    bits: tuple[int, ...], group_size: int, *, symmetric: bool = True
+) -> tuple[Candidate, ...]:
     """One candidate per width, fewest bits first; 16 keeps a unit dense."""
     return tuple(
-        Candidate(bits=width, group_size=0 if width == 16 else group_size)
+        Candidate(bits=16)
+        if width == 16
+        else Candidate(bits=width, group_size=group_size, symmetric=symmetric)
         for width in sorted(set(bits))
     )

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from cptq.checkpoint.weights import storage_dtype
 from cptq.errors import UsageError
+from cptq.numerics.asymmetric import dequantize_asymmetric, quantize_asymmetric
 from cptq.numerics.grid import dequantize, quantize_nearest
 from cptq.numerics.groups import resolve_group
 from cptq.numerics.masks import magnitude_mask
@@ -15,10 +16,10 @@ from cptq.types import Candidate, LayerSpec
 def check_candidates(candidates: tuple[Candidate, ...]) -> None:
     """Raises UsageError for a candidate whose rounding error cannot be computed here."""
     for candidate in candidates:
-        if not candidate.symmetric or candidate.pattern not in ("none", "unstructured"):
+        if candidate.pattern not in ("none", "unstructured"):
             raise UsageError(
                 f"no metric can score {candidate.label}",
-                allowed="symmetric grids, dense or with unstructured sparsity",
+                allowed="grids, dense or with unstructured sparsity",
             )
 
 
@@ -30,8 +31,9 @@ def rounding_error(W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tenso
     kept_OI = W_OI * magnitude_mask(W_OI, candidate.sparsity) if candidate.sparsity else W_OI
     if candidate.dense:
         return W_OI - kept_OI
-    group = resolve_group(spec.shape[1], candidate.group_size)
-    codes_OI, scale_OG = quantize_nearest(
-        kept_OI, candidate.bits, group, scale_dtype=storage_dtype(spec)
-    )
+    group, dtype = resolve_group(spec.shape[1], candidate.group_size), storage_dtype(spec)
+    if not candidate.symmetric:
+        grid = quantize_asymmetric(kept_OI, candidate.bits, group, scale_dtype=dtype)
+        return W_OI - dequantize_asymmetric(*grid, W_OI.dtype)
+    codes_OI, scale_OG = quantize_nearest(kept_OI, candidate.bits, group, scale_dtype=dtype)
     return W_OI - dequantize(codes_OI, scale_OG, W_OI.dtype)

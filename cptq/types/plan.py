@@ -32,11 +32,13 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """A short name such as `w4g64`, `w4c` (per channel), `w3g64-asym`, `w16`."""
+        """A short name: `w4g64`, `w4c` (per channel), `w3g64-asym`, `w4c-s50`, `w4c-2:4`, `w16`."""
         if self.dense:
             return "w16"
         grid = f"w{self.bits}" + (f"g{self.group_size}" if self.group_size else "c")
         grid += "" if self.symmetric else "-asym"
+        if ":" in self.pattern:
+            return f"{grid}-{self.pattern}"
         return grid + (f"-s{round(100 * self.sparsity)}" if self.sparsity else "")
 
     @classmethod
@@ -48,16 +50,16 @@ class Candidate:
         """
         if label == "w16":
             return cls(bits=16)
-        match = re.fullmatch(r"w([2-8])(?:g(\d+)|c)(-asym)?(?:-s(\d+))?", label)
+        match = re.fullmatch(r"w([2-8])(?:g(\d+)|c)(-asym)?(?:-s(\d+)|-(2:4))?", label)
         if match is None:
             raise ValueError(f"{label!r} is no candidate label (such as w4g64, w4c, w16)")
-        bits, group, asym, sparsity = match.groups()
+        bits, group, asym, sparsity, pattern = match.groups()
         return cls(
             bits=int(bits),
             group_size=int(group or 0),
             symmetric=asym is None,
-            sparsity=int(sparsity or 0) / 100,
-            pattern="unstructured" if sparsity else "none",
+            sparsity=0.5 if pattern else int(sparsity or 0) / 100,
+            pattern=pattern or ("unstructured" if sparsity else "none"),
         )
 
 

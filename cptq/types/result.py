@@ -45,22 +45,29 @@ class LayerResult:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CompressedLayer:
-    """A linear on a symmetric integer grid.
+    """A weight on an integer grid.
 
     codes: int8 (out, in), in [-2^(bits-1), 2^(bits-1) - 1]; scale: storage dtype (out, groups),
-    never 0. The weight is codes * scale, groups being consecutive runs of inputs.
+    never 0. The weight is codes * scale, groups being consecutive runs of inputs; on an asymmetric
+    grid (codes - zero) * scale with zero int8 (out, groups). Where there is a mask, bool (out, in),
+    a weight that it leaves out is 0.
     """
 
     spec: LayerSpec
     result: LayerResult
     codes: torch.Tensor
     scale: torch.Tensor
+    zero: torch.Tensor | None = None
+    mask: torch.Tensor | None = None
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight (out, in), multiplied out in `dtype`."""
         out, groups = self.scale.shape
         codes_OGK = self.codes.to(dtype).view(out, groups, -1)
-        return (codes_OGK * self.scale.to(dtype).unsqueeze(-1)).view(out, -1)
+        if self.zero is not None:
+            codes_OGK = codes_OGK - self.zero.to(dtype).unsqueeze(-1)
+        weight_OI = (codes_OGK * self.scale.to(dtype).unsqueeze(-1)).view(out, -1)
+        return weight_OI if self.mask is None else weight_OI.masked_fill_(~self.mask, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -49,8 +49,16 @@ def prices(H_II: Tensor, damping: float) -> Tensor:
     return price_I
 
 
-def sweep(W_OI: Tensor, H_II: Tensor, scale_OG: Tensor, bits: int, damping: float) -> Tensor:
-    """Codes (out, in) on fixed scales; inputs that never occur have weight 0."""
+def sweep(
+    W_OI: Tensor,
+    H_II: Tensor,
+    scale_OG: Tensor,
+    bits: int,
+    damping: float,
+    zero_OG: Tensor | None = None,
+    mask_OI: Tensor | None = None,
+) -> Tensor:
+    """Codes (out, in) on fixed grids; inputs that never occur, and masked weights, become 0."""
     W_OI, P_II = W_OI.double().clone(), inverse(damped(H_II, damping))
     codes_OI = torch.zeros_like(W_OI)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -58,8 +66,11 @@ def sweep(W_OI: Tensor, H_II: Tensor, scale_OG: Tensor, bits: int, damping: floa
     W_OI[:, H_II.diagonal() == 0] = 0
     for j in visiting_order(H_II):
         scale_O = scale_OG[:, j // group].double()
-        codes_OI[:, j] = (W_OI[:, j] / scale_O).round().clamp(low, high)
-        gap_O = W_OI[:, j] - codes_OI[:, j] * scale_O
+        zero_O = 0.0 * scale_O if zero_OG is None else zero_OG[:, j // group].double()
+        codes_OI[:, j] = ((W_OI[:, j] / scale_O).round() + zero_O).clamp(low, high)
+        if mask_OI is not None:
+            codes_OI[:, j] = torch.where(mask_OI[:, j], codes_OI[:, j], zero_O)
+        gap_O = W_OI[:, j] - (codes_OI[:, j] - zero_O) * scale_O
         W_OI -= torch.outer(gap_O, P_II[j] / P_II[j, j])
         P_II = _eliminated(P_II, j)
     return codes_OI

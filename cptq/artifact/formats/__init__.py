@@ -20,6 +20,7 @@ FORMATS: Registry[Format] = Registry(
         "compressed-tensors": "cptq.artifact.formats.compressed_tensors:COMPRESSED_TENSORS",
         "dense": "cptq.artifact.formats.dense:DENSE",
         "gguf": "cptq.artifact.formats.gguf:GGUF",
+        "packed": "cptq.artifact.formats.packed:PACKED",
     },
 )
 DEFAULT_FORMAT = "compressed-tensors"

@@ -92,6 +92,8 @@ class CheckpointFormat(Format):
 
     #: modules that a fresh process imports before it loads; none means stock transformers
     imports: tuple[str, ...] = ()
+    #: name of the weight file without its ending
+    stem: str = "model"
 
     def digests(self, place: Path, files: Iterable[str]) -> dict[str, str]:
         return tensor_digests(place / name for name in files)
@@ -167,7 +169,7 @@ class SafetensorsFormat(CheckpointFormat):
             layer = packed.get(spec.name)
             return content.dense(spec) if layer is None else self.layer_value(layer, spec)
 
-        files = write_weights(place, self._specs(content), value)
+        files = write_weights(place, self._specs(content), value, stem=self.stem)
         write_config(content.path, self.quantization_config(content), place)
         copy_companions(content, place, emit)
         return files

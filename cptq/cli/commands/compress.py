@@ -54,6 +54,24 @@ RuntimeName = Annotated[
         show_default=False,
     ),
 ]
+Asymmetric = Annotated[
+    bool | None,
+    typer.Option(
+        "--asymmetric",
+        help="Grids with a zero point; needs --runtime cptq.",
+        show_default=False,
+    ),
+]
+EmbeddingBits = Annotated[
+    int | None,
+    typer.Option(
+        "--embedding-bits",
+        metavar="N",
+        help="Pack token embeddings and the output head too, at 6, 7 or 8 bits; needs "
+        "--runtime cptq.",
+        show_default=False,
+    ),
+]
 PlanFile = Annotated[
     Path | None,
     typer.Option("--plan", metavar="FILE", help="A plan.json to carry out, in place of --target."),
@@ -78,6 +96,8 @@ def compress(
     runtime: RuntimeName = None,
     plan: PlanFile = None,
     sensitivity: SensitivityFile = None,
+    asymmetric: Asymmetric = None,
+    embedding_bits: EmbeddingBits = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     config: o.Config = None,

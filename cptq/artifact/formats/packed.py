@@ -1,0 +1,230 @@
+"""`packed`: what the portable format cannot hold, in a layout of our own (docs/format-packed.md).
+
+Asymmetric grids, Conv1D, embeddings, output heads, sparse weights. transformers loads it once cptq
+was imported, and computes from the packed weights. Without cptq it must fail and not fill in random
+numbers, of which stock transformers (5.x) would only warn. So two guards: the weight file has a
+name of its own, so that none is found (an OSError); and the codes bear the name of the dense weight
+with another shape, which is an error too, also after transformers has saved the model again under
+the usual file name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cptq.artifact.content import Content
+from cptq.artifact.formats.interface import SafetensorsFormat
+from cptq.checkpoint.loader import AUTO_CLASSES
+from cptq.checkpoint.weights import storage_dtype
+from cptq.errors import ArtifactError
+from cptq.numerics.packed_layout import (
+    FORMAT_VERSION,
+    METHOD,
+    NEEDS,
+    PACKED_LAYOUT,
+    STEM,
+    TWO_OF_FOUR,
+    WEIGHT_FILES,
+    resolved,
+    stored_count,
+)
+from cptq.numerics.packing import pack_rows, pack_values, unpack_rows, unpack_values
+from cptq.numerics.safetensors_header import split_shards
+from cptq.numerics.sparse import (
+    PATTERN_BITS,
+    join_2_of_4,
+    scatter_codes,
+    split_2_of_4,
+    stored_codes,
+)
+from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec, TensorSpec
+
+
+class Packed(SafetensorsFormat):
+    """See the head of this module."""
+
+    name = "packed"
+    layout = PACKED_LAYOUT
+    tags = ("cptq-packed",)
+    imports = ("cptq",)
+    stem = STEM
+
+    def check_layer(self, layer: CompressedLayer) -> None:
+        check_layer(layer)
+
+    def layer_specs(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
+        return PACKED_LAYOUT.tensors(layer.spec, scheme(layer))
+
+    def layer_value(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
+        return _VALUES[spec.name.rpartition(".")[2]](layer)
+
+    def read_layer(
+        self, spec: LayerSpec, result: LayerResult, get: Callable[[str], Tensor]
+    ) -> CompressedLayer:
+        grid = resolved(result.candidate, spec.shape[1])
+        tensors = {part.name.rpartition(".")[2]: part for part in PACKED_LAYOUT.tensors(spec, grid)}
+        values = {part: get(tensor.name) for part, tensor in tensors.items()}
+        for part, value in values.items():
+            wanted = torch.int32 if tensors[part].dtype == "I32" else storage_dtype(spec)
+            if tuple(value.shape) != tensors[part].shape or value.dtype is not wanted:
+                raise ArtifactError(f"{tensors[part].name} is not packed as its manifest says")
+        layer = _unpacked(spec, result, grid, values)
+        check_layer(layer)
+        return layer
+
+    def quantization_config(self, content: Content) -> dict[str, Any] | None:
+        layers = content.compressed.values()
+        if not layers:
+            return None
+        return {
+            "quant_method": METHOD,
+            "format_version": FORMAT_VERSION,
+            "needs": NEEDS,
+            "weights": WEIGHT_FILES[len(split_shards(self._specs(content))) > 1],
+            "modules": {layer.spec.name: scheme(layer).label for layer in layers},
+        }
+
+    def how_to_load(self, content: Content) -> Sequence[str]:
+        auto = AUTO_CLASSES[content.kind]
+        return [
+            "**This model needs cptq** (`pip install cptq`): its weights are packed in a layout of "
+            "cptq's own, and no other program reads them.",
+            "",
+            "```python",
+            "import cptq  # tells transformers how",
+            f"from transformers import {auto}, AutoTokenizer",
+            "",
+            f'model = {auto}.from_pretrained("PATH")  # or: model = cptq.load("PATH")',
+            'tokenizer = AutoTokenizer.from_pretrained("PATH")',
+            "```",
+            "",
+            "The weights stay packed in memory and are unpacked tile by tile as they are used.",
+            "",
+        ]
+
+
+def scheme(layer: CompressedLayer) -> Candidate:
+    """The candidate with the group size that was used."""
+    return resolved(layer.result.candidate, layer.spec.shape[1])
+
+
+def check_layer(layer: CompressedLayer) -> None:
+    """Refuse what the format cannot hold, or what contradicts itself.
+
+    Raises:
+        ArtifactError: names the layer and says why.
+    """
+    spec, name, grid = layer.spec, layer.spec.name, scheme(layer)
+    why = PACKED_LAYOUT.refusal(spec, grid)
+    if why is not None:
+        raise ArtifactError(f"{name} cannot be packed as {grid.label}: {why}")
+    places = (spec.shape[0], spec.shape[1] // (grid.group_size or spec.shape[1]))
+    _check_part(name, "codes", layer.codes, spec.shape, torch.int8)
+    _check_part(name, "scales", layer.scale, places, storage_dtype(spec))
+    if not grid.symmetric:
+        _check_part(name, "zero points", layer.zero, places, torch.int8)
+    if grid.sparsity:
+        _check_part(name, "a mask", layer.mask, spec.shape, torch.bool)
+    if (layer.zero is not None and grid.symmetric) or (layer.mask is not None) != (
+        grid.sparsity > 0
+    ):
+        raise ArtifactError(f"{name} has other parts than {grid.label} has")
+    if not bool((torch.isfinite(layer.scale) & (layer.scale != 0)).all()):
+        raise ArtifactError(f"{name} has a scale that is 0, infinite or not a number")
+    if layer.mask is not None:
+        _check_mask(name, layer.mask, spec.shape, grid)
+
+
+def _check_part(
+    name: str, what: str, value: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    if value is None or tuple(value.shape) != shape or value.dtype is not dtype:
+        has = "none" if value is None else f"{value.dtype} {tuple(value.shape)}"
+        raise ArtifactError(f"{name} needs {what} {dtype} {shape} and has {has}")
+
+
+def _check_mask(name: str, mask_OI: Tensor, shape: tuple[int, int], grid: Candidate) -> None:
+    if grid.pattern == TWO_OF_FOUR:
+        if not bool((mask_OI.view(-1, 4).sum(1) == 2).all()):
+            raise ArtifactError(f"{name} does not keep exactly 2 of every 4 weights")
+    elif int(mask_OI.sum()) != stored_count(shape, grid):
+        raise ArtifactError(
+            f"{name} keeps {int(mask_OI.sum()):,} weights, where {grid.label} means "
+            f"{stored_count(shape, grid):,}"
+        )
+
+
+def _pack_codes(layer: CompressedLayer) -> Tensor:
+    bits, grid = layer.result.candidate.bits, scheme(layer)
+    if layer.mask is None:
+        return pack_rows(layer.codes, bits)
+    if grid.pattern == TWO_OF_FOUR:
+        return pack_rows(split_2_of_4(layer.codes, layer.mask)[1], bits)
+    return pack_rows(stored_codes(layer.codes, layer.mask).unsqueeze(0), bits)[0]
+
+
+def _pack_zero(layer: CompressedLayer) -> Tensor:
+    assert layer.zero is not None
+    return pack_rows(layer.zero, layer.result.candidate.bits)
+
+
+def _pack_mask(layer: CompressedLayer) -> Tensor:
+    assert layer.mask is not None
+    return pack_values(layer.mask, 1)
+
+
+def _pack_pattern(layer: CompressedLayer) -> Tensor:
+    assert layer.mask is not None
+    return pack_values(split_2_of_4(layer.codes, layer.mask)[0], PATTERN_BITS)
+
+
+_VALUES: dict[str, Callable[[CompressedLayer], Tensor]] = {
+    "weight": _pack_codes,
+    "weight_scale": lambda layer: layer.scale,
+    "weight_zero": _pack_zero,
+    "weight_mask": _pack_mask,
+    "weight_pattern": _pack_pattern,
+}
+
+
+def _unpacked(
+    spec: LayerSpec, result: LayerResult, grid: Candidate, values: dict[str, Tensor]
+) -> CompressedLayer:
+    """The inverse of `_VALUES`."""
+    inputs, scale = spec.shape[1], values["weight_scale"]
+    zero = values.get("weight_zero")
+    codes, mask = _unpacked_codes(spec, grid, values)
+    return CompressedLayer(
+        spec=spec,
+        result=result,
+        codes=codes if codes is not None else unpack_rows(values["weight"], grid.bits, inputs),
+        scale=scale,
+        zero=None if zero is None else unpack_rows(zero, grid.bits, scale.shape[1]),
+        mask=mask,
+    )
+
+
+def _unpacked_codes(
+    spec: LayerSpec, grid: Candidate, values: dict[str, Tensor]
+) -> tuple[Tensor | None, Tensor | None]:
+    """Codes and mask of a sparse weight."""
+    inputs = spec.shape[1]
+    try:
+        if grid.pattern == TWO_OF_FOUR:
+            pattern = unpack_values(values["weight_pattern"], PATTERN_BITS, inputs // 4)
+            return join_2_of_4(pattern, unpack_rows(values["weight"], grid.bits, inputs // 2))
+        if grid.sparsity:
+            mask = unpack_values(values["weight_mask"], 1, inputs).bool()
+            count = stored_count(spec.shape, grid)
+            stored = unpack_rows(values["weight"].unsqueeze(0), grid.bits, count)[0]
+            return scatter_codes(stored, mask), mask
+    except ValueError as error:
+        raise ArtifactError(f"{spec.name} is not packed as its manifest says: {error}") from error
+    return None, None
+
+
+PACKED = Packed()

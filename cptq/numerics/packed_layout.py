@@ -1,0 +1,116 @@
+"""Which tensors a weight becomes in a `packed` checkpoint; described in docs/format-packed.md.
+
+| tensor         | type             | shape                                  | there for         |
+|----------------|------------------|----------------------------------------|-------------------|
+| weight         | int32            | (out, words(in, b))                    | all codes stored  |
+|                |                  | (words(stored, b),)                    | unstructured      |
+|                |                  | (out, words(in / 2, b))                | 2:4               |
+| weight_scale   | the checkpoint's | (out, groups)                          | always            |
+| weight_zero    | int32            | (out, words(groups, b))                | asymmetric        |
+| weight_mask    | int32            | (out, words(in, 1))                    | unstructured      |
+| weight_pattern | int32            | (out, words(in / 4, 3))                | 2:4               |
+
+words(n, b) = ceil(n b / 32). The codes keep the name of the dense weight on purpose: their shape is
+never the dense one, and stock transformers raises on a shape that does not fit where it would fill
+in random numbers for a name that is not there.
+
+Pure Python, so that what is budgeted, written, read and refused cannot differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cptq.numerics.groups import resolve_group
+from cptq.types import Candidate, LayerSpec, TensorSpec
+
+#: grows when a tensor changes its meaning
+FORMAT_VERSION = 1
+#: `quant_method` in config.json
+METHOD = "cptq"
+NEEDS = "cptq (pip install cptq, then `import cptq` before from_pretrained, or cptq.load)"
+#: the weight file, or the index of its shards; not model.safetensors, so that whoever does not know
+#: the method finds no weights instead of reading some of them
+STEM = "cptq"
+WEIGHT_FILES = (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
+UNSTRUCTURED, TWO_OF_FOUR = "unstructured", "2:4"
+
+
+def words(count: int, bits: int) -> int:
+    """32-bit words of `count` values."""
+    return -(-count * bits // 32)
+
+
+def stored_count(shape: tuple[int, int], scheme: Candidate) -> int:
+    """How many weights an unstructured scheme stores: all but floor(sparsity * numel)."""
+    numel = shape[0] * shape[1]
+    return numel - int(scheme.sparsity * numel + 1e-9)  # 0.3 * 10 is 3, not 2.9999999999999996
+
+
+def resolved(candidate: Candidate, inputs: int) -> Candidate:
+    """The candidate with the group size that a layer of so many inputs really gets."""
+    group = resolve_group(inputs, candidate.group_size)
+    return replace(candidate, group_size=0 if group == inputs else group)
+
+
+def unfit(shape: tuple[int, int], scheme: Candidate) -> str | None:
+    """Why the format cannot hold a weight of this shape under this scheme; None where it can."""
+    if not 2 <= scheme.bits <= 8:
+        return f"{scheme.bits} bits; 2 to 8 can be packed"
+    if scheme.group_size and shape[1] % scheme.group_size:
+        return f"groups of {scheme.group_size} do not divide {shape[1]} inputs"
+    if scheme.sparsity and stored_count(shape, scheme) < 1:
+        return f"a sparsity of {scheme.sparsity:g}, which stores no weight"
+    if scheme.pattern == TWO_OF_FOUR and shape[1] % 4:
+        return f"2:4 needs a multiple of 4 inputs, and there are {shape[1]}"
+    return None
+
+
+def packed_specs(
+    name: str, shape: tuple[int, int], scale_dtype: str, scheme: Candidate
+) -> tuple[TensorSpec, ...]:
+    """The tensors of one module.
+
+    Args:
+        name: of the module.
+        shape: (out, in), of an embedding (vocabulary, width), of a Conv1D as of a linear.
+        scale_dtype: safetensors name of the scales' type.
+        scheme: with a group size that divides `in` (see `resolved`).
+    """
+    out, inputs = shape
+    groups = inputs // (scheme.group_size or inputs)
+    codes: tuple[int, ...] = (out, words(inputs, scheme.bits))
+    more: list[tuple[str, int]] = []
+    if scheme.pattern == TWO_OF_FOUR:
+        codes = (out, words(inputs // 2, scheme.bits))
+        more.append(("weight_pattern", words(inputs // 4, 3)))
+    elif scheme.sparsity:
+        codes = (words(stored_count(shape, scheme), scheme.bits),)
+        more.append(("weight_mask", words(inputs, 1)))
+    if not scheme.symmetric:
+        more.append(("weight_zero", words(groups, scheme.bits)))
+    return (
+        TensorSpec(name=f"{name}.weight", dtype="I32", shape=codes),
+        TensorSpec(name=f"{name}.weight_scale", dtype=scale_dtype, shape=(out, groups)),
+        *(TensorSpec(name=f"{name}.{part}", dtype="I32", shape=(out, n)) for part, n in more),
+    )
+
+
+class PackedLayout:
+    """The `cptq.types.Layout` of `packed`."""
+
+    name = "packed"
+
+    def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
+        """What cannot be packed, or not in this kind of layer."""
+        if layer.kind == "embedding" and candidate.sparsity:
+            return "a sparse embedding, whose rows would have no fixed place"
+        return unfit(layer.shape, resolved(candidate, layer.shape[1]))
+
+    def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
+        """See `packed_specs`."""
+        scheme = resolved(candidate, layer.shape[1])
+        return packed_specs(layer.name, layer.shape, layer.dtype, scheme)
+
+
+PACKED_LAYOUT = PackedLayout()

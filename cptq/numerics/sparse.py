@@ -1,0 +1,97 @@
+"""Sparse matrices of small integers: which weights are stored, and only their codes.
+
+Two ways to say which:
+
+- `unstructured`: one bit per weight, 1 where it is stored (a bitmask, out x in), and one bitstream
+  of the stored codes of the whole matrix, row after row. 1 + (1 - s) b bits a weight at sparsity s,
+  fewer than the b of a dense bitstream only where s > 1 / b.
+- `2:4`: of every 4 neighbouring inputs 2 are stored; which two is one of 6 patterns, in 3 bits.
+  0.75 + b / 2 bits a weight. The layout that NVIDIA's sparse tensor cores compute with keeps two
+  2-bit positions instead, 4 bits for every 4 weights (Mishra et al., arXiv 2104.08378).
+
+A weight that is not stored is 0 whatever the grid, so an asymmetric grid keeps it exact too.
+
+Cost: O(out * in). Limits: 2 of 4 and no other n:m; the reference scatters through masks. Shapes:
+mask_OI bool (out, in), codes_OI int8, pattern_OB uint8 (out, in / 4), kept_OK int8 (out, in / 2).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cptq.numerics.packing import RUN, unpack_values
+
+#: which two of four neighbours are stored, by pattern index
+PATTERNS = ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
+BLOCK, KEPT = 4, 2
+#: bits of a pattern index
+PATTERN_BITS = 3
+
+
+def stored_codes(codes_OI: Tensor, mask_OI: Tensor) -> Tensor:
+    """The codes where the mask is True, row after row (count,)."""
+    return codes_OI[mask_OI]
+
+
+def scatter_codes(codes_N: Tensor, mask_OI: Tensor) -> Tensor:
+    """The inverse of `stored_codes`: (out, in) of the codes' type, 0 elsewhere.
+
+    Raises:
+        ValueError: there are more or fewer codes than places.
+    """
+    places = int(mask_OI.sum())
+    if places != codes_N.numel():
+        raise ValueError(f"{codes_N.numel()} codes for {places} places")
+    codes_OI = torch.zeros(mask_OI.shape, dtype=codes_N.dtype, device=codes_N.device)
+    return codes_OI.masked_scatter_(mask_OI, codes_N)
+
+
+def unpack_range(stream_P: Tensor, bits: int, start: int, stop: int) -> Tensor:
+    """Values start..stop (uint8) of one long bitstream, without unpacking what is before them."""
+    first = start // RUN
+    words_P = stream_P[first * bits : -(-stop * bits // 32)]
+    values = unpack_values(words_P.unsqueeze(0), bits, stop - first * RUN)[0]
+    return values[start - first * RUN :]
+
+
+def split_2_of_4(codes_OI: Tensor, mask_OI: Tensor) -> tuple[Tensor, Tensor]:
+    """Pattern indices (out, in / 4) uint8, and the stored codes (out, in / 2).
+
+    Raises:
+        ValueError: the inputs do not divide by 4, or a block does not store exactly two.
+    """
+    out, inputs = mask_OI.shape
+    if inputs % BLOCK:
+        raise ValueError(f"{inputs} inputs are no whole number of blocks of {BLOCK}")
+    mask_OBK = mask_OI.view(out, -1, BLOCK)
+    if not bool((mask_OBK.sum(-1) == KEPT).all()):
+        raise ValueError(f"a block of {BLOCK} does not store exactly {KEPT} weights")
+    weight_K = torch.tensor([1 << place for place in range(BLOCK)], device=mask_OI.device)
+    pattern_OB = _index_of_bits(mask_OI.device)[(mask_OBK * weight_K).sum(-1)]
+    return pattern_OB, codes_OI[mask_OI].view(out, inputs // BLOCK * KEPT)
+
+
+def join_2_of_4(pattern_OB: Tensor, kept_OK: Tensor) -> tuple[Tensor, Tensor]:
+    """The inverse of `split_2_of_4`: codes (out, in), 0 where none is stored, and the mask.
+
+    Raises:
+        ValueError: an index names no pattern.
+    """
+    if pattern_OB.numel() and int(pattern_OB.max()) >= len(PATTERNS):
+        raise ValueError(f"a pattern index is above {len(PATTERNS) - 1}")
+    out, blocks = pattern_OB.shape
+    places = torch.tensor(PATTERNS, device=pattern_OB.device)[pattern_OB.long()]
+    codes_OBK = kept_OK.new_zeros(out, blocks, BLOCK)
+    codes_OBK.scatter_(2, places, kept_OK.view(out, blocks, KEPT))
+    mask_OBK = torch.zeros_like(codes_OBK, dtype=torch.bool)
+    mask_OBK.scatter_(2, places, True)
+    return codes_OBK.view(out, -1), mask_OBK.view(out, -1)
+
+
+def _index_of_bits(device: torch.device) -> Tensor:
+    """Pattern index by the mask's four bits read as a number."""
+    index = torch.zeros(1 << BLOCK, dtype=torch.uint8, device=device)
+    for number, (first, second) in enumerate(PATTERNS):
+        index[(1 << first) | (1 << second)] = number
+    return index

@@ -1,0 +1,147 @@
+"""Modules that keep their weight packed and compute from it.
+
+The tensors are parameters by the names of docs/format-packed.md, so that state dicts, `.to(device)`
+and transformers' own tying of embeddings work on them as on any other. None of them is trainable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from cptq.numerics.packed_layout import packed_specs
+from cptq.runtime import operations
+from cptq.runtime.weight import PackedWeight
+from cptq.types import Candidate
+
+#: field of a `PackedWeight` -> parameter of a module
+PARTS = {
+    "codes": "weight",
+    "scale": "weight_scale",
+    "zero": "weight_zero",
+    "mask": "weight_mask",
+    "pattern": "weight_pattern",
+}
+
+
+class PackedModule(nn.Module):
+    """What linears and embeddings share: a packed weight (out, in)."""
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+
+    def __init__(self, shape: tuple[int, int], scheme: Candidate) -> None:
+        super().__init__()
+        self.shape, self.scheme = shape, scheme
+        specs = {spec.name[1:]: spec for spec in packed_specs("", shape, "F32", scheme)}
+        for part in PARTS.values():
+            spec = specs.get(part)
+            if spec is None:
+                self.register_parameter(part, None)
+                continue
+            dtype = torch.get_default_dtype() if part == "weight_scale" else torch.int32
+            value = torch.zeros(spec.shape, dtype=dtype)
+            self.register_parameter(part, nn.Parameter(value, requires_grad=False))
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight as the operations take it."""
+        parts = {field: getattr(self, part) for field, part in PARTS.items()}
+        return PackedWeight(scheme=self.scheme, shape=self.shape, **parts)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight (out, in), multiplied out."""
+        return operations.dequantize(self.packed, dtype)
+
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """The dense module it stands for."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[1]}, {self.shape[0]}, {self.scheme.label}"
+
+
+class PackedLinear(PackedModule):
+    """A linear, or a Conv1D of GPT-2: x W^T + b with W (out, in) packed.
+
+    Args:
+        shape: (out, in), also of a Conv1D, whose dense weight is stored the other way round.
+        scheme: how the weight is packed.
+        bias: whether there is one, which stays dense.
+        transposed: the dense module was a Conv1D.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], scheme: Candidate, *, bias: bool, transposed: bool = False
+    ) -> None:
+        super().__init__(shape, scheme)
+        self.out_features, self.in_features = shape
+        self.transposed = transposed
+        empty = nn.Parameter(torch.zeros(shape[0]), requires_grad=False) if bias else None
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", empty)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in) to (..., out)."""
+        return operations.linear(x, self.packed, self.bias)
+
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """The dense module it stands for."""
+        W_OI = self.dense_weight(dtype)
+        module: nn.Module
+        if self.transposed:
+            module = Conv1D(*self.shape)  # type: ignore[no-untyped-call]
+            module.weight = nn.Parameter(W_OI.T.contiguous(), requires_grad=False)
+        else:
+            module = nn.Linear(1, 1, bias=False)
+            module.out_features, module.in_features = self.shape
+            module.weight = nn.Parameter(W_OI, requires_grad=False)
+        module.register_parameter("bias", self.bias)
+        return module
+
+
+class PackedEmbedding(PackedModule):
+    """An embedding: rows of W (vocabulary, width), unpacked as they are asked for."""
+
+    def __init__(
+        self, shape: tuple[int, int], scheme: Candidate, *, padding_idx: int | None = None
+    ) -> None:
+        super().__init__(shape, scheme)
+        self.num_embeddings, self.embedding_dim = shape
+        self.padding_idx = padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) to (..., width), in the type of the scales, which is the model's."""
+        return operations.embedding(ids, self.packed, self.weight_scale.dtype)
+
+    def dense(self, dtype: torch.dtype) -> nn.Module:
+        """The dense module it stands for."""
+        weight = nn.Parameter(self.dense_weight(dtype), requires_grad=False)
+        module = nn.Embedding(1, 1, padding_idx=None)
+        module.num_embeddings, module.embedding_dim = self.shape
+        module.padding_idx, module.weight = self.padding_idx, weight
+        return module
+
+
+def packed_like(module: nn.Module, scheme: Candidate) -> PackedModule | None:
+    """An empty packed module in the place of a dense one; None where its kind has none.
+
+    Only plain modules have one: a subclass may compute something else (scaled or offset
+    embeddings), which would be lost.
+    """
+    if type(module) is Conv1D:
+        inputs, out = module.weight.shape
+        return PackedLinear((out, inputs), scheme, bias=True, transposed=True)
+    if type(module) is nn.Linear:
+        shape = (module.out_features, module.in_features)
+        return PackedLinear(shape, scheme, bias=module.bias is not None)
+    if type(module) is nn.Embedding and module.max_norm is None and not scheme.sparsity:
+        shape = (module.num_embeddings, module.embedding_dim)
+        return PackedEmbedding(shape, scheme, padding_idx=module.padding_idx)
+    return None
+
+
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """The packed modules of a model by name; a tied head is there beside its embedding."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedModule)}

@@ -1,0 +1,122 @@
+"""The operations in plain torch: unpack a tile of rows, multiply, forget it.
+
+A tile is `TILE` weights, whole rows; beside the packed weight and the result a forward pass holds
+one tile (its bytes, and its values in the type of x). A matrix of one tile is multiplied exactly as
+a dense one; with more tiles the columns of the result come from smaller products, in which a BLAS
+may sum in another order. Cost: about 4 ns a weight on one CPU thread, whatever the number of
+tokens, beside the product itself: fine for prompts and batches, slow for one token at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from cptq.numerics.asymmetric import dequantize_asymmetric
+from cptq.numerics.grid import dequantize as dequantize_symmetric
+from cptq.numerics.packed_layout import TWO_OF_FOUR
+from cptq.numerics.packing import unpack_rows, unpack_values
+from cptq.numerics.sparse import PATTERN_BITS, join_2_of_4, scatter_codes, unpack_range
+from cptq.runtime.operations import Backend
+from cptq.runtime.weight import PackedWeight
+
+#: weights unpacked at once
+TILE = 1 << 20
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """x (..., in) times the weight, tile by tile."""
+    parts = [
+        functional.linear(x, W_RI, None if bias is None else bias[start : start + len(W_RI)])
+        for start, W_RI in _tiles(weight, x.dtype)
+    ]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Unpacks the rows that are asked for and no others."""
+    if weight.mask is not None:
+        raise ValueError("rows of a weight with a bitmask have no fixed place to be read from")
+    rows_RI = _dense(_rows(weight, ids.reshape(-1)), dtype)
+    return rows_RI.view(*ids.shape, weight.shape[1])
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """All tiles as one matrix."""
+    return torch.cat([W_RI for _, W_RI in _tiles(weight, dtype)])
+
+
+def _tiles(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """(first row, values of the rows) of consecutive tiles."""
+    out, inputs = weight.shape
+    rows, used = max(1, TILE // inputs), 0
+    for start in range(0, out, rows):
+        part = _rows(weight, slice(start, start + rows))
+        if part.mask is None:
+            yield start, _dense(part, dtype)
+            continue
+        mask_RI = unpack_values(part.mask, 1, inputs).bool()
+        count = int(mask_RI.sum())
+        bits = weight.scheme.bits
+        stored_N = _signed(unpack_range(weight.codes, bits, used, used + count), bits)
+        used += count
+        yield start, _masked(scatter_codes(stored_N, mask_RI), mask_RI, part, dtype)
+
+
+def _rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
+    """Some rows as a weight of their own; the codes of a bitmask stay what they are."""
+
+    def pick(part: Tensor | None) -> Tensor | None:
+        return None if part is None else part[rows]
+
+    scale_RG = weight.scale[rows]
+    return replace(
+        weight,
+        shape=(len(scale_RG), weight.shape[1]),
+        codes=weight.codes if weight.mask is not None else weight.codes[rows],
+        scale=scale_RG,
+        zero=pick(weight.zero),
+        mask=pick(weight.mask),
+        pattern=pick(weight.pattern),
+    )
+
+
+def _dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """All values of a weight without a bitmask."""
+    bits, inputs = weight.scheme.bits, weight.shape[1]
+    if weight.scheme.pattern != TWO_OF_FOUR:
+        return _values(unpack_rows(weight.codes, bits, inputs), weight, dtype)
+    assert weight.pattern is not None
+    pattern_RB = unpack_values(weight.pattern, PATTERN_BITS, inputs // 4)
+    codes_RI, mask_RI = join_2_of_4(pattern_RB, unpack_rows(weight.codes, bits, inputs // 2))
+    return _masked(codes_RI, mask_RI, weight, dtype)
+
+
+def _masked(codes_RI: Tensor, mask_RI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Values where the mask is set and exact zeros elsewhere, also on an asymmetric grid."""
+    return _values(codes_RI, weight, dtype).masked_fill_(~mask_RI, 0.0)
+
+
+def _values(codes_RI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    if weight.zero is None:
+        return dequantize_symmetric(codes_RI, weight.scale, dtype)
+    zero_RG = unpack_rows(weight.zero, weight.scheme.bits, weight.scale.shape[1])
+    return dequantize_asymmetric(codes_RI, weight.scale, zero_RG, dtype)
+
+
+def _signed(values: Tensor, bits: int) -> Tensor:
+    """Unsigned values of the bitstream as signed codes (int8)."""
+    return (values - (1 << (bits - 1))).view(torch.int8)
+
+
+BACKEND = Backend(
+    name="reference",
+    supports=lambda weight, dtype: dtype.is_floating_point,
+    linear=linear,
+    embedding=embedding,
+    dequantize=dequantize,
+)
