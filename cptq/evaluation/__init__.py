@@ -14,15 +14,20 @@ from cptq.errors import EvaluationError, UnknownNameError
 from cptq.registry import Registry, closest
 from cptq.types import ModelKind
 
+#: GLUE's tasks -> the function that measures them
+_GLUE = {
+    **dict.fromkeys(("glue/cola", "glue/sst2", "glue/mrpc"), "classes"),
+    **dict.fromkeys(("glue/stsb", "glue/stsb-test"), "stsb"),
+    **dict.fromkeys(("glue/qqp", "glue/mnli", "glue/mnli-mm", "glue/qnli"), "classes"),
+    **dict.fromkeys(("glue/rte", "glue/wnli", "glue/ax"), "classes"),
+}
 #: name -> a `cptq.evaluation.options.Task`
 TASKS: Registry[Any] = Registry(
     "task",
     {
         "wikitext": "cptq.evaluation.tasks.wikitext:wikitext",
         "pydoc": "cptq.evaluation.tasks.text:pydoc",
-        "glue/sst2": "cptq.evaluation.tasks.glue:sst2",
-        "glue/cola": "cptq.evaluation.tasks.glue:cola",
-        "glue/stsb": "cptq.evaluation.tasks.glue:stsb",
+        **{name: f"cptq.evaluation.tasks.glue:{function}" for name, function in _GLUE.items()},
         "footprint": "cptq.evaluation.footprint:footprint",
     },
 )
@@ -32,9 +37,8 @@ _ALL_KINDS: tuple[ModelKind, ...] = ("causal-lm", "masked-lm", "classifier", "en
 TASK_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
     "wikitext": ("causal-lm",),
     "pydoc": ("causal-lm",),
-    "glue/sst2": ("classifier",),
-    "glue/cola": ("classifier",),
-    "glue/stsb": ("classifier", "encoder", "masked-lm"),
+    **dict.fromkeys(_GLUE, ("classifier",)),
+    **dict.fromkeys(("glue/stsb", "glue/stsb-test"), ("classifier", "encoder", "masked-lm")),
     "footprint": _ALL_KINDS,
 }
 

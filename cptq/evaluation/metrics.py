@@ -1,6 +1,6 @@
 """GLUE's metrics with standard errors: values in, numbers out.
 
-Accuracy, Matthews correlation (scikit-learn), Pearson and Spearman correlation (SciPy). The error
+Accuracy, F1, Matthews correlation (scikit-learn), Pearson and Spearman correlation (SciPy). The error
 of an accuracy is binomial, sqrt(a (1 - a) / n); that of the others the standard deviation over
 BOOTSTRAPS resamples of the sentences drawn with replacement, the same ones for the same seed.
 A correlation with a constant is undefined; it is 0 here (scikit-learn's convention for Matthews),
@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 BOOTSTRAPS = 500
 
@@ -32,6 +32,11 @@ def is_constant(values: Values) -> bool:
 def accuracy(labels: Values, predictions: Values) -> float:
     """Share of predictions that equal the label."""
     return float(accuracy_score(labels, predictions))
+
+
+def f1(labels: Values, predictions: Values) -> float:
+    """Harmonic mean of precision and recall of the class 1; 0 where nothing of it is found."""
+    return float(f1_score(labels, predictions, pos_label=1, average="binary", zero_division=0))
 
 
 def matthews(labels: Values, predictions: Values) -> float:
@@ -57,6 +62,7 @@ def _correlation(function: Callable[..., Any], labels: Values, predictions: Valu
 
 METRICS: Mapping[str, Metric] = {
     "accuracy": accuracy,
+    "f1": f1,
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,
