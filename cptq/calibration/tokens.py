@@ -8,6 +8,7 @@ gets one document a row, cut at `seqlen` tokens and padded; its attention mask m
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def _assemble(
         seqlen=seqlen,
         tokens=sum(len(row) for row in rows),
         seed=settings.seed,
-        fingerprint=_token_digest(rows),
+        fingerprint=token_digest(rows),
         text_sha256=text.sha256,
         notes=tuple(text.notes),
     )
@@ -160,7 +161,8 @@ def _padded(model: LoadedModel, rows: list[Tensor]) -> Batch:
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def _token_digest(rows: list[Tensor]) -> str:
+def token_digest(rows: Iterable[Tensor]) -> str:
+    """sha256 (hex) of rows of token ids and their lengths."""
     total = hashlib.sha256()
     for row in rows:
         total.update(len(row).to_bytes(8, "little"))

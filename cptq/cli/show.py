@@ -39,7 +39,10 @@ def show(talk: Talk, outcome: Outcome) -> None:
 def document(outcome: Outcome) -> dict[str, Any]:
     """The document of `--format json`."""
     found = {name: plain(getattr(outcome, name)) for name in ("out", "reports")}
-    return {"command": outcome.summary.command, **found, "summary": outcome.summary.to_dict()}
+    summary = outcome.summary.to_dict()
+    for result in [*summary["evaluation"], *summary["baseline"]]:
+        del result["per_sample"]  # thousands of numbers, which are in the file
+    return {"command": outcome.summary.command, **found, "summary": summary}
 
 
 def quiet_lines(outcome: Outcome) -> list[str]:

@@ -36,6 +36,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from cptq.types.samples import Link
+
 #: logits in memory at one time (128 MiB of float32)
 LOGIT_ELEMENTS = 2**25
 #: tokens of one forward, whatever the batch size (one window is always taken)
@@ -187,3 +189,10 @@ def bits(rate: Estimate) -> Estimate:
     """An estimate in nats, in bits."""
     stderr = None if rate.stderr is None else rate.stderr / math.log(2)
     return Estimate(value=rate.value / math.log(2), stderr=stderr)
+
+
+def linked(rate: Estimate, link: Link) -> Estimate:
+    """An estimate of a ratio of sums, as the value that is reported."""
+    if link == "mean":
+        return rate
+    return exponential(rate) if link == "exp" else bits(rate)

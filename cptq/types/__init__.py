@@ -16,6 +16,7 @@ from cptq.types.result import (
     LayerResult,
     SizeReport,
 )
+from cptq.types.samples import PerSample, SamplePairs, SampleRatios
 
 __all__ = [
     "DTYPE_BYTES",
@@ -32,8 +33,11 @@ __all__ = [
     "LayerSpec",
     "ModelKind",
     "Notice",
+    "PerSample",
     "Plan",
     "Progress",
+    "SamplePairs",
+    "SampleRatios",
     "SensitivityTable",
     "SizeReport",
     "TensorSpec",

@@ -4,27 +4,28 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
 
+from cptq.calibration.tokens import token_digest
 from cptq.checkpoint.model import LoadedModel
 from cptq.data import Text, load_text
 from cptq.errors import DataError, EvaluationError
 from cptq.evaluation import TEXT_PREFIX
 from cptq.evaluation.options import EvalOptions
 from cptq.evaluation.perplexity import (
-    Estimate,
     Tokens,
-    bits,
     counts_per_window,
     cut_windows,
-    exponential,
+    linked,
     ratio,
     tokenize,
     window_nll,
 )
 from cptq.types import Emit, EvalResult, Notice, Progress
+from cptq.types.samples import Link, ratios
 
 VERSION = 1
 DEFAULT_SEQLEN = 2048
@@ -60,7 +61,7 @@ def measure_text(
     windows_NT = cut_windows(tokens.ids, seqlen)
     windows_NT = windows_NT[: options.count(len(windows_NT))]
     nll_N = _nll(model, name, windows_NT, options, emit)
-    seconds = time.perf_counter() - begin
+    seconds, fingerprint = time.perf_counter() - begin, token_digest(windows_NT)
     return [
         EvalResult(
             task=name,
@@ -76,9 +77,12 @@ def measure_text(
             tokens=len(windows_NT) * (seqlen - 1),
             data_source=text.origin,
             data_sha256=text.sha256,
+            data_fingerprint=fingerprint,
+            per_sample=ratios(nll_N, count_N, link),
             notes=text.notes,
         )
-        for metric, unit, estimate in _estimates(nll_N, tokens, seqlen, name, emit)
+        for metric, unit, link, count_N in _counts(len(nll_N), tokens, seqlen, name, emit)
+        for estimate in (linked(ratio(nll_N, count_N), link),)
     ]
 
 
@@ -131,21 +135,17 @@ def _nll(
     return nll_N
 
 
-def _estimates(
-    nll_N: np.ndarray[tuple[int], np.dtype[np.float64]],
-    tokens: Tokens,
-    seqlen: int,
-    name: str,
-    emit: Emit,
-) -> Iterator[tuple[str, str, Estimate]]:
-    predicted = np.full(len(nll_N), seqlen - 1)
-    yield "perplexity", "per token", exponential(ratio(nll_N, predicted))
-    counts = counts_per_window(tokens, len(nll_N), seqlen)
+def _counts(
+    windows: int, tokens: Tokens, seqlen: int, name: str, emit: Emit
+) -> Iterator[tuple[str, str, Link, np.ndarray[Any, Any]]]:
+    """(metric, unit, link, what each window's nll is divided by)."""
+    yield "perplexity", "per token", "exp", np.full(windows, seqlen - 1)
+    counts = counts_per_window(tokens, windows, seqlen)
     if counts is None or not counts[0].any():
         why = "the tokenizer does not say where tokens end" if counts is None else "no whole word"
         message = f"no word perplexity and no bits per byte: {why}"
         emit(Notice(kind="skipped", subject=name, message=message))
         return
     words, size = counts
-    yield "word_perplexity", "per word", exponential(ratio(nll_N, words))
-    yield "bits_per_byte", "bits per byte", bits(ratio(nll_N, size))
+    yield "word_perplexity", "per word", "exp", words
+    yield "bits_per_byte", "bits per byte", "bits", size
