@@ -9,13 +9,14 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.config import EvalSettings
 from cptq.evaluation import check_task_kind
 from cptq.evaluation.options import EvalOptions
+from cptq.evaluation.paired import compare_results
 from cptq.evaluation.run import evaluate as run_task
 from cptq.pipeline.facts import summary
 from cptq.pipeline.files import atomic_file, refuse_existing
 from cptq.pipeline.recorder import Recorder
 from cptq.report.render import render_json
 from cptq.report.summary import EvalOutcome
-from cptq.types import Emit, EvalResult
+from cptq.types import Emit, EvalResult, Notice, PairedDifference
 
 
 def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
@@ -36,6 +37,7 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
         evaluation=results,
         baseline=baseline,
         baseline_source=settings.baseline,
+        paired=_paired(results, baseline, settings.seed, recorder),
     )
     if settings.out is not None:
         atomic_file(settings.out, render_json(report), overwrite=settings.overwrite)
@@ -56,6 +58,21 @@ def _run_tasks(
         for task in settings.tasks:
             results += run_task(model, task, options, recorder)
     return model, tuple(results)
+
+
+def _paired(
+    results: tuple[EvalResult, ...],
+    baseline: tuple[EvalResult, ...],
+    seed: int,
+    recorder: Recorder,
+) -> tuple[PairedDifference, ...]:
+    """How sure each difference is; what cannot be paired is said."""
+    with recorder.stage("comparison"):
+        found, reasons = compare_results(results, baseline, seed)
+    for reason in reasons:
+        message = f"no paired comparison of {reason}"
+        recorder(Notice(kind="skipped", subject="baseline", message=message))
+    return tuple(found)
 
 
 def _options(settings: EvalSettings) -> EvalOptions:
