@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
 
 from cptq.checkpoint.model import LoadedModel
 from cptq.types import Emit, EvalResult
+
+#: (the task's name, the texts that it is going to measure on), before anything is measured
+Watch = Callable[[str, Sequence[str]], None]
+
+
+def unwatched(name: str, rows: Sequence[str]) -> None:
+    """Nobody wants to know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,6 +26,7 @@ class EvalOptions:
     long. It changes no result. `limit`: the first samples only (windows of a text, sentences of a
     labelled set); up to 1 a share, above 1 a count. `seqlen`: tokens of a window, None = 2,048 or
     what the model can take. `max_length`: tokens at which a sentence is cut, None = the model's.
+    `watch` is shown the texts of every task before it measures.
     """
 
     batch_size: int = 8
@@ -30,6 +38,7 @@ class EvalOptions:
     token: str | None = field(default=None, repr=False)
     seed: int = 0
     trust_remote_code: bool = False
+    watch: Watch = unwatched
 
     def count(self, total: int) -> int:
         """How many of `total` samples to take (at least one)."""

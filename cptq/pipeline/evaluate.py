@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cptq.artifact.manifest import read_manifest
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import EvalSettings
 from cptq.evaluation import check_task_kind
-from cptq.evaluation.options import EvalOptions
+from cptq.evaluation.leaks import LeakGuard
+from cptq.evaluation.options import EvalOptions, Watch, unwatched
 from cptq.evaluation.paired import compare_results
 from cptq.evaluation.run import evaluate as run_task
 from cptq.pipeline.facts import summary
@@ -52,7 +54,7 @@ def _run_tasks(
         model = load_model(replace(settings.model, model=source), recorder)
     for task in settings.tasks:
         check_task_kind(task, model.kind)
-    options = _options(settings)
+    options = replace(_options(settings), watch=_guard(model, settings, recorder))
     results: list[EvalResult] = []
     with recorder.stage(stage):
         for task in settings.tasks:
@@ -73,6 +75,19 @@ def _paired(
         message = f"no paired comparison of {reason}"
         recorder(Notice(kind="skipped", subject="baseline", message=message))
     return tuple(found)
+
+
+def _guard(model: LoadedModel, settings: EvalSettings, recorder: Recorder) -> Watch:
+    """What watches that the artifact does not meet its calibration text again."""
+    calibration = read_manifest(model.path).get("calibration")
+    if not isinstance(calibration, dict):
+        return unwatched
+    if not calibration.get("sketch"):
+        message = "its manifest has no fingerprints of the calibration text to look for"
+        recorder(Notice(kind="skipped", subject=model.path.name, message=message))
+        return unwatched
+    source = str(calibration.get("origin", calibration.get("source", "")))
+    return LeakGuard(calibration["sketch"], source, strict=settings.strict, emit=recorder)
 
 
 def _options(settings: EvalSettings) -> EvalOptions:

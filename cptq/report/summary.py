@@ -105,6 +105,8 @@ class Summary:
         data = {item.name: plain(getattr(self, item.name)) for item in fields(self)}
         for unit in data["units"]:
             unit["layers"] = [layer["name"] for layer in unit["layers"]]
+        if data["calibration"]:
+            del data["calibration"]["sketch"]  # for machines, and in cptq.json
         for row, pair in zip(data["paired"], self.paired, strict=True):
             row |= {"at_most_worse": pair.at_most_worse, "verdict": pair.verdict}
         return {"schema": SCHEMA, **data}

@@ -92,7 +92,9 @@ def _load(name: str, options: EvalOptions, emit: Emit) -> GlueSet:
     )
     for note in found.notes:
         emit(Notice(kind="skipped", subject=name, message=note))
-    return found.first(options.count(len(found)))
+    found = found.first(options.count(len(found)))
+    options.watch(name, [sentence for pair in found.sentences for sentence in pair])
+    return found
 
 
 def _logits(

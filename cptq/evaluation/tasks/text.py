@@ -60,6 +60,7 @@ def measure_text(
     seqlen = _fit(choose_seqlen(model, name, options.seqlen, emit), tokens, text, emit)
     windows_NT = cut_windows(tokens.ids, seqlen)
     windows_NT = windows_NT[: options.count(len(windows_NT))]
+    options.watch(name, [_covered(tokens, windows_NT.numel())])
     nll_N = _nll(model, name, windows_NT, options, emit)
     seconds, fingerprint = time.perf_counter() - begin, token_digest(windows_NT)
     return [
@@ -84,6 +85,11 @@ def measure_text(
         for metric, unit, link, count_N in _counts(len(nll_N), tokens, seqlen, name, emit)
         for estimate in (linked(ratio(nll_N, count_N), link),)
     ]
+
+
+def _covered(tokens: Tokens, count: int) -> str:
+    """The text of the first `count` tokens; all of it if the tokenizer does not say."""
+    return tokens.text if tokens.ends is None else tokens.text[: int(tokens.ends[count - 1])]
 
 
 def choose_seqlen(model: LoadedModel, name: str, asked: int | None, emit: Emit) -> int:
