@@ -12,6 +12,7 @@ import typer
 
 from cptq import __version__
 from cptq.cli.commands.analyze import analyze
+from cptq.cli.commands.compare import compare
 from cptq.cli.commands.compress import compress
 from cptq.cli.commands.evaluate import evaluate
 from cptq.cli.environment import hush, prepare, tolerate_encodings
@@ -45,6 +46,7 @@ def root(version: Version = False) -> None:
 app.command("analyze")(analyze)
 app.command("compress")(compress)
 app.command("eval")(evaluate)
+app.command("compare")(compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,7 +73,7 @@ def _refuse(words: list[str], problem: str, exit_code: int) -> int:
     from cptq.cli.console import Talk
     from cptq.cli.failures import Failure
 
-    known = [word for word in words[:1] if word in ("analyze", "compress", "eval")]
+    known = [word for word in words[:1] if word in ("analyze", "compress", "eval", "compare")]
     hint = " ".join(["cptq", *known, "--help"]) + " lists what there is"
     failure = Failure(kind="UsageError", problem=problem, hint=hint, exit_code=exit_code)
     talk = Talk("json" if asks_for_json(words) else "human")

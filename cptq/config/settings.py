@@ -150,18 +150,56 @@ class EvalSettings:
         _at_least(1, batch_size=self.batch_size)
         _at_least(2, seqlen=self.seqlen)
         _at_least(0, seed=self.seed)
-        if not self.tasks:
-            raise UsageError("no task is given", hint="--task wikitext")
-        limit = self.limit
-        if limit is not None and not (0 < limit <= 1 or (limit > 1 and limit == int(limit))):
-            raise UsageError(
-                f"--limit is {limit:g}", allowed="a share in (0, 1] or a whole number of samples"
-            )
+        _check_tasks(self.tasks, self.limit)
 
 
-Settings = AnalyzeSettings | CompressSettings | EvalSettings
+def _check_tasks(tasks: tuple[str, ...], limit: float | None) -> None:
+    if not tasks:
+        raise UsageError("no task is given", hint="--task wikitext")
+    if limit is not None and not (0 < limit <= 1 or (limit > 1 and limit == int(limit))):
+        raise UsageError(
+            f"--limit is {limit:g}", allowed="a share in (0, 1] or a whole number of samples"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareSettings:
+    """`cptq compare`: `model` is the first, which the `others` are held to; each is a model, an
+    artifact, or the eval.json of one. `tasks` are for those that must still be measured."""
+
+    model: ModelSettings
+    others: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = ("wikitext",)
+    limit: float | None = None
+    no_footprint: bool = False
+    seqlen: int | None = None
+    batch_size: int = 8
+    data_dir: Path | None = None
+    seed: int = 0
+    strict: bool = False
+    out: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(1, batch_size=self.batch_size)
+        _at_least(2, seqlen=self.seqlen)
+        _at_least(0, seed=self.seed)
+        _check_tasks(self.tasks, self.limit)
+        if not self.others:
+            raise UsageError("there is one model, and nothing to compare it with", hint="name two")
+        if len(set(self.sources)) < len(self.sources):
+            raise UsageError("a model is named twice", hint="name each once")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All models, the first first."""
+        return (self.model.model, *self.others)
+
+
+Settings = AnalyzeSettings | CompressSettings | EvalSettings | CompareSettings
 COMMANDS: Mapping[type, str] = {
     AnalyzeSettings: "analyze",
     CompressSettings: "compress",
     EvalSettings: "eval",
+    CompareSettings: "compare",
 }

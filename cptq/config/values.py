@@ -42,9 +42,10 @@ def describe(settings: Settings) -> dict[str, Any]:
 def command_line(settings: Settings) -> str:
     """The shortest `cptq ...` line that gives these settings (never the access token)."""
     given = describe(settings)
-    nothing: Mapping[str, Any] = {"model": given["model"]}
+    others = given.pop("others", [])
+    nothing: Mapping[str, Any] = {"model": given["model"], "others": tuple(others)}
     usual = describe(build(type(settings), nothing))
-    words = ["cptq", COMMANDS[type(settings)], given["model"]]
+    words = ["cptq", COMMANDS[type(settings)], given["model"], *others]
     for name, value in given.items():
         if value != usual[name] and value is not None:
             words += _words(name, value)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from cptq.pipeline.analyze import analyze
+from cptq.pipeline.compare import compare
 from cptq.pipeline.compress import compress
 from cptq.pipeline.evaluate import evaluate
 
-__all__ = ["analyze", "compress", "evaluate"]
+__all__ = ["analyze", "compare", "compress", "evaluate"]

@@ -26,10 +26,10 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
     recorder = Recorder(emit)
     if settings.out is not None:
         refuse_existing(settings.out, overwrite=settings.overwrite)
-    model, results = _run_tasks(settings, settings.model.model, "evaluation", recorder)
+    model, results = run_tasks(settings, settings.model.model, "evaluation", recorder)
     baseline: tuple[EvalResult, ...] = ()
     if settings.baseline is not None:
-        _, baseline = _run_tasks(settings, settings.baseline, "baseline", recorder)
+        _, baseline = run_tasks(settings, settings.baseline, "baseline", recorder)
     report = summary(
         "eval",
         settings,
@@ -46,7 +46,7 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
     return EvalOutcome(summary=report, out=settings.out)
 
 
-def _run_tasks(
+def run_tasks(
     settings: EvalSettings, source: str, stage: str, recorder: Recorder
 ) -> tuple[LoadedModel, tuple[EvalResult, ...]]:
     """Load `source` and measure it by each task; a task that it cannot do stops all at once."""
