@@ -126,7 +126,8 @@ def _similarities(
 
     vectors = forward(model, encoded, embed, batch_size=options.batch_size, name=name, emit=emit)
     how = (f"cosine of embeddings, pooling {pooling}, at most {length} tokens",)
-    return cosine(vectors[0::2], vectors[1::2]), encoded, how
+    # equal sentences have a cosine of 1 up to the last digits, which must not rank them
+    return cosine(vectors[0::2], vectors[1::2]).round(decimals=6), encoded, how
 
 
 def _body(model: LoadedModel) -> Any:
