@@ -124,11 +124,14 @@ def shared_quality(results: Sequence[Sequence[EvalResult]]) -> tuple[str, str] |
 
 
 def short_names(sources: Sequence[str]) -> list[str]:
-    """The last parts of paths, as many as it takes to tell the models apart."""
-    parts = [source.removesuffix(".json").rstrip("/").split("/") for source in sources]
-    longest = max(map(len, parts))
-    for count in range(1, longest + 1):
-        names = ["/".join(part[-count:]) for part in parts]
+    """The last parts of paths, as many as it takes to tell the models apart.
+
+    Without `.json`, unless a model and its own results stand side by side.
+    """
+    bare = [source.removesuffix(".json").rstrip("/") for source in sources]
+    paths = [path.split("/") for path in (bare if len(set(bare)) == len(bare) else sources)]
+    for count in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-count:]) for path in paths]
         if len(set(names)) == len(names):
             return names
-    return [f"{name} ({index})" for index, name in enumerate(names, start=1)]
+    return [f"{path[-1]} ({index})" for index, path in enumerate(paths, start=1)]
