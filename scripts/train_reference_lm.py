@@ -60,12 +60,8 @@ class Size:
 
 
 SIZES = {
-    "small": Size(
-        vocabulary=2048, width=192, blocks=4, heads=6, context=256, batch=16, rate=2e-3
-    ),
-    "large": Size(
-        vocabulary=8192, width=512, blocks=8, heads=8, context=512, batch=64, rate=1e-3
-    ),
+    "small": Size(vocabulary=2048, width=192, blocks=4, heads=6, context=256, batch=16, rate=2e-3),
+    "large": Size(vocabulary=8192, width=512, blocks=8, heads=8, context=512, batch=64, rate=1e-3),
 }
 
 

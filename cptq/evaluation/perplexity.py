@@ -84,10 +84,10 @@ def cut_windows(ids: Tensor, seqlen: int) -> Tensor:
     return ids[: windows * seqlen].view(windows, seqlen)
 
 
-def counts_per_window(
-    tokens: Tokens, windows: int, seqlen: int
+def counts_between(
+    tokens: Tokens, first_N: np.ndarray[Any, Any], last_N: np.ndarray[Any, Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-    """(words, bytes), each (windows,), of the predicted tokens of every window.
+    """(words, bytes), each (windows,), of the tokens after token `first` up to token `last`.
 
     A token's text reaches from the end of the token before to its own end, so that spaces between
     tokens count. None if the tokenizer does not say where tokens end.
@@ -95,8 +95,7 @@ def counts_per_window(
     if tokens.ends is None:
         return None
     last_of_word = np.array([m.end() for m in re.finditer(r"\S+", tokens.text)], dtype=np.int64)
-    starts = np.arange(windows) * seqlen
-    begin, end = tokens.ends[starts], tokens.ends[starts + seqlen - 1]
+    begin, end = tokens.ends[first_N], tokens.ends[last_N]
     words = np.searchsorted(last_of_word, end, "right") - np.searchsorted(
         last_of_word, begin, "right"
     )
