@@ -22,6 +22,7 @@ import hashlib
 import json
 import math
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -60,7 +61,7 @@ class Size:
 
 
 SIZES = {
-    "small": Size(vocabulary=2048, width=192, blocks=4, heads=6, context=256, batch=16, rate=2e-3),
+    "small": Size(vocabulary=1024, width=128, blocks=4, heads=4, context=128, batch=8, rate=3e-3),
     "large": Size(vocabulary=8192, width=512, blocks=8, heads=8, context=512, batch=64, rate=1e-3),
 }
 
@@ -331,6 +332,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     given = arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # what is half made goes away
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

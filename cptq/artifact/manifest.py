@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from cptq import __version__
@@ -84,3 +85,12 @@ def _layer(result: LayerResult) -> dict[str, Any]:
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
     """The manifest as it is written."""
     return (json.dumps(dict(manifest), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of an artifact; empty where the directory is none, or its file is no JSON."""
+    try:
+        found = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

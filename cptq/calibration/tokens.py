@@ -18,6 +18,7 @@ from torch import Tensor
 
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import CalibrationSettings, ModelSettings
+from cptq.data.overlap import encode_sketch, sketch
 from cptq.data.text import Text, load_text
 from cptq.errors import CalibrationError
 from cptq.types import CalibrationRecord, Emit, Notice
@@ -145,8 +146,16 @@ def _assemble(
         fingerprint=token_digest(rows),
         text_sha256=text.sha256,
         notes=tuple(text.notes),
+        sketch=encode_sketch(sketch(_texts(model, rows))),
     )
     return Calibration(batches=[_padded(model, part) for part in parts], record=record)
+
+
+def _texts(model: LoadedModel, rows: list[Tensor]) -> list[str]:
+    """What the samples say."""
+    assert model.tokenizer is not None
+    decode = model.tokenizer.decode
+    return [str(decode(row.tolist(), skip_special_tokens=True)) for row in rows]
 
 
 def _padded(model: LoadedModel, rows: list[Tensor]) -> Batch:

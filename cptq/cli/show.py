@@ -7,6 +7,7 @@ from typing import Any
 
 from cptq.cli.console import Talk
 from cptq.cli.sketch import sketch
+from cptq.report.paired import paired_table
 from cptq.report.summary import AnalyzeOutcome, CompressOutcome, EvalOutcome, Summary, plain
 from cptq.report.table import Table, pairs
 from cptq.report.tables import (
@@ -87,7 +88,8 @@ def show_compress(talk: Talk, outcome: Outcome) -> None:
 
 def show_eval(talk: Talk, outcome: Outcome) -> None:
     """The results beside the baseline."""
-    talk.tables([evaluation_table(outcome.summary)])
+    summary = outcome.summary
+    talk.tables([evaluation_table(summary), paired_table(summary.paired)])
 
 
 HUMAN: Mapping[str, Callable[[Talk, Outcome], None]] = {

@@ -142,6 +142,7 @@ class EvalSettings:
     batch_size: int = 8
     data_dir: Path | None = None
     seed: int = 0
+    strict: bool = False  # text that calibrated and is evaluated is an error, not a warning
     out: Path | None = None
     overwrite: bool = False
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
@@ -13,6 +13,13 @@ from torch import Tensor
 from cptq.checkpoint.model import LoadedModel
 from cptq.evaluation.perplexity import Witness
 from cptq.types import Emit, EvalResult
+
+#: (the task's name, the texts that it is going to measure on), before anything is measured
+Watch = Callable[[str, Sequence[str]], None]
+
+
+def unwatched(name: str, rows: Sequence[str]) -> None:
+    """Nobody wants to know."""
 
 
 class Beside(Protocol):
@@ -35,6 +42,7 @@ class EvalOptions:
     what the model can take. `stride`: windows roll over a text and each predicts this many tokens,
     None = windows that do not overlap. `max_length`: tokens at which a sentence is cut, None = the
     model's. `beside`: what keeps a baseline's outputs on a text, or compares the model's with them.
+    `watch` is shown the texts of every task before it measures.
     """
 
     batch_size: int = 8
@@ -48,6 +56,7 @@ class EvalOptions:
     seed: int = 0
     trust_remote_code: bool = False
     beside: Beside | None = None
+    watch: Watch = unwatched
 
     def count(self, total: int) -> int:
         """How many of `total` samples to take (at least one)."""

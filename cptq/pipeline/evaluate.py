@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from cptq.artifact.manifest import read_manifest
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import EvalSettings
 from cptq.evaluation import check_task_kind
-from cptq.evaluation.options import EvalOptions
+from cptq.evaluation.leaks import LeakGuard
+from cptq.evaluation.options import EvalOptions, Watch, unwatched
+from cptq.evaluation.paired import compare_results
 from cptq.evaluation.run import evaluate as run_task
 from cptq.pipeline.facts import summary
 from cptq.pipeline.files import atomic_file, refuse_existing
 from cptq.pipeline.recorder import Recorder
 from cptq.report.render import render_json
 from cptq.report.summary import EvalOutcome
-from cptq.types import Emit, EvalResult
+from cptq.types import Emit, EvalResult, Notice, PairedDifference
 
 
 def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
@@ -36,6 +39,7 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
         evaluation=results,
         baseline=baseline,
         baseline_source=settings.baseline,
+        paired=_paired(results, baseline, settings.seed, recorder),
     )
     if settings.out is not None:
         atomic_file(settings.out, render_json(report), overwrite=settings.overwrite)
@@ -50,12 +54,40 @@ def _run_tasks(
         model = load_model(replace(settings.model, model=source), recorder)
     for task in settings.tasks:
         check_task_kind(task, model.kind)
-    options = _options(settings)
+    options = replace(_options(settings), watch=_guard(model, settings, recorder))
     results: list[EvalResult] = []
     with recorder.stage(stage):
         for task in settings.tasks:
             results += run_task(model, task, options, recorder)
     return model, tuple(results)
+
+
+def _paired(
+    results: tuple[EvalResult, ...],
+    baseline: tuple[EvalResult, ...],
+    seed: int,
+    recorder: Recorder,
+) -> tuple[PairedDifference, ...]:
+    """How sure each difference is; what cannot be paired is said."""
+    with recorder.stage("comparison"):
+        found, reasons = compare_results(results, baseline, seed)
+    for reason in reasons:
+        message = f"no paired comparison of {reason}"
+        recorder(Notice(kind="skipped", subject="baseline", message=message))
+    return tuple(found)
+
+
+def _guard(model: LoadedModel, settings: EvalSettings, recorder: Recorder) -> Watch:
+    """What watches that the artifact does not meet its calibration text again."""
+    calibration = read_manifest(model.path).get("calibration")
+    if not isinstance(calibration, dict):
+        return unwatched
+    if not calibration.get("sketch"):
+        message = "its manifest has no fingerprints of the calibration text to look for"
+        recorder(Notice(kind="skipped", subject=model.path.name, message=message))
+        return unwatched
+    source = str(calibration.get("origin", calibration.get("source", "")))
+    return LeakGuard(calibration["sketch"], source, strict=settings.strict, emit=recorder)
 
 
 def _options(settings: EvalSettings) -> EvalOptions:

@@ -5,6 +5,7 @@ Bytes, seconds and nats are named in the fields. Nothing here imports torch at r
 
 from __future__ import annotations
 
+from cptq.types.comparison import PairedDifference
 from cptq.types.event import Emit, Event, Notice, Progress
 from cptq.types.model import DTYPE_BYTES, LayerKind, LayerSpec, ModelKind, TensorSpec, Unit
 from cptq.types.plan import Budget, Candidate, Plan, SensitivityTable, digest
@@ -33,6 +34,7 @@ __all__ = [
     "LayerSpec",
     "ModelKind",
     "Notice",
+    "PairedDifference",
     "PerSample",
     "Plan",
     "Progress",

@@ -70,6 +70,8 @@ class CalibrationRecord:
 
     `source` is "wikitext", "pydoc", a path's name ...; `origin` where it was found.
     `fingerprint` is the sha256 of the token ids; `text_sha256` of the text they come from.
+    `sketch` stands for the samples' own text (`cptq.data.overlap`), so that an evaluation on the
+    same text is noticed.
     """
 
     source: str
@@ -81,6 +83,7 @@ class CalibrationRecord:
     fingerprint: str
     text_sha256: str
     notes: tuple[str, ...] = ()
+    sketch: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ Tasks = Annotated[
     typer.Option(
         "--task",
         metavar="NAME",
-        help="wikitext, glue/sst2, glue/cola, glue/stsb, footprint or text:PATH; "
+        help="wikitext, glue/sst2 and the like, footprint or text:PATH; "
         "repeatable; default wikitext.",
         show_default=False,
     ),
@@ -36,6 +36,7 @@ def evaluate(
     tasks: Tasks = None,
     baseline: Baseline = None,
     limit: Limit = None,
+    strict: o.Strict = None,
     config: o.Config = None,
     seqlen: o.EvalSeqlen = None,
     device: o.Device = None,

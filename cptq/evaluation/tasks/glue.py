@@ -2,7 +2,7 @@
 
 Sequence classifiers answer with their logits: the label of the greatest one, or for STS-B the one
 score. Sentence encoders answer STS-B with the cosine of two embeddings (cptq.evaluation.embedding).
-Two sentences are given to the tokenizer as a pair, so that it puts between them what it always does.
+Two sentences are given to the tokenizer as a pair, so that it puts between them what it is used to.
 
 MNLI's two dev parts are two tasks, `glue/mnli` (matched) and `glue/mnli-mm`; `glue/stsb-test` is
 the labelled test part of STS-B. Source: Wang et al. 2018, table 1; AX is judged by Matthews
@@ -23,10 +23,11 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.data import GlueSet, load_glue
 from cptq.evaluation.embedding import cosine, pool, read_length, read_pooling
 from cptq.evaluation.labels import class_order, require_score
-from cptq.evaluation.metrics import METRICS, Values, is_constant, standard_error
+from cptq.evaluation.metrics import METRICS, Values, error_words, is_constant, standard_error
 from cptq.evaluation.options import EvalOptions
 from cptq.evaluation.sentences import Batch, Encoded, encode, forward
 from cptq.types import Emit, EvalResult, Notice
+from cptq.types.samples import pairs, ratios
 
 VERSION = 1
 #: task -> GLUE's metrics for a classifier, the main one first
@@ -91,7 +92,9 @@ def _load(name: str, options: EvalOptions, emit: Emit) -> GlueSet:
     )
     for note in found.notes:
         emit(Notice(kind="skipped", subject=name, message=note))
-    return found.first(options.count(len(found)))
+    found = found.first(options.count(len(found)))
+    options.watch(name, [sentence for pair in found.sentences for sentence in pair])
+    return found
 
 
 def _logits(
@@ -156,6 +159,7 @@ def _results(
     if encoded.truncated:
         notes = (*notes, f"{encoded.truncated} samples cut at {encoded.max_length} tokens")
     labels, seconds = np.array(found.labels, dtype=np.float64), time.perf_counter() - begin
+    per_sample = {"accuracy": ratios((labels == predictions).astype(int))}
     return [
         EvalResult(
             task=name,
@@ -170,7 +174,9 @@ def _results(
             tokens=encoded.tokens,
             data_source=found.origin,
             data_sha256=found.sha256,
-            notes=notes,
+            data_fingerprint=found.sha256,
+            per_sample=per_sample.get(metric) or pairs(labels, predictions),
+            notes=(*notes, f"standard error: {error_words(metric)}"),
         )
         for metric in metrics
     ]

@@ -43,6 +43,7 @@ def rolling(model: LoadedModel, name: str, options: EvalOptions, emit: Emit) -> 
     pages = Pages(
         documents=found.documents[: options.count(len(found.documents))], origin=found.origin
     )
+    options.watch(name, pages.documents)
     encoder, length = Encoder(model, name), context_length(model, options.seqlen)
     stride = checked_stride(options.stride, length)
     ids = [encoder.text(detokenize(page)) for page in pages.documents]

@@ -117,6 +117,7 @@ def _cut(
     """Windows that do not overlap."""
     windows_NT = cut_windows(tokens.ids, seqlen)
     windows_NT = windows_NT[: options.count(len(windows_NT))]
+    options.watch(name, [_covered(tokens, windows_NT.numel())])
     total = len(windows_NT)
     emit(Progress(stage=name, done=0, total=total, message="windows"))
     nll_N = window_nll(
@@ -152,13 +153,14 @@ def _rolled(
     prefix, *ids = tokens.ids.tolist()
     windows = rolling_windows(ids, prefix, length, stride)
     windows = windows[: options.count(len(windows))]
+    last_N = np.cumsum([len(window.continuation) for window in windows])
+    options.watch(name, [_covered(tokens, int(last_N[-1]) + 1)])
     if options.beside is not None:
         message = "KL to the baseline is measured on windows that do not overlap, without --stride"
         emit(Notice(kind="skipped", subject=name, message=message))
     scores = score(
         model, windows, length=length, batch_size=options.batch_size, name=name, emit=emit
     )
-    last_N = np.cumsum([len(window.continuation) for window in windows])
     return Measured(
         nll_N=-scores.loglikelihood.numpy(),
         first_N=np.concatenate([[0], last_N[:-1]]),
@@ -166,6 +168,11 @@ def _rolled(
         rows=[torch.tensor(window.context + window.continuation) for window in windows],
         notes=(f"rolling windows of {length} tokens, stride {stride}",),
     )
+
+
+def _covered(tokens: Tokens, count: int) -> str:
+    """The text of the first `count` tokens; all of it if the tokenizer does not say."""
+    return tokens.text if tokens.ends is None else tokens.text[: int(tokens.ends[count - 1])]
 
 
 def choose_seqlen(model: LoadedModel, name: str, asked: int | None, emit: Emit) -> int:

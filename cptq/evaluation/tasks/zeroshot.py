@@ -95,6 +95,7 @@ def _measure(
     model: LoadedModel, name: str, asked: Asked, options: EvalOptions, emit: Emit
 ) -> list[EvalResult]:
     begin = time.perf_counter()
+    options.watch(name, [context for q in asked.questions for context, _ in q.pairs[:1]])
     encoder = Encoder(model, name)
     length = context_length(model, options.seqlen)
     requests = [encoder.request(*pair) for question in asked.questions for pair in question.pairs]

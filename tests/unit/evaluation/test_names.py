@@ -43,12 +43,13 @@ def test_a_classifier_is_refused_wikitext_and_told_what_it_can_do() -> None:
         check_task_kind("wikitext", "classifier")
     assert str(caught.value) == (
         "the task wikitext is for a causal-lm, and this model is a classifier; allowed: "
-        "glue/sst2, glue/cola, glue/stsb, footprint for a classifier"
+        "glue/cola, glue/sst2, glue/mrpc, glue/stsb, glue/stsb-test, glue/qqp, glue/mnli, "
+        "glue/mnli-mm, glue/qnli, glue/rte, glue/wnli, glue/ax, footprint for a classifier"
     )
 
 
 def test_a_causal_lm_is_refused_glue() -> None:
     with pytest.raises(EvaluationError, match=r"allowed: wikitext, pydoc, footprint, text:PATH"):
         check_task_kind("glue/sst2", "causal-lm")
-    assert tasks_for("masked-lm") == ["glue/stsb", "footprint"]
-    assert tasks_for("encoder") == ["glue/stsb", "footprint"]
+    assert tasks_for("masked-lm") == ["glue/stsb", "glue/stsb-test", "footprint"]
+    assert tasks_for("encoder") == ["glue/stsb", "glue/stsb-test", "footprint"]
