@@ -1,10 +1,10 @@
 """`cptq eval` and lm-evaluation-harness side by side on one model: a table of both, and exit 1
 where they differ by more than the tolerance (relative where a number is above 1).
 
-The harness's own task files are used; only their data are replaced by local files, which both sides
-read. WikiText-2 pages and SST-2 are the real ones from --data-dir. The multiple-choice sets are made
-up, in the fields of the real ones, from sentences of that text: an answer is the rest of a sentence,
-wrong answers are the rests of others. They are for agreement, not for measuring a model.
+The harness's own task files are used; only their data are replaced by local files, which both
+sides read. WikiText-2 pages, SST-2 and CoLA are the real ones from --data-dir. The other sets are
+made up, in the fields of the real ones, from sentences of that text: an answer is the rest of a
+sentence, wrong answers are the rests of others. They are for agreement, not for measuring a model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ CHECKED: dict[str, tuple[str, str, dict[str, str]]] = {
         {"word_perplexity": "word_perplexity", "bits_per_byte": "bits_per_byte"},
     ),
     "sst2": ("glue/sst2/default.yaml", "validation", {"acc": "acc"}),
-    "cola": ("glue/cola/default.yaml", "validation", {"mcc": "mcc"}),
+    "cola": ("glue/cola/default.yaml", "validation", {"matthews": "mcc"}),
     **{
         name: (f"{place}.yaml", part, {"acc": "acc", "acc_norm": "acc_norm"})
         for name, place, part in (
@@ -63,9 +63,10 @@ def made_rows(sentences: list[str], count: int) -> dict[str, list[dict[str, Any]
     draw = random.Random(0)
     found: dict[str, list[dict[str, Any]]] = {}
     for _ in range(count):
-        (head, tail), *others = ((w[: len(w) // 2], w[len(w) // 2 :]) for w in (
-            draw.choice(sentences).split() for _ in range(4)
-        ))
+        (head, tail), *others = (
+            (w[: len(w) // 2], w[len(w) // 2 :])
+            for w in (draw.choice(sentences).split() for _ in range(4))
+        )
         tails = [" ".join(tail), *(" ".join(other[1]) for other in others)]
         order = draw.sample(range(4), 4)
         shuffled, gold = [tails[i] for i in order], order.index(0)

@@ -5,17 +5,17 @@ with p the baseline's distribution and q the model's over the vocabulary,
 
     KL(p || q) = sum p (ln p - ln q)        nats, 0 where the two agree
 
-and three yes-or-no questions: do both find the same token likeliest (top-1 agreement); and is
-exactly one of them right about the token that comes (a flip, as Dutta et al. 2024, "Accuracy is not
-all you need", count flips of answers: right to wrong and wrong to right)? Reported are the mean KL,
-its 99th percentile and maximum over tokens, the share of agreement and the share of flips. Standard
-errors take windows as the independent samples, as those of perplexity do.
+and two yes-or-no questions: do both find the same token likeliest (top-1 agreement); and is exactly
+one of them right about the token that comes (a flip, as Dutta et al. 2024, "Accuracy is not all you
+need", count flips of answers: right to wrong and wrong to right)? Reported are the mean KL, its 99th
+percentile and maximum over tokens, the share of agreement and the share of flips. Standard errors
+take windows as the independent samples, as those of perplexity do.
 
-Memory: never two models, never the logits of a text. While the baseline is measured, its last hidden
-states go to a temporary file (float32, a few kB a token) and its head stays; the logits of both are
-then made from hidden states, a few hundred positions at a time, when the model is measured. A model
-that has no head of its own keeps its logits instead. Where the disk has no room for the file,
-nothing is compared, and that is said.
+Memory: never two models, never the logits of a text. While the baseline is measured, its last
+hidden states go to a temporary file (float32, a few kB a token) and its head stays; the logits of
+both are then made from hidden states, a few hundred positions at a time, when the model is
+measured. A model that has no head of its own keeps its logits instead. Where the disk has no room
+for the file, nothing is compared, and that is said.
 """
 
 from __future__ import annotations
@@ -31,8 +31,7 @@ from torch import Tensor, nn
 
 from cptq.calibration.tokens import token_digest
 from cptq.evaluation.halves import LOGIT_ELEMENTS, positions_at_once
-from cptq.evaluation.options import Witness
-from cptq.evaluation.perplexity import Estimate, ratio
+from cptq.evaluation.perplexity import Estimate, Witness, ratio
 from cptq.types import Emit, EvalResult, Notice
 from cptq.types.samples import ratios
 
@@ -121,12 +120,12 @@ class Comparer:
             message = "no KL to the baseline: the two models do not see the same tokens"
             emit(Notice(kind="skipped", subject=name, message=message))
             return None
-        self.found = Compared(kept=kept)
+        self.found = Compared(kept=kept, emit=emit)
         return self.found
 
     def results(self, like: EvalResult) -> list[EvalResult]:
         """KL, agreement and flips on the text opened last; none where nothing was compared."""
-        return [] if self.found is None else self.found.results(like)
+        return self.found.results(like) if self.found is not None and self.found.kl else []
 
 
 @dataclass(kw_only=True)
@@ -134,6 +133,7 @@ class Compared:
     """Of every predicted token: the KL, and whether the two agree and flip."""
 
     kept: Kept
+    emit: Emit
     kl: list[Tensor] = field(default_factory=list)
     same: list[Tensor] = field(default_factory=list)
     flip: list[Tensor] = field(default_factory=list)
@@ -144,6 +144,10 @@ class Compared:
         states, base = self.kept.states, self.kept.head
         assert states is not None
         assert base is not None
+        if self.rows == 0 and not self._same_vocabulary(head, hidden_BTC):
+            self.rows = -1
+        if self.rows < 0:
+            return
         end = self.rows + len(hidden_BTC)
         base_BTC = torch.from_numpy(states[self.rows : end].copy()).to(hidden_BTC)
         self.rows = end
@@ -152,13 +156,23 @@ class Compared:
         self.same.append(same)
         self.flip.append(flip)
 
+    def _same_vocabulary(self, head: nn.Module, hidden_BTC: Tensor) -> bool:
+        assert self.kept.states is not None
+        assert self.kept.head is not None
+        first = torch.from_numpy(self.kept.states[:1, :1].copy()).to(hidden_BTC)
+        sizes = self.kept.head(first).shape[-1], head(hidden_BTC[:1, :1]).shape[-1]
+        if sizes[0] != sizes[1]:
+            message = f"no KL to the baseline: vocabularies of {sizes[1]:,} and {sizes[0]:,} tokens"
+            self.emit(Notice(kind="skipped", subject=self.kept.name, message=message))
+        return bool(sizes[0] == sizes[1])
+
     def results(self, like: EvalResult) -> list[EvalResult]:
         """The five numbers, described as the perplexity `like` is."""
         kl_NT = torch.cat(self.kl).numpy()
         whole = np.full(len(kl_NT), kl_NT.shape[1])
         sums = [torch.cat(part).double().sum(1).numpy() for part in (self.kl, self.same, self.flip)]
-        agreement = (("kl", "nats per token", False), ("top1_agreement", "share of tokens", True))
-        kinds = (*agreement, ("flips", "share of tokens", False))
+        agreement = (("kl", "nats", False), ("top1_agree", "of tokens", True))
+        kinds = (*agreement, ("flips", "of tokens", False))
         means = [
             _described(like, metric, unit, higher, ratio(sum_N, whole), sum_N, whole)
             for (metric, unit, higher), sum_N in zip(kinds, sums, strict=True)
@@ -201,14 +215,16 @@ def compare_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(KL in nats float64, same likeliest token, exactly one right), each (batch, tokens), on CPU.
 
-    Raises:
-        ValueError: the two have vocabularies of different sizes.
+    Both heads give logits over the same vocabulary.
     """
     size = positions_at_once(head, hidden_BTC, LOGIT_ELEMENTS // 2)
     parts = [
         _compare_piece(base_head(base).float(), head(own).float(), labels)
         for base, own, labels in zip(
-            base_BTC.split(size, 1), hidden_BTC.split(size, 1), labels_BT.split(size, 1), strict=True
+            base_BTC.split(size, 1),
+            hidden_BTC.split(size, 1),
+            labels_BT.split(size, 1),
+            strict=True,
         )
     ]
     kl, same, flip = (torch.cat(values, 1).cpu() for values in zip(*parts, strict=True))

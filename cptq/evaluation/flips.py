@@ -1,8 +1,8 @@
 """Answers that changed between right and wrong from a baseline to a model.
 
-Dutta et al. 2024, "Accuracy is not all you need": two models of the same accuracy can be right about
-different questions. A flip is an answer that was right and is wrong, or the other way round; their
-share is at least the difference of the two accuracies. Its standard error is that of a share.
+Dutta et al. 2024, "Accuracy is not all you need": two models of the same accuracy can be right
+about different questions. A flip is an answer that was right and is wrong, or the other way round;
+their share is at least the difference of the two accuracies. Its standard error is that of a share.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from cptq.types import EvalResult, SamplePairs, SampleRatios
 from cptq.types.samples import ratios
@@ -53,11 +54,11 @@ def _flips(result: EvalResult, baseline: EvalResult) -> list[EvalResult]:
     ]
 
 
-def right(result: EvalResult) -> np.ndarray[tuple[int], np.dtype[np.bool_]] | None:
+def right(result: EvalResult) -> NDArray[np.bool_] | None:
     """Whether each sample was answered rightly; None if the result does not hold that."""
     samples = result.per_sample
     if isinstance(samples, SampleRatios) and not samples.denominators:
-        return np.array(samples.numerators) == 1
+        return np.asarray(np.array(samples.numerators) == 1)
     if isinstance(samples, SamplePairs):
-        return np.array(samples.labels) == np.array(samples.predictions)
+        return np.asarray(np.array(samples.labels) == np.array(samples.predictions))
     return None

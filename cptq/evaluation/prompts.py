@@ -137,7 +137,7 @@ GLUE_FORMATS: Mapping[str, GlueFormat] = {
         task="cola",
         context=lambda s: f"{s[0]}\nQuestion: Does this sentence make sense?\nAnswer:",
         choices=("no", "yes"),
-        metrics=("mcc",),
+        metrics=("matthews",),
     ),
     "sst2": GlueFormat(
         task="sst2",

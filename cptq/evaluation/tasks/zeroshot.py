@@ -3,7 +3,7 @@
 `acc` takes the greatest log-likelihood, `acc_norm` the greatest per character of the choice.
 Lambada asks whether the last word is the greedy continuation, and how perplexed the model is. Their
 standard errors are those of a mean, sqrt(variance / n) with n - 1 in the variance, as the harness
-gives them; those of `f1` and `mcc` are bootstrapped.
+gives them; those of `f1` and `matthews` are bootstrapped.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from cptq.evaluation.prompts import FORMATS, GLUE_FORMATS, Question, glue_questi
 from cptq.types import Emit, EvalResult, PerSample, digest
 from cptq.types.samples import pairs, ratios
 
-#: the harness's name of a metric over labels and predictions -> ours
-_OVER_ALL = {"f1": "f1", "mcc": "matthews"}
-_UNITS = {"perplexity": "per word", "mcc": "correlation", "f1": "share"}
+#: metrics over all labels and predictions at once; the harness calls matthews `mcc`
+_OVER_ALL = ("f1", "matthews")
+_UNITS = {"perplexity": "per word", "matthews": "correlation", "f1": "share"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,7 +113,7 @@ def _measure(
             metric=metric,
             value=estimate.value,
             stderr=estimate.stderr,
-            unit=_UNITS.get(metric, "share of questions"),
+            unit=_UNITS.get(metric, "of questions"),
             higher_is_better=metric != "perplexity",
             samples=len(asked.questions),
             seconds=seconds,
@@ -140,9 +140,10 @@ def _metric(
     picked = predictions(questions, scores, by_length=metric == "acc_norm")
     if metric not in _OVER_ALL:
         return _mean((picked == gold).astype(np.float64))
-    value = SENTENCE_METRICS[_OVER_ALL[metric]](gold, picked)
-    stderr = standard_error(_OVER_ALL[metric], gold, picked, seed)
-    return Estimate(value=value, stderr=stderr), pairs(gold, picked)
+    stderr = standard_error(metric, gold, picked, seed)
+    return Estimate(value=SENTENCE_METRICS[metric](gold, picked), stderr=stderr), pairs(
+        gold, picked
+    )
 
 
 def predictions(questions: Sequence[Question], scores: Scores, *, by_length: bool) -> Values:
