@@ -100,4 +100,14 @@ def check_task_kind(name: str, kind: ModelKind) -> None:
         raise EvaluationError(
             f"the task {name} is for a {' or '.join(kinds)}, and this model is a {kind}",
             allowed=f"{', '.join(tasks_for(kind))} for a {kind}",
+            hint=_other_way(known, kind),
         )
+
+
+def _other_way(name: str, kind: ModelKind) -> str | None:
+    """The same data asked in the way of this kind of model, if there is one."""
+    short = name.removeprefix("glue/").replace("mnli-mm", "mnli_mismatch")
+    long = f"glue/{name}".replace("mnli_mismatch", "mnli-mm")
+    other = short if kind == "causal-lm" else long
+    same = other != name and other in TASKS and kind in TASK_KINDS[other]
+    return f"for a {kind} it is the task {other}" if same else None

@@ -7,9 +7,9 @@ with p the baseline's distribution and q the model's over the vocabulary,
 
 and two yes-or-no questions: do both find the same token likeliest (top-1 agreement); and is exactly
 one of them right about the token that comes (a flip, as Dutta et al. 2024, "Accuracy is not all you
-need", count flips of answers: right to wrong and wrong to right)? Reported are the mean KL, its 99th
-percentile and maximum over tokens, the share of agreement and the share of flips. Standard errors
-take windows as the independent samples, as those of perplexity do.
+need", count flips of answers: right to wrong and wrong to right)? Reported are the mean KL, its
+99th percentile and maximum over tokens, the share of agreement and the share of flips. Standard
+errors take windows as the independent samples, as those of perplexity do.
 
 Memory: never two models, never the logits of a text. While the baseline is measured, its last
 hidden states go to a temporary file (float32, a few kB a token) and its head stays; the logits of

@@ -95,7 +95,9 @@ def _resolve(tasks: Sequence[str]) -> tuple[Any, list[str]]:
         if not file.is_file():
             raise EvaluationError(f"no file {str(file)!r}", hint="check the path of the task")
     folders = [str(folder) for folder in dict.fromkeys(file.parent.resolve() for file in files)]
-    manager = module.TaskManager(include_path=folders or None)
+    # reading all the harness's own tasks takes it many seconds
+    own = len(files) < len(tasks)
+    manager = module.TaskManager(include_path=folders or None, include_defaults=own)
     names = [
         _name_in(Path(task).expanduser()) if task.lower().endswith(_SUFFIXES) else task
         for task in tasks
