@@ -17,6 +17,7 @@ from cptq.registry import closest
 DEFAULT_GROUP_SIZE = 64
 DEFAULT_BITS = (2, 3, 4, 5, 6, 8, 16)
 ALLOWED_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+DEFAULT_TASKS = ("wikitext",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: fields whose option, and whose key in a file, is spelled in the singular
@@ -132,13 +133,18 @@ class CompressSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSettings:
-    """`cptq eval`. `limit` <= 1 is a share of the samples, above 1 a count."""
+    """`cptq eval`. `limit` <= 1 is a share of the samples, above 1 a count.
+
+    Where no task is given it is wikitext, unless `lm_eval` names tasks of lm-evaluation-harness.
+    """
 
     model: ModelSettings
-    tasks: tuple[str, ...] = ("wikitext",)
+    tasks: tuple[str, ...] = ()
+    lm_eval: tuple[str, ...] = ()
     baseline: str | None = None
     limit: float | None = None
     seqlen: int | None = None
+    stride: int | None = None  # windows roll over a text, each predicting this many tokens
     batch_size: int = 8
     data_dir: Path | None = None
     seed: int = 0
@@ -149,13 +155,14 @@ class EvalSettings:
     def __post_init__(self) -> None:
         _at_least(1, batch_size=self.batch_size)
         _at_least(2, seqlen=self.seqlen)
+        _at_least(1, stride=self.stride)
         _at_least(0, seed=self.seed)
-        _check_tasks(self.tasks, self.limit)
+        if not self.tasks and not self.lm_eval:
+            object.__setattr__(self, "tasks", DEFAULT_TASKS)
+        _check_limit(self.limit)
 
 
-def _check_tasks(tasks: tuple[str, ...], limit: float | None) -> None:
-    if not tasks:
-        raise UsageError("no task is given", hint="--task wikitext")
+def _check_limit(limit: float | None) -> None:
     if limit is not None and not (0 < limit <= 1 or (limit > 1 and limit == int(limit))):
         raise UsageError(
             f"--limit is {limit:g}", allowed="a share in (0, 1] or a whole number of samples"
@@ -169,7 +176,7 @@ class CompareSettings:
 
     model: ModelSettings
     others: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = ("wikitext",)
+    tasks: tuple[str, ...] = DEFAULT_TASKS
     limit: float | None = None
     no_footprint: bool = False
     seqlen: int | None = None
@@ -184,7 +191,9 @@ class CompareSettings:
         _at_least(1, batch_size=self.batch_size)
         _at_least(2, seqlen=self.seqlen)
         _at_least(0, seed=self.seed)
-        _check_tasks(self.tasks, self.limit)
+        _check_limit(self.limit)
+        if not self.tasks:
+            raise UsageError("no task is given", hint="--task wikitext")
         if not self.others:
             raise UsageError("there is one model, and nothing to compare it with", hint="name two")
         if len(set(self.sources)) < len(self.sources):

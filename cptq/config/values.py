@@ -55,7 +55,7 @@ def command_line(settings: Settings) -> str:
 def _words(name: str, value: Any) -> list[str]:
     if value is True:
         return [option(name)]
-    if name == "bits":
+    if name in ("bits", "lm_eval"):
         return [option(name), ",".join(map(str, value))]
     values = value if isinstance(value, list) else [value]
     whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]

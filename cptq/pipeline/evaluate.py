@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from cptq.artifact.manifest import read_manifest
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import EvalSettings
 from cptq.evaluation import check_task_kind
+from cptq.evaluation.divergence import Comparer, Keeper
+from cptq.evaluation.flips import with_flips
+from cptq.evaluation.harness import require_harness, run_harness
 from cptq.evaluation.leaks import LeakGuard
-from cptq.evaluation.options import EvalOptions, Watch, unwatched
+from cptq.evaluation.options import Beside, EvalOptions, Watch, unwatched
 from cptq.evaluation.paired import compare_results
 from cptq.evaluation.run import evaluate as run_task
 from cptq.pipeline.facts import summary
@@ -26,10 +31,9 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
     recorder = Recorder(emit)
     if settings.out is not None:
         refuse_existing(settings.out, overwrite=settings.overwrite)
-    model, results = run_tasks(settings, settings.model.model, "evaluation", recorder)
-    baseline: tuple[EvalResult, ...] = ()
-    if settings.baseline is not None:
-        _, baseline = run_tasks(settings, settings.baseline, "baseline", recorder)
+    if settings.lm_eval:
+        require_harness()
+    model, results, baseline = _both(settings, recorder)
     report = summary(
         "eval",
         settings,
@@ -46,19 +50,41 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
     return EvalOutcome(summary=report, out=settings.out)
 
 
+def _both(
+    settings: EvalSettings, recorder: Recorder
+) -> tuple[LoadedModel, tuple[EvalResult, ...], tuple[EvalResult, ...]]:
+    """The model, its results, the baseline's: measured first, and gone when the model is loaded."""
+    source = settings.model.model
+    if settings.baseline is None:
+        return *run_tasks(settings, source, "evaluation", recorder, None), ()
+    with TemporaryDirectory(prefix="cptq-baseline-") as folder:
+        keeper = Keeper(folder=Path(folder))
+        baseline = run_tasks(settings, settings.baseline, "baseline", recorder, keeper)[1]
+        comparer = Comparer(kept=keeper.kept)
+        model, results = run_tasks(settings, source, "evaluation", recorder, comparer)
+    return model, with_flips(results, baseline), baseline
+
+
 def run_tasks(
-    settings: EvalSettings, source: str, stage: str, recorder: Recorder
+    settings: EvalSettings,
+    source: str,
+    stage: str,
+    recorder: Recorder,
+    beside: Beside | None = None,
 ) -> tuple[LoadedModel, tuple[EvalResult, ...]]:
     """Load `source` and measure it by each task; a task that it cannot do stops all at once."""
     with recorder.stage("load"):
         model = load_model(replace(settings.model, model=source), recorder)
     for task in settings.tasks:
         check_task_kind(task, model.kind)
-    options = replace(_options(settings), watch=_guard(model, settings, recorder))
+    watch = _guard(model, settings, recorder)
+    options = replace(_options(settings), watch=watch, beside=beside)
     results: list[EvalResult] = []
     with recorder.stage(stage):
         for task in settings.tasks:
             results += run_task(model, task, options, recorder)
+        if settings.lm_eval:
+            results += run_harness(model, settings.lm_eval, options, recorder)
     return model, tuple(results)
 
 
@@ -95,6 +121,7 @@ def _options(settings: EvalSettings) -> EvalOptions:
         batch_size=settings.batch_size,
         limit=settings.limit,
         seqlen=settings.seqlen,
+        stride=settings.stride,
         data_dir=settings.data_dir,
         cache_dir=settings.model.cache_dir,
         token=settings.model.token,
