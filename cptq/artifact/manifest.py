@@ -105,3 +105,12 @@ def file_digests(place: Path, weight_files: Iterable[str]) -> dict[str, str]:
         if path.is_file() and name not in weights and path.suffix in LOADED:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """The manifest of an artifact; empty where the directory is none, or its file is no JSON."""
+    try:
+        found = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

@@ -8,6 +8,7 @@ gets one document a row, cut at `seqlen` tokens and padded; its attention mask m
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import CalibrationSettings, ModelSettings
+from cptq.data.overlap import encode_sketch, sketch
 from cptq.data.text import Text, load_text
 from cptq.errors import CalibrationError
 from cptq.types import CalibrationRecord, Emit, Notice
@@ -141,11 +143,19 @@ def _assemble(
         seqlen=seqlen,
         tokens=sum(len(row) for row in rows),
         seed=settings.seed,
-        fingerprint=_token_digest(rows),
+        fingerprint=token_digest(rows),
         text_sha256=text.sha256,
         notes=tuple(text.notes),
+        sketch=encode_sketch(sketch(_texts(model, rows))),
     )
     return Calibration(batches=[_padded(model, part) for part in parts], record=record)
+
+
+def _texts(model: LoadedModel, rows: list[Tensor]) -> list[str]:
+    """What the samples say."""
+    assert model.tokenizer is not None
+    decode = model.tokenizer.decode
+    return [str(decode(row.tolist(), skip_special_tokens=True)) for row in rows]
 
 
 def _padded(model: LoadedModel, rows: list[Tensor]) -> Batch:
@@ -160,7 +170,8 @@ def _padded(model: LoadedModel, rows: list[Tensor]) -> Batch:
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def _token_digest(rows: list[Tensor]) -> str:
+def token_digest(rows: Iterable[Tensor]) -> str:
+    """sha256 (hex) of rows of token ids and their lengths."""
     total = hashlib.sha256()
     for row in rows:
         total.update(len(row).to_bytes(8, "little"))

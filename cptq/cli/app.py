@@ -12,6 +12,7 @@ import typer
 
 from cptq import __version__
 from cptq.cli.commands.analyze import analyze
+from cptq.cli.commands.compare import compare
 from cptq.cli.commands.compress import compress
 from cptq.cli.commands.evaluate import evaluate
 from cptq.cli.commands.export import export
@@ -51,6 +52,7 @@ app.command("eval")(evaluate)
 app.command("export")(export)
 app.command("inspect")(inspect)
 app.command("verify")(verify)
+app.command("compare")(compare)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

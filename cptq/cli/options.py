@@ -179,6 +179,14 @@ AllowPickle = Annotated[
     ),
 ]
 
+Strict = Annotated[
+    bool | None,
+    typer.Option(
+        "--strict",
+        help="Refuse to measure an artifact on its own calibration text.",
+        show_default=False,
+    ),
+]
 OutDir = Annotated[
     Path | None,
     typer.Option(

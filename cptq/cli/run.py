@@ -16,7 +16,12 @@ if TYPE_CHECKING:
     from cptq.config import Settings
 
 #: command -> its function in cptq.pipeline
-FUNCTIONS = {"analyze": "analyze", "compress": "compress", "eval": "evaluate"}
+FUNCTIONS = {
+    "analyze": "analyze",
+    "compress": "compress",
+    "eval": "evaluate",
+    "compare": "compare",
+}
 
 
 def run(command: str, kind: type[Settings], params: Mapping[str, Any]) -> None:

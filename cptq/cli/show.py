@@ -6,7 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from cptq.cli.console import Talk
+from cptq.cli.show_compare import show_compare
 from cptq.cli.sketch import sketch
+from cptq.report.paired import paired_table
+from cptq.report.side_by_side import CompareOutcome
 from cptq.report.summary import AnalyzeOutcome, CompressOutcome, EvalOutcome, Summary, plain
 from cptq.report.table import Table, pairs
 from cptq.report.tables import (
@@ -20,13 +23,16 @@ from cptq.report.tally import notices_by_kind
 from cptq.report.words import number, seconds
 from cptq.types import SensitivityTable
 
-Outcome = AnalyzeOutcome | CompressOutcome | EvalOutcome
+Reported = AnalyzeOutcome | CompressOutcome | EvalOutcome
+Outcome = Reported | CompareOutcome
 TOP = 5
 
 
 def show(talk: Talk, outcome: Outcome) -> None:
     """Print the outcome as the format asks."""
-    if talk.shape == "json":
+    if isinstance(outcome, CompareOutcome):
+        show_compare(talk, outcome)
+    elif talk.shape == "json":
         talk.document(document(outcome))
     elif talk.shape == "quiet":
         for line in quiet_lines(outcome):
@@ -36,13 +42,16 @@ def show(talk: Talk, outcome: Outcome) -> None:
         talk.table(last_table(outcome))
 
 
-def document(outcome: Outcome) -> dict[str, Any]:
+def document(outcome: Reported) -> dict[str, Any]:
     """The document of `--format json`."""
     found = {name: plain(getattr(outcome, name)) for name in ("out", "reports")}
-    return {"command": outcome.summary.command, **found, "summary": outcome.summary.to_dict()}
+    summary = outcome.summary.to_dict()
+    for result in [*summary["evaluation"], *summary["baseline"]]:
+        del result["per_sample"]  # thousands of numbers, which are in the file
+    return {"command": outcome.summary.command, **found, "summary": summary}
 
 
-def quiet_lines(outcome: Outcome) -> list[str]:
+def quiet_lines(outcome: Reported) -> list[str]:
     """The path that was written; for eval the first number of each task, in order."""
     if isinstance(outcome, EvalOutcome):
         results = outcome.summary.evaluation
@@ -51,7 +60,7 @@ def quiet_lines(outcome: Outcome) -> list[str]:
     return [str(outcome.out)]
 
 
-def show_analyze(talk: Talk, outcome: Outcome) -> None:
+def show_analyze(talk: Talk, outcome: Reported) -> None:
     """The most sensitive units by each metric, and each metric over the blocks."""
     summary = outcome.summary
     tables = list(summary.sensitivity.values())
@@ -76,25 +85,26 @@ def block_table(tables: list[SensitivityTable]) -> Table:
     )
 
 
-def show_compress(talk: Talk, outcome: Outcome) -> None:
+def show_compress(talk: Talk, outcome: Reported) -> None:
     """Bytes, bits and widths; results, if there are any."""
     summary = outcome.summary
     talk.tables([size_table(summary), width_table(summary), evaluation_table(summary)])
 
 
-def show_eval(talk: Talk, outcome: Outcome) -> None:
+def show_eval(talk: Talk, outcome: Reported) -> None:
     """The results beside the baseline."""
-    talk.tables([evaluation_table(outcome.summary)])
+    summary = outcome.summary
+    talk.tables([evaluation_table(summary), paired_table(summary.paired)])
 
 
-HUMAN: Mapping[str, Callable[[Talk, Outcome], None]] = {
+HUMAN: Mapping[str, Callable[[Talk, Reported], None]] = {
     "analyze": show_analyze,
     "compress": show_compress,
     "eval": show_eval,
 }
 
 
-def last_table(outcome: Outcome) -> Table:
+def last_table(outcome: Reported) -> Table:
     """Whether it holds, what was noticed, how long it took, where it lies."""
     summary = outcome.summary
     facts = summary.verification

@@ -12,7 +12,13 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from cptq.config import AnalyzeSettings, CompressSettings, EvalSettings, Settings
+from cptq.config import (
+    AnalyzeSettings,
+    CompareSettings,
+    CompressSettings,
+    EvalSettings,
+    Settings,
+)
 from cptq.errors import OutputExistsError, PlanError, UsageError
 from cptq.registry import Registry, closest
 from cptq.types import Plan
@@ -25,7 +31,7 @@ REGISTRIES = {
 }
 ALL = "all"
 #: a directory that holds one of these was written by cptq
-OURS = ("cptq.json", "report.json")
+OURS = ("cptq.json", "report.json", "compare.json")
 
 
 def registry(kind: str) -> Registry[Any]:
@@ -43,7 +49,9 @@ def checked(settings: Settings) -> Settings:
     """
     if isinstance(settings, AnalyzeSettings):
         return _analyze(settings)
-    return _compress(settings) if isinstance(settings, CompressSettings) else _evaluate(settings)
+    if isinstance(settings, CompressSettings):
+        return _compress(settings)
+    return _compare(settings) if isinstance(settings, CompareSettings) else _evaluate(settings)
 
 
 def _analyze(settings: AnalyzeSettings) -> AnalyzeSettings:
@@ -75,6 +83,20 @@ def _evaluate(settings: EvalSettings) -> EvalSettings:
         check_place(settings.out, settings.model.model, overwrite=settings.overwrite)
         if settings.out.is_dir():
             raise UsageError(f"{settings.out} is a directory", hint="name a file: -o results.json")
+    return settings
+
+
+def _compare(settings: CompareSettings) -> CompareSettings:
+    check_task = import_module("cptq.evaluation").check_task
+    for task in settings.tasks:
+        check_task(task)
+    for source in settings.sources:
+        if source.endswith(".json") and not Path(source).expanduser().is_file():
+            raise UsageError(
+                f"no file {source!r}", hint="`cptq eval MODEL -o eval.json` writes one"
+            )
+        if settings.out is not None:
+            check_place(settings.out, source, overwrite=settings.overwrite)
     return settings
 
 

@@ -19,6 +19,7 @@ DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
 DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
 EMBEDDING_BITS = (6, 7, 8)
 ALLOWED_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+DEFAULT_TASKS = ("wikitext",)
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: fields whose option, and whose key in a file, is spelled in the singular
@@ -152,16 +153,57 @@ class CompressSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalSettings:
-    """`cptq eval`. `limit` <= 1 is a share of the samples, above 1 a count."""
+    """`cptq eval`. `limit` <= 1 is a share of the samples, above 1 a count.
+
+    Where no task is given it is wikitext, unless `lm_eval` names tasks of lm-evaluation-harness.
+    """
 
     model: ModelSettings
-    tasks: tuple[str, ...] = ("wikitext",)
+    tasks: tuple[str, ...] = ()
+    lm_eval: tuple[str, ...] = ()
     baseline: str | None = None
     limit: float | None = None
+    seqlen: int | None = None
+    stride: int | None = None  # windows roll over a text, each predicting this many tokens
+    batch_size: int = 8
+    data_dir: Path | None = None
+    seed: int = 0
+    strict: bool = False  # text that calibrated and is evaluated is an error, not a warning
+    out: Path | None = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(1, batch_size=self.batch_size)
+        _at_least(2, seqlen=self.seqlen)
+        _at_least(1, stride=self.stride)
+        _at_least(0, seed=self.seed)
+        if not self.tasks and not self.lm_eval:
+            object.__setattr__(self, "tasks", DEFAULT_TASKS)
+        _check_limit(self.limit)
+
+
+def _check_limit(limit: float | None) -> None:
+    if limit is not None and not (0 < limit <= 1 or (limit > 1 and limit == int(limit))):
+        raise UsageError(
+            f"--limit is {limit:g}", allowed="a share in (0, 1] or a whole number of samples"
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareSettings:
+    """`cptq compare`: `model` is the first, which the `others` are held to; each is a model, an
+    artifact, or the eval.json of one. `tasks` are for those that must still be measured."""
+
+    model: ModelSettings
+    others: tuple[str, ...] = ()
+    tasks: tuple[str, ...] = DEFAULT_TASKS
+    limit: float | None = None
+    no_footprint: bool = False
     seqlen: int | None = None
     batch_size: int = 8
     data_dir: Path | None = None
     seed: int = 0
+    strict: bool = False
     out: Path | None = None
     overwrite: bool = False
 
@@ -169,13 +211,18 @@ class EvalSettings:
         _at_least(1, batch_size=self.batch_size)
         _at_least(2, seqlen=self.seqlen)
         _at_least(0, seed=self.seed)
+        _check_limit(self.limit)
         if not self.tasks:
             raise UsageError("no task is given", hint="--task wikitext")
-        limit = self.limit
-        if limit is not None and not (0 < limit <= 1 or (limit > 1 and limit == int(limit))):
-            raise UsageError(
-                f"--limit is {limit:g}", allowed="a share in (0, 1] or a whole number of samples"
-            )
+        if not self.others:
+            raise UsageError("there is one model, and nothing to compare it with", hint="name two")
+        if len(set(self.sources)) < len(self.sources):
+            raise UsageError("a model is named twice", hint="name each once")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All models, the first first."""
+        return (self.model.model, *self.others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -202,9 +249,10 @@ def check_repository(name: str | None) -> None:
         )
 
 
-Settings = AnalyzeSettings | CompressSettings | EvalSettings
+Settings = AnalyzeSettings | CompressSettings | EvalSettings | CompareSettings
 COMMANDS: Mapping[type, str] = {
     AnalyzeSettings: "analyze",
     CompressSettings: "compress",
     EvalSettings: "eval",
+    CompareSettings: "compare",
 }

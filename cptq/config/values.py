@@ -43,9 +43,11 @@ def describe(settings: Settings) -> dict[str, Any]:
 def command_line(settings: Settings) -> str:
     """The shortest `cptq ...` line that gives these settings (never the access token)."""
     given = describe(settings)
-    least: Mapping[str, Any] = {n: given[n] for n in ("model", "runtime") if n in given}
-    usual = describe(build(type(settings), least)) | {"runtime": DEFAULT_RUNTIME}
-    words = ["cptq", COMMANDS[type(settings)], given["model"]]
+    others = given.pop("others", [])
+    least: dict[str, Any] = {n: given[n] for n in ("model", "runtime") if n in given}
+    usual = describe(build(type(settings), least | {"others": tuple(others)}))
+    usual |= {"runtime": DEFAULT_RUNTIME}
+    words = ["cptq", COMMANDS[type(settings)], given["model"], *others]
     for name, value in given.items():
         if name != "model" and value != usual[name] and value is not None:
             words += _words(name, value)
@@ -55,7 +57,7 @@ def command_line(settings: Settings) -> str:
 def _words(name: str, value: Any) -> list[str]:
     if value is True:
         return [option(name)]
-    if name == "bits":
+    if name in ("bits", "lm_eval"):
         return [option(name), ",".join(map(str, value))]
     values = value if isinstance(value, list) else [value]
     whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]

@@ -1,6 +1,7 @@
 """Text to calibrate and evaluate on, and labelled sentences. Nothing here needs torch."""
 
-from cptq.data.glue import GLUE_TASKS, GlueSet, load_glue
+from cptq.data.glue import GlueSet, load_glue
+from cptq.data.glue_layouts import GLUE_TASKS
 from cptq.data.text import SOURCES, SUFFIXES, Text, check_source, load_file, load_text
 
 __all__ = [

@@ -1,8 +1,6 @@
-"""Labelled sentences of GLUE: SST-2, CoLA, STS-B, from the original TSV files or from the Hub.
+"""Labelled sentences of GLUE's tasks, from the original TSV files or from the Hub.
 
-The original files differ: SST-2 has a header "sentence, label"; CoLA has none (its columns are
-source, label, the author's star, sentence); STS-B has ten columns by name, and its labelled test
-part is the original one, without a header and with seven or nine columns. None is quoted.
+How each task lies in its files is a table of its own, `cptq.data.glue_layouts`.
 """
 
 from __future__ import annotations
@@ -11,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from cptq.data.files import (
     WAYS,
@@ -21,53 +19,21 @@ from cptq.data.files import (
     looked_in,
     read_tsv,
 )
+from cptq.data.glue_layouts import GLUE_TASKS, STSB_TEST, GlueSplit, Layout
 from cptq.data.hub import hub_rows
 from cptq.errors import DataError, UnknownNameError
 from cptq.registry import closest
 from cptq.types import digest
 
-GlueSplit = Literal["train", "dev", "test"]
 REPOSITORY = "nyu-mll/glue"
-_HUB_SPLITS = {"train": "train", "dev": "validation", "test": "test"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
-    """How a task lies on disk. Columns are names, or positions in a file without a header."""
-
-    folder: str
-    sentences: tuple[str | int, ...]
-    label: str | int
-    label_names: tuple[str, ...]  # empty: the label is a number to regress
-
-    @property
-    def header(self) -> bool:
-        """Whether the first line names the columns."""
-        return isinstance(self.label, str)
-
-
-_STSB = ("sentence1", "sentence2")
-GLUE_TASKS: Mapping[str, Layout] = {
-    "sst2": Layout(
-        folder="SST-2",
-        sentences=("sentence",),
-        label="label",
-        label_names=("negative", "positive"),
-    ),
-    "cola": Layout(
-        folder="CoLA", sentences=(3,), label=1, label_names=("unacceptable", "acceptable")
-    ),
-    "stsb": Layout(folder="STS-B", sentences=_STSB, label="score", label_names=()),
-}
-_STSB_TEST = Layout(folder="STS-B", sentences=(5, 6), label=4, label_names=())
 
 
 @dataclass(frozen=True, kw_only=True)
 class GlueSet:
     """Sentences and labels in the order of the file.
 
-    `sentences[i]` holds one or two sentences, `labels[i]` a class (0, 1) or a score in [0, 5].
-    `label_names` is empty for a score.
+    `sentences[i]` holds one or two sentences, `labels[i]` a class (0, 1, 2) or a score in [0, 5].
+    `label_names` is empty for a score; `notes` say what was left out.
     """
 
     task: str
@@ -76,6 +42,7 @@ class GlueSet:
     labels: tuple[float, ...]
     label_names: tuple[str, ...]
     origin: str
+    notes: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,30 +65,30 @@ def load_glue(
     cache_dir: Path | None = None,
     token: str | None = None,
 ) -> GlueSet:
-    """One part of sst2, cola or stsb.
+    """One part of a task: cola, sst2, mrpc, stsb, qqp, mnli, mnli-mm, qnli, rte, wnli or ax.
 
     Raises:
         UnknownNameError: another task.
         DataError: missing (says where was looked), empty, not UTF-8, columns missing, a label out
-            of range, or the test part of a task whose test labels are not public.
+            of range, or a part that the task does not have with labels.
     """
     layout = _layout(task, split)
     root = data_directory(data_dir)
-    name = "original/sts-test.tsv" if layout is _STSB_TEST else f"{split}.tsv"
-    candidates = [f"{parent}{layout.folder}/{name}" for parent in ("glue/", "")]
+    candidates = [f"{parent}{name}" for name in layout.files[split] for parent in ("glue/", "")]
     path = first_existing(root, candidates)
     if path is not None:
-        return _build(task, split, layout, _read(path, layout), str(path))
-    part = _HUB_SPLITS[split]
+        rows, notes = _read(path, layout)
+        return _build(task, split, layout, rows, str(path), notes)
+    part = layout.hub_splits[split]
     try:
-        found = hub_rows(REPOSITORY, task, part, cache_dir=cache_dir, token=token)
+        found = hub_rows(REPOSITORY, layout.hub, part, cache_dir=cache_dir, token=token)
     except MissingDataError as error:
         looked = looked_in(root, candidates[:1])
         raise MissingDataError(
             f"no GLUE {task} {split}: {looked}; {error.problem}", hint=WAYS
         ) from error
-    rows = [(number, _hub_fields(row, task)) for number, row in enumerate(found, start=1)]
-    return _build(task, split, layout, rows, f"{REPOSITORY} {task} {part} (Hub)")
+    rows = [(number, _hub_fields(row, layout)) for number, row in enumerate(found, start=1)]
+    return _from_hub(task, split, layout, rows, f"{REPOSITORY} {layout.hub} {part} (Hub)")
 
 
 def _layout(task: str, split: GlueSplit) -> Layout:
@@ -132,36 +99,42 @@ def _layout(task: str, split: GlueSplit) -> Layout:
             allowed=", ".join(GLUE_TASKS),
             hint=f"did you mean {near!r}?" if near else None,
         )
-    if split == "test" and task != "stsb":
-        raise DataError(
-            f"the labels of GLUE {task}'s test part are not public", allowed="train, dev"
-        )
-    return _STSB_TEST if split == "test" else GLUE_TASKS[task]
+    layout = STSB_TEST if (task, split) == ("stsb", "test") else GLUE_TASKS[task]
+    if split not in layout.files:
+        why = "the labels are not public" if split == "test" else "there is none"
+        raise DataError(f"no {split} part of GLUE {task}: {why}", allowed=", ".join(layout.files))
+    return layout
 
 
-Row = tuple[int, tuple[tuple[str, ...], str]]
+Fields = tuple[tuple[str, ...], str]
+Row = tuple[int, Fields]
 
 
-def _read(path: Path, layout: Layout) -> list[Row]:
-    """(line number, (sentences, label)) of every line of a TSV file."""
-    lines = read_tsv(path)
-    columns = [*layout.sentences, layout.label]
+def _read(path: Path, layout: Layout) -> tuple[list[Row], tuple[str, ...]]:
+    """(line number, (sentences, label)) of every line of a TSV file, and what was left out."""
+    lines = list(read_tsv(path))
+    places = [int(column) for column in _columns(layout)] if not layout.header else []
     if layout.header:
-        _, header = next(lines)
-        missing = [str(name) for name in columns if name not in header]
+        _, header = lines.pop(0)
+        missing = [str(name) for name in _columns(layout) if name not in header]
         if missing:
             raise DataError(
                 f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(header)}"
             )
-        places = [header.index(str(name)) for name in columns]
-    else:
-        places = [int(column) for column in columns]
-    return [(number, _fields(path, number, fields, places)) for number, fields in lines]
+        places = [header.index(str(name)) for name in _columns(layout)]
+    kept = lines
+    if layout.has_broken_rows:
+        kept = [line for line in lines if len(line[1]) > max(places)]
+    lost = len(lines) - len(kept)
+    notes = (f"{lost} lines of {path.name} with too few columns were left out",) if lost else ()
+    return [(number, _fields(path, number, fields, places)) for number, fields in kept], notes
 
 
-def _fields(
-    path: Path, number: int, fields: list[str], places: list[int]
-) -> tuple[tuple[str, ...], str]:
+def _columns(layout: Layout) -> tuple[str | int, ...]:
+    return (*layout.sentences, layout.label)
+
+
+def _fields(path: Path, number: int, fields: list[str], places: list[int]) -> Fields:
     if len(fields) <= max(places):
         raise DataError(
             f"{path} line {number} has {len(fields)} columns, at least {max(places) + 1} needed"
@@ -170,12 +143,25 @@ def _fields(
     return tuple(sentences), label
 
 
-def _hub_fields(row: Mapping[str, Any], task: str) -> tuple[tuple[str, ...], str]:
-    names = _STSB if task == "stsb" else ("sentence",)
-    return tuple(str(row[name]) for name in names), str(row["label"])
+def _hub_fields(row: Mapping[str, Any], layout: Layout) -> Fields:
+    return tuple(str(row[name]) for name in layout.hub_sentences), str(row["label"])
 
 
-def _build(task: str, split: GlueSplit, layout: Layout, rows: list[Row], origin: str) -> GlueSet:
+def _from_hub(task: str, split: GlueSplit, layout: Layout, rows: list[Row], origin: str) -> GlueSet:
+    if rows and all(label == "-1" for _, (_, label) in rows):
+        files = " or ".join(f"glue/{name}" for name in layout.files[split])
+        raise DataError(f"{origin} has no labels", hint=f"put {files} below --data-dir")
+    return _build(task, split, replace(layout, named=False), rows, origin, ())
+
+
+def _build(
+    task: str,
+    split: GlueSplit,
+    layout: Layout,
+    rows: list[Row],
+    origin: str,
+    notes: tuple[str, ...],
+) -> GlueSet:
     if not rows:
         raise DataError(f"{origin} has no rows")
     return GlueSet(
@@ -185,16 +171,26 @@ def _build(task: str, split: GlueSplit, layout: Layout, rows: list[Row], origin:
         labels=tuple(_label(label, layout, origin, number) for number, (_, label) in rows),
         label_names=layout.label_names,
         origin=origin,
+        notes=notes,
     )
 
 
 def _label(text: str, layout: Layout, origin: str, number: int) -> float:
-    classes = len(layout.label_names)
+    known = layout.label_names if layout.named else tuple(map(str, range(len(layout.label_names))))
+    if known:
+        if text.strip() in known:
+            return known.index(text.strip())
+    elif (score := _score(text)) is not None:
+        return score
+    raise DataError(
+        f"{origin} line {number} has the label {text!r}",
+        allowed=", ".join(known) or "a score from 0 to 5",
+    )
+
+
+def _score(text: str) -> float | None:
     try:
-        value = int(text) if classes else float(text)
+        value = float(text)
     except ValueError:
-        value = -1
-    if not 0 <= value <= (classes - 1 if classes else 5):
-        allowed = ", ".join(map(str, range(classes))) if classes else "a score from 0 to 5"
-        raise DataError(f"{origin} line {number} has the label {text!r}", allowed=allowed)
-    return value
+        return None
+    return value if 0 <= value <= 5 else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import urllib.error
 import urllib.request
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +26,21 @@ def offline() -> bool:
 
 
 def hub_rows(
-    repository: str, config: str, split: str, *, cache_dir: Path | None, token: str | None
+    repository: str,
+    config: str | None,
+    split: str,
+    *,
+    cache_dir: Path | None,
+    token: str | None,
+    revision: str | None = None,
+    data_files: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """All rows of one split.
+    """All rows of one split; `data_files` name single files instead of the whole configuration.
 
     Raises:
         MissingDataError: offline and not cached, unreachable, no access, or no such data set.
     """
-    cached = _cached(repository, config, cache_dir)
+    cached = _cached(repository, "" if data_files else config or "", cache_dir)
     if not cached:
         _require_hub(repository)
     try:
@@ -41,7 +49,13 @@ def hub_rows(
         raise MissingDataError("the package datasets is not installed", hint=WAYS) from error
     try:
         found = datasets.load_dataset(
-            repository, config, split=split, token=token, cache_dir=_text(cache_dir)
+            repository,
+            None if data_files else config,
+            split=split,
+            token=token,
+            cache_dir=_text(cache_dir),
+            revision=revision,
+            data_files=dict(data_files) if data_files else None,
         )
         return [dict(row) for row in found]
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:

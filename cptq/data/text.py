@@ -10,14 +10,15 @@ from pathlib import Path
 from typing import Literal
 
 from cptq.data.files import MissingDataError, read_text, read_tsv
-from cptq.data.glue import GLUE_TASKS, load_glue
+from cptq.data.glue import load_glue
+from cptq.data.glue_layouts import TRAINED
 from cptq.data.topics import is_evaluation, load_topics, without_repeats
 from cptq.data.wikitext import SEPARATOR, load_wikitext
 from cptq.errors import DataError, UnknownNameError
 from cptq.registry import closest
 
 Split = Literal["calibration", "evaluation"]
-SOURCES = ("auto", "wikitext", "pydoc", *(f"glue/{task}" for task in GLUE_TASKS))
+SOURCES = ("auto", "wikitext", "pydoc", *(f"glue/{task}" for task in TRAINED))
 SUFFIXES = (".txt", ".tsv", ".jsonl", ".raw", ".tokens")
 TEXT_COLUMNS = ("sentence", "text", "content", "sentence1", "sentence2")
 
@@ -91,7 +92,7 @@ def load_text(
     """The text called `source`.
 
     Args:
-        source: "wikitext"; "pydoc", the embedded text; "glue/sst2", "glue/cola" or "glue/stsb" (one
+        source: "wikitext"; "pydoc", the embedded text; "glue/sst2" and the like (one
             sentence a document: the training part to calibrate, dev to evaluate); the path of a
             .txt (or .raw, .tokens), .tsv or .jsonl file, the same for both splits; "auto":
             wikitext if it is to be had, else pydoc with a note.
@@ -183,7 +184,7 @@ def _load_sentences(
         source.removeprefix("glue/"), part, data_dir=data_dir, cache_dir=cache_dir, token=token
     )
     documents = tuple(sentence for pair in found.sentences for sentence in pair)
-    return _text(source, split, documents, "\n", found.origin)
+    return _text(source, split, documents, "\n", found.origin, found.notes)
 
 
 def _tsv_documents(path: Path) -> tuple[str, ...]:

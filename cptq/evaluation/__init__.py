@@ -14,15 +14,37 @@ from cptq.errors import EvaluationError, UnknownNameError
 from cptq.registry import Registry, closest
 from cptq.types import ModelKind
 
+#: GLUE's tasks -> the function that measures them
+_GLUE = {
+    **dict.fromkeys(("glue/cola", "glue/sst2", "glue/mrpc"), "classes"),
+    **dict.fromkeys(("glue/stsb", "glue/stsb-test"), "stsb"),
+    **dict.fromkeys(("glue/qqp", "glue/mnli", "glue/mnli-mm", "glue/qnli"), "classes"),
+    **dict.fromkeys(("glue/rte", "glue/wnli", "glue/ax"), "classes"),
+}
+#: sets of questions for language models, by the names that lm-evaluation-harness gives them
+_CHOICES = (
+    *("hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande", "boolq", "openbookqa"),
+    *("lambada_openai", "lambada_standard"),
+)
+#: GLUE by log-likelihood, by those names too (`glue/sst2` is for classifiers, `sst2` for LMs)
+_ASKED_GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "mnli_mismatch", "qnli", "rte", "wnli")
+_LM_TASKS = {
+    "wikitext": "wikitext:wikitext",
+    **dict.fromkeys(("wikitext103", "ptb", "c4"), "corpora:corpus"),
+    "pydoc": "text:pydoc",
+    **dict.fromkeys(("wikitext-rolling", "c4-rolling"), "rolling:rolling"),
+}
+_ASKED = {
+    **dict.fromkeys(_CHOICES, "zeroshot:choices"),
+    **dict.fromkeys(_ASKED_GLUE, "zeroshot:glue"),
+}
 #: name -> a `cptq.evaluation.options.Task`
 TASKS: Registry[Any] = Registry(
     "task",
     {
-        "wikitext": "cptq.evaluation.tasks.wikitext:wikitext",
-        "pydoc": "cptq.evaluation.tasks.text:pydoc",
-        "glue/sst2": "cptq.evaluation.tasks.glue:sst2",
-        "glue/cola": "cptq.evaluation.tasks.glue:cola",
-        "glue/stsb": "cptq.evaluation.tasks.glue:stsb",
+        **{name: f"cptq.evaluation.tasks.{place}" for name, place in _LM_TASKS.items()},
+        **{name: f"cptq.evaluation.tasks.glue:{function}" for name, function in _GLUE.items()},
+        **{name: f"cptq.evaluation.tasks.{place}" for name, place in _ASKED.items()},
         "footprint": "cptq.evaluation.footprint:footprint",
     },
 )
@@ -30,11 +52,10 @@ TEXT_PREFIX = "text:"
 _ALL_KINDS: tuple[ModelKind, ...] = ("causal-lm", "masked-lm", "classifier", "encoder")
 #: which kinds of model a task can be run on; a text file is as wikitext
 TASK_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
-    "wikitext": ("causal-lm",),
-    "pydoc": ("causal-lm",),
-    "glue/sst2": ("classifier",),
-    "glue/cola": ("classifier",),
-    "glue/stsb": ("classifier", "encoder", "masked-lm"),
+    **dict.fromkeys(_LM_TASKS, ("causal-lm",)),
+    **dict.fromkeys(_GLUE, ("classifier",)),
+    **dict.fromkeys(("glue/stsb", "glue/stsb-test"), ("classifier", "encoder", "masked-lm")),
+    **dict.fromkeys(_ASKED, ("causal-lm",)),
     "footprint": _ALL_KINDS,
 }
 
@@ -79,4 +100,14 @@ def check_task_kind(name: str, kind: ModelKind) -> None:
         raise EvaluationError(
             f"the task {name} is for a {' or '.join(kinds)}, and this model is a {kind}",
             allowed=f"{', '.join(tasks_for(kind))} for a {kind}",
+            hint=_other_way(known, kind),
         )
+
+
+def _other_way(name: str, kind: ModelKind) -> str | None:
+    """The same data asked in the way of this kind of model, if there is one."""
+    short = name.removeprefix("glue/").replace("mnli-mm", "mnli_mismatch")
+    long = f"glue/{name}".replace("mnli_mismatch", "mnli-mm")
+    other = short if kind == "causal-lm" else long
+    same = other != name and other in TASKS and kind in TASK_KINDS[other]
+    return f"for a {kind} it is the task {other}" if same else None

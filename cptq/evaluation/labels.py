@@ -9,13 +9,30 @@ from typing import Any
 from cptq.errors import EvaluationError
 from cptq.types import Emit, Notice
 
-#: other spellings of the names of labels, by their place in the task
+_ENTAILED = ("entailment", "entailed")
+_NOT_ENTAILED = ("not_entailment", "not_entailed", "non_entailment")
+_NLI = (_ENTAILED, ("neutral",), ("contradiction", "contradictory"))
+#: the names of labels and other spellings of them, by their place in the task
 SYNONYMS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "glue/sst2": (("negative", "neg"), ("positive", "pos")),
     "glue/cola": (
         ("unacceptable", "not_acceptable", "ungrammatical"),
         ("acceptable", "grammatical"),
     ),
+    "glue/mrpc": (
+        ("not_equivalent", "not_paraphrase", "non_paraphrase"),
+        ("equivalent", "paraphrase"),
+    ),
+    "glue/qqp": (
+        ("not_duplicate", "non_duplicate", "not_equivalent"),
+        ("duplicate", "is_duplicate", "equivalent"),
+    ),
+    "glue/mnli": _NLI,
+    "glue/mnli-mm": _NLI,
+    "glue/qnli": (_ENTAILED, _NOT_ENTAILED),
+    "glue/rte": (_ENTAILED, _NOT_ENTAILED),
+    "glue/wnli": (_NOT_ENTAILED, _ENTAILED),
+    "glue/ax": _NLI,
 }
 _UNNAMED = re.compile(r"(label_?)?\d+")
 
@@ -38,14 +55,14 @@ def class_order(config: Any, task: str, label_names: Sequence[str], emit: Emit) 
         )
     if all(_UNNAMED.fullmatch(name.lower()) for name in names):
         message = f"the labels {', '.join(names)} are taken for {wanted}, in this order"
-        emit(Notice(kind="info", subject=task, message=message))
+        emit(Notice(kind="warning", subject=task, message=message))
         return list(range(len(names)))
     return _by_name(names, task, wanted)
 
 
 def _by_name(names: list[str], task: str, wanted: str) -> list[int]:
     places = {name: place for place, spellings in enumerate(SYNONYMS[task]) for name in spellings}
-    order = [places.get(name.lower().replace(" ", "_"), -1) for name in names]
+    order = [places.get(re.sub(r"[\s-]+", "_", name.strip().lower()), -1) for name in names]
     if sorted(order) != list(range(len(names))):
         raise EvaluationError(
             f"the classifier's labels are {', '.join(names)}", allowed=f"{wanted} for {task}"

@@ -1,8 +1,9 @@
 """GLUE's metrics with standard errors: values in, numbers out.
 
-Accuracy, Matthews correlation (scikit-learn), Pearson and Spearman correlation (SciPy). The error
-of an accuracy is binomial, sqrt(a (1 - a) / n); that of the others the standard deviation over
-BOOTSTRAPS resamples of the sentences drawn with replacement, the same ones for the same seed.
+Accuracy, F1, Matthews correlation (scikit-learn), Pearson and Spearman correlation (SciPy). The
+error of an accuracy is binomial, sqrt(a (1 - a) / n); that of the others the standard deviation
+over BOOTSTRAPS resamples of the sentences drawn with replacement, the same ones for the same seed
+(`cptq.evaluation.resampling`).
 A correlation with a constant is undefined; it is 0 here (scikit-learn's convention for Matthews),
 and `is_constant` tells when to say so.
 """
@@ -16,7 +17,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, matthews_corrcoef
+from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+
+from cptq.evaluation.resampling import ROW_METRICS, bootstrap
 
 BOOTSTRAPS = 500
 
@@ -32,6 +35,11 @@ def is_constant(values: Values) -> bool:
 def accuracy(labels: Values, predictions: Values) -> float:
     """Share of predictions that equal the label."""
     return float(accuracy_score(labels, predictions))
+
+
+def f1(labels: Values, predictions: Values) -> float:
+    """Harmonic mean of precision and recall of the class 1; 0 where nothing of it is found."""
+    return float(f1_score(labels, predictions, pos_label=1, average="binary", zero_division=0))
 
 
 def matthews(labels: Values, predictions: Values) -> float:
@@ -57,6 +65,7 @@ def _correlation(function: Callable[..., Any], labels: Values, predictions: Valu
 
 METRICS: Mapping[str, Metric] = {
     "accuracy": accuracy,
+    "f1": f1,
     "matthews": matthews,
     "pearson": pearson,
     "spearman": spearman,
@@ -67,14 +76,18 @@ def standard_error(name: str, labels: Values, predictions: Values, seed: int) ->
     """The standard error of a metric in `METRICS`; None for a single sample."""
     if len(labels) < 2:
         return None
-    metric = METRICS[name]
-    if metric is accuracy:
+    if name == "accuracy":
         share = accuracy(labels, predictions)
         return math.sqrt(share * (1 - share) / len(labels))
-    return bootstrap_error(metric, labels, predictions, seed)
+    return bootstrap_error(name, labels, predictions, seed)
 
 
-def bootstrap_error(metric: Metric, labels: Values, predictions: Values, seed: int) -> float:
+def error_words(name: str) -> str:
+    """How `standard_error` finds it."""
+    return "binomial" if name == "accuracy" else f"bootstrap, {BOOTSTRAPS} resamples"
+
+
+def bootstrap_error(name: str, labels: Values, predictions: Values, seed: int) -> float:
     """Standard deviation of the metric over resamples of the pairs."""
-    draws = np.random.default_rng(seed).integers(len(labels), size=(BOOTSTRAPS, len(labels)))
-    return float(np.std([metric(labels[draw], predictions[draw]) for draw in draws], ddof=1))
+    values = bootstrap(ROW_METRICS[name], labels, predictions, BOOTSTRAPS, seed)
+    return float(np.std(values, ddof=1))

@@ -14,7 +14,8 @@ Word perplexity exp(sum nll / words) and bits per byte sum nll / (bytes * ln 2) 
 lm-evaluation-harness, by words and UTF-8 bytes of the text itself; the words and bytes counted are
 those of the predicted tokens (a word where its last character is). They compare models of different
 vocabularies. The harness's task `wikitext` removes the corpus's spacing, predicts every token and
-counts empty strings at the ends of a page as words, so its digits differ.
+counts empty strings at the ends of a page as words, so its digits differ: those are the task
+`wikitext-rolling` (cptq.evaluation.rolling).
 
 Standard errors take windows as the independent samples (a ratio estimate: delta method); they are
 None for a single window.
@@ -36,14 +37,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-#: logits in memory at one time (128 MiB of float32)
-LOGIT_ELEMENTS = 2**25
+from cptq.evaluation.halves import LOGIT_ELEMENTS, halves, positions_at_once
+from cptq.types.samples import Link
+
 #: tokens of one forward, whatever the batch size (one window is always taken)
 FORWARD_TOKENS = 4096
-_CHECKED_POSITIONS = 8
 
-Hidden = Callable[[Tensor], Tensor]
-Score = Callable[[Tensor], Tensor]
+#: (head, hidden states (batch, tokens, width), labels (batch, tokens)) of one batch of windows
+Witness = Callable[[nn.Module, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,10 +84,10 @@ def cut_windows(ids: Tensor, seqlen: int) -> Tensor:
     return ids[: windows * seqlen].view(windows, seqlen)
 
 
-def counts_per_window(
-    tokens: Tokens, windows: int, seqlen: int
+def counts_between(
+    tokens: Tokens, first_N: np.ndarray[Any, Any], last_N: np.ndarray[Any, Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-    """(words, bytes), each (windows,), of the predicted tokens of every window.
+    """(words, bytes), each (windows,), of the tokens after token `first` up to token `last`.
 
     A token's text reaches from the end of the token before to its own end, so that spaces between
     tokens count. None if the tokenizer does not say where tokens end.
@@ -94,8 +95,7 @@ def counts_per_window(
     if tokens.ends is None:
         return None
     last_of_word = np.array([m.end() for m in re.finditer(r"\S+", tokens.text)], dtype=np.int64)
-    starts = np.arange(windows) * seqlen
-    begin, end = tokens.ends[starts], tokens.ends[starts + seqlen - 1]
+    begin, end = tokens.ends[first_N], tokens.ends[last_N]
     words = np.searchsorted(last_of_word, end, "right") - np.searchsorted(
         last_of_word, begin, "right"
     )
@@ -111,39 +111,10 @@ def sum_nll(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     return losses.view(labels_BT.shape).double().sum(1)
 
 
-def scorer(module: nn.Module, ids_BT: Tensor) -> Score:
-    """A function ids (batch, seqlen) -> summed nll (batch,), all tokens but the first predicted.
-
-    Logits are made piece by piece if the head is a module on its own: `ids_BT` is used to check
-    that body and head give the model's own logits (a model that caps or scales its logits fails
-    this and is scored from whole logits, one window at a time).
-    """
-    body, head = getattr(module, "base_model", None), _head(module)
-    if isinstance(body, nn.Module) and body is not module and head is not None:
-        ids = ids_BT[:1, :_CHECKED_POSITIONS]
-        whole = module(input_ids=ids, use_cache=False).logits
-        pieces = head(body(input_ids=ids, use_cache=False).last_hidden_state)
-        if whole.shape == pieces.shape and torch.allclose(whole, pieces, rtol=1e-4, atol=1e-4):
-            return lambda ids_BT: _nll_in_pieces(body, head, ids_BT)
-    return lambda ids_BT: torch.cat([_nll_whole(module, row) for row in ids_BT.split(1)])
-
-
-def _head(module: nn.Module) -> nn.Module | None:
-    find = getattr(module, "get_output_embeddings", None)
-    head = find() if callable(find) else None
-    return head if isinstance(head, nn.Module) else None
-
-
-def _nll_whole(module: nn.Module, ids_BT: Tensor) -> Tensor:
-    logits_BTV = module(input_ids=ids_BT, use_cache=False).logits
-    return sum_nll(logits_BTV[:, :-1], ids_BT[:, 1:])
-
-
-def _nll_in_pieces(body: nn.Module, head: nn.Module, ids_BT: Tensor) -> Tensor:
-    hidden_BTC = body(input_ids=ids_BT, use_cache=False).last_hidden_state[:, :-1]
-    vocabulary = int(getattr(head, "out_features", 0)) or head(hidden_BTC[:1, :1]).shape[-1]
-    positions = max(1, LOGIT_ELEMENTS // (vocabulary * ids_BT.shape[0]))
-    pieces = zip(hidden_BTC.split(positions, 1), ids_BT[:, 1:].split(positions, 1), strict=True)
+def nll_in_pieces(head: nn.Module, hidden_BTC: Tensor, labels_BT: Tensor) -> Tensor:
+    """(batch,) float64: the summed nll of labels from hidden states, a piece at a time."""
+    size = positions_at_once(head, hidden_BTC, LOGIT_ELEMENTS)
+    pieces = zip(hidden_BTC.split(size, 1), labels_BT.split(size, 1), strict=True)
     return torch.stack([sum_nll(head(hidden), labels) for hidden, labels in pieces]).sum(0)
 
 
@@ -154,14 +125,22 @@ def window_nll(
     batch_size: int,
     device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
+    witness: Witness | None = None,
 ) -> Tensor:
-    """(windows,) float64 on the CPU: each window's summed nll of its seqlen - 1 predictions."""
+    """(windows,) float64 on the CPU: each window's summed nll of its seqlen - 1 predictions.
+
+    `witness` is shown every batch's hidden states, head and labels.
+    """
     rows = max(1, min(batch_size, FORWARD_TOKENS // windows_NT.shape[1]))
     sums: list[Tensor] = []
     with torch.inference_mode():
-        score = scorer(module, windows_NT[:1].to(device))
+        model = halves(module, windows_NT[:1].to(device))
         for batch in windows_NT.split(rows):
-            sums.append(score(batch.to(device)).cpu())
+            ids_BT = batch.to(device)
+            hidden_BTC, labels_BT = model.hidden(ids_BT)[:, :-1], ids_BT[:, 1:]
+            sums.append(nll_in_pieces(model.head, hidden_BTC, labels_BT).cpu())
+            if witness is not None:
+                witness(model.head, hidden_BTC, labels_BT)
             progress(sum(part.numel() for part in sums))
     return torch.cat(sums)
 
@@ -187,3 +166,10 @@ def bits(rate: Estimate) -> Estimate:
     """An estimate in nats, in bits."""
     stderr = None if rate.stderr is None else rate.stderr / math.log(2)
     return Estimate(value=rate.value / math.log(2), stderr=stderr)
+
+
+def linked(rate: Estimate, link: Link) -> Estimate:
+    """An estimate of a ratio of sums, as the value that is reported."""
+    if link == "mean":
+        return rate
+    return exponential(rate) if link == "exp" else bits(rate)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from cptq.artifact.manifest import read_manifest
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import EvalSettings
 from cptq.evaluation import check_task_kind
-from cptq.evaluation.options import EvalOptions
+from cptq.evaluation.divergence import Comparer, Keeper
+from cptq.evaluation.flips import with_flips
+from cptq.evaluation.harness import require_harness, run_harness
+from cptq.evaluation.leaks import LeakGuard
+from cptq.evaluation.options import Beside, EvalOptions, Watch, unwatched
+from cptq.evaluation.paired import compare_results
 from cptq.evaluation.run import evaluate as run_task
 from cptq.pipeline.facts import summary
 from cptq.pipeline.files import atomic_file, refuse_existing
 from cptq.pipeline.recorder import Recorder
 from cptq.report.render import render_json
 from cptq.report.summary import EvalOutcome
-from cptq.types import Emit, EvalResult
+from cptq.types import Emit, EvalResult, Notice, PairedDifference
 
 
 def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
@@ -23,10 +31,9 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
     recorder = Recorder(emit)
     if settings.out is not None:
         refuse_existing(settings.out, overwrite=settings.overwrite)
-    model, results = _run_tasks(settings, settings.model.model, "evaluation", recorder)
-    baseline: tuple[EvalResult, ...] = ()
-    if settings.baseline is not None:
-        _, baseline = _run_tasks(settings, settings.baseline, "baseline", recorder)
+    if settings.lm_eval:
+        require_harness()
+    model, results, baseline = _both(settings, recorder)
     report = summary(
         "eval",
         settings,
@@ -36,26 +43,77 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
         evaluation=results,
         baseline=baseline,
         baseline_source=settings.baseline,
+        paired=_paired(results, baseline, settings.seed, recorder),
     )
     if settings.out is not None:
         atomic_file(settings.out, render_json(report), overwrite=settings.overwrite)
     return EvalOutcome(summary=report, out=settings.out)
 
 
-def _run_tasks(
-    settings: EvalSettings, source: str, stage: str, recorder: Recorder
+def _both(
+    settings: EvalSettings, recorder: Recorder
+) -> tuple[LoadedModel, tuple[EvalResult, ...], tuple[EvalResult, ...]]:
+    """The model, its results, the baseline's: measured first, and gone when the model is loaded."""
+    source = settings.model.model
+    if settings.baseline is None:
+        return *run_tasks(settings, source, "evaluation", recorder, None), ()
+    with TemporaryDirectory(prefix="cptq-baseline-") as folder:
+        keeper = Keeper(folder=Path(folder))
+        baseline = run_tasks(settings, settings.baseline, "baseline", recorder, keeper)[1]
+        comparer = Comparer(kept=keeper.kept)
+        model, results = run_tasks(settings, source, "evaluation", recorder, comparer)
+    return model, with_flips(results, baseline), baseline
+
+
+def run_tasks(
+    settings: EvalSettings,
+    source: str,
+    stage: str,
+    recorder: Recorder,
+    beside: Beside | None = None,
 ) -> tuple[LoadedModel, tuple[EvalResult, ...]]:
     """Load `source` and measure it by each task; a task that it cannot do stops all at once."""
     with recorder.stage("load"):
         model = load_model(replace(settings.model, model=source), recorder)
     for task in settings.tasks:
         check_task_kind(task, model.kind)
-    options = _options(settings)
+    watch = _guard(model, settings, recorder)
+    options = replace(_options(settings), watch=watch, beside=beside)
     results: list[EvalResult] = []
     with recorder.stage(stage):
         for task in settings.tasks:
             results += run_task(model, task, options, recorder)
+        if settings.lm_eval:
+            results += run_harness(model, settings.lm_eval, options, recorder)
     return model, tuple(results)
+
+
+def _paired(
+    results: tuple[EvalResult, ...],
+    baseline: tuple[EvalResult, ...],
+    seed: int,
+    recorder: Recorder,
+) -> tuple[PairedDifference, ...]:
+    """How sure each difference is; what cannot be paired is said."""
+    with recorder.stage("comparison"):
+        found, reasons = compare_results(results, baseline, seed)
+    for reason in reasons:
+        message = f"no paired comparison of {reason}"
+        recorder(Notice(kind="skipped", subject="baseline", message=message))
+    return tuple(found)
+
+
+def _guard(model: LoadedModel, settings: EvalSettings, recorder: Recorder) -> Watch:
+    """What watches that the artifact does not meet its calibration text again."""
+    calibration = read_manifest(model.path).get("calibration")
+    if not isinstance(calibration, dict):
+        return unwatched
+    if not calibration.get("sketch"):
+        message = "its manifest has no fingerprints of the calibration text to look for"
+        recorder(Notice(kind="skipped", subject=model.path.name, message=message))
+        return unwatched
+    source = str(calibration.get("origin", calibration.get("source", "")))
+    return LeakGuard(calibration["sketch"], source, strict=settings.strict, emit=recorder)
 
 
 def _options(settings: EvalSettings) -> EvalOptions:
@@ -63,6 +121,7 @@ def _options(settings: EvalSettings) -> EvalOptions:
         batch_size=settings.batch_size,
         limit=settings.limit,
         seqlen=settings.seqlen,
+        stride=settings.stride,
         data_dir=settings.data_dir,
         cache_dir=settings.model.cache_dir,
         token=settings.model.token,

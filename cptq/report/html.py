@@ -77,9 +77,9 @@ def _notice_tile(summary: Summary) -> Tile:
     )
 
 
-def render_html(summary: Summary) -> str:
-    """The whole report.html."""
-    environment = Environment(
+def environment() -> Environment:
+    """The templates; every text is escaped, a name that is missing is an error."""
+    return Environment(
         loader=PackageLoader("cptq.report", "templates"),
         autoescape=True,
         undefined=StrictUndefined,
@@ -87,9 +87,14 @@ def render_html(summary: Summary) -> str:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    style = environment.get_template("report.css").render()
+
+
+def render_html(summary: Summary) -> str:
+    """The whole report.html."""
+    templates = environment()
+    style = templates.get_template("report.css").render()
     facts = summary.verification
-    return environment.get_template("report.html.j2").render(
+    return templates.get_template("report.html.j2").render(
         summary=summary,
         tiles=tiles(summary),
         figures=[(figure, _drawing(figure)) for figure in figures(summary)],

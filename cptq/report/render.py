@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 from cptq.report.html import render_html
 from cptq.report.markdown import render_markdown
@@ -10,10 +11,14 @@ from cptq.report.summary import Summary
 
 FILES = {"json": "report.json", "md": "report.md", "html": "report.html"}
 
+#: a list of nothing but numbers, spread over lines (no text holds a raw line end in JSON)
+_NUMBERS = re.compile(r"\[\n\s+-?\d[\d.eE+\-]*(?:,\n\s+-?\d[\d.eE+\-]*)*\n\s*\]")
+
 
 def render_json(summary: Summary) -> str:
-    """The whole report.json: strict JSON, the fields in their own order."""
-    return json.dumps(summary.to_dict(), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    """The whole report.json: strict JSON, the fields in their own order, lists of numbers short."""
+    text = json.dumps(summary.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+    return _NUMBERS.sub(lambda match: re.sub(r"\s", "", match[0]), text) + "\n"
 
 
 def render_reports(summary: Summary) -> dict[str, str]:

@@ -21,6 +21,7 @@ from cptq.types import (
     LayerResult,
     LayerSpec,
     Notice,
+    PairedDifference,
     Plan,
     SensitivityTable,
     SizeReport,
@@ -91,6 +92,7 @@ class Summary:
     evaluation: tuple[EvalResult, ...] = ()
     baseline: tuple[EvalResult, ...] = ()
     baseline_source: str | None = None
+    paired: tuple[PairedDifference, ...] = ()
     notices: tuple[Notice, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
 
@@ -103,6 +105,10 @@ class Summary:
         data = {item.name: plain(getattr(self, item.name)) for item in fields(self)}
         for unit in data["units"]:
             unit["layers"] = [layer["name"] for layer in unit["layers"]]
+        if data["calibration"]:
+            del data["calibration"]["sketch"]  # for machines, and in cptq.json
+        for row, pair in zip(data["paired"], self.paired, strict=True):
+            row |= {"at_most_worse": pair.at_most_worse, "verdict": pair.verdict}
         return {"schema": SCHEMA, **data}
 
 

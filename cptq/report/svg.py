@@ -87,7 +87,7 @@ def choose_scale(values: Sequence[float], *, top: float, bottom: float) -> Scale
     low, high = min([0.0, *finite]), max([0.0, *finite])
     if low == high:
         high = low + 1.0
-    step = _step(low, high)
+    step = linear_step(low, high)
     low, high = floor(low / step + 1e-9) * step, ceil(high / step - 1e-9) * step
     return Scale(low=low, high=high, top=top, bottom=bottom)
 
@@ -116,7 +116,7 @@ def _log_ticks(low: float, high: float) -> list[float]:
     ]
 
 
-def _step(low: float, high: float) -> float:
+def linear_step(low: float, high: float) -> float:
     """A step of 1, 2 or 5 times a power of ten that cuts the range in about four."""
     rough = (high - low) / 4
     power = 10.0 ** floor(log10(rough))
@@ -124,7 +124,7 @@ def _step(low: float, high: float) -> float:
 
 
 def _linear_ticks(low: float, high: float) -> list[float]:
-    step = _step(low, high)
+    step = linear_step(low, high)
     first, last = ceil(low / step - 1e-9), floor(high / step + 1e-9)
     return [index * step for index in range(first, last + 1)]
 

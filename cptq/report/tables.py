@@ -13,6 +13,7 @@ from cptq.report.details import (
     run_tables,
     score_table,
 )
+from cptq.report.paired import paired_table
 from cptq.report.summary import Summary, VerificationFacts
 from cptq.report.table import Table, pairs
 from cptq.report.tally import compare, left_alone, most_sensitive, notices_by_kind, widths
@@ -108,7 +109,7 @@ def evaluation_table(summary: Summary) -> Table | None:
         return None
     beside = bool(summary.baseline)
     rows = []
-    for row in compare(summary.evaluation, summary.baseline):
+    for row in compare(summary.evaluation, summary.baseline, summary.paired):
         cells = [row.result.task, row.result.metric, _with_error(row.result)]
         if beside:
             base = words.number(row.baseline.value) if row.baseline else "-"
@@ -167,6 +168,7 @@ def all_tables(summary: Summary) -> Sequence[Table]:
     """All tables in the order of a report; the ones without rows left out."""
     found = [
         evaluation_table(summary),
+        paired_table(summary.paired),
         size_table(summary),
         width_table(summary),
         *notice_tables(summary),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import isfinite
 
 from cptq.report.summary import Summary
-from cptq.types import Candidate, EvalResult, LayerSpec, Notice, SensitivityTable
+from cptq.types import Candidate, EvalResult, LayerSpec, Notice, PairedDifference, SensitivityTable
 
 #: the order in which notices are shown: what changed the result first
 NOTICE_ORDER = ("warning", "fallback", "skipped", "info")
@@ -30,6 +30,7 @@ class Comparison:
 
     result: EvalResult
     baseline: EvalResult | None
+    paired: PairedDifference | None = None
 
     @property
     def difference(self) -> float | None:
@@ -38,7 +39,9 @@ class Comparison:
 
     @property
     def verdict(self) -> str:
-        """ "better", "worse", "same", or "" without a baseline."""
+        """What a paired test says, else "better", "worse" or "same"; "" without a baseline."""
+        if self.paired is not None:
+            return self.paired.verdict
         if self.difference is None or self.difference != self.difference:
             return ""
         if self.difference == 0:
@@ -90,12 +93,18 @@ def most_sensitive(table: SensitivityTable, count: int) -> list[tuple[str, float
     return sorted(ranked, key=lambda pair: -pair[1])[:count]
 
 
-def compare(results: Sequence[EvalResult], baseline: Sequence[EvalResult]) -> list[Comparison]:
+def compare(
+    results: Sequence[EvalResult],
+    baseline: Sequence[EvalResult],
+    paired: Sequence[PairedDifference] = (),
+) -> list[Comparison]:
     """Each result beside the baseline's of the same task, version and metric."""
     known = {(item.task, item.version, item.metric): item for item in baseline}
+    tested = {(item.task, item.version, item.metric): item for item in paired}
+    keys = [(item.task, item.version, item.metric) for item in results]
     return [
-        Comparison(result=item, baseline=known.get((item.task, item.version, item.metric)))
-        for item in results
+        Comparison(result=item, baseline=known.get(key), paired=tested.get(key))
+        for item, key in zip(results, keys, strict=True)
     ]
 
 

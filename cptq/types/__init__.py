@@ -5,6 +5,7 @@ Bytes, seconds and nats are named in the fields. Nothing here imports torch at r
 
 from __future__ import annotations
 
+from cptq.types.comparison import PairedDifference
 from cptq.types.event import Emit, Event, Notice, Progress
 from cptq.types.layout import Layout
 from cptq.types.model import DTYPE_BYTES, LayerKind, LayerSpec, ModelKind, TensorSpec, Unit
@@ -17,6 +18,7 @@ from cptq.types.result import (
     LayerResult,
     SizeReport,
 )
+from cptq.types.samples import PerSample, SamplePairs, SampleRatios
 
 __all__ = [
     "DTYPE_BYTES",
@@ -34,8 +36,12 @@ __all__ = [
     "Layout",
     "ModelKind",
     "Notice",
+    "PairedDifference",
+    "PerSample",
     "Plan",
     "Progress",
+    "SamplePairs",
+    "SampleRatios",
     "SensitivityTable",
     "SizeReport",
     "TensorSpec",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptq.types.model import LayerSpec
 from cptq.types.plan import Candidate
+from cptq.types.samples import PerSample, per_sample_from
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +77,8 @@ class CalibrationRecord:
 
     `source` is "wikitext", "pydoc", a path's name ...; `origin` where it was found.
     `fingerprint` is the sha256 of the token ids; `text_sha256` of the text they come from.
+    `sketch` stands for the samples' own text (`cptq.data.overlap`), so that an evaluation on the
+    same text is noticed.
     """
 
     source: str
@@ -87,11 +90,20 @@ class CalibrationRecord:
     fingerprint: str
     text_sha256: str
     notes: tuple[str, ...] = ()
+    sketch: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
-    """One number of one task."""
+    """One number of one task, with all that comparing it with another model's takes.
+
+    `version` is that of the task: it grows when the same model on the same data gets another
+    number. `samples` are the independent units that `stderr` counts (windows, sentences,
+    questions; tokens for KL), `seqlen` and `tokens` those of language modelling. `data_sha256` is
+    of the text or the examples; `data_fingerprint` of what the samples are, made as a calibration's
+    is for windows of tokens: results that have the same one can be compared sample by sample by
+    their `per_sample`.
+    """
 
     task: str
     version: int
@@ -106,7 +118,22 @@ class EvalResult:
     tokens: int | None = None
     data_source: str | None = None
     data_sha256: str | None = None
+    data_fingerprint: str | None = None
+    per_sample: PerSample | None = None
     notes: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> EvalResult:
+        """A result as eval.json holds it; fields that this version does not know are left out.
+
+        Raises:
+            KeyError, TypeError, ValueError: it holds none.
+        """
+        known = {item.name: data[item.name] for item in fields(cls) if item.name in data}
+        known["value"] = float(data["value"])  # "inf" and "nan" are texts in JSON
+        known["per_sample"] = per_sample_from(data.get("per_sample"))
+        known["notes"] = tuple(data.get("notes", ()))
+        return cls(**known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,9 +15,28 @@ Tasks = Annotated[
     typer.Option(
         "--task",
         metavar="NAME",
-        help="wikitext, glue/sst2, glue/cola, glue/stsb, footprint or text:PATH; "
-        "repeatable; default wikitext.",
+        help="wikitext, hellaswag, glue/sst2, footprint, text:PATH and others (an unknown name "
+        "lists them); repeatable; default wikitext.",
         show_default=False,
+    ),
+]
+LmEval = Annotated[
+    str | None,
+    typer.Option(
+        "--lm-eval",
+        metavar="TASKS",
+        help="Tasks of lm-evaluation-harness, run by it: names or YAML files, with commas.",
+        show_default=False,
+    ),
+]
+Stride = Annotated[
+    int | None,
+    typer.Option(
+        "--stride",
+        metavar="N",
+        help="Roll windows over the text, each predicting this many tokens.",
+        show_default=False,
+        rich_help_panel=o.RUNNING,
     ),
 ]
 Baseline = Annotated[
@@ -34,10 +53,13 @@ def evaluate(
     ctx: typer.Context,
     model: o.Model = None,
     tasks: Tasks = None,
+    lm_eval: LmEval = None,
     baseline: Baseline = None,
     limit: Limit = None,
+    strict: o.Strict = None,
     config: o.Config = None,
     seqlen: o.EvalSeqlen = None,
+    stride: Stride = None,
     device: o.Device = None,
     dtype: o.Dtype = None,
     batch_size: o.BatchSize = None,

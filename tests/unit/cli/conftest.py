@@ -14,10 +14,13 @@ from typer.testing import CliRunner, Result
 
 from cptq.cli.app import app
 from cptq.report import AnalyzeOutcome, CompressOutcome, EvalOutcome
+from cptq.report.side_by_side import CompareOutcome
 from cptq.types import Emit, Notice, Progress
 from tests.unit.report import fake
+from tests.unit.report import test_side_by_side as side_by_side
 
 OUTCOMES = {"analyze": AnalyzeOutcome, "compress": CompressOutcome, "eval": EvalOutcome}
+COMMANDS = {"analyze": "analyze", "compress": "compress", "evaluate": "eval", "compare": "compare"}
 
 
 @dataclass
@@ -34,17 +37,15 @@ class FakePipeline:
         emit(Notice(kind="fallback", subject="layer 3", message="a dividing group of 48 was used"))
         if self.error is not None:
             raise self.error
+        if command == "compare":
+            return CompareOutcome(side_by_side=side_by_side.ALL, out=settings.out)
         summary = replace(fake.summary(blocks=4), command=command)
         reports = {"html": Path("out/report.html")} if command != "eval" else {}
         return OUTCOMES[command](summary=summary, out=settings.out, reports=reports)
 
     def module(self) -> ModuleType:
         module = ModuleType("cptq.pipeline")
-        for name, command in {
-            "analyze": "analyze",
-            "compress": "compress",
-            "evaluate": "eval",
-        }.items():
+        for name, command in COMMANDS.items():
             setattr(module, name, self._function(command))
         return module
 

@@ -109,7 +109,10 @@ def test_stsb_by_the_cosine_of_an_encoder(load, heard, glue: Path) -> None:
         similarities.append(torch.cosine_similarity(*vectors, dim=0).item())
     stacked = torch.tensor([similarities, list(range(6))])
     assert found[1].value == pytest.approx(torch.corrcoef(stacked)[0, 1].item(), abs=1e-5)
-    assert found[0].notes == ("cosine of embeddings, pooling mean, at most 128 tokens",)
+    assert found[0].notes == (
+        "cosine of embeddings, pooling mean, at most 128 tokens",
+        "standard error: bootstrap, 500 resamples",
+    )
 
 
 def test_stsb_of_a_masked_language_model_uses_its_body(load, heard, glue: Path) -> None:

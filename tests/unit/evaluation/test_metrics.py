@@ -69,7 +69,7 @@ def test_a_constant_side_is_told() -> None:
 def test_the_error_of_an_accuracy_is_binomial() -> None:
     labels, predictions = np.array([1.0] * 100), np.array([1.0] * 80 + [0.0] * 20)
     assert standard_error("accuracy", labels, predictions, 0) == pytest.approx(0.04)
-    assert bootstrap_error(accuracy, labels, predictions, 0) == pytest.approx(0.04, rel=0.15)
+    assert bootstrap_error("accuracy", labels, predictions, 0) == pytest.approx(0.04, rel=0.15)
 
 
 @pytest.mark.parametrize("name", METRICS)

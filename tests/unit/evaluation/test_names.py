@@ -43,12 +43,23 @@ def test_a_classifier_is_refused_wikitext_and_told_what_it_can_do() -> None:
         check_task_kind("wikitext", "classifier")
     assert str(caught.value) == (
         "the task wikitext is for a causal-lm, and this model is a classifier; allowed: "
-        "glue/sst2, glue/cola, glue/stsb, footprint for a classifier"
+        "glue/cola, glue/sst2, glue/mrpc, glue/stsb, glue/stsb-test, glue/qqp, glue/mnli, "
+        "glue/mnli-mm, glue/qnli, glue/rte, glue/wnli, glue/ax, footprint for a classifier"
     )
 
 
 def test_a_causal_lm_is_refused_glue() -> None:
-    with pytest.raises(EvaluationError, match=r"allowed: wikitext, pydoc, footprint, text:PATH"):
+    with pytest.raises(EvaluationError) as caught:
         check_task_kind("glue/sst2", "causal-lm")
-    assert tasks_for("masked-lm") == ["glue/stsb", "footprint"]
-    assert tasks_for("encoder") == ["glue/stsb", "footprint"]
+    message = str(caught.value)
+    assert "allowed: wikitext, wikitext103, ptb, c4, pydoc, wikitext-rolling" in message
+    assert "footprint, text:PATH for a causal-lm" in message
+    assert caught.value.hint == "for a causal-lm it is the task sst2"
+    with pytest.raises(EvaluationError) as caught:
+        check_task_kind("mnli_mismatch", "classifier")
+    assert caught.value.hint == "for a classifier it is the task glue/mnli-mm"
+    with pytest.raises(EvaluationError) as caught:
+        check_task_kind("hellaswag", "classifier")
+    assert caught.value.hint is None
+    assert tasks_for("masked-lm") == ["glue/stsb", "glue/stsb-test", "footprint"]
+    assert tasks_for("encoder") == ["glue/stsb", "glue/stsb-test", "footprint"]

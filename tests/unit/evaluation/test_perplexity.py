@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from cptq.evaluation import perplexity as room
 from cptq.evaluation.perplexity import (
     Estimate,
+    Tokens,
     bits,
-    counts_per_window,
+    counts_between,
     cut_windows,
     exponential,
     ratio,
@@ -25,6 +26,11 @@ from tests.tiny_models import CAUSAL_ARCHITECTURES, SENTENCES, tiny_tokenizer
 
 TEXT = " ".join(SENTENCES)
 CPU = torch.device("cpu")
+
+
+def counts_per_window(tokens: Tokens, windows: int, seqlen: int):
+    first_N = np.arange(windows) * seqlen
+    return counts_between(tokens, first_N, first_N + seqlen - 1)
 
 
 def measured(module: nn.Module, ids: Tensor, seqlen: int, batch_size: int = 3) -> list[float]:

@@ -47,6 +47,8 @@ def test_a_file_gives_three_numbers_of_one_nll(load, heard, file: str) -> None:
     assert token.task == f"text:{file}"
     assert token.data_source == file
     assert all(r.stderr is not None and r.seqlen == 64 for r in (token, word, byte))
+    assert all(r.per_sample.value == pytest.approx(r.value) for r in (token, word, byte))
+    assert all(len(r.per_sample) == r.samples for r in (token, word, byte))
 
 
 def test_seqlen_is_the_positions_of_a_small_model_and_that_is_said(load, heard, file: str) -> None:

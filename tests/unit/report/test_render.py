@@ -13,9 +13,10 @@ import pytest
 from cptq.report import ModelFacts, Summary
 from cptq.report.html import render_html
 from cptq.report.markdown import cell, code, render_markdown, table_text
-from cptq.report.render import FILES, render_reports, report_files
+from cptq.report.render import FILES, render_json, render_reports, report_files
 from cptq.report.table import Table
 from cptq.types import Notice
+from cptq.types.samples import ratios
 from tests.unit.report import fake
 
 EVIL = "<script>alert(1)</script>\"'&|`\x1b[31m"
@@ -50,6 +51,15 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def summary() -> Summary:
     return fake.summary(blocks=4)
+
+
+def test_lists_of_numbers_take_one_line_and_mean_the_same(summary: Summary) -> None:
+    scores = ratios([1.5, -2e-9, 3], [1, 2, 3])
+    found = replace(summary.evaluation[0], per_sample=scores, notes=("[\n 1,\n 2\n]",))
+    text = render_json(replace(summary, evaluation=(found,)))
+    assert '"numerators": [1.5,-2e-09,3]' in text
+    expected = replace(summary, evaluation=(found,)).to_dict()
+    assert json.loads(text) == json.loads(json.dumps(expected))
 
 
 def test_three_files_are_made(summary: Summary) -> None:

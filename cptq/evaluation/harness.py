@@ -1,0 +1,229 @@
+"""EleutherAI's lm-evaluation-harness on a loaded model: `cptq eval --lm-eval TASKS`.
+
+The model goes to the harness as it is, `HFLM(pretrained=module, tokenizer=tokenizer)`; a packed
+checkpoint needs nothing else. Tasks are the harness's own, by name, or YAML files of more; data
+come as the harness finds them, from the Hub or the cache of `datasets`. Results are those of the
+harness, its standard errors included. It is an extra, since it brings some forty packages along.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from cptq.checkpoint.model import LoadedModel
+from cptq.errors import EvaluationError, UnknownNameError
+from cptq.evaluation.options import EvalOptions
+from cptq.registry import closest
+from cptq.types import Emit, EvalResult, PerSample, Progress, digest
+from cptq.types.samples import ratios
+
+EXTRA = 'pip install "cptq[lm-eval]"'
+PREFIX = "lm-eval/"
+_SUFFIXES = (".yaml", ".yml")
+_UNITS = {
+    "word_perplexity": "per word",
+    "byte_perplexity": "per byte",
+    "bits_per_byte": "bits per byte",
+    "perplexity": "per word",
+}
+
+
+def require_harness() -> Any:
+    """The module `lm_eval`.
+
+    Raises:
+        EvaluationError: it is not installed, or is broken.
+    """
+    try:
+        return import_module("lm_eval")
+    except ImportError as error:
+        raise EvaluationError(
+            f"--lm-eval needs lm-evaluation-harness, which cannot be imported ({error})",
+            hint=f"install it: {EXTRA}",
+        ) from error
+
+
+def run_harness(
+    model: LoadedModel, tasks: Sequence[str], options: EvalOptions, emit: Emit
+) -> list[EvalResult]:
+    """The harness's results of tasks named as it names them, or in YAML files.
+
+    Raises:
+        EvaluationError: the harness is absent, the model is no causal LM, or a task cannot be run.
+        UnknownNameError: no such task; the message names the nearest.
+    """
+    lm_eval = require_harness()
+    if model.kind != "causal-lm" or model.tokenizer is None:
+        raise EvaluationError(
+            f"--lm-eval is for a causal-lm with a tokenizer, and {model.source} is a {model.kind}"
+        )
+    found: list[EvalResult] = []
+    with _quiet():
+        manager, names = _resolve(tasks)
+        runner = _runner(model, options)
+        for done, task in enumerate(names):
+            emit(Progress(stage="lm-eval", done=done, total=len(names), message=task))
+            begin = time.perf_counter()
+            answer = _evaluate(lm_eval, runner, task, manager, options)
+            found += _results(answer, model, time.perf_counter() - begin)
+    emit(Progress(stage="lm-eval", done=len(names), total=len(names)))
+    return found
+
+
+def _runner(model: LoadedModel, options: EvalOptions) -> Any:
+    harness_model = import_module("lm_eval.models.huggingface").HFLM
+    return harness_model(
+        pretrained=model.module,
+        tokenizer=model.tokenizer,
+        batch_size=options.batch_size,
+        max_length=options.seqlen,
+    )
+
+
+def _resolve(tasks: Sequence[str]) -> tuple[Any, list[str]]:
+    """The harness's task manager and the names to run; files are registered by the name in them."""
+    module = import_module("lm_eval.tasks")
+    files = [Path(task).expanduser() for task in tasks if task.lower().endswith(_SUFFIXES)]
+    for file in files:
+        if not file.is_file():
+            raise EvaluationError(f"no file {str(file)!r}", hint="check the path of the task")
+    folders = [str(folder) for folder in dict.fromkeys(file.parent.resolve() for file in files)]
+    # reading all the harness's own tasks takes it many seconds
+    own = len(files) < len(tasks)
+    manager = module.TaskManager(include_path=folders or None, include_defaults=own)
+    names = [
+        _name_in(Path(task).expanduser()) if task.lower().endswith(_SUFFIXES) else task
+        for task in tasks
+    ]
+    known = list(manager.all_tasks)
+    for name in names:
+        if name not in known and not manager.match_tasks([name]):
+            near = closest(name, known)
+            raise UnknownNameError(
+                f"lm-evaluation-harness has no task {name!r}",
+                allowed=f"the {len(known):,} names of `lm-eval ls tasks`, or a YAML file",
+                hint=f"did you mean {near!r}?" if near else None,
+            )
+    return manager, names
+
+
+def _name_in(file: Path) -> str:
+    """The name of the task in a YAML file (which may hold tags that only the harness knows)."""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("task:")]
+    if not named or not named[0]:
+        raise EvaluationError(f"{file} names no task", allowed="a line `task: NAME`")
+    return named[0].strip("'\"")
+
+
+def _evaluate(
+    lm_eval: Any, runner: Any, task: str, manager: Any, options: EvalOptions
+) -> Mapping[str, Any]:
+    limit = None if options.limit is None or options.limit == 1 else options.limit
+    try:
+        answer: Mapping[str, Any] = lm_eval.simple_evaluate(
+            model=runner,
+            tasks=[task],
+            task_manager=manager,
+            limit=limit,
+            log_samples=True,
+            random_seed=options.seed,
+            numpy_random_seed=options.seed,
+            torch_random_seed=options.seed,
+            fewshot_random_seed=options.seed,
+            bootstrap_iters=1000,
+        )
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError) as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise EvaluationError(
+            f"lm-evaluation-harness cannot run {task}: {type(error).__name__}: {reason}",
+            hint="its data come from the Hub or the cache of datasets",
+        ) from error
+    return answer
+
+
+def _results(answer: Mapping[str, Any], model: LoadedModel, seconds: float) -> list[EvalResult]:
+    """The harness's numbers as ours; a group's own line, which has no samples, comes along."""
+    found = []
+    for task, values in answer["results"].items():
+        samples = answer.get("samples", {}).get(task, [])
+        for key, value in values.items():
+            metric, _, filtered = key.partition(",")
+            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            stderr = values.get(f"{metric}_stderr,{filtered}")
+            found.append(
+                EvalResult(
+                    task=f"{PREFIX}{task}",
+                    version=_version(answer.get("versions", {}).get(task)),
+                    metric=metric if filtered == "none" else f"{metric} ({filtered})",
+                    value=float(value),
+                    stderr=float(stderr) if isinstance(stderr, int | float) else None,
+                    unit=_UNITS.get(metric, "as the harness has it"),
+                    higher_is_better=_higher(answer, task, metric),
+                    samples=_count(answer, task, samples),
+                    seconds=seconds,
+                    data_source="lm-evaluation-harness",
+                    data_fingerprint=_fingerprint(samples),
+                    per_sample=_per_sample(samples, metric, float(value)),
+                    notes=(f"lm-eval {_release()}",),
+                )
+            )
+    return found
+
+
+def _version(stated: Any) -> int:
+    """The harness's versions are 1.0 and the like, or words where a task has none."""
+    return int(stated) if isinstance(stated, int | float) else 0
+
+
+def _higher(answer: Mapping[str, Any], task: str, metric: str) -> bool:
+    stated = answer.get("higher_is_better", {}).get(task, {}).get(metric)
+    return bool(stated) if stated is not None else metric not in _UNITS
+
+
+def _count(answer: Mapping[str, Any], task: str, samples: Sequence[Any]) -> int:
+    counted = answer.get("n-samples", {}).get(task, {}).get("effective")
+    return int(counted) if isinstance(counted, int) else len(samples)
+
+
+def _fingerprint(samples: Sequence[Mapping[str, Any]]) -> str | None:
+    """Of the documents as the harness hashed them; None where it kept no samples."""
+    hashes = [str(sample.get("doc_hash", "")) for sample in samples]
+    return digest(hashes) if hashes and all(hashes) else None
+
+
+def _per_sample(
+    samples: Sequence[Mapping[str, Any]], metric: str, value: float
+) -> PerSample | None:
+    """Each document's number where the value is the mean of them."""
+    values = [sample.get(metric) for sample in samples]
+    if not values or not all(isinstance(item, int | float) for item in values):
+        return None
+    found = ratios([float(item) for item in values if item is not None])
+    return found if abs(found.value - value) < 1e-9 else None
+
+
+def _release() -> str:
+    version: str = import_module("importlib.metadata").version("lm-eval")
+    return version
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The harness prints and logs; what it prints goes to stderr, and only errors are logged."""
+    logger = logging.getLogger("lm_eval")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        logger.setLevel(before)

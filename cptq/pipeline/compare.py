@@ -1,0 +1,159 @@
+"""`cptq compare`: several models or their eval.json files, side by side."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from cptq.artifact.place import check_output, new_directory
+from cptq.artifact.weights import write_files
+from cptq.config import CompareSettings, EvalSettings, command_line
+from cptq.errors import EvaluationError
+from cptq.evaluation.footprint import weight_bytes
+from cptq.evaluation.paired import compare_results
+from cptq.pipeline.evaluate import run_tasks
+from cptq.pipeline.facts import versions
+from cptq.pipeline.recorder import Recorder
+from cptq.report.side_by_side import (
+    ComparedModel,
+    CompareOutcome,
+    SideBySide,
+    shared_quality,
+    short_names,
+)
+from cptq.report.side_html import FILES, side_files
+from cptq.types import Emit, EvalResult, Notice
+
+_MEASURE = "`cptq eval MODEL -o eval.json` writes one"
+
+
+def compare(settings: CompareSettings, emit: Emit) -> CompareOutcome:
+    """Measure what is a model, read what is an eval.json, and put all side by side."""
+    recorder, place = Recorder(emit), None
+    if settings.out is not None:
+        place = check_output(
+            settings.out,
+            overwrite=settings.overwrite,
+            source=Path(settings.model.model),
+            marker=FILES["json"],
+        )
+    models = [_model(settings, source, recorder) for source in settings.sources]
+    names = short_names(settings.sources)
+    named = [replace(model, name=name) for model, name in zip(models, names, strict=True)]
+    found = _side_by_side(settings, named, recorder)
+    if place is None:
+        return CompareOutcome(side_by_side=found)
+    files = side_files(found)
+    with new_directory(place, sum(map(len, files.values()))) as draft:
+        write_files(draft, files)
+    reports = {kind: place / name for kind, name in FILES.items() if name in files}
+    return CompareOutcome(side_by_side=found, out=settings.out, reports=reports)
+
+
+def _side_by_side(
+    settings: CompareSettings, models: Sequence[ComparedModel], recorder: Recorder
+) -> SideBySide:
+    quality = shared_quality([model.results for model in models])
+    if quality is None:
+        told = "; ".join(f"{m.name}: {_tasks(m)}" for m in models)
+        raise EvaluationError(
+            f"there is no task that all were measured by ({told})",
+            hint="measure them by the same --task",
+        )
+    with recorder.stage("comparison"):
+        paired = [models[0], *(_paired(m, models[0], settings, recorder) for m in models[1:])]
+    for model in models:
+        if model.weight_bytes is None:
+            message = "its size is not known, so it is not on the front"
+            recorder(Notice(kind="skipped", subject=model.name, message=message))
+    return SideBySide(
+        command_line=command_line(settings),
+        models=tuple(paired),
+        quality=quality,
+        versions=versions(),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+        notices=tuple(recorder.notices),
+        timings=dict(recorder.timings),
+    )
+
+
+def _tasks(model: ComparedModel) -> str:
+    return ", ".join(dict.fromkeys(result.task for result in model.results)) or "nothing"
+
+
+def _paired(
+    model: ComparedModel, first: ComparedModel, settings: CompareSettings, recorder: Recorder
+) -> ComparedModel:
+    found, reasons = compare_results(model.results, first.results, settings.seed)
+    for reason in reasons:
+        message = f"no paired comparison of {reason}"
+        recorder(Notice(kind="skipped", subject=model.name, message=message))
+    return replace(model, paired=tuple(found))
+
+
+def _model(settings: CompareSettings, source: str, recorder: Recorder) -> ComparedModel:
+    if source.endswith(".json"):
+        return _from_file(Path(source).expanduser())
+    model, results = run_tasks(_eval_settings(settings), source, f"evaluate {source}", recorder)
+    return ComparedModel(
+        name=source,
+        source=source,
+        kind=model.kind,
+        parameters=model.parameters,
+        weight_bytes=weight_bytes(model.path),
+        effective_bits=_effective_bits(model.path),
+        results=results,
+    )
+
+
+def _eval_settings(settings: CompareSettings) -> EvalSettings:
+    shared = ("model", "limit", "seqlen", "batch_size", "data_dir", "seed", "strict")
+    costs = () if settings.no_footprint else ("footprint",)
+    tasks = tuple(dict.fromkeys((*settings.tasks, *costs)))
+    return EvalSettings(tasks=tasks, **{name: getattr(settings, name) for name in shared})
+
+
+def _from_file(path: Path) -> ComparedModel:
+    """A model from what `cptq eval -o` wrote about it.
+
+    Raises:
+        EvaluationError: it cannot be read, or holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        facts = data["model"]
+        results = tuple(map(EvalResult.from_dict, data["evaluation"]))
+        if not results:
+            raise ValueError("nothing was measured")
+        return ComparedModel(
+            name=str(path),
+            source=str(facts["source"]),
+            kind=str(facts["kind"]),
+            parameters=int(facts["parameters"]),
+            weight_bytes=_known_bytes(facts["source"], results),
+            effective_bits=_effective_bits(Path(facts["source"])),
+            results=results,
+        )
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise EvaluationError(f"{path} holds no results: {reason}", hint=_MEASURE) from error
+
+
+def _known_bytes(source: str, results: Sequence[EvalResult]) -> int | None:
+    """As measured, else as they are on the disk now; None: neither."""
+    measured = [int(r.value) for r in results if (r.task, r.metric) == ("size", "weight_bytes")]
+    there = Path(source).is_dir()
+    return measured[0] if measured else (weight_bytes(Path(source)) if there else None) or None
+
+
+def _effective_bits(path: Path) -> float | None:
+    """Bits of the compressed weights with their scales, from an artifact's report."""
+    try:
+        report: dict[str, Any] = json.loads((path / "report.json").read_text(encoding="utf-8"))
+        return float(report["size"]["effective_bits"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None

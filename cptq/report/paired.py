@@ -1,0 +1,60 @@
+"""The table that says how sure a difference is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from cptq.report import words
+from cptq.report.table import Table
+from cptq.types import PairedDifference
+
+
+def paired_table(paired: Sequence[PairedDifference]) -> Table | None:
+    """Differences to the baseline on the same samples, with intervals; None without any."""
+    if not paired:
+        return None
+    rows = [
+        (
+            row.task,
+            row.metric,
+            words.signed(row.difference, 3),
+            words.signed(row.interval[0], 3),
+            words.signed(row.interval[1], 3),
+            p_words(row.p_value),
+            row.verdict,
+        )
+        for row in paired
+    ]
+    return Table(
+        title="Against the baseline, on the same samples",
+        columns=("task", "metric", "difference", "from", "to", "p", "verdict"),
+        rows=tuple(rows),
+        right=("difference", "from", "to", "p"),
+        note=_note(paired),
+    )
+
+
+def _note(paired: Sequence[PairedDifference]) -> str:
+    level = words.percent(paired[0].level)
+    methods: dict[str, list[str]] = {}
+    for row in paired:
+        methods.setdefault(row.method, []).append(row.metric)
+    how = [f"{', '.join(dict.fromkeys(names))}: {method}" for method, names in methods.items()]
+    changed = [
+        f"{row.task} {row.metric}: {words.number(row.lost)} answers lost, "
+        f"{words.number(row.gained)} gained of {words.number(row.samples)}"
+        for row in paired
+        if row.lost is not None
+    ]
+    means = f"from, to: {level} interval of the difference; undecided: too few samples to tell"
+    return "; ".join([means, *how, *changed])
+
+
+def p_words(value: float) -> str:
+    """A p-value; what is below a thousandth is not told more exactly."""
+    return "<0.001" if value < 0.001 else words.number(value, 2)
+
+
+def at_most(row: PairedDifference) -> str:
+    """`at most 0.0118 worse`."""
+    return f"at most {words.number(row.at_most_worse, 3)} worse"
