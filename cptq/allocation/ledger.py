@@ -66,10 +66,12 @@ class Ledger:
         return build(self.cost, candidates, self.limit)
 
 
-def same_for_all(
-    cost: CostModel, candidates: Sequence[Candidate]
-) -> dict[str, Sequence[Candidate]]:
-    """The same candidates for every unit."""
+def per_unit(
+    cost: CostModel, candidates: Sequence[Candidate] | Mapping[str, Sequence[Candidate]]
+) -> Mapping[str, Sequence[Candidate]]:
+    """{unit: its candidates}; a plain list of candidates is the same for every unit."""
+    if isinstance(candidates, Mapping):
+        return candidates
     return {unit.name: candidates for unit in cost.units}
 
 

@@ -57,6 +57,27 @@ class Problem:
             for unit, row in self.options.items()
         }
 
+    def level(self, unit: str, candidate: Candidate) -> int:
+        """The option number of a candidate, or of the nearest below that the unit may have.
+
+        A unit that may have nothing as small gets its smallest.
+        """
+        size = self.ledger.bytes_of[unit].get(candidate)
+        row = self.options[unit]
+        if size is not None:
+            return next(i for i, option in enumerate(row) if option.nbytes == size)
+        below = [i for i, option in enumerate(row) if option.candidate.bits <= candidate.bits]
+        return max(below, default=0)
+
+    def at_level(self, candidate: Candidate) -> dict[str, Candidate]:
+        """Every unit at one candidate, or at the nearest it may have."""
+        return {
+            unit: candidate
+            if candidate in self.ledger.bytes_of[unit]
+            else row[self.level(unit, candidate)].candidate
+            for unit, row in self.options.items()
+        }
+
     def total(self, picks: Mapping[str, int]) -> int:
         """Upper bound of a plan's bytes."""
         chosen = sum(self.options[unit][pick].nbytes for unit, pick in picks.items())
@@ -107,14 +128,17 @@ def build_problem(
 ) -> Problem:
     """Check a table against the units and candidates, and make its scores monotone.
 
+    A unit's options are those that the ledger has bytes of. One with a single option has nothing
+    to choose: where the table knows no score of it, it counts as 0, and that is said.
+
     Raises:
         PlanError: a unit or a candidate has no score, or one that is not finite.
     """
     options, mended = {}, {}
     for unit, sizes in ledger.bytes_of.items():
-        scores = _scores(table, unit, candidates)
+        scores = _scores(table, unit, list(sizes), emit)
         raw = sorted(
-            (Option(candidate=c, nbytes=sizes[c], score=scores[c]) for c in candidates),
+            (Option(candidate=c, nbytes=sizes[c], score=scores[c]) for c in sizes),
             key=lambda option: (option.nbytes, option.score, option.candidate),
         )
         options[unit], excess = _monotone(raw)
@@ -131,10 +155,14 @@ def build_problem(
 
 
 def _scores(
-    table: SensitivityTable | None, unit: str, candidates: Sequence[Candidate]
+    table: SensitivityTable | None, unit: str, candidates: Sequence[Candidate], emit: Emit
 ) -> Mapping[Candidate, float]:
     if table is None:
         return dict.fromkeys(candidates, 0.0)
+    if len(candidates) == 1 and candidates[0] not in table.scores.get(unit, {}):
+        message = f"has no score at {candidates[0].label}, so it is not in the predicted loss"
+        emit(Notice(kind="info", subject=unit, message=message))
+        return {candidates[0]: 0.0}
     row = table.scores.get(unit)
     if row is None:
         raise PlanError(

@@ -1,6 +1,7 @@
 """`uniform`: the largest single candidate that fits, for every unit.
 
-Nothing is mixed to fill the rest of the budget; how much of it stays is said.
+Nothing is mixed to fill the rest of the budget; how much of it stays is said. A unit that may not
+have the candidate (a pin, a least or largest number of bits) gets the nearest that it may.
 """
 
 from __future__ import annotations
@@ -17,9 +18,25 @@ def uniform(problem: Problem, emit: Emit) -> Solution:
         BudgetError: not even the smallest candidate fits everywhere.
     """
     ledger = problem.ledger
+    best = largest_level(problem)
+    choices = problem.at_level(best)
+    left = ledger.limit - ledger.exact(choices)
+    note = (
+        f"uniform {best.label} leaves {left:,} bytes of the budget; nothing is mixed to fill them"
+    )
+    return Solution(choices=choices, notes=(note,) if left else ())
+
+
+def largest_level(problem: Problem) -> Candidate:
+    """The candidate of most bytes that fits when every unit gets it, or the nearest it may have.
+
+    Raises:
+        BudgetError: none fits.
+    """
+    ledger = problem.ledger
     taken: dict[Candidate, int] = {}
     for candidate in problem.candidates:
-        plan = dict.fromkeys(ledger.bytes_of, candidate)
+        plan = problem.at_level(candidate)
         if ledger.fits(plan, ledger.total(plan)):
             taken[candidate] = ledger.exact(plan)
     if not taken:
@@ -27,9 +44,4 @@ def uniform(problem: Problem, emit: Emit) -> Solution:
             f"no uniform plan fits into {ledger.limit:,} bytes",
             allowed="a larger target, or smaller --bits",
         )
-    best = max(taken, key=lambda candidate: (taken[candidate], candidate))
-    left = ledger.limit - taken[best]
-    note = (
-        f"uniform {best.label} leaves {left:,} bytes of the budget; nothing is mixed to fill them"
-    )
-    return Solution(choices=dict.fromkeys(ledger.bytes_of, best), notes=(note,) if left else ())
+    return max(taken, key=lambda candidate: (taken[candidate], candidate))

@@ -89,6 +89,28 @@ class Probe:
             )
         return mean
 
+    @torch.no_grad()
+    def whole(self) -> Tensor:
+        """Divergence of each row of the answer (rows,) of the model as it stands now, float64.
+
+        For models of which many units have changed: one forward pass of the held-out rows.
+
+        Raises:
+            CalibrationError: an answer is NaN or infinite.
+        """
+        self.trials += 1
+        parts = []
+        for reference_RV, row in zip(self._reference, self._rows, strict=True):
+            answer_RV = self._objective.answer(forward(self._model, row), row)
+            parts.append(self._objective.divergence(reference_RV, answer_RV))
+        rows = torch.cat(parts).cpu()
+        if not bool(torch.isfinite(rows).all()):
+            raise CalibrationError(
+                "the compressed model's output holds NaN or infinity",
+                hint="run in --dtype float32",
+            )
+        return rows
+
     def _rows_of(self, unit: Unit, index: int) -> Tensor:
         answer_RV = self._objective.answer(self._output(unit, index), self._rows[index])
         return self._objective.divergence(self._reference[index], answer_RV)

@@ -48,6 +48,11 @@ def checked(settings: Settings) -> Settings:
 
 def _analyze(settings: AnalyzeSettings) -> AnalyzeSettings:
     metrics = metric_names(settings.metrics)
+    for name in settings.allocators:
+        registry("allocator").check(name)
+    registry("compressor").check(settings.compressor)
+    for target in settings.targets:
+        import_module("cptq.allocation.targets").parse_target(target)
     _check_calibration(settings.calibration.calibration)
     out = settings.out or Path(f"{model_name(settings.model.model)}-analysis")
     check_place(out, settings.model.model, overwrite=settings.overwrite)
@@ -58,6 +63,9 @@ def _compress(settings: CompressSettings) -> CompressSettings:
     for kind in ("metric", "allocator", "compressor"):
         registry(kind).check(getattr(settings, kind))
     _check_calibration(settings.calibration.calibration)
+    import_module("cptq.allocation.limits").parse_limits(
+        settings.pins, settings.min_bits, settings.max_bits
+    )
     if settings.plan is not None:
         check_plan(settings.plan)
     elif settings.target is not None:

@@ -11,6 +11,7 @@ from cptq.pipeline.dense import calibrate, candidates, load_dense
 from cptq.pipeline.facts import summary
 from cptq.pipeline.files import stage_files
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.validate import validate
 from cptq.report.render import FILES, report_files
 from cptq.report.summary import AnalyzeOutcome
 from cptq.sensitivity.measure import measure
@@ -23,7 +24,7 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
     model = load_dense(settings.model, recorder)
     out = settings.out or Path(f"{model.path.name}-analysis")
     place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])
-    calibration = calibrate(model, settings, recorder)
+    calibration = calibrate(model, settings, recorder, judging=int(settings.validate))
     choices = candidates(settings.bits, settings.group_size)
     with recorder.stage("sensitivity"):
         tables = measure(
@@ -34,6 +35,10 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
             seed=settings.calibration.seed,
             emit=recorder,
         )
+    validation = None
+    if settings.validate:
+        with recorder.stage("validation"):
+            validation = validate(model, calibration, tables, choices, settings, recorder)
     report = summary(
         "analyze",
         settings,
@@ -43,8 +48,9 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
         candidates=choices,
         calibration=calibration.record,
         sensitivity=tables,
+        validation=validation,
     )
-    files = stage_files(model, calibration.record, tables, None) | report_files(report)
+    files = stage_files(model, calibration.record, tables, None, validation) | report_files(report)
     with new_directory(place, sum(map(len, files.values()))) as draft:
         write_files(draft, files)
     return AnalyzeOutcome(

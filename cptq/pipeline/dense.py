@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cptq.calibration.judges import part_rows
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
@@ -29,11 +30,18 @@ def load_dense(settings: ModelSettings, recorder: Recorder) -> LoadedModel:
 
 
 def calibrate(
-    model: LoadedModel, settings: AnalyzeSettings | CompressSettings, recorder: Recorder
+    model: LoadedModel,
+    settings: AnalyzeSettings | CompressSettings,
+    recorder: Recorder,
+    *,
+    judging: int = 0,
 ) -> Calibration:
-    """The calibration text as the model's own tokens."""
+    """The calibration text as the model's own tokens, and rows for `judging` parts beside it."""
     with recorder.stage("calibration"):
-        return build_calibration(model, settings.calibration, settings.model, recorder)
+        spare = judging * part_rows(model)
+        return build_calibration(
+            model, settings.calibration, settings.model, recorder, spare=spare
+        )
 
 
 def candidates(bits: tuple[int, ...], group_size: int) -> tuple[Candidate, ...]:

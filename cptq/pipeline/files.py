@@ -11,7 +11,7 @@ from typing import Any
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import OutputExistsError, PlanError
 from cptq.report.summary import plain
-from cptq.types import CalibrationRecord, Plan, SensitivityTable
+from cptq.types import CalibrationRecord, Plan, SensitivityTable, Validation
 
 #: version of the layout of sensitivity/*.json; grows when a field or a score changes its meaning
 TABLE_SCHEMA = 1
@@ -23,8 +23,9 @@ def stage_files(
     calibration: CalibrationRecord,
     tables: Mapping[str, SensitivityTable],
     plan: Plan | None,
+    validation: Validation | None = None,
 ) -> dict[str, bytes]:
-    """{relative path: content} of layers, calibration, sensitivity tables and plan."""
+    """{relative path: content} of layers, calibration, sensitivity tables, plan and validation."""
     layers = {
         "model_fingerprint": model.fingerprint,
         "blocks": list(model.block_names),
@@ -35,6 +36,8 @@ def stage_files(
     files |= {f"sensitivity/{name}.json": _table_data(table) for name, table in tables.items()}
     if plan is not None:
         files["plan.json"] = plan.to_dict()
+    if validation is not None:
+        files["validation.json"] = {"model_fingerprint": model.fingerprint, **plain(validation)}
     return {name: _json(content) for name, content in files.items()}
 
 

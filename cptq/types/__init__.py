@@ -16,9 +16,11 @@ from cptq.types.result import (
     LayerResult,
     SizeReport,
 )
+from cptq.types.validation import Agreement, Interval, Pair, PlanTrial, Validation
 
 __all__ = [
     "DTYPE_BYTES",
+    "Agreement",
     "Artifact",
     "Budget",
     "CalibrationRecord",
@@ -27,16 +29,20 @@ __all__ = [
     "Emit",
     "EvalResult",
     "Event",
+    "Interval",
     "LayerKind",
     "LayerResult",
     "LayerSpec",
     "ModelKind",
     "Notice",
+    "Pair",
     "Plan",
+    "PlanTrial",
     "Progress",
     "SensitivityTable",
     "SizeReport",
     "TensorSpec",
     "Unit",
+    "Validation",
     "digest",
 ]
