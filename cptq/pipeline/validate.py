@@ -168,7 +168,8 @@ class _Trials:
         """Every allocator on every table at every budget, after the one that asks no score."""
         ways: list[tuple[str, SensitivityTable | None]] = [(BLIND_ALLOCATOR, None)]
         ways += [(name, table) for table in tables.values() for name in allocators]
-        total, found = len(budgets) * len(ways), []
+        total = len(budgets) * len(ways)
+        found: list[PlanTrial] = []
         with self.bench.trying():
             for budget in budgets:
                 for name, table in ways:

@@ -16,6 +16,7 @@ from cptq.report.details import (
 from cptq.report.summary import Summary, VerificationFacts
 from cptq.report.table import Table, pairs
 from cptq.report.tally import compare, left_alone, most_sensitive, notices_by_kind, widths
+from cptq.report.validation import validation_tables
 from cptq.types import EvalResult, SensitivityTable
 
 TOP = 10
@@ -169,6 +170,7 @@ def all_tables(summary: Summary) -> Sequence[Table]:
         evaluation_table(summary),
         size_table(summary),
         width_table(summary),
+        *validation_tables(summary.validation),
         *notice_tables(summary),
         *(top_table(table, summary) for table in summary.sensitivity.values()),
         model_table(summary),
