@@ -92,9 +92,7 @@ def parse_target(text: str) -> Target:
     return Target(value=value, kind=kind, suffix=suffix, text=text.strip())
 
 
-def resolve_budget(
-    text: str, cost: CostModel, group_size: int, candidates: Candidates
-) -> Budget:
+def resolve_budget(text: str, cost: CostModel, group_size: int, candidates: Candidates) -> Budget:
     """Turn a target into bytes of the whole file.
 
     Args:
@@ -144,9 +142,7 @@ def _weight_limit(target: Target, cost: CostModel) -> int:
     return math.floor(target.value * cost.compressible / 8)
 
 
-def _limit(
-    target: Target, cost: CostModel, group_size: int, candidates: Candidates
-) -> int:
+def _limit(target: Target, cost: CostModel, group_size: int, candidates: Candidates) -> int:
     if target.kind == "bytes":
         return math.floor(target.value * target.multiple)
     if target.kind == "%":
@@ -217,9 +213,7 @@ def _too_small(
     )
 
 
-def _smallest(
-    target: Target, cost: CostModel, group_size: int, candidates: Candidates
-) -> str:
+def _smallest(target: Target, cost: CostModel, group_size: int, candidates: Candidates) -> str:
     """The smallest target that works, in the unit of `target`."""
     plan = smallest_plan(file_ledger(cost, per_unit(cost, candidates), 0))
     return target.spell(_least_value(target, cost, group_size, plan))

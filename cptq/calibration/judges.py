@@ -45,5 +45,7 @@ def parts(model: LoadedModel, spare: Sequence[Rows], count: int) -> list[list[Ro
             hint="pass a smaller --seqlen or a longer text",
         )
     length = WINDOW if is_language(model) else None
-    rows = [cropped(row, min(length, row["input_ids"].shape[1])) if length else row for row in spare]
+    rows = [
+        cropped(row, min(length, row["input_ids"].shape[1])) if length else row for row in spare
+    ]
     return [stacked(rows[index::count]) for index in range(count)]

@@ -49,12 +49,14 @@ def build_calibration(
     emit: Emit,
     *,
     spare: int = 0,
+    reserve: bool = True,
 ) -> Calibration:
     """Load, tokenise and batch the calibration text.
 
     Args:
         spare: rows to keep apart, for judging. They come after the `samples` in the same seeded
             order, so that where there is text enough they change nothing about what calibrates.
+        reserve: where it is not, fewer samples calibrate; else fewer rows are spare, or none.
 
     Raises:
         DataError: the text is missing or empty.
@@ -79,7 +81,7 @@ def build_calibration(
     rows = (_windows if model.kind == "causal-lm" else _documents)(
         model, text, wanted, seqlen, emit
     )
-    count = calibrating(len(rows), settings.samples, spare)
+    count = calibrating(len(rows), settings.samples, spare if reserve else 0)
     if count < min(settings.samples, len(rows)):
         message = (
             f"the text has {len(rows)} samples: {len(rows) - count} of them are kept apart to "

@@ -35,12 +35,16 @@ def calibrate(
     recorder: Recorder,
     *,
     judging: int = 0,
+    reserve: bool = True,
 ) -> Calibration:
-    """The calibration text as the model's own tokens, and rows for `judging` parts beside it."""
+    """The calibration text as the model's own tokens, and rows for `judging` parts beside it.
+
+    `reserve`: where text is short, fewer samples calibrate, so that some are left to judge.
+    """
     with recorder.stage("calibration"):
         spare = judging * part_rows(model)
         return build_calibration(
-            model, settings.calibration, settings.model, recorder, spare=spare
+            model, settings.calibration, settings.model, recorder, spare=spare, reserve=reserve
         )
 
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cptq.allocation.allocate import check_plan
+from cptq.allocation.cost import CostModel
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import OutputExistsError, PlanError
 from cptq.report.summary import plain
-from cptq.types import CalibrationRecord, Plan, SensitivityTable, Validation
+from cptq.sensitivity import METRICS
+from cptq.types import CalibrationRecord, Candidate, Plan, SensitivityTable, Validation
 
 #: version of the layout of sensitivity/*.json; grows when a field or a score changes its meaning
 TABLE_SCHEMA = 1
@@ -61,6 +65,12 @@ def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise PlanError(f"{path} holds no sensitivity table: {reason}", hint=_MEASURE) from error
+    if table.metric not in METRICS:
+        raise PlanError(
+            f"{path} was measured by {table.metric!r}, which this cptq does not have",
+            allowed=", ".join(METRICS),
+            hint=_MEASURE,
+        )
     if table.model_fingerprint != model_fingerprint:
         raise PlanError(
             f"{path} was measured on another model ({table.model_fingerprint[:12]}, this is "
@@ -68,6 +78,42 @@ def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
             hint=_MEASURE,
         )
     return table
+
+
+def read_plan(path: Path, model: LoadedModel, cost: CostModel) -> Plan:
+    """The plan of `--plan`, checked against this model, its bytes counted anew."""
+    try:
+        plan = Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"{path} holds no plan: {error}") from error
+    check_plan(plan, cost, model.fingerprint)
+    return replace(plan, predicted_bytes=cost.file_bytes(plan.choices))
+
+
+def check_covers(
+    table: SensitivityTable, path: Path, options: Mapping[str, Sequence[Candidate]]
+) -> None:
+    """Whether a measurement has a score for all that is to be chosen from.
+
+    Raises:
+        PlanError: a candidate that a unit may have was not measured, or a unit was not.
+    """
+    measured = sorted({candidate for row in table.scores.values() for candidate in row})
+    for unit, row in options.items():
+        scores = table.scores.get(unit)
+        if scores is None:
+            raise PlanError(f"{path} has no scores of {unit}", hint=_MEASURE)
+        missing = [candidate for candidate in row if candidate not in scores]
+        if missing and len(row) > 1:
+            sizes = sorted({c.group_size for c in measured if not c.dense})
+            words = f"--bits {','.join(str(b) for b in sorted({c.bits for c in measured}))}"
+            words += f" --group-size {sizes[0]}" if len(sizes) == 1 else ""
+            raise PlanError(
+                f"{path} has no score for {', '.join(c.label for c in missing)}",
+                allowed=", ".join(candidate.label for candidate in measured),
+                hint=f"type {words}, or measure again with cptq analyze and your --bits and "
+                "--group-size",
+            )
 
 
 def _json(content: Any) -> bytes:

@@ -174,9 +174,7 @@ class _Trials:
             for budget in budgets:
                 for name, table in ways:
                     words = f"{budget.asked} {table.metric if table else ''} {name}"
-                    self.emit(
-                        Progress(stage="plans", done=len(found), total=total, message=words)
-                    )
+                    self.emit(Progress(stage="plans", done=len(found), total=total, message=words))
                     found.append(self._trial(name, table, budget, candidates))
         self.emit(Progress(stage="plans", done=total, total=total))
         return found
