@@ -44,8 +44,5 @@ def parts(model: LoadedModel, spare: Sequence[Rows], count: int) -> list[list[Ro
             f"the text leaves {len(spare)} samples to judge with, and {count} are needed",
             hint="pass a smaller --seqlen or a longer text",
         )
-    length = WINDOW if is_language(model) else None
-    rows = [
-        cropped(row, min(length, row["input_ids"].shape[1])) if length else row for row in spare
-    ]
+    rows = [cropped(row, WINDOW) for row in spare] if is_language(model) else list(spare)
     return [stacked(rows[index::count]) for index in range(count)]

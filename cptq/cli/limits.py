@@ -1,4 +1,4 @@
-"""The options that fix bits by hand, and those that search and check plans, for help and parsing."""
+"""The options that fix bits by hand, and those that search for plans and prove them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A workbench for a model: its units compressed one by one, on what flows through the dense model."""
+"""A workbench for a model: units compressed one by one, on what flows through the dense model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of a validation: how well each metric ranks, what its plans cost, which depths hurt."""
+"""The tables of a validation: how well metrics rank, what their plans cost, which depths hurt."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How well a score ranks: Spearman's rho and Kendall's tau-b, within widths and pooled, bootstrapped.
+"""How well a score ranks: Spearman's rho and Kendall's tau-b, within widths and pooled.
 
 Pooled over widths every score correlates with the truth, since every score falls with the number of
 bits. What an allocator needs beyond that is which of two units at the SAME width is hurt more. So
