@@ -96,7 +96,7 @@ def _carry_out(plan: Plan, compress: Compress, probe: Probe, emit: Emit) -> _Out
             said.append(event)
 
     layers = compress(plan, hear)
-    return _Outcome(plan=plan, layers=layers, said=said, rows=probe.whole())
+    return _Outcome(plan=plan, layers=layers, said=said, rows=probe.rows_now())
 
 
 def _verdict(own: _Outcome, other: _Outcome, unit: str, tokens: int) -> Notice:

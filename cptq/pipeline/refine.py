@@ -72,7 +72,7 @@ def refine_plan(
 def _measure(bench: Workbench, probe: Probe) -> Callable[[Choices], float]:
     def measure(choices: Choices) -> float:
         bench.settle(choices)
-        return float(probe.whole().mean())
+        return float(probe.rows_now().mean())
 
     return measure
 

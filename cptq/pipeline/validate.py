@@ -215,7 +215,7 @@ class _Trials:
         key = tuple(plan.choices[unit.name] for unit in self.model.units)
         if key not in self.known:
             self.bench.settle(plan.choices)
-            self.known[key] = self.probe.whole()
+            self.known[key] = self.probe.rows_now()
         return self.known[key]
 
     def _but_for_details(self, event: Event) -> None:
@@ -250,7 +250,7 @@ def _tell_cost(
 ) -> None:
     """How long it will take, and what the reference would cost where it was not asked for."""
     began = time.perf_counter()
-    probe.whole()
+    probe.rows_now()
     one = time.perf_counter() - began
     plans = budgets * (1 + len(tables) * len(settings.allocators))
     message = (
