@@ -3,7 +3,7 @@
 `uniform` leaves bytes unused where the budget lies between two widths, so a mixed plan beats it by
 being larger. Here the rest is spent as well: the largest width that fits everywhere, then one step
 up for single units, spread evenly over the depth of the model (van der Corput's sequence, base 2),
-until nothing fits. Where a width fits exactly this is `uniform`.
+again and again until nothing fits. Where a width fits exactly this is `uniform`.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def even(problem: Problem, emit: Emit) -> Solution:
                 picks, moved = trial, True
     raised = sum(picks[unit] != first[unit] for unit in picks)
     label = largest_level(problem).label
-    note = f"{label}, and {raised} units spread evenly over depth a step higher" if raised else ""
+    note = f"{label}, and {raised} units spread evenly over depth higher" if raised else ""
     return Solution(choices=problem.candidates_of(picks), notes=(note,) if note else ())
 
 
