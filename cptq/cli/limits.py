@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -44,6 +45,15 @@ Refine = Annotated[
         metavar="N",
         help="Try N swaps of bits on the whole model and keep what helps; default 0.",
         show_default=False,
+        rich_help_panel=PROOF,
+    ),
+]
+KnownTables = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--sensitivity",
+        metavar="PATH",
+        help="An earlier analysis or one of its tables: not measured again; repeatable.",
         rich_help_panel=PROOF,
     ),
 ]

@@ -117,6 +117,7 @@ class AnalyzeSettings:
     model: ModelSettings
     calibration: CalibrationSettings
     metrics: tuple[str, ...] = ("output",)
+    sensitivity: tuple[Path, ...] = ()  # tables, or directories of them, that need no measuring
     bits: tuple[int, ...] = DEFAULT_BITS
     group_size: int = DEFAULT_GROUP_SIZE
     validate: bool = False

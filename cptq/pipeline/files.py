@@ -80,6 +80,27 @@ def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
     return table
 
 
+def read_tables(
+    paths: Sequence[Path], model_fingerprint: str, options: Mapping[str, Sequence[Candidate]]
+) -> dict[str, SensitivityTable]:
+    """{metric: table} of files and of directories that `analyze` wrote.
+
+    Raises:
+        PlanError: as `read_table` and `check_covers`; a directory has no tables.
+    """
+    found: dict[str, SensitivityTable] = {}
+    for path in paths:
+        place = path / "sensitivity" if (path / "sensitivity").is_dir() else path
+        files = sorted(place.glob("*.json")) if place.is_dir() else [place]
+        if not files:
+            raise PlanError(f"{path} holds no sensitivity tables", hint=_MEASURE)
+        for file in files:
+            table = read_table(file, model_fingerprint)
+            check_covers(table, file, options)
+            found[table.metric] = table
+    return found
+
+
 def read_plan(path: Path, model: LoadedModel, cost: CostModel) -> Plan:
     """The plan of `--plan`, checked against this model, its bytes counted anew."""
     try:

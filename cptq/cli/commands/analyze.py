@@ -28,6 +28,7 @@ def analyze(
     metrics: Metrics = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    sensitivity: lim.KnownTables = None,
     validate: lim.Validate = None,
     pairs: lim.Pairs = None,
     targets: lim.Targets = None,
