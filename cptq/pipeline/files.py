@@ -11,6 +11,7 @@ from typing import Any
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import OutputExistsError, PlanError
 from cptq.report.summary import plain
+from cptq.sensitivity.partial import PARTIAL
 from cptq.types import CalibrationRecord, Plan, SensitivityTable
 
 #: version of the layout of sensitivity/*.json; grows when a field or a score changes its meaning
@@ -20,19 +21,26 @@ _MEASURE = "measure this model with cptq analyze"
 
 def stage_files(
     model: LoadedModel,
-    calibration: CalibrationRecord,
+    calibration: CalibrationRecord | None,
     tables: Mapping[str, SensitivityTable],
     plan: Plan | None,
 ) -> dict[str, bytes]:
-    """{relative path: content} of layers, calibration, sensitivity tables and plan."""
+    """{relative path: content} of layers, calibration, sensitivity tables and plan.
+
+    Without a `calibration` there is no file of it. Partial tables are named so.
+    """
     layers = {
         "model_fingerprint": model.fingerprint,
         "blocks": list(model.block_names),
         "layers": [plain(layer) for layer in model.layers],
         "units": {unit.name: [layer.name for layer in unit.layers] for unit in model.units},
     }
-    files = {"layers.json": layers, "calibration.json": plain(calibration)}
-    files |= {f"sensitivity/{name}.json": _table_data(table) for name, table in tables.items()}
+    files = {"layers.json": layers}
+    if calibration is not None:
+        files["calibration.json"] = plain(calibration)
+    for name, table in tables.items():
+        partial = ".partial" if PARTIAL in table.details else ""
+        files[f"sensitivity/{name}{partial}.json"] = _table_data(table)
     if plan is not None:
         files["plan.json"] = plan.to_dict()
     return {name: _json(content) for name, content in files.items()}
@@ -47,7 +55,7 @@ def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
     """The measurement in a file that `analyze` wrote.
 
     Raises:
-        PlanError: it cannot be read, or is of another model or another version of cptq.
+        PlanError: it cannot be read, lacks units, or is of another model or version of cptq.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -58,6 +66,11 @@ def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise PlanError(f"{path} holds no sensitivity table: {reason}", hint=_MEASURE) from error
+    if PARTIAL in table.details:
+        raise PlanError(
+            f"{path} is a partial measurement: it was interrupted after {len(table.scores)} units",
+            hint="let cptq analyze run to its end",
+        )
     if table.model_fingerprint != model_fingerprint:
         raise PlanError(
             f"{path} was measured on another model ({table.model_fingerprint[:12]}, this is "
