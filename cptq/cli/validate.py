@@ -87,7 +87,7 @@ def _evaluate(settings: EvalSettings) -> EvalSettings:
 
 
 def metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The metrics asked for; `all` stands for every one."""
+    """The metrics asked for, each once; `all` stands for every one that is not slow."""
     known = registry("metric")
     for name in names:
         if name != ALL and name not in known:
@@ -97,7 +97,8 @@ def metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
                 allowed=", ".join([*known, ALL]),
                 hint=f"did you mean {near!r}?" if near else None,
             )
-    return tuple(known) if ALL in names else names
+    everyday = import_module("cptq.sensitivity").everyday()
+    return tuple(dict.fromkeys(n for m in names for n in (everyday if m == ALL else (m,))))
 
 
 def _check_calibration(source: str) -> None:

@@ -15,6 +15,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.errors import OutputExistsError, PlanError
 from cptq.report.summary import plain
 from cptq.sensitivity import METRICS
+from cptq.sensitivity.partial import PARTIAL
 from cptq.types import CalibrationRecord, Candidate, Plan, SensitivityTable, Validation
 
 #: version of the layout of sensitivity/*.json; grows when a field or a score changes its meaning
@@ -24,20 +25,27 @@ _MEASURE = "measure this model with cptq analyze"
 
 def stage_files(
     model: LoadedModel,
-    calibration: CalibrationRecord,
+    calibration: CalibrationRecord | None,
     tables: Mapping[str, SensitivityTable],
     plan: Plan | None,
     validation: Validation | None = None,
 ) -> dict[str, bytes]:
-    """{relative path: content} of layers, calibration, sensitivity tables, plan and validation."""
+    """{relative path: content} of layers, calibration, sensitivity tables, plan and validation.
+
+    Without a `calibration` there is no file of it. Partial tables are named so.
+    """
     layers = {
         "model_fingerprint": model.fingerprint,
         "blocks": list(model.block_names),
         "layers": [plain(layer) for layer in model.layers],
         "units": {unit.name: [layer.name for layer in unit.layers] for unit in model.units},
     }
-    files = {"layers.json": layers, "calibration.json": plain(calibration)}
-    files |= {f"sensitivity/{name}.json": _table_data(table) for name, table in tables.items()}
+    files = {"layers.json": layers}
+    if calibration is not None:
+        files["calibration.json"] = plain(calibration)
+    for name, table in tables.items():
+        partial = ".partial" if PARTIAL in table.details else ""
+        files[f"sensitivity/{name}{partial}.json"] = _table_data(table)
     if plan is not None:
         files["plan.json"] = plan.to_dict()
     if validation is not None:
@@ -54,7 +62,7 @@ def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
     """The measurement in a file that `analyze` wrote.
 
     Raises:
-        PlanError: it cannot be read, or is of another model or another version of cptq.
+        PlanError: it cannot be read, lacks units, or is of another model or version of cptq.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -70,6 +78,11 @@ def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
             f"{path} was measured by {table.metric!r}, which this cptq does not have",
             allowed=", ".join(METRICS),
             hint=_MEASURE,
+        )
+    if PARTIAL in table.details:
+        raise PlanError(
+            f"{path} is a partial measurement: it was interrupted after {len(table.scores)} units",
+            hint="let cptq analyze run to its end",
         )
     if table.model_fingerprint != model_fingerprint:
         raise PlanError(

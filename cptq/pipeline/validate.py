@@ -72,6 +72,7 @@ def validate(
         BudgetError: a target that no plan reaches.
         CalibrationError: no rows to judge with, or an output that is not finite.
     """
+    _tell_foreign_texts(tables, calibration, emit)
     seed = settings.calibration.seed
     cost = CostModel(model.units, model.tensors)
     budgets = [resolve_budget(t, cost, settings.group_size, candidates) for t in settings.targets]
@@ -112,6 +113,20 @@ def validate(
         trials=tuple(found),
         seconds={"pairs": paired - clock, "plans": time.perf_counter() - paired},
     )
+
+
+def _tell_foreign_texts(
+    tables: Mapping[str, SensitivityTable], calibration: Calibration, emit: Emit
+) -> None:
+    """A word where a table of an earlier analysis may have seen what judges."""
+    ours = ("", calibration.record.fingerprint)
+    foreign = [name for name, t in tables.items() if t.calibration_fingerprint not in ours]
+    if foreign:
+        message = (
+            f"{', '.join(foreign)} come from an analysis of other calibration text, which may hold "
+            "the rows that judge here"
+        )
+        emit(Notice(kind="warning", subject="--validate", message=message))
 
 
 def _measure_pairs(

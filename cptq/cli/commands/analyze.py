@@ -16,7 +16,7 @@ Metrics = Annotated[
     typer.Option(
         "--metric",
         metavar="NAME",
-        help="cca, pruning, taylor, output ...; repeatable; all: every one; default output.",
+        help="output (default), taylor, pruning, cca, kl ...; repeatable; all: every one but kl.",
         show_default=False,
     ),
 ]
