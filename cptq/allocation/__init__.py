@@ -16,5 +16,8 @@ ALLOCATORS: Registry[Allocator] = Registry(
         "cluster": "cptq.allocation.cluster:cluster",
         "greedy": "cptq.allocation.greedy:greedy",
         "uniform": "cptq.allocation.uniform:uniform",
+        "even": "cptq.allocation.even:even",
     },
 )
+#: allocators that look at no score, and so need no measurement
+BLIND = ("uniform", "even")

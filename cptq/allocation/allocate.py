@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from cptq.allocation import ALLOCATORS
+from cptq.allocation import ALLOCATORS, BLIND
 from cptq.allocation.cost import CostModel
 from cptq.allocation.ledger import Ledger
 from cptq.allocation.problem import Solution, build_problem
@@ -22,18 +22,20 @@ def allocate(
     *,
     model_fingerprint: str,
     emit: Emit,
+    options: Mapping[str, Sequence[Candidate]] | None = None,
 ) -> Plan:
     """Give every unit a candidate.
 
     Args:
         name: a name of `ALLOCATORS`.
-        table: the scores; only `uniform` does without.
+        table: the scores; only those of `BLIND` do without.
         cost: the model's bytes.
         budget: what the file may take; never exceeded. All but `uniform` also leave less than the
             smallest step that is still possible.
         candidates: what a unit can get.
         model_fingerprint: of the model the plan is for.
         emit: receives what must be said.
+        options: the candidates of each unit, where pins or limits make them differ.
 
     Returns:
         The plan; `predicted_bytes` is the exact size of the file, `predicted_loss` the sum of the
@@ -46,13 +48,13 @@ def allocate(
     """
     allocator = ALLOCATORS.get(name)
     _check(name, table, candidates, model_fingerprint)
-    ledger = ledger_of(budget, cost, candidates)
+    ledger = ledger_of(budget, cost, options or candidates)
     least = smallest_plan(ledger)
     if not ledger.fits(least, ledger.total(least)):
         raise BudgetError(
             f"the budget of {budget.limit_bytes:,} bytes ({budget.asked}) is below the smallest "
             f"plan, which takes {cost.file_bytes(least):,}",
-            allowed="a larger target, or smaller --bits",
+            allowed="a larger target, smaller --bits, or looser --pin and --min-bits",
         )
     problem = build_problem(table, ledger, candidates, emit)
     solution = allocator(problem, emit)
@@ -81,7 +83,7 @@ def _check(
 ) -> None:
     if not candidates:
         raise PlanError("there are no candidates to choose from", allowed="--bits of 2 to 8, or 16")
-    if table is None and name != "uniform":
+    if table is None and name not in BLIND:
         raise PlanError(
             f"the allocator {name} needs the scores of a metric",
             hint="name one with --metric, or take --allocator uniform",

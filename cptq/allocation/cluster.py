@@ -37,7 +37,7 @@ def cluster(problem: Problem, emit: Emit) -> Solution:
         picks = problem.smallest()
     else:
         note = _describe(levels, labels)
-        picks = {unit: _option(problem, unit, levels[labels[unit]]) for unit in labels}
+        picks = {unit: problem.level(unit, levels[labels[unit]]) for unit in labels}
     raised = _raise_singly(problem, picks, sensitivity)
     return Solution(choices=problem.candidates_of(raised), notes=(note,))
 
@@ -52,17 +52,10 @@ def _sensitivity(problem: Problem) -> dict[str, float]:
     return {unit: problem.per_unit[unit] for unit in problem.options}
 
 
-def _option(problem: Problem, unit: str, candidate: Candidate) -> int:
-    """Option of a unit for a candidate; the largest where the runtime does not take that one."""
-    sizes = problem.ledger.bytes_of[unit]
-    size = sizes.get(candidate, max(sizes.values()))
-    return next(i for i, option in enumerate(problem.options[unit]) if option.nbytes == size)
-
-
 def _best_levels(problem: Problem, labels: Mapping[str, int]) -> tuple[Candidate, ...] | None:
     """The levels, least sensitive cluster first, of the smallest loss that fit."""
     for levels in _ranked_levels(problem, labels):
-        picks = {unit: _option(problem, unit, levels[labels[unit]]) for unit in labels}
+        picks = {unit: problem.level(unit, levels[labels[unit]]) for unit in labels}
         if problem.fits(picks):
             return levels
     return None
@@ -70,13 +63,11 @@ def _best_levels(problem: Problem, labels: Mapping[str, int]) -> tuple[Candidate
 
 def _ranked_levels(problem: Problem, labels: Mapping[str, int]) -> Iterator[tuple[Candidate, ...]]:
     """Level tuples that may fit, least loss first, among equals the larger."""
-    sizes = problem.ledger.bytes_of
-    rising = sorted(
-        problem.candidates, key=lambda c: (sum(row.get(c, 0) for row in sizes.values()), c)
-    )
+    ledger = problem.ledger
+    rising = sorted(problem.candidates, key=lambda c: (ledger.total(problem.at_level(c)), c))
     groups = max(labels.values()) + 1
     loss, size = _cluster_sums(problem, labels, groups)
-    ledger, ranked = problem.ledger, []
+    ranked = []
     for levels in combinations_with_replacement(rising, groups):
         total = ledger.base + sum(size[k][c] for k, c in enumerate(levels))
         if total - ledger.slack <= ledger.limit:
@@ -92,7 +83,7 @@ def _cluster_sums(
     size = [dict.fromkeys(problem.candidates, 0) for _ in range(groups)]
     for unit, label in labels.items():
         for candidate in problem.candidates:
-            option = problem.options[unit][_option(problem, unit, candidate)]
+            option = problem.options[unit][problem.level(unit, candidate)]
             loss[label][candidate] += option.score
             size[label][candidate] += option.nbytes
     return loss, size

@@ -98,6 +98,20 @@ class CostModel:
         taken = tuple(c for c in candidates if self.refusal(unit_name, c) is None)
         return taken or (Candidate(bits=16),)
 
+    def check_pinned(self, options: Mapping[str, Sequence[Candidate]]) -> None:
+        """Refuse a unit that is left with one candidate, which it cannot have.
+
+        Raises:
+            PlanError: says why.
+        """
+        for unit, row in options.items():
+            why = self.refusal(unit, row[0]) if len(row) == 1 else None
+            if why is not None:
+                raise PlanError(
+                    f"{unit} is pinned to {row[0].label}: {why}",
+                    hint="pin it to a width that the runtime takes, or name another --runtime",
+                )
+
     def _layers(self, unit_name: str) -> tuple[LayerSpec, ...]:
         unit = self._unit.get(unit_name)
         if unit is None:

@@ -65,11 +65,17 @@ class Ledger:
         return build(self.cost, candidates, self.limit)
 
 
-def same_for_all(
-    cost: CostModel, candidates: Sequence[Candidate]
-) -> dict[str, Sequence[Candidate]]:
-    """The same candidates for every unit, as far as format and runtime take them."""
-    return {unit.name: cost.options(unit.name, candidates) for unit in cost.units}
+def per_unit(
+    cost: CostModel, candidates: Sequence[Candidate] | Mapping[str, Sequence[Candidate]]
+) -> Mapping[str, Sequence[Candidate]]:
+    """{unit: its candidates}, as far as format and runtime take them.
+
+    A plain list of candidates is the same for every unit. One that can have none of its own stays
+    dense.
+    """
+    names = [unit.name for unit in cost.units]
+    rows = candidates if isinstance(candidates, Mapping) else dict.fromkeys(names, candidates)
+    return {name: cost.options(name, rows[name]) for name in names}
 
 
 def weights_ledger(

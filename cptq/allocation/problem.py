@@ -57,6 +57,27 @@ class Problem:
             for unit, row in self.options.items()
         }
 
+    def level(self, unit: str, candidate: Candidate) -> int:
+        """The option number of a candidate, or of the nearest below that the unit may have.
+
+        A unit that may have nothing as small gets its smallest.
+        """
+        size = self.ledger.bytes_of[unit].get(candidate)
+        row = self.options[unit]
+        if size is not None:
+            return next(i for i, option in enumerate(row) if option.nbytes == size)
+        below = [i for i, option in enumerate(row) if option.candidate.bits <= candidate.bits]
+        return max(below, default=0)
+
+    def at_level(self, candidate: Candidate) -> dict[str, Candidate]:
+        """Every unit at one candidate, or at the nearest it may have."""
+        return {
+            unit: candidate
+            if candidate in self.ledger.bytes_of[unit]
+            else row[self.level(unit, candidate)].candidate
+            for unit, row in self.options.items()
+        }
+
     def total(self, picks: Mapping[str, int]) -> int:
         """Upper bound of a plan's bytes."""
         chosen = sum(self.options[unit][pick].nbytes for unit, pick in picks.items())
@@ -107,13 +128,15 @@ def build_problem(
 ) -> Problem:
     """Check a table against the units and candidates, and make its scores monotone.
 
+    A unit's options are those that the ledger has bytes of. One with a single option has nothing
+    to choose: where the table knows no score of it, it counts as 0, and that is said.
+
     Raises:
         PlanError: a unit or a candidate has no score, or one that is not finite.
     """
     options, mended = {}, {}
     for unit, sizes in ledger.bytes_of.items():
-        allowed = [c for c in candidates if c in sizes]
-        scores = _scores(table, unit, allowed) if allowed else dict.fromkeys(sizes, 0.0)
+        scores = _scores(table, unit, list(sizes), emit)
         raw = sorted(
             (Option(candidate=c, nbytes=sizes[c], score=scores[c]) for c in sizes),
             key=lambda option: (option.nbytes, option.score, option.candidate),
@@ -137,8 +160,8 @@ def _report_refused(ledger: Ledger, candidates: Sequence[Candidate], emit: Emit)
     offered = [c for c in candidates if not c.dense]
     reasons: dict[str, list[str]] = {}
     for unit, sizes in ledger.bytes_of.items():
-        if not any(c in sizes for c in offered) and offered:
-            why = ledger.cost.refusal(unit, offered[0]) or ""
+        why = ledger.cost.refusal(unit, offered[0]) if offered else None
+        if why is not None and all(c.dense for c in sizes):
             reasons.setdefault(why, []).append(unit)
     for why, units in reasons.items():
         some = ", ".join(units[:3]) + (f" and {len(units) - 3} more" if len(units) > 3 else "")
@@ -146,10 +169,14 @@ def _report_refused(ledger: Ledger, candidates: Sequence[Candidate], emit: Emit)
 
 
 def _scores(
-    table: SensitivityTable | None, unit: str, candidates: Sequence[Candidate]
+    table: SensitivityTable | None, unit: str, candidates: Sequence[Candidate], emit: Emit
 ) -> Mapping[Candidate, float]:
     if table is None:
         return dict.fromkeys(candidates, 0.0)
+    if len(candidates) == 1 and candidates[0] not in table.scores.get(unit, {}):
+        message = f"has no score at {candidates[0].label}, so it is not in the predicted loss"
+        emit(Notice(kind="info", subject=unit, message=message))
+        return {candidates[0]: 0.0}
     row = table.scores.get(unit)
     if row is None:
         raise PlanError(

@@ -21,11 +21,13 @@ from fractions import Fraction
 from typing import Literal
 
 from cptq.allocation.cost import Choices, CostModel
-from cptq.allocation.ledger import Ledger, file_ledger, same_for_all, weights_ledger
+from cptq.allocation.ledger import Ledger, file_ledger, per_unit, weights_ledger
 from cptq.errors import BudgetError
 from cptq.types import Budget, Candidate
 
 Kind = Literal["bit", "bpw", "%", "bytes"]
+#: what every unit can get, or {unit: what it can get}
+Candidates = Sequence[Candidate] | Mapping[str, Sequence[Candidate]]
 ALLOWED = "4bit (2bit to 16bit), 3.5bpw, 25%, 120MB (KB, MB, GB, KiB, MiB, GiB)"
 #: bits of the uniform models between which `bit` targets interpolate
 LEVELS = (2, 3, 4, 5, 6, 7, 8, 16)
@@ -90,16 +92,14 @@ def parse_target(text: str) -> Target:
     return Target(value=value, kind=kind, suffix=suffix, text=text.strip())
 
 
-def resolve_budget(
-    text: str, cost: CostModel, group_size: int, candidates: Sequence[Candidate]
-) -> Budget:
+def resolve_budget(text: str, cost: CostModel, group_size: int, candidates: Candidates) -> Budget:
     """Turn a target into bytes of the whole file.
 
     Args:
         text: what the user typed.
         cost: the model's bytes.
         group_size: of the uniform models that `bit` targets mean.
-        candidates: what a unit can get.
+        candidates: what every unit can get, or {unit: what it can get}.
 
     Raises:
         BudgetError: unreadable, below what the smallest plan takes, above the dense file.
@@ -118,9 +118,9 @@ def resolve_budget(
     return budget
 
 
-def ledger_of(budget: Budget, cost: CostModel, candidates: Sequence[Candidate]) -> Ledger:
+def ledger_of(budget: Budget, cost: CostModel, candidates: Candidates) -> Ledger:
     """The bytes that a budget limits: of the compressible weights for `bpw`, else of the file."""
-    table = same_for_all(cost, candidates)
+    table = per_unit(cost, candidates)
     try:
         target = parse_target(budget.asked)
     except BudgetError:  # a plan made by hand may say anything here; the bytes count
@@ -142,9 +142,7 @@ def _weight_limit(target: Target, cost: CostModel) -> int:
     return math.floor(target.value * cost.compressible / 8)
 
 
-def _limit(
-    target: Target, cost: CostModel, group_size: int, candidates: Sequence[Candidate]
-) -> int:
+def _limit(target: Target, cost: CostModel, group_size: int, candidates: Candidates) -> int:
     if target.kind == "bytes":
         return math.floor(target.value * target.multiple)
     if target.kind == "%":
@@ -154,9 +152,9 @@ def _limit(
     return _weight_limit(target, cost) + _most_beside_weights(cost, candidates)
 
 
-def _most_beside_weights(cost: CostModel, candidates: Sequence[Candidate]) -> int:
+def _most_beside_weights(cost: CostModel, candidates: Candidates) -> int:
     """What the file can hold beside the tensors of the units: other tensors and headers."""
-    ledger = file_ledger(cost, same_for_all(cost, candidates), 0)
+    ledger = file_ledger(cost, per_unit(cost, candidates), 0)
     return ledger.base + sum(
         max(nbytes - cost.unit_bytes(unit, c) for c, nbytes in options.items())
         for unit, options in ledger.bytes_of.items()
@@ -178,7 +176,7 @@ def _uniform_bytes(bits: int, cost: CostModel, group_size: int) -> int:
 
 
 def _refuse_outside_the_scale(
-    target: Target, cost: CostModel, group_size: int, candidates: Sequence[Candidate]
+    target: Target, cost: CostModel, group_size: int, candidates: Candidates
 ) -> None:
     """Targets above the dense file, or outside the bits that exist."""
     if target.kind == "bit" and target.value < LEVELS[0]:
@@ -200,23 +198,24 @@ def _refuse_outside_the_scale(
 
 
 def _too_small(
-    target: Target, cost: CostModel, group_size: int, candidates: Sequence[Candidate]
+    target: Target, cost: CostModel, group_size: int, candidates: Candidates
 ) -> BudgetError:
     least = _smallest(target, cost, group_size, candidates)
-    bits = ", ".join(dict.fromkeys(str(c.bits) for c in sorted(candidates)))
+    options = per_unit(cost, candidates)
+    bits = ", ".join(map(str, sorted({c.bits for row in options.values() for c in row})))
+    held = isinstance(candidates, Mapping) and len(set(map(tuple, options.values()))) > 1
     return BudgetError(
         f"the target {target.text} is below the smallest that these candidates reach ({least}: "
-        f"candidates of {bits} bits with their scales, and all that stays dense)",
+        f"candidates of {bits} bits with their scales, and all that stays dense"
+        f"{'; --pin, --min-bits and --max-bits kept to' if held else ''})",
         allowed=f"{least} and above",
         hint=f"type --target {least}",
     )
 
 
-def _smallest(
-    target: Target, cost: CostModel, group_size: int, candidates: Sequence[Candidate]
-) -> str:
+def _smallest(target: Target, cost: CostModel, group_size: int, candidates: Candidates) -> str:
     """The smallest target that works, in the unit of `target`."""
-    plan = smallest_plan(file_ledger(cost, same_for_all(cost, candidates), 0))
+    plan = smallest_plan(file_ledger(cost, per_unit(cost, candidates), 0))
     return target.spell(_least_value(target, cost, group_size, plan))
 
 

@@ -1,7 +1,8 @@
 """`uniform`: the largest single candidate that fits, for every unit that can have it.
 
-What the runtime does not take stays dense (and was said). Nothing is mixed to fill the rest of the
-budget; how much of it stays is said.
+Nothing is mixed to fill the rest of the budget; how much of it stays is said. A unit that may not
+have the candidate (a pin, a least or largest number of bits, a runtime that does not take it) gets
+the nearest that it may.
 """
 
 from __future__ import annotations
@@ -18,9 +19,25 @@ def uniform(problem: Problem, emit: Emit) -> Solution:
         BudgetError: not even the smallest candidate fits everywhere.
     """
     ledger = problem.ledger
+    best = largest_level(problem)
+    choices = problem.at_level(best)
+    left = ledger.limit - ledger.exact(choices)
+    note = (
+        f"uniform {best.label} leaves {left:,} bytes of the budget; nothing is mixed to fill them"
+    )
+    return Solution(choices=choices, notes=(note,) if left else ())
+
+
+def largest_level(problem: Problem) -> Candidate:
+    """The candidate of most bytes that fits when every unit gets it, or the nearest it may have.
+
+    Raises:
+        BudgetError: none fits.
+    """
+    ledger = problem.ledger
     taken: dict[Candidate, int] = {}
     for candidate in problem.candidates:
-        plan = _for_all(problem, candidate)
+        plan = problem.at_level(candidate)
         if ledger.fits(plan, ledger.total(plan)):
             taken[candidate] = ledger.exact(plan)
     if not taken:
@@ -28,17 +45,4 @@ def uniform(problem: Problem, emit: Emit) -> Solution:
             f"no uniform plan fits into {ledger.limit:,} bytes",
             allowed="a larger target, or smaller --bits",
         )
-    best = max(taken, key=lambda candidate: (taken[candidate], candidate))
-    left = ledger.limit - taken[best]
-    note = (
-        f"uniform {best.label} leaves {left:,} bytes of the budget; nothing is mixed to fill them"
-    )
-    return Solution(choices=_for_all(problem, best), notes=(note,) if left else ())
-
-
-def _for_all(problem: Problem, candidate: Candidate) -> dict[str, Candidate]:
-    """A candidate for every unit that can have it; the largest one for the others."""
-    return {
-        unit: candidate if candidate in sizes else max(sizes, key=lambda c: (sizes[c], c))
-        for unit, sizes in problem.ledger.bytes_of.items()
-    }
+    return max(taken, key=lambda candidate: (taken[candidate], candidate))

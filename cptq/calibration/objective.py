@@ -40,8 +40,8 @@ from transformers import PretrainedConfig
 from cptq.types import ModelKind
 
 Form = Literal["classes", "values"]
-#: rows of logits handled at once by the divergence
-ROWS = 256
+#: numbers of an answer handled at once by the divergence: what a core's cache holds
+CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,9 +75,20 @@ class Objective:
 
     def divergence(self, reference_RV: Tensor, answer_RV: Tensor) -> Tensor:
         """Distance of each row (rows,) from the dense model's, float64, never negative."""
-        parts = zip(reference_RV.split(ROWS), answer_RV.split(ROWS), strict=True)
+        rows = max(1, CHUNK // answer_RV.shape[1])
+        parts = zip(reference_RV.split(rows), answer_RV.split(rows), strict=True)
         measure = kl_rows if self.form == "classes" else half_squared_distance
         return torch.cat([measure(dense, other.float()) for dense, other in parts])
+
+    def slope(self, reference_RV: Tensor, answer_RV: Tensor) -> Tensor:
+        """Gradient of the divergence of each row by the answer, float32, away from the dense one.
+
+        q - p for classes, z' - z for values; 0 where the answer is the dense model's.
+        """
+        other_RV = answer_RV.detach().float()
+        if self.form == "values":
+            return other_RV - reference_RV
+        return other_RV.softmax(-1).sub_(reference_RV.exp())
 
     def direction(self, answer_RV: Tensor, generator: torch.Generator) -> Tensor:
         """Random rows d of the answer's shape, float32, with covariance A (see above)."""

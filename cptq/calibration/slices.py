@@ -128,6 +128,20 @@ def split_held_out(batches: Iterable[Rows], kind: ModelKind, tokens: int) -> Spl
     return Split(fit=stacked(rows if overlap else rest), held_out=stacked(held), overlap=overlap)
 
 
+def gradient_rows(batches: Iterable[Rows], kind: ModelKind, tokens: int) -> list[Rows]:
+    """About `tokens` tokens from the front of the data, from several places, as batches.
+
+    Language models: the beginnings of rows, `WINDOW` tokens of each; others: whole sentences.
+    """
+    chosen: list[Rows] = []
+    for row in micro_batches(batches, tokens=1):
+        row = cropped(row, WINDOW) if kind in ("causal-lm", "masked-lm") else row
+        if chosen and token_count([*chosen, row]) > tokens:
+            break
+        chosen.append(row)
+    return stacked(chosen)
+
+
 def _windows(rows: list[Rows], tokens: int) -> list[Rows]:
     chosen = rows[-max(2, tokens // WINDOW) :]
     return [cropped(row, max(2, tokens // len(chosen))) for row in chosen]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,14 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibration:
-    """Token batches on the model's device, and what they are."""
+    """Token batches on the model's device, and what they are.
+
+    `spare` are rows of the same text that calibrate nothing, as batches of one row each.
+    """
 
     batches: list[Batch]
     record: CalibrationRecord
+    spare: list[Batch] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -40,9 +44,20 @@ class Calibration:
 
 
 def build_calibration(
-    model: LoadedModel, settings: CalibrationSettings, model_settings: ModelSettings, emit: Emit
+    model: LoadedModel,
+    settings: CalibrationSettings,
+    model_settings: ModelSettings,
+    emit: Emit,
+    *,
+    spare: int = 0,
+    reserve: bool = True,
 ) -> Calibration:
     """Load, tokenise and batch the calibration text.
+
+    Args:
+        spare: rows to keep apart, for judging. They come after the `samples` in the same seeded
+            order, so that where there is text enough they change nothing about what calibrates.
+        reserve: where it is not, fewer samples calibrate; else fewer rows are spare, or none.
 
     Raises:
         DataError: the text is missing or empty.
@@ -63,10 +78,42 @@ def build_calibration(
     for note in text.notes:
         emit(Notice(kind="info", subject="calibration", message=note))
     seqlen = _allowed_seqlen(model, settings.seqlen, emit)
+    wanted = replace(settings, samples=settings.samples + spare)
     rows = (_windows if model.kind == "causal-lm" else _documents)(
-        model, text, settings, seqlen, emit
+        model, text, wanted, seqlen, emit
     )
-    return _assemble(model, text, settings, seqlen, rows)
+    count = calibrating(len(rows), settings.samples, spare if reserve else 0)
+    if count < min(settings.samples, len(rows)):
+        message = (
+            f"the text has {len(rows)} samples: {len(rows) - count} of them are kept apart to "
+            f"judge, {count} calibrate instead of {settings.samples}"
+        )
+        emit(Notice(kind="warning", subject="--samples", message=message))
+    calibration = _assemble(model, text, settings, seqlen, rows[:count])
+    return replace(calibration, spare=_unseen(model, rows[:count], rows[count:]))
+
+
+def calibrating(rows: int, samples: int, spare: int) -> int:
+    """How many of the rows calibrate; where text is short, a quarter at least is kept apart.
+
+    Raises:
+        CalibrationError: spare rows are wanted and there are not two rows.
+    """
+    if not spare:
+        return min(rows, samples)
+    if rows < 2:
+        raise CalibrationError(
+            "the text gives one sample, and none is left to judge with",
+            hint="pass a smaller --seqlen or a longer text",
+        )
+    kept = min(spare, max(rows - samples, rows // 4, 1))
+    return min(samples, rows - kept)
+
+
+def _unseen(model: LoadedModel, seen: Iterable[Tensor], rows: Iterable[Tensor]) -> list[Batch]:
+    """Rows, one a batch, without those that repeat one that calibrates."""
+    known = {tuple(row.tolist()) for row in seen}
+    return [_padded(model, [row]) for row in rows if tuple(row.tolist()) not in known]
 
 
 def _allowed_seqlen(model: LoadedModel, asked: int, emit: Emit) -> int:

@@ -70,7 +70,7 @@ def explain(error: BaseException) -> Failure:
             exit_code=error.exit_code,
         )
     if isinstance(error, KeyboardInterrupt):
-        return Failure(kind=kind, problem="interrupted", exit_code=INTERRUPTED)
+        return Failure(kind=kind, problem=str(error) or "interrupted", exit_code=INTERRUPTED)
     return _of_the_machine(error) or Failure(
         kind=kind,
         problem=f"internal error: {kind}: {error}" if str(error) else f"internal error: {kind}",

@@ -20,6 +20,7 @@ from cptq.report.tables import (
     width_table,
 )
 from cptq.report.tally import notices_by_kind
+from cptq.report.validation import validation_tables
 from cptq.report.words import number, seconds
 from cptq.types import SensitivityTable
 
@@ -66,6 +67,8 @@ def show_analyze(talk: Talk, outcome: Reported) -> None:
     tables = list(summary.sensitivity.values())
     talk.tables([top_table(table, summary, TOP) for table in tables])
     talk.tables([block_table(tables)])
+    if summary.validation is not None:
+        talk.tables([table for table in validation_tables(summary.validation) if not table.folded])
 
 
 def block_table(tables: list[SensitivityTable]) -> Table:

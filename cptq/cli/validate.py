@@ -56,6 +56,11 @@ def checked(settings: Settings) -> Settings:
 
 def _analyze(settings: AnalyzeSettings) -> AnalyzeSettings:
     metrics = metric_names(settings.metrics)
+    for name in settings.allocators:
+        registry("allocator").check(name)
+    registry("compressor").check(settings.compressor)
+    for target in settings.targets:
+        import_module("cptq.allocation.targets").parse_target(target)
     _check_calibration(settings.calibration.calibration)
     out = settings.out or Path(f"{model_name(settings.model.model)}-analysis")
     check_place(out, settings.model.model, overwrite=settings.overwrite)
@@ -66,6 +71,9 @@ def _compress(settings: CompressSettings) -> CompressSettings:
     for kind in ("metric", "allocator", "compressor"):
         registry(kind).check(getattr(settings, kind))
     _check_calibration(settings.calibration.calibration)
+    import_module("cptq.allocation.limits").parse_limits(
+        settings.pins, settings.min_bits, settings.max_bits
+    )
     if settings.plan is not None:
         check_plan(settings.plan)
     elif settings.target is not None:
@@ -101,7 +109,7 @@ def _compare(settings: CompareSettings) -> CompareSettings:
 
 
 def metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
-    """The metrics asked for; `all` stands for every one."""
+    """The metrics asked for, each once; `all` stands for every one that is not slow."""
     known = registry("metric")
     for name in names:
         if name != ALL and name not in known:
@@ -111,7 +119,8 @@ def metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
                 allowed=", ".join([*known, ALL]),
                 hint=f"did you mean {near!r}?" if near else None,
             )
-    return tuple(known) if ALL in names else names
+    everyday = import_module("cptq.sensitivity").everyday()
+    return tuple(dict.fromkeys(n for m in names for n in (everyday if m == ALL else (m,))))
 
 
 def _check_calibration(source: str) -> None:

@@ -17,3 +17,5 @@ COMPRESSORS: Registry[Compressor] = Registry(
         "nearest": "cptq.compression.nearest:compress",
     },
 )
+#: those that look at weights alone, so that nothing need flow through the model for them
+WITHOUT_ACTIVATIONS = ("nearest",)

@@ -20,13 +20,35 @@ DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
 EMBEDDING_BITS = (6, 7, 8)
 ALLOWED_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 DEFAULT_TASKS = ("wikitext",)
+#: whether a mixed plan must beat the uniform one of the same bytes before it is shipped
+CHECK_UNIFORM = True
+#: pairs of unit and candidate whose truth --validate measures, and the sizes that it plans for
+DEFAULT_PAIRS = 96
+DEFAULT_TARGETS = ("2.5bit", "3bit", "4bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 #: fields whose option, and whose key in a file, is spelled in the singular
-SINGULAR = {"metrics": "metric", "tasks": "task"}
+SINGULAR = {
+    "metrics": "metric",
+    "tasks": "task",
+    "targets": "target",
+    "allocators": "allocator",
+    "pins": "pin",
+}
 #: what a file already says; given beside it they would be ignored, so they are refused
 FIXED_BY = {
-    "plan": ("target", "metric", "allocator", "bits", "group_size", "sensitivity"),
+    "plan": (
+        "target",
+        "metric",
+        "allocator",
+        "bits",
+        "group_size",
+        "sensitivity",
+        "pins",
+        "min_bits",
+        "max_bits",
+        "refine",
+    ),
     "sensitivity": ("metric",),
 }
 
@@ -98,16 +120,39 @@ class AnalyzeSettings:
     model: ModelSettings
     calibration: CalibrationSettings
     metrics: tuple[str, ...] = ("output",)
+    sensitivity: tuple[Path, ...] = ()  # tables, or directories of them, that need no measuring
     bits: tuple[int, ...] = DEFAULT_BITS
     group_size: int = DEFAULT_GROUP_SIZE
+    validate: bool = False
+    pairs: int = DEFAULT_PAIRS
+    targets: tuple[str, ...] = DEFAULT_TARGETS
+    allocators: tuple[str, ...] = ("knapsack",)
+    compressor: str = "nearest"
     out: Path | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
         _check_bits(self.bits)
         _at_least(0, group_size=self.group_size)
+        _at_least(1, pairs=self.pairs)
         if not self.metrics:
             raise UsageError("no metric is given", hint="--metric output")
+        if not self.validate:
+            self._refuse_words_of_validation()
+
+    def _refuse_words_of_validation(self) -> None:
+        """An option that would do nothing is a mistake."""
+        usual = {
+            "pairs": DEFAULT_PAIRS,
+            "targets": DEFAULT_TARGETS,
+            "allocators": ("knapsack",),
+            "compressor": "nearest",
+        }
+        for name, value in usual.items():
+            if getattr(self, name) != value:
+                raise UsageError(
+                    f"{option(name)} does nothing without --validate", hint="add --validate"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,6 +174,11 @@ class CompressSettings:
     plan: Path | None = None
     sensitivity: Path | None = None
     push_to_hub: str | None = None
+    pins: tuple[str, ...] = ()  # each `regex=8bit`
+    min_bits: tuple[str, ...] = ()  # each a number, or `role=number`
+    max_bits: tuple[str, ...] = ()
+    refine: int = 0  # how many whole-model measurements a search for a better plan may take
+    check_uniform: bool = CHECK_UNIFORM
     out: Path | None = None
     overwrite: bool = False
 
@@ -149,6 +199,7 @@ class CompressSettings:
                 allowed=f"{', '.join(map(str, EMBEDDING_BITS))} (an output head, which most models "
                 "share with the embedding, suffers from fewer)",
             )
+        _at_least(0, refine=self.refine)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

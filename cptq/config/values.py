@@ -55,8 +55,8 @@ def command_line(settings: Settings) -> str:
 
 
 def _words(name: str, value: Any) -> list[str]:
-    if value is True:
-        return [option(name)]
+    if isinstance(value, bool):
+        return [option(name) if value else option(name).replace("--", "--no-", 1)]
     if name in ("bits", "lm_eval"):
         return [option(name), ",".join(map(str, value))]
     values = value if isinstance(value, list) else [value]

@@ -17,24 +17,37 @@ U diag(s / sqrt(s^2 + e s_1^2)), and the canonical correlations are the singular
 Departure: a ridge, relative to the largest variance, keeps a direction of hardly any variance from
 counting as a perfect match. All in float64: a Gram matrix squares the condition number.
 
-Cost: an eigendecomposition of the smaller of (tokens, tokens) and (features, features) per view.
-Limits: with fewer tokens than components rho is 1 whatever the data; ten tokens per component are
-the least (`tokens_needed`). Untruncated, a linear layer's input and output always have rho = 1;
-what is seen there is how far the dominant subspaces of the two agree.
+Views of more than `WIDE` tokens and features are first reduced to `components` + `SPARE`
+dimensions by randomized subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm
+4.4) from a fixed start, in float32, in a sixth of the time. The total variance is exact either way.
+
+Cost: an eigendecomposition of the smaller of (tokens, tokens) and (features, features) per view,
+or `2 ITERATIONS + 2` thin products. Limits: with fewer tokens than components rho is 1 whatever the
+data; ten tokens per component are the least (`tokens_needed`). Untruncated, a linear layer's input
+and output always have rho = 1; what is seen there is how far the dominant subspaces of the two
+agree. Of two directions of nearly equal variance at the cut-off either may be kept.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import combinations
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 Summary = Literal["pwcca", "svcca", "first"]
+#: all of them; the first is the default
+SUMMARIES: tuple[Summary, ...] = ("pwcca", "svcca", "first")
 
 COMPONENTS = 64
 ENERGY = 0.99
 RIDGE = 1e-6
+#: tokens and features beyond which a view is reduced by random projection first
+WIDE = 256
+#: directions beyond those wanted, and passes, of that reduction
+SPARE, ITERATIONS = 16, 2
 TOKENS_PER_COMPONENT = 10
 
 
@@ -59,14 +72,35 @@ def principal_basis(
     """
     X_TF = X_TF.double()
     X_TF = X_TF - X_TF.mean(0)
-    values_K, U_TK = _left_singular(X_TF)
-    total = float(values_K.sum())
-    if total <= 0.0:
+    total = float(X_TF.square().sum())
+    values_K, U_TK = (
+        _leading(X_TF, components + SPARE)
+        if min(X_TF.shape) > max(WIDE, 2 * (components + SPARE))
+        else _left_singular(X_TF)
+    )
+    if len(values_K) == 0 or total <= 0.0:
         return U_TK[:, :0]
     enough = int((values_K.cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1
     kept = min(components, enough)
     shrink_K = (values_K[:kept] / (values_K[:kept] + ridge * values_K[0])).sqrt()
     return U_TK[:, :kept] * shrink_K
+
+
+def _leading(X_TF: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """As `_left_singular`, the `rank` largest alone, by subspace iteration."""
+    draw = torch.Generator().manual_seed(0)
+    start_FR = torch.randn(X_TF.shape[1], rank, generator=draw).to(X_TF.device)
+    single_TF = X_TF.float()
+    range_TR = _orthonormal(single_TF @ start_FR)
+    for _ in range(ITERATIONS):
+        range_TR = _orthonormal(single_TF @ _orthonormal(single_TF.T @ range_TR))
+    values, vectors = _left_singular(range_TR.double().T @ X_TF)
+    return values, range_TR.double() @ vectors
+
+
+def _orthonormal(X_NR: Tensor) -> Tensor:
+    Q_NR: Tensor = torch.linalg.qr(X_NR).Q
+    return Q_NR
 
 
 def _left_singular(X_TF: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,13 +133,49 @@ def similarity(X_TF: Tensor, Qx_TK: Tensor, Qy_TL: Tensor, *, summary: Summary =
     Returns:
         The similarity; 1 where either view is constant (there is nothing to lose).
     """
+    return similarities(X_TF, Qx_TK, Qy_TL)[summary]
+
+
+def similarities(X_TF: Tensor, Qx_TK: Tensor, Qy_TL: Tensor) -> dict[Summary, float]:
+    """All summaries of one decomposition; arguments as in `similarity`."""
     if min(Qx_TK.shape[1], Qy_TL.shape[1]) == 0:
-        return 1.0
-    if summary != "pwcca":
-        rho_K = canonical_correlations(Qx_TK, Qy_TL)
-        return float(rho_K[0] if summary == "first" else rho_K.mean())
+        return dict.fromkeys(SUMMARIES, 1.0)
     left_KR, rho_R, _ = torch.linalg.svd(Qx_TK.T @ Qy_TL, full_matrices=False)
+    return _summaries(loadings(X_TF, Qx_TK), left_KR, rho_R)
+
+
+def pairwise_similarities(views: Sequence[Tensor]) -> dict[Summary, Tensor]:
+    """similarities(i, j) of every pair of views (tokens, features), (views, views), diagonal 1.
+
+    Each view's basis and each pair's decomposition is made once.
+    """
+    bases = [principal_basis(X_TF) for X_TF in views]
+    carried = [loadings(X_TF, Q_TK) for X_TF, Q_TK in zip(views, bases, strict=True)]
+    shape = len(views), len(views)
+    result = {summary: torch.ones(shape, dtype=torch.float64) for summary in SUMMARIES}
+    for i, j in combinations(range(len(views)), 2):
+        if min(bases[i].shape[1], bases[j].shape[1]) == 0:
+            continue
+        left, rho_R, right = torch.linalg.svd(bases[i].T @ bases[j], full_matrices=False)
+        for summary, value in _summaries(carried[i], left, rho_R).items():
+            result[summary][i, j] = value
+        for summary, value in _summaries(carried[j], right.T, rho_R).items():
+            result[summary][j, i] = value
+    return result
+
+
+def loadings(X_TF: Tensor, Q_TK: Tensor) -> Tensor:
+    """Q^T (X - mean), (k, features): how much of each feature lies in each direction."""
     X_TF = X_TF.double()
-    variates_TR = Qx_TK @ left_KR
-    alpha_R = (variates_TR.T @ (X_TF - X_TF.mean(0))).abs().sum(1)
-    return float((alpha_R * rho_R.clamp(0.0, 1.0)).sum() / alpha_R.sum())
+    return Q_TK.T @ (X_TF - X_TF.mean(0))
+
+
+def _summaries(loadings_KF: Tensor, left_KR: Tensor, rho_R: Tensor) -> dict[Summary, float]:
+    """Of the correlations rho, whose variates in the first view are Q left."""
+    rho_R = rho_R.clamp(0.0, 1.0)
+    alpha_R = (left_KR.T @ loadings_KF).abs().sum(1)
+    return {
+        "pwcca": float((alpha_R * rho_R).sum() / alpha_R.sum()),
+        "svcca": float(rho_R.mean()),
+        "first": float(rho_R[0]),
+    }

@@ -2,51 +2,129 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from cptq.artifact.place import check_output, new_directory
 from cptq.artifact.weights import write_files
+from cptq.calibration.tokens import Calibration
+from cptq.checkpoint.model import LoadedModel
 from cptq.config import AnalyzeSettings
 from cptq.pipeline.dense import calibrate, candidates, load_dense
 from cptq.pipeline.facts import summary
-from cptq.pipeline.files import stage_files
+from cptq.pipeline.files import read_tables, stage_files
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.validate import validate
 from cptq.report.render import FILES, report_files
-from cptq.report.summary import AnalyzeOutcome
-from cptq.sensitivity.measure import measure
-from cptq.types import Emit
+from cptq.report.summary import AnalyzeOutcome, Summary
+from cptq.sensitivity import SLOW, everyday
+from cptq.sensitivity.measure import measure, needs_text
+from cptq.sensitivity.partial import InterruptedMeasurementError
+from cptq.types import Candidate, Emit, Notice, SensitivityTable, Validation
 
 
 def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
-    """Measure how much each unit may be squeezed, and report it."""
+    """Measure how much each unit may be squeezed, and report it.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; its text says where the units that were measured lie, if any.
+    """
     recorder = Recorder(emit)
     model = load_dense(settings.model, recorder)
     out = settings.out or Path(f"{model.path.name}-analysis")
     place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])
-    calibration = calibrate(model, settings, recorder)
     choices = candidates(settings.bits, settings.group_size)
-    with recorder.stage("sensitivity"):
-        tables = measure(
-            model,
-            calibration,
-            metrics=settings.metrics,
-            candidates=choices,
-            seed=settings.calibration.seed,
-            emit=recorder,
-        )
-    report = summary(
-        "analyze",
-        settings,
-        model,
-        recorder,
-        seed=settings.calibration.seed,
-        candidates=choices,
-        calibration=calibration.record,
-        sensitivity=tables,
+    known = read_tables(
+        settings.sensitivity, model.fingerprint, {unit.name: choices for unit in model.units}
     )
-    files = stage_files(model, calibration.record, tables, None) | report_files(report)
-    with new_directory(place, sum(map(len, files.values()))) as draft:
-        write_files(draft, files)
+    wanted = tuple(name for name in settings.metrics if name not in known)
+    text = settings.validate or (bool(wanted) and needs_text(wanted))
+    judging = int(settings.validate)
+    calibration = calibrate(model, settings, recorder, judging=judging) if text else None
+    run = _Run(settings, model, calibration, choices, recorder)
+    _name_what_all_leaves_out(settings.metrics, recorder)
+    try:
+        tables = known | run.measure(wanted)
+    except InterruptedMeasurementError as stop:
+        raise run.keep(stop, place, out) from stop
     return AnalyzeOutcome(
-        summary=report, out=out, reports={kind: out / name for kind, name in FILES.items()}
+        summary=run.write(tables, place, run.validate(tables)),
+        out=out,
+        reports={kind: out / name for kind, name in FILES.items()},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """What a report is made from beside the tables."""
+
+    settings: AnalyzeSettings
+    model: LoadedModel
+    calibration: Calibration | None
+    choices: tuple[Candidate, ...]
+    recorder: Recorder
+
+    def measure(self, metrics: Sequence[str]) -> dict[str, SensitivityTable]:
+        """The tables of metrics that no earlier analysis has."""
+        if not metrics:
+            return {}
+        with self.recorder.stage("sensitivity"):
+            return measure(
+                self.model,
+                self.calibration,
+                metrics=metrics,
+                candidates=self.choices,
+                seed=self.settings.calibration.seed,
+                emit=self.recorder,
+            )
+
+    def validate(self, tables: Mapping[str, SensitivityTable]) -> Validation | None:
+        """What the tables are worth, where that is asked for."""
+        if not self.settings.validate or self.calibration is None:
+            return None
+        with self.recorder.stage("validation"):
+            return validate(
+                self.model, self.calibration, tables, self.choices, self.settings, self.recorder
+            )
+
+    def write(
+        self,
+        tables: Mapping[str, SensitivityTable],
+        place: Path,
+        validation: Validation | None = None,
+    ) -> Summary:
+        """All files of an analysis, whole or not at all; the report that is among them."""
+        record = self.calibration.record if self.calibration else None
+        report = summary(
+            "analyze",
+            self.settings,
+            self.model,
+            self.recorder,
+            seed=self.settings.calibration.seed,
+            candidates=self.choices,
+            calibration=record,
+            sensitivity=tables,
+            validation=validation,
+        )
+        files = stage_files(self.model, record, tables, None, validation) | report_files(report)
+        with new_directory(place, sum(map(len, files.values()))) as draft:
+            write_files(draft, files)
+        return report
+
+    def keep(self, stop: InterruptedMeasurementError, place: Path, out: Path) -> KeyboardInterrupt:
+        """Write what an interrupted measurement has; the interrupt that says so."""
+        what = f"{stop.done} of {stop.total} units were measured"
+        message = f"interrupted: {what}; these tables are for reading, no plan is made from them"
+        self.recorder(Notice(kind="warning", subject="sensitivity", message=message))
+        self.write(stop.tables, place)
+        return KeyboardInterrupt(f"interrupted; {what} and are kept in {out}")
+
+
+def _name_what_all_leaves_out(metrics: tuple[str, ...], emit: Emit) -> None:
+    """`all` stands for the everyday metrics: name the others once where all of those are there."""
+    left_out = [name for name in SLOW if name not in metrics]
+    if left_out and set(everyday()) <= set(metrics):
+        names = " ".join(f"--metric {name}" for name in left_out)
+        message = f"without {', '.join(left_out)}, which takes hours; add it with {names}"
+        emit(Notice(kind="info", subject="--metric all", message=message))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from cptq.calibration.judges import part_rows
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
@@ -29,11 +30,22 @@ def load_dense(settings: ModelSettings, recorder: Recorder, *, conv1d: bool = Fa
 
 
 def calibrate(
-    model: LoadedModel, settings: AnalyzeSettings | CompressSettings, recorder: Recorder
+    model: LoadedModel,
+    settings: AnalyzeSettings | CompressSettings,
+    recorder: Recorder,
+    *,
+    judging: int = 0,
+    reserve: bool = True,
 ) -> Calibration:
-    """The calibration text as the model's own tokens."""
+    """The calibration text as the model's own tokens, and rows for `judging` parts beside it.
+
+    `reserve`: where text is short, fewer samples calibrate, so that some are left to judge.
+    """
     with recorder.stage("calibration"):
-        return build_calibration(model, settings.calibration, settings.model, recorder)
+        spare = judging * part_rows(model)
+        return build_calibration(
+            model, settings.calibration, settings.model, recorder, spare=spare, reserve=reserve
+        )
 
 
 def candidates(

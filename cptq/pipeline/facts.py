@@ -10,10 +10,11 @@ from typing import Any
 
 from cptq import __version__
 from cptq.allocation.cost import CostModel
+from cptq.artifact.verify import Verification
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import Settings, command_line, describe
 from cptq.pipeline.recorder import Recorder
-from cptq.report.summary import ModelFacts, Summary
+from cptq.report.summary import ModelFacts, Summary, VerificationFacts
 
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "tokenizers", "scipy")
 
@@ -65,4 +66,17 @@ def summary(
         notices=tuple(recorder.notices),
         timings=dict(recorder.timings),
         **found,
+    )
+
+
+def verification_facts(found: Verification | None) -> VerificationFacts | None:
+    """What the fresh process found, as a report tells it."""
+    if found is None:
+        return None
+    return VerificationFacts(
+        missing=found.missing,
+        unexpected=found.unexpected,
+        mismatched=found.mismatched,
+        max_abs_difference=found.max_abs_difference,
+        seconds=found.seconds,
     )

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cptq.allocation.allocate import check_plan
+from cptq.allocation.cost import CostModel
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import OutputExistsError, PlanError
 from cptq.report.summary import plain
-from cptq.types import CalibrationRecord, Plan, SensitivityTable
+from cptq.sensitivity import METRICS
+from cptq.sensitivity.partial import PARTIAL
+from cptq.types import CalibrationRecord, Candidate, Plan, SensitivityTable, Validation
 
 #: version of the layout of sensitivity/*.json; grows when a field or a score changes its meaning
 TABLE_SCHEMA = 1
@@ -20,21 +25,31 @@ _MEASURE = "measure this model with cptq analyze"
 
 def stage_files(
     model: LoadedModel,
-    calibration: CalibrationRecord,
+    calibration: CalibrationRecord | None,
     tables: Mapping[str, SensitivityTable],
     plan: Plan | None,
+    validation: Validation | None = None,
 ) -> dict[str, bytes]:
-    """{relative path: content} of layers, calibration, sensitivity tables and plan."""
+    """{relative path: content} of layers, calibration, sensitivity tables, plan and validation.
+
+    Without a `calibration` there is no file of it. Partial tables are named so.
+    """
     layers = {
         "model_fingerprint": model.fingerprint,
         "blocks": list(model.block_names),
         "layers": [plain(layer) for layer in model.layers],
         "units": {unit.name: [layer.name for layer in unit.layers] for unit in model.units},
     }
-    files = {"layers.json": layers, "calibration.json": plain(calibration)}
-    files |= {f"sensitivity/{name}.json": _table_data(table) for name, table in tables.items()}
+    files = {"layers.json": layers}
+    if calibration is not None:
+        files["calibration.json"] = plain(calibration)
+    for name, table in tables.items():
+        partial = ".partial" if PARTIAL in table.details else ""
+        files[f"sensitivity/{name}{partial}.json"] = _table_data(table)
     if plan is not None:
         files["plan.json"] = plan.to_dict()
+    if validation is not None:
+        files["validation.json"] = {"model_fingerprint": model.fingerprint, **plain(validation)}
     return {name: _json(content) for name, content in files.items()}
 
 
@@ -47,7 +62,7 @@ def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
     """The measurement in a file that `analyze` wrote.
 
     Raises:
-        PlanError: it cannot be read, or is of another model or another version of cptq.
+        PlanError: it cannot be read, lacks units, or is of another model or version of cptq.
     """
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
@@ -58,6 +73,17 @@ def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.strerror if isinstance(error, OSError) else str(error)
         raise PlanError(f"{path} holds no sensitivity table: {reason}", hint=_MEASURE) from error
+    if table.metric not in METRICS:
+        raise PlanError(
+            f"{path} was measured by {table.metric!r}, which this cptq does not have",
+            allowed=", ".join(METRICS),
+            hint=_MEASURE,
+        )
+    if PARTIAL in table.details:
+        raise PlanError(
+            f"{path} is a partial measurement: it was interrupted after {len(table.scores)} units",
+            hint="let cptq analyze run to its end",
+        )
     if table.model_fingerprint != model_fingerprint:
         raise PlanError(
             f"{path} was measured on another model ({table.model_fingerprint[:12]}, this is "
@@ -65,6 +91,63 @@ def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
             hint=_MEASURE,
         )
     return table
+
+
+def read_tables(
+    paths: Sequence[Path], model_fingerprint: str, options: Mapping[str, Sequence[Candidate]]
+) -> dict[str, SensitivityTable]:
+    """{metric: table} of files and of directories that `analyze` wrote.
+
+    Raises:
+        PlanError: as `read_table` and `check_covers`; a directory has no tables.
+    """
+    found: dict[str, SensitivityTable] = {}
+    for path in paths:
+        place = path / "sensitivity" if (path / "sensitivity").is_dir() else path
+        files = sorted(place.glob("*.json")) if place.is_dir() else [place]
+        if not files:
+            raise PlanError(f"{path} holds no sensitivity tables", hint=_MEASURE)
+        for file in files:
+            table = read_table(file, model_fingerprint)
+            check_covers(table, file, options)
+            found[table.metric] = table
+    return found
+
+
+def read_plan(path: Path, model: LoadedModel, cost: CostModel) -> Plan:
+    """The plan of `--plan`, checked against this model, its bytes counted anew."""
+    try:
+        plan = Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise PlanError(f"{path} holds no plan: {error}") from error
+    check_plan(plan, cost, model.fingerprint)
+    return replace(plan, predicted_bytes=cost.file_bytes(plan.choices))
+
+
+def check_covers(
+    table: SensitivityTable, path: Path, options: Mapping[str, Sequence[Candidate]]
+) -> None:
+    """Whether a measurement has a score for all that is to be chosen from.
+
+    Raises:
+        PlanError: a candidate that a unit may have was not measured, or a unit was not.
+    """
+    measured = sorted({candidate for row in table.scores.values() for candidate in row})
+    for unit, row in options.items():
+        scores = table.scores.get(unit)
+        if scores is None:
+            raise PlanError(f"{path} has no scores of {unit}", hint=_MEASURE)
+        missing = [candidate for candidate in row if candidate not in scores]
+        if missing and len(row) > 1:
+            sizes = sorted({c.group_size for c in measured if not c.dense})
+            words = f"--bits {','.join(str(b) for b in sorted({c.bits for c in measured}))}"
+            words += f" --group-size {sizes[0]}" if len(sizes) == 1 else ""
+            raise PlanError(
+                f"{path} has no score for {', '.join(c.label for c in missing)}",
+                allowed=", ".join(candidate.label for candidate in measured),
+                hint=f"type {words}, or measure again with cptq analyze and your --bits and "
+                "--group-size",
+            )
 
 
 def _json(content: Any) -> bytes:

@@ -9,6 +9,7 @@ from markupsafe import Markup
 
 from cptq.report import words
 from cptq.report.plots import Figure, figures
+from cptq.report.scatter import scatter_figure
 from cptq.report.summary import Summary
 from cptq.report.tables import all_tables, verification_words
 from cptq.report.tally import compare, notices_by_kind
@@ -97,11 +98,17 @@ def render_html(summary: Summary) -> str:
     return templates.get_template("report.html.j2").render(
         summary=summary,
         tiles=tiles(summary),
-        figures=[(figure, _drawing(figure)) for figure in figures(summary)],
+        figures=[(figure, _drawing(figure)) for figure in _figures(summary)],
         tables=all_tables(summary),
         verification=verification_words(facts) if facts else "",
         style=Markup(style),  # our own file, no data in it
     )
+
+
+def _figures(summary: Summary) -> list[Figure]:
+    """The proof first, then the drawings over the layers."""
+    proof = scatter_figure(summary.validation)
+    return [*([proof] if proof else []), *figures(summary)]
 
 
 def _drawing(figure: Figure) -> Markup:

@@ -26,6 +26,7 @@ from cptq.types import (
     SensitivityTable,
     SizeReport,
     Unit,
+    Validation,
 )
 
 #: version of the layout of report.json; grows when a field changes its meaning or goes
@@ -84,6 +85,7 @@ class Summary:
     candidates: tuple[Candidate, ...] = ()
     calibration: CalibrationRecord | None = None
     sensitivity: Mapping[str, SensitivityTable] = field(default_factory=dict)
+    validation: Validation | None = None
     budget: Budget | None = None
     plan: Plan | None = None
     size: SizeReport | None = None

@@ -14,9 +14,11 @@ from cptq.report.details import (
     score_table,
 )
 from cptq.report.paired import paired_table
+from cptq.report.pruning import pruning_tables
 from cptq.report.summary import Summary, VerificationFacts
 from cptq.report.table import Table, pairs
 from cptq.report.tally import compare, left_alone, most_sensitive, notices_by_kind, widths
+from cptq.report.validation import validation_tables
 from cptq.types import EvalResult, SensitivityTable
 
 TOP = 10
@@ -142,8 +144,12 @@ def top_table(table: SensitivityTable, summary: Summary, count: int = TOP) -> Ta
         columns=("#", "unit", "role", "score"),
         rows=tuple(rows),
         right=("#", "score"),
-        note=f"{table.score_unit}; {table.tokens:,} tokens; {words.seconds(table.seconds)}",
+        note=f"{table.score_unit}; {_measured_on(table)}; {words.seconds(table.seconds)}",
     )
+
+
+def _measured_on(table: SensitivityTable) -> str:
+    return words.plural(table.tokens, "token") if table.tokens else "the weights alone"
 
 
 def notice_tables(summary: Summary) -> list[Table]:
@@ -171,11 +177,13 @@ def all_tables(summary: Summary) -> Sequence[Table]:
         paired_table(summary.paired),
         size_table(summary),
         width_table(summary),
+        *validation_tables(summary.validation),
         *notice_tables(summary),
         *(top_table(table, summary) for table in summary.sensitivity.values()),
         model_table(summary),
         calibration_table(summary),
         protocol_table(summary),
+        *pruning_tables(summary),
         score_table(summary),
         layer_table(summary),
         *run_tables(summary),

@@ -15,8 +15,26 @@ METRICS: Registry[type[Metric]] = Registry(
         "output": "cptq.sensitivity.output:Output",
         "output-rtn": "cptq.sensitivity.output:OutputNearest",
         "taylor": "cptq.sensitivity.taylor:Taylor",
+        "taylor-quantized": "cptq.sensitivity.taylor_quantized:TaylorQuantized",
+        "taylor-integrated": "cptq.sensitivity.taylor_integrated:TaylorIntegrated",
+        "delta-loss": "cptq.sensitivity.delta_loss:DeltaLoss",
+        "perturbation": "cptq.sensitivity.perturbation:Perturbation",
+        "linearity": "cptq.sensitivity.linearity:Linearity",
         "pruning": "cptq.sensitivity.pruning:Pruning",
         "cca": "cptq.sensitivity.cca:Cca",
+        "cca-svcca": "cptq.sensitivity.cca:CcaSvcca",
+        "cca-first": "cptq.sensitivity.cca:CcaFirst",
+        "pq-index": "cptq.sensitivity.pq_index:PqIndex",
+        "kurtosis": "cptq.sensitivity.kurtosis:Kurtosis",
+        "effective-rank": "cptq.sensitivity.effective_rank:EffectiveRank",
         "kl": "cptq.sensitivity.kl:Divergence",
     },
 )
+#: measured truths, which take a forward pass per unit and candidate: measured when named, not
+#: when all metrics are asked for
+SLOW = ("kl",)
+
+
+def everyday() -> tuple[str, ...]:
+    """What `all` stands for: every metric but the slow ones."""
+    return tuple(name for name in METRICS if name not in SLOW)

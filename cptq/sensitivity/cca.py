@@ -7,44 +7,42 @@ block, as in the paper (CPTQuant, arXiv 2412.03599, CMPQ), 1 - the mean similari
 output to the outputs of all other blocks. On tokens, padding left out; the paper's code takes
 mean-pooled texts with padding and only the first correlation, which saturates near 1.
 
-From a unit's s to a score per candidate: the linear form of HIGGS (arXiv 2411.17525) with s in the
-place of the probed slope, times the unit's share of the weights,
+Three metrics differ in the mean of the correlations that makes the similarity: `cca` weights them
+by projection (PWCCA), `cca-svcca` takes the plain mean (SVCCA), `cca-first` the first alone (the
+paper's). All three come from one decomposition and stand side by side in the details.
 
-    score(c) = s (n_u / n) t^2(c),      t^2 = |dW|_F^2 / |W|_F^2 of nearest rounding.
+Scores come from s by `cptq.sensitivity.relative`: s (n_u / n) t^2.
 
-The share is there because s is a mean over directions and does not know how many a unit has, while
-a loss adds up over them (a probed slope, as in `pruning`, has it in it). It also makes units of
-equal s get equal bits: where CCA has nothing to say, the plan is the uniform one.
-
-Cost: a forward pass and two eigendecompositions per unit. Limits: s says how a unit's dominant
-subspaces turn, not what an error in them costs; nothing after the unit is looked at. It is here
-because the paper proposes it: look at its rank correlation with `kl` before relying on it.
+Cost: a forward pass, two bases per unit and one per block (`cptq.numerics.subspace`). Limits: s
+says how a unit's dominant subspaces turn, not what an error in them costs; nothing after the unit
+is looked at. It is here because the paper proposes it: look at its rank correlation with `kl`
+before relying on it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from cptq.calibration.samples import Wants
 from cptq.checkpoint.model import LoadedModel
-from cptq.numerics.masks import relative_error
 from cptq.numerics.subspace import (
     COMPONENTS,
+    SUMMARIES,
     TOKENS_PER_COMPONENT,
     Summary,
+    pairwise_similarities,
     principal_basis,
-    similarity,
+    similarities,
     tokens_needed,
 )
-from cptq.sensitivity.metric import Context, Metric, Needs, UnitView
-from cptq.types import Candidate, Notice
+from cptq.sensitivity.metric import Context, Needs, UnitView
+from cptq.sensitivity.relative import Relative
+from cptq.types import Notice
 
-#: the first is the one that counts
-SUMMARIES: tuple[Summary, ...] = ("pwcca", "svcca", "first")
 #: most token rows compared: ten for each of 64 components
 COMPARED = 640
 
@@ -53,7 +51,7 @@ def dissimilarities(X_TF: Tensor, Y_TG: Tensor, *, components: int) -> dict[Summ
     """1 - the similarity of two views of the same tokens, in [0, 1], by each summary."""
     Qx_TK = principal_basis(X_TF, components=components)
     Qy_TL = principal_basis(Y_TG, components=components)
-    return {s: 1.0 - similarity(X_TF, Qx_TK, Qy_TL, summary=s) for s in SUMMARIES}
+    return {s: 1.0 - alike for s, alike in similarities(X_TF, Qx_TK, Qy_TL).items()}
 
 
 def compared(X_TF: Tensor) -> Tensor:
@@ -63,24 +61,24 @@ def compared(X_TF: Tensor) -> Tensor:
     return X_TF[torch.linspace(0, len(X_TF) - 1, COMPARED, device=X_TF.device).round().long()]
 
 
-def block_dissimilarity(outputs: list[Tensor]) -> list[float]:
+def block_dissimilarities(outputs: list[Tensor]) -> dict[Summary, list[float]]:
     """1 - mean similarity of each view (tokens, width) to all the others; 0 for a single one."""
-    bases = [principal_basis(X_TF) for X_TF in outputs]
-    result = []
-    for i, X_TF in enumerate(outputs):
-        others = [similarity(X_TF, bases[i], bases[j]) for j in range(len(outputs)) if j != i]
-        result.append(1.0 - sum(others) / len(others) if others else 0.0)
-    return result
+    others = max(len(outputs) - 1, 1)
+    return {
+        summary: [1.0 - float(row.sum() - 1) / others if len(outputs) > 1 else 0.0 for row in alike]
+        for summary, alike in pairwise_similarities(outputs).items()
+    }
 
 
-class Cca(Metric):
-    """Projection-weighted CCA; SVCCA and the first correlation stand beside it in the details."""
+class Cca(Relative):
+    """Projection-weighted CCA."""
 
     needs = Needs(samples=Wants(blocks=True))
+    of = "1 - similarity"
+    summary: ClassVar[Summary] = "pwcca"
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self._dissimilarity = 0.0
         self._summaries: dict[str, dict[Summary, float]] = {}
 
     @classmethod
@@ -89,18 +87,16 @@ class Cca(Metric):
         widest = max(max(layer.shape) for unit in model.units for layer in unit.layers)
         return tokens_needed(widest)
 
-    @property
-    def score_unit(self) -> str:
-        return "1 - similarity, times relative squared error, times share of the weights"
-
-    def unit(self, view: UnitView) -> float:
+    def slope(self, view: UnitView) -> float:
         """1 - similarity of input and output; averaged where a unit's layers read other inputs."""
+        means = view.memo.get("cca", lambda: self._all(view))
+        self._summaries[view.unit.name] = means
+        return means[self.summary]
+
+    def _all(self, view: UnitView) -> dict[Summary, float]:
         inputs = {id(sample.x_TI): sample.x_TI for sample in view.samples}
         scores = [self._of_input(view, x_TI) for x_TI in inputs.values()]
-        means = {s: sum(score[s] for score in scores) / len(scores) for s in SUMMARIES}
-        self._summaries[view.unit.name] = means
-        self._dissimilarity = means[SUMMARIES[0]]
-        return self._dissimilarity
+        return {s: sum(score[s] for score in scores) / len(scores) for s in SUMMARIES}
 
     def _of_input(self, view: UnitView, x_TI: Tensor) -> dict[Summary, float]:
         pairs = zip(view.weights, view.samples, strict=True)
@@ -115,18 +111,31 @@ class Cca(Metric):
             return dict.fromkeys(SUMMARIES, 0.0)
         return dissimilarities(x_TI, y_TO, components=components)
 
-    def candidate(self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]) -> float:
-        """s (n_u / n) t^2 of one candidate."""
-        share = view.unit.numel / sum(unit.numel for unit in self.context.model.units)
-        return self._dissimilarity * share * relative_error(errors, view.weights)
-
     def per_block(self, per_unit: Mapping[str, float]) -> dict[int, float]:
         """Each block's output against those of all other blocks."""
-        assert self.context.samples is not None
-        outputs = [compared(X_TF) for X_TF in self.context.samples.blocks]
-        scores = block_dissimilarity(outputs)
-        return dict(enumerate(scores))
+        samples = self.context.samples
+        assert samples is not None
+        found = self.context.memo.get(
+            "cca", lambda: block_dissimilarities([compared(X_TF) for X_TF in samples.blocks])
+        )
+        return dict(enumerate(found[self.summary]))
 
     def details(self) -> dict[str, Any]:
         """What each summary says of each unit."""
-        return {"components": COMPONENTS, "dissimilarity": self._summaries}
+        return {
+            "summary": self.summary,
+            "components": COMPONENTS,
+            "dissimilarity": self._summaries,
+        }
+
+
+class CcaSvcca(Cca):
+    """The plain mean of the correlations."""
+
+    summary = "svcca"
+
+
+class CcaFirst(Cca):
+    """The first correlation alone."""
+
+    summary = "first"

@@ -1,8 +1,9 @@
 """What a metric is: the base of all of them and what the driver hands them.
 
 A metric sees one unit at a time: first `unit`, then `candidate` for each way to store it. Weights,
-samples and rounding errors are computed once by the driver and shared; a metric keeps what it
-derives from a unit only until the next one.
+samples and rounding errors are computed once by the driver and shared, and so is what several
+metrics derive from them (`UnitView.memo`, `Context.memo`); a metric keeps what it derives from a
+unit only until the next one.
 """
 
 from __future__ import annotations
@@ -18,20 +19,32 @@ from cptq.calibration.objective import Objective
 from cptq.calibration.probe import Probe
 from cptq.calibration.samples import LayerSample, Samples, Wants
 from cptq.checkpoint.model import LoadedModel
+from cptq.sensitivity.memo import Memo
+from cptq.sensitivity.path import PathGradients
+from cptq.sensitivity.rounding import Rounding
 from cptq.types import Candidate, Emit, Unit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What the driver must prepare: a sampling pass, a held-out probe, rounding errors."""
+    """What the driver must prepare: a sampling pass, a held-out probe, gradients on a path.
+
+    `path` holds the places t at which gradients in the model W + t (Q(W) - W) are wanted.
+    """
 
     samples: Wants | None = None
     probe: bool = False
+    path: tuple[float, ...] = ()
+
+    @property
+    def text(self) -> bool:
+        """Whether anything must flow through the model; weights alone are enough otherwise."""
+        return self.samples is not None or self.probe or bool(self.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Context:
-    """What all units have in common. `samples` and `probe` are None unless a metric needs them.
+    """What all units have in common; `samples`, `probe` and `path` are None unless needed.
 
     `calibration_tokens` is how many tokens a compressor will have.
     """
@@ -40,10 +53,13 @@ class Context:
     objective: Objective
     samples: Samples | None
     probe: Probe | None
+    path: PathGradients | None
+    rounding: Rounding
     candidates: Sequence[Candidate]
     calibration_tokens: int
     seed: int
     emit: Emit
+    memo: Memo = field(default_factory=Memo)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -57,12 +73,13 @@ class UnitView:
     unit: Unit
     weights: tuple[Tensor, ...]
     samples: tuple[LayerSample, ...] = field(default=())
+    memo: Memo = field(default_factory=Memo)
 
 
 class Metric(ABC):
     """One way to score. Scores are per candidate; higher = worse if compressed."""
 
-    needs: ClassVar[Needs]
+    needs: ClassVar[Needs] = Needs()
 
     def __init__(self, context: Context) -> None:
         self.context = context
@@ -91,13 +108,24 @@ class Metric(ABC):
             errors: W - Q(W) of each of its layers, (out, in), nearest rounding.
         """
 
+    def finish(self) -> None:  # noqa: B027 - most metrics have nothing to add
+        """All units have been scored: what is measured of the model as a whole comes here."""
+
     def per_block(self, per_unit: Mapping[str, float]) -> dict[int, float]:
-        """Block index -> the sum over its units; a metric with a better idea overrides this."""
+        """Block index -> the sum over its units; a metric with a better idea overrides this.
+
+        A block that lacks a unit in `per_unit` (an interrupted measurement) is left out.
+        """
         sums: dict[int, float] = {}
+        lacking: set[int] = set()
         for unit in self.context.model.units:
-            if unit.block is not None:
+            if unit.block is None:
+                continue
+            if unit.name in per_unit:
                 sums[unit.block] = sums.get(unit.block, 0.0) + per_unit[unit.name]
-        return sums
+            else:
+                lacking.add(unit.block)
+        return {block: total for block, total in sums.items() if block not in lacking}
 
     def details(self) -> dict[str, Any]:
         """What a reader of the table must know, as plain data, without times."""

@@ -110,7 +110,7 @@ class OutputNearest(Metric):
 
     def unit(self, view: UnitView) -> float:
         """The second-order cost of silencing the unit: its weighted output itself."""
-        return self._error(view, view.weights)
+        return view.memo.get("silenced", lambda: self._error(view, view.weights))
 
     def candidate(self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]) -> float:
         """The weighted output error of one candidate, summed over the unit's layers."""

@@ -1,16 +1,25 @@
-"""The change dW = W - Q(W) that a candidate makes to a layer, by rounding to nearest."""
+"""The change dW = W - Q(W) that a candidate makes to a layer, by rounding to nearest.
+
+Fitting the scales takes nearly all the time of rounding, and they are few: `Rounding` keeps those
+of every layer and candidate, so that the change can be had again at the price of encoding.
+
+Memory: one number of the storage type per group, layer and candidate.
+"""
 
 from __future__ import annotations
+
+import time
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from cptq.checkpoint.weights import storage_dtype
 from cptq.errors import UsageError
 from cptq.numerics.asymmetric import dequantize_asymmetric, quantize_asymmetric
-from cptq.numerics.grid import dequantize, quantize_nearest
+from cptq.numerics.grid import dequantize, encode, fit_scales
 from cptq.numerics.groups import resolve_group
 from cptq.numerics.masks import magnitude_mask
-from cptq.types import Candidate, LayerSpec
+from cptq.types import Candidate, LayerSpec, Unit
 
 
 def check_candidates(candidates: tuple[Candidate, ...]) -> None:
@@ -23,17 +32,62 @@ def check_candidates(candidates: tuple[Candidate, ...]) -> None:
             )
 
 
+def changes(candidate: Candidate) -> bool:
+    """Whether storing a unit so changes its weights at all."""
+    return not candidate.dense or candidate.sparsity > 0
+
+
 def rounding_error(W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
     """W - Q(W), (out, in), in the type of `W_OI`.
 
     A sparse candidate drops the smallest weights first; the grid holds an exact 0 for them.
     """
-    kept_OI = W_OI * magnitude_mask(W_OI, candidate.sparsity) if candidate.sparsity else W_OI
-    if candidate.dense:
-        return W_OI - kept_OI
-    group, dtype = resolve_group(spec.shape[1], candidate.group_size), storage_dtype(spec)
-    if not candidate.symmetric:
-        grid = quantize_asymmetric(kept_OI, candidate.bits, group, scale_dtype=dtype)
-        return W_OI - dequantize_asymmetric(*grid, W_OI.dtype)
-    codes_OI, scale_OG = quantize_nearest(kept_OI, candidate.bits, group, scale_dtype=dtype)
-    return W_OI - dequantize(codes_OI, scale_OG, W_OI.dtype)
+    return Rounding().error(W_OI, spec, candidate)
+
+
+class Rounding:
+    """Rounding errors on demand; `fitting` is the seconds that fitting scales has taken so far."""
+
+    def __init__(self) -> None:
+        self._scales: dict[tuple[str, Candidate], Tensor] = {}
+        self.fitting = 0.0
+
+    def errors(
+        self, unit: Unit, weights: Sequence[Tensor], candidate: Candidate
+    ) -> tuple[Tensor, ...]:
+        """The error of each of a unit's layers, whose weights W_OI are given in order."""
+        layers = zip(weights, unit.layers, strict=True)
+        return tuple(self.error(W_OI, spec, candidate) for W_OI, spec in layers)
+
+    def error(self, W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
+        """W - Q(W) of one layer, (out, in), in the type of `W_OI`."""
+        kept_OI = W_OI * magnitude_mask(W_OI, candidate.sparsity) if candidate.sparsity else W_OI
+        if candidate.dense:
+            return W_OI - kept_OI
+        if not candidate.symmetric:
+            return W_OI - self._asymmetric(kept_OI, spec, candidate)
+        scale_OG = self._scale(kept_OI, spec, candidate)
+        kept_OGK = kept_OI.reshape(*scale_OG.shape, -1)
+        codes_OGK = encode(kept_OGK, scale_OG.to(W_OI.dtype), candidate.bits)
+        return W_OI - dequantize(codes_OGK.view(W_OI.shape), scale_OG, W_OI.dtype)
+
+    def _asymmetric(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
+        """Q(W) on a grid with zero points, which are not kept: it is rounded anew each time."""
+        started = time.perf_counter()
+        group = resolve_group(spec.shape[1], candidate.group_size)
+        grid = quantize_asymmetric(
+            kept_OI, candidate.bits, group, scale_dtype=storage_dtype(spec)
+        )
+        self.fitting += time.perf_counter() - started
+        return dequantize_asymmetric(*grid, kept_OI.dtype)
+
+    def _scale(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
+        key = spec.name, candidate
+        if key not in self._scales:
+            started = time.perf_counter()
+            group = resolve_group(spec.shape[1], candidate.group_size)
+            self._scales[key] = fit_scales(
+                kept_OI, candidate.bits, group, scale_dtype=storage_dtype(spec)
+            )
+            self.fitting += time.perf_counter() - started
+        return self._scales[key]

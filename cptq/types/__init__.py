@@ -19,9 +19,11 @@ from cptq.types.result import (
     SizeReport,
 )
 from cptq.types.samples import PerSample, SamplePairs, SampleRatios
+from cptq.types.validation import Agreement, Interval, Pair, PlanTrial, Validation
 
 __all__ = [
     "DTYPE_BYTES",
+    "Agreement",
     "Artifact",
     "Budget",
     "CalibrationRecord",
@@ -30,15 +32,18 @@ __all__ = [
     "Emit",
     "EvalResult",
     "Event",
+    "Interval",
     "LayerKind",
     "LayerResult",
     "LayerSpec",
     "Layout",
     "ModelKind",
     "Notice",
+    "Pair",
     "PairedDifference",
     "PerSample",
     "Plan",
+    "PlanTrial",
     "Progress",
     "SamplePairs",
     "SampleRatios",
@@ -46,5 +51,6 @@ __all__ = [
     "SizeReport",
     "TensorSpec",
     "Unit",
+    "Validation",
     "digest",
 ]

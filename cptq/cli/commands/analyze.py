@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cptq.cli import limits as lim
 from cptq.cli import options as o
 from cptq.cli.run import run
 from cptq.config import AnalyzeSettings
@@ -15,7 +16,7 @@ Metrics = Annotated[
     typer.Option(
         "--metric",
         metavar="NAME",
-        help="cca, pruning, taylor, output ...; repeatable; all: every one; default output.",
+        help="output (default), taylor, pruning, cca, kl ...; repeatable; all: every one but kl.",
         show_default=False,
     ),
 ]
@@ -27,6 +28,12 @@ def analyze(
     metrics: Metrics = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    sensitivity: lim.KnownTables = None,
+    validate: lim.Validate = None,
+    pairs: lim.Pairs = None,
+    targets: lim.Targets = None,
+    allocators: lim.Allocators = None,
+    compressor: lim.ValidationCompressor = None,
     config: o.Config = None,
     calibration: o.Calibration = None,
     samples: o.Samples = None,
@@ -47,6 +54,7 @@ def analyze(
 ) -> None:
     """Measure how sensitive each layer is to compression.
 
-    Writes the scores and a report to MODEL-analysis, or to the directory given by -o.
+    With --validate, also measures how well each metric's scores predict the true damage. Writes
+    the scores and a report to MODEL-analysis, or to the directory given by -o.
     """
     run("analyze", AnalyzeSettings, ctx.params)

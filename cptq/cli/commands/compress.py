@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from cptq.cli import limits as lim
 from cptq.cli import options as o
 from cptq.cli.run import run
 from cptq.config import RUNTIMES, CompressSettings
@@ -100,6 +101,11 @@ def compress(
     embedding_bits: EmbeddingBits = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
+    pins: lim.Pins = None,
+    min_bits: lim.MinBits = None,
+    max_bits: lim.MaxBits = None,
+    refine: lim.Refine = None,
+    check_uniform: lim.CheckUniform = None,
     config: o.Config = None,
     calibration: o.Calibration = None,
     samples: o.Samples = None,

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 
 from cptq.allocation.cost import CostModel
-from cptq.allocation.ledger import file_ledger, same_for_all
+from cptq.allocation.ledger import file_ledger, per_unit
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import RUNTIMES
 from cptq.errors import PlanError
@@ -58,7 +58,7 @@ def test_counts_what_the_library_writes(seed: int, embedding: str | None) -> Non
 def test_the_sum_bounds_the_file_from_both_sides(seed: int, embedding: str | None) -> None:
     """Dense and packed weights share a name and lie in different places of the file."""
     cost, draw = packed(seed, embedding=embedding), random.Random(seed)
-    ledger = file_ledger(cost, same_for_all(cost, CANDIDATES), 0)
+    ledger = file_ledger(cost, per_unit(cost, CANDIDATES), 0)
     for _ in range(50):
         plan = {unit.name: draw.choice(CANDIDATES) for unit in cost.units}
         assert ledger.total(plan) - ledger.slack <= cost.file_bytes(plan) <= ledger.total(plan)

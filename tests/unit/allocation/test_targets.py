@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cptq.allocation.cost import CostModel
-from cptq.allocation.ledger import file_ledger, same_for_all
+from cptq.allocation.ledger import file_ledger, per_unit
 from cptq.allocation.targets import ledger_of, parse_target, resolve_budget, smallest_plan
 from cptq.errors import BudgetError
 from cptq.types import Candidate, TensorSpec
@@ -120,7 +120,7 @@ def test_the_smallest_that_is_named_always_works(
     assert found
     budget = resolve_budget(found[1], COST, group, chosen)
     assert budget.asked == found[1]
-    ledger = file_ledger(COST, same_for_all(COST, chosen), 0)
+    ledger = file_ledger(COST, per_unit(COST, chosen), 0)
     assert COST.file_bytes(smallest_plan(ledger)) <= budget.limit_bytes
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import PretrainedConfig
 
+from cptq.calibration import objective
 from cptq.calibration.objective import Objective, objective_for, pooled, real_tokens
 from tests.reference import sensitivity as truth
 
@@ -16,10 +17,11 @@ ENCODER = Objective(kind="encoder", form="values", row="sentence")
 
 
 @pytest.mark.parametrize("width", [1, 2, 7, 513])
-def test_kl_equals_the_sum_of_its_terms(width: int) -> None:
+def test_kl_equals_the_sum_of_its_terms(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(objective, "CHUNK", 700)  # 700, 350, 100 rows at once, and 1
     draw = torch.Generator().manual_seed(width)
-    dense = 3 * torch.randn(300, width, generator=draw)  # more than one chunk of rows
-    other = dense + torch.randn(300, width, generator=draw)
+    dense = 3 * torch.randn(301, width, generator=draw)
+    other = dense + torch.randn(301, width, generator=draw)
     ours = LM.divergence(LM.reference(dense), other)
     expected = [truth.kl(p, q) for p, q in zip(dense, other, strict=True)]
     torch.testing.assert_close(
@@ -35,6 +37,23 @@ def test_a_tiny_kl_survives_float32() -> None:
     expected = sum(truth.kl(p, q) for p, q in zip(dense, other, strict=True)) / 20
     assert expected < 1e-6
     assert ours == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize("model", [LM, ENCODER], ids=["classes", "values"])
+@pytest.mark.parametrize("width", [1, 2, 37])
+def test_the_slope_is_the_gradient_of_the_divergence(model: Objective, width: int) -> None:
+    draw = torch.Generator().manual_seed(width)
+    dense, other = (torch.randn(5, width, generator=draw) for _ in range(2))
+    z = other.double().requires_grad_()
+    if model.form == "values":
+        ((z - dense.double()) ** 2 / 2).sum().backward()
+    else:
+        p = dense.double().softmax(-1)
+        (p * (p.log() - z.log_softmax(-1))).sum().backward()
+    assert z.grad is not None
+    slope = model.slope(model.reference(dense), other)
+    torch.testing.assert_close(slope, z.grad.float(), atol=1e-6, rtol=1e-5)
+    assert float(model.slope(model.reference(dense), dense).abs().max()) < 1e-6
 
 
 def test_the_distance_of_an_answer_to_itself_is_exactly_zero() -> None:

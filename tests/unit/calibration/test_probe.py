@@ -14,6 +14,7 @@ from cptq.calibration.replay import forward
 from cptq.calibration.slices import split_held_out
 from cptq.checkpoint.weights import get_weight, replaced
 from cptq.errors import CalibrationError
+from tests.reference import gradients as truth
 from tests.reference.sensitivity import loaded, random_calibration
 
 TinyModel = Callable[..., Path]
@@ -44,6 +45,45 @@ def test_a_trial_equals_a_whole_forward_pass(arch: str, tiny_model: TinyModel) -
         assert ours > 0
     assert all(torch.equal(before[n], v) for n, v in model.module.state_dict().items())
     assert probe.trials == 2
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "bert-encoder"])
+def test_many_layers_changed_at_once_equal_a_model_with_those_weights(
+    arch: str, tiny_model: TinyModel
+) -> None:
+    model = loaded(tiny_model(arch))
+    objective = objective_for(model.kind, model.config)
+    rows = split_held_out(random_calibration(model).batches, model.kind, 200).held_out
+    probe = Probe(model, rows, objective)
+    before = {name: value.clone() for name, value in model.module.state_dict().items()}
+    names = [spec.name for unit in model.units for spec in unit.layers]
+    weights = {name: get_weight(model.linear(name)) * 0.9 for name in names}
+    expected = truth.trial(model, rows, objective, weights)
+    assert probe.whole(weights) == pytest.approx(expected, rel=1e-4)
+    assert all(torch.equal(before[n], v) for n, v in model.module.state_dict().items())
+
+
+def test_disturbed_readers_of_one_tensor_read_one_disturbance(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    rows = split_held_out(random_calibration(model).batches, model.kind, 200).held_out
+    probe = Probe(model, rows, objective_for(model.kind, model.config))
+    unit = model.units[0]
+    first = probe.disturbed(unit, 0.1, seed=0)
+    seen: list[torch.Tensor] = []
+    handles = [
+        model.linear(spec.name).register_forward_hook(lambda m, args, out: seen.append(args[0]))
+        for spec in unit.layers
+    ]
+    assert probe.disturbed(unit, 0.1, seed=0) == first
+    assert len(seen) == 3 * len(rows)
+    assert all(torch.equal(seen[0], x) for x in seen[:3])
+    for handle in handles:
+        handle.remove()
+    assert probe.disturbed(unit, 0.1, seed=1) != first
+    assert probe.disturbed(unit, 0.0, seed=0) == 0.0
+    assert probe.disturbed(unit, 0.2, seed=0) == pytest.approx(4 * first, rel=0.4)
+    hooks = [len(model.linear(spec.name)._forward_pre_hooks) for spec in unit.layers]
+    assert hooks == [0, 0, 0]
 
 
 def test_no_change_is_no_divergence(tiny_model: TinyModel) -> None:

@@ -7,6 +7,7 @@ import torch
 
 from cptq.calibration import slices
 from cptq.calibration.slices import (
+    gradient_rows,
     held_out_tokens,
     micro_batches,
     split_held_out,
@@ -75,3 +76,17 @@ def test_small_models_can_afford_more_tokens() -> None:
     assert held_out_tokens(7_000_000_000, on_cpu=True) == 192
     assert held_out_tokens(7_000_000_000, on_cpu=False) == 1024
     assert held_out_tokens(260_032, on_cpu=True) == 1024
+
+
+def test_gradients_are_taken_on_the_beginnings_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slices, "WINDOW", 8)
+    rows = [batch([20, 20]), batch([20, 20], start=500)]
+    chosen = gradient_rows(rows, "causal-lm", 24)
+    assert [text[0] for text in texts(chosen)] == [1, 101, 500]
+    assert {len(text) for text in texts(chosen)} == {8}
+    assert len(texts(gradient_rows(rows, "causal-lm", 1))) == 1  # one at least
+
+
+def test_sentences_stay_whole_for_gradients() -> None:
+    rows = [batch([20, 5, 9, 3])]
+    assert [len(text) for text in texts(gradient_rows(rows, "classifier", 34))] == [20, 5, 9]

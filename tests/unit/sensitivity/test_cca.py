@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cptq.numerics.subspace import principal_basis, similarity
-from cptq.sensitivity.cca import COMPARED, block_dissimilarity, compared, dissimilarities
+from cptq.sensitivity.cca import COMPARED, block_dissimilarities, compared, dissimilarities
 
 
 def test_the_same_view_is_not_dissimilar_and_noise_is() -> None:
@@ -31,9 +31,9 @@ def test_blocks_are_compared_with_all_others() -> None:
     for i in range(3):
         others = [similarity(views[i], bases[i], bases[j]) for j in range(3) if j != i]
         expected.append(1 - sum(others) / 2)
-    assert block_dissimilarity(views) == pytest.approx(expected)
+    assert block_dissimilarities(views)["pwcca"] == pytest.approx(expected)
     assert expected[2] > expected[0]
-    assert block_dissimilarity(views[:1]) == [0.0]
+    assert block_dissimilarities(views[:1])["pwcca"] == [0.0]
 
 
 def test_rows_are_thinned_evenly() -> None:

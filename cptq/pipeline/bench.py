@@ -1,0 +1,51 @@
+"""A workbench for a model: units compressed one by one, on what flows through the dense model."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cptq.calibration.objective import Objective
+from cptq.calibration.samples import Wants, collect_samples
+from cptq.calibration.tokens import Calibration
+from cptq.checkpoint.model import LoadedModel
+from cptq.compression import WITHOUT_ACTIVATIONS
+from cptq.compression.workbench import Workbench
+from cptq.types import Emit, Notice
+
+#: bytes that the Hessians of all units together may take
+HESSIAN_BYTES = 8 << 30
+
+
+def workbench(
+    model: LoadedModel,
+    calibration: Calibration,
+    objective: Objective,
+    compressor: str,
+    *,
+    seed: int,
+    emit: Emit,
+) -> Workbench:
+    """A workbench for `compressor`; where that looks at activations, one pass gathers them."""
+    if compressor in WITHOUT_ACTIVATIONS:
+        return Workbench(model, compressor)
+    need = sum(4 * unit.layers[0].shape[1] ** 2 for unit in model.units)
+    if need > HESSIAN_BYTES:
+        message = (
+            f"the Hessians of all units would take {need / 2**30:.0f} GiB: units are compared as "
+            "if their inputs were independent"
+        )
+        emit(Notice(kind="fallback", subject=compressor, message=message))
+        return Workbench(model, compressor)
+    wants = Wants(moments=True)
+    samples = collect_samples(
+        model, calibration.batches, objective, wants, seed=seed, emit=emit, keep=1
+    )
+    hessians: dict[str, Tensor] = {}
+    for unit in model.units:
+        sample = samples.layers.get(unit.layers[0].name)
+        if sample is not None and sample.moment is not None:
+            hessians[unit.name] = sample.moment.mean_II
+        else:
+            message = "too wide for a Hessian here: compared as if its inputs were independent"
+            emit(Notice(kind="fallback", subject=unit.name, message=message))
+    return Workbench(model, compressor, hessians)

@@ -1,0 +1,98 @@
+"""`compress --refine N`: a plan improved by measuring the whole model, on two texts of its own.
+
+Plans are tried on a workbench: units compressed by the run's own compressor on the dense model's
+activations, each (unit, candidate) once. That is exact for rounding to nearest; for GPTQ it leaves
+out that blocks see the errors of those before them, which the final compression then has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from cptq.allocation.cost import CostModel
+from cptq.allocation.problem import build_problem
+from cptq.allocation.refine import Choices, Refined, refine
+from cptq.allocation.targets import ledger_of
+from cptq.calibration.objective import objective_for
+from cptq.calibration.probe import Probe
+from cptq.calibration.slices import Rows
+from cptq.calibration.tokens import Calibration
+from cptq.checkpoint.model import LoadedModel
+from cptq.compression.workbench import Workbench
+from cptq.config import CompressSettings
+from cptq.pipeline.bench import workbench
+from cptq.report.words import number
+from cptq.types import Candidate, Emit, Event, Notice, Plan, SensitivityTable
+
+
+def refine_plan(
+    model: LoadedModel,
+    calibration: Calibration,
+    texts: Sequence[list[Rows]],
+    plan: Plan,
+    table: SensitivityTable | None,
+    cost: CostModel,
+    options: Mapping[str, Sequence[Candidate]],
+    settings: CompressSettings,
+    emit: Emit,
+) -> Plan:
+    """The plan after `settings.refine` measurements; the model is left as it was.
+
+    Args:
+        texts: two parts of text that calibrate nothing: one to choose by, one to guard.
+    """
+    objective = objective_for(model.kind, model.config)
+    seed = settings.calibration.seed
+    bench = workbench(model, calibration, objective, settings.compressor, seed=seed, emit=emit)
+    choose, guard = (Probe(model, rows, objective) for rows in texts)
+    ledger = ledger_of(plan.budget, cost, options)
+    problem = build_problem(table, ledger, _candidates(options), _silent)
+    with bench.trying():
+        found = refine(
+            problem,
+            plan.choices,
+            measure=_measure(bench, choose),
+            guard=_measure(bench, guard),
+            evaluations=settings.refine,
+            seed=seed,
+            emit=emit,
+        )
+    note = _told(found, objective.unit)
+    emit(Notice(kind="info", subject="--refine", message=note))
+    return replace(
+        plan,
+        choices=found.choices,
+        predicted_bytes=cost.file_bytes(found.choices),
+        predicted_loss=None if table is None else problem.predicted_loss(found.choices),
+        notes=(*plan.notes, f"refined: {note}"),
+    )
+
+
+def _measure(bench: Workbench, probe: Probe) -> Callable[[Choices], float]:
+    def measure(choices: Choices) -> float:
+        bench.settle(choices)
+        return float(probe.rows_now().mean())
+
+    return measure
+
+
+def _candidates(options: Mapping[str, Sequence[Candidate]]) -> list[Candidate]:
+    return sorted({candidate for row in options.values() for candidate in row})
+
+
+def _silent(_event: Event) -> None:
+    """What is to be said about the scores was said when the plan was made."""
+
+
+def _told(found: Refined, unit: str) -> str:
+    if not found.kept:
+        return (
+            f"none of {found.tried} plans held on both texts; the plan stays "
+            f"({number(found.before)} {unit})"
+        )
+    return (
+        f"{found.kept} of {found.tried} swaps kept: {number(found.before)} to "
+        f"{number(found.after)} {unit} on the text that chose, {number(found.guard_before)} to "
+        f"{number(found.guard_after)} on a second"
+    )

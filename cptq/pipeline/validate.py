@@ -1,0 +1,284 @@
+"""`analyze --validate`: what each metric's scores are worth, on text that no one has seen.
+
+1. The truth: a sample of (unit, candidate) pairs, each compressed alone in the dense model, and the
+   divergence that it causes. Every metric's scores are ranked against it.
+2. The regret: the plan that each metric leads to at the same bytes, carried out on the whole model,
+   beside the plan that asks no score (`even`) and that of the measured divergences.
+
+Both are judged on rows of the calibration source that neither calibrated (`fit`) nor chose (the
+held-out rows that measured metrics use). Every metric and allocator is taken as it comes; the one
+name known here is that of the plan which regret is counted from.
+
+Cost: half a forward pass of the judging rows per pair, one per plan, and the rounding.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from cptq.allocation.allocate import allocate
+from cptq.allocation.cost import CostModel
+from cptq.allocation.targets import resolve_budget
+from cptq.calibration.judges import parts
+from cptq.calibration.objective import objective_for
+from cptq.calibration.probe import Probe
+from cptq.calibration.slices import held_out_tokens, split_held_out, token_count
+from cptq.calibration.tokens import Calibration
+from cptq.checkpoint.model import LoadedModel
+from cptq.compression.workbench import Workbench
+from cptq.config import AnalyzeSettings
+from cptq.pipeline.bench import workbench
+from cptq.report.words import seconds as spoken
+from cptq.sensitivity.validation.pairs import choose_pairs, depth, ranked_depths
+from cptq.sensitivity.validation.ranks import RESAMPLES, agreement
+from cptq.types import (
+    Budget,
+    Candidate,
+    Emit,
+    Event,
+    Notice,
+    Pair,
+    Plan,
+    PlanTrial,
+    Progress,
+    SensitivityTable,
+    Unit,
+    Validation,
+)
+
+#: the metric that measures what the others estimate: regret is counted from its plan
+REFERENCE = "kl"
+#: the allocator that asks no score
+BLIND_ALLOCATOR = "even"
+#: what the truth is called beside the metrics
+TRUTH = "measured truth"
+
+
+def validate(
+    model: LoadedModel,
+    calibration: Calibration,
+    tables: Mapping[str, SensitivityTable],
+    candidates: Sequence[Candidate],
+    settings: AnalyzeSettings,
+    emit: Emit,
+) -> Validation:
+    """Judge the tables; the model is left as it was.
+
+    Raises:
+        BudgetError: a target that no plan reaches.
+        CalibrationError: no rows to judge with, or an output that is not finite.
+    """
+    _tell_foreign_texts(tables, calibration, emit)
+    seed = settings.calibration.seed
+    cost = CostModel(model.units, model.tensors)
+    budgets = [resolve_budget(t, cost, settings.group_size, candidates) for t in settings.targets]
+    objective = objective_for(model.kind, model.config)
+    bench = workbench(model, calibration, objective, settings.compressor, seed=seed, emit=emit)
+    probe = Probe(model, parts(model, calibration.spare, 1)[0], objective)
+    chosen = choose_pairs(
+        model.units, len(model.block_names), candidates, settings.pairs, settings.calibration.seed
+    )
+    trials = _Trials(model=model, cost=cost, probe=probe, bench=bench, emit=emit)
+    _tell_cost(probe, len(chosen), len(budgets), tables, settings, candidates, model, emit)
+    clock = time.perf_counter()
+    pairs = _measure_pairs(model, probe, bench, chosen, tables, emit)
+    paired = time.perf_counter()
+    found = trials.run(budgets, tables, candidates, settings.allocators)
+    return Validation(
+        unit=objective.unit,
+        compressor=settings.compressor,
+        seed=seed,
+        judge_tokens=probe.tokens,
+        resamples=RESAMPLES,
+        texts=_texts(model, calibration, probe),
+        reference=REFERENCE if REFERENCE in tables else None,
+        pairs=tuple(pairs),
+        agreements=tuple(
+            agreement(
+                name,
+                [pair.unit for pair in pairs],
+                [pair.candidate.bits for pair in pairs],
+                [pair.scores[name] for pair in pairs],
+                [pair.truth for pair in pairs],
+                seconds=table.seconds,
+                seed=seed,
+            )
+            for name, table in tables.items()
+        ),
+        depths=_depths(pairs, list(tables)),
+        trials=tuple(found),
+        seconds={"pairs": paired - clock, "plans": time.perf_counter() - paired},
+    )
+
+
+def _tell_foreign_texts(
+    tables: Mapping[str, SensitivityTable], calibration: Calibration, emit: Emit
+) -> None:
+    """A word where a table of an earlier analysis may have seen what judges."""
+    ours = ("", calibration.record.fingerprint)
+    foreign = [name for name, t in tables.items() if t.calibration_fingerprint not in ours]
+    if foreign:
+        message = (
+            f"{', '.join(foreign)} come from an analysis of other calibration text, which may hold "
+            "the rows that judge here"
+        )
+        emit(Notice(kind="warning", subject="--validate", message=message))
+
+
+def _measure_pairs(
+    model: LoadedModel,
+    probe: Probe,
+    bench: Workbench,
+    chosen: Sequence[tuple[Unit, Candidate]],
+    tables: Mapping[str, SensitivityTable],
+    emit: Emit,
+) -> list[Pair]:
+    found = []
+    for index, (unit, candidate) in enumerate(chosen):
+        emit(Progress(stage="truth", done=index, total=len(chosen), message=unit.name))
+        found.append(
+            Pair(
+                unit=unit.name,
+                candidate=candidate,
+                depth=depth(unit.block, len(model.block_names)),
+                role=unit.role,
+                truth=probe.divergence(unit, bench.weights(unit, candidate)),
+                scores={metric: t.scores[unit.name][candidate] for metric, t in tables.items()},
+            )
+        )
+    emit(Progress(stage="truth", done=len(chosen), total=len(chosen)))
+    return found
+
+
+def _depths(pairs: Sequence[Pair], metrics: Sequence[str]) -> dict[str, Mapping[str, float]]:
+    found = {TRUTH: ranked_depths([(p.depth, p.role, p.candidate, p.truth) for p in pairs])}
+    for metric in metrics:
+        rows = [(p.depth, p.role, p.candidate, p.scores[metric]) for p in pairs]
+        found[metric] = ranked_depths(rows)
+    return found
+
+
+@dataclass(kw_only=True, eq=False)
+class _Trials:
+    """Plans, carried out one after the other on one model."""
+
+    model: LoadedModel
+    cost: CostModel
+    probe: Probe
+    bench: Workbench
+    emit: Emit
+    known: dict[tuple[Candidate, ...], torch.Tensor] = field(default_factory=dict)
+
+    def run(
+        self,
+        budgets: Sequence[Budget],
+        tables: Mapping[str, SensitivityTable],
+        candidates: Sequence[Candidate],
+        allocators: Sequence[str],
+    ) -> list[PlanTrial]:
+        """Every allocator on every table at every budget, after the one that asks no score."""
+        ways: list[tuple[str, SensitivityTable | None]] = [(BLIND_ALLOCATOR, None)]
+        ways += [(name, table) for table in tables.values() for name in allocators]
+        total = len(budgets) * len(ways)
+        found: list[PlanTrial] = []
+        with self.bench.trying():
+            for budget in budgets:
+                for name, table in ways:
+                    words = f"{budget.asked} {table.metric if table else ''} {name}"
+                    self.emit(Progress(stage="plans", done=len(found), total=total, message=words))
+                    found.append(self._trial(name, table, budget, candidates))
+        self.emit(Progress(stage="plans", done=total, total=total))
+        return found
+
+    def _trial(
+        self,
+        allocator: str,
+        table: SensitivityTable | None,
+        budget: Budget,
+        candidates: Sequence[Candidate],
+    ) -> PlanTrial:
+        plan = allocate(
+            allocator,
+            table,
+            self.cost,
+            budget,
+            candidates,
+            model_fingerprint=self.model.fingerprint,
+            emit=self._but_for_details,
+        )
+        rows = self._judge(plan)
+        size = self.cost.size_report(plan.choices)
+        return PlanTrial(
+            target=budget.asked,
+            metric=plan.metric,
+            allocator=allocator,
+            limit_bytes=budget.limit_bytes,
+            file_bytes=size.file_bytes,
+            effective_bits=size.effective_bits,
+            divergence=float(rows.mean()),
+            stderr=float(rows.std() / len(rows) ** 0.5) if len(rows) > 1 else 0.0,
+            choices=dict(plan.choices),
+            notes=plan.notes,
+        )
+
+    def _judge(self, plan: Plan) -> torch.Tensor:
+        """Divergence of each row; equal plans are measured once."""
+        key = tuple(plan.choices[unit.name] for unit in self.model.units)
+        if key not in self.known:
+            self.bench.settle(plan.choices)
+            self.known[key] = self.probe.rows_now()
+        return self.known[key]
+
+    def _but_for_details(self, event: Event) -> None:
+        """Pass on what is a warning; what a plan is like stands with its trial."""
+        if not (isinstance(event, Notice) and event.kind == "info"):
+            self.emit(event)
+
+
+def _texts(model: LoadedModel, calibration: Calibration, probe: Probe) -> dict[str, str]:
+    record = calibration.record
+    tokens = held_out_tokens(model.parameters, model.device.type == "cpu")
+    split = split_held_out(calibration.batches, model.kind, tokens)
+    shared = " (too short a text: they are fitted on as well)" if split.overlap else ""
+    return {
+        "fit": f"{token_count(split.fit):,} tokens of {record.source}, {record.samples} samples",
+        "choose": f"{token_count(split.held_out):,} tokens from the end of those samples, for "
+        f"metrics that measure{shared}",
+        "judge": f"{probe.tokens:,} tokens of {len(calibration.spare)} further samples of "
+        f"{record.source}",
+    }
+
+
+def _tell_cost(
+    probe: Probe,
+    pairs: int,
+    budgets: int,
+    tables: Mapping[str, SensitivityTable],
+    settings: AnalyzeSettings,
+    candidates: Sequence[Candidate],
+    model: LoadedModel,
+    emit: Emit,
+) -> None:
+    """How long it will take, and what the reference would cost where it was not asked for."""
+    began = time.perf_counter()
+    probe.rows_now()
+    one = time.perf_counter() - began
+    plans = budgets * (1 + len(tables) * len(settings.allocators))
+    message = (
+        f"{pairs} pairs and {plans} plans on {probe.tokens:,} tokens: about "
+        f"{spoken(one * (pairs / 2 + plans))} of forward passes"
+    )
+    emit(Notice(kind="info", subject="--validate", message=message))
+    if REFERENCE not in tables:
+        held = held_out_tokens(model.parameters, model.device.type == "cpu")
+        each = one / 2 * held / max(probe.tokens, 1)
+        whole = spoken(each * len(model.units) * len(candidates))
+        message = (
+            f"regret against the plan of measured divergences is not given: add --metric "
+            f"{REFERENCE}, about {whole} more"
+        )
+        emit(Notice(kind="info", subject="--validate", message=message))

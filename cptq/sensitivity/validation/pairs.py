@@ -1,0 +1,89 @@
+"""Which (unit, candidate) pairs to measure: few, and yet all depths, roles and widths.
+
+Units fall into cells of depth (first 30% of the blocks, middle, last 30%) x role. One seeded order
+of all units deals them out cell by cell, so that any run of consecutive units covers the cells as
+evenly as it can. The candidates take turns along that order, each going on where the one before it
+stopped: every candidate gets the same number of pairs, no unit twice, and units repeat between
+candidates only when all have been used.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from cptq.types import Candidate, Unit
+
+#: share of the blocks at either end that the paper (arXiv 2412.03599) calls the sensitive ones
+ENDS = 0.3
+
+
+def depth(block: int | None, blocks: int) -> str:
+    """ "first", "middle" or "last"; "outside" for what belongs to no block."""
+    if block is None:
+        return "outside"
+    if block < ENDS * blocks:
+        return "first"
+    return "last" if blocks - 1 - block < ENDS * blocks else "middle"
+
+
+def choose_pairs(
+    units: Sequence[Unit], blocks: int, candidates: Sequence[Candidate], count: int, seed: int
+) -> list[tuple[Unit, Candidate]]:
+    """About `count` pairs, as many of each candidate; all there are where `count` is more.
+
+    Args:
+        units: the compressible units.
+        blocks: how many blocks the model has.
+        candidates: what to try; dense ones change nothing and are left out.
+        count: how many pairs in all; at least one per candidate is taken.
+        seed: of the order.
+    """
+    tried = [candidate for candidate in candidates if not candidate.dense]
+    dealt = deal(units, blocks, seed)
+    each = max(1, min(count // max(len(tried), 1), len(dealt)))
+    found = []
+    for index, candidate in enumerate(tried):
+        start = index * each
+        found += [(dealt[(start + k) % len(dealt)], candidate) for k in range(each)]
+    return found
+
+
+def deal(units: Sequence[Unit], blocks: int, seed: int) -> list[Unit]:
+    """All units, one cell after the other in turn, cells and their units in seeded order."""
+    cells: dict[tuple[str, str], list[Unit]] = {}
+    for unit in units:
+        cells.setdefault((depth(unit.block, blocks), unit.role), []).append(unit)
+    draw = random.Random(seed)
+    order = list(cells.values())
+    draw.shuffle(order)
+    for cell in order:
+        draw.shuffle(cell)
+    longest = max(map(len, order), default=0)
+    return [cell[turn] for turn in range(longest) for cell in order if turn < len(cell)]
+
+
+def ranked_depths(
+    rows: Sequence[tuple[str, str, Candidate, float]],
+) -> Mapping[str, float]:
+    """{depth: factor}: how far values there lie above the average of their role and candidate.
+
+    The geometric mean over a depth of value / (geometric mean over the same role and candidate).
+
+    Args:
+        rows: (depth, role, candidate, value); values of 0 or below have no logarithm and are left
+            out, as are groups with values of one depth only, which compare nothing.
+    """
+    groups: dict[tuple[str, Candidate], list[tuple[str, float]]] = {}
+    for where, role, candidate, value in rows:
+        if value > 0:
+            groups.setdefault((role, candidate), []).append((where, float(np.log(value))))
+    found: dict[str, list[float]] = {}
+    for group in groups.values():
+        if len({where for where, _ in group}) > 1:
+            mean = float(np.mean([log for _, log in group]))
+            for where, log in group:
+                found.setdefault(where, []).append(log - mean)
+    return {where: float(np.exp(np.mean(logs))) for where, logs in found.items()}

@@ -1,0 +1,99 @@
+"""What `analyze --validate` found: scores beside measured truths, and plans beside each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cptq.types.plan import Candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """One unit at one candidate: the measured divergence, and every metric's score of it.
+
+    `depth` is "first" or "last" for the outer 30% of the blocks, "middle" between, "outside" for
+    a unit of no block. `scores` is {metric: score}.
+    """
+
+    unit: str
+    candidate: Candidate
+    depth: str
+    role: str
+    truth: float
+    scores: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A number and the 95% interval of it that a bootstrap gives."""
+
+    value: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Agreement:
+    """How well one metric ranks the pairs as the truth does.
+
+    `within`: among pairs of the same width, averaged over the widths; `pooled`: among all pairs,
+    where any score does well that knows that fewer bits are worse. `seconds` are those of
+    measuring the metric on its own.
+    """
+
+    metric: str
+    pairs: int
+    spearman_within: Interval
+    kendall_within: Interval
+    spearman_pooled: Interval
+    kendall_pooled: Interval
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanTrial:
+    """A whole model compressed by one plan, judged. `metric` None: a plan that asks no score.
+
+    `stderr` is the standard error of `divergence` over the rows of the answer.
+    """
+
+    target: str
+    metric: str | None
+    allocator: str
+    limit_bytes: int
+    file_bytes: int
+    effective_bits: float
+    divergence: float
+    stderr: float
+    choices: Mapping[str, Candidate]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """`output, knapsack`; a plan that asks no score is named by its allocator."""
+        return f"{self.metric}, {self.allocator}" if self.metric else self.allocator
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Validation:
+    """Everything that a validation measured.
+
+    `texts` says which text did what: {"fit": ..., "choose": ..., "judge": ...}. `reference` is the
+    metric whose plan the others' regret is counted from, None where its table was not measured.
+    `depths` is {metric or "measured truth": {"first" | "middle" | "last": factor}}: by how much
+    units there score above the average of their role and width.
+    """
+
+    unit: str
+    compressor: str
+    seed: int
+    judge_tokens: int
+    resamples: int
+    texts: Mapping[str, str]
+    reference: str | None
+    pairs: tuple[Pair, ...]
+    agreements: tuple[Agreement, ...]
+    depths: Mapping[str, Mapping[str, float]]
+    trials: tuple[PlanTrial, ...]
+    seconds: Mapping[str, float] = field(default_factory=dict)

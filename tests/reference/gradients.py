@@ -1,0 +1,98 @@
+"""Whole models in float64, pass by pass: what trials and gradients must agree with."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from cptq.calibration.objective import Objective
+from cptq.checkpoint.model import LoadedModel
+
+Rows = Sequence[Mapping[str, Tensor]]
+
+
+def divergence(objective: Objective, dense: Tensor, other: Tensor) -> Tensor:
+    """Mean distance of the rows of two answers, by the textbook formula, differentiable."""
+    if objective.form == "values":
+        pairs = zip(dense, other, strict=True)
+        return torch.stack([((a - b) ** 2).sum() / 2 for a, b in pairs]).mean()
+    terms = []
+    for a, b in zip(dense, other, strict=True):
+        p, q = torch.softmax(a, 0), torch.softmax(b, 0)
+        terms.append((p * (p.log() - q.log())).sum())
+    return torch.stack(terms).mean()
+
+
+def answers(model: LoadedModel, module: nn.Module, rows: Rows, objective: Objective) -> Tensor:
+    """All rows of the answer of `module`, a variant of the model."""
+    extra = {"use_cache": False} if model.kind == "causal-lm" else {}
+    return torch.cat([objective.answer(module(**row, **extra), row) for row in rows])
+
+
+def double(model: LoadedModel) -> nn.Module:
+    """The model's module in float64."""
+    return copy.deepcopy(model.module).double()
+
+
+def changed(module: nn.Module, weights: Mapping[str, Tensor]) -> nn.Module:
+    """A copy with other weights, layer name -> W_OI."""
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        for name, W_OI in weights.items():
+            other.get_submodule(name).weight.copy_(W_OI.double())
+    return other
+
+
+def trial(
+    model: LoadedModel, rows: Rows, objective: Objective, weights: Mapping[str, Tensor]
+) -> float:
+    """Divergence of the model with other weights from the dense one."""
+    module = double(model)
+    with torch.no_grad():
+        dense = answers(model, module, rows, objective)
+        other = answers(model, changed(module, weights), rows, objective)
+        return float(divergence(objective, dense, other))
+
+
+def disturbed_trial(
+    model: LoadedModel,
+    rows: Rows,
+    objective: Objective,
+    layers: Sequence[str],
+    disturb: Callable[[Tensor, int], Tensor],
+) -> float:
+    """Divergence with the inputs of some layers replaced by disturb(x, index of the batch)."""
+    module = double(model)
+    with torch.no_grad():
+        dense = answers(model, module, rows, objective)
+        other = []
+        for index, row in enumerate(rows):
+            variant = copy.deepcopy(module)
+            for name in layers:
+                layer = variant.get_submodule(name)
+                layer.forward = _reading(layer.forward, disturb, index)  # type: ignore[method-assign]
+            other.append(answers(model, variant, [row], objective))
+        return float(divergence(objective, dense, torch.cat(other)))
+
+
+def _reading(
+    run: Callable[[Tensor], Tensor], disturb: Callable[[Tensor, int], Tensor], index: int
+) -> Callable[[Tensor], Tensor]:
+    return lambda x: run(disturb(x, index))
+
+
+def gradients(
+    model: LoadedModel, rows: Rows, objective: Objective, weights: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], float]:
+    """Gradient of the divergence by each of `weights`, taken where they stand, and its value."""
+    module = double(model)
+    with torch.no_grad():
+        dense = answers(model, module, rows, objective)
+    there = changed(module, weights).requires_grad_(True)
+    loss = divergence(objective, dense, answers(model, there, rows, objective))
+    loss.backward()
+    found = {name: there.get_submodule(name).weight.grad for name in weights}
+    return found, float(loss.detach())
