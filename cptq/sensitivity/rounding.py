@@ -75,9 +75,7 @@ class Rounding:
         """Q(W) on a grid with zero points, which are not kept: it is rounded anew each time."""
         started = time.perf_counter()
         group = resolve_group(spec.shape[1], candidate.group_size)
-        grid = quantize_asymmetric(
-            kept_OI, candidate.bits, group, scale_dtype=storage_dtype(spec)
-        )
+        grid = quantize_asymmetric(kept_OI, candidate.bits, group, scale_dtype=storage_dtype(spec))
         self.fitting += time.perf_counter() - started
         return dequantize_asymmetric(*grid, kept_OI.dtype)
 

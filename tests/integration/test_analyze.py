@@ -1,4 +1,4 @@
-"""What `cptq analyze` leaves: tables without text, and after Ctrl-C those of the units it reached."""
+"""What `cptq analyze` leaves: tables without text; after Ctrl-C, those of the units it reached."""
 
 from __future__ import annotations
 
