@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from cptq.artifact.companions import MODULES
 from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import Format
-from cptq.types import CalibrationRecord, CompressedLayer, Plan
+from cptq.types import CalibrationRecord, CompressedLayer, ModelKind, Plan
 
 CARD = "README.md"
+PIPELINES: Mapping[ModelKind, str] = {
+    "causal-lm": "text-generation",
+    "masked-lm": "fill-mask",
+    "classifier": "text-classification",
+    "encoder": "feature-extraction",
+}
 _LICENCE_LINES = re.compile(r"^(?:license|license_name|license_link):.*$", re.MULTILINE)
 
 
@@ -25,6 +31,7 @@ def model_card(
 ) -> str:
     """Base model, how to load it, what was done to it; Markdown with a Hub's front matter."""
     layers = list(model.compressed.values())
+    licence = next((x.split(":", 1)[1].strip() for x in _licence_lines(model.path / CARD)), "")
     return "\n".join(
         [
             *_front_matter(model, form),
@@ -38,20 +45,36 @@ def model_card(
             "",
             *_what_was_done(layers, plan, calibration, weight_bytes),
             "",
+            "## Results",
+            "",
+            *_results(model, layers, plan, weight_bytes),
+            "",
             "Everything else (the plan, versions, errors per layer, a sha256 per tensor) is in "
-            "`cptq.json`. The licence is that of the base model.",
+            "`cptq.json`; `cptq verify` checks a copy against it.",
+            "",
+            "## Licence",
+            "",
+            "That of the base model" + (f": {licence}." if licence else ", see there."),
             "",
         ]
     )
 
 
 def _front_matter(model: Content, form: Format) -> list[str]:
-    lines = ["---", "library_name: transformers"]
-    if not Path(model.source).expanduser().is_dir():
-        lines += [f"base_model: {model.source}", "base_model_relation: quantized"]
+    lines = ["---", *([f"library_name: {form.library}"] if form.library else [])]
+    lines.append(f"pipeline_tag: {_pipeline_tag(model)}")
+    if model.hub_id is not None:
+        lines += [f"base_model: {model.hub_id}", "base_model_relation: quantized"]
     lines += _licence_lines(model.path / CARD)
     lines += ["tags:", "- cptq", *(f"- {tag}" for tag in _tags(model, form)), "---", ""]
     return lines
+
+
+def _pipeline_tag(model: Content) -> str:
+    """The Hub's name for what the model does."""
+    if (model.path / MODULES).exists():
+        return "sentence-similarity"
+    return PIPELINES[model.kind]
 
 
 def _licence_lines(card: Path) -> list[str]:
@@ -91,3 +114,24 @@ def _what_was_done(
         f"- Calibration: {calibration.source}, {calibration.samples} samples, "
         f"{calibration.tokens:,} tokens, seed {calibration.seed}.",
     ]
+
+
+def _results(
+    model: Content, layers: Sequence[CompressedLayer], plan: Plan, weight_bytes: int
+) -> list[str]:
+    """What is known when the card is written; quality on a task is what `cptq eval` measures."""
+    half = 2 * model.parameters
+    lines = [
+        f"- Weight files: {weight_bytes:,} bytes, {weight_bytes / half:.1%} of 16 bits a weight; "
+        f"{8 * weight_bytes / model.parameters:.2f} bits a weight over everything."
+    ]
+    errors = [x.result.output_error for x in layers if x.result.output_error is not None]
+    if errors:
+        mean = sum(errors) / len(errors)
+        lines.append(
+            f"- Error of a layer's outputs on the calibration text: {mean:.2%} of their energy on "
+            f"average, {max(errors):.2%} at most."
+        )
+    if plan.predicted_loss is not None:
+        lines.append(f"- Predicted loss, the sum of the layers' scores: {plan.predicted_loss:.4g}.")
+    return lines

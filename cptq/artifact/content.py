@@ -35,6 +35,7 @@ class Content:
     holds (ties once, in storage types), `layers` all weight matrices in forward order,
     `compressed` those that are compressed, by the name of their weight tensor. `fetch` gives a
     dense tensor by name, in any floating type that holds it, or None where there is none.
+    `hub_id` is the base model's name on the Hub, if it came from there.
     """
 
     source: str
@@ -48,6 +49,7 @@ class Content:
     fetch: Callable[[str], Tensor | None]
     tokenizer: PreTrainedTokenizerBase | None = None
     attention: str | None = None
+    hub_id: str | None = None
 
     @property
     def parameters(self) -> int:
@@ -95,6 +97,7 @@ def content_of(model: LoadedModel, layers: Sequence[CompressedLayer], emit: Emit
         fetch=state.get,
         tokenizer=model.tokenizer,
         attention=getattr(model.config, "_attn_implementation", None),
+        hub_id=None if Path(model.source).expanduser().is_dir() else model.source,
     )
 
 

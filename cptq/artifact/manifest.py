@@ -47,6 +47,7 @@ def build_manifest(
         "versions": _versions(),
         "model": {
             "source": model.base_name,
+            "hub_id": model.hub_id,
             "fingerprint": model.fingerprint,
             "kind": model.kind,
             "family": model.family,

@@ -73,6 +73,7 @@ class Gguf(Format):
     name = "gguf"
     layout = GGUF_LAYOUT
     tags = ("gguf", "llama.cpp")
+    library = None
 
     def check(self, content: Content) -> None:
         config = read_config(content)

@@ -29,8 +29,9 @@ class Format(ABC):
 
     name: ClassVar[str]
     layout: Layout
-    #: tags of the model card
+    #: tags of the model card, and the library that it names
     tags: tuple[str, ...] = ()
+    library: str | None = "transformers"
 
     @abstractmethod
     def check(self, content: Content) -> None:
