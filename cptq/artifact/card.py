@@ -28,9 +28,9 @@ def model_card(
     return "\n".join(
         [
             *_front_matter(model, form),
-            f"# {base_name(model)}, compressed by cptq",
+            f"# {model.base_name}, compressed by cptq",
             "",
-            f"Made from `{base_name(model)}` ({model.parameters:,} weights, sha256 "
+            f"Made from `{model.base_name}` ({model.parameters:,} weights, sha256 "
             f"`{model.fingerprint[:16]}`).",
             "",
             *_how_to_load(model, form),
@@ -43,11 +43,6 @@ def model_card(
             "",
         ]
     )
-
-
-def base_name(model: Content) -> str:
-    """The Hub id, or the name of a local directory (never its path)."""
-    return model.path.name if Path(model.source).expanduser().is_dir() else model.source
 
 
 def _front_matter(model: Content, form: Format) -> list[str]:

@@ -77,10 +77,14 @@ def _modules(directory: Path) -> list[str]:
     return [folder for folder in folders if folder]
 
 
-def copy_companions(model: Content, to: Path, emit: Emit) -> list[str]:
-    """Copy them; names of what was copied. What is missing is said."""
-    code = "auto_map" in read_config(model.path)
+def copy_companions(model: Content, to: Path, emit: Emit, only: tuple[str, ...] = ()) -> list[str]:
+    """Copy them; names of what was copied. What is missing is said.
+
+    `only` restricts them to files of these patterns, for formats that hold the rest themselves.
+    """
+    code = "auto_map" in read_config(model.path) and not only
     names = companion_files(model.path, code=code)
+    names = [name for name in names if _any([name], only)] if only else names
     for name in names:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(model.path / name, to / name)
@@ -90,7 +94,7 @@ def copy_companions(model: Content, to: Path, emit: Emit) -> list[str]:
     if not _any(names, LICENCE):
         message = "no licence file lies beside the model, so none was copied"
         emit(Notice(kind="info", subject=model.source, message=message))
-    if model.tokenizer is not None and not _any(names, TOKENIZER):
+    if model.tokenizer is not None and not only and not _any(names, TOKENIZER):
         model.tokenizer.save_pretrained(to)
         message = "no tokenizer files lie beside the model; the loaded tokenizer was saved instead"
         emit(Notice(kind="fallback", subject=model.source, message=message))
@@ -112,10 +116,18 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
-def write_config(directory: Path, quantization: dict[str, Any] | None, to: Path) -> None:
-    """config.json: the model's own, and what says how the weights are stored."""
+def write_config(
+    directory: Path, quantization: dict[str, Any] | None, to: Path, dtype: str | None = None
+) -> None:
+    """config.json: the model's own, and what says how the weights are stored.
+
+    `dtype` is the type of the dense weights where it is no longer the model's own.
+    """
     config = read_config(directory)
     config.pop("quantization_config", None)
+    if dtype is not None:
+        config.pop("torch_dtype", None)
+        config["dtype"] = dtype
     if quantization is not None:
         config["quantization_config"] = quantization
     text = json.dumps(config, indent=2, ensure_ascii=False) + "\n"

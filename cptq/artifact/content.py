@@ -54,6 +54,11 @@ class Content:
         """Number of stored weights, tied ones once."""
         return sum(spec.numel for spec in self.tensors)
 
+    @property
+    def base_name(self) -> str:
+        """The Hub id, or the name of a local directory (never its path)."""
+        return self.path.name if Path(self.source).expanduser().is_dir() else self.source
+
     def dense(self, spec: TensorSpec) -> Tensor:
         """The value of a tensor that is stored dense, in its storage type.
 

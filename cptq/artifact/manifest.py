@@ -5,18 +5,22 @@ No times and no dates: the same run writes the same bytes.
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 from cptq import __version__
 from cptq.artifact.content import Content
-from cptq.types import CalibrationRecord, LayerResult, LayerSpec, Plan
+from cptq.types import CalibrationRecord, LayerResult, Plan
 
 MANIFEST = "cptq.json"
 FORMAT_VERSION = 1
+#: endings of the files beside the weights that a loader reads
+LOADED = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 _PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors")
 
 
@@ -26,18 +30,23 @@ def build_manifest(
     *,
     calibration: CalibrationRecord,
     seed: int,
+    form: str,
     weight_format: str,
     weight_files: Mapping[str, int],
     digests: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Everything but the verification, as plain data."""
+    """Everything but what verification adds, as plain data.
+
+    `form` is the name of the format in `FORMATS`, `weight_format` what a reader should call it.
+    """
     packed = {layer.spec.name: layer for layer in model.compressed.values()}
     return {
         "format_version": FORMAT_VERSION,
+        "form": form,
         "format": weight_format,
         "versions": _versions(),
         "model": {
-            "source": model.source,
+            "source": model.base_name,
             "fingerprint": model.fingerprint,
             "kind": model.kind,
             "family": model.family,
@@ -45,14 +54,16 @@ def build_manifest(
         "seed": seed,
         "plan": plan.to_dict(),
         "calibration": asdict(calibration),
-        "layers": [_layer(layer.spec, layer.result) for layer in packed.values()],
+        "layers": [_layer(layer.result) for layer in packed.values()],
         "dense": {
             spec.name: spec.reason or "kept at 16 bits by the plan"
             for spec in model.layers
             if spec.name not in packed
         },
+        "inventory": [asdict(spec) for spec in model.layers],
         "weight_files": dict(weight_files),
         "tensors_sha256": dict(digests),
+        "files_sha256": {},
         "verification": None,
     }
 
@@ -67,15 +78,9 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _layer(spec: LayerSpec, result: LayerResult) -> dict[str, Any]:
+def _layer(result: LayerResult) -> dict[str, Any]:
     return {
         "name": result.name,
-        "block": spec.block,
-        "role": spec.role,
-        "kind": spec.kind,
-        "shape": list(spec.shape),
-        "dtype": spec.dtype,
-        "transposed": spec.transposed,
         "candidate": result.candidate.label,
         "bits": result.candidate.bits,
         "group_size": result.group_size,
@@ -89,3 +94,14 @@ def _layer(spec: LayerSpec, result: LayerResult) -> dict[str, Any]:
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
     """The manifest as it is written."""
     return (json.dumps(dict(manifest), indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def file_digests(place: Path, weight_files: Iterable[str]) -> dict[str, str]:
+    """sha256 (hex) of the files that say what the weights mean: settings, tokenizer, code."""
+    weights = set(weight_files)
+    found = {}
+    for path in sorted(place.rglob("*")):
+        name = path.relative_to(place).as_posix()
+        if path.is_file() and name not in weights and path.suffix in LOADED:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found

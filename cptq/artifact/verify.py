@@ -38,7 +38,8 @@ class VerificationSample:
     """Inputs of the model, and what the compressed model in memory answers (float32).
 
     `tolerance` is relative to the largest expected value. `attention` is the implementation that
-    the model in memory uses (None: transformers' default).
+    the model in memory uses (None: transformers' default). Where `partial` is set, only the
+    expected values that are numbers are known.
     """
 
     inputs: Mapping[str, Tensor]
@@ -46,16 +47,17 @@ class VerificationSample:
     tolerance: float = TOLERANCE
     attention: str | None = None
     trust_remote_code: bool = False
+    partial: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class Verification:
-    """What the fresh process found."""
+    """What the fresh process found; no difference where nothing could be computed."""
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[str, ...]
-    max_abs_difference: float
+    max_abs_difference: float | None
     seconds: float
 
 
@@ -69,6 +71,7 @@ def verify_in_fresh_process(
     attention: str | None = None,
     trust_remote_code: bool = False,
     imports: Sequence[str] = (),
+    partial: bool = False,
 ) -> Verification:
     """Load `path` in another process and compare.
 
@@ -81,15 +84,16 @@ def verify_in_fresh_process(
         attention: as there.
         trust_remote_code: let the model's own code run.
         imports: modules that are imported before it is loaded; none means stock transformers.
+        partial: only the expected values that are numbers are known.
 
     Raises:
         ArtifactError: it does not load, keys are missing, unexpected or mismatched, or the outputs
             differ; says which and by how much.
     """
-    start = time.perf_counter()
+    start, path = time.perf_counter(), path.resolve()
     with tempfile.TemporaryDirectory(prefix=f"{path.name}-check-", dir=path.parent) as folder:
         job: dict[str, Any] = {
-            "directory": str(path.resolve()),
+            "directory": str(path),
             "auto_class": AUTO_CLASSES[kind],
             "attention": attention,
             "trust_remote_code": trust_remote_code,
@@ -104,10 +108,10 @@ def verify_in_fresh_process(
         missing=tuple(report["missing"]),
         unexpected=tuple(report["unexpected"]),
         mismatched=tuple(report["mismatched"]),
-        max_abs_difference=_difference(answer, expected.detach().float().cpu()),
+        max_abs_difference=_difference(answer, expected.detach().float().cpu(), partial),
         seconds=time.perf_counter() - start,
     )
-    _judge(found, [] if imports else report["cptq"], tolerance * float(expected.abs().max()))
+    _judge(found, [] if imports else report["cptq"], tolerance * _largest(expected))
     return found
 
 
@@ -135,11 +139,16 @@ def _run(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _difference(answer: Tensor, expected: Tensor) -> float:
+def _largest(expected: Tensor) -> float:
+    return float(expected.nan_to_num(0.0).abs().max())
+
+
+def _difference(answer: Tensor, expected: Tensor, partial: bool = False) -> float:
     """Largest absolute difference; infinite where shapes differ or a value is not a number."""
     if answer.shape != expected.shape:
         return float("inf")
-    difference = float((answer - expected).abs().max())
+    known = ~expected.isnan() if partial else torch.ones_like(expected, dtype=torch.bool)
+    difference = float((answer - expected)[known].abs().max())
     return difference if difference == difference else float("inf")
 
 
@@ -153,7 +162,7 @@ def _judge(found: Verification, imported: list[str], allowed: float) -> None:
             )
     if imported:
         raise ArtifactError(f"the check was not independent: {imported[0]} was imported in it")
-    if not found.max_abs_difference <= allowed:
+    if found.max_abs_difference is None or not found.max_abs_difference <= allowed:
         raise ArtifactError(
             f"the written model answers differently from the one in memory: by "
             f"{found.max_abs_difference:.3g}, where {allowed:.3g} is allowed"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,9 @@ from cptq.artifact.companions import companion_bytes
 from cptq.artifact.content import Content, content_of
 from cptq.artifact.formats import DEFAULT_FORMAT, FORMATS
 from cptq.artifact.formats.interface import Format
-from cptq.artifact.manifest import MANIFEST, build_manifest, manifest_bytes
+from cptq.artifact.manifest import MANIFEST, build_manifest, file_digests, manifest_bytes
 from cptq.artifact.place import check_output, new_directory
+from cptq.artifact.sample import sample_record
 from cptq.artifact.verify import Verification, VerificationSample
 from cptq.artifact.weights import write_bytes, write_files
 from cptq.checkpoint.model import LoadedModel
@@ -70,36 +71,80 @@ def write_artifact(
         ArtifactError: a layer the format cannot hold, a full disk, a failed verification. Nothing
             is left behind then, and an older artifact is untouched.
     """
-    chosen = FORMATS.get(form)
     content = content_of(model, layers, emit)
+    record = Record(plan=plan, calibration=calibration, seed=seed)
+    return write_content(
+        content,
+        record,
+        form=form,
+        out=check_output(out, overwrite=overwrite, source=model.path),
+        sample=sample,
+        extras=extras,
+        reports=reports,
+        emit=emit,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """How the content came to be; `more` goes into the manifest as it is."""
+
+    plan: Plan
+    calibration: CalibrationRecord
+    seed: int
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+def write_content(
+    content: Content,
+    record: Record,
+    *,
+    form: str,
+    out: Path,
+    sample: VerificationSample | None,
+    extras: Mapping[str, bytes] | None = None,
+    reports: Callable[[Verification | None], Mapping[str, bytes]] | None = None,
+    emit: Emit,
+) -> Artifact:
+    """As `write_artifact`, of anything; `out` has passed `check_output`."""
+    chosen = FORMATS.get(form)
     chosen.check(content)
-    out = check_output(out, overwrite=overwrite, source=model.path)
     more = dict(extras or {})
     _check_extras(more)
-    need = chosen.nbytes(content) + companion_bytes(model.path)
+    need = chosen.nbytes(content) + companion_bytes(content.path)
     with new_directory(out, need + sum(map(len, more.values()))) as place:
         emit(Progress(stage="write", done=0, total=2, message=f"{need:,} bytes"))
-        written = chosen.write(content, place, emit)
-        total = sum(written.files.values())
-        card = model_card(content, chosen, plan, calibration, total)
+        files = chosen.write(content, place, emit)
+        total = sum(files.values())
+        card = model_card(content, chosen, record.plan, record.calibration, total)
         write_bytes(place / CARD, card.encode())
         write_files(place, more)
         emit(Progress(stage="write", done=1, total=2, message="verifying in a fresh process"))
         verification = _verify(chosen, content, place, sample, emit)
-        manifest = build_manifest(
-            content,
-            plan,
-            calibration=calibration,
-            seed=seed,
-            weight_format=chosen.label(content),
-            weight_files=written.files,
-            digests=written.digests,
-        )
+        manifest = _manifest(chosen, content, record, files, place)
         manifest["verification"] = _plain(verification)
+        manifest.setdefault("sample", sample and sample_record(_with_attention(sample, content)))
         write_bytes(place / MANIFEST, manifest_bytes(manifest))
         write_files(place, reports(verification) if reports else {})
     emit(Progress(stage="write", done=2, total=2, message=str(out)))
     return Artifact(path=out, weight_bytes=total, format=manifest["format"], manifest=manifest)
+
+
+def _manifest(
+    form: Format, content: Content, record: Record, files: Mapping[str, int], place: Path
+) -> dict[str, Any]:
+    manifest = build_manifest(
+        content,
+        record.plan,
+        calibration=record.calibration,
+        seed=record.seed,
+        form=form.name,
+        weight_format=form.label(content),
+        weight_files=files,
+        digests=form.digests(place, files),
+    )
+    manifest["files_sha256"] = file_digests(place, files)
+    return manifest | dict(record.more)
 
 
 def _check_extras(extras: Mapping[str, bytes]) -> None:
@@ -116,7 +161,12 @@ def _verify(
         message = "was not compared with the model in memory, as no sample was given"
         emit(Notice(kind="warning", subject="artifact", message=message))
         return None
-    return form.verify(content, place, sample)
+    sample = _with_attention(sample, content)
+    return form.verify(place, content.kind, sample, emit, content.path)
+
+
+def _with_attention(sample: VerificationSample, content: Content) -> VerificationSample:
+    return replace(sample, attention=sample.attention or content.attention)
 
 
 def _plain(found: Verification | None) -> dict[str, Any] | None:

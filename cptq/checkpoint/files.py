@@ -13,6 +13,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
 from cptq.errors import ModelError
 from cptq.numerics.packed_layout import WEIGHT_FILES
 from cptq.types import DTYPE_BYTES, TensorSpec
@@ -23,6 +25,15 @@ SINGLE = "model.safetensors"
 PACKED_SINGLE, PACKED_INDEX = WEIGHT_FILES
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
+#: what reading a header that holds anything at all can raise
+_UNREADABLE = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 #: safetensors' own limit on the header
 MOST_HEADER = 100_000_000
 
@@ -95,11 +106,25 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         raw = stream.read(length)
     try:
         header = json.loads(raw)
-        entries = {n: e for n, e in header.items() if n != "__metadata__"}
+        if not all(isinstance(v, str) for v in header.pop("__metadata__", {}).values()):
+            raise ValueError("metadata that is no text")
+        entries = dict(header)
         ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
         return _checked(path, ordered, size - 8 - length)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise _corrupt(path, f"its header cannot be read ({type(error).__name__})") from error
+
+
+def open_tensors(path: Path, framework: str) -> Any:
+    """The safetensors library's handle on a file, a context that maps it and reads nothing yet.
+
+    Raises:
+        ModelError: the library refuses it.
+    """
+    try:
+        return safe_open(path, framework=framework)
+    except (SafetensorError, OSError) as error:
+        raise _corrupt(path, str(error)[:200]) from error
 
 
 def _checked(path: Path, entries: list[tuple[str, Any]], data_bytes: int) -> dict[str, TensorSpec]:
@@ -107,7 +132,9 @@ def _checked(path: Path, entries: list[tuple[str, Any]], data_bytes: int) -> dic
     end_before = 0
     for name, entry in entries:
         start, end = entry["data_offsets"]
-        dtype, shape = entry["dtype"], tuple(int(n) for n in entry["shape"])
+        dtype, shape = entry["dtype"], tuple(entry["shape"])
+        if not all(type(n) is int for n in (start, end, *shape)):
+            raise _corrupt(path, f"the place of {name!r} in it is no place")
         if dtype not in DTYPE_BYTES:
             raise ModelError(f"{path} holds {name!r} as {dtype}, which cptq does not know")
         spec = TensorSpec(name=name, dtype=dtype, shape=shape)
@@ -161,3 +188,27 @@ def read_config(directory: Path) -> Mapping[str, Any]:
     if not isinstance(config, dict):
         raise ModelError(f"{path} is not a JSON object")
     return config
+
+
+#: settings that are a dimension of some tensor, under the names that families give them
+_DIMENSIONS = ("hidden_size", "intermediate_size", "vocab_size", "n_embd", "dim", "hidden_dim")
+_COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+
+
+def check_sizes(
+    directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
+) -> None:
+    """Refuse settings that the weights cannot be of, before a model of that size is made.
+
+    Raises:
+        ModelError: a dimension larger than all stored numbers, or more blocks than tensors.
+    """
+    most = max((spec.numel for spec in tensors.values()), default=0)
+    limits = dict.fromkeys(_DIMENSIONS, most) | dict.fromkeys(_COUNTS, len(tensors))
+    for name, limit in limits.items():
+        value = config.get(name)
+        if isinstance(value, int) and value > limit:
+            raise ModelError(
+                f"{directory / 'config.json'} says {name} {value:,}, more than the weights hold",
+                hint="download or copy the checkpoint again",
+            )

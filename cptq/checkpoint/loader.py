@@ -16,6 +16,7 @@ from cptq.checkpoint.architectures import GENERIC, architecture
 from cptq.checkpoint.files import (
     PICKLE_INDEX,
     PICKLE_SINGLE,
+    check_sizes,
     checkpoint_tensors,
     fingerprint,
     pickle_files,
@@ -61,6 +62,7 @@ def load_model(settings: ModelSettings, emit: Emit, *, conv1d: bool = False) -> 
     kind = model_kind(config, path)
     files = _weight_paths(path, settings)
     stored = _stored_types(path, files, settings)
+    check_sizes(path, config, stored)
     dtype = pick_dtype(settings.dtype, device, stored)
     with _hub_errors_explained(settings.model):
         module = _from_pretrained(path, kind, dtype, settings, emit).to(device).eval()

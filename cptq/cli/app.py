@@ -14,6 +14,9 @@ from cptq import __version__
 from cptq.cli.commands.analyze import analyze
 from cptq.cli.commands.compress import compress
 from cptq.cli.commands.evaluate import evaluate
+from cptq.cli.commands.export import export
+from cptq.cli.commands.inspect import inspect
+from cptq.cli.commands.verify import verify
 from cptq.cli.environment import hush, prepare, tolerate_encodings
 
 app = typer.Typer(
@@ -45,6 +48,9 @@ def root(version: Version = False) -> None:
 app.command("analyze")(analyze)
 app.command("compress")(compress)
 app.command("eval")(evaluate)
+app.command("export")(export)
+app.command("inspect")(inspect)
+app.command("verify")(verify)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -71,7 +77,8 @@ def _refuse(words: list[str], problem: str, exit_code: int) -> int:
     from cptq.cli.console import Talk
     from cptq.cli.failures import Failure
 
-    known = [word for word in words[:1] if word in ("analyze", "compress", "eval")]
+    commands = {command.name for command in app.registered_commands}
+    known = [word for word in words[:1] if word in commands]
     hint = " ".join(["cptq", *known, "--help"]) + " lists what there is"
     failure = Failure(kind="UsageError", problem=problem, hint=hint, exit_code=exit_code)
     talk = Talk("json" if asks_for_json(words) else "human")
@@ -80,5 +87,9 @@ def _refuse(words: list[str], problem: str, exit_code: int) -> int:
 
 
 def asks_for_json(words: Sequence[str]) -> bool:
-    """`--format json` is on the line, also where the rest of it cannot be read."""
-    return "--format=json" in words or ("--format", "json") in pairwise(words)
+    """`--format json` is on the line, also where the rest of it cannot be read.
+
+    `export` calls it `--print`, as its `--format` is that of the file.
+    """
+    option = "--print" if "export" in words[:1] else "--format"
+    return f"{option}=json" in words or (option, "json") in pairwise(words)

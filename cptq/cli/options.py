@@ -17,6 +17,10 @@ Model = Annotated[
     str | None,
     typer.Argument(metavar="MODEL", help="A Hub id or a local directory.", show_default=False),
 ]
+Artifact = Annotated[
+    Path,
+    typer.Argument(metavar="ARTIFACT", help="A directory that cptq wrote.", show_default=False),
+]
 Config = Annotated[
     Path | None,
     typer.Option("--config", metavar="FILE", help="YAML with the same names; options win over it."),

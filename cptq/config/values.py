@@ -43,7 +43,7 @@ def describe(settings: Settings) -> dict[str, Any]:
 def command_line(settings: Settings) -> str:
     """The shortest `cptq ...` line that gives these settings (never the access token)."""
     given = describe(settings)
-    least: dict[str, Any] = {name: given[name] for name in ("model", "runtime") if name in given}
+    least: Mapping[str, Any] = {n: given[n] for n in ("model", "runtime") if n in given}
     usual = describe(build(type(settings), least)) | {"runtime": DEFAULT_RUNTIME}
     words = ["cptq", COMMANDS[type(settings)], given["model"]]
     for name, value in given.items():

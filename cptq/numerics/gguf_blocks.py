@@ -19,18 +19,10 @@ Cost: O(out * in). Shapes: codes_OI int8 (out, in), scale_OG (out, groups), byte
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-#: weights of one block
-BLOCK = 32
-#: bits of the codes -> type that holds them
-TYPE_OF_BITS: Mapping[int, str] = (
-    dict.fromkeys((2, 3, 4), "Q4_0") | {5: "Q5_0"} | dict.fromkeys((6, 7, 8), "Q8_0")
-)
-BLOCK_BYTES: Mapping[str, int] = {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34}
+from cptq.numerics.gguf_layout import BLOCK, BLOCK_BYTES, TYPE_BITS
 
 
 def half_holds(scale_OG: Tensor) -> bool:
@@ -56,7 +48,7 @@ def pack_blocks(codes_OI: Tensor, scale_OG: Tensor, kind: str) -> Tensor:
         raise ValueError(f"{inputs} inputs in {scale_OG.shape[1]} groups are no blocks of {BLOCK}")
     if not half_holds(scale_OG):
         raise ValueError("a scale is not exact in float16")
-    _check_range(codes_OI, {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}[kind])
+    _check_range(codes_OI, TYPE_BITS[kind])
     d_OB = scale_OG.to(torch.float16).repeat_interleave(blocks // scale_OG.shape[1], dim=1)
     d_OBD = d_OB.contiguous().view(torch.uint8).view(out, blocks, 2)
     body_OBD = _BODIES[kind](codes_OI.view(out, blocks, BLOCK))

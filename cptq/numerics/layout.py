@@ -47,6 +47,29 @@ class PackQuantized:
 PACK_QUANTIZED = PackQuantized()
 
 
+class Half:
+    """The `cptq.types.Layout` of 16-bit weights, whatever they were rounded to before."""
+
+    name = "dense"
+
+    def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
+        """Nothing is refused."""
+        return None
+
+    def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
+        """The weight, in 16 bits."""
+        shape = layer.shape[::-1] if layer.transposed else layer.shape
+        return (TensorSpec(name=layer.weight_name, dtype=half_type(layer.dtype), shape=shape),)
+
+
+def half_type(dtype: str) -> str:
+    """The 16-bit type for values of a storage type; what is no wider float stays."""
+    return "F16" if dtype in ("F32", "F64") else dtype
+
+
+HALF = Half()
+
+
 def packed_tensors(layer: LayerSpec, bits: int, groups: int) -> tuple[TensorSpec, ...]:
     """The three tensors of a compressed layer; `groups` scales per output row."""
     out, inputs = layer.shape

@@ -5,5 +5,6 @@ from __future__ import annotations
 from cptq.pipeline.analyze import analyze
 from cptq.pipeline.compress import compress
 from cptq.pipeline.evaluate import evaluate
+from cptq.pipeline.export import export
 
-__all__ = ["analyze", "compress", "evaluate"]
+__all__ = ["analyze", "compress", "evaluate", "export"]

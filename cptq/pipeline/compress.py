@@ -14,6 +14,7 @@ from cptq.allocation.allocate import allocate, check_plan
 from cptq.allocation.cost import CostModel
 from cptq.allocation.targets import resolve_budget
 from cptq.artifact.formats import FORMATS
+from cptq.artifact.hub import check_push, push
 from cptq.artifact.place import check_space
 from cptq.artifact.verify import TOLERANCE, Verification
 from cptq.artifact.writer import VerificationSample, check_output, write_artifact
@@ -37,6 +38,7 @@ from cptq.types import (
     Candidate,
     CompressedLayer,
     Emit,
+    Notice,
     Plan,
     SensitivityTable,
 )
@@ -69,6 +71,11 @@ def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
             emit=run.recorder,
         )
     artifact, report = run.write(layers, run.plan)
+    if run.runtime.next_step is not None:
+        message = f"to run it there: {run.runtime.next_step.format(out=run.out)}"
+        emit(Notice(kind="info", subject=run.runtime.name, message=message))
+    if settings.push_to_hub is not None:
+        push(artifact.path, settings.push_to_hub, token=settings.model.token, emit=run.recorder)
     return CompressOutcome(
         summary=report,
         out=run.out,
@@ -113,6 +120,8 @@ class _Run:
     def read_budget_or_plan(self) -> Budget:
         """The bytes to keep to; a target out of reach is refused before anything is measured."""
         settings = self.settings
+        if settings.push_to_hub is not None:
+            check_push(settings.push_to_hub, settings.model.token)
         if settings.plan is not None:
             self.plan = _given_plan(settings.plan, self.model, self.cost)
             budget = self.plan.budget

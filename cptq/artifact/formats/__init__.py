@@ -19,6 +19,8 @@ FORMATS: Registry[Format] = Registry(
     {
         "compressed-tensors": "cptq.artifact.formats.compressed_tensors:COMPRESSED_TENSORS",
         "packed": "cptq.artifact.formats.packed:PACKED",
+        "dense": "cptq.artifact.formats.dense:DENSE",
+        "gguf": "cptq.artifact.formats.gguf:GGUF",
     },
 )
 DEFAULT_FORMAT = "compressed-tensors"

@@ -8,8 +8,7 @@ config.json must say about them, and how they are read back.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -22,15 +21,7 @@ from cptq.artifact.weights import tensor_digests, write_weights
 from cptq.errors import ArtifactError
 from cptq.numerics.layout import replace_tensors
 from cptq.numerics.safetensors_header import measure, total_bytes
-from cptq.types import CompressedLayer, Emit, LayerResult, LayerSpec, Layout, TensorSpec
-
-
-@dataclass(frozen=True, kw_only=True)
-class Written:
-    """Weight files and their bytes, and a sha256 for every tensor in them."""
-
-    files: Mapping[str, int]
-    digests: Mapping[str, str]
+from cptq.types import CompressedLayer, Emit, LayerResult, LayerSpec, Layout, ModelKind, TensorSpec
 
 
 class Format(ABC):
@@ -51,15 +42,37 @@ class Format(ABC):
 
     @abstractmethod
     def nbytes(self, content: Content) -> int:
-        """Bytes of the weight files to be."""
+        """Bytes of the weight files to be, or a little more."""
 
     @abstractmethod
-    def write(self, content: Content, place: Path, emit: Emit) -> Written:
-        """Write the weights, and all that the format's readers need, into an empty directory."""
+    def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
+        """Write the weights, and all that the format's readers need, into an empty directory.
+
+        Returns:
+            {file name: bytes} of the files with weights.
+        """
 
     @abstractmethod
-    def verify(self, content: Content, place: Path, sample: VerificationSample) -> Verification:
+    def digests(self, place: Path, files: Iterable[str]) -> dict[str, str]:
+        """sha256 (hex) of every tensor in the weight files, read back."""
+
+    @abstractmethod
+    def verify(
+        self,
+        place: Path,
+        kind: ModelKind,
+        sample: VerificationSample,
+        emit: Emit,
+        source: Path | None = None,
+    ) -> Verification:
         """Load what was written in a fresh process, as a user would, and compare.
+
+        Args:
+            place: the directory that was written.
+            kind: of model.
+            sample: inputs and expected outputs.
+            emit: receives what must be said.
+            source: the directory that it was made from, where it is at hand.
 
         Raises:
             ArtifactError: it does not load, or answers differently.
@@ -74,13 +87,40 @@ class Format(ABC):
         return self.name
 
 
-class SafetensorsFormat(Format):
+class CheckpointFormat(Format):
     """A format that `from_pretrained` loads."""
 
     #: modules that a fresh process imports before it loads; none means stock transformers
     imports: tuple[str, ...] = ()
     #: name of the weight file without its ending
     stem: str = "model"
+
+    def digests(self, place: Path, files: Iterable[str]) -> dict[str, str]:
+        return tensor_digests(place / name for name in files)
+
+    def verify(
+        self,
+        place: Path,
+        kind: ModelKind,
+        sample: VerificationSample,
+        emit: Emit,
+        source: Path | None = None,
+    ) -> Verification:
+        return verify_in_fresh_process(
+            place,
+            kind,
+            sample.inputs,
+            sample.expected,
+            tolerance=sample.tolerance,
+            attention=sample.attention,
+            trust_remote_code=sample.trust_remote_code,
+            imports=self.imports,
+            partial=sample.partial,
+        )
+
+
+class SafetensorsFormat(CheckpointFormat):
+    """A checkpoint in which some tensors stand for the weight of a compressed layer."""
 
     @abstractmethod
     def check_layer(self, layer: CompressedLayer) -> None:
@@ -118,7 +158,7 @@ class SafetensorsFormat(Format):
     def nbytes(self, content: Content) -> int:
         return total_bytes(map(measure, self._specs(content)))
 
-    def write(self, content: Content, place: Path, emit: Emit) -> Written:
+    def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
         packed = {
             spec.name: layer
             for layer in content.compressed.values()
@@ -132,19 +172,7 @@ class SafetensorsFormat(Format):
         files = write_weights(place, self._specs(content), value, stem=self.stem)
         write_config(content.path, self.quantization_config(content), place)
         copy_companions(content, place, emit)
-        return Written(files=files, digests=tensor_digests(place / name for name in files))
-
-    def verify(self, content: Content, place: Path, sample: VerificationSample) -> Verification:
-        return verify_in_fresh_process(
-            place,
-            content.kind,
-            sample.inputs,
-            sample.expected,
-            tolerance=sample.tolerance,
-            attention=sample.attention or content.attention,
-            trust_remote_code=sample.trust_remote_code,
-            imports=self.imports,
-        )
+        return files
 
     def _specs(self, content: Content) -> list[TensorSpec]:
         """All tensors of the file, compressed weights replaced in place."""

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from cptq.numerics.gguf_blocks import BLOCK_BYTES, TYPE_OF_BITS, half_holds, pack_blocks
+from cptq.numerics.gguf_blocks import half_holds, pack_blocks
+from cptq.numerics.gguf_layout import BLOCK_BYTES, TYPE_OF_BITS
 from cptq.numerics.grid import code_range
 from tests.reference.gguf_blocks import unpack_block
 

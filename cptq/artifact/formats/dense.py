@@ -1,0 +1,102 @@
+"""`dense`: the compressed weights multiplied out to 16 bits, an ordinary checkpoint for any tool.
+
+No byte is saved against a 16-bit checkpoint. It is for programs that read no packed format, and for
+comparing: they see the numbers that compression left. Weights keep the checkpoint's 16-bit type;
+float32 becomes float16 (bfloat16 where a value would overflow). codes * scale is rounded to that
+type, by at most half a last place (2^-12 of a weight in float16, 2^-9 in bfloat16), so outputs
+differ a little from those of the packed artifact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from cptq.artifact.companions import copy_companions, write_config
+from cptq.artifact.content import Content
+from cptq.artifact.formats.compressed_tensors import from_pretrained_lines
+from cptq.artifact.formats.interface import CheckpointFormat
+from cptq.artifact.verify import Verification, VerificationSample
+from cptq.artifact.weights import write_weights
+from cptq.checkpoint.weights import TORCH_DTYPES
+from cptq.numerics.layout import HALF, half_type
+from cptq.numerics.safetensors_header import measure, total_bytes
+from cptq.types import Emit, ModelKind, TensorSpec
+
+#: what 16-bit weights may change, as a share of the largest output
+TOLERANCE = 0.05
+_NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
+
+
+class Dense(CheckpointFormat):
+    """See the head of this module."""
+
+    name = "dense"
+    layout = HALF
+
+    def check(self, content: Content) -> None:
+        """Every layer can be multiplied out."""
+
+    def nbytes(self, content: Content) -> int:
+        return total_bytes(map(measure, _specs(content)))
+
+    def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
+        specs = _specs(content)
+        stored = {spec.name: spec for spec in content.tensors}
+        files = write_weights(
+            place, specs, lambda spec: _value(content, stored[spec.name], spec.dtype)
+        )
+        kinds = {spec.dtype for spec in specs} & set(_NAMES)
+        main = max(kinds, key=lambda k: sum(s.nbytes for s in specs if s.dtype == k), default="F16")
+        write_config(content.path, None, place, dtype=_NAMES[main])
+        copy_companions(content, place, emit)
+        return files
+
+    def verify(
+        self,
+        place: Path,
+        kind: ModelKind,
+        sample: VerificationSample,
+        emit: Emit,
+        source: Path | None = None,
+    ) -> Verification:
+        loose = replace(sample, tolerance=max(TOLERANCE, sample.tolerance))
+        return super().verify(place, kind, loose, emit, source)
+
+    def how_to_load(self, content: Content) -> Sequence[str]:
+        return from_pretrained_lines(content)
+
+
+def _specs(content: Content) -> list[TensorSpec]:
+    """All tensors at 16 bits; float32 is bfloat16 where float16 would overflow."""
+    narrow = []
+    for spec in content.tensors:
+        dtype = half_type(spec.dtype)
+        if dtype != spec.dtype and not _fits(_exact(content, spec)):
+            dtype = "BF16"
+        narrow.append(replace(spec, dtype=dtype))
+    return narrow
+
+
+def _fits(value: Tensor) -> bool:
+    return bool(value.abs().max() <= torch.finfo(torch.float16).max) if value.numel() else True
+
+
+def _exact(content: Content, spec: TensorSpec) -> Tensor:
+    """A tensor in float32, compressed layers multiplied out, as it lies in the file."""
+    layer = content.compressed.get(spec.name)
+    if layer is None:
+        return content.dense(spec)
+    W_OI = layer.dense(torch.float32)
+    return W_OI.T if layer.spec.transposed else W_OI
+
+
+def _value(content: Content, stored: TensorSpec, dtype: str) -> Tensor:
+    return _exact(content, stored).to(TORCH_DTYPES[dtype])
+
+
+DENSE = Dense()

@@ -1,0 +1,286 @@
+"""`gguf`: one file for llama.cpp, tokenizer and settings inside; nothing is quantized again.
+
+Our symmetric integers are ggml's Q4_0, Q5_0 and Q8_0 blocks bit for bit (`numerics.gguf_blocks`),
+wherever 32 divides the inputs and the groups and float16 holds the scales. Matrices that stayed
+dense are F16 where float16 holds every value, else BF16 or F32 as they are stored; vectors, and
+what llama.cpp insists on, are F32. So the file's weights are the artifact's weights, exactly.
+
+Limits: families of `artifact.gguf.families`; symmetric grids (Q4_1 and Q5_1 store their offset in
+float16, which a scale times a zero point is not, in general); K-quants are not written.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig
+
+from cptq import __version__
+from cptq.artifact.companions import LICENCE, copy_companions
+from cptq.artifact.content import Content
+from cptq.artifact.formats.interface import Format, refused
+from cptq.artifact.gguf.check import gguf_digests, verify_in_llama_cpp
+from cptq.artifact.gguf.families import Config, Family, find_family, rope_factors, row_order
+from cptq.artifact.gguf.vocabulary import add_vocabulary, read_tokenizer, sort_of
+from cptq.artifact.verify import Verification, VerificationSample
+from cptq.checkpoint.weights import TORCH_DTYPES
+from cptq.errors import ArtifactError
+from cptq.numerics.gguf_blocks import half_holds, pack_blocks
+from cptq.numerics.gguf_layout import BLOCK_BYTES, GGUF_LAYOUT, TYPE_OF_BITS, shape_refusal
+from cptq.types import CompressedLayer, Emit, ModelKind, Notice, TensorSpec
+
+_FILE_TYPES = {"Q4_0": 2, "Q5_0": 8, "Q8_0": 7}
+_WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Entry:
+    """One tensor of the file: its name there, where it comes from, its type."""
+
+    name: str
+    spec: TensorSpec
+    kind: str
+    layer: CompressedLayer | None = None
+    transposed: bool = False
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        if self.layer is not None:
+            return self.layer.spec.shape
+        return self.spec.shape[::-1] if self.transposed else self.spec.shape
+
+    @property
+    def byte_shape(self) -> tuple[int, ...]:
+        """Shape of the bytes, uint8."""
+        *rows, last = self.shape
+        width = last // 32 * BLOCK_BYTES[self.kind] if self.layer else last * _WIDTHS[self.kind]
+        return (*rows, width)
+
+
+class Gguf(Format):
+    """See the head of this module."""
+
+    name = "gguf"
+    layout = GGUF_LAYOUT
+    tags = ("gguf", "llama.cpp")
+
+    def check(self, content: Content) -> None:
+        config = read_config(content)
+        family = find_family(config, content.kind)
+        sort_of(read_tokenizer(content.path))
+        _refuse_layers(list(content.compressed.values()))
+        list(_entries(content, family, config))
+
+    def nbytes(self, content: Content) -> int:
+        """At most; the vocabulary is counted as twice its tokenizer.json."""
+        config = read_config(content)
+        entries = list(_entries(content, find_family(config, content.kind), config))
+        data = sum(int(np.prod(entry.byte_shape)) + 32 + 128 for entry in entries)
+        return data + 2 * (content.path / "tokenizer.json").stat().st_size + (1 << 16)
+
+    def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
+        path = place / file_name(content)
+        config = read_config(content)
+        family = find_family(config, content.kind)
+        entries = list(_entries(content, family, config))
+        _report_left_out(content, family, emit)
+        _report_window(config, emit)
+        _write_file(path, content, config, family, entries, emit)
+        copy_companions(content, place, emit, only=LICENCE)
+        return {path.name: path.stat().st_size}
+
+    def verify(
+        self,
+        place: Path,
+        kind: ModelKind,
+        sample: VerificationSample,
+        emit: Emit,
+        source: Path | None = None,
+    ) -> Verification:
+        tokenizer = None if source is None else source / "tokenizer.json"
+        return verify_in_llama_cpp(only_file(place), kind, sample, emit, tokenizer)
+
+    def digests(self, place: Path, files: Iterable[str]) -> dict[str, str]:
+        return {n: d for name in files for n, d in gguf_digests(place / name).items()}
+
+    def how_to_load(self, content: Content) -> Sequence[str]:
+        return [
+            "```bash",
+            f'llama-cli -m {file_name(content)} -p "Once upon a time"',
+            "```",
+            "",
+            "Or `Llama(model_path=...)` of llama-cpp-python, or any program built on llama.cpp. "
+            "The tokenizer and all settings are inside the file.",
+            "",
+        ]
+
+
+GGUF = Gguf()
+
+
+def file_name(content: Content) -> str:
+    """The base model's name as a file name."""
+    return re.sub(r"[^\w.-]+", "-", content.base_name.rpartition("/")[2]) + ".gguf"
+
+
+def only_file(place: Path) -> Path:
+    """The one GGUF file of a directory.
+
+    Raises:
+        ArtifactError: there is none, or more than one.
+    """
+    found = sorted(place.glob("*.gguf"))
+    if len(found) != 1:
+        raise ArtifactError(f"{place} holds {len(found)} GGUF files", allowed="one")
+    return found[0]
+
+
+def read_config(content: Content) -> dict[str, Any]:
+    """All settings of the model, those at their defaults too."""
+    try:
+        config = AutoConfig.from_pretrained(content.path, local_files_only=True)
+    except (ValueError, OSError, KeyError, TypeError) as error:
+        raise ArtifactError(f"{content.path / 'config.json'} cannot be read: {error}") from error
+    found: dict[str, Any] = config.to_dict()
+    return found
+
+
+def _refuse_layers(layers: Sequence[CompressedLayer]) -> None:
+    """Layers that no block type holds exactly, by reason."""
+    reasons: dict[str, list[str]] = {}
+    for layer in layers:
+        why = _refusal(layer)
+        if why is not None:
+            reasons.setdefault(why, []).append(layer.spec.name)
+    for why, names in reasons.items():
+        raise refused(
+            names,
+            f"GGUF cannot hold {why}",
+            allowed="what cptq compress --runtime llamacpp plans; or --format dense",
+        )
+
+
+def _refusal(layer: CompressedLayer) -> str | None:
+    inputs, candidate = layer.spec.shape[1], layer.result.candidate
+    if not candidate.symmetric or candidate.sparsity or getattr(layer, "zero", None) is not None:
+        return "asymmetric or sparse weights exactly"
+    if candidate.bits not in TYPE_OF_BITS:
+        return f"{candidate.bits} bits"
+    shape = shape_refusal(inputs, inputs // layer.scale.shape[1])
+    return shape or (None if half_holds(layer.scale) else "scales that are not exact in float16")
+
+
+def _entries(content: Content, family: Family, config: Config) -> Iterator[_Entry]:
+    """The tensors of the file, in the order of the checkpoint."""
+    blocks = config.get("num_hidden_layers") or config["n_layer"]
+    names = family.names(blocks)
+    conv1d = {spec.weight_name for spec in content.layers if spec.transposed}
+    for spec in content.tensors:
+        if spec.name.endswith(family.left_out):
+            continue
+        name = names.get_name(spec.name.removeprefix(family.prefix), (".weight", ".bias"))
+        if name is None:
+            raise ArtifactError(
+                f"llama.cpp's {family.arch.name.lower()} has no place for {spec.name}"
+            )
+        layer = content.compressed.get(spec.name)
+        if layer is not None:
+            kind = TYPE_OF_BITS[layer.result.candidate.bits]
+        else:
+            kind = _dense_kind(content, spec, family)
+        yield _Entry(name=name, spec=spec, kind=kind, layer=layer, transposed=spec.name in conv1d)
+
+
+def _dense_kind(content: Content, spec: TensorSpec, family: Family) -> str:
+    """F32 for vectors; for a matrix the narrowest type that llama.cpp takes and that is exact."""
+    if len(spec.shape) < 2 or spec.name.endswith(family.always_f32):
+        return "F32"
+    return "F16" if spec.dtype == "F16" or half_holds(content.dense(spec)) else spec.dtype
+
+
+def _write_file(
+    path: Path,
+    content: Content,
+    config: Config,
+    family: Family,
+    entries: Sequence[_Entry],
+    emit: Emit,
+) -> None:
+    writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[family.arch])
+    _describe(writer, content, entries)
+    family.sizes(writer, config)
+    add_vocabulary(writer, content.path, config["vocab_size"], emit)
+    factors = rope_factors(config)
+    if factors is not None:
+        writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype("f4"), 4 * len(factors))
+    for entry in entries:
+        shape, kind = entry.byte_shape, gguf.GGMLQuantizationType[entry.kind]
+        size = int(np.prod(shape))
+        writer.add_tensor_info(entry.name, shape, np.dtype("u1"), size, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    if factors is not None:
+        writer.write_tensor_data(factors.numpy())
+    for entry in entries:
+        order = row_order(family, config, entry.spec.name)
+        writer.write_tensor_data(_bytes(content, entry, order))
+    writer.close()
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _describe(writer: gguf.GGUFWriter, content: Content, entries: Sequence[_Entry]) -> None:
+    kinds = Counter(entry.kind for entry in entries if entry.layer is not None)
+    writer.add_name(content.base_name)
+    writer.add_file_type(_FILE_TYPES[kinds.most_common(1)[0][0]] if kinds else 1)
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+    writer.add_string("cptq.version", __version__)
+    writer.add_string("cptq.base_fingerprint", content.fingerprint)
+
+
+def _bytes(content: Content, entry: _Entry, order: Tensor | None) -> np.ndarray[Any, Any]:
+    """The bytes of a tensor, uint8 of `entry.byte_shape`."""
+    layer = entry.layer
+    if layer is not None:
+        codes, scale = layer.codes.cpu(), layer.scale.cpu()
+        if order is not None:
+            codes, scale = codes[order], scale[order]
+        packed: np.ndarray[Any, Any] = pack_blocks(codes, scale, entry.kind).numpy()
+        return packed
+    value = content.dense(entry.spec).detach().cpu()
+    value = value.T if entry.transposed else value
+    value = (value if order is None else value[order]).to(TORCH_DTYPES[entry.kind]).contiguous()
+    raw: np.ndarray[Any, Any] = value.view(torch.uint8).numpy()
+    return raw
+
+
+def _report_left_out(content: Content, family: Family, emit: Emit) -> None:
+    names = [spec.name for spec in content.tensors if spec.name.endswith(family.left_out)]
+    if family.left_out and names:
+        message = f"{len(names)} tensors have no part in llama.cpp's encoder and are left out"
+        emit(Notice(kind="skipped", subject=names[0], message=message))
+
+
+def _report_window(config: Config, emit: Emit) -> None:
+    window = config.get("sliding_window")
+    if (
+        window
+        and config.get("use_sliding_window", True)
+        and window < config["max_position_embeddings"]
+    ):
+        message = (
+            f"the model looks back {window} tokens; llama.cpp looks at all, and answers "
+            "differently beyond that"
+        )
+        emit(Notice(kind="warning", subject="sliding_window", message=message))

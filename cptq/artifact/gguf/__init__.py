@@ -1,0 +1,1 @@
+"""What GGUF files for llama.cpp need beside the weights: names, sizes, vocabulary."""

@@ -1,0 +1,154 @@
+"""Does llama.cpp make of a GGUF file what is in memory?
+
+Two checks. The file is read back strictly, every tensor digested (`gguf_digests`). And a fresh
+process loads it with llama.cpp, where llama-cpp-python is installed, and computes the sample.
+llama.cpp rounds activations to 8 bits before it multiplies them with Q4_0, Q5_0 or Q8_0 weights,
+and to 16 for F16 and BF16, so outputs agree only to about a percent of the largest, even though
+the weights are equal: `TOLERANCE` finds a wrong row order or scale (which differ by as much as the
+outputs themselves), not a last bit. That the bits are right is what packing is tested for.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from cptq.artifact.gguf import llama_load
+from cptq.artifact.gguf.header import read_gguf
+from cptq.artifact.verify import Verification, VerificationSample
+from cptq.errors import ArtifactError
+from cptq.types import Emit, ModelKind, Notice
+
+#: root mean square of the difference, as a share of that of the expected values
+TOLERANCE = 0.1
+#: texts whose tokens must be those of the tokenizer
+TEXTS = (
+    "The quick brown fox jumps over the lazy dog.",
+    "In 2026, 3.14 was (still) about 22/7; wasn't it?\n\n  Indented, with   spaces",
+    "Grüße aus Łódź, 東京 and 🙂",
+)
+_CHUNK = 1 << 22
+
+
+def gguf_digests(path: Path) -> dict[str, str]:
+    """sha256 (hex) of the bytes of every tensor, as they lie on the disk, sorted by name."""
+    digests = {}
+    with path.open("rb") as stream:
+        for tensor in read_gguf(path).tensors:
+            stream.seek(tensor.start)
+            digest, left = hashlib.sha256(), tensor.nbytes
+            while left:
+                chunk = stream.read(min(left, _CHUNK))
+                digest.update(chunk)
+                left -= len(chunk)
+            digests[tensor.name] = digest.hexdigest()
+    return dict(sorted(digests.items()))
+
+
+def verify_in_llama_cpp(
+    path: Path, kind: ModelKind, sample: VerificationSample, emit: Emit, tokenizer: Path | None
+) -> Verification:
+    """Compute the sample in llama.cpp and compare; without it, say that this was not done.
+
+    `tokenizer` is the tokenizer.json whose tokens llama.cpp should find, if it is at hand.
+
+    Raises:
+        ArtifactError: it does not load, or answers differently.
+    """
+    start = time.perf_counter()
+    read_gguf(path)
+    if importlib.util.find_spec("llama_cpp") is None:
+        message = "llama-cpp-python is not installed, so the file was read back but not run"
+        emit(Notice(kind="warning", subject=path.name, message=message))
+        return _found(None, start)
+    report, answer = _compute(path, kind, sample)
+    if report["cptq"]:
+        raise ArtifactError(f"the check was not independent: {report['cptq'][0]} was imported")
+    if tokenizer is not None:
+        _compare_tokens(tokenizer, report["tokens"], emit)
+    kept = sample.inputs.get("attention_mask", torch.ones_like(sample.inputs["input_ids"])).bool()
+    expected = sample.expected.detach().float().cpu()[kept.cpu()]
+    if answer.shape != expected.shape:
+        raise ArtifactError(
+            f"llama.cpp answers {tuple(answer.shape)} values, {tuple(expected.shape)} expected"
+        )
+    known = ~expected.isnan() if sample.partial else torch.ones_like(expected, dtype=torch.bool)
+    _judge(answer[known], expected[known])
+    return _found(float((answer - expected)[known].abs().max()), start)
+
+
+def _found(difference: float | None, start: float) -> Verification:
+    seconds = time.perf_counter() - start
+    return Verification(
+        missing=(), unexpected=(), mismatched=(), max_abs_difference=difference, seconds=seconds
+    )
+
+
+def _compute(
+    path: Path, kind: ModelKind, sample: VerificationSample
+) -> tuple[Mapping[str, Any], Tensor]:
+    ids = sample.inputs["input_ids"]
+    mask = sample.inputs.get("attention_mask", torch.ones_like(ids)).bool()
+    with tempfile.TemporaryDirectory(prefix="cptq-check-") as folder:
+        job: dict[str, Any] = {
+            "file": str(path.resolve()),
+            "rows": [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)],
+            "texts": TEXTS,
+            "encoder": kind == "encoder",
+            "threads": torch.get_num_threads(),
+            "answer": str(Path(folder) / "answer.npy"),
+            "report": str(Path(folder) / "report.json"),
+        }
+        (Path(folder) / "job.json").write_text(json.dumps(job), encoding="utf-8")
+        _start(Path(folder))
+        report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
+        return report, torch.from_numpy(np.load(job["answer"]))
+
+
+def _start(folder: Path) -> None:
+    # -P: the script's own directory must not come before the packages
+    done = subprocess.run(
+        [sys.executable, "-P", str(llama_load.__file__), str(folder / "job.json")],
+        cwd=folder,
+        env=dict(os.environ),
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if "rror" in line]
+        why = lines[0] if lines else f"the process ended with {done.returncode}"
+        raise ArtifactError(f"llama.cpp cannot load what was written: {why}")
+
+
+def _judge(answer: Tensor, expected: Tensor) -> None:
+    share = float((answer - expected).square().mean().sqrt() / expected.square().mean().sqrt())
+    if not share <= TOLERANCE:
+        raise ArtifactError(
+            f"llama.cpp answers differently from the model in memory: by {share:.3g} of the "
+            f"outputs' size, where {TOLERANCE:g} is allowed"
+        )
+
+
+def _compare_tokens(path: Path, found: list[list[int]], emit: Emit) -> None:
+    """Say which texts become other tokens in llama.cpp."""
+    tokenizer = Tokenizer.from_file(str(path))
+    for text, ids in zip(TEXTS, found, strict=True):
+        if ids != tokenizer.encode(text).ids:
+            message = f"llama.cpp cuts {text[:24]!r}... into other tokens than transformers does"
+            emit(Notice(kind="warning", subject="tokenizer", message=message))

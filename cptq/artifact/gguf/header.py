@@ -1,0 +1,204 @@
+"""Everything of a GGUF file but the weights, read strictly: no word of the file is taken on trust.
+
+Layout (version 2 and 3, little-endian): magic, version, number of tensors, number of metadata
+entries; the entries (key, type, value); the tensors (name, dimensions, type, offset); the data,
+aligned. Every count and length is held against the bytes that are left before it is used, so a
+hostile file costs no memory: what it claims cannot be larger than what it is. Source: the format's
+description in ggml's docs/gguf.md. The gguf package's own reader trusts its input.
+"""
+
+from __future__ import annotations
+
+import mmap
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import gguf
+
+from cptq.errors import ArtifactError
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"} | {
+    10: "Q",
+    11: "q",
+    12: "d",
+}
+_STRING, _ARRAY = 8, 9
+#: fewest bytes of a metadata entry, of a tensor's entry and of a string
+_LEAST_ENTRY, _LEAST_TENSOR, _LEAST_STRING = 13, 24, 8
+_MOST_DIMENSIONS = 4
+#: arrays up to this long are kept; longer ones (vocabularies) are only counted
+KEPT = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufTensor:
+    """One tensor: `shape` as torch has it (outermost first), `start` from the file's beginning."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def numel(self) -> int:
+        return prod(self.shape)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GgufHeader:
+    """`metadata` holds scalars, texts and short arrays; of a long array its length in words."""
+
+    version: int
+    metadata: Mapping[str, Any]
+    tensors: tuple[GgufTensor, ...]
+
+
+def read_gguf(path: Path) -> GgufHeader:
+    """The header of a file.
+
+    Raises:
+        ArtifactError: truncated, corrupt, hostile or of another version; says how.
+    """
+    size = path.stat().st_size
+    if size < 24:
+        raise _corrupt(path, f"it has {size} bytes, fewer than a header")
+    with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as raw:
+        try:
+            return _Cursor(raw, size).header()
+        except (ValueError, struct.error) as error:
+            raise _corrupt(path, str(error)) from error
+
+
+def _corrupt(path: Path, why: str) -> ArtifactError:
+    return ArtifactError(
+        f"{path} is no GGUF file that can be read: {why}", hint="write or download it again"
+    )
+
+
+class _Cursor:
+    """A place in the bytes; raises ValueError where they do not hold what they claim."""
+
+    def __init__(self, raw: mmap.mmap, size: int) -> None:
+        self.raw, self.size, self.at = raw, size, 0
+
+    def take(self, count: int, what: str) -> bytes:
+        if count > self.size - self.at:
+            raise ValueError(f"it ends inside {what}")
+        self.at += count
+        return self.raw[self.at - count : self.at]
+
+    def number(self, code: str, what: str) -> Any:
+        return struct.unpack(f"<{code}", self.take(struct.calcsize(f"<{code}"), what))[0]
+
+    def count(self, least: int, what: str) -> int:
+        found: int = self.number("Q", what)
+        if found * least > self.size - self.at:
+            raise ValueError(f"it claims {found:,} {what} and is too short for them")
+        return found
+
+    def text(self, what: str) -> str:
+        raw = self.take(self.count(1, f"bytes of {what}"), what)
+        try:
+            return raw.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{what} is no text") from error
+
+    def header(self) -> GgufHeader:
+        if self.take(4, "its first word") != MAGIC:
+            raise ValueError("it does not begin with GGUF")
+        version = self.number("I", "its version")
+        if version not in VERSIONS:
+            raise ValueError(f"its version is {version}, and 2 and 3 are read")
+        tensors = self.count(_LEAST_TENSOR, "tensors")
+        metadata = self.entries(self.count(_LEAST_ENTRY, "metadata entries"))
+        infos = [self.info() for _ in range(tensors)]
+        alignment = metadata.get("general.alignment", 32)
+        if type(alignment) is not int or not 1 <= alignment <= 1 << 16 or alignment & alignment - 1:
+            raise ValueError(f"its alignment is {alignment!r}, no power of two up to 65536")
+        start = -(-self.at // alignment) * alignment
+        placed = self.placed(infos, start, alignment)
+        return GgufHeader(version=version, metadata=metadata, tensors=placed)
+
+    def entries(self, count: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for _ in range(count):
+            key = self.text("a key of its metadata")
+            if key in found:
+                raise ValueError(f"its metadata has {key!r} twice")
+            found[key] = self.value(self.number("I", "a type"), key)
+        return found
+
+    def value(self, kind: int, key: str) -> Any:
+        if kind in _SCALARS:
+            return self.number(_SCALARS[kind], key)
+        if kind == _STRING:
+            return self.text(key)
+        if kind != _ARRAY:
+            raise ValueError(f"{key!r} is of the unknown type {kind}")
+        return self.array(key)
+
+    def array(self, key: str) -> Any:
+        inner = self.number("I", key)
+        if inner in _SCALARS:
+            width = struct.calcsize(f"<{_SCALARS[inner]}")
+            count = self.count(width, f"values of {key!r}")
+            raw = self.take(count * width, key)
+            unpack = f"<{count}{_SCALARS[inner]}"
+            kept: list[Any] | None = list(struct.unpack(unpack, raw)) if count <= KEPT else None
+        elif inner == _STRING:
+            count = self.count(_LEAST_STRING, f"values of {key!r}")
+            kept = self.texts(count, key)
+        else:
+            raise ValueError(f"{key!r} is an array of type {inner}")
+        return kept if kept is not None else f"{count:,} values"
+
+    def texts(self, count: int, key: str) -> list[str] | None:
+        if count <= KEPT:
+            return [self.text(key) for _ in range(count)]
+        for _ in range(count):
+            length = self.count(1, f"bytes of {key}")
+            self.at += length
+        return None
+
+    def info(self) -> tuple[str, tuple[int, ...], int, int]:
+        name = self.text("the name of a tensor")
+        dimensions = self.number("I", name)
+        if not 1 <= dimensions <= _MOST_DIMENSIONS:
+            raise ValueError(f"{name!r} has {dimensions} dimensions")
+        shape = tuple(self.number("Q", name) for _ in range(dimensions))
+        return name, shape, self.number("I", name), self.number("Q", name)
+
+    def placed(
+        self, infos: list[tuple[str, tuple[int, ...], int, int]], start: int, alignment: int
+    ) -> tuple[GgufTensor, ...]:
+        """The tensors in file order, each where the one before ends."""
+        found: dict[str, GgufTensor] = {}
+        expected = 0
+        for name, shape, kind, offset in sorted(infos, key=lambda info: info[3]):
+            tensor = _tensor(name, shape, kind, start + offset)
+            if name in found:
+                raise ValueError(f"it holds {name!r} twice")
+            if offset != expected or tensor.start + tensor.nbytes > self.size:
+                raise ValueError(f"the place of {name!r} in it does not fit its shape")
+            found[name] = tensor
+            expected = -(-(offset + tensor.nbytes) // alignment) * alignment
+        return tuple(found.values())
+
+
+def _tensor(name: str, shape: tuple[int, ...], kind: int, start: int) -> GgufTensor:
+    try:
+        known = gguf.GGMLQuantizationType(kind)
+    except ValueError as error:
+        raise ValueError(f"{name!r} is of the unknown type {kind}") from error
+    block, width = gguf.GGML_QUANT_SIZES[known]
+    if min(shape) < 1 or shape[0] % block:
+        raise ValueError(f"{name!r} has the shape {shape}, which {known.name} does not divide")
+    nbytes = prod(shape) // block * width
+    return GgufTensor(name=name, kind=known.name, shape=shape[::-1], start=start, nbytes=nbytes)

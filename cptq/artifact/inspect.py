@@ -1,0 +1,250 @@
+"""`cptq inspect`: what is in a checkpoint or a GGUF file, from its headers alone.
+
+No weight is read, so it takes a moment and no memory whatever the size. Bits per weight of a layer
+are all its bytes, scales and shapes included, over its number of weights.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from cptq.artifact.gguf.header import GgufTensor, read_gguf
+from cptq.artifact.manifest import MANIFEST
+from cptq.checkpoint.files import open_tensors, read_header, weight_files
+from cptq.errors import ArtifactError, ModelError
+from cptq.types import TensorSpec
+
+_BLOCK = re.compile(r"\.\d+\.")
+_PACKED = ("weight_packed", "weight_scale", "weight_shape")
+#: types of ggml that are not packed
+FLOATS = ("F64", "F32", "F16", "BF16")
+#: parts in the order in which they are told
+PARTS = (
+    "packed weights",
+    "scales and shapes",
+    "dense matrices in blocks",
+    "embeddings and heads",
+    "norms and biases",
+    "header, settings, vocabulary",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerFacts:
+    """One matrix: how it is stored, `shape` (out, in) where it is known, bits with all it takes."""
+
+    name: str
+    stored: str
+    shape: tuple[int, ...]
+    nbytes: int
+    bits: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """`parts`: {part: (tensors, bytes)}; `provenance`: words to show, in order."""
+
+    path: Path
+    form: str
+    nbytes: int
+    weights: int
+    parts: Mapping[str, tuple[int, int]]
+    layers: tuple[LayerFacts, ...]
+    provenance: Mapping[str, str]
+
+    @property
+    def bits(self) -> float:
+        """Bits of the whole file per weight."""
+        return 8 * self.nbytes / max(1, self.weights)
+
+
+def inspect(path: Path) -> Inspection:
+    """Look into a directory, a safetensors file or a GGUF file.
+
+    Raises:
+        ArtifactError, ModelError: nothing that can be read, or damaged.
+    """
+    path = path.expanduser()
+    if path.is_file():
+        return _gguf(path, {}) if path.suffix == ".gguf" else _safetensors(path, [path])
+    if not path.is_dir():
+        raise ArtifactError(
+            f"{path} is not there", allowed="a directory, a .safetensors or a .gguf file"
+        )
+    files, ggufs = weight_files(path), sorted(path.glob("*.gguf"))
+    if files:
+        return _safetensors(path, files)
+    if len(ggufs) == 1:
+        return _gguf(ggufs[0], _manifest_words(path))
+    raise ArtifactError(
+        f"{path} holds no safetensors and {len(ggufs)} GGUF files",
+        allowed="a checkpoint, an artifact, or a directory with one GGUF file",
+    )
+
+
+def _safetensors(path: Path, files: list[Path]) -> Inspection:
+    specs = [spec for file in files for spec in read_header(file).values()]
+    size = sum(file.stat().st_size for file in files)
+    layers = tuple(_layers(specs, _shapes(files), path if path.is_dir() else path.parent))
+    loose = sum(s.numel for s in specs if not _is_packed(s) and len(s.shape) < 2)
+    return Inspection(
+        path=path,
+        form="safetensors",
+        nbytes=size,
+        weights=loose + sum(prod(layer.shape) for layer in layers),
+        parts=_parts(((s.name, s.shape, s.nbytes) for s in specs), size),
+        layers=layers,
+        provenance=_manifest_words(path if path.is_dir() else path.parent),
+    )
+
+
+def _is_packed(spec: TensorSpec) -> bool:
+    return spec.name.endswith(_PACKED)
+
+
+def _parts(
+    rows: Iterable[tuple[str, tuple[int, ...], int]], size: int
+) -> dict[str, tuple[int, int]]:
+    found = {part: [0, 0] for part in PARTS}
+    for name, shape, nbytes in rows:
+        part = found[_part(name, shape)]
+        part[0], part[1] = part[0] + 1, part[1] + nbytes
+    found[PARTS[5]] = [0, size - sum(nbytes for _, nbytes in found.values())]
+    return {part: (count, nbytes) for part, (count, nbytes) in found.items() if count or nbytes}
+
+
+def _part(name: str, shape: tuple[int, ...]) -> str:
+    if name.endswith("weight_packed"):
+        return PARTS[0]
+    if name.endswith(("weight_scale", "weight_shape")):
+        return PARTS[1]
+    if len(shape) < 2:
+        return PARTS[4]
+    return PARTS[2] if _BLOCK.search(name) else PARTS[3]
+
+
+def _shapes(files: list[Path]) -> dict[str, tuple[int, int]]:
+    """{layer: (out, in)} of packed layers, whose two numbers are read."""
+    found = {}
+    for file in files:
+        names = [n for n, s in read_header(file).items() if s.name.endswith("weight_shape")]
+        with open_tensors(file, "numpy") as stream:
+            for name in names:
+                values = stream.get_tensor(name).reshape(-1).tolist()
+                if len(values) == 2 and all(type(v) is int and 0 < v < 1 << 31 for v in values):
+                    found[name.removesuffix(".weight_shape")] = (values[0], values[1])
+    return found
+
+
+def _layers(
+    specs: list[TensorSpec], shapes: Mapping[str, tuple[int, int]], directory: Path
+) -> Iterable[LayerFacts]:
+    """Every matrix, packed ones as what they stand for."""
+    schemes, sizes = _schemes(directory), {s.name: s for s in specs}
+    for spec in specs:
+        layer, _, end = spec.name.rpartition(".")
+        if end == "weight_packed":
+            yield _packed(layer, sizes, shapes.get(layer), schemes.get(layer, {}))
+        elif len(spec.shape) >= 2 and not _is_packed(spec):
+            bits = 8 * spec.nbytes / max(1, spec.numel)
+            yield LayerFacts(
+                name=layer or spec.name,
+                stored=spec.dtype,
+                shape=spec.shape,
+                nbytes=spec.nbytes,
+                bits=bits,
+            )
+
+
+def _packed(
+    layer: str,
+    sizes: Mapping[str, TensorSpec],
+    shape: tuple[int, int] | None,
+    weights: Mapping[str, Any],
+) -> LayerFacts:
+    """A layer of compressed-tensors."""
+    parts = [sizes[f"{layer}.{end}"] for end in _PACKED if f"{layer}.{end}" in sizes]
+    nbytes, group = sum(part.nbytes for part in parts), weights.get("group_size")
+    groups = f"groups of {group}" if group else "per channel"
+    stored = f"{weights['num_bits']} bits, {groups}" if "num_bits" in weights else "packed"
+    bits = 8 * nbytes / prod(shape) if shape else float("nan")
+    return LayerFacts(
+        name=layer, stored=stored, shape=shape or parts[0].shape, nbytes=nbytes, bits=bits
+    )
+
+
+def _schemes(directory: Path) -> dict[str, Mapping[str, Any]]:
+    """{layer: what config.json says of its weights}; empty where it says nothing readable."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        groups = config["quantization_config"]["config_groups"].values()
+        return {str(name): group["weights"] for group in groups for name in group["targets"]}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
+
+
+def _gguf(path: Path, provenance: Mapping[str, str]) -> Inspection:
+    header, size = read_gguf(path), path.stat().st_size
+    words = {
+        key.rpartition(".")[2] if key.startswith("general.") else key: str(value)
+        for key, value in header.metadata.items()
+        if key.startswith(("general.", "cptq.")) and isinstance(value, str | int | float)
+    }
+    layers = tuple(
+        LayerFacts(
+            name=tensor.name.removesuffix(".weight"),
+            stored=tensor.kind,
+            shape=tensor.shape,
+            nbytes=tensor.nbytes,
+            bits=8 * tensor.nbytes / tensor.numel,
+        )
+        for tensor in header.tensors
+        if len(tensor.shape) > 1
+    )
+    return Inspection(
+        path=path,
+        form=f"GGUF, version {header.version}",
+        nbytes=size,
+        weights=sum(tensor.numel for tensor in header.tensors),
+        parts=_parts(((_as_packed(t), t.shape, t.nbytes) for t in header.tensors), size),
+        layers=layers,
+        provenance={**words, **provenance},
+    )
+
+
+def _as_packed(tensor: GgufTensor) -> str:
+    """The name of a tensor, that of a quantized one as it would be in safetensors."""
+    return tensor.name if tensor.kind in FLOATS else f"{tensor.name}_packed"
+
+
+def _manifest_words(directory: Path) -> dict[str, str]:
+    """What cptq.json says of how it came to be; nothing where there is none."""
+    from cptq.artifact.reader import read_manifest
+
+    if not (directory / MANIFEST).is_file():
+        return {}
+    manifest = read_manifest(directory)
+    try:
+        return _words(manifest)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ModelError(f"{directory / MANIFEST} is damaged ({error!r})") from error
+
+
+def _words(manifest: Mapping[str, Any]) -> dict[str, str]:
+    model, plan, text = manifest["model"], manifest["plan"], manifest["calibration"]
+    budget = plan["budget"]
+    return {
+        "base model": f"{model['source']} (sha256 {str(model['fingerprint'])[:16]})",
+        "format": str(manifest["format"]),
+        "target": f"{budget['asked']}, at most {int(budget['limit_bytes']):,} bytes",
+        "bits by": f"{plan['allocator']}" + (f" on {plan['metric']}" if plan["metric"] else ""),
+        "calibration": f"{text['source']}, {text['samples']} samples, {text['tokens']} tokens",
+        "seed": str(manifest["seed"]),
+        "written by": ", ".join(f"{n} {v}" for n, v in manifest["versions"].items()),
+    }

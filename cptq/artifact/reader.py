@@ -1,0 +1,222 @@
+"""An artifact on the disk, read back: manifest, layers as integers, dense tensors one at a time.
+
+Nothing of it is trusted. The manifest's layers must be the tensors that the weight files really
+hold, in type and shape, before one byte of them is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from cptq.artifact.content import Content
+from cptq.artifact.formats import FORMATS
+from cptq.artifact.formats.interface import Format, SafetensorsFormat
+from cptq.artifact.manifest import FORMAT_VERSION, MANIFEST
+from cptq.artifact.sample import read_sample
+from cptq.artifact.verify import VerificationSample
+from cptq.checkpoint.files import open_tensors, read_header, weight_files
+from cptq.checkpoint.loader import AUTO_CLASSES
+from cptq.errors import ArtifactError
+from cptq.types import (
+    CalibrationRecord,
+    Candidate,
+    LayerResult,
+    LayerSpec,
+    Plan,
+    TensorSpec,
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class StoredArtifact:
+    """What an artifact's manifest says, checked, and its content."""
+
+    path: Path
+    manifest: Mapping[str, Any]
+    form: Format
+    content: Content
+    plan: Plan
+    calibration: CalibrationRecord
+    seed: int
+    sample: VerificationSample | None
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """cptq.json as plain data, of a version that this cptq reads.
+
+    Raises:
+        ArtifactError: there is none, it is no JSON object, or of another version.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(
+            f"{directory} has no {MANIFEST}, so it is no artifact of cptq",
+            allowed="a directory that cptq compress or cptq export wrote",
+        )
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ArtifactError(f"{path} is not valid JSON: {error}") from error
+    version = manifest.get("format_version") if isinstance(manifest, dict) else None
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{path} is of version {version!r}, and this cptq reads {FORMAT_VERSION}",
+            hint="read it with the cptq that wrote it, or compress the model again",
+        )
+    found: dict[str, Any] = manifest
+    return found
+
+
+def form_of(manifest: Mapping[str, Any]) -> Format:
+    """The format that a manifest names.
+
+    Raises:
+        UnknownNameError: this cptq does not know it.
+    """
+    return FORMATS.get(str(manifest.get("form")))
+
+
+def open_artifact(directory: Path, *, trust_remote_code: bool = False) -> StoredArtifact:
+    """Read an artifact back.
+
+    Raises:
+        ArtifactError: it is no artifact, is damaged, or is of a format that is not read back.
+        ModelError: a weight file is truncated, corrupt or hostile.
+    """
+    directory = directory.expanduser()
+    manifest = read_manifest(directory)
+    form = form_of(manifest)
+    if not isinstance(form, SafetensorsFormat):
+        raise ArtifactError(
+            f"{directory} is in the format {form.name}, which is not read back",
+            hint="export the artifact that it was made from",
+        )
+    try:
+        plan = Plan.from_dict(manifest["plan"])
+        calibration = _calibration(manifest["calibration"])
+        content = _content(directory, manifest, form)
+        seed, sample = int(manifest["seed"]), manifest["sample"]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ArtifactError(
+            f"{directory / MANIFEST} is damaged ({type(error).__name__}: {error})",
+            hint="copy the artifact again",
+        ) from error
+    return StoredArtifact(
+        path=directory,
+        manifest=manifest,
+        form=form,
+        content=content,
+        plan=plan,
+        calibration=calibration,
+        seed=seed,
+        sample=sample and read_sample(sample, trust_remote_code=trust_remote_code),
+    )
+
+
+def _calibration(data: Mapping[str, Any]) -> CalibrationRecord:
+    return CalibrationRecord(**{**data, "notes": tuple(data.get("notes", ()))})
+
+
+def _content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsFormat) -> Content:
+    places = {name: path for path in weight_files(directory) for name in read_header(path)}
+    stored = {
+        s.name: s for path in dict.fromkeys(places.values()) for s in read_header(path).values()
+    }
+    inventory = {item["name"]: _spec(item) for item in manifest["inventory"]}
+    results = {item["name"]: _result(item) for item in manifest["layers"]}
+    parts = {name: _parts(form, inventory[name], r, stored) for name, r in results.items()}
+    get = _getter(places)
+    model = manifest["model"]
+    if model["kind"] not in AUTO_CLASSES:
+        raise ValueError(f"a model of kind {model['kind']!r}")
+    layers = {
+        inventory[n].weight_name: form.read_layer(inventory[n], r, get) for n, r in results.items()
+    }
+    return Content(
+        source=str(model["source"]),
+        path=directory,
+        kind=model["kind"],
+        family=str(model["family"]),
+        fingerprint=str(model["fingerprint"]),
+        tensors=_dense_view(stored, parts, inventory),
+        layers=tuple(inventory.values()),
+        compressed=layers,
+        fetch=lambda name: get(name) if name in places else None,
+        attention=None,
+    )
+
+
+def _spec(item: Mapping[str, Any]) -> LayerSpec:
+    out, inputs = (int(n) for n in item["shape"])
+    return LayerSpec(**{**item, "shape": (out, inputs)})
+
+
+def _result(item: Mapping[str, Any]) -> LayerResult:
+    return LayerResult(
+        name=str(item["name"]),
+        candidate=Candidate.parse(item["candidate"]),
+        group_size=int(item["group_size"]),
+        nbytes=int(item["nbytes"]),
+        weight_error=float(item["weight_error"]),
+        output_error=None if item["output_error"] is None else float(item["output_error"]),
+        seconds=0.0,
+        notes=tuple(map(str, item["notes"])),
+    )
+
+
+def _parts(
+    form: SafetensorsFormat, spec: LayerSpec, result: LayerResult, stored: Mapping[str, TensorSpec]
+) -> tuple[TensorSpec, ...]:
+    """The tensors of a layer, which the files must hold as the format counts them."""
+    why = form.layout.refusal(spec, result.candidate)
+    if why is not None:
+        raise ArtifactError(f"{spec.name} cannot be {result.candidate.label} in {form.name}: {why}")
+    parts = form.layout.tensors(spec, result.candidate)
+    for part in parts:
+        if stored.get(part.name) != part:
+            raise ArtifactError(
+                f"the weight files do not hold {part.name} as the manifest says "
+                f"({part.dtype} {part.shape})",
+                hint="copy the artifact again",
+            )
+    return parts
+
+
+def _dense_view(
+    stored: Mapping[str, TensorSpec],
+    parts: Mapping[str, tuple[TensorSpec, ...]],
+    inventory: Mapping[str, LayerSpec],
+) -> tuple[TensorSpec, ...]:
+    """The tensors as a dense artifact has them, each weight where its first part lies."""
+    owner = {part.name: name for name, found in parts.items() for part in found}
+    view: dict[str, TensorSpec] = {}
+    for name, spec in stored.items():
+        layer = inventory.get(owner.get(name, ""))
+        if layer is None:
+            view[name] = spec
+        else:
+            shape = layer.shape[::-1] if layer.transposed else layer.shape
+            weight = TensorSpec(name=layer.weight_name, dtype=layer.dtype, shape=shape)
+            view.setdefault(weight.name, weight)
+    return tuple(view.values())
+
+
+def _getter(places: Mapping[str, Path]) -> Callable[[str], Tensor]:
+    """A tensor by name, each file opened once and mapped, not read."""
+    stack, opened = ExitStack(), dict[Path, Any]()
+
+    def get(name: str) -> Tensor:
+        path = places[name]
+        if path not in opened:
+            opened[path] = stack.enter_context(open_tensors(path, "pt"))
+        value: Tensor = opened[path].get_tensor(name)
+        return value
+
+    return get

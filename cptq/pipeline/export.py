@@ -1,0 +1,67 @@
+"""`cptq export`: an artifact in another file format, its integers as they are."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from cptq.artifact.formats import FORMATS
+from cptq.artifact.hub import check_push, push
+from cptq.artifact.manifest import MANIFEST
+from cptq.artifact.place import check_output
+from cptq.artifact.reader import StoredArtifact, open_artifact
+from cptq.artifact.writer import Record, write_content
+from cptq.config import ExportSettings
+from cptq.types import Artifact, Emit, Notice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportOutcome:
+    """What `export` hands back: what was written, its size before, and where it was uploaded."""
+
+    artifact: Artifact
+    bytes_before: int
+    repository: str | None = None
+
+
+def export(settings: ExportSettings, emit: Emit) -> ExportOutcome:
+    """Write an artifact in another format.
+
+    Raises:
+        CptqError: it is no artifact, the format cannot hold a layer, or the result fails its check.
+    """
+    form = FORMATS.get(settings.format)
+    if settings.push_to_hub is not None:
+        check_push(settings.push_to_hub, settings.token)
+    stored = open_artifact(settings.artifact, trust_remote_code=settings.trust_remote_code)
+    form.check(stored.content)
+    out = settings.out or Path(f"{stored.path.resolve().name}-{form.name}")
+    if stored.sample is None:
+        message = "holds no sample of outputs, so what is written cannot be compared"
+        emit(Notice(kind="warning", subject=str(stored.path), message=message))
+    artifact = write_content(
+        stored.content,
+        _record(stored),
+        form=form.name,
+        out=check_output(out, overwrite=settings.overwrite, source=stored.path),
+        sample=stored.sample,
+        emit=emit,
+    )
+    repository = None
+    if settings.push_to_hub is not None:
+        repository = push(artifact.path, settings.push_to_hub, token=settings.token, emit=emit)
+    before = sum(stored.manifest["weight_files"].values())
+    return ExportOutcome(artifact=artifact, bytes_before=before, repository=repository)
+
+
+def _record(stored: StoredArtifact) -> Record:
+    """The artifact's own history, and which artifact it was."""
+    digest = hashlib.sha256((stored.path / MANIFEST).read_bytes()).hexdigest()
+    origin = {"format": stored.manifest["format"], "manifest_sha256": digest}
+    return Record(
+        plan=stored.plan,
+        calibration=stored.calibration,
+        seed=stored.seed,
+        more={"exported_from": origin, "sample": stored.manifest["sample"]},
+    )
