@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cptq.numerics.asymmetric import dequantize_asymmetric
-from cptq.numerics.grid import dequantize as dequantize_symmetric
 from cptq.numerics.packed_layout import TWO_OF_FOUR
 from cptq.numerics.packing import unpack_rows, unpack_values
 from cptq.numerics.sparse import PATTERN_BITS, join_2_of_4, scatter_codes, unpack_range
@@ -25,7 +23,7 @@ from cptq.runtime.operations import Backend
 from cptq.runtime.weight import PackedWeight
 
 #: weights unpacked at once
-TILE = 1 << 20
+TILE = 1 << 19
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
@@ -102,10 +100,13 @@ def _masked(codes_RI: Tensor, mask_RI: Tensor, weight: PackedWeight, dtype: torc
 
 
 def _values(codes_RI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    if weight.zero is None:
-        return dequantize_symmetric(codes_RI, weight.scale, dtype)
-    zero_RG = unpack_rows(weight.zero, weight.scheme.bits, weight.scale.shape[1])
-    return dequantize_asymmetric(codes_RI, weight.scale, zero_RG, dtype)
+    """(codes - zero) * scale, as `CompressedLayer.dense` has it, in one buffer of `dtype`."""
+    out, groups = weight.scale.shape
+    steps_RGK = codes_RI.to(dtype).view(out, groups, -1)
+    if weight.zero is not None:
+        zero_RG = unpack_rows(weight.zero, weight.scheme.bits, groups)
+        steps_RGK.sub_(zero_RG.to(dtype).unsqueeze(-1))
+    return steps_RGK.mul_(weight.scale.to(dtype).unsqueeze(-1)).view(out, -1)
 
 
 def _signed(values: Tensor, bits: int) -> Tensor:
