@@ -23,6 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from cptq.checkpoint.loader import load_model
+from cptq.checkpoint.model import LoadedModel
 from cptq.config import ModelSettings
 from cptq.data import load_glue, load_text
 from cptq.evaluation.options import EvalOptions
@@ -179,76 +180,65 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         data_for_both(folder, arguments.data_dir, arguments)
-        names = {name: harness_task(folder, name) for name in CHECKED}
-        theirs = their_results(model, list(names.values()), folder, length, arguments)
-        return compare(model, names, theirs, folder, length, arguments)
+        print("| task | metric | harness | cptq | difference | stderr, harness | stderr, cptq |")
+        print("|---|---|---|---|---|---|---|", flush=True)
+        differences = [
+            difference
+            for name in CHECKED
+            for difference in compare(model, name, folder, length, arguments)
+        ]
+    print(f"\nlargest difference {max(differences):.1e}, allowed {TOLERANCE:.0e}")
+    return int(max(differences) > TOLERANCE)
 
 
-def their_results(
-    model: Any, tasks: list[str], folder: Path, length: int, arguments: argparse.Namespace
-) -> dict[str, dict[str, Any]]:
-    """The harness's results by task.
+def harness_results(
+    model: LoadedModel, name: str, folder: Path, length: int, batch_size: int
+) -> dict[str, Any]:
+    """The harness's results of one task.
 
     One task at a time: it shares forwards between requests that feed the same tokens, and loses
     scores where those of two tasks divide them in different places.
     """
+    task = harness_task(folder, name)
     language_model = HFLM(
         pretrained=model.module,
         tokenizer=model.tokenizer,
-        batch_size=arguments.batch_size,
+        batch_size=batch_size,
         max_length=length,
     )
-    manager = TaskManager(include_path=str(folder), include_defaults=False)
-    results: dict[str, dict[str, Any]] = {}
-    for task in tasks:
-        found = lm_eval.simple_evaluate(
-            model=language_model,
-            tasks=[task],
-            task_manager=manager,
-            bootstrap_iters=100,
-            log_samples=False,
-        )
-        assert found is not None
-        results.update(found["results"])
-    return results
+    found = lm_eval.simple_evaluate(
+        model=language_model,
+        tasks=[task],
+        task_manager=TaskManager(include_path=str(folder), include_defaults=False),
+        bootstrap_iters=100,
+        log_samples=False,
+    )
+    assert found is not None
+    return dict(found["results"][task])
 
 
 def compare(
-    model: Any,
-    names: dict[str, str],
-    theirs: dict[str, dict[str, Any]],
-    folder: Path,
-    length: int,
-    arguments: argparse.Namespace,
-) -> int:
-    """Print the table; 1 where a number differs by more than the tolerance."""
-    worst = 0.0
-    limits = {"wikitext-rolling": arguments.pages, "sst2": arguments.sentences}
-    limits["cola"] = arguments.sentences
-    print("| task | metric | harness | cptq | difference | stderr, harness | stderr, cptq |")
-    print("|---|---|---|---|---|---|---|")
-    for name, task in names.items():
-        count = limits.get(name, arguments.questions)
-        options = EvalOptions(
-            data_dir=folder,
-            seqlen=length,
-            limit=float(count) if count > 1 else None,
-            batch_size=arguments.batch_size,
-        )
-        ours = {row.metric: row for row in evaluate(model, name, options, lambda event: None)}
-        for metric, other in CHECKED[name][2].items():
-            value, row = float(theirs[task][f"{other},none"]), ours[metric]
-            error = theirs[task].get(f"{other}_stderr,none", "N/A")
-            difference = abs(row.value - value) / max(1.0, abs(value))
-            worst = max(worst, difference)
-            words = f"{error:.6f}" if isinstance(error, float) else str(error)
-            mine = "-" if row.stderr is None else f"{row.stderr:.6f}"
-            print(
-                f"| {name} | {metric} | {value:.6f} | {row.value:.6f} | "
-                f"{difference:.1e} | {words} | {mine} |"
-            )
-    print(f"\nlargest difference {worst:.1e}, allowed {TOLERANCE:.0e}")
-    return int(worst > TOLERANCE)
+    model: LoadedModel, name: str, folder: Path, length: int, arguments: argparse.Namespace
+) -> Iterator[float]:
+    """The differences of a task's metrics, a line printed for each."""
+    theirs = harness_results(model, name, folder, length, arguments.batch_size)
+    counts = {"wikitext-rolling": arguments.pages, "sst2": arguments.sentences}
+    count = {**counts, "cola": arguments.sentences}.get(name, arguments.questions)
+    # a limit of 1 would be a share
+    limit = float(count) if count > 1 else 1e-9
+    options = EvalOptions(
+        data_dir=folder, seqlen=length, limit=limit, batch_size=arguments.batch_size
+    )
+    ours = {row.metric: row for row in evaluate(model, name, options, lambda event: None)}
+    for metric, other in CHECKED[name][2].items():
+        value, row = float(theirs[f"{other},none"]), ours[metric]
+        difference = abs(row.value - value) / max(1.0, abs(value))
+        error = theirs.get(f"{other}_stderr,none", "N/A")
+        words = f"{error:.6f}" if isinstance(error, float) else "-"
+        mine = "-" if row.stderr is None else f"{row.stderr:.6f}"
+        numbers = f"{value:.6f} | {row.value:.6f} | {difference:.1e} | {words} | {mine}"
+        print(f"| {name} | {metric} | {numbers} |", flush=True)
+        yield difference
 
 
 if __name__ == "__main__":

@@ -32,7 +32,10 @@ _UNITS = {
     "byte_perplexity": "per byte",
     "bits_per_byte": "bits per byte",
     "perplexity": "per word",
+    "acc": "of questions",
+    "acc_norm": "of questions",
 }
+_LOWER = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
 
 
 def require_harness() -> Any:
@@ -166,7 +169,7 @@ def _results(answer: Mapping[str, Any], model: LoadedModel, seconds: float) -> l
                     metric=metric if filtered == "none" else f"{metric} ({filtered})",
                     value=float(value),
                     stderr=float(stderr) if isinstance(stderr, int | float) else None,
-                    unit=_UNITS.get(metric, "as the harness has it"),
+                    unit=_UNITS.get(metric, ""),
                     higher_is_better=_higher(answer, task, metric),
                     samples=_count(answer, task, samples),
                     seconds=seconds,
@@ -186,7 +189,7 @@ def _version(stated: Any) -> int:
 
 def _higher(answer: Mapping[str, Any], task: str, metric: str) -> bool:
     stated = answer.get("higher_is_better", {}).get(task, {}).get(metric)
-    return bool(stated) if stated is not None else metric not in _UNITS
+    return bool(stated) if stated is not None else metric not in _LOWER
 
 
 def _count(answer: Mapping[str, Any], task: str, samples: Sequence[Any]) -> int:

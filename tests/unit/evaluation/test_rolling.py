@@ -91,7 +91,7 @@ def test_a_text_rolls_with_a_stride(load, heard, tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(" ".join(SENTENCES))
     model, name = load("gpt2"), str(tmp_path / "a.txt")
     first, *ids = tokenize(model.tokenizer, " ".join(SENTENCES)).ids.tolist()
-    token, word, byte = evaluate(model, name, EvalOptions(seqlen=40, stride=9), heard)
+    token, _, byte = evaluate(model, name, EvalOptions(seqlen=40, stride=9), heard)
     nll = -naive_rolling(model.module, ids, first, 40, 9)
     assert token.tokens == len(ids)
     assert token.value == pytest.approx(math.exp(nll / len(ids)), rel=1e-6)
