@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from typing import Any
 
 from cptq.report.html import render_html
 from cptq.report.markdown import render_markdown
@@ -15,10 +17,15 @@ FILES = {"json": "report.json", "md": "report.md", "html": "report.html"}
 _NUMBERS = re.compile(r"\[\n\s+-?\d[\d.eE+\-]*(?:,\n\s+-?\d[\d.eE+\-]*)*\n\s*\]")
 
 
-def render_json(summary: Summary) -> str:
-    """The whole report.json: strict JSON, the fields in their own order, lists of numbers short."""
-    text = json.dumps(summary.to_dict(), indent=1, ensure_ascii=False, allow_nan=False)
+def json_text(data: Mapping[str, Any]) -> str:
+    """Strict JSON, the fields in their own order, each list of numbers on a line of its own."""
+    text = json.dumps(data, indent=1, ensure_ascii=False, allow_nan=False)
     return _NUMBERS.sub(lambda match: re.sub(r"\s", "", match[0]), text) + "\n"
+
+
+def render_json(summary: Summary) -> str:
+    """The whole report.json."""
+    return json_text(summary.to_dict())
 
 
 def render_reports(summary: Summary) -> dict[str, str]:
