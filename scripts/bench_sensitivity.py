@@ -54,16 +54,14 @@ class Plain:
 
     def __post_init__(self) -> None:
         from cptq.calibration.replay import BlockReplay
-        from cptq.calibration.samples import PASS_TOKENS, _first
+        from cptq.calibration.samples import PASS_TOKENS, first_rows
         from cptq.calibration.slices import held_out_tokens, micro_batches, split_held_out
 
         on_cpu = self.model.device.type == "cpu"
         tokens = held_out_tokens(self.model.parameters, on_cpu)
         split = split_held_out(self.calibration.batches, self.model.kind, tokens)
-        self.held_out, self.pass_rows = (
-            split.held_out,
-            micro_batches(_first(split.fit, PASS_TOKENS)),
-        )
+        self.held_out = split.held_out
+        self.pass_rows = micro_batches(first_rows(split.fit, PASS_TOKENS))
         self.replay = BlockReplay(self.model, self.held_out)
         self.hidden = [self.replay.embed(index) for index in range(len(self.held_out))]
 
@@ -166,10 +164,9 @@ def needed(plain: Plain, metric: str, units: int, table: Any) -> float:
 
 def trials_per_unit(metric: str, table: Any) -> int:
     """Forward passes that a metric takes per unit."""
-    candidates = sum(not c.dense for c in next(iter(table.scores.values())))
-    return {"pruning": len(table.details.get("sparsities", ())), "kl": candidates + 1}.get(
-        metric, 1
-    )
+    if metric == "kl":
+        return 1 + sum(not candidate.dense for candidate in next(iter(table.scores.values())))
+    return len(table.details["sparsities"]) if metric == "pruning" else 1
 
 
 def peak() -> int:
