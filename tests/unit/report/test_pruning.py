@@ -17,7 +17,7 @@ def pruned(**details: object) -> SensitivityTable:
     found = {
         "sparsities": [0.1, 0.3, 0.5],
         "curve": {name: [0.001, 0.02, 0.5] for name in names},
-        "area": {name: 0.0542 for name in names},
+        "area": dict.fromkeys(names, 0.0542),
         "whole_model_curve": {"0.1": 0.01, "0.45": 1.5, "0.9": 11.0},
         "essential_sparsity": 0.45,
     }
