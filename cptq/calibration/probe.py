@@ -30,7 +30,7 @@ from cptq.calibration.slices import Rows, token_count
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import replaced
 from cptq.errors import CalibrationError
-from cptq.types import Unit
+from cptq.types import Emit, Progress, Unit
 
 
 class Probe:
@@ -40,13 +40,20 @@ class Probe:
         model: the dense model; every trial leaves it as it was, to the bit.
         rows: held-out batches.
         objective: how the model is judged.
+        emit: takes progress of the dense pass.
 
     Attributes:
         tokens: held-out tokens; seconds: what setting up took; trials: how many were run.
     """
 
     @torch.no_grad()
-    def __init__(self, model: LoadedModel, rows: Sequence[Rows], objective: Objective) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        rows: Sequence[Rows],
+        objective: Objective,
+        emit: Emit = lambda event: None,
+    ) -> None:
         started = time.perf_counter()
         self._model = model
         self._rows = list(rows)
@@ -59,6 +66,7 @@ class Probe:
             self._inputs.append(inputs[:-1])
             answer_RV = objective.answer(self._replay.finish(inputs[-1], index), row)
             self._reference.append(objective.reference(answer_RV))
+            emit(Progress(stage="held-out text", done=index + 1, total=len(self._rows)))
         self.tokens = token_count(self._rows)
         self.trials = 0
         self.seconds = time.perf_counter() - started

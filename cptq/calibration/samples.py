@@ -82,7 +82,7 @@ def collect_samples(
         CalibrationError: no tokens, or an activation or a gradient is NaN or infinite.
     """
     started = time.perf_counter()
-    batches = micro_batches(_first(rows, tokens))
+    batches = micro_batches(first_rows(rows, tokens))
     total = token_count(batches)
     if total == 0:
         raise CalibrationError("the calibration data holds no tokens")
@@ -103,7 +103,8 @@ def collect_samples(
     return Samples(layers=layers, blocks=blocks, tokens=total, answers=answers, seconds=seconds)
 
 
-def _first(rows: Sequence[Rows], tokens: int) -> list[Rows]:
+def first_rows(rows: Sequence[Rows], tokens: int) -> list[Rows]:
+    """The first batches that hold `tokens` together, or all there are."""
     chosen: list[Rows] = []
     done = 0
     for batch in rows:

@@ -16,13 +16,15 @@ from cptq.report.tables import (
     verification_words,
     width_table,
 )
-from cptq.report.tally import notices_by_kind
+from cptq.report.tally import most_sensitive, notices_by_kind
 from cptq.report.validation import validation_tables
 from cptq.report.words import number, seconds
 from cptq.types import SensitivityTable
 
 Outcome = AnalyzeOutcome | CompressOutcome | EvalOutcome
 TOP = 5
+#: with more metrics than this, each has a line instead of a table
+MANY = 4
 
 
 def show(talk: Talk, outcome: Outcome) -> None:
@@ -56,10 +58,27 @@ def show_analyze(talk: Talk, outcome: Outcome) -> None:
     """The most sensitive units by each metric, and each metric over the blocks."""
     summary = outcome.summary
     tables = list(summary.sensitivity.values())
-    talk.tables([top_table(table, summary, TOP) for table in tables])
+    many = len(tables) > MANY
+    talk.tables([first_table(tables)] if many else [top_table(t, summary, TOP) for t in tables])
     talk.tables([block_table(tables)])
     if summary.validation is not None:
         talk.tables([table for table in validation_tables(summary.validation) if not table.folded])
+
+
+def first_table(tables: list[SensitivityTable]) -> Table:
+    """The most sensitive unit by each metric, and what the metric takes on its own."""
+    leaders = [next((unit for unit, _ in most_sensitive(table, 1)), "-") for table in tables]
+    rows = tuple(
+        (table.metric, leader, seconds(table.seconds))
+        for table, leader in zip(tables, leaders, strict=True)
+    )
+    return Table(
+        title="Most sensitive by each metric",
+        columns=("metric", "unit", "time alone"),
+        rows=rows,
+        right=("time alone",),
+        note="the report lists more units, with their scores",
+    )
 
 
 def block_table(tables: list[SensitivityTable]) -> Table:

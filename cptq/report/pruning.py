@@ -37,6 +37,7 @@ def _units(measured: SensitivityTable) -> Table:
     rows = tuple(
         (unit, *map(words.number, curve), words.number(areas[unit]))
         for unit, curve in measured.details["curve"].items()
+        if unit in measured.per_unit
     )
     return Table(
         title="Units pruned one at a time",

@@ -36,7 +36,7 @@ from cptq.sensitivity.rounding import Rounding, changes
 from cptq.types import Candidate, Emit, Progress, Unit
 
 #: tokens that flow through the model at each place
-PATH_TOKENS = 512
+PATH_TOKENS = 384
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,6 +87,8 @@ def path_gradients(
         CalibrationError: an answer or a gradient is NaN or infinite.
     """
     started = time.perf_counter()
+    steps = [(c, t) for c in candidates if changes(c) for t in places]
+    emit(Progress(stage="gradients", done=0, total=len(steps), message="the dense model"))
     walk = _Walk(model, rows, objective, rounding)
     found = PathGradients(
         terms={},
@@ -95,7 +97,6 @@ def path_gradients(
         setup=time.perf_counter() - started,
         seconds=dict.fromkeys(places, 0.0),
     )
-    steps = [(c, t) for c in candidates if changes(c) for t in places]
     with walk.tracked():
         for done, (candidate, place) in enumerate(steps):
             message = f"{candidate.label} at {place:g}"

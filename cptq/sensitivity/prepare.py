@@ -69,7 +69,7 @@ def prepare(
         split = _split(model, kinds, calibration)
         samples = _samples(model, kinds, split, seed, emit)
         if any(kind.needs.probe for kind in kinds.values()):
-            probe = Probe(model, split.held_out, objective)
+            probe = Probe(model, split.held_out, objective, emit)
         if samples and probe and split.overlap:
             message = "too little text to keep the held-out rows out of the sampled ones"
             emit(Notice(kind="info", subject="sensitivity samples", message=message))

@@ -110,12 +110,13 @@ class Pruning(Slope):
     def details(self) -> dict[str, Any]:
         """Curves and areas per unit, and the curve of the whole model with its knee."""
         whole = dict(sorted(self._whole.items()))
+        complete = set(WHOLE) <= set(whole)
         return {
             "sparsities": list(SPARSITIES),
             "curve": self._curves,
             "area": self._areas,
             "whole_model_curve": {f"{p:g}": loss for p, loss in whole.items()},
-            "essential_sparsity": essential_sparsity(whole) if whole else None,
+            "essential_sparsity": essential_sparsity(whole) if complete else None,
         }
 
 

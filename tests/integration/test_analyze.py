@@ -1,4 +1,4 @@
-"""What `cptq analyze` leaves: tables without text, and after Ctrl-C those of the units it reached."""
+"""What `cptq analyze` leaves: tables without text, and partial ones after Ctrl-C."""
 
 from __future__ import annotations
 

@@ -137,10 +137,8 @@ def test_progress_is_told_and_the_model_comes_back_from_a_failure(tiny_model: Ti
         path_gradients(
             model, rows, objective, Rounding(), candidates=(W3, W8), places=(1.0,), emit=interrupt
         )
-    assert [(event.stage, event.done, event.total) for event in events] == [
-        ("gradients", 0, 2),
-        ("gradients", 1, 2),
-    ]
+    assert {(event.stage, event.total) for event in events} == {("gradients", 2)}
+    assert [event.done for event in events] == [0, 0, 1]
     assert all(torch.equal(before[n], v) for n, v in model.module.state_dict().items())
     assert [p.requires_grad for p in model.module.parameters()] == flags
 

@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""What `scripts/bench_sensitivity` runs: `measure` in a fresh process per metric.
+
+Wall and processor seconds are those of `measure` alone, without loading the model and the text;
+peak memory is that of the whole process, and the line `nothing` shows what loading takes. Plain
+forward passes run in the same process between the units, so that both see the same machine: for
+trials the model from the unit's block on, for a sampling pass the whole of its rows. Their ratio
+takes processor seconds, which a busy machine moves least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+NOTHING = "nothing"
+TOGETHER = "all together"
+
+
+@dataclass
+class Spent:
+    """Wall and processor seconds."""
+
+    wall: float = 0.0
+    cpu: float = 0.0
+
+    def of(self, work: Callable[[], Any]) -> Spent:
+        """Add what `work` takes; what this call took."""
+        began, began_cpu = time.perf_counter(), time.process_time()
+        work()
+        took = Spent(time.perf_counter() - began, time.process_time() - began_cpu)
+        self.wall, self.cpu = self.wall + took.wall, self.cpu + took.cpu
+        return took
+
+
+@dataclass
+class Plain:
+    """Runs the plain forward passes of a metric between its units."""
+
+    model: Any
+    calibration: Any
+    spent: Spent = field(default_factory=Spent)
+    trials: dict[int | None, list[float]] = field(default_factory=dict)
+    passes: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        from cptq.calibration.replay import BlockReplay
+        from cptq.calibration.samples import PASS_TOKENS, first_rows
+        from cptq.calibration.slices import held_out_tokens, micro_batches, split_held_out
+
+        on_cpu = self.model.device.type == "cpu"
+        tokens = held_out_tokens(self.model.parameters, on_cpu)
+        split = split_held_out(self.calibration.batches, self.model.kind, tokens)
+        self.held_out = split.held_out
+        self.pass_rows = micro_batches(first_rows(split.fit, PASS_TOKENS))
+        self.replay = BlockReplay(self.model, self.held_out)
+        self.hidden = [self.replay.embed(index) for index in range(len(self.held_out))]
+
+    def trial(self, block: int | None) -> None:
+        """The held-out rows from a block on, as a trial runs them."""
+        took = self.spent.of(lambda: self._from(block or 0))
+        self.trials.setdefault(block, []).append(took.cpu)
+
+    def _from(self, block: int) -> None:
+        import torch
+
+        with torch.no_grad():
+            for index, hidden in enumerate(self.hidden):
+                self.replay.run_from(block, hidden, index)
+
+    def whole_pass(self) -> None:
+        """The rows of a sampling pass."""
+        import torch
+
+        from cptq.calibration.replay import forward
+
+        def run() -> None:
+            with torch.no_grad():
+                for rows in self.pass_rows:
+                    forward(self.model, rows)
+
+        self.passes.append(self.spent.of(run).cpu)
+
+
+def child(model_path: str, metrics: list[str], calibration: dict[str, Any]) -> dict[str, Any]:
+    """Load, measure, and say what it took."""
+    from cptq.calibration.tokens import build_calibration
+    from cptq.checkpoint.loader import load_model
+    from cptq.config import DEFAULT_BITS, CalibrationSettings, ModelSettings
+    from cptq.pipeline.dense import candidates
+    from cptq.sensitivity import METRICS
+    from cptq.sensitivity.measure import measure
+    from cptq.types import Progress
+
+    settings = ModelSettings(model=model_path)
+    model = load_model(settings, lambda event: None)
+    text = build_calibration(
+        model, CalibrationSettings(**calibration), settings, lambda event: None
+    )
+    if not metrics:
+        return {"wall": 0.0, "cpu": 0.0, "peak": peak()}
+    needs = METRICS.get(metrics[0]).needs if len(metrics) == 1 else None
+    plain = None
+    if needs and not needs.path and (needs.probe or (needs.samples and not needs.samples.backward)):
+        plain = Plain(model, text)
+        warm(plain, probe=needs.probe)
+
+    def listen(event: object) -> None:
+        if not isinstance(event, Progress) or plain is None:
+            return
+        if needs.probe and event.stage == "sensitivity" and event.done < len(model.units):
+            plain.trial(model.units[event.done].block)
+        elif not needs.probe and event.stage == "samples" and event.done in (1, event.total):
+            plain.whole_pass()
+
+    spent = Spent()
+    tables: dict[str, Any] = {}
+
+    def run() -> None:
+        tables.update(
+            measure(
+                model, text, metrics=metrics, candidates=candidates(DEFAULT_BITS, 64), seed=0,
+                emit=listen,
+            )
+        )  # fmt: skip
+
+    spent.of(run)
+    found = {"wall": spent.wall, "cpu": spent.cpu, "peak": peak()}
+    if plain is not None:
+        found["wall"] -= plain.spent.wall
+        found["cpu"] -= plain.spent.cpu
+        found["needs"] = needed(plain, metrics[0], len(model.units), tables[metrics[0]])
+    return found
+
+
+def warm(plain: Plain, *, probe: bool) -> None:
+    """One pass of each kind that does not count: the first one allocates."""
+    if probe:
+        plain.trial(0)
+    else:
+        plain.whole_pass()
+    plain.spent, plain.trials, plain.passes = Spent(), {}, []
+
+
+def needed(plain: Plain, metric: str, units: int, table: Any) -> float:
+    """Processor seconds of the plain forward passes that a metric needs: medians, multiplied."""
+    if plain.passes:
+        return statistics.median(plain.passes)
+    per_unit = trials_per_unit(metric, table)
+    one_each = [statistics.median(taken) * len(taken) for taken in plain.trials.values()]
+    first = statistics.median(plain.trials[0])
+    whole = 1 + len(table.details.get("whole_model_curve", {}))  # the dense answers, and pruning's
+    return per_unit * sum(one_each) + whole * first
+
+
+def trials_per_unit(metric: str, table: Any) -> int:
+    """Forward passes that a metric takes per unit."""
+    if metric == "kl":
+        return 1 + sum(not candidate.dense for candidate in next(iter(table.scores.values())))
+    return len(table.details["sparsities"]) if metric == "pruning" else 1
+
+
+def peak() -> int:
+    """Most memory that this process has held, in bytes."""
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def spawn(model: Path, metrics: list[str], calibration: dict[str, Any]) -> dict[str, Any]:
+    """`child` in a process of its own."""
+    job = json.dumps({"model": str(model), "metrics": metrics, "calibration": calibration})
+    line = [sys.executable, __file__, "--child", job]
+    print("measuring", ", ".join(metrics) or NOTHING, file=sys.stderr, flush=True)
+    done = subprocess.run(line, stdout=subprocess.PIPE, check=True, text=True)
+    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def show(model: Path, metrics: list[str], calibration: dict[str, Any], together: bool) -> None:
+    """Measure, then print the table."""
+    found = {NOTHING: spawn(model, [], calibration)}
+    found |= {name: spawn(model, [name], calibration) for name in metrics}
+    if together:
+        found[TOGETHER] = spawn(model, metrics, calibration)
+    total = sum(found[name]["cpu"] for name in metrics)
+    print("| metric | seconds | processor seconds | of their sum | peak MB | to plain forwards |")
+    print("|---|--:|--:|--:|--:|--:|")
+    for name, got in found.items():
+        share = f"{got['cpu'] / total:.1%}" if total and name != NOTHING else ""
+        ratio = f"{got['cpu'] / got['needs']:.2f}" if "needs" in got else ""
+        print(
+            f"| {name} | {got['wall']:.1f} | {got['cpu']:.1f} | {share} | {got['peak'] / 1e6:,.0f} "
+            f"| {ratio} |"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="scripts/bench_sensitivity", description=__doc__)
+    parser.add_argument("model", type=Path, nargs="?")
+    parser.add_argument("--metric", action="append")
+    parser.add_argument("--calibration", default="auto")
+    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--seqlen", type=int, default=512)
+    parser.add_argument("--alone-only", action="store_true")
+    parser.add_argument("--from", dest="caller", type=Path, default=Path())
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.child:
+        job = given.child
+        print(json.dumps(child(job["model"], job["metrics"], job["calibration"])))
+        return
+    if given.model is None:
+        parser.error("name a model")
+    from cptq.sensitivity import METRICS, everyday
+
+    metrics = [METRICS.check(name) for name in given.metric or everyday()]
+    model = (given.caller / given.model).resolve()
+    text = {"calibration": given.calibration, "samples": given.samples, "seqlen": given.seqlen}
+    show(model, metrics, text, together=len(metrics) > 1 and not given.alone_only)
+
+
+if __name__ == "__main__":
+    main()
