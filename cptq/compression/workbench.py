@@ -26,7 +26,10 @@ from cptq.compression.problem import Problem, Solution
 from cptq.numerics.asymmetric import dequantize_asymmetric
 from cptq.numerics.grid import dequantize
 from cptq.numerics.groups import resolve_group
-from cptq.types import Candidate, LayerSpec, Unit
+from cptq.types import Candidate, Emit, LayerSpec, Progress, Unit
+
+#: units compressed for one choice from which on their progress is told
+MANY = 8
 
 
 class Workbench:
@@ -35,14 +38,20 @@ class Workbench:
     Args:
         model: dense now; `trying` leaves it so.
         compressor: a name of `COMPRESSORS`.
+        emit: takes progress.
         hessians: {unit name: H_II} on the dense model's activations; a unit without one is
             compressed as if its inputs were independent and equal.
     """
 
     def __init__(
-        self, model: LoadedModel, compressor: str, hessians: Mapping[str, Tensor] | None = None
+        self,
+        model: LoadedModel,
+        compressor: str,
+        emit: Emit,
+        hessians: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.model = model
+        self._emit = emit
         self._method = COMPRESSORS.get(compressor)
         self._hessians = hessians or {}
         self._units = {unit.name: unit for unit in model.units}
@@ -67,11 +76,26 @@ class Workbench:
 
     def settle(self, choices: Mapping[str, Candidate]) -> None:
         """Put the model into the state of a choice; only what differs from now is touched."""
+        self._prepare(choices)
         for name, candidate in choices.items():
             if self._now.get(name, Candidate(bits=16)) != candidate:
                 for layer, W_OI in self.weights(self._units[name], candidate).items():
                     set_weight(self.model.linear(layer), W_OI)
                 self._now[name] = candidate
+
+    def _prepare(self, choices: Mapping[str, Candidate]) -> None:
+        """Compress what a choice has and no one before; says so where it takes a while."""
+        new = [
+            (name, candidate)
+            for name, candidate in choices.items()
+            if not candidate.dense and (name, candidate) not in self._made
+        ]
+        for index, (name, candidate) in enumerate(new):
+            if len(new) > MANY:
+                self._emit(Progress(stage="units", done=index, total=len(new), message=name))
+            self.weights(self._units[name], candidate)
+        if len(new) > MANY:
+            self._emit(Progress(stage="units", done=len(new), total=len(new)))
 
     @torch.no_grad()
     def weights(self, unit: Unit, candidate: Candidate) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from cptq.pipeline.dense import calibrate, candidates, load_dense
 from cptq.pipeline.facts import summary
 from cptq.pipeline.files import read_tables, stage_files
 from cptq.pipeline.recorder import Recorder
-from cptq.pipeline.validate import validate
+from cptq.pipeline.validate import budgets, validate
 from cptq.report.render import FILES, report_files
 from cptq.report.summary import AnalyzeOutcome, Summary
 from cptq.sensitivity import SLOW, everyday
@@ -35,6 +35,8 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
     out = settings.out or Path(f"{model.path.name}-analysis")
     place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])
     choices = candidates(settings.bits, settings.group_size)
+    if settings.validate:
+        budgets(model, choices, settings)  # a target out of reach is refused before the work
     known = read_tables(
         settings.sensitivity, model.fingerprint, {unit.name: choices for unit in model.units}
     )

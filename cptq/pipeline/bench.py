@@ -27,7 +27,7 @@ def workbench(
 ) -> Workbench:
     """A workbench for `compressor`; where that looks at activations, one pass gathers them."""
     if compressor in WITHOUT_ACTIVATIONS:
-        return Workbench(model, compressor)
+        return Workbench(model, compressor, emit)
     need = sum(4 * unit.layers[0].shape[1] ** 2 for unit in model.units)
     if need > HESSIAN_BYTES:
         message = (
@@ -35,7 +35,7 @@ def workbench(
             "if their inputs were independent"
         )
         emit(Notice(kind="fallback", subject=compressor, message=message))
-        return Workbench(model, compressor)
+        return Workbench(model, compressor, emit)
     wants = Wants(moments=True)
     samples = collect_samples(
         model, calibration.batches, objective, wants, seed=seed, emit=emit, keep=1
@@ -48,4 +48,4 @@ def workbench(
         else:
             message = "too wide for a Hessian here: compared as if its inputs were independent"
             emit(Notice(kind="fallback", subject=unit.name, message=message))
-    return Workbench(model, compressor, hessians)
+    return Workbench(model, compressor, emit, hessians)

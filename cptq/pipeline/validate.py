@@ -74,8 +74,7 @@ def validate(
     """
     _tell_foreign_texts(tables, calibration, emit)
     seed = settings.calibration.seed
-    cost = CostModel(model.units, model.tensors)
-    budgets = [resolve_budget(t, cost, settings.group_size, candidates) for t in settings.targets]
+    cost, limits = CostModel(model.units, model.tensors), budgets(model, candidates, settings)
     objective = objective_for(model.kind, model.config)
     bench = workbench(model, calibration, objective, settings.compressor, seed=seed, emit=emit)
     probe = Probe(model, parts(model, calibration.spare, 1)[0], objective)
@@ -83,11 +82,11 @@ def validate(
         model.units, len(model.block_names), candidates, settings.pairs, settings.calibration.seed
     )
     trials = _Trials(model=model, cost=cost, probe=probe, bench=bench, emit=emit)
-    _tell_cost(probe, len(chosen), len(budgets), tables, settings, candidates, model, emit)
+    _tell_cost(probe, len(chosen), len(limits), tables, settings, candidates, model, emit)
     clock = time.perf_counter()
     pairs = _measure_pairs(model, probe, bench, chosen, tables, emit)
     paired = time.perf_counter()
-    found = trials.run(budgets, tables, candidates, settings.allocators)
+    found = trials.run(limits, tables, candidates, settings.allocators)
     return Validation(
         unit=objective.unit,
         compressor=settings.compressor,
@@ -113,6 +112,18 @@ def validate(
         trials=tuple(found),
         seconds={"pairs": paired - clock, "plans": time.perf_counter() - paired},
     )
+
+
+def budgets(
+    model: LoadedModel, candidates: Sequence[Candidate], settings: AnalyzeSettings
+) -> list[Budget]:
+    """The bytes of every target.
+
+    Raises:
+        BudgetError: a target that no plan reaches.
+    """
+    cost = CostModel(model.units, model.tensors)
+    return [resolve_budget(t, cost, settings.group_size, candidates) for t in settings.targets]
 
 
 def _tell_foreign_texts(

@@ -36,7 +36,7 @@ Allocator = Annotated[
     typer.Option(
         "--allocator",
         metavar="NAME",
-        help="knapsack, cluster, greedy or uniform; default knapsack.",
+        help="knapsack, cluster, greedy, uniform or even; default knapsack.",
         show_default=False,
     ),
 ]

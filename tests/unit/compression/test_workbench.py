@@ -1,0 +1,122 @@
+"""The workbench: the weights of `compress_model`, and a model that comes back as it was."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from cptq.calibration.objective import objective_for
+from cptq.calibration.tokens import Calibration, build_calibration
+from cptq.checkpoint.loader import load_model
+from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.weights import get_weight
+from cptq.compression.blockwise import compress_model
+from cptq.compression.workbench import Workbench
+from cptq.config import CalibrationSettings, ModelSettings
+from cptq.pipeline.bench import workbench
+from cptq.types import Budget, Candidate, Event, Plan, Progress
+from tests.conftest import TinyModel
+
+TEXT = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
+WIDTHS = [Candidate(bits=b, group_size=16) for b in (2, 3, 4)] + [Candidate(bits=16)]
+
+
+def quiet(_event: Event) -> None: ...
+
+
+def loaded(tiny_model: TinyModel, arch: str) -> tuple[LoadedModel, Calibration]:
+    settings = ModelSettings(model=str(tiny_model(arch)))
+    model = load_model(settings, quiet)
+    return model, build_calibration(model, TEXT, settings, quiet)
+
+
+def weights(model: LoadedModel) -> dict[str, torch.Tensor]:
+    specs = [spec for unit in model.units for spec in unit.layers]
+    return {spec.name: get_weight(model.linear(spec.name)).clone() for spec in specs}
+
+
+def mixed(model: LoadedModel) -> dict[str, Candidate]:
+    return {unit.name: WIDTHS[k % len(WIDTHS)] for k, unit in enumerate(model.units)}
+
+
+def carried_out(
+    model: LoadedModel, calibration: Calibration, choices: dict[str, Candidate], how: str
+) -> dict[str, torch.Tensor]:
+    plan = Plan(
+        model_fingerprint=model.fingerprint, budget=Budget(limit_bytes=0, asked="x"),
+        allocator="x", metric=None, table_digest=None, choices=choices, predicted_bytes=0,
+        predicted_loss=None,
+    )  # fmt: skip
+    compress_model(model, calibration, plan, compressor=how, emit=quiet)
+    return weights(model)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_without_activations_it_is_compress_model_to_the_bit(
+    tiny_model: TinyModel, arch: str
+) -> None:
+    model, calibration = loaded(tiny_model, arch)
+    choices, dense = mixed(model), weights(model)
+    bench = Workbench(model, "nearest", quiet)
+    with bench.trying():
+        bench.settle(choices)
+        tried = weights(model)
+    back = weights(model)
+    assert all(torch.equal(back[name], dense[name]) for name in dense)
+    done = carried_out(model, calibration, choices, "nearest")
+    assert all(torch.equal(tried[name], done[name]) for name in done)
+
+
+def test_the_way_to_a_choice_does_not_matter_and_errors_leave_a_dense_model(
+    tiny_model: TinyModel,
+) -> None:
+    model, _ = loaded(tiny_model, "llama")
+    dense, names = weights(model), [unit.name for unit in model.units]
+    bench = Workbench(model, "nearest", quiet)
+    with bench.trying():
+        for candidate in WIDTHS:
+            bench.settle(dict.fromkeys(names, candidate))
+        again = weights(model)
+        assert all(torch.equal(again[name], dense[name]) for name in dense)  # the last is dense
+        bench.settle(mixed(model))
+        by_a_detour = weights(model)
+    with bench.trying():
+        bench.settle(mixed(model))
+        assert all(torch.equal(by_a_detour[n], w) for n, w in weights(model).items())
+    with pytest.raises(KeyError), bench.trying():
+        bench.settle(mixed(model) | {"no such unit": WIDTHS[0]})
+    assert all(torch.equal(dense[n], w) for n, w in weights(model).items())
+
+
+def test_with_activations_the_first_block_is_that_of_compress_model(tiny_model: TinyModel) -> None:
+    """Later blocks differ: there the errors of those before are not seen."""
+    model, calibration = loaded(tiny_model, "llama")
+    choices = dict.fromkeys((unit.name for unit in model.units), Candidate(bits=3, group_size=16))
+    objective = objective_for(model.kind, model.config)
+    bench = workbench(model, calibration, objective, "gptq", seed=0, emit=quiet)
+    with bench.trying():
+        bench.settle(choices)
+        tried = weights(model)
+    done = carried_out(model, calibration, choices, "gptq")
+    first = "model.layers.0.self_attn.q_proj"
+    torch.testing.assert_close(tried[first], done[first], rtol=1e-5, atol=1e-6)
+    last = "model.layers.1.mlp.down_proj"
+    assert not torch.equal(tried[last], done[last])
+
+
+def test_long_work_is_told_and_done_once(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cptq.compression.workbench.MANY", 3)
+    model, _ = loaded(tiny_model, "llama")
+    heard: list[Event] = []
+    bench = Workbench(model, "nearest", heard.append)
+    every = dict.fromkeys((unit.name for unit in model.units), WIDTHS[0])
+    with bench.trying():
+        bench.settle(every)
+        told = len(heard)
+        bench.settle(dict.fromkeys(every, WIDTHS[-1]))
+        bench.settle(every)
+    assert told == len(model.units) + 1
+    assert len(heard) == told
+    assert all(isinstance(event, Progress) for event in heard)
