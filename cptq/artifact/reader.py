@@ -149,7 +149,7 @@ def _content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsForm
         layers=tuple(inventory.values()),
         compressed=layers,
         fetch=lambda name: get(name) if name in places else None,
-        hub_id=None if model["hub_id"] is None else str(model["hub_id"]),
+        hub_id=None if model.get("hub_id") is None else str(model["hub_id"]),
     )
 
 

@@ -110,13 +110,10 @@ def test_the_dense_form_is_the_rounded_weights(artifact: Path, tmp_path: Path) -
 
 
 def test_exporting_twice_gives_the_same_bytes(artifact: Path, tmp_path: Path) -> None:
-    for form in FORMATS:
-        for name in ("a", "b"):
-            exported(artifact, form, tmp_path / f"{form}-{name}")
-        a, b = (sorted((tmp_path / f"{form}-{n}").rglob("*")) for n in ("a", "b"))
-        assert [p.read_bytes() for p in a if p.is_file()] == [
-            p.read_bytes() for p in b if p.is_file()
-        ]
+    for name in ("a", "b"):
+        exported(artifact, "gguf", tmp_path / name)
+    a, b = (sorted(p for p in (tmp_path / n).rglob("*") if p.is_file()) for n in ("a", "b"))
+    assert [p.read_bytes() for p in a] == [p.read_bytes() for p in b]
 
 
 def test_nothing_is_overwritten_and_nothing_half_written(artifact: Path, tmp_path: Path) -> None:
