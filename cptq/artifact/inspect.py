@@ -147,9 +147,14 @@ def _layers(
 ) -> Iterable[LayerFacts]:
     """Every matrix, packed ones as what they stand for."""
     schemes, sizes = _schemes(directory), {s.name: s for s in specs}
+    own = _own_schemes(directory)
     for spec in specs:
         layer, _, end = spec.name.rpartition(".")
-        if end == "weight_packed":
+        if layer in own and end == "weight":
+            yield _own_packed(layer, specs, *own[layer])
+        elif layer in own and end != "bias":
+            continue
+        elif end == "weight_packed":
             yield _packed(layer, sizes, shapes.get(layer), schemes.get(layer, {}))
         elif len(spec.shape) >= 2 and not _is_packed(spec):
             bits = 8 * spec.nbytes / max(1, spec.numel)
@@ -177,6 +182,33 @@ def _packed(
     return LayerFacts(
         name=layer, stored=stored, shape=shape or parts[0].shape, nbytes=nbytes, bits=bits
     )
+
+
+def _own_packed(
+    layer: str, specs: list[TensorSpec], label: str, shape: tuple[int, int]
+) -> LayerFacts:
+    """A layer of the packed format."""
+    mine = [s for s in specs if s.name.startswith(f"{layer}.weight")]
+    nbytes = sum(spec.nbytes for spec in mine)
+    return LayerFacts(
+        name=layer, stored=label, shape=shape, nbytes=nbytes, bits=8 * nbytes / prod(shape)
+    )
+
+
+def _own_schemes(directory: Path) -> dict[str, tuple[str, tuple[int, int]]]:
+    """{layer: label and shape} of a packed artifact, as config.json and the manifest have them."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        modules = config["quantization_config"]["modules"]
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        shapes = {item["name"]: item["shape"] for item in manifest["layers"]}
+        return {
+            str(name): (str(label), (int(shapes[name][0]), int(shapes[name][1])))
+            for name, label in modules.items()
+            if min(shapes[name]) > 0
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _schemes(directory: Path) -> dict[str, Mapping[str, Any]]:
