@@ -22,6 +22,8 @@ from cptq.types import TensorSpec
 
 _BLOCK = re.compile(r"\.\d+\.")
 _PACKED = ("weight_packed", "weight_scale", "weight_shape")
+#: of the packed format; its codes are a `weight` of 32-bit words
+_PLACES = ("weight_zero", "weight_mask", "weight_pattern")
 #: types of ggml that are not packed
 FLOATS = ("F64", "F32", "F16", "BF16")
 #: parts in the order in which they are told
@@ -98,14 +100,23 @@ def _safetensors(path: Path, files: list[Path]) -> Inspection:
         form="safetensors",
         nbytes=size,
         weights=loose + sum(prod(layer.shape) for layer in layers),
-        parts=_parts(((s.name, s.shape, s.nbytes) for s in specs), size),
+        parts=_parts(((_told(s), s.shape, s.nbytes) for s in specs), size),
         layers=layers,
         provenance=_manifest_words(path if path.is_dir() else path.parent),
     )
 
 
 def _is_packed(spec: TensorSpec) -> bool:
-    return spec.name.endswith(_PACKED)
+    return spec.name.endswith((*_PACKED, *_PLACES)) or _is_own(spec)
+
+
+def _is_own(spec: TensorSpec) -> bool:
+    return spec.dtype == "I32" and spec.name.endswith(".weight")
+
+
+def _told(spec: TensorSpec) -> str:
+    """The name, packed codes by that of the other format."""
+    return f"{spec.name}_packed" if _is_own(spec) else spec.name
 
 
 def _parts(
@@ -122,7 +133,7 @@ def _parts(
 def _part(name: str, shape: tuple[int, ...]) -> str:
     if name.endswith("weight_packed"):
         return PARTS[0]
-    if name.endswith(("weight_scale", "weight_shape")):
+    if name.endswith(("weight_scale", "weight_shape", *_PLACES)):
         return PARTS[1]
     if len(shape) < 2:
         return PARTS[4]
