@@ -22,6 +22,8 @@ from cptq.types import TensorSpec
 
 _BLOCK = re.compile(r"\.\d+\.")
 _PACKED = ("weight_packed", "weight_scale", "weight_shape")
+#: of the packed format; its codes are a `weight` of 32-bit words
+_PLACES = ("weight_zero", "weight_mask", "weight_pattern")
 #: types of ggml that are not packed
 FLOATS = ("F64", "F32", "F16", "BF16")
 #: parts in the order in which they are told
@@ -98,14 +100,23 @@ def _safetensors(path: Path, files: list[Path]) -> Inspection:
         form="safetensors",
         nbytes=size,
         weights=loose + sum(prod(layer.shape) for layer in layers),
-        parts=_parts(((s.name, s.shape, s.nbytes) for s in specs), size),
+        parts=_parts(((_told(s), s.shape, s.nbytes) for s in specs), size),
         layers=layers,
         provenance=_manifest_words(path if path.is_dir() else path.parent),
     )
 
 
 def _is_packed(spec: TensorSpec) -> bool:
-    return spec.name.endswith(_PACKED)
+    return spec.name.endswith((*_PACKED, *_PLACES)) or _is_own(spec)
+
+
+def _is_own(spec: TensorSpec) -> bool:
+    return spec.dtype == "I32" and spec.name.endswith(".weight")
+
+
+def _told(spec: TensorSpec) -> str:
+    """The name, packed codes by that of the other format."""
+    return f"{spec.name}_packed" if _is_own(spec) else spec.name
 
 
 def _parts(
@@ -122,7 +133,7 @@ def _parts(
 def _part(name: str, shape: tuple[int, ...]) -> str:
     if name.endswith("weight_packed"):
         return PARTS[0]
-    if name.endswith(("weight_scale", "weight_shape")):
+    if name.endswith(("weight_scale", "weight_shape", *_PLACES)):
         return PARTS[1]
     if len(shape) < 2:
         return PARTS[4]
@@ -147,9 +158,14 @@ def _layers(
 ) -> Iterable[LayerFacts]:
     """Every matrix, packed ones as what they stand for."""
     schemes, sizes = _schemes(directory), {s.name: s for s in specs}
+    own = _own_schemes(directory)
     for spec in specs:
         layer, _, end = spec.name.rpartition(".")
-        if end == "weight_packed":
+        if layer in own and end == "weight":
+            yield _own_packed(layer, specs, *own[layer])
+        elif layer in own and end != "bias":
+            continue
+        elif end == "weight_packed":
             yield _packed(layer, sizes, shapes.get(layer), schemes.get(layer, {}))
         elif len(spec.shape) >= 2 and not _is_packed(spec):
             bits = 8 * spec.nbytes / max(1, spec.numel)
@@ -177,6 +193,33 @@ def _packed(
     return LayerFacts(
         name=layer, stored=stored, shape=shape or parts[0].shape, nbytes=nbytes, bits=bits
     )
+
+
+def _own_packed(
+    layer: str, specs: list[TensorSpec], label: str, shape: tuple[int, int]
+) -> LayerFacts:
+    """A layer of the packed format."""
+    mine = [s for s in specs if s.name.startswith(f"{layer}.weight")]
+    nbytes = sum(spec.nbytes for spec in mine)
+    return LayerFacts(
+        name=layer, stored=label, shape=shape, nbytes=nbytes, bits=8 * nbytes / prod(shape)
+    )
+
+
+def _own_schemes(directory: Path) -> dict[str, tuple[str, tuple[int, int]]]:
+    """{layer: label and shape} of a packed artifact, as config.json and the manifest have them."""
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        modules = config["quantization_config"]["modules"]
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        shapes = {item["name"]: item["shape"] for item in manifest["layers"]}
+        return {
+            str(name): (str(label), (int(shapes[name][0]), int(shapes[name][1])))
+            for name, label in modules.items()
+            if min(shapes[name]) > 0
+        }
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return {}
 
 
 def _schemes(directory: Path) -> dict[str, Mapping[str, Any]]:

@@ -170,7 +170,9 @@ class SafetensorsFormat(CheckpointFormat):
             layer = packed.get(spec.name)
             return content.dense(spec) if layer is None else self.layer_value(layer, spec)
 
-        files = write_weights(place, self._specs(content), value, stem=self.stem)
+        # a dense copy is for everyone, whatever the format
+        stem = self.stem if content.compressed else "model"
+        files = write_weights(place, self._specs(content), value, stem=stem)
         write_config(content.path, self.quantization_config(content), place)
         copy_companions(content, place, emit)
         return files
