@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """`cptq eval` and lm-evaluation-harness side by side on one model: a table of both, and exit 1
 where they differ by more than the tolerance (relative where a number is above 1).
 

@@ -110,7 +110,8 @@ def test_the_readme_names_no_command_or_option_that_is_not_there() -> None:
 def test_every_direct_dependency_is_pinned_within_its_bounds() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = [Requirement(text) for text in project["dependencies"]]
-    wanted += [Requirement(text) for text in project["optional-dependencies"]["dev"]]
+    for extra in project["optional-dependencies"].values():
+        wanted += [Requirement(text) for text in extra]
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     versions = {canonicalize_name(pin.name): str(pin.specifier).removeprefix("==") for pin in pins}

@@ -81,7 +81,7 @@ def test_the_baseline_of_eval_is_compared_on_the_same_windows(place: Path) -> No
         seqlen=64,
     )
     summary = evaluate(asked, lambda event: None).summary
-    assert [row.metric for row in summary.paired] == [row.metric for row in summary.evaluation]
+    assert [row.metric for row in summary.paired] == [row.metric for row in summary.baseline]
     assert summary.paired[0].samples == 20
     told = summary.to_dict()["paired"][0]
     assert told["verdict"] == summary.paired[0].verdict
