@@ -36,7 +36,7 @@ from cptq.sensitivity.rounding import Rounding, changes
 from cptq.types import Candidate, Emit, Progress, Unit
 
 #: tokens that flow through the model at each place
-PATH_TOKENS = 384
+PATH_TOKENS = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
