@@ -186,13 +186,8 @@ def test_unknown_metrics_name_the_nearest(tiny_model: TinyModel) -> None:
         tables(tiny_model("llama"), ("tailor",))
 
 
-@pytest.mark.parametrize(
-    "candidate",
-    [Candidate(bits=4, symmetric=False), Candidate(bits=4, sparsity=0.5, pattern="2:4")],
-)
-def test_candidates_without_a_rounding_are_refused(
-    candidate: Candidate, tiny_model: TinyModel
-) -> None:
+def test_candidates_without_a_rounding_are_refused(tiny_model: TinyModel) -> None:
+    candidate = Candidate(bits=4, sparsity=0.5, pattern="2:4")
     model = loaded(tiny_model("llama"))
     with pytest.raises(UsageError, match="no metric can score"):
         measure(
