@@ -121,5 +121,11 @@ def _rich(table: Table, width: int) -> RichTable:
         justify: Literal["right", "left"] = "right" if name in table.right else "left"
         rich.add_column(name, justify=justify, overflow="fold", no_wrap=name in table.right)
     for row in table.rows:
-        rich.add_row(*(Text(printable(value)) for value in row))
+        named = zip(table.columns, row, strict=True)
+        rich.add_row(*(Text(printable(_spoken(name, value))) for name, value in named))
     return rich
+
+
+def _spoken(column: str, value: str) -> str:
+    """A metric's name in words, so that it folds between them and not within one."""
+    return value.replace("_", " ") if column == "metric" else value

@@ -1,9 +1,9 @@
 """The settings of a run: immutable values, filled by the command line and by strict YAML."""
 
+from cptq.config.checks import ALLOWED_BITS, check_repository, option
 from cptq.config.file import read_file, settings_from
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.config.settings import (
-    ALLOWED_BITS,
     DEFAULT_BITS,
     DEFAULT_GROUP_SIZE,
     DEFAULT_PAIRS,
@@ -17,8 +17,6 @@ from cptq.config.settings import (
     ExportSettings,
     ModelSettings,
     Settings,
-    check_repository,
-    option,
 )
 from cptq.config.values import build, command_line, convert, describe, flat_fields
 

@@ -11,7 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
-from cptq.config.settings import FIXED_BY, SINGULAR, option
+from cptq.config.checks import SINGULAR, option
+from cptq.config.settings import FIXED_BY
 from cptq.config.values import build, convert, flat_fields
 from cptq.errors import UsageError
 from cptq.registry import closest

@@ -11,6 +11,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from cptq.config.checks import (
+    at_least,
+    check_bits,
+    check_limit,
+    check_repository,
+    option,
+)
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.errors import UsageError
 from cptq.registry import closest
@@ -18,7 +25,6 @@ from cptq.registry import closest
 DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
 DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
 EMBEDDING_BITS = (6, 7, 8)
-ALLOWED_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 DEFAULT_TASKS = ("wikitext",)
 #: whether a mixed plan must beat the uniform one of the same bytes before it is shipped
 CHECK_UNIFORM = True
@@ -27,14 +33,6 @@ DEFAULT_PAIRS = 96
 DEFAULT_TARGETS = ("2.5bit", "3bit", "4bit")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-#: fields whose option, and whose key in a file, is spelled in the singular
-SINGULAR = {
-    "metrics": "metric",
-    "tasks": "task",
-    "targets": "target",
-    "allocators": "allocator",
-    "pins": "pin",
-}
 #: what a file already says; given beside it they would be ignored, so they are refused
 FIXED_BY = {
     "plan": (
@@ -51,26 +49,6 @@ FIXED_BY = {
     ),
     "sensitivity": ("metric",),
 }
-
-
-def option(name: str) -> str:
-    """The spelling of a field on the command line: `--batch-size` for `batch_size`."""
-    return "--" + SINGULAR.get(name, name).replace("_", "-")
-
-
-def _at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise UsageError(
-                f"{option(name)} is {value}", allowed=f"a whole number of at least {least}"
-            )
-
-
-def _check_bits(bits: tuple[int, ...]) -> None:
-    wrong = [width for width in bits if width not in ALLOWED_BITS]
-    if wrong or not bits:
-        what = f"holds {', '.join(map(str, wrong))}" if wrong else "is empty"
-        raise UsageError(f"--bits {what}", allowed=", ".join(map(str, ALLOWED_BITS)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +87,8 @@ class CalibrationSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _at_least(1, samples=self.samples, seqlen=self.seqlen, batch_size=self.batch_size)
-        _at_least(0, seed=self.seed)
+        at_least(1, samples=self.samples, seqlen=self.seqlen, batch_size=self.batch_size)
+        at_least(0, seed=self.seed)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,9 +110,9 @@ class AnalyzeSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _check_bits(self.bits)
-        _at_least(0, group_size=self.group_size)
-        _at_least(1, pairs=self.pairs)
+        check_bits(self.bits)
+        at_least(0, group_size=self.group_size)
+        at_least(1, pairs=self.pairs)
         if not self.metrics:
             raise UsageError("no metric is given", hint="--metric output")
         if not self.validate:
@@ -184,8 +162,8 @@ class CompressSettings:
 
     def __post_init__(self) -> None:
         runtime = find_runtime(self.runtime)
-        _check_bits(self.bits)
-        _at_least(0, group_size=self.group_size)
+        check_bits(self.bits)
+        at_least(0, group_size=self.group_size)
         runtime.check(self.bits, self.group_size)
         self._check_wider(runtime)
         check_repository(self.push_to_hub)
@@ -199,7 +177,7 @@ class CompressSettings:
                 allowed=f"{', '.join(map(str, EMBEDDING_BITS))} (an output head, which most models "
                 "share with the embedding, suffers from fewer)",
             )
-        _at_least(0, refine=self.refine)
+        at_least(0, refine=self.refine)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,20 +202,13 @@ class EvalSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(1, batch_size=self.batch_size)
-        _at_least(2, seqlen=self.seqlen)
-        _at_least(1, stride=self.stride)
-        _at_least(0, seed=self.seed)
+        at_least(1, batch_size=self.batch_size)
+        at_least(2, seqlen=self.seqlen)
+        at_least(1, stride=self.stride)
+        at_least(0, seed=self.seed)
         if not self.tasks and not self.lm_eval:
             object.__setattr__(self, "tasks", DEFAULT_TASKS)
-        _check_limit(self.limit)
-
-
-def _check_limit(limit: float | None) -> None:
-    if limit is not None and not (0 < limit <= 1 or (limit > 1 and limit == int(limit))):
-        raise UsageError(
-            f"--limit is {limit:g}", allowed="a share in (0, 1] or a whole number of samples"
-        )
+        check_limit(self.limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -259,10 +230,10 @@ class CompareSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _at_least(1, batch_size=self.batch_size)
-        _at_least(2, seqlen=self.seqlen)
-        _at_least(0, seed=self.seed)
-        _check_limit(self.limit)
+        at_least(1, batch_size=self.batch_size)
+        at_least(2, seqlen=self.seqlen)
+        at_least(0, seed=self.seed)
+        check_limit(self.limit)
         if not self.tasks:
             raise UsageError("no task is given", hint="--task wikitext")
         if not self.others:
@@ -290,14 +261,6 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         check_repository(self.push_to_hub)
-
-
-def check_repository(name: str | None) -> None:
-    """Refuse what is no `owner/name` (or `name`) of a repository on the Hub."""
-    if name is not None and not re.fullmatch(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", name):
-        raise UsageError(
-            f"--push-to-hub is {name!r}", allowed="a repository such as your-name/model-4bit"
-        )
 
 
 Settings = AnalyzeSettings | CompressSettings | EvalSettings | CompareSettings

@@ -12,8 +12,9 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from cptq.config.checks import option
 from cptq.config.runtimes import DEFAULT_RUNTIME, find_runtime
-from cptq.config.settings import COMMANDS, CompressSettings, Settings, option
+from cptq.config.settings import COMMANDS, CompressSettings, Settings
 from cptq.errors import UsageError
 
 S = TypeVar("S")

@@ -116,8 +116,8 @@ def test_analyze_tells_the_most_sensitive_and_a_sketch(cptq: Cptq) -> None:
 
 def test_eval_tells_the_difference_to_the_baseline(cptq: Cptq) -> None:
     lines = cptq("eval", "m").stdout.splitlines()
-    row = next(line.split() for line in lines if "token_perplexity" in line)
-    assert row[2:6] == ["31.92", "27.05", "+4.87", "worse"]
+    row = next(line.split() for line in lines if "token perplexity" in line)
+    assert row[3:7] == ["31.92", "27.05", "+4.87", "worse"]
 
 
 @pytest.mark.parametrize("command", ["analyze", "compress", "eval"])

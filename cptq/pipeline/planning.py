@@ -1,0 +1,194 @@
+"""From a checkpoint and its settings to the plan that `cptq compress` carries out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from cptq.allocation import BLIND
+from cptq.allocation.allocate import allocate
+from cptq.allocation.cost import CostModel
+from cptq.allocation.limits import allowed, parse_limits
+from cptq.allocation.targets import resolve_budget
+from cptq.artifact.formats import FORMATS
+from cptq.artifact.hub import check_push
+from cptq.artifact.place import check_space
+from cptq.artifact.writer import check_output
+from cptq.calibration.judges import parts
+from cptq.calibration.slices import Rows
+from cptq.calibration.tokens import Calibration
+from cptq.checkpoint.model import LoadedModel
+from cptq.compression.embeddings import embedding_tensors
+from cptq.config import CompressSettings, find_runtime
+from cptq.pipeline.dense import calibrate, candidates, load_dense
+from cptq.pipeline.files import check_covers, read_plan, read_table
+from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.refine import refine_plan
+from cptq.sensitivity.measure import measure
+from cptq.types import Budget, Candidate, Emit, Notice, Plan, SensitivityTable
+
+DEFAULT_TARGET = "4bit"
+#: fewest spare rows on which a mixed plan is compared with the uniform one
+LEAST_JUDGES = 4
+
+
+@dataclass(kw_only=True, eq=False)
+class Planning:
+    """The steps up to a plan, and what they hand on to each other."""
+
+    settings: CompressSettings
+    recorder: Recorder
+    plan: Plan | None = None
+    tables: dict[str, SensitivityTable] = field(default_factory=dict)
+    calibration: Calibration = field(init=False)
+    judging: list[list[Rows]] = field(default_factory=list)
+    checking: bool = False
+
+    def __post_init__(self) -> None:
+        settings, self.runtime = self.settings, find_runtime(self.settings.runtime)
+        self.model: LoadedModel = load_dense(
+            settings.model, self.recorder, conv1d=self.runtime.wider
+        )
+        if any(width < 16 for width in self.settings.bits):
+            self.runtime.check_tensors(spec.name for spec in self.model.tensors)
+        self.layout = FORMATS.get(self.runtime.format).layout
+        symmetric = not settings.asymmetric
+        self.choices = candidates(settings.bits, settings.group_size, symmetric=symmetric)
+        self.embedding: Candidate | None = None
+        if settings.embedding_bits is not None:
+            self.embedding = Candidate(
+                bits=settings.embedding_bits, group_size=settings.group_size, symmetric=symmetric
+            )
+        self.cost = CostModel(
+            self.model.units,
+            self.model.tensors,
+            self.layout,
+            self.runtime,
+            embedding_tensors(self.model, self.embedding, self.layout, self.recorder),
+        )
+        self.options: dict[str, tuple[Candidate, ...]] = self.allowed()
+
+    def allowed(self) -> dict[str, tuple[Candidate, ...]]:
+        """The candidates of each unit, by --pin, --min-bits and --max-bits."""
+        settings, model = self.settings, self.model
+        limits = parse_limits(settings.pins, settings.min_bits, settings.max_bits)
+        options = allowed(
+            limits,
+            model.units,
+            self.choices,
+            group_size=settings.group_size,
+            layers=model.layers,
+            emit=self.recorder,
+        )
+        if limits.pins:
+            self.cost.check_pinned(options)
+        return options
+
+    def read_budget_or_plan(self) -> Budget:
+        """The bytes to keep to; a target out of reach is refused before anything is measured."""
+        settings = self.settings
+        if settings.push_to_hub is not None:
+            check_push(settings.push_to_hub, settings.model.token)
+        if settings.plan is not None:
+            self.plan = read_plan(settings.plan, self.model, self.cost)
+            budget = self.plan.budget
+        else:
+            target = settings.target or DEFAULT_TARGET
+            budget = resolve_budget(target, self.cost, settings.group_size, self.options)
+        if settings.sensitivity is not None:
+            self.read_table()
+        self.out = settings.out or Path(f"{self.model.path.name}-cptq-{budget.asked}")
+        place = check_output(self.out, overwrite=settings.overwrite, source=self.model.path)
+        check_space(place, budget.limit_bytes)
+        return budget
+
+    def prepare_text(self) -> None:
+        """Calibrate; keep text apart for the search (two parts) and for the check (one)."""
+        blind = self.settings.allocator in BLIND
+        self.checking = self.settings.check_uniform and self.plan is None and not blind
+        wanted = (2 if self.settings.refine else 0) + int(self.checking)
+        self.calibration = calibrate(
+            self.model, self.settings, self.recorder, judging=wanted, reserve=False
+        )
+        if wanted and (self.settings.refine or len(self.calibration.spare) >= LEAST_JUDGES):
+            self.judging = parts(self.model, self.calibration.spare, wanted)
+
+    def make_plan(self, budget: Budget) -> Plan:
+        """Measure where the allocator needs it and no file of --sensitivity has it; allocate."""
+        settings = self.settings
+        if settings.sensitivity is None and settings.allocator not in BLIND:
+            self.measure()
+        with self.recorder.stage("allocation"):
+            return self.allocate(settings.allocator, self.table, budget, self.recorder)
+
+    @property
+    def table(self) -> SensitivityTable | None:
+        """The scores that decide, if any were asked for."""
+        return next(iter(self.tables.values()), None)
+
+    def allocate(
+        self, name: str, table: SensitivityTable | None, budget: Budget, emit: Emit
+    ) -> Plan:
+        """A plan by the allocator `name`."""
+        return allocate(
+            name,
+            table,
+            self.cost,
+            budget,
+            self.choices,
+            model_fingerprint=self.model.fingerprint,
+            emit=emit,
+            options=self.options,
+        )
+
+    def refined(self, plan: Plan) -> Plan:
+        """The plan after --refine."""
+        if not self.settings.refine:
+            return plan
+        with self.recorder.stage("refinement"):
+            return refine_plan(
+                self.model,
+                self.calibration,
+                self.judging[:2],
+                plan,
+                self.table,
+                self.cost,
+                self.options,
+                self.settings,
+                self.recorder,
+            )
+
+    def rival(self, plan: Plan) -> Plan | None:
+        """The plan to beat; None where none is needed, or no text is left to judge on."""
+        if not self.checking:
+            return None
+        rival = self.allocate("even", None, plan.budget, lambda _: None)
+        if rival.choices == plan.choices:
+            return None
+        if not self.judging:
+            message = (
+                "no text is left beside what calibrates: the plan is not compared with a uniform "
+                "one; fewer --samples or a longer text would leave some"
+            )
+            self.recorder(Notice(kind="warning", subject="--check-uniform", message=message))
+            return None
+        return rival
+
+    def measure(self) -> None:
+        """Fill `tables` with that of the metric asked for."""
+        with self.recorder.stage("sensitivity"):
+            self.tables = measure(
+                self.model,
+                self.calibration,
+                metrics=[self.settings.metric],
+                candidates=self.choices,
+                seed=self.settings.calibration.seed,
+                emit=self.recorder,
+            )
+
+    def read_table(self) -> None:
+        """Fill `tables` from the file of --sensitivity."""
+        assert self.settings.sensitivity is not None
+        table = read_table(self.settings.sensitivity, self.model.fingerprint)
+        check_covers(table, self.settings.sensitivity, self.options)
+        self.tables = {table.metric: table}
