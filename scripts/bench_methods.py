@@ -38,7 +38,8 @@ def rows(metrics: list[str], targets: list[str]) -> list[Row]:
         plain = ("--target", target, "--allocator", "uniform")
         found.append(Row("uniform, nearest", target, (*plain, "--compressor", "nearest")))
         found.append(Row("uniform, gptq", target, plain))
-        found += [Row(f"mixed by {m}, gptq", target, ("--target", target), m) for m in metrics]
+        mixed = ("--target", target, "--no-check-uniform")
+        found += [Row(f"mixed by {m}, gptq", target, mixed, m) for m in metrics]
     return found
 
 
