@@ -3,14 +3,15 @@
 For every block: run it on the hidden states that the compressed blocks before it produce, sum each
 linear's Hessian on the way, compress its linears, run it again with the new weights. So a block
 sees the errors of those before it (GPTQ, arXiv 2210.17323, section 4). Memory: one hidden state
-per calibration token, and the Hessians of one block. Cost: two forward passes over the blocks.
+per calibration token, and the Hessians of one block. Cost: two forward passes over the blocks, the
+first without what follows the last linear's input.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +84,13 @@ def compress_model(
     return done
 
 
+class _SeenAll(Exception):
+    """Every linear of the block has its input: what would follow is run for nothing.
+
+    Raised only where the first batch called each watched linear exactly once.
+    """
+
+
 def _second_moments(
     model: LoadedModel, replay: BlockReplay, block: int, hidden: list[Tensor], units: list[Unit]
 ) -> dict[str, Tensor]:
@@ -91,16 +99,20 @@ def _second_moments(
     moments = {
         unit.name: SecondMoment(unit.layers[0].shape[1], device=model.device) for unit in units
     }
-    current: dict[str, Tensor | None] = {"mask": None}
+    firsts = {unit.name: model.linear(unit.layers[0].name) for unit in units}
+    calls: list[list[str]] = []
 
     def add(unit_name: str, x: Tensor) -> None:
-        moments[unit_name].add(real_rows(x, current["mask"]))
+        moments[unit_name].add(real_rows(x, masks[len(calls) - 1]))
+        calls[-1].append(unit_name)
+        if len(calls) > 1 and len(calls[0]) == len(firsts) == len(calls[-1]):
+            raise _SeenAll
 
-    firsts = {unit.name: model.linear(unit.layers[0].name) for unit in units}
     with _watching(firsts, add):
         for index, state in enumerate(hidden):
-            current["mask"] = masks[index]
-            replay.run(block, state, index)
+            calls.append([])
+            with suppress(_SeenAll):
+                replay.run(block, state, index)
     means = {name: moment.mean_II for name, moment in moments.items()}
     for name, H_II in means.items():
         if not bool(torch.isfinite(H_II).all()):

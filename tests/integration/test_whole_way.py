@@ -189,7 +189,7 @@ def test_a_full_disk_is_told_before_the_work(
         free = 1000
 
     monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage)
-    module = sys.modules["cptq.pipeline.compress"]  # the package's `compress` is the function
+    module = sys.modules["cptq.pipeline.planning"]
     monkeypatch.setattr(module, "calibrate", lambda *_: pytest.fail("too late"))
     with pytest.raises(ArtifactError, match="the disk is full"):
         compress(settings(tiny_model("llama"), tmp_path / "x", group_size=16), quiet)
@@ -198,8 +198,8 @@ def test_a_full_disk_is_told_before_the_work(
 def test_existing_output_is_refused_before_the_work(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for command in ("compress", "analyze"):
-        module = sys.modules[f"cptq.pipeline.{command}"]
+    for name in ("planning", "analyze"):
+        module = sys.modules[f"cptq.pipeline.{name}"]  # the package's `analyze` is the function
         monkeypatch.setattr(module, "calibrate", lambda *_: pytest.fail("too late"))
     model = tiny_model("llama")
     with pytest.raises(OutputExistsError):
