@@ -5,8 +5,10 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 
+from cptq.allocation.allocate import allocate
 from cptq.allocation.cost import CostModel
-from cptq.types import Candidate, LayerSpec, SensitivityTable, TensorSpec, Unit
+from cptq.allocation.targets import resolve_budget
+from cptq.types import Budget, Candidate, Event, LayerSpec, Plan, SensitivityTable, TensorSpec, Unit
 
 CANDIDATES = (
     *(Candidate(bits=bits, group_size=64) for bits in (2, 3, 4, 5, 6, 8)),
@@ -80,3 +82,20 @@ def random_table(
         return weight[name] * 4.0**-candidate.bits * draw.lognormvariate(0, noise)
 
     return table(cost, score, candidates)
+
+
+def run(
+    name: str,
+    scores: SensitivityTable | None,
+    cost: CostModel,
+    budget: Budget | str,
+    candidates: tuple[Candidate, ...] = CANDIDATES,
+    events: list[Event] | None = None,
+) -> Plan:
+    """A plan by an allocator, for a budget or a target in words."""
+    if isinstance(budget, str):
+        budget = resolve_budget(budget, cost, 64, candidates)
+    emit = (events if events is not None else []).append
+    return allocate(
+        name, scores, cost, budget, candidates, model_fingerprint=FINGERPRINT, emit=emit
+    )
