@@ -136,7 +136,7 @@ def test_stories260k_on_wikitext(load, heard, stories: Path, data_dir: Path) -> 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("variable", "expected"), [("SMOLLM2", 19.92), ("SMOLLM2_DITHERED", 27.05)]
+    ("variable", "expected"), [("SMOLLM2", 19.92), ("SMOLLM2_DITHERED", 26.94)]
 )
 def test_smollm2_has_its_known_perplexity(
     load, heard, data_dir: Path, variable: str, expected: float
