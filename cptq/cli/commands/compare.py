@@ -48,7 +48,7 @@ def compare(
     overwrite: o.Overwrite = None,
     shape: o.Shape = "human",
 ) -> None:
-    """Put models side by side: size, quality with intervals, speed, memory.
+    """Put models side by side: size, quality, speed, memory.
 
     With -o, writes a page, a drawing of the size-quality front and the numbers.
     """

@@ -74,5 +74,5 @@ def evaluate(
     overwrite: o.Overwrite = None,
     shape: o.Shape = "human",
 ) -> None:
-    """Measure a model, or a compressed artifact beside its dense model."""
+    """Measure a model, or an artifact beside its dense model."""
     run("eval", EvalSettings, ctx.params)
