@@ -53,8 +53,3 @@ def _note(paired: Sequence[PairedDifference]) -> str:
 def p_words(value: float) -> str:
     """A p-value; what is below a thousandth is not told more exactly."""
     return "<0.001" if value < 0.001 else words.number(value, 2)
-
-
-def at_most(row: PairedDifference) -> str:
-    """`at most 0.0118 worse`."""
-    return f"at most {words.number(row.at_most_worse, 3)} worse"
