@@ -67,7 +67,9 @@ class Objective:
             return pooled(output.last_hidden_state, real_tokens(batch))
         if self.kind == "classifier":
             return _tensor(output.logits)
-        return _tensor(output.logits)[real_tokens(batch)]
+        logits_BTV, mask_BT = _tensor(output.logits), real_tokens(batch)
+        # picking every row would copy the largest tensor there is
+        return logits_BTV.flatten(0, 1) if bool(mask_BT.all()) else logits_BTV[mask_BT]
 
     def reference(self, answer_RV: Tensor) -> Tensor:
         """What `divergence` compares with: log-probabilities or values, float32."""

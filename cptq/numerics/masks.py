@@ -33,11 +33,12 @@ def magnitude_mask(W_OI: Tensor, sparsity: float) -> Tensor:
     if drop == 0:
         return torch.ones_like(W_OI, dtype=torch.bool)
     threshold = flat.kthvalue(drop).values
-    dropped = flat < threshold
-    ties = flat == threshold
-    missing = drop - int(dropped.sum())
-    dropped |= ties & (ties.cumsum(0) <= missing)
-    return ~dropped.view(W_OI.shape)
+    kept = flat > threshold
+    spared = flat.numel() - drop - int(kept.sum())  # ties that stay: mostly none
+    if spared:
+        ties = flat == threshold
+        kept |= ties & (ties.cumsum(0) > int(ties.sum()) - spared)
+    return kept.view(W_OI.shape)
 
 
 def two_of_four_mask(score_OI: Tensor) -> Tensor:

@@ -43,8 +43,8 @@ from cptq.sensitivity.metric import Context, Needs, UnitView
 from cptq.sensitivity.relative import Relative
 from cptq.types import Notice
 
-#: most token rows compared: ten for each of 64 components
-COMPARED = 640
+#: most token rows compared
+COMPARED = TOKENS_PER_COMPONENT * COMPONENTS
 
 
 def dissimilarities(X_TF: Tensor, Y_TG: Tensor, *, components: int) -> dict[Summary, float]:

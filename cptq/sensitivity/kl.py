@@ -19,7 +19,7 @@ from cptq.types import Candidate
 class Divergence(Metric):
     """Measured divergence of one change at a time."""
 
-    needs = Needs(probe=True)
+    needs = Needs(probe=True, rounding=True)
 
     @property
     def score_unit(self) -> str:

@@ -96,7 +96,7 @@ class _Scoring:
 
     @property
     def rounding(self) -> float:
-        """Seconds of rounding that every metric needs."""
+        """Seconds of the rounding that metrics share."""
         return self.encoding + self.context.rounding.fitting
 
     def units(self) -> None:
@@ -147,11 +147,17 @@ class _Scoring:
                 for run in self.runs.values():
                     run.scores[name][candidate] = 0.0
 
-    def _score_candidate(self, view: UnitView, candidate: Candidate) -> None:
+    def _errors(self, view: UnitView, candidate: Candidate) -> tuple[torch.Tensor, ...]:
+        if not any(run.metric.needs.rounding for run in self.runs.values()):
+            return ()
         rounding = self.context.rounding
         started, fitting = time.perf_counter(), rounding.fitting
         errors = rounding.errors(view.unit, view.weights, candidate)
         self.encoding += time.perf_counter() - started - (rounding.fitting - fitting)
+        return errors
+
+    def _score_candidate(self, view: UnitView, candidate: Candidate) -> None:
+        errors = self._errors(view, candidate)
         for run in self.runs.values():
             with run.timed(view.memo):
                 score = run.metric.candidate(view, candidate, errors)

@@ -29,12 +29,14 @@ from cptq.types import Candidate, Emit, Unit
 class Needs:
     """What the driver must prepare: a sampling pass, a held-out probe, gradients on a path.
 
-    `path` holds the places t at which gradients in the model W + t (Q(W) - W) are wanted.
+    `path` holds the places t at which gradients in the model W + t (Q(W) - W) are wanted;
+    `rounding` says that W - Q(W) of every unit and candidate is.
     """
 
     samples: Wants | None = None
     probe: bool = False
     path: tuple[float, ...] = ()
+    rounding: bool = False
 
     @property
     def text(self) -> bool:
@@ -105,7 +107,8 @@ class Metric(ABC):
         Args:
             view: the unit that `unit` was last called with.
             candidate: how it would be stored.
-            errors: W - Q(W) of each of its layers, (out, in), nearest rounding.
+            errors: W - Q(W) of each of its layers, (out, in), nearest rounding; empty where no
+                metric `needs` the rounding.
         """
 
     def finish(self) -> None:  # noqa: B027 - most metrics have nothing to add

@@ -102,7 +102,7 @@ def weighted_output_error(g_TO: Tensor, dy_TO: Tensor) -> float:
 class OutputNearest(Metric):
     """Diagonal Fisher x output error of nearest rounding."""
 
-    needs = Needs(samples=Wants(gradients=True))
+    needs = Needs(samples=Wants(gradients=True), rounding=True)
 
     @property
     def score_unit(self) -> str:
@@ -127,7 +127,7 @@ class OutputNearest(Metric):
 class Output(OutputNearest):
     """Diagonal Fisher x expected output error of error-compensated rounding."""
 
-    needs = Needs(samples=Wants(gradients=True, moments=True))
+    needs = Needs(samples=Wants(gradients=True, moments=True), rounding=True)
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)

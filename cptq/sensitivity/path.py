@@ -3,7 +3,8 @@
 For a candidate c, every unit is moved to W + t (Q_c(W) - W) together, and one forward and one
 backward pass of the rows give the gradient of L = mean over rows of the answer of
 KL(dense || model there) by every weight. L needs no labels and its gradient at t = 0 is exactly 0.
-A gradient is as large as the model, so only two numbers per layer are kept, with d = Q(W) - W:
+A gradient is as large as the model, so only two numbers per layer are kept, with d = Q(W) - W, read
+off the weights that the model holds at t (in its own type), which spares rounding them again:
 
     along = sum_ki g_ki d_ki          magnitude = sum_ki |g_ki d_ki|
 
@@ -151,7 +152,7 @@ class _Walk:
                 set_weight(self._modules[spec.name], moved_OI)
                 _weight(self._modules[spec.name]).grad = None
         divergence = sum(self._pass(index) for index in range(len(self._rows))) / self._count
-        return {unit.name: self._term(unit, candidate) for unit in self._model.units}, divergence
+        return {unit.name: self._term(unit, place) for unit in self._model.units}, divergence
 
     def _errors(self, unit: Unit, candidate: Candidate) -> tuple[Tensor, ...]:
         weights = [self._dense[spec.name].float() for spec in unit.layers]
@@ -167,15 +168,17 @@ class _Walk:
         answer_RV.backward(slope_RV.to(answer_RV.dtype))
         return float(self._objective.divergence(reference_RV, answer_RV.detach()).sum())
 
-    def _term(self, unit: Unit, candidate: Candidate) -> Term:
+    def _term(self, unit: Unit, place: float) -> Term:
         along = magnitude = 0.0
-        for spec, dW_OI in zip(unit.layers, self._errors(unit, candidate), strict=True):
-            g_OI = _gradient(self._modules[spec.name])
+        for spec in unit.layers:
+            module = self._modules[spec.name]
+            g_OI = _gradient(module)
             if g_OI is None:
                 continue  # it never ran: the driver skips it and says so
-            product_OI = g_OI.float().mul(dW_OI)
-            along -= float(product_OI.sum())
-            magnitude += float(product_OI.abs_().sum())
+            moved_OI = get_weight(module).float() - self._dense[spec.name].float()
+            product_OI = moved_OI.mul_(g_OI.float())
+            along += float(product_OI.sum()) / place
+            magnitude += float(product_OI.abs_().sum()) / place
         if along != along or magnitude == float("inf"):
             raise _not_finite(f"gradient of {unit.name}")
         return Term(along=along / self._count, magnitude=magnitude / self._count)

@@ -11,19 +11,53 @@ At medium bits the loss that rounding one layer causes is linear in its relative
   takes the unit's share of them in: s (n_u / n) t^2. Units of equal s then get equal bits: where s
   has nothing to say, the plan is the uniform one.
 
-Cost: two norms per layer and candidate, shared by all metrics of this kind. Limits: t^2 does not
-know which of a layer's weights are hurt; linearity ends below about 3 bits.
+t^2 is measured on some rows of each matrix, evenly spread (`spread`): rounding a whole model at
+every candidate would cost as much as what gives s. On smollm2-135m
+the estimate is 0.7% off (median over units at 2, 4 and 8 bits), 3.5% at most.
+
+Cost: rounding those rows, shared by all metrics of this kind. Limits: t^2 does not know which of a
+layer's weights are hurt; linearity ends below about 3 bits.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
-from cptq.numerics.masks import relative_error
+from cptq.numerics.masks import squared_norm
 from cptq.sensitivity.metric import Context, Metric, UnitView
-from cptq.types import Candidate
+from cptq.sensitivity.rounding import rounding_error
+from cptq.types import Candidate, LayerSpec
+
+#: rows of a matrix, and weights in them, that are enough for t^2
+ROWS, WEIGHTS = 64, 1 << 15
+
+
+def spread(W_OI: Tensor) -> Tensor:
+    """`ROWS` rows, or as many as hold `WEIGHTS` weights, evenly spread; or all there are."""
+    rows = max(ROWS, -(-WEIGHTS // W_OI.shape[1]))
+    if len(W_OI) <= rows:
+        return W_OI
+    return W_OI[torch.linspace(0, len(W_OI) - 1, rows, device=W_OI.device).round().long()]
+
+
+def relative_rounding(
+    weights: Sequence[Tensor], layers: Sequence[LayerSpec], candidate: Candidate
+) -> float:
+    """t^2 = sum |W - Q(W)|_F^2 / sum |W|_F^2 over matrices W_OI, from some rows of each.
+
+    Each matrix counts with all of its rows; 0 where the weights are all 0.
+    """
+    lost = energy = 0.0
+    for W_OI, spec in zip(weights, layers, strict=True):
+        some_RI = spread(W_OI)
+        stands_for = len(W_OI) / len(some_RI)
+        lost += stands_for * squared_norm(rounding_error(some_RI, spec, candidate))
+        energy += stands_for * squared_norm(some_RI)
+    return lost / energy if energy else 0.0
 
 
 class Slope(Metric):
@@ -49,7 +83,8 @@ class Slope(Metric):
     def candidate(self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]) -> float:
         """s t^2 of one candidate."""
         return self._slope * view.memo.get(
-            ("t2", candidate), lambda: relative_error(errors, view.weights)
+            ("t2", candidate),
+            lambda: relative_rounding(view.weights, view.unit.layers, candidate),
         )
 
 

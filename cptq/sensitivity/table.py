@@ -66,7 +66,7 @@ def table(
         calibration_fingerprint=calibration_fingerprint if needs.text else "",
         seed=context.seed,
         tokens=_tokens(run.metric),
-        seconds=run.seconds + rounding + _shared_seconds(run.metric),
+        seconds=run.seconds + _shared_seconds(run.metric, rounding),
         details={**details, **_pass_details(run.metric), **marks},
     )
 
@@ -94,9 +94,9 @@ def _pass_details(metric: Metric) -> dict[str, Any]:
     return details
 
 
-def _shared_seconds(metric: Metric) -> float:
+def _shared_seconds(metric: Metric, rounding: float) -> float:
     needs, context = metric.needs, metric.context
-    seconds = 0.0
+    seconds = rounding if needs.rounding or needs.path else 0.0
     if needs.samples is not None and context.samples is not None:
         seconds += context.samples.seconds
     if needs.probe and context.probe is not None:

@@ -56,7 +56,7 @@ def beyond_noise(first: float, second: float, rows: int) -> float:
 class Taylor(Metric):
     """Diagonal second order plus what is significant of the first."""
 
-    needs = Needs(samples=Wants(gradients=True, label_gradients=True))
+    needs = Needs(samples=Wants(gradients=True, label_gradients=True), rounding=True)
 
     def __init__(self, context: Any) -> None:
         super().__init__(context)

@@ -7,13 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from cptq.numerics import subspace
 from cptq.numerics.subspace import (
     SUMMARIES,
     canonical_correlations,
     pairwise_similarities,
     principal_basis,
-    similarities,
     similarity,
     tokens_needed,
 )
@@ -96,49 +94,14 @@ def test_too_few_tokens_correlate_by_construction_and_enough_do_not() -> None:
     assert similarity(X, full(X), full(Y), summary="svcca") == pytest.approx(1.0)
     X, Y = torch.randn(4000, 20, generator=draw), torch.randn(4000, 20, generator=draw)
     assert similarity(X, full(X), full(Y), summary="svcca") < 0.1
-    assert tokens_needed(576) == 640
-    assert tokens_needed(20) == 200
+    assert tokens_needed(576) == 160
+    assert tokens_needed(7) == 70
 
 
 def test_constant_views_have_nothing_to_lose() -> None:
     X, Y = torch.ones(50, 3), torch.randn(50, 3)
     assert principal_basis(X).shape == (50, 0)
     assert similarity(X, principal_basis(X), principal_basis(Y)) == 1.0
-
-
-def decaying(tokens: int, features: int, seed: int) -> torch.Tensor:
-    """A view whose singular values fall as 1 / sqrt(i), plus what is shared by all seeds."""
-    draw = torch.Generator().manual_seed(seed)
-    shared = torch.randn(tokens, 20, generator=torch.Generator().manual_seed(99))
-    mix = torch.randn(20, features, generator=draw)
-    own = torch.randn(tokens, features, generator=draw)
-    own = own * torch.arange(1, features + 1).float().rsqrt()
-    turn = torch.linalg.qr(torch.randn(features, features, generator=draw)).Q
-    return shared @ mix / 40 + own @ turn
-
-
-@pytest.mark.parametrize(("features", "others"), [(300, 300), (301, 517)])
-def test_a_random_projection_of_wide_views_hardly_moves_the_similarity(
-    features: int, others: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    X, Y = decaying(640, features, 0), decaying(640, others, 1)
-    quick = similarities(X, principal_basis(X), principal_basis(Y))
-    monkeypatch.setattr(subspace, "WIDE", 10**6)
-    exact = similarities(X, principal_basis(X), principal_basis(Y))
-    for summary in SUMMARIES:
-        assert quick[summary] == pytest.approx(exact[summary], abs=0.02), summary
-    assert exact["pwcca"] < 0.9  # there is something to get wrong
-
-
-def test_a_random_projection_keeps_the_leading_directions_of_a_decaying_spectrum() -> None:
-    draw = torch.Generator().manual_seed(0)
-    U = torch.linalg.qr(torch.randn(400, 300, generator=draw)).Q
-    V = torch.linalg.qr(torch.randn(300, 300, generator=draw)).Q
-    X = (U * 0.8 ** torch.arange(300.0)) @ V.T
-    ours = principal_basis(X, components=20, energy=1.0, ridge=0.0)
-    centred = (X - X.mean(0)).double()
-    exact = torch.linalg.svd(centred, full_matrices=False).U[:, :20]
-    torch.testing.assert_close(ours @ ours.T, exact @ exact.T, atol=1e-4, rtol=0)
 
 
 def test_pairs_are_what_two_views_give_alone() -> None:

@@ -175,9 +175,9 @@ def test_shared_work_is_charged_to_every_metric_that_uses_it() -> None:
 
 def test_too_few_tokens_for_cca(tiny_model: TinyModel) -> None:
     with pytest.raises(
-        CalibrationError, match="at least 640 calibration tokens, there are 256"
+        CalibrationError, match="at least 160 calibration tokens, there are 128"
     ) as e:
-        tables(tiny_model("llama"), ("output", "cca"), rows=4)
+        tables(tiny_model("llama"), ("output", "cca"), rows=2)
     assert "--samples" in str(e.value)
 
 

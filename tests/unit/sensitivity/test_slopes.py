@@ -43,14 +43,14 @@ def held_out(model: LoadedModel) -> list[dict[str, Tensor]]:
 
 
 def follows_its_slope(table: SensitivityTable, model: LoadedModel) -> None:
-    """score(c) = per_unit t^2(c)."""
+    """score(c) = per_unit t^2(c), t^2 of all rows, of which the score has seen 64."""
     for unit in model.units:
         W = [get_weight(model.linear(s.name)) for s in unit.layers]
         for candidate in (W2, W4):
             layers = zip(W, unit.layers, strict=True)
             t2 = relative_error([rounding_error(w, s, candidate) for w, s in layers], W)
             expected = table.per_unit[unit.name] * t2
-            assert table.scores[unit.name][candidate] == pytest.approx(expected, rel=1e-5)
+            assert table.scores[unit.name][candidate] == pytest.approx(expected, rel=0.02)
 
 
 @pytest.mark.parametrize("arch", KINDS)
