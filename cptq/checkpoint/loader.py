@@ -30,7 +30,7 @@ from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
 from cptq.errors import CptqError, ModelError, UsageError
 from cptq.runtime.modules import packed_modules
-from cptq.types import Emit, ModelKind, Notice, TensorSpec
+from cptq.types import Emit, ModelKind, Notice, Progress, TensorSpec
 
 AUTO_CLASSES: Mapping[ModelKind, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -64,6 +64,7 @@ def load_model(settings: ModelSettings, emit: Emit, *, conv1d: bool = False) -> 
     stored = _stored_types(path, files, settings)
     check_sizes(path, config, stored)
     dtype = pick_dtype(settings.dtype, device, stored)
+    emit(Progress(stage="load", done=0, total=None, message=settings.model))
     with _hub_errors_explained(settings.model):
         module = _from_pretrained(path, kind, dtype, settings, emit).to(device).eval()
     module.requires_grad_(False)
