@@ -175,20 +175,26 @@ def show_plans(studies: list[tuple[Study, dict[str, Any]]]) -> None:
     """Claim 2, in full."""
     print("## Whole models at the same bytes\n")
     for study, report in studies:
-        found, dense = report["validation"], report["model"]["dense_bytes"]
-        print(f"### {study.name} ({study.use}; {dense:,} bytes at 16 bits)\n")
+        found, stored = report["validation"], stored_bytes(report)
+        print(f"### {study.name} ({study.use}; {stored:,} bytes as it came)\n")
         print(
             f"{found['unit']}, rounded by {found['compressor']}; {found['judge_tokens']:,} tokens"
         )
         print(f"that neither calibrated nor chose. Regret is against {found['reference']}.\n")
         task = study.task if study.given.eval else None
-        columns = ["target", "plan", "file bytes", "of dense", "bits", "divergence", "to even"]
+        columns = ["target", "plan", "file bytes", "of what came", "bits", "divergence", "to even"]
         columns += ["regret"] + ([task] if task else [])
         table(columns, list(plan_rows(study, report, task)))
 
 
+def stored_bytes(report: dict[str, Any]) -> int:
+    """Bytes in the checkpoint's own type: what stays dense keeps it, 4 each where it is float32."""
+    model = report["model"]
+    return int(model["parameters"]) * (4 if model["dtype"] == "F32" else 2)
+
+
 def plan_rows(study: Study, report: dict[str, Any], task: str | None) -> Iterator[list[str]]:
-    found, dense = report["validation"], report["model"]["dense_bytes"]
+    found, stored = report["validation"], stored_bytes(report)
     for trial in found["trials"]:
         same = [t for t in found["trials"] if t["target"] == trial["target"]]
         blind = next(t for t in same if t["metric"] is None)
@@ -198,7 +204,7 @@ def plan_rows(study: Study, report: dict[str, Any], task: str | None) -> Iterato
             trial["target"],
             f"{called(trial['metric'])}, {trial['allocator']}",
             f"{trial['file_bytes']:,}",
-            f"{trial['file_bytes'] / dense:.3f}",
+            f"{trial['file_bytes'] / stored:.3f}",
             f"{trial['effective_bits']:.3f}",
             f"{trial['divergence']:.4g}",
             f"{trial['divergence'] / blind['divergence']:.3f}",
