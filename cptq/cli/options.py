@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from cptq.cli.format import Format
-from cptq.config import DEFAULT_BITS, DEFAULT_GROUP_SIZE, DTYPES
+from cptq.config import DEFAULT_BITS, DEFAULT_GROUP_SIZE, DTYPES, RUNTIMES
 
 RUNNING, TEXT, ACCESS, OUTPUT = "How it runs", "Calibration", "Access", "Output"
 _WIDTHS = ",".join(map(str, DEFAULT_BITS))
@@ -40,6 +40,23 @@ GroupSize = Annotated[
         "--group-size",
         metavar="N",
         help=f"Inputs that share a scale, 0: per output channel; default {DEFAULT_GROUP_SIZE}.",
+        show_default=False,
+    ),
+]
+RuntimeName = Annotated[
+    str | None,
+    typer.Option(
+        "--runtime",
+        metavar="NAME",
+        help=f"What will run it: {', '.join(RUNTIMES)}; only what that loads is planned.",
+        show_default=False,
+    ),
+]
+Asymmetric = Annotated[
+    bool | None,
+    typer.Option(
+        "--asymmetric",
+        help="Grids with a zero point; needs --runtime cptq.",
         show_default=False,
     ),
 ]

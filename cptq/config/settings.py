@@ -99,8 +99,10 @@ class AnalyzeSettings:
     calibration: CalibrationSettings
     metrics: tuple[str, ...] = ("output",)
     sensitivity: tuple[Path, ...] = ()  # tables, or directories of them, that need no measuring
+    runtime: str = DEFAULT_RUNTIME  # of the candidates; every layer that some runtime takes counts
     bits: tuple[int, ...] = DEFAULT_BITS
     group_size: int = DEFAULT_GROUP_SIZE
+    asymmetric: bool = False
     validate: bool = False
     pairs: int = DEFAULT_PAIRS
     targets: tuple[str, ...] = DEFAULT_TARGETS
@@ -110,8 +112,11 @@ class AnalyzeSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        runtime = find_runtime(self.runtime)
         check_bits(self.bits)
         at_least(0, group_size=self.group_size)
+        runtime.check(self.bits, self.group_size)
+        runtime.check_wider(*(["--asymmetric"] if self.asymmetric else []))
         at_least(1, pairs=self.pairs)
         if not self.metrics:
             raise UsageError("no metric is given", hint="--metric output")

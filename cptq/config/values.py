@@ -14,7 +14,7 @@ from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from cptq.config.checks import option
 from cptq.config.runtimes import DEFAULT_RUNTIME, find_runtime
-from cptq.config.settings import COMMANDS, CompressSettings, Settings
+from cptq.config.settings import COMMANDS, AnalyzeSettings, CompressSettings, Settings
 from cptq.errors import UsageError
 
 S = TypeVar("S")
@@ -73,7 +73,7 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
     """
     if not values.get("model"):
         raise UsageError("no model is given", allowed="a Hub id or a local directory")
-    if kind is CompressSettings:
+    if kind in (AnalyzeSettings, CompressSettings):
         values = _of_runtime(values)
     own: dict[str, Any] = {}
     for name, hint in get_type_hints(kind).items():

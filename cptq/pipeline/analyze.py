@@ -10,7 +10,8 @@ from cptq.artifact.place import check_output, new_directory
 from cptq.artifact.weights import write_files
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
-from cptq.config import AnalyzeSettings
+from cptq.config import RUNTIMES, AnalyzeSettings, find_runtime
+from cptq.errors import UsageError
 from cptq.pipeline.dense import calibrate, candidates, load_dense
 from cptq.pipeline.facts import summary
 from cptq.pipeline.files import read_tables, stage_files
@@ -31,10 +32,12 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
         KeyboardInterrupt: Ctrl-C; its text says where the units that were measured lie, if any.
     """
     recorder = Recorder(emit)
-    model = load_dense(settings.model, recorder)
+    model = load_dense(settings.model, recorder, conv1d=True)
+    _name_what_stays_dense(model, settings, recorder)
     out = settings.out or Path(f"{model.path.name}-analysis")
     place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])
-    choices = candidates(settings.bits, settings.group_size)
+    symmetric = not settings.asymmetric
+    choices = candidates(settings.bits, settings.group_size, symmetric=symmetric)
     if settings.validate:
         budgets(model, choices, settings)  # a target out of reach is refused before the work
     known = read_tables(
@@ -121,6 +124,28 @@ class _Run:
         self.recorder(Notice(kind="warning", subject="sensitivity", message=message))
         self.write(stop.tables, place)
         return KeyboardInterrupt(f"interrupted; {what} and are kept in {out}")
+
+
+def _name_what_stays_dense(model: LoadedModel, settings: AnalyzeSettings, emit: Emit) -> None:
+    """A word on Conv1D layers, which are measured for whatever runtime and taken by few.
+
+    Raises:
+        UsageError: plans are to be compared, and the runtime compresses none of the layers.
+    """
+    runtime = find_runtime(settings.runtime)
+    taken = [u.name for u in model.units if not any(layer.transposed for layer in u.layers)]
+    if runtime.wider or len(taken) == len(model.units):
+        return
+    wider = " or ".join(name for name, known in RUNTIMES.items() if known.wider)
+    if settings.validate and not taken:
+        raise UsageError(
+            f"--runtime {runtime.name} keeps every layer of this model dense (they are Conv1D), so "
+            "there are no plans to compare",
+            hint=f"add --runtime {wider}",
+        )
+    count = len(model.units) - len(taken)
+    message = f"{count} Conv1D layers are measured, and stay dense except with --runtime {wider}"
+    emit(Notice(kind="info", subject=f"--runtime {runtime.name}", message=message))
 
 
 def _name_what_all_leaves_out(metrics: tuple[str, ...], emit: Emit) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from cptq.allocation.cost import CostModel
+from cptq.artifact.formats import FORMATS
 from cptq.calibration.judges import part_rows
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
-from cptq.config import AnalyzeSettings, CompressSettings, ModelSettings
+from cptq.config import AnalyzeSettings, CompressSettings, ModelSettings, find_runtime
 from cptq.errors import ModelError
 from cptq.pipeline.recorder import Recorder
 from cptq.types import Candidate
@@ -46,6 +48,12 @@ def calibrate(
         return build_calibration(
             model, settings.calibration, settings.model, recorder, spare=spare, reserve=reserve
         )
+
+
+def cost_model(model: LoadedModel, settings: AnalyzeSettings) -> CostModel:
+    """Bytes of the units' weights in the file that the runtime loads."""
+    runtime = find_runtime(settings.runtime)
+    return CostModel(model.units, model.tensors, FORMATS.get(runtime.format).layout, runtime)
 
 
 def candidates(

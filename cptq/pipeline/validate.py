@@ -32,6 +32,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.compression.workbench import Workbench
 from cptq.config import AnalyzeSettings
 from cptq.pipeline.bench import workbench
+from cptq.pipeline.dense import cost_model
 from cptq.report.words import seconds as spoken
 from cptq.sensitivity.validation.pairs import choose_pairs, depth, ranked_depths
 from cptq.sensitivity.validation.ranks import RESAMPLES, agreement
@@ -74,7 +75,7 @@ def validate(
     """
     _tell_foreign_texts(tables, calibration, emit)
     seed = settings.calibration.seed
-    cost, limits = CostModel(model.units, model.tensors), budgets(model, candidates, settings)
+    cost, limits = cost_model(model, settings), budgets(model, candidates, settings)
     objective = objective_for(model.kind, model.config)
     bench = workbench(model, calibration, objective, settings.compressor, seed=seed, emit=emit)
     probe = Probe(model, parts(model, calibration.spare, 1)[0], objective)
@@ -122,7 +123,7 @@ def budgets(
     Raises:
         BudgetError: a target that no plan reaches.
     """
-    cost = CostModel(model.units, model.tensors)
+    cost = cost_model(model, settings)
     return [resolve_budget(t, cost, settings.group_size, candidates) for t in settings.targets]
 
 

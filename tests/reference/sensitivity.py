@@ -16,9 +16,10 @@ from cptq.config import ModelSettings
 from cptq.types import CalibrationRecord
 
 
-def loaded(path: object) -> LoadedModel:
+def loaded(path: object, *, conv1d: bool = False) -> LoadedModel:
     """A checkpoint on the CPU, its notices dropped."""
-    return load_model(ModelSettings(model=str(path), device="cpu"), lambda event: None)
+    settings = ModelSettings(model=str(path), device="cpu")
+    return load_model(settings, lambda event: None, conv1d=conv1d)
 
 
 def random_calibration(

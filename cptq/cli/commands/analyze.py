@@ -26,6 +26,8 @@ def analyze(
     ctx: typer.Context,
     model: o.Model = None,
     metrics: Metrics = None,
+    runtime: o.RuntimeName = None,
+    asymmetric: o.Asymmetric = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     sensitivity: lim.KnownTables = None,

@@ -10,7 +10,7 @@ import typer
 from cptq.cli import limits as lim
 from cptq.cli import options as o
 from cptq.cli.run import run
-from cptq.config import RUNTIMES, CompressSettings
+from cptq.config import CompressSettings
 
 Target = Annotated[
     str | None,
@@ -46,23 +46,6 @@ Compressor = Annotated[
         "--compressor", metavar="NAME", help="gptq or nearest; default gptq.", show_default=False
     ),
 ]
-RuntimeName = Annotated[
-    str | None,
-    typer.Option(
-        "--runtime",
-        metavar="NAME",
-        help=f"What will run it: {', '.join(RUNTIMES)}; only what that loads is planned.",
-        show_default=False,
-    ),
-]
-Asymmetric = Annotated[
-    bool | None,
-    typer.Option(
-        "--asymmetric",
-        help="Grids with a zero point; needs --runtime cptq.",
-        show_default=False,
-    ),
-]
 EmbeddingBits = Annotated[
     int | None,
     typer.Option(
@@ -94,10 +77,10 @@ def compress(
     metric: Metric = None,
     allocator: Allocator = None,
     compressor: Compressor = None,
-    runtime: RuntimeName = None,
+    runtime: o.RuntimeName = None,
     plan: PlanFile = None,
     sensitivity: SensitivityFile = None,
-    asymmetric: Asymmetric = None,
+    asymmetric: o.Asymmetric = None,
     embedding_bits: EmbeddingBits = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
