@@ -25,6 +25,7 @@ from cptq.pipeline.files import check_covers, read_plan, read_table
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
 from cptq.sensitivity.measure import measure
+from cptq.sensitivity.prepare import check_units
 from cptq.types import Budget, Candidate, Emit, Notice, Plan, SensitivityTable
 
 DEFAULT_TARGET = "4bit"
@@ -49,6 +50,7 @@ class Planning:
         self.model: LoadedModel = load_dense(
             settings.model, self.recorder, conv1d=self.runtime.wider
         )
+        check_units(self.model)
         if any(width < 16 for width in self.settings.bits):
             self.runtime.check_tensors(spec.name for spec in self.model.tensors)
         self.layout = FORMATS.get(self.runtime.format).layout

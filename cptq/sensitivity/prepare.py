@@ -38,8 +38,7 @@ Kinds = Mapping[str, type[Metric]]
 
 def check_model(model: LoadedModel) -> None:
     """Raises ModelError where there is nothing to compress, or a weight is NaN or infinite."""
-    if not model.units:
-        raise ModelError(f"{model.source} has no layer that can be compressed")
+    check_units(model)
     for unit in model.units:
         for layer in unit.layers:
             if not bool(torch.isfinite(get_weight(model.linear(layer.name))).all()):
@@ -47,6 +46,16 @@ def check_model(model: LoadedModel) -> None:
                     f"{layer.weight_name} holds NaN or infinity",
                     hint="the checkpoint is damaged: download or save it again",
                 )
+
+
+def check_units(model: LoadedModel) -> None:
+    """Raises ModelError where there is nothing to compress."""
+    if not model.units:
+        conv1d = any(spec.kind == "conv1d" for spec in model.layers)
+        raise ModelError(
+            f"{model.source} has no layer that can be compressed",
+            hint="its layers are Conv1D, which --runtime cptq packs" if conv1d else None,
+        )
 
 
 def prepare(

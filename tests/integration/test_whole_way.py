@@ -152,8 +152,10 @@ def test_every_family_goes_the_whole_way(tiny_model: TinyModel, tmp_path: Path, 
 
 def test_gpt2_is_refused_with_the_reason(tiny_model: TinyModel, tmp_path: Path) -> None:
     heard: list[Event] = []
-    with pytest.raises(ModelError, match="no layer that can be compressed"):
-        compress(settings(tiny_model("gpt2"), tmp_path / "small"), heard.append)
+    for allocator in ("knapsack", "uniform"):  # the second measures nothing that could refuse
+        asked = settings(tiny_model("gpt2"), tmp_path / "small", allocator=allocator)
+        with pytest.raises(ModelError, match=r"no layer that can be compressed.*--runtime cptq"):
+            compress(asked, heard.append)
     told = [event for event in heard if isinstance(event, Notice) and event.kind == "skipped"]
     assert any("Conv1D" in event.message for event in told)
     assert list(tmp_path.iterdir()) == []
