@@ -48,6 +48,11 @@ def allocate(
     """
     allocator = ALLOCATORS.get(name)
     _check(name, table, candidates, model_fingerprint)
+    if name in BLIND and any(candidate.sparsity for candidate in candidates):
+        message = "asks no score, which could weigh sparsity against bits: nothing becomes sparse"
+        emit(Notice(kind="warning", subject=name, message=message))
+        options = {unit: without_sparse(row) for unit, row in (options or {}).items()}
+        candidates = without_sparse(candidates)
     ledger = ledger_of(budget, cost, options or candidates)
     least = smallest_plan(ledger)
     if not ledger.fits(least, ledger.total(least)):
@@ -73,6 +78,11 @@ def allocate(
         predicted_loss=loss,
         notes=notes,
     )
+
+
+def without_sparse(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Those that keep every weight; all of them where none does."""
+    return tuple(c for c in candidates if not c.sparsity) or tuple(candidates)
 
 
 def _check(

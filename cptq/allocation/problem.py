@@ -2,7 +2,8 @@
 
 Scores of a metric are noisy, and now and then a smaller option scores better than a larger one of
 the same unit. All allocators assume that more bytes are never worse, so scores are first replaced
-by their running minimum over bytes, and that this happened is said.
+by their running minimum over bytes, and that this happened is said. Between bits and sparsity there
+is no such order: an option that loses to a smaller one of another kind is left out instead.
 """
 
 from __future__ import annotations
@@ -65,8 +66,9 @@ class Problem:
         size = self.ledger.bytes_of[unit].get(candidate)
         row = self.options[unit]
         if size is not None:
-            return next(i for i, option in enumerate(row) if option.nbytes == size)
-        below = [i for i, option in enumerate(row) if option.candidate.bits <= candidate.bits]
+            below = [i for i, option in enumerate(row) if option.nbytes <= size]
+        else:
+            below = [i for i, option in enumerate(row) if option.candidate.bits <= candidate.bits]
         return max(below, default=0)
 
     def at_level(self, candidate: Candidate) -> dict[str, Candidate]:
@@ -160,12 +162,15 @@ def _report_refused(ledger: Ledger, candidates: Sequence[Candidate], emit: Emit)
     offered = [c for c in candidates if not c.dense]
     reasons: dict[str, list[str]] = {}
     for unit, sizes in ledger.bytes_of.items():
-        why = ledger.cost.refusal(unit, offered[0]) if offered else None
-        if why is not None and all(c.dense for c in sizes):
-            reasons.setdefault(why, []).append(unit)
+        refused = {ledger.cost.refusal(unit, c): c for c in offered}
+        dense = all(c.dense for c in sizes)
+        lead = "kept dense" if dense else "without one of --sparsity"
+        for why, candidate in refused.items():
+            if why is not None and (dense or candidate.sparsity):
+                reasons.setdefault(f"{lead}: {why}", []).append(unit)
     for why, units in reasons.items():
         some = ", ".join(units[:3]) + (f" and {len(units) - 3} more" if len(units) > 3 else "")
-        emit(Notice(kind="skipped", subject=some, message=f"kept dense: {why}"))
+        emit(Notice(kind="skipped", subject=some, message=why))
 
 
 def _scores(
@@ -207,9 +212,20 @@ def _monotone(raw: Sequence[Option]) -> tuple[tuple[Option, ...], float]:
             continue
         best = min(option.score, kept[-1].score) if kept else option.score
         if option.score - best > _NOISE * max(abs(best), abs(option.score)):
+            if not _coarser(kept[-1].candidate, option.candidate):
+                continue
             excess = max(excess, option.score - best)
         kept.append(Option(candidate=option.candidate, nbytes=option.nbytes, score=best))
     return tuple(kept), excess
+
+
+def _coarser(smaller: Candidate, larger: Candidate) -> bool:
+    """Whether all that the smaller can hold the larger can too, whatever a score says.
+
+    A share of zeros anywhere may be such as 2:4 cannot have, and not the other way round.
+    """
+    freer = not larger.sparsity or ":" in smaller.pattern or smaller.pattern == larger.pattern
+    return smaller.bits <= larger.bits and smaller.sparsity >= larger.sparsity and freer
 
 
 def _report_mended(metric: str, mended: Mapping[str, float], units: int, emit: Emit) -> None:

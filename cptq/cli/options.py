@@ -60,6 +60,15 @@ Asymmetric = Annotated[
         show_default=False,
     ),
 ]
+Sparsity = Annotated[
+    str | None,
+    typer.Option(
+        "--sparsity",
+        metavar="LIST",
+        help="Offer each width sparse as well: 2:4, 50% or both; needs --runtime cptq.",
+        show_default=False,
+    ),
+]
 
 Device = Annotated[
     str | None,

@@ -19,18 +19,15 @@ from torch import Tensor, nn
 from cptq.calibration.replay import BlockReplay
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
+from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import COMPRESSORS
 from cptq.compression.half import in_half
-from cptq.compression.problem import Compressor, Problem, Solution
+from cptq.compression.problem import Compressor, Solution, layer_problem
 from cptq.errors import CalibrationError
 from cptq.numerics.asymmetric import dequantize_asymmetric
 from cptq.numerics.grid import dequantize
-from cptq.numerics.groups import resolve_group
 from cptq.numerics.hessian import SecondMoment
 from cptq.numerics.layout import PACK_QUANTIZED
-from cptq.numerics.masks import magnitude_mask, two_of_four_mask
-from cptq.numerics.packed_layout import TWO_OF_FOUR
 from cptq.types import (
     Candidate,
     CompressedLayer,
@@ -186,18 +183,8 @@ def compress_layer(
 ) -> CompressedLayer:
     """Compress one linear and measure what it cost."""
     began = time.perf_counter()
-    group = resolve_group(spec.shape[1], candidate.group_size)
-    mask_OI = _mask(W_OI, H_II, candidate)
-    problem = Problem(
-        W_OI=W_OI,
-        H_II=H_II,
-        bits=candidate.bits,
-        group=group,
-        scale_dtype=storage_dtype(spec),
-        symmetric=candidate.symmetric,
-        mask_OI=mask_OI,
-    )
-    solution = method(problem)
+    problem = layer_problem(W_OI, H_II, spec, candidate)
+    solution, group = method(problem), problem.group
     Q_OI = _values(solution)
     per_channel = group == spec.shape[1]
     result = LayerResult(
@@ -216,7 +203,7 @@ def compress_layer(
         codes=solution.codes_OI,
         scale=solution.scale_OG,
         zero=solution.zero_OG,
-        mask=mask_OI,
+        mask=problem.mask_OI,
     )
 
 
@@ -226,20 +213,6 @@ def _values(solution: Solution) -> Tensor:
     if zero_OG is None:
         return dequantize(codes_OI, scale_OG, torch.float32)
     return dequantize_asymmetric(codes_OI, scale_OG, zero_OG, torch.float32)
-
-
-def _mask(W_OI: Tensor, H_II: Tensor, candidate: Candidate) -> Tensor | None:
-    """Which weights a sparse candidate keeps: the largest |w_ij| sqrt(H_jj).
-
-    Source: Wanda (Sun et al., arXiv 2306.11695), there with the same count in every row; here the
-    smallest of the whole matrix go, or two of every four inputs.
-    """
-    if not candidate.sparsity:
-        return None
-    score_OI = W_OI * H_II.diagonal().clamp_min(0).sqrt()
-    if candidate.pattern == TWO_OF_FOUR:
-        return two_of_four_mask(score_OI)
-    return magnitude_mask(score_OI, candidate.sparsity)
 
 
 def _energy(W_OI: Tensor, H_II: Tensor) -> Tensor:

@@ -8,6 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cptq.checkpoint.weights import storage_dtype
+from cptq.numerics.groups import resolve_group
+from cptq.numerics.masks import magnitude_mask, two_of_four_mask
+from cptq.numerics.packed_layout import TWO_OF_FOUR
+from cptq.types import Candidate, LayerSpec
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Problem:
@@ -38,3 +44,30 @@ class Solution:
 
 
 Compressor = Callable[[Problem], Solution]
+
+
+def layer_problem(W_OI: Tensor, H_II: Tensor, spec: LayerSpec, candidate: Candidate) -> Problem:
+    """What a compressor is asked when a layer is to become a candidate."""
+    return Problem(
+        W_OI=W_OI,
+        H_II=H_II,
+        bits=candidate.bits,
+        group=resolve_group(spec.shape[1], candidate.group_size),
+        scale_dtype=storage_dtype(spec),
+        symmetric=candidate.symmetric,
+        mask_OI=_mask(W_OI, H_II, candidate),
+    )
+
+
+def _mask(W_OI: Tensor, H_II: Tensor, candidate: Candidate) -> Tensor | None:
+    """Which weights a sparse candidate keeps: the largest |w_ij| sqrt(H_jj).
+
+    Source: Wanda (Sun et al., arXiv 2306.11695), there with the same count in every row; here the
+    smallest of the whole matrix go, or two of every four inputs.
+    """
+    if not candidate.sparsity:
+        return None
+    score_OI = W_OI * H_II.diagonal().clamp_min(0).sqrt()
+    if candidate.pattern == TWO_OF_FOUR:
+        return two_of_four_mask(score_OI)
+    return magnitude_mask(score_OI, candidate.sparsity)

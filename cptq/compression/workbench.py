@@ -2,9 +2,9 @@
 
 To compare plans, units are compressed one by one on the DENSE model's activations and kept; a
 choice is then only a matter of putting kept weights in place. For a compressor that looks at no
-activations that is exactly what `compress_model` makes. For one that does (GPTQ) it differs in one
-thing: a block does not see the errors of those before it. So a search can use it, and what is
-written is compressed anew.
+activations that is exactly what `compress_model` makes. For one that does (GPTQ, and the masks of
+sparse candidates) it differs in one thing: a block does not see the errors of those before it. So
+a search can use it, and what is written is compressed anew.
 
 Cost: each (unit, candidate) once, when it is first asked for. Memory: the dense weights, the
 Hessians (in^2 floats per unit, only for compressors that look at activations), the codes of what
@@ -20,12 +20,11 @@ import torch
 from torch import Tensor
 
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
+from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import COMPRESSORS
-from cptq.compression.problem import Problem, Solution
+from cptq.compression.problem import Solution, layer_problem
 from cptq.numerics.asymmetric import dequantize_asymmetric
 from cptq.numerics.grid import dequantize
-from cptq.numerics.groups import resolve_group
 from cptq.types import Candidate, Emit, LayerSpec, Progress, Unit
 
 #: units compressed for one choice from which on their progress is told
@@ -117,17 +116,9 @@ class Workbench:
 
     def _compress(self, unit: Unit, spec: LayerSpec, candidate: Candidate) -> Solution:
         W_OI = self._source(spec).float()
-        inputs = spec.shape[1]
         H_II = self._hessians.get(unit.name)
-        problem = Problem(
-            W_OI=W_OI,
-            H_II=torch.eye(inputs, device=W_OI.device) if H_II is None else H_II,
-            bits=candidate.bits,
-            group=resolve_group(inputs, candidate.group_size),
-            scale_dtype=storage_dtype(spec),
-            symmetric=candidate.symmetric,
-        )
-        return self._method(problem)
+        H_II = torch.eye(spec.shape[1], device=W_OI.device) if H_II is None else H_II
+        return self._method(layer_problem(W_OI, H_II, spec, candidate))
 
 
 def _multiplied_out(made: Solution, dtype: torch.dtype) -> Tensor:

@@ -1,6 +1,6 @@
 """The settings of a run: immutable values, filled by the command line and by strict YAML."""
 
-from cptq.config.checks import ALLOWED_BITS, check_repository, option
+from cptq.config.checks import ALLOWED_BITS, check_repository, option, parse_sparsity
 from cptq.config.file import read_file, settings_from
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.config.settings import (
@@ -46,6 +46,7 @@ __all__ = [
     "find_runtime",
     "flat_fields",
     "option",
+    "parse_sparsity",
     "read_file",
     "settings_from",
 ]

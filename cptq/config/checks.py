@@ -40,6 +40,22 @@ def check_bits(bits: tuple[int, ...]) -> None:
         raise UsageError(f"--bits {what}", allowed=", ".join(map(str, ALLOWED_BITS)))
 
 
+def parse_sparsity(word: str) -> tuple[float, str]:
+    """The share of weights that are 0, and their pattern: `2:4`, or `50%` of a matrix anywhere.
+
+    Raises:
+        UsageError: it is neither.
+    """
+    if word == "2:4":
+        return 0.5, word
+    match = re.fullmatch(r"([1-9]\d?)\s*%", word)
+    if match is None:
+        raise UsageError(
+            f"--sparsity holds {word!r}", allowed="2:4, and shares such as 50%, from 1% to 99%"
+        )
+    return int(match[1]) / 100, "unstructured"
+
+
 def check_limit(limit: float | None) -> None:
     if limit is not None and not (0 < limit <= 1 or (limit > 1 and limit == int(limit))):
         raise UsageError(

@@ -17,6 +17,7 @@ from cptq.config.checks import (
     check_limit,
     check_repository,
     option,
+    parse_sparsity,
 )
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.errors import UsageError
@@ -41,6 +42,7 @@ FIXED_BY = {
         "allocator",
         "bits",
         "group_size",
+        "sparsity",
         "sensitivity",
         "pins",
         "min_bits",
@@ -103,6 +105,7 @@ class AnalyzeSettings:
     bits: tuple[int, ...] = DEFAULT_BITS
     group_size: int = DEFAULT_GROUP_SIZE
     asymmetric: bool = False
+    sparsity: tuple[str, ...] = ()  # each `2:4`, or a share such as `50%`
     validate: bool = False
     pairs: int = DEFAULT_PAIRS
     targets: tuple[str, ...] = DEFAULT_TARGETS
@@ -116,7 +119,7 @@ class AnalyzeSettings:
         check_bits(self.bits)
         at_least(0, group_size=self.group_size)
         runtime.check(self.bits, self.group_size)
-        runtime.check_wider(*(["--asymmetric"] if self.asymmetric else []))
+        _check_wider(runtime, self)
         at_least(1, pairs=self.pairs)
         if not self.metrics:
             raise UsageError("no metric is given", hint="--metric output")
@@ -153,6 +156,7 @@ class CompressSettings:
     bits: tuple[int, ...] = DEFAULT_BITS
     group_size: int = DEFAULT_GROUP_SIZE
     asymmetric: bool = False
+    sparsity: tuple[str, ...] = ()  # each `2:4`, or a share such as `50%`
     embedding_bits: int | None = None  # also of an output head; None keeps them dense
     plan: Path | None = None
     sensitivity: Path | None = None
@@ -170,19 +174,23 @@ class CompressSettings:
         check_bits(self.bits)
         at_least(0, group_size=self.group_size)
         runtime.check(self.bits, self.group_size)
-        self._check_wider(runtime)
+        _check_wider(runtime, self)
+        at_least(0, refine=self.refine)
         check_repository(self.push_to_hub)
-
-    def _check_wider(self, runtime: Runtime) -> None:
-        given = {"--asymmetric": self.asymmetric, "--embedding-bits": self.embedding_bits}
-        runtime.check_wider(*(name for name, value in given.items() if value))
         if self.embedding_bits is not None and self.embedding_bits not in EMBEDDING_BITS:
             raise UsageError(
                 f"--embedding-bits is {self.embedding_bits}",
                 allowed=f"{', '.join(map(str, EMBEDDING_BITS))} (an output head, which most models "
                 "share with the embedding, suffers from fewer)",
             )
-        at_least(0, refine=self.refine)
+
+
+def _check_wider(runtime: Runtime, settings: AnalyzeSettings | CompressSettings) -> None:
+    """Options that only some runtimes take, and the words of --sparsity."""
+    names = ("asymmetric", "sparsity", "embedding_bits")
+    runtime.check_wider(*(option(name) for name in names if getattr(settings, name, None)))
+    for word in settings.sparsity:
+        parse_sparsity(word)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

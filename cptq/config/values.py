@@ -58,7 +58,7 @@ def command_line(settings: Settings) -> str:
 def _words(name: str, value: Any) -> list[str]:
     if isinstance(value, bool):
         return [option(name) if value else option(name).replace("--", "--no-", 1)]
-    if name in ("bits", "lm_eval"):
+    if name in ("bits", "lm_eval", "sparsity"):
         return [option(name), ",".join(map(str, value))]
     values = value if isinstance(value, list) else [value]
     whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]

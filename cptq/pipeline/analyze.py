@@ -12,7 +12,7 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import RUNTIMES, AnalyzeSettings, find_runtime
 from cptq.errors import UsageError
-from cptq.pipeline.dense import calibrate, candidates, load_dense
+from cptq.pipeline.dense import asked_for, calibrate, load_dense
 from cptq.pipeline.facts import summary
 from cptq.pipeline.files import read_tables, stage_files
 from cptq.pipeline.recorder import Recorder
@@ -36,8 +36,7 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
     _name_what_stays_dense(model, settings, recorder)
     out = settings.out or Path(f"{model.path.name}-analysis")
     place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])
-    symmetric = not settings.asymmetric
-    choices = candidates(settings.bits, settings.group_size, symmetric=symmetric)
+    choices = asked_for(settings)
     if settings.validate:
         budgets(model, choices, settings)  # a target out of reach is refused before the work
     known = read_tables(

@@ -22,11 +22,15 @@ def workbench(
     objective: Objective,
     compressor: str,
     *,
+    sparse: bool = False,
     seed: int,
     emit: Emit,
 ) -> Workbench:
-    """A workbench for `compressor`; where that looks at activations, one pass gathers them."""
-    if compressor in WITHOUT_ACTIVATIONS:
+    """A workbench for `compressor`; where that looks at activations, one pass gathers them.
+
+    So do the masks of sparse candidates; `sparse`: some will be asked for.
+    """
+    if compressor in WITHOUT_ACTIVATIONS and not sparse:
         return Workbench(model, compressor, emit)
     need = sum(4 * unit.layers[0].shape[1] ** 2 for unit in model.units)
     if need > HESSIAN_BYTES:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from cptq.allocation.cost import CostModel
 from cptq.artifact.formats import FORMATS
 from cptq.calibration.judges import part_rows
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
-from cptq.config import AnalyzeSettings, CompressSettings, ModelSettings, find_runtime
+from cptq.config import (
+    AnalyzeSettings,
+    CompressSettings,
+    ModelSettings,
+    find_runtime,
+    parse_sparsity,
+)
 from cptq.errors import ModelError
 from cptq.pipeline.recorder import Recorder
 from cptq.types import Candidate
@@ -56,13 +64,30 @@ def cost_model(model: LoadedModel, settings: AnalyzeSettings) -> CostModel:
     return CostModel(model.units, model.tensors, FORMATS.get(runtime.format).layout, runtime)
 
 
+def asked_for(settings: AnalyzeSettings | CompressSettings) -> tuple[Candidate, ...]:
+    """The candidates that the options name."""
+    return candidates(
+        settings.bits,
+        settings.group_size,
+        symmetric=not settings.asymmetric,
+        sparsity=settings.sparsity,
+    )
+
+
 def candidates(
-    bits: tuple[int, ...], group_size: int, *, symmetric: bool = True
+    bits: Sequence[int], group_size: int, *, symmetric: bool = True, sparsity: Sequence[str] = ()
 ) -> tuple[Candidate, ...]:
-    """One candidate per width, fewest bits first; 16 keeps a unit dense."""
+    """Ways to store a unit, fewest bits first, each width dense and then at every sparsity.
+
+    16 bits keep a unit as it is.
+    """
+    kinds = [(0.0, "none"), *map(parse_sparsity, sparsity)]
     return tuple(
         Candidate(bits=16)
         if width == 16
-        else Candidate(bits=width, group_size=group_size, symmetric=symmetric)
+        else Candidate(
+            bits=width, group_size=group_size, symmetric=symmetric, sparsity=share, pattern=pattern
+        )
         for width in sorted(set(bits))
+        for share, pattern in (kinds if width < 16 else kinds[:1])
     )

@@ -145,8 +145,8 @@ def check_covers(
             raise PlanError(
                 f"{path} has no score for {', '.join(c.label for c in missing)}",
                 allowed=", ".join(candidate.label for candidate in measured),
-                hint=f"type {words}, or measure again with cptq analyze and your --bits and "
-                "--group-size",
+                hint=f"type {words}, or measure again with cptq analyze and your --bits, "
+                "--group-size and --sparsity",
             )
 
 

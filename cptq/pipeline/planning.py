@@ -20,7 +20,8 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression.embeddings import embedding_tensors
 from cptq.config import CompressSettings, find_runtime
-from cptq.pipeline.dense import calibrate, candidates, load_dense
+from cptq.errors import BudgetError
+from cptq.pipeline.dense import asked_for, calibrate, load_dense
 from cptq.pipeline.files import check_covers, read_plan, read_table
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
@@ -54,12 +55,13 @@ class Planning:
         if any(width < 16 for width in self.settings.bits):
             self.runtime.check_tensors(spec.name for spec in self.model.tensors)
         self.layout = FORMATS.get(self.runtime.format).layout
-        symmetric = not settings.asymmetric
-        self.choices = candidates(settings.bits, settings.group_size, symmetric=symmetric)
+        self.choices = asked_for(settings)
         self.embedding: Candidate | None = None
         if settings.embedding_bits is not None:
             self.embedding = Candidate(
-                bits=settings.embedding_bits, group_size=settings.group_size, symmetric=symmetric
+                bits=settings.embedding_bits,
+                group_size=settings.group_size,
+                symmetric=not settings.asymmetric,
             )
         self.cost = CostModel(
             self.model.units,
@@ -164,7 +166,12 @@ class Planning:
         """The plan to beat; None where none is needed, or no text is left to judge on."""
         if not self.checking:
             return None
-        rival = self.allocate("even", None, plan.budget, lambda _: None)
+        try:
+            rival = self.allocate("even", None, plan.budget, lambda _: None)
+        except BudgetError:  # of the candidates only sparse ones are small enough
+            message = "no plan without sparse weights is so small: nothing to compare with"
+            self.recorder(Notice(kind="warning", subject="--check-uniform", message=message))
+            return None
         if rival.choices == plan.choices:
             return None
         if not self.judging:

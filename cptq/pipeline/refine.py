@@ -43,8 +43,10 @@ def refine_plan(
         texts: two parts of text that calibrate nothing: one to choose by, one to guard.
     """
     objective = objective_for(model.kind, model.config)
-    seed = settings.calibration.seed
-    bench = workbench(model, calibration, objective, settings.compressor, seed=seed, emit=emit)
+    seed, sparse = settings.calibration.seed, any(c.sparsity for c in _candidates(options))
+    bench = workbench(
+        model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
+    )
     choose, guard = (Probe(model, rows, objective) for rows in texts)
     ledger = ledger_of(plan.budget, cost, options)
     problem = build_problem(table, ledger, _candidates(options), _silent)

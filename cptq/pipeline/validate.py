@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cptq.allocation.allocate import allocate
+from cptq.allocation.allocate import allocate, without_sparse
 from cptq.allocation.cost import CostModel
 from cptq.allocation.targets import resolve_budget
 from cptq.calibration.judges import parts
@@ -77,11 +77,13 @@ def validate(
     seed = settings.calibration.seed
     cost, limits = cost_model(model, settings), budgets(model, candidates, settings)
     objective = objective_for(model.kind, model.config)
-    bench = workbench(model, calibration, objective, settings.compressor, seed=seed, emit=emit)
-    probe = Probe(model, parts(model, calibration.spare, 1)[0], objective)
-    chosen = choose_pairs(
-        model.units, len(model.block_names), candidates, settings.pairs, settings.calibration.seed
+    sparse = any(candidate.sparsity for candidate in candidates)
+    bench = workbench(
+        model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
     )
+    probe = Probe(model, parts(model, calibration.spare, 1)[0], objective)
+    dealt = choose_pairs(model.units, len(model.block_names), candidates, settings.pairs, seed)
+    chosen = [(unit, c) for unit, c in dealt if cost.refusal(unit.name, c) is None]
     trials = _Trials(model=model, cost=cost, probe=probe, bench=bench, emit=emit)
     _tell_cost(probe, len(chosen), len(limits), tables, settings, candidates, model, emit)
     clock = time.perf_counter()
@@ -101,7 +103,7 @@ def validate(
             agreement(
                 name,
                 [pair.unit for pair in pairs],
-                [pair.candidate.bits for pair in pairs],
+                [candidates.index(pair.candidate) for pair in pairs],
                 [pair.scores[name] for pair in pairs],
                 [pair.truth for pair in pairs],
                 seconds=table.seconds,
@@ -118,13 +120,13 @@ def validate(
 def budgets(
     model: LoadedModel, candidates: Sequence[Candidate], settings: AnalyzeSettings
 ) -> list[Budget]:
-    """The bytes of every target.
+    """The bytes of every target, which the plan that asks no score must reach as well.
 
     Raises:
         BudgetError: a target that no plan reaches.
     """
-    cost = cost_model(model, settings)
-    return [resolve_budget(t, cost, settings.group_size, candidates) for t in settings.targets]
+    cost, plain = cost_model(model, settings), without_sparse(candidates)
+    return [resolve_budget(t, cost, settings.group_size, plain) for t in settings.targets]
 
 
 def _tell_foreign_texts(

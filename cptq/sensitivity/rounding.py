@@ -1,5 +1,9 @@
 """The change dW = W - Q(W) that a candidate makes to a layer, by rounding to nearest.
 
+A sparse candidate drops weights first, the smallest of the matrix or two of every four neighbouring
+inputs, and its grid is fitted to what stays. By magnitude, so that a score needs no activations:
+the compressors look at those (`cptq.compression.problem`) and lose less.
+
 Fitting the scales takes nearly all the time of rounding, and they are few: `Rounding` keeps those
 of every layer and candidate, so that the change can be had again at the price of encoding.
 
@@ -12,23 +16,25 @@ import time
 from collections.abc import Sequence
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from cptq.checkpoint.weights import storage_dtype
 from cptq.errors import UsageError
 from cptq.numerics.asymmetric import dequantize_asymmetric, quantize_asymmetric
 from cptq.numerics.grid import dequantize, encode, fit_scales
 from cptq.numerics.groups import resolve_group
-from cptq.numerics.masks import magnitude_mask
+from cptq.numerics.masks import magnitude_mask, two_of_four_mask
+from cptq.numerics.packed_layout import TWO_OF_FOUR, UNSTRUCTURED
 from cptq.types import Candidate, LayerSpec, Unit
 
 
 def check_candidates(candidates: tuple[Candidate, ...]) -> None:
     """Raises UsageError for a candidate whose rounding error cannot be computed here."""
     for candidate in candidates:
-        if candidate.pattern not in ("none", "unstructured"):
+        if candidate.pattern not in ("none", UNSTRUCTURED, TWO_OF_FOUR):
             raise UsageError(
-                f"no metric can score {candidate.label}",
-                allowed="grids, dense or with unstructured sparsity",
+                f"no metric can score the pattern {candidate.pattern!r}",
+                allowed=f"grids, dense, with unstructured sparsity or with {TWO_OF_FOUR}",
             )
 
 
@@ -40,7 +46,7 @@ def changes(candidate: Candidate) -> bool:
 def rounding_error(W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
     """W - Q(W), (out, in), in the type of `W_OI`.
 
-    A sparse candidate drops the smallest weights first; the grid holds an exact 0 for them.
+    A weight that a sparse candidate drops is exactly 0 in Q(W).
     """
     return Rounding().error(W_OI, spec, candidate)
 
@@ -61,7 +67,7 @@ class Rounding:
 
     def error(self, W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
         """W - Q(W) of one layer, (out, in), in the type of `W_OI`."""
-        kept_OI = W_OI * magnitude_mask(W_OI, candidate.sparsity) if candidate.sparsity else W_OI
+        kept_OI = W_OI * _mask(W_OI, candidate) if candidate.sparsity else W_OI
         if candidate.dense:
             return W_OI - kept_OI
         if not candidate.symmetric:
@@ -89,3 +95,14 @@ class Rounding:
             )
             self.fitting += time.perf_counter() - started
         return self._scales[key]
+
+
+def _mask(W_OI: Tensor, candidate: Candidate) -> Tensor:
+    """Which weights stay; of a tail of fewer than four inputs the two largest, too.
+
+    No format stores such a tail, so that no plan holds one; its unit has a score all the same.
+    """
+    if candidate.pattern != TWO_OF_FOUR:
+        return magnitude_mask(W_OI, candidate.sparsity)
+    inputs = W_OI.shape[1]
+    return two_of_four_mask(pad(W_OI, (0, -inputs % 4)))[:, :inputs]

@@ -38,7 +38,9 @@ def test_all_metrics_then_a_plan_of_each(tiny_model: TinyModel, tmp_path: Path) 
     layers = json.loads((out / "layers.json").read_text())
     assert len(layers["units"]) == UNITS
     told = [e.message for e in heard if isinstance(e, Notice) and "--runtime" in e.subject]
-    assert told == [f"{UNITS} Conv1D layers are measured, and stay dense except with --runtime cptq"]
+    assert told == [
+        f"{UNITS} Conv1D layers are measured, and stay dense except with --runtime cptq"
+    ]
     for name in everyday():
         table = out / "sensitivity" / f"{name}.json"
         scores = json.loads(table.read_text())["scores"]
@@ -60,7 +62,7 @@ def test_plans_for_a_runtime_that_takes_no_conv1d_are_refused(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     asked = common(tiny_model("gpt2"))
-    with pytest.raises(UsageError, match="keeps every layer of this model dense.*--runtime cptq"):
+    with pytest.raises(UsageError, match=r"keeps every layer of this model dense.*--runtime cptq"):
         analyze(AnalyzeSettings(out=tmp_path / "x", validate=True, **asked), lambda event: None)
     assert list(tmp_path.iterdir()) == []
 

@@ -28,6 +28,7 @@ def analyze(
     metrics: Metrics = None,
     runtime: o.RuntimeName = None,
     asymmetric: o.Asymmetric = None,
+    sparsity: o.Sparsity = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,
     sensitivity: lim.KnownTables = None,

@@ -81,6 +81,7 @@ def compress(
     plan: PlanFile = None,
     sensitivity: SensitivityFile = None,
     asymmetric: o.Asymmetric = None,
+    sparsity: o.Sparsity = None,
     embedding_bits: EmbeddingBits = None,
     bits: o.Bits = None,
     group_size: o.GroupSize = None,

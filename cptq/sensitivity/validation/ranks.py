@@ -71,7 +71,7 @@ def within(
 def agreement(
     metric: str,
     units: Sequence[str],
-    bits: Sequence[int],
+    widths: Sequence[int],
     scores: Sequence[float],
     truths: Sequence[float],
     *,
@@ -83,12 +83,12 @@ def agreement(
 
     Args:
         metric: its name.
-        units, bits, scores, truths: one entry per pair.
+        units, widths, scores, truths: one entry per pair; pairs of one candidate have one width.
         seconds: what measuring the metric takes.
         seed: of the bootstrap; the same draws for every metric.
         resamples: how many draws.
     """
-    strata = np.asarray(bits, dtype=np.int64)
+    strata = np.asarray(widths, dtype=np.int64)
     x, y = np.asarray(scores, dtype=np.float64), np.asarray(truths, dtype=np.float64)
     draws = resample(units, resamples, seed)
 

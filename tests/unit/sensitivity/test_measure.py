@@ -187,7 +187,7 @@ def test_unknown_metrics_name_the_nearest(tiny_model: TinyModel) -> None:
 
 
 def test_candidates_without_a_rounding_are_refused(tiny_model: TinyModel) -> None:
-    candidate = Candidate(bits=4, sparsity=0.5, pattern="2:4")
+    candidate = Candidate(bits=4, sparsity=0.75, pattern="1:4")
     model = loaded(tiny_model("llama"))
     with pytest.raises(UsageError, match="no metric can score"):
         measure(
