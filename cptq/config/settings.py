@@ -43,6 +43,8 @@ FIXED_BY = {
         "bits",
         "group_size",
         "sparsity",
+        "asymmetric",
+        "embedding_bits",
         "sensitivity",
         "pins",
         "min_bits",

@@ -12,6 +12,7 @@ from typing import Any
 from cptq.allocation.allocate import check_plan
 from cptq.allocation.cost import CostModel
 from cptq.checkpoint.model import LoadedModel
+from cptq.config import EMBEDDING_BITS, Runtime
 from cptq.errors import OutputExistsError, PlanError
 from cptq.report.summary import plain
 from cptq.sensitivity import METRICS
@@ -114,12 +115,36 @@ def read_tables(
     return found
 
 
-def read_plan(path: Path, model: LoadedModel, cost: CostModel) -> Plan:
-    """The plan of `--plan`, checked against this model, its bytes counted anew."""
+def read_plan(path: Path, runtime: Runtime) -> Plan:
+    """The plan of `--plan`; whether it fits a model, `fitting` says.
+
+    Raises:
+        PlanError: it cannot be read, or packs embeddings as the runtime or cptq does not.
+    """
     try:
         plan = Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise PlanError(f"{path} holds no plan: {error}") from error
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise PlanError(f"{path} holds no plan: {reason}") from error
+    found = plan.embedding
+    if found is None:
+        return plan
+    if not runtime.wider:
+        raise PlanError(
+            f"the plan packs embeddings ({found.label}), which --runtime {runtime.name} does not "
+            "load",
+            hint='name another --runtime, or edit the plan: "embedding": null keeps them dense',
+        )
+    if found.bits not in EMBEDDING_BITS or found.sparsity:
+        raise PlanError(
+            f"the plan gives the embeddings {found.label}",
+            allowed=f"{', '.join(map(str, EMBEDDING_BITS))} bits without sparsity, or null",
+        )
+    return plan
+
+
+def fitting(plan: Plan, model: LoadedModel, cost: CostModel) -> Plan:
+    """The plan, checked against this model, its bytes counted anew."""
     check_plan(plan, cost, model.fingerprint)
     return replace(plan, predicted_bytes=cost.file_bytes(plan.choices))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cptq.allocation import BLIND
@@ -22,7 +22,7 @@ from cptq.compression.embeddings import embedding_tensors
 from cptq.config import CompressSettings, find_runtime
 from cptq.errors import BudgetError
 from cptq.pipeline.dense import asked_for, calibrate, load_dense
-from cptq.pipeline.files import check_covers, read_plan, read_table
+from cptq.pipeline.files import check_covers, fitting, read_plan, read_table
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
 from cptq.sensitivity.measure import measure
@@ -48,6 +48,8 @@ class Planning:
 
     def __post_init__(self) -> None:
         settings, self.runtime = self.settings, find_runtime(self.settings.runtime)
+        if settings.plan is not None:
+            self.plan = read_plan(settings.plan, self.runtime)
         self.model: LoadedModel = load_dense(
             settings.model, self.recorder, conv1d=self.runtime.wider
         )
@@ -57,7 +59,9 @@ class Planning:
         self.layout = FORMATS.get(self.runtime.format).layout
         self.choices = asked_for(settings)
         self.embedding: Candidate | None = None
-        if settings.embedding_bits is not None:
+        if self.plan is not None:
+            self.embedding = self.plan.embedding
+        elif settings.embedding_bits is not None:
             self.embedding = Candidate(
                 bits=settings.embedding_bits,
                 group_size=settings.group_size,
@@ -93,8 +97,8 @@ class Planning:
         settings = self.settings
         if settings.push_to_hub is not None:
             check_push(settings.push_to_hub, settings.model.token)
-        if settings.plan is not None:
-            self.plan = read_plan(settings.plan, self.model, self.cost)
+        if self.plan is not None:
+            self.plan = fitting(self.plan, self.model, self.cost)
             budget = self.plan.budget
         else:
             target = settings.target or DEFAULT_TARGET
@@ -134,7 +138,7 @@ class Planning:
         self, name: str, table: SensitivityTable | None, budget: Budget, emit: Emit
     ) -> Plan:
         """A plan by the allocator `name`."""
-        return allocate(
+        plan = allocate(
             name,
             table,
             self.cost,
@@ -144,6 +148,7 @@ class Planning:
             emit=emit,
             options=self.options,
         )
+        return replace(plan, embedding=self.embedding)
 
     def refined(self, plan: Plan) -> Plan:
         """The plan after --refine."""

@@ -122,7 +122,10 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What each unit gets; output of any allocator, input of compress, editable by hand."""
+    """What each unit gets; output of any allocator, input of compress, editable by hand.
+
+    `embedding`: what token embeddings and an output head of its own get; None keeps them dense.
+    """
 
     model_fingerprint: str
     budget: Budget
@@ -133,6 +136,7 @@ class Plan:
     predicted_bytes: int
     predicted_loss: float | None
     notes: tuple[str, ...] = ()
+    embedding: Candidate | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for JSON; candidates become their labels."""
@@ -140,6 +144,7 @@ class Plan:
         data["budget"] = asdict(self.budget)
         data["choices"] = {unit: choice.label for unit, choice in self.choices.items()}
         data["notes"] = list(self.notes)
+        data["embedding"] = None if self.embedding is None else self.embedding.label
         return data
 
     @classmethod
@@ -153,4 +158,6 @@ class Plan:
         fields["budget"] = Budget(**data["budget"])
         fields["choices"] = {unit: Candidate.parse(c) for unit, c in data["choices"].items()}
         fields["notes"] = tuple(data.get("notes", ()))
+        if data.get("embedding") is not None:
+            fields["embedding"] = Candidate.parse(data["embedding"])
         return cls(**fields)
