@@ -6,16 +6,16 @@ are all its bytes, scales and shapes included, over its number of weights.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
 from cptq.artifact.gguf.header import GgufTensor, read_gguf
 from cptq.artifact.manifest import MANIFEST
+from cptq.artifact.schemes import own_schemes, schemes
 from cptq.checkpoint.files import open_tensors, read_header, weight_files
 from cptq.errors import ArtifactError, ModelError
 from cptq.types import TensorSpec
@@ -50,20 +50,23 @@ class LayerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """`parts`: {part: (tensors, bytes)}; `provenance`: words to show, in order."""
+    """`parts`: {part: (tensors, bytes)}; `provenance`: words to show, in order.
+
+    `weights` is None where the shape of a packed layer is not known.
+    """
 
     path: Path
     form: str
     nbytes: int
-    weights: int
+    weights: int | None
     parts: Mapping[str, tuple[int, int]]
     layers: tuple[LayerFacts, ...]
     provenance: Mapping[str, str]
 
     @property
     def bits(self) -> float:
-        """Bits of the whole file per weight."""
-        return 8 * self.nbytes / max(1, self.weights)
+        """Bits of the whole file per weight; NaN where nobody says how many there are."""
+        return float("nan") if self.weights is None else 8 * self.nbytes / max(1, self.weights)
 
 
 def inspect(path: Path) -> Inspection:
@@ -95,11 +98,12 @@ def _safetensors(path: Path, files: list[Path]) -> Inspection:
     size = sum(file.stat().st_size for file in files)
     layers = tuple(_layers(specs, _shapes(files), path if path.is_dir() else path.parent))
     loose = sum(s.numel for s in specs if not _is_packed(s) and len(s.shape) < 2)
+    known = all(isfinite(layer.bits) for layer in layers)
     return Inspection(
         path=path,
         form="safetensors",
         nbytes=size,
-        weights=loose + sum(prod(layer.shape) for layer in layers),
+        weights=loose + sum(prod(layer.shape) for layer in layers) if known else None,
         parts=_parts(((_told(s), s.shape, s.nbytes) for s in specs), size),
         layers=layers,
         provenance=_manifest_words(path if path.is_dir() else path.parent),
@@ -157,8 +161,8 @@ def _layers(
     specs: list[TensorSpec], shapes: Mapping[str, tuple[int, int]], directory: Path
 ) -> Iterable[LayerFacts]:
     """Every matrix, packed ones as what they stand for."""
-    schemes, sizes = _schemes(directory), {s.name: s for s in specs}
-    own = _own_schemes(directory)
+    grids, sizes = schemes(directory), {s.name: s for s in specs}
+    own = own_schemes(directory)
     for spec in specs:
         layer, _, end = spec.name.rpartition(".")
         if layer in own and end == "weight":
@@ -166,7 +170,7 @@ def _layers(
         elif layer in own and end != "bias":
             continue
         elif end == "weight_packed":
-            yield _packed(layer, sizes, shapes.get(layer), schemes.get(layer, {}))
+            yield _packed(layer, sizes, shapes.get(layer), grids.get(layer, {}))
         elif len(spec.shape) >= 2 and not _is_packed(spec):
             bits = 8 * spec.nbytes / max(1, spec.numel)
             yield LayerFacts(
@@ -196,40 +200,15 @@ def _packed(
 
 
 def _own_packed(
-    layer: str, specs: list[TensorSpec], label: str, shape: tuple[int, int]
+    layer: str, specs: list[TensorSpec], label: str, shape: tuple[int, int] | None
 ) -> LayerFacts:
     """A layer of the packed format."""
     mine = [s for s in specs if s.name.startswith(f"{layer}.weight")]
     nbytes = sum(spec.nbytes for spec in mine)
+    bits = 8 * nbytes / prod(shape) if shape else float("nan")
     return LayerFacts(
-        name=layer, stored=label, shape=shape, nbytes=nbytes, bits=8 * nbytes / prod(shape)
+        name=layer, stored=label, shape=shape or mine[0].shape, nbytes=nbytes, bits=bits
     )
-
-
-def _own_schemes(directory: Path) -> dict[str, tuple[str, tuple[int, int]]]:
-    """{layer: label and shape} of a packed artifact, as config.json and the manifest have them."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        modules = config["quantization_config"]["modules"]
-        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        shapes = {item["name"]: item["shape"] for item in manifest["layers"]}
-        return {
-            str(name): (str(label), (int(shapes[name][0]), int(shapes[name][1])))
-            for name, label in modules.items()
-            if min(shapes[name]) > 0
-        }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
-
-
-def _schemes(directory: Path) -> dict[str, Mapping[str, Any]]:
-    """{layer: what config.json says of its weights}; empty where it says nothing readable."""
-    try:
-        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        groups = config["quantization_config"]["config_groups"].values()
-        return {str(name): group["weights"] for group in groups for name in group["targets"]}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return {}
 
 
 def _gguf(path: Path, provenance: Mapping[str, str]) -> Inspection:

@@ -62,6 +62,8 @@ def _analyze(settings: AnalyzeSettings) -> AnalyzeSettings:
     for target in settings.targets:
         import_module("cptq.allocation.targets").parse_target(target)
     _check_calibration(settings.calibration.calibration)
+    for path in settings.sensitivity:
+        check_measurement(path, directory=True)
     out = settings.out or Path(f"{model_name(settings.model.model)}-analysis")
     check_place(out, settings.model.model, overwrite=settings.overwrite)
     return replace(settings, metrics=metrics, out=out)
@@ -74,6 +76,8 @@ def _compress(settings: CompressSettings) -> CompressSettings:
     import_module("cptq.allocation.limits").parse_limits(
         settings.pins, settings.min_bits, settings.max_bits
     )
+    if settings.sensitivity is not None:
+        check_measurement(settings.sensitivity, directory=False)
     if settings.plan is not None:
         check_plan(settings.plan)
     elif settings.target is not None:
@@ -125,6 +129,21 @@ def metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
 
 def _check_calibration(source: str) -> None:
     import_module("cptq.data").check_source(source)
+
+
+def check_measurement(path: Path, *, directory: bool) -> None:
+    """Refuse a --sensitivity that is not there, and a directory where one table is meant.
+
+    Raises:
+        PlanError: says what to name.
+    """
+    hint = "cptq analyze MODEL -o DIR writes DIR/sensitivity/METRIC.json"
+    if not path.exists():
+        raise PlanError(f"--sensitivity {path} is not there", hint=hint)
+    if path.is_dir() and not directory:
+        table = next(iter(sorted(path.glob("**/sensitivity/*.json"))), None)
+        what = f"name one of its tables, such as {table}" if table else hint
+        raise PlanError(f"--sensitivity {path} is a directory", hint=what)
 
 
 def check_plan(path: Path) -> Plan:

@@ -48,8 +48,7 @@ def _tables(found: Inspection) -> Iterable[Table]:
     from cptq.report.words import size
 
     yield Table(
-        title=f"{found.path}: {found.form}, {size(found.nbytes)}, {found.weights:,} weights, "
-        f"{found.bits:.2f} bits each",
+        title=f"{found.path}: {found.form}, {size(found.nbytes)}, {_weights(found)}",
         columns=("part", "tensors", "bytes", "share"),
         rows=tuple(
             (part, f"{count:,}" if count else "", f"{nbytes:,}", f"{nbytes / found.nbytes:.1%}")
@@ -60,6 +59,12 @@ def _tables(found: Inspection) -> Iterable[Table]:
     yield _alike(found.layers)
     if found.provenance:
         yield pairs("Provenance", found.provenance.items())
+
+
+def _weights(found: Inspection) -> str:
+    if found.weights is None:
+        return "weights not counted (the shapes of packed layers are not told)"
+    return f"{found.weights:,} weights, {found.bits:.2f} bits each"
 
 
 def _alike(layers: tuple[LayerFacts, ...]) -> Table:
