@@ -65,7 +65,8 @@ Sparsity = Annotated[
     typer.Option(
         "--sparsity",
         metavar="LIST",
-        help="Offer each width sparse as well: 2:4, 50% or both; needs --runtime cptq.",
+        help="Offer each width sparse as well: 2:4, 50% or both; needs --runtime cptq. Default "
+        "none: at most budgets it buys little.",
         show_default=False,
     ),
 ]
