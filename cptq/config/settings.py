@@ -169,8 +169,7 @@ class CompressSettings:
         check_repository(self.push_to_hub)
 
     def _check_wider(self, runtime: Runtime) -> None:
-        given = {"--asymmetric": self.asymmetric, "--embedding-bits": self.embedding_bits}
-        runtime.check_wider(*(name for name, value in given.items() if value))
+        runtime.check_wider(asymmetric=self.asymmetric, embeddings=self.embedding_bits is not None)
         if self.embedding_bits is not None and self.embedding_bits not in EMBEDDING_BITS:
             raise UsageError(
                 f"--embedding-bits is {self.embedding_bits}",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from cptq.calibration.judges import part_rows
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
@@ -49,12 +51,13 @@ def calibrate(
 
 
 def candidates(
-    bits: tuple[int, ...], group_size: int, *, symmetric: bool = True
+    bits: tuple[int, ...], group_size: int, *, asymmetric: Collection[int] = ()
 ) -> tuple[Candidate, ...]:
-    """One candidate per width, fewest bits first; 16 keeps a unit dense."""
+    """One candidate per width, fewest bits first, `asymmetric` those on asymmetric grids; 16 keeps
+    a unit dense."""
     return tuple(
         Candidate(bits=16)
         if width == 16
-        else Candidate(bits=width, group_size=group_size, symmetric=symmetric)
+        else Candidate(bits=width, group_size=group_size, symmetric=width not in asymmetric)
         for width in sorted(set(bits))
     )

@@ -47,17 +47,18 @@ class Planning:
     def __post_init__(self) -> None:
         settings, self.runtime = self.settings, find_runtime(self.settings.runtime)
         self.model: LoadedModel = load_dense(
-            settings.model, self.recorder, conv1d=self.runtime.wider
+            settings.model, self.recorder, conv1d=self.runtime.conv1d
         )
         if any(width < 16 for width in self.settings.bits):
             self.runtime.check_tensors(spec.name for spec in self.model.tensors)
-        self.layout = FORMATS.get(self.runtime.format).layout
-        symmetric = not settings.asymmetric
-        self.choices = candidates(settings.bits, settings.group_size, symmetric=symmetric)
+        self.form = self.runtime.format_for(self.model.layers, asymmetric=settings.asymmetric)
+        self.layout = FORMATS.get(self.form).layout
+        self.asymmetric = self.runtime.asymmetric if settings.asymmetric else ()
+        self.choices = candidates(settings.bits, settings.group_size, asymmetric=self.asymmetric)
         self.embedding: Candidate | None = None
         if settings.embedding_bits is not None:
-            self.embedding = Candidate(
-                bits=settings.embedding_bits, group_size=settings.group_size, symmetric=symmetric
+            (self.embedding,) = candidates(
+                (settings.embedding_bits,), settings.group_size, asymmetric=self.asymmetric
             )
         self.cost = CostModel(
             self.model.units,
@@ -77,6 +78,7 @@ class Planning:
             model.units,
             self.choices,
             group_size=settings.group_size,
+            asymmetric=self.asymmetric,
             layers=model.layers,
             emit=self.recorder,
         )
