@@ -1,8 +1,8 @@
 """Which of ggml's block types holds which of our choices, and in how many bytes. Pure Python.
 
 A block is 32 weights along the inputs with one float16 scale, and a float16 minimum where the grid
-is asymmetric; `cptq.numerics.gguf_blocks` packs them. Codes of 2 and 3 bits lie in Q4_0 or Q4_1 and
-those of 6 and 7 in Q8_0, exactly, with bits to spare. No block holds asymmetric codes beyond 5.
+is asymmetric; `cptq.numerics.gguf_blocks` packs them. Symmetric codes of 2 and 3 bits lie in Q4_0
+and those of 6 and 7 in Q8_0, exactly, with bits to spare. Asymmetric ones are of 4 or 5 bits.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ BLOCK = 32
 #: whether the grid is symmetric -> bits of the codes -> type that holds them
 _TYPES: Mapping[bool, Mapping[int, str]] = {
     True: {2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"},
-    False: {2: "Q4_1", 3: "Q4_1", 4: "Q4_1", 5: "Q5_1"},
+    False: {4: "Q4_1", 5: "Q5_1"},
 }
 #: bits of a type's own codes
 TYPE_BITS: Mapping[str, int] = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8, "Q4_1": 4, "Q5_1": 5}
@@ -53,9 +53,9 @@ def type_refusal(candidate: Candidate) -> str:
     """Why no type holds a candidate."""
     if candidate.sparsity:
         return "sparse weights, for which it has no storage"
-    least, most = min(_TYPES[candidate.symmetric]), max(_TYPES[candidate.symmetric])
     grid = "symmetric" if candidate.symmetric else "asymmetric"
-    return f"{grid} codes of {candidate.bits} bits, but of {least} to {most}"
+    known = ", ".join(map(str, _TYPES[candidate.symmetric]))
+    return f"{grid} codes of {candidate.bits} bits, but of {known}"
 
 
 def shape_refusal(inputs: int, group: int) -> str | None:

@@ -184,11 +184,14 @@ def _refusal(layer: CompressedLayer) -> str | None:
     kind = type_of(candidate)
     if kind is None:
         return type_refusal(candidate)
+    shape = shape_refusal(inputs, inputs // layer.scale.shape[1])
+    if shape is not None:
+        return shape
     if not half_holds(layer.scale):
         return "scales that are not exact in float16"
     if layer.zero is not None and not half_holds(minimum(layer.scale, layer.zero, kind)):
         return "scales times zero points that are not exact in float16"
-    return shape_refusal(inputs, inputs // layer.scale.shape[1])
+    return None
 
 
 def _entries(content: Content, family: Family, config: Config) -> Iterator[_Entry]:

@@ -165,11 +165,9 @@ def find_family(config: Config, kind: ModelKind) -> Family:
     name = str(config.get("model_type"))
     family = FAMILIES.get((name, kind))
     if family is None:
-        known = [f"{of} {other}" for other, of in FAMILIES]
         raise ArtifactError(
-            f"a {name} {kind} has no GGUF here: llama.cpp computes no such model as transformers "
-            "does, or is not known to",
-            allowed=", ".join(known),
+            f"a {name} {kind} has no GGUF here, as none is known that llama.cpp computes likewise",
+            allowed=", ".join(" ".join(known) for known in FAMILIES),
         )
     _refuse_variants(name, config, family)
     return family
