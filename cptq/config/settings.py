@@ -170,6 +170,11 @@ class CompressSettings:
 
     def _check_wider(self, runtime: Runtime) -> None:
         runtime.check_wider(asymmetric=self.asymmetric, embeddings=self.embedding_bits is not None)
+        if self.asymmetric and self.plan is None and not set(self.bits) & set(runtime.asymmetric):
+            raise UsageError(
+                f"--asymmetric does nothing at --bits {','.join(map(str, self.bits))}",
+                allowed=f"with one of {', '.join(map(str, runtime.asymmetric))} among them",
+            )
         if self.embedding_bits is not None and self.embedding_bits not in EMBEDDING_BITS:
             raise UsageError(
                 f"--embedding-bits is {self.embedding_bits}",

@@ -55,6 +55,8 @@ class Planning:
         self.layout = FORMATS.get(self.form).layout
         self.asymmetric = self.runtime.asymmetric if settings.asymmetric else ()
         self.choices = candidates(settings.bits, settings.group_size, asymmetric=self.asymmetric)
+        if settings.asymmetric:
+            self.say_symmetric()
         self.embedding: Candidate | None = None
         if settings.embedding_bits is not None:
             (self.embedding,) = candidates(
@@ -68,6 +70,13 @@ class Planning:
             embedding_tensors(self.model, self.embedding, self.layout, self.recorder),
         )
         self.options: dict[str, tuple[Candidate, ...]] = self.allowed()
+
+    def say_symmetric(self) -> None:
+        """Widths that the runtime has on symmetric grids alone, whatever is asked."""
+        even = [c.label for c in self.choices if c.symmetric and not c.dense]
+        if even:
+            message = f"{', '.join(even)} stay symmetric: {self.runtime.name} has no other"
+            self.recorder(Notice(kind="info", subject="--asymmetric", message=message))
 
     def allowed(self) -> dict[str, tuple[Candidate, ...]]:
         """The candidates of each unit, by --pin, --min-bits and --max-bits."""

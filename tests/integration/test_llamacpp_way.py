@@ -82,6 +82,8 @@ def test_a_mixed_plan_comes_out_bit_for_bit(
     content = open_artifact(done.out).content
     labels = {layer.result.candidate.label for layer in content.compressed.values()}
     assert labels == ({"w4g32-asym", "w8g32"} if asymmetric else {"w4g32", "w8g32"})
+    said = [n.message for n in done.summary.notices if n.subject == "--asymmetric"]
+    assert said == ["w8g32 stay symmetric: llamacpp has no other"] * asymmetric
     planned = {spec.name for unit in done.summary.units for spec in unit.layers}
     assert planned == {layer.spec.name for layer in content.compressed.values()}
     assert (arch == "gpt2") == any(layer.spec.transposed for layer in content.compressed.values())

@@ -117,6 +117,8 @@ def test_asymmetric_grids_are_for_the_widths_that_have_a_block() -> None:
     assert command_line(asked).count("--asymmetric") == 1
     with pytest.raises(UsageError, match=r"--asymmetric .*; allowed: --runtime llamacpp or cptq"):
         settings(asymmetric=True)
+    with pytest.raises(UsageError, match="does nothing at --bits 8,16; allowed: with one of 4, 5"):
+        settings(runtime="llamacpp", asymmetric=True, bits=(8, 16), group_size=32)
     with pytest.raises(UsageError, match=r"--embedding-bits .*; allowed: --runtime cptq"):
         settings(runtime="llamacpp", bits=(4,), group_size=32, embedding_bits=8)
 
