@@ -218,7 +218,15 @@ def _own_schemes(directory: Path) -> dict[str, tuple[str, tuple[int, int]]]:
             for name, label in modules.items()
             if min(shapes[name]) > 0
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        OverflowError,
+        RecursionError,
+    ):
         return {}
 
 
@@ -275,7 +283,7 @@ def _manifest_words(directory: Path) -> dict[str, str]:
     manifest = read_manifest(directory)
     try:
         return _words(manifest)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ModelError(f"{directory / MANIFEST} is damaged ({error!r})") from error
 
 
