@@ -13,7 +13,7 @@ one of its layers is pinned as a whole, since runtimes fuse it.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cptq.errors import BudgetError, PlanError, UsageError
@@ -113,6 +113,7 @@ def allowed(
     candidates: Sequence[Candidate],
     *,
     group_size: int,
+    asymmetric: Collection[int] = (),
     layers: Sequence[LayerSpec] = (),
     emit: Emit,
 ) -> dict[str, tuple[Candidate, ...]]:
@@ -123,6 +124,7 @@ def allowed(
         units: the compressible units.
         candidates: what a unit gets that nothing is said about.
         group_size: of a pinned unit whose bits are not among the candidates.
+        asymmetric: bits that such a unit has on an asymmetric grid.
         layers: all layers, for the message when a pin finds only ones that stay dense.
         emit: told which units a pin reaches beyond the layers that it names.
 
@@ -137,14 +139,18 @@ def allowed(
     for unit in units:
         pin = pinned.get(unit.name)
         kept = tuple(c for c in candidates if _least(limits, unit) <= c.bits <= _most(limits, unit))
-        options[unit.name] = kept if pin is None else (_candidate(pin, candidates, group_size),)
+        options[unit.name] = (
+            kept if pin is None else (_candidate(pin, candidates, group_size, asymmetric),)
+        )
         if not options[unit.name]:
             raise _nothing_left(limits, unit, candidates)
     return options
 
 
-def _candidate(pin: Pin, candidates: Sequence[Candidate], group_size: int) -> Candidate:
-    symmetric = all(c.symmetric for c in candidates) or pin.bits == 16
+def _candidate(
+    pin: Pin, candidates: Sequence[Candidate], group_size: int, asymmetric: Collection[int]
+) -> Candidate:
+    symmetric = pin.bits not in asymmetric
     group = 0 if pin.bits == 16 else group_size
     made = Candidate(bits=pin.bits, group_size=group, symmetric=symmetric)
     return next((c for c in candidates if c.bits == pin.bits), made)

@@ -254,7 +254,7 @@ def _manifest_words(directory: Path) -> dict[str, str]:
     manifest = read_manifest(directory)
     try:
         return _words(manifest)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ModelError(f"{directory / MANIFEST} is damaged ({error!r})") from error
 
 

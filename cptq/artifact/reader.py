@@ -155,6 +155,8 @@ def _content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsForm
 
 def _spec(item: Mapping[str, Any]) -> LayerSpec:
     out, inputs = (int(n) for n in item["shape"])
+    if min(out, inputs) < 1:
+        raise ValueError(f"{item.get('name')} has the shape {out} x {inputs}")
     return LayerSpec(**{**item, "shape": (out, inputs)})
 
 

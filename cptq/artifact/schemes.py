@@ -12,7 +12,15 @@ from typing import Any
 
 from cptq.artifact.manifest import MANIFEST
 
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError)
+_DAMAGED = (
+    OSError,
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+)
 
 
 def own_schemes(directory: Path) -> dict[str, tuple[str, tuple[int, int] | None]]:

@@ -56,7 +56,7 @@ Asymmetric = Annotated[
     bool | None,
     typer.Option(
         "--asymmetric",
-        help="Grids with a zero point; needs --runtime cptq.",
+        help="Grids with a zero point; needs --runtime cptq or llamacpp.",
         show_default=False,
     ),
 ]

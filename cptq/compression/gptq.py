@@ -30,6 +30,7 @@ from cptq.compression import nearest
 from cptq.compression.problem import Problem, Solution
 from cptq.numerics.asymmetric import fit_asymmetric
 from cptq.numerics.grid import code_range, fit_scales
+from cptq.numerics.half_offset import offset_precision
 from cptq.numerics.hessian import damped, damped_factor, dead_inputs
 from cptq.numerics.refit import refit_scales
 from cptq.numerics.sweep import column_sweep
@@ -51,7 +52,8 @@ def compress(problem: Problem) -> Solution:
     scale_OG, zero_OG = _grid(W_OI, _cost_of_error(U_II, order_I), problem)
     codes_OI = _swept(W_OI, U_II, order_I, scale_OG, zero_OG, problem)
     steps_OI = codes_OI if zero_OG is None else _steps(codes_OI, zero_OG)
-    scale_OG = refit_scales(W_OI, damped(problem.H_II, used), steps_OI, scale_OG)
+    precision_OG = _precision(zero_OG, problem)
+    scale_OG = refit_scales(W_OI, damped(problem.H_II, used), steps_OI, scale_OG, precision_OG)
     return Solution(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, notes=notes)
 
 
@@ -62,7 +64,21 @@ def _grid(W_OI: Tensor, cost_I: Tensor, problem: Problem) -> tuple[Tensor, Tenso
     if problem.symmetric:
         scale_OG = fit_scales(kept_OI, bits, group, scale_dtype=dtype, importance_I=cost_I)
         return scale_OG, None
-    return fit_asymmetric(kept_OI, bits, group, scale_dtype=dtype, importance_I=cost_I)
+    return fit_asymmetric(
+        kept_OI,
+        bits,
+        group,
+        scale_dtype=dtype,
+        importance_I=cost_I,
+        half_offset=problem.half_offset,
+    )
+
+
+def _precision(zero_OG: Tensor | None, problem: Problem) -> Tensor | None:
+    """Significant bits that a scale may have, where they are limited."""
+    if zero_OG is None or not problem.half_offset:
+        return None
+    return offset_precision(zero_OG, problem.bits)
 
 
 def _steps(codes_OI: Tensor, zero_OG: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Any compressor, with scales that float16 holds exactly.
+"""Any compressor, with scales (and scales times zero points) that float16 holds exactly.
 
 llama.cpp stores one float16 scale per block. A checkpoint in float32 or bfloat16 has scales in its
 own type, and those must be exact in float16 too, or an export would change weights.
@@ -7,6 +7,9 @@ own type, and those must be exact in float16 too, or an export would change weig
     bfloat16: 8 bits of the fraction always fit; below 2^-17 the exponent does not, above 65280
         neither. A scale outside is pulled to the bound and the codes of its group are rounded anew,
         which moves a weight by at most 2^-18 (groups of weights that small hardly exist).
+
+An asymmetric grid has its scales rounded while they are fitted (`numerics.half_offset`), in any
+type, so that llama.cpp's minimum, scale times zero point, is exact as well.
 """
 
 from __future__ import annotations
@@ -27,9 +30,11 @@ def in_half(method: Compressor) -> Compressor:
     """The compressor, its scales in the problem's type and exact in float16."""
 
     def compress(problem: Problem) -> Solution:
-        if problem.scale_dtype is torch.bfloat16:
+        kept = problem.scale_dtype is torch.bfloat16
+        if kept and problem.symmetric:
             return _bounded(method(problem), problem.bits)
-        solution = method(replace(problem, scale_dtype=torch.float16))
+        dtype = torch.bfloat16 if kept else torch.float16
+        solution = method(replace(problem, scale_dtype=dtype, half_offset=not problem.symmetric))
         return replace(solution, scale_OG=solution.scale_OG.to(problem.scale_dtype))
 
     return compress

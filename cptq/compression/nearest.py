@@ -18,5 +18,7 @@ def compress(problem: Problem) -> Solution:
     if problem.symmetric:
         codes_OI, scale_OG = quantize_nearest(W_OI, bits, group, scale_dtype=dtype)
         return Solution(codes_OI=codes_OI, scale_OG=scale_OG)
-    codes_OI, scale_OG, zero_OG = quantize_asymmetric(W_OI, bits, group, scale_dtype=dtype)
+    codes_OI, scale_OG, zero_OG = quantize_asymmetric(
+        W_OI, bits, group, scale_dtype=dtype, half_offset=problem.half_offset
+    )
     return Solution(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG)

@@ -20,7 +20,8 @@ class Problem:
     """One linear: weight W_OI (out, in) float32, its Hessian H_II = E[x x^T], and a grid.
 
     `group` divides `in`; `scale_dtype` is the storage type of the scales. Where there is a mask,
-    bool (out, in), a weight that it leaves out is to become 0. An asymmetric solution has a `zero`.
+    bool (out, in), a weight that it leaves out is to become 0. An asymmetric solution has a `zero`,
+    and with `half_offset` float16 holds scale times zero point (`numerics.half_offset`).
     """
 
     W_OI: Tensor
@@ -29,6 +30,7 @@ class Problem:
     group: int
     scale_dtype: torch.dtype
     symmetric: bool = True
+    half_offset: bool = False
     mask_OI: Tensor | None = None
 
 

@@ -10,11 +10,13 @@ llama.cpp) and from vLLM's source (0.33; not run here):
 | llamacpp     | 4, 5, 8  | 32                        | inputs divisible by 32| float16 |
 | cptq         | 2 to 8   | any that divide, channel  | any                   | any     |
 
-All may keep any layer at 16 bits. All but `cptq`, which is cptq's own (`cptq.runtime`), are
-symmetric and leave embeddings, output heads and the Conv1D of GPT-2 dense. Query, key and value,
-and gate and up, are one decision in every plan, which is what vLLM asks of the matrices that it
-fuses. vLLM also takes 2, 3, 5 and 6 bits by a fallback kernel that is not verified; that is
-`transformers`, at one's own risk.
+All may keep any layer at 16 bits. All but `cptq`, which is cptq's own (`cptq.runtime`), leave
+embeddings and output heads dense. Only `cptq` and `llamacpp` take asymmetric grids (llama.cpp at 4
+and 5 bits: its Q4_1 and Q5_1) and the Conv1D of GPT-2; the file that goes to llama.cpp is made from
+an artifact, which is `packed` where one of the two is in it and `compressed-tensors` elsewhere.
+Query, key and value, and gate and up, are one decision in every plan, which is what vLLM asks of
+the matrices that it fuses. vLLM also takes 2, 3, 5 and 6 bits by a fallback kernel that is not
+verified; that is `transformers`, at one's own risk.
 
 A mixture of experts is refused by all: its experts lie in one stacked parameter that no
 linear layer holds, so they would stay dense, and stock transformers refuses dense experts beside
@@ -35,12 +37,14 @@ from cptq.types import Candidate, LayerSpec
 class Runtime:
     """What one program takes.
 
-    `format` is the file format that is written for it, `bits` and `groups` what a packed layer may
-    have (16 bits is always allowed; group 0: per channel; no `groups`: any), `group_size` the
-    default. `out_multiple` and `in_multiple` must divide a packed layer's dimensions, `half_scales`
-    asks for scales that float16 holds exactly, `experts` whether a mixture of experts is taken.
-    `wider` says that it also takes asymmetric grids, embeddings, heads, Conv1D and sparse weights.
-    `next_step` is what to type with the artifact, if more is needed.
+    `format` is the file format that is written for it, `wide_format` the one where that cannot hold
+    an asymmetric grid or a Conv1D. `bits` and `groups` are what a packed layer may have (16 bits is
+    always allowed; group 0: per channel; no `groups`: any), `asymmetric` those of the bits that it
+    may have on an asymmetric grid; `group_size` is the default. `out_multiple` and `in_multiple`
+    must divide a packed layer's dimensions, `half_scales` asks for scales that float16 holds
+    exactly, `experts` whether a mixture of experts is taken. `conv1d` says that it takes the Conv1D
+    of GPT-2, `wider` embeddings, heads and sparse weights. `next_step` is what to type with the
+    artifact, if more is needed.
     """
 
     name: str
@@ -53,21 +57,33 @@ class Runtime:
     in_multiple: int = 1
     half_scales: bool = False
     experts: bool = False
+    wide_format: str | None = None
+    asymmetric: tuple[int, ...] = ()
+    conv1d: bool = False
     wider: bool = False
     next_step: str | None = None
 
     def check_wider(self, *options: str) -> None:
-        """Refuse options that only a wider runtime takes.
+        """Refuse options, of those that were given, that only other runtimes take.
 
         Raises:
-            UsageError: one was given.
+            UsageError: names one, and the runtimes that take it.
         """
-        if options and not self.wider:
-            others = [name for name, known in RUNTIMES.items() if known.wider]
-            raise UsageError(
-                f"{options[0]} makes what --runtime {self.name} does not load",
-                allowed=f"--runtime {' or '.join(others)}",
-            )
+        for option in options:
+            if not self._takes(option):
+                others = [name for name, known in RUNTIMES.items() if known._takes(option)]
+                raise UsageError(
+                    f"{option} makes what --runtime {self.name} does not load",
+                    allowed=f"--runtime {' or '.join(others)}",
+                )
+
+    def _takes(self, option: str) -> bool:
+        return bool(self.asymmetric) if option == "--asymmetric" else self.wider
+
+    def format_for(self, layers: Iterable[LayerSpec], *, asymmetric: bool) -> str:
+        """The file format that holds these layers, some on asymmetric grids or not."""
+        conv1d = any(layer.compressible and layer.kind == "conv1d" for layer in layers)
+        return self.wide_format if self.wide_format and (asymmetric or conv1d) else self.format
 
     def check(self, bits: Sequence[int], group_size: int) -> None:
         """Refuse options that the runtime does not take.
@@ -101,6 +117,11 @@ class Runtime:
         out, inputs = layer.shape
         if candidate.bits not in self.bits:
             return f"{self.name} takes {', '.join(map(str, self.bits))} bits, not {candidate.bits}"
+        if candidate.sparsity and not self.wider:
+            return f"{self.name} takes no sparse weights"
+        if not candidate.symmetric and candidate.bits not in self.asymmetric:
+            taken = ", ".join(map(str, self.asymmetric)) or "none"
+            return f"of asymmetric grids {self.name} takes {taken}, not {candidate.bits} bits"
         if out % self.out_multiple or inputs % self.in_multiple:
             least = f"inputs that {self.in_multiple} divides"
             both = f"outputs and {least}" if self.out_multiple > 1 else least
@@ -159,6 +180,9 @@ RUNTIMES: Mapping[str, Runtime] = {
         groups=(32,),
         in_multiple=32,
         half_scales=True,
+        wide_format="packed",
+        asymmetric=(4, 5),
+        conv1d=True,
         next_step="cptq export {out} --format gguf",
     ),
     "cptq": Runtime(
@@ -167,6 +191,8 @@ RUNTIMES: Mapping[str, Runtime] = {
         bits=(2, 3, 4, 5, 6, 7, 8),
         default_bits=(2, 3, 4, 5, 6, 8, 16),
         group_size=64,
+        asymmetric=(2, 3, 4, 5, 6, 7, 8),
+        conv1d=True,
         wider=True,
     ),
 }

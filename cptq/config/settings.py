@@ -191,6 +191,11 @@ def _check_wider(runtime: Runtime, settings: AnalyzeSettings | CompressSettings)
     """Options that only some runtimes take, and the words of --sparsity."""
     names = ("asymmetric", "sparsity", "embedding_bits")
     runtime.check_wider(*(option(name) for name in names if getattr(settings, name, None)))
+    if settings.asymmetric and not set(settings.bits) & set(runtime.asymmetric):
+        raise UsageError(
+            f"--asymmetric does nothing at --bits {','.join(map(str, settings.bits))}",
+            allowed=f"with one of {', '.join(map(str, runtime.asymmetric))} among them",
+        )
     for word in settings.sparsity:
         parse_sparsity(word)
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from cptq.numerics.grid import CHUNK, code_range, storable
+from cptq.numerics.half_offset import offset_precision
 
 #: shares of the range at which each end is tried, from widest to narrowest
 STEPS, WIDEST, NARROWEST = 6, 1.3, 0.35
@@ -58,6 +59,7 @@ def quantize_asymmetric(
     *,
     scale_dtype: torch.dtype = torch.float16,
     importance_I: Tensor | None = None,
+    half_offset: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Round to nearest on fitted grids.
 
@@ -67,12 +69,18 @@ def quantize_asymmetric(
         group: a divisor of `in`.
         scale_dtype: storage type of the scales.
         importance_I: positive weights of the squared error per input, or None for equal ones.
+        half_offset: float16 is to hold scale times zero point too (`numerics.half_offset`).
 
     Returns:
         codes int8 (out, in), scale (out, in / group) in `scale_dtype`, zero int8 (out, in / group).
     """
     scale_OG, zero_OG = fit_asymmetric(
-        W_OI, bits, group, scale_dtype=scale_dtype, importance_I=importance_I
+        W_OI,
+        bits,
+        group,
+        scale_dtype=scale_dtype,
+        importance_I=importance_I,
+        half_offset=half_offset,
     )
     W_OGK = W_OI.reshape(W_OI.shape[0], -1, group)
     codes_OGK = encode_asymmetric(W_OGK, scale_OG.to(W_OI.dtype), zero_OG, bits)
@@ -86,6 +94,7 @@ def fit_asymmetric(
     *,
     scale_dtype: torch.dtype = torch.float16,
     importance_I: Tensor | None = None,
+    half_offset: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The scales, positive and in `scale_dtype`, and the int8 zero points alone."""
     rows = max(1, CHUNK // W_OI.shape[1])
@@ -94,8 +103,9 @@ def fit_asymmetric(
         _fit_chunk(W_RI.reshape(W_RI.shape[0], -1, group), bits, h_GK) for W_RI in W_OI.split(rows)
     ]
     scale_OG = torch.cat([scale for scale, _ in grids])
-    zero_OG = torch.cat([zero for _, zero in grids])
-    return storable(scale_OG, scale_dtype), zero_OG.to(torch.int8)
+    zero_OG = torch.cat([zero for _, zero in grids]).to(torch.int8)
+    precision_OG = offset_precision(zero_OG, bits) if half_offset else None
+    return storable(scale_OG, scale_dtype, precision_OG), zero_OG
 
 
 def _fit_chunk(W_OGK: Tensor, bits: int, h_GK: Tensor | None) -> tuple[Tensor, Tensor]:

@@ -1,10 +1,12 @@
-"""Symmetric integer codes as ggml's blocks of 32, bit for bit, and back.
+"""Integer codes as ggml's blocks of 32, bit for bit.
 
 | type | bytes | layout of a block                                       | weight       |
 |------|-------|---------------------------------------------------------|--------------|
 | Q4_0 | 18    | d (float16), 16 bytes                                   | d * (u - 8)  |
 | Q5_0 | 22    | d (float16), 32 fifth bits (uint32), 16 bytes           | d * (u - 16) |
 | Q8_0 | 34    | d (float16), 32 signed bytes                            | d * q        |
+| Q4_1 | 20    | d, m (float16), 16 bytes                                | d * u + m    |
+| Q5_1 | 24    | d, m (float16), 32 fifth bits (uint32), 16 bytes        | d * u + m    |
 
 Byte j of the 16 holds the low four bits of value j (low half) and of value j + 16 (high half);
 bit j of the uint32 is the fifth bit of value j. Source: ggml's block definitions
@@ -12,9 +14,12 @@ bit j of the uint32 is the fifth bit of value j. Source: ggml's block definition
 
 What fits: codes of fewer bits fit into the next wider block (2, 3 -> Q4_0; 6, 7 -> Q8_0), groups of
 a multiple of 32 are that many blocks of equal d, and d may be negative. So a layer is held exactly
-if 32 divides its inputs and its group, and float16 holds its scales. Nothing is rounded here.
+if 32 divides its inputs and its group, and float16 holds its scales. An asymmetric weight is
+d * (q - z), so u = q + half and m = -d * (z + half), half being 2^(bits of the type - 1): float16
+must hold that product, which `numerics.half_offset` sees to. Nothing is rounded here.
 
-Cost: O(out * in). Shapes: codes_OI int8 (out, in), scale_OG (out, groups), bytes (out, bytes).
+Cost: O(out * in). Shapes: codes_OI int8 (out, in), scale_OG and zero_OG (out, groups), bytes
+(out, bytes).
 """
 
 from __future__ import annotations
@@ -23,6 +28,7 @@ import torch
 from torch import Tensor
 
 from cptq.numerics.gguf_layout import BLOCK, BLOCK_BYTES, TYPE_BITS
+from cptq.numerics.half_offset import offset_of
 
 
 def half_holds(scale_OG: Tensor) -> bool:
@@ -31,13 +37,21 @@ def half_holds(scale_OG: Tensor) -> bool:
     return bool((torch.isfinite(half) & (half.to(scale_OG.dtype) == scale_OG)).all())
 
 
-def pack_blocks(codes_OI: Tensor, scale_OG: Tensor, kind: str) -> Tensor:
+def minimum(scale_OG: Tensor, zero_OG: Tensor, kind: str) -> Tensor:
+    """m, the weight of the smallest code, float64 and exact; shape of the scales."""
+    return scale_OG.double() * -offset_of(zero_OG, TYPE_BITS[kind])
+
+
+def pack_blocks(
+    codes_OI: Tensor, scale_OG: Tensor, kind: str, zero_OG: Tensor | None = None
+) -> Tensor:
     """The bytes of a weight, uint8 (out, blocks * block bytes).
 
     Args:
         codes_OI: int8, in the range of the type (4, 5 or 8 bits, signed).
         scale_OG: scales that float16 holds; a group is a multiple of 32 inputs.
         kind: a key of `BLOCK_BYTES`.
+        zero_OG: zero points int8, for the types with a minimum (which float16 must hold).
 
     Raises:
         ValueError: a shape, a code or a scale that the type cannot hold.
@@ -46,13 +60,21 @@ def pack_blocks(codes_OI: Tensor, scale_OG: Tensor, kind: str) -> Tensor:
     blocks = inputs // BLOCK
     if inputs % BLOCK or blocks % scale_OG.shape[1]:
         raise ValueError(f"{inputs} inputs in {scale_OG.shape[1]} groups are no blocks of {BLOCK}")
-    if not half_holds(scale_OG):
-        raise ValueError("a scale is not exact in float16")
+    if (zero_OG is not None) != (kind in _WITH_MINIMUM):
+        raise ValueError(f"{kind} holds {'a' if kind in _WITH_MINIMUM else 'no'} minimum")
+    numbers = [scale_OG] if zero_OG is None else [scale_OG, minimum(scale_OG, zero_OG, kind)]
     _check_range(codes_OI, TYPE_BITS[kind])
-    d_OB = scale_OG.to(torch.float16).repeat_interleave(blocks // scale_OG.shape[1], dim=1)
-    d_OBD = d_OB.contiguous().view(torch.uint8).view(out, blocks, 2)
+    heads_OBD = [_half_bytes(x_OG, blocks) for x_OG in numbers]
     body_OBD = _BODIES[kind](codes_OI.view(out, blocks, BLOCK))
-    return torch.cat([d_OBD, body_OBD], dim=-1).view(out, blocks * BLOCK_BYTES[kind])
+    return torch.cat([*heads_OBD, body_OBD], dim=-1).view(out, blocks * BLOCK_BYTES[kind])
+
+
+def _half_bytes(x_OG: Tensor, blocks: int) -> Tensor:
+    """Numbers per group as the two bytes of a float16 in each block, (out, blocks, 2)."""
+    if not half_holds(x_OG):
+        raise ValueError("a scale or a minimum is not exact in float16")
+    x_OB = x_OG.to(torch.float16).repeat_interleave(blocks // x_OG.shape[1], dim=1)
+    return x_OB.contiguous().view(torch.uint8).view(len(x_OG), blocks, 2)
 
 
 def _check_range(codes_OI: Tensor, bits: int) -> None:
@@ -83,4 +105,5 @@ def _body8(codes_OBK: Tensor) -> Tensor:
     return codes_OBK.contiguous().view(torch.uint8)
 
 
-_BODIES = {"Q4_0": _body4, "Q5_0": _body5, "Q8_0": _body8}
+_BODIES = {"Q4_0": _body4, "Q5_0": _body5, "Q8_0": _body8, "Q4_1": _body4, "Q5_1": _body5}
+_WITH_MINIMUM = ("Q4_1", "Q5_1")

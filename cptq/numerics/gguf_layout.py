@@ -1,7 +1,8 @@
 """Which of ggml's block types holds which of our choices, and in how many bytes. Pure Python.
 
-A block is 32 weights along the inputs with one float16 scale; `cptq.numerics.gguf_blocks` packs
-them. Codes of 2 and 3 bits lie in Q4_0 and those of 6 and 7 in Q8_0, exactly, with bits to spare.
+A block is 32 weights along the inputs with one float16 scale, and a float16 minimum where the grid
+is asymmetric; `cptq.numerics.gguf_blocks` packs them. Symmetric codes of 2 and 3 bits lie in Q4_0
+and those of 6 and 7 in Q8_0, exactly, with bits to spare. Asymmetric ones are of 4 or 5 bits.
 """
 
 from __future__ import annotations
@@ -13,41 +14,48 @@ from cptq.types import Candidate, LayerSpec, TensorSpec
 
 #: weights of one block
 BLOCK = 32
-#: bits of the codes -> type that holds them
-TYPE_OF_BITS: Mapping[int, str] = {
-    2: "Q4_0",
-    3: "Q4_0",
-    4: "Q4_0",
-    5: "Q5_0",
-    6: "Q8_0",
-    7: "Q8_0",
-    8: "Q8_0",
+#: whether the grid is symmetric -> bits of the codes -> type that holds them
+_TYPES: Mapping[bool, Mapping[int, str]] = {
+    True: {2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"},
+    False: {4: "Q4_1", 5: "Q5_1"},
 }
 #: bits of a type's own codes
-TYPE_BITS: Mapping[str, int] = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8}
-BLOCK_BYTES: Mapping[str, int] = {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34}
+TYPE_BITS: Mapping[str, int] = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8, "Q4_1": 4, "Q5_1": 5}
+BLOCK_BYTES: Mapping[str, int] = {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34, "Q4_1": 20, "Q5_1": 24}
+
+
+def type_of(candidate: Candidate) -> str | None:
+    """The type that holds a candidate's codes; None where there is none."""
+    return None if candidate.sparsity else _TYPES[candidate.symmetric].get(candidate.bits)
 
 
 class GgufLayout:
-    """The `cptq.types.Layout` of GGUF's symmetric blocks; a weight becomes one tensor of bytes."""
+    """The `cptq.types.Layout` of GGUF's blocks; a weight becomes one tensor of bytes."""
 
     name = "gguf"
 
     def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
-        """Everything but symmetric codes in groups that are whole blocks."""
-        if not candidate.symmetric:
-            return "an asymmetric grid, whose zero points float16 does not hold exactly"
-        if candidate.sparsity:
-            return "sparse, for which GGUF has no storage"
-        if candidate.bits not in TYPE_OF_BITS:
-            return f"{candidate.bits} bits, not 2 to 8"
+        """Everything but codes that a type holds, in groups that are whole blocks."""
+        if type_of(candidate) is None:
+            return type_refusal(candidate)
         return shape_refusal(layer.shape[1], resolve_group(layer.shape[1], candidate.group_size))
 
     def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
         """One tensor of (out, bytes of a row)."""
         out, inputs = layer.shape
-        row = inputs // BLOCK * BLOCK_BYTES[TYPE_OF_BITS[candidate.bits]]
+        kind = type_of(candidate)
+        assert kind is not None
+        row = inputs // BLOCK * BLOCK_BYTES[kind]
         return (TensorSpec(name=layer.weight_name, dtype="U8", shape=(out, row)),)
+
+
+def type_refusal(candidate: Candidate) -> str:
+    """Why no type holds a candidate."""
+    if candidate.sparsity:
+        return "sparse weights, for which it has no storage"
+    grid = "symmetric" if candidate.symmetric else "asymmetric"
+    known = ", ".join(map(str, _TYPES[candidate.symmetric]))
+    return f"{grid} codes of {candidate.bits} bits, but of {known}"
 
 
 def shape_refusal(inputs: int, group: int) -> str | None:

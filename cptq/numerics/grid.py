@@ -27,6 +27,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cptq.numerics.half_offset import rounded_to
+
 #: shares of the full range that the clip search tries first, from widest to narrowest
 STEPS, WIDEST, NARROWEST = 6, 1.15, 0.45
 #: what it tries around the best of them, in strides between two shares
@@ -98,8 +100,13 @@ def fit_scales(
     return storable(torch.cat(parts), scale_dtype)
 
 
-def storable(scale_OG: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales rounded to their storage type; what rounds to 0 or overflows is pulled back inside."""
+def storable(scale_OG: Tensor, dtype: torch.dtype, precision_OG: Tensor | None = None) -> Tensor:
+    """Scales rounded to their storage type; what rounds to 0 or overflows is pulled back inside.
+
+    `precision_OG`: the significant bits that each may have (`numerics.half_offset`), if fewer.
+    """
+    if precision_OG is not None:
+        scale_OG = rounded_to(scale_OG, precision_OG)
     limits = torch.finfo(dtype)
     sign = torch.where(scale_OG < 0, -1.0, 1.0).to(scale_OG.dtype)
     tiny = 2.0**-24 if dtype is torch.float16 else limits.tiny

@@ -16,6 +16,8 @@ bound the memory. Shapes: W_OI, H_II, codes_OI int8, scale_OG.
 
 from __future__ import annotations
 
+from itertools import repeat
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,13 @@ RIDGE = 1e-6
 CHUNK = 1 << 24
 
 
-def refit_scales(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
+def refit_scales(
+    W_OI: Tensor,
+    H_II: Tensor,
+    codes_OI: Tensor,
+    scale_OG: Tensor,
+    precision_OG: Tensor | None = None,
+) -> Tensor:
     """Scales in their storage type with an output error no larger in any row.
 
     Args:
@@ -34,11 +42,13 @@ def refit_scales(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor)
         H_II: second moment of the inputs.
         codes_OI: int8 codes, not changed.
         scale_OG: present scales (out, groups), in storage type.
+        precision_OG: significant bits that each may have, as in `numerics.grid.storable`.
     """
     features, groups = W_OI.shape[1], scale_OG.shape[1]
     rows = max(1, CHUNK // (features * groups))
     parts = zip(W_OI.split(rows), codes_OI.split(rows), scale_OG.split(rows), strict=True)
-    return torch.cat([_refit_rows(W, H_II, codes, scale) for W, codes, scale in parts])
+    limits = repeat(None) if precision_OG is None else iter(precision_OG.split(rows))
+    return torch.cat([_refit_rows(*part, H_II, next(limits)) for part in parts])
 
 
 def output_error(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
@@ -47,10 +57,12 @@ def output_error(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor)
     return ((D_OI @ H_II) * D_OI).sum(1)
 
 
-def _refit_rows(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
+def _refit_rows(
+    W_OI: Tensor, codes_OI: Tensor, scale_OG: Tensor, H_II: Tensor, precision_OG: Tensor | None
+) -> Tensor:
     present_OG = scale_OG.to(W_OI.dtype)
     change_OG = _best_change(W_OI, H_II, codes_OI, present_OG)
-    fitted_OG = storable(present_OG + change_OG, scale_OG.dtype)
+    fitted_OG = storable(present_OG + change_OG, scale_OG.dtype, precision_OG)
     before_O = output_error(W_OI, H_II, codes_OI, scale_OG)
     better_O = output_error(W_OI, H_II, codes_OI, fitted_OG) < before_O
     return torch.where(better_O.unsqueeze(1), fitted_OG, scale_OG)

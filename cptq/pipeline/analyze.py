@@ -133,9 +133,9 @@ def _name_what_stays_dense(model: LoadedModel, settings: AnalyzeSettings, emit: 
     """
     runtime = find_runtime(settings.runtime)
     taken = [u.name for u in model.units if not any(layer.transposed for layer in u.layers)]
-    if runtime.wider or len(taken) == len(model.units):
+    if runtime.conv1d or len(taken) == len(model.units):
         return
-    wider = " or ".join(name for name, known in RUNTIMES.items() if known.wider)
+    wider = " or ".join(name for name, known in RUNTIMES.items() if known.conv1d)
     if settings.validate and not taken:
         raise UsageError(
             f"--runtime {runtime.name} keeps every layer of this model dense (they are Conv1D), so "

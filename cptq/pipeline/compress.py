@@ -108,7 +108,7 @@ class _Run(Planning):
                 sample=_verification_sample(self.model, self.calibration, self.settings),
                 extras=stage_files(self.model, self.calibration.record, self.tables, plan),
                 reports=reports,
-                form=self.runtime.format,
+                form=self.form,
                 emit=self.recorder,
             )
         return artifact, made[0]

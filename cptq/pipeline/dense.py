@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from cptq.allocation.cost import CostModel
 from cptq.artifact.formats import FORMATS
@@ -61,7 +61,8 @@ def calibrate(
 def cost_model(model: LoadedModel, settings: AnalyzeSettings) -> CostModel:
     """Bytes of the units' weights in the file that the runtime loads."""
     runtime = find_runtime(settings.runtime)
-    return CostModel(model.units, model.tensors, FORMATS.get(runtime.format).layout, runtime)
+    form = runtime.format_for(model.layers, asymmetric=settings.asymmetric)
+    return CostModel(model.units, model.tensors, FORMATS.get(form).layout, runtime)
 
 
 def asked_for(settings: AnalyzeSettings | CompressSettings) -> tuple[Candidate, ...]:
@@ -69,24 +70,32 @@ def asked_for(settings: AnalyzeSettings | CompressSettings) -> tuple[Candidate, 
     return candidates(
         settings.bits,
         settings.group_size,
-        symmetric=not settings.asymmetric,
+        asymmetric=find_runtime(settings.runtime).asymmetric if settings.asymmetric else (),
         sparsity=settings.sparsity,
     )
 
 
 def candidates(
-    bits: Sequence[int], group_size: int, *, symmetric: bool = True, sparsity: Sequence[str] = ()
+    bits: Sequence[int],
+    group_size: int,
+    *,
+    asymmetric: Collection[int] = (),
+    sparsity: Sequence[str] = (),
 ) -> tuple[Candidate, ...]:
     """Ways to store a unit, fewest bits first, each width dense and then at every sparsity.
 
-    16 bits keep a unit as it is.
+    The widths in `asymmetric` lie on asymmetric grids; 16 bits keep a unit as it is.
     """
     kinds = [(0.0, "none"), *map(parse_sparsity, sparsity)]
     return tuple(
         Candidate(bits=16)
         if width == 16
         else Candidate(
-            bits=width, group_size=group_size, symmetric=symmetric, sparsity=share, pattern=pattern
+            bits=width,
+            group_size=group_size,
+            symmetric=width not in asymmetric,
+            sparsity=share,
+            pattern=pattern,
         )
         for width in sorted(set(bits))
         for share, pattern in (kinds if width < 16 else kinds[:1])

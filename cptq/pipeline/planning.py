@@ -51,13 +51,19 @@ class Planning:
         if settings.plan is not None:
             self.plan = read_plan(settings.plan, self.runtime)
         self.model: LoadedModel = load_dense(
-            settings.model, self.recorder, conv1d=self.runtime.wider
+            settings.model, self.recorder, conv1d=self.runtime.conv1d
         )
         check_units(self.model)
         if any(width < 16 for width in self.settings.bits):
             self.runtime.check_tensors(spec.name for spec in self.model.tensors)
-        self.layout = FORMATS.get(self.runtime.format).layout
+        self.asymmetric = self.runtime.asymmetric if settings.asymmetric else ()
+        kept = self.plan.choices.values() if self.plan is not None else ()
+        offset = bool(self.asymmetric) or not all(choice.symmetric for choice in kept)
+        self.form = self.runtime.format_for(self.model.layers, asymmetric=offset)
+        self.layout = FORMATS.get(self.form).layout
         self.choices = asked_for(settings)
+        if settings.asymmetric:
+            self.say_symmetric()
         self.embedding: Candidate | None = None
         if self.plan is not None:
             self.embedding = self.plan.embedding
@@ -76,6 +82,13 @@ class Planning:
         )
         self.options: dict[str, tuple[Candidate, ...]] = self.allowed()
 
+    def say_symmetric(self) -> None:
+        """Widths that the runtime has on symmetric grids alone, whatever is asked."""
+        even = [c.label for c in self.choices if c.symmetric and not c.dense]
+        if even:
+            message = f"{', '.join(even)} stay symmetric: {self.runtime.name} has no other"
+            self.recorder(Notice(kind="info", subject="--asymmetric", message=message))
+
     def allowed(self) -> dict[str, tuple[Candidate, ...]]:
         """The candidates of each unit, by --pin, --min-bits and --max-bits."""
         settings, model = self.settings, self.model
@@ -85,6 +98,7 @@ class Planning:
             model.units,
             self.choices,
             group_size=settings.group_size,
+            asymmetric=self.asymmetric,
             layers=model.layers,
             emit=self.recorder,
         )

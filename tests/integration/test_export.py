@@ -137,6 +137,16 @@ def test_other_answers_than_the_sample_says_are_found(artifact: Path, tmp_path: 
         audit(copy, lambda event: None)
 
 
+def test_a_layer_without_inputs_is_a_damaged_manifest(artifact: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(artifact, tmp_path / "copy")
+    manifest = json.loads((copy / "cptq.json").read_text())
+    compressed = manifest["layers"][0]["name"]
+    next(x for x in manifest["inventory"] if x["name"] == compressed)["shape"] = [64, 0]
+    (copy / "cptq.json").write_text(json.dumps(manifest))
+    with pytest.raises(ArtifactError, match=r"is damaged .*has the shape 64 x 0"):
+        open_artifact(copy)
+
+
 def test_the_commands_answer_in_each_shape(
     artifact: Path, tmp_path: Path, cptq: Callable[..., Result]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -102,6 +103,36 @@ def test_options_that_a_runtime_does_not_take_are_refused(
         RUNTIMES[name].check(bits, group)
     with pytest.raises(UsageError, match=words):
         settings(runtime=name, bits=bits, group_size=group)
+
+
+def test_asymmetric_grids_are_for_the_widths_that_have_a_block() -> None:
+    layer = cost_for("llamacpp").units[0].layers[0]
+    refusal = RUNTIMES["llamacpp"].refusal
+    for label, taken in {"w4g32-asym": True, "w5g32-asym": True, "w8g32-asym": False}.items():
+        assert (refusal(layer, Candidate.parse(label), 32) is None) == taken
+    why = refusal(layer, Candidate.parse("w8g32-asym"), 32)
+    assert why == "of asymmetric grids llamacpp takes 4, 5, not 8 bits"
+    assert refusal(layer, Candidate.parse("w4g32-s50"), 32) == "llamacpp takes no sparse weights"
+    asked = settings(runtime="llamacpp", asymmetric=True, bits=(4, 8), group_size=32)
+    assert command_line(asked).count("--asymmetric") == 1
+    with pytest.raises(UsageError, match=r"--asymmetric .*; allowed: --runtime llamacpp or cptq"):
+        settings(asymmetric=True)
+    with pytest.raises(UsageError, match="does nothing at --bits 8,16; allowed: with one of 4, 5"):
+        settings(runtime="llamacpp", asymmetric=True, bits=(8, 16), group_size=32)
+    with pytest.raises(UsageError, match=r"--embedding-bits .*; allowed: --runtime cptq"):
+        settings(runtime="llamacpp", bits=(4,), group_size=32, embedding_bits=8)
+
+
+def test_the_format_is_the_portable_one_where_that_holds_the_plan() -> None:
+    layers = [layer for unit in model(2).units for layer in unit.layers]
+    conv1d = [replace(layer, kind="conv1d", transposed=True) for layer in layers]
+    runtime = RUNTIMES["llamacpp"]
+    assert runtime.format_for(layers, asymmetric=False) == "compressed-tensors"
+    assert runtime.format_for(layers, asymmetric=True) == "packed"
+    assert runtime.format_for(conv1d, asymmetric=False) == "packed"
+    dense = [replace(layer, compressible=False) for layer in conv1d]
+    assert runtime.format_for(dense, asymmetric=False) == "compressed-tensors"
+    assert RUNTIMES["cptq"].format_for(layers, asymmetric=False) == "packed"
 
 
 def settings(**more: Any) -> CompressSettings:

@@ -1,12 +1,14 @@
 """`gguf`: one file for llama.cpp, tokenizer and settings inside; nothing is quantized again.
 
-Our symmetric integers are ggml's Q4_0, Q5_0 and Q8_0 blocks bit for bit (`numerics.gguf_blocks`),
-wherever 32 divides the inputs and the groups and float16 holds the scales. Matrices that stayed
-dense are F16 where float16 holds every value, else BF16 or F32 as they are stored; vectors, and
-what llama.cpp insists on, are F32. So the file's weights are the artifact's weights, exactly.
+Our symmetric integers are ggml's Q4_0, Q5_0 and Q8_0 blocks bit for bit, our asymmetric ones Q4_1
+and Q5_1 (`numerics.gguf_blocks`), wherever 32 divides the inputs and the groups and float16 holds
+the scales, and scales times zero points (`numerics.half_offset`). Matrices that stayed dense are
+F16 where float16 holds every value, else BF16 or F32 as they are stored; vectors, and what
+llama.cpp insists on, are F32. So the file's weights are the artifact's weights, exactly.
 
-Limits: families of `artifact.gguf.families`; symmetric grids (Q4_1 and Q5_1 store their offset in
-float16, which a scale times a zero point is not, in general); K-quants are not written.
+Limits: families of `artifact.gguf.families`. K-quants are not written: their scales are integers of
+6 bits (Q6_K: 8) times one float16 per 256 weights, which ours are by chance alone; a search would
+have to fit all scales of a super-block at once, on a grid of its own.
 """
 
 from __future__ import annotations
@@ -31,15 +33,22 @@ from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import Format, refused
 from cptq.artifact.gguf.check import gguf_digests, verify_in_llama_cpp
 from cptq.artifact.gguf.families import Config, Family, find_family, rope_factors, row_order
+from cptq.artifact.gguf.remarks import say_what_differs
 from cptq.artifact.gguf.vocabulary import add_vocabulary, read_tokenizer, sort_of
 from cptq.artifact.verify import Verification, VerificationSample
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
-from cptq.numerics.gguf_blocks import half_holds, pack_blocks
-from cptq.numerics.gguf_layout import BLOCK_BYTES, GGUF_LAYOUT, TYPE_OF_BITS, shape_refusal
-from cptq.types import CompressedLayer, Emit, ModelKind, Notice, TensorSpec
+from cptq.numerics.gguf_blocks import half_holds, minimum, pack_blocks
+from cptq.numerics.gguf_layout import (
+    BLOCK_BYTES,
+    GGUF_LAYOUT,
+    shape_refusal,
+    type_of,
+    type_refusal,
+)
+from cptq.types import CompressedLayer, Emit, ModelKind, TensorSpec
 
-_FILE_TYPES = {"Q4_0": 2, "Q5_0": 8, "Q8_0": 7}
+_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
 _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -94,8 +103,7 @@ class Gguf(Format):
         config = read_config(content)
         family = find_family(config, content.kind)
         entries = list(_entries(content, family, config))
-        _report_left_out(content, family, emit)
-        _report_window(config, emit)
+        say_what_differs([spec.name for spec in content.tensors], family, config, emit)
         _write_file(path, content, config, family, entries, emit)
         copy_companions(content, place, emit, only=LICENCE)
         return {path.name: path.stat().st_size}
@@ -173,12 +181,17 @@ def _refuse_layers(layers: Sequence[CompressedLayer]) -> None:
 
 def _refusal(layer: CompressedLayer) -> str | None:
     inputs, candidate = layer.spec.shape[1], layer.result.candidate
-    if not candidate.symmetric or candidate.sparsity or getattr(layer, "zero", None) is not None:
-        return "asymmetric or sparse weights exactly"
-    if candidate.bits not in TYPE_OF_BITS:
-        return f"{candidate.bits} bits"
+    kind = type_of(candidate)
+    if kind is None:
+        return type_refusal(candidate)
     shape = shape_refusal(inputs, inputs // layer.scale.shape[1])
-    return shape or (None if half_holds(layer.scale) else "scales that are not exact in float16")
+    if shape is not None:
+        return shape
+    if not half_holds(layer.scale):
+        return "scales that are not exact in float16"
+    if layer.zero is not None and not half_holds(minimum(layer.scale, layer.zero, kind)):
+        return "scales times zero points that are not exact in float16"
+    return None
 
 
 def _entries(content: Content, family: Family, config: Config) -> Iterator[_Entry]:
@@ -189,14 +202,15 @@ def _entries(content: Content, family: Family, config: Config) -> Iterator[_Entr
     for spec in content.tensors:
         if spec.name.endswith(family.left_out):
             continue
-        name = names.get_name(spec.name.removeprefix(family.prefix), (".weight", ".bias"))
+        name = names.get_name(family.known_name(spec.name), (".weight", ".bias"))
         if name is None:
             raise ArtifactError(
                 f"llama.cpp's {family.arch.name.lower()} has no place for {spec.name}"
             )
         layer = content.compressed.get(spec.name)
         if layer is not None:
-            kind = TYPE_OF_BITS[layer.result.candidate.bits]
+            kind = type_of(layer.result.candidate)
+            assert kind is not None
         else:
             kind = _dense_kind(content, spec, family)
         yield _Entry(name=name, spec=spec, kind=kind, layer=layer, transposed=spec.name in conv1d)
@@ -254,34 +268,16 @@ def _bytes(content: Content, entry: _Entry, order: Tensor | None) -> np.ndarray[
     """The bytes of a tensor, uint8 of `entry.byte_shape`."""
     layer = entry.layer
     if layer is not None:
-        codes, scale = layer.codes.cpu(), layer.scale.cpu()
+        parts = [x if x is None else x.cpu() for x in (layer.codes, layer.scale, layer.zero)]
         if order is not None:
-            codes, scale = codes[order], scale[order]
-        packed: np.ndarray[Any, Any] = pack_blocks(codes, scale, entry.kind).numpy()
+            parts = [x if x is None else x[order] for x in parts]
+        codes, scale, zero = parts
+        assert codes is not None
+        assert scale is not None
+        packed: np.ndarray[Any, Any] = pack_blocks(codes, scale, entry.kind, zero).numpy()
         return packed
     value = content.dense(entry.spec).detach().cpu()
     value = value.T if entry.transposed else value
     value = (value if order is None else value[order]).to(TORCH_DTYPES[entry.kind]).contiguous()
     raw: np.ndarray[Any, Any] = value.view(torch.uint8).numpy()
     return raw
-
-
-def _report_left_out(content: Content, family: Family, emit: Emit) -> None:
-    names = [spec.name for spec in content.tensors if spec.name.endswith(family.left_out)]
-    if family.left_out and names:
-        message = f"{len(names)} tensors have no part in llama.cpp's encoder and are left out"
-        emit(Notice(kind="skipped", subject=names[0], message=message))
-
-
-def _report_window(config: Config, emit: Emit) -> None:
-    window = config.get("sliding_window")
-    if (
-        window
-        and config.get("use_sliding_window", True)
-        and window < config["max_position_embeddings"]
-    ):
-        message = (
-            f"the model looks back {window} tokens; llama.cpp looks at all, and answers "
-            "differently beyond that"
-        )
-        emit(Notice(kind="warning", subject="sliding_window", message=message))

@@ -80,8 +80,7 @@ def verify_in_llama_cpp(
         raise ArtifactError(f"the check was not independent: {report['cptq'][0]} was imported")
     if tokenizer is not None:
         _compare_tokens(tokenizer, report["tokens"], emit)
-    kept = sample.inputs.get("attention_mask", torch.ones_like(sample.inputs["input_ids"])).bool()
-    expected = sample.expected.detach().float().cpu()[kept.cpu()]
+    expected = _expected(kind, sample)
     if answer.shape != expected.shape:
         raise ArtifactError(
             f"llama.cpp answers {tuple(answer.shape)} values, {tuple(expected.shape)} expected"
@@ -98,6 +97,15 @@ def _found(difference: float | None, start: float) -> Verification:
     )
 
 
+def _expected(kind: ModelKind, sample: VerificationSample) -> Tensor:
+    """One row per real token, or per text where the model classifies."""
+    expected = sample.expected.detach().float().cpu()
+    if kind == "classifier":
+        return expected
+    kept = sample.inputs.get("attention_mask", torch.ones_like(sample.inputs["input_ids"]))
+    return expected[kept.bool().cpu()]
+
+
 def _compute(
     path: Path, kind: ModelKind, sample: VerificationSample
 ) -> tuple[Mapping[str, Any], Tensor]:
@@ -108,7 +116,7 @@ def _compute(
             "file": str(path.resolve()),
             "rows": [row[keep].tolist() for row, keep in zip(ids, mask, strict=True)],
             "texts": TEXTS,
-            "encoder": kind == "encoder",
+            "kind": kind,
             "threads": torch.get_num_threads(),
             "answer": str(Path(folder) / "answer.npy"),
             "report": str(Path(folder) / "report.json"),

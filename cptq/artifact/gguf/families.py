@@ -6,7 +6,9 @@ Tensor names come from the gguf package's own table. What that table does not sa
   `llama` rotates neighbours. So the rows of q and k are interleaved, head by head:
   new row (h, 2i + p) is old row (h, p * d/2 + i). Rows are moved whole, codes and scales alike.
 - GPT-2: a Conv1D lies transposed, (in, out), and llama.cpp wants (out, in).
-- BERT: the pooler and the token types beyond the first have no part in llama.cpp's encoder.
+- BERT: the pooler and the token types beyond the first have no part in llama.cpp's encoder. A
+  classifier's pooler and head do, under other names: they are its "rank" head,
+  out(tanh(dense(state of the first token))), whose outputs are the logits.
 - Llama 3's stretched rotation is a tensor of factors, one per frequency.
 
 llama.cpp computes some activations by a formula of its own (GELU by tanh, looked up in float16).
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import gguf
@@ -34,22 +36,29 @@ class Family:
     """One architecture of llama.cpp.
 
     `activations` are those that it computes; `rotates_pairs` asks for interleaved q and k rows,
-    `prefix` is dropped from tensor names before they are looked up, `left_out` are ends of names
-    that have no place; `always_f32` ends of names of matrices that it wants in float32.
+    `prefix` is dropped from tensor names before they are looked up and `renamed` are those that the
+    table knows otherwise, `left_out` are ends of names that have no place; `always_f32` ends of
+    names of matrices that it wants in float32; `blind_to_pairs`: it has one token type.
     """
 
     arch: Any
-    kind: ModelKind
     sizes: Callable[[gguf.GGUFWriter, Config], None]
     activations: tuple[str, ...]
     rotates_pairs: bool = False
     prefix: str = ""
+    renamed: Mapping[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     always_f32: tuple[str, ...] = ()
+    blind_to_pairs: bool = False
 
     def names(self, blocks: int) -> gguf.TensorNameMap:
         """The gguf package's table of names."""
         return gguf.get_tensor_name_map(self.arch, blocks)
+
+    def known_name(self, tensor: str) -> str:
+        """A tensor's name as that table has it."""
+        module, _, part = tensor.removeprefix(self.prefix).rpartition(".")
+        return f"{self.renamed.get(module, module)}.{part}"
 
 
 def _decoder_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
@@ -92,37 +101,57 @@ def _bert_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_vocab_size(config["vocab_size"])
     writer.add_layer_norm_eps(config["layer_norm_eps"])
     writer.add_causal_attention(False)
-    writer.add_pooling_type(gguf.PoolingType.NONE)
     writer.add_token_type_count(config.get("type_vocab_size", 1))
 
 
+def _encoder_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
+    _bert_sizes(writer, config)
+    writer.add_pooling_type(gguf.PoolingType.NONE)
+
+
+def _classifier_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
+    _bert_sizes(writer, config)
+    writer.add_pooling_type(gguf.PoolingType.RANK)
+    labels = {int(number): str(label) for number, label in config["id2label"].items()}
+    writer.add_classifier_output_labels([labels[number] for number in sorted(labels)])
+
+
 def _decoder(arch: Any, **more: Any) -> Family:
+    return Family(arch=arch, sizes=_decoder_sizes, activations=("silu", "swish"), **more)
+
+
+def _bert(**more: Any) -> Family:
     return Family(
-        arch=arch, kind="causal-lm", sizes=_decoder_sizes, activations=("silu", "swish"), **more
+        arch=gguf.MODEL_ARCH.BERT,
+        activations=("gelu", "gelu_new", "gelu_pytorch_tanh"),
+        prefix="bert.",
+        always_f32=("position_embeddings.weight", "token_type_embeddings.weight"),
+        **more,
     )
 
 
-FAMILIES: Mapping[str, Family] = {
-    "llama": _decoder(gguf.MODEL_ARCH.LLAMA, rotates_pairs=True),
-    "mistral": _decoder(gguf.MODEL_ARCH.LLAMA, rotates_pairs=True),
-    "qwen2": _decoder(gguf.MODEL_ARCH.QWEN2),
-    "qwen3": _decoder(gguf.MODEL_ARCH.QWEN3),
-    "gpt2": Family(
+#: (model_type of config.json, kind of model)
+FAMILIES: Mapping[tuple[str, ModelKind], Family] = {
+    ("llama", "causal-lm"): _decoder(gguf.MODEL_ARCH.LLAMA, rotates_pairs=True),
+    ("mistral", "causal-lm"): _decoder(gguf.MODEL_ARCH.LLAMA, rotates_pairs=True),
+    ("qwen2", "causal-lm"): _decoder(gguf.MODEL_ARCH.QWEN2),
+    ("qwen3", "causal-lm"): _decoder(gguf.MODEL_ARCH.QWEN3),
+    ("gpt2", "causal-lm"): Family(
         arch=gguf.MODEL_ARCH.GPT2,
-        kind="causal-lm",
         sizes=_gpt2_sizes,
         activations=("gelu_new", "gelu", "gelu_pytorch_tanh"),
         left_out=(".attn.bias", ".attn.masked_bias"),
         always_f32=("wpe.weight",),
     ),
-    "bert": Family(
-        arch=gguf.MODEL_ARCH.BERT,
-        kind="encoder",
-        sizes=_bert_sizes,
-        activations=("gelu", "gelu_new", "gelu_pytorch_tanh"),
-        prefix="bert.",
+    ("bert", "encoder"): _bert(
+        sizes=_encoder_sizes,
         left_out=("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"),
-        always_f32=("position_embeddings.weight", "token_type_embeddings.weight"),
+    ),
+    ("bert", "classifier"): _bert(
+        sizes=_classifier_sizes,
+        renamed={"pooler.dense": "classifier.dense", "classifier": "classifier.out_proj"},
+        left_out=("embeddings.position_ids",),
+        blind_to_pairs=True,
     ),
 }
 
@@ -134,13 +163,11 @@ def find_family(config: Config, kind: ModelKind) -> Family:
         ArtifactError: llama.cpp's version of it is not known here, or computes something else.
     """
     name = str(config.get("model_type"))
-    family = FAMILIES.get(name)
+    family = FAMILIES.get((name, kind))
     if family is None:
-        raise ArtifactError(f"a {name} model has no GGUF here", allowed=", ".join(FAMILIES))
-    if kind != family.kind:
         raise ArtifactError(
-            f"a {name} {kind} has no GGUF here: llama.cpp computes no such head",
-            allowed=f"a {name} {family.kind}",
+            f"a {name} {kind} has no GGUF here, as none is known that llama.cpp computes likewise",
+            allowed=", ".join(" ".join(known) for known in FAMILIES),
         )
     _refuse_variants(name, config, family)
     return family

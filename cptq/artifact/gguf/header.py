@@ -32,6 +32,8 @@ _STRING, _ARRAY = 8, 9
 #: fewest bytes of a metadata entry, of a tensor's entry and of a string
 _LEAST_ENTRY, _LEAST_TENSOR, _LEAST_STRING = 13, 24, 8
 _MOST_DIMENSIONS = 4
+#: characters of a reason
+_LONGEST = 400
 #: arrays up to this long are kept; longer ones (vocabularies) are only counted
 KEPT = 64
 
@@ -77,6 +79,8 @@ def read_gguf(path: Path) -> GgufHeader:
 
 
 def _corrupt(path: Path, why: str) -> ArtifactError:
+    if len(why) > _LONGEST:  # it quotes a name, which damage can make as long as the file
+        why = f"{why[: _LONGEST // 2]} ... {why[-_LONGEST // 2 :]}"
     return ArtifactError(
         f"{path} is no GGUF file that can be read: {why}", hint="write or download it again"
     )

@@ -37,14 +37,17 @@ def main(job_file: str) -> None:
 
 
 def _run(lib: Any, np: Any, model: Any, ids: list[int], job: dict[str, Any]) -> Any:
-    """Outputs (tokens, width) of one row: logits, or the states of an encoder."""
+    """Outputs of one row: (tokens, width) logits or states of an encoder, (1, labels) of a text."""
     parameters = lib.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = max(32, len(ids))
     parameters.n_threads = parameters.n_threads_batch = job["threads"]
     parameters.type_k = parameters.type_v = lib.GGML_TYPE_F32
     parameters.flash_attn_type = lib.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    parameters.embeddings = job["encoder"]
-    parameters.pooling_type = lib.LLAMA_POOLING_TYPE_NONE
+    classifies = job["kind"] == "classifier"
+    parameters.embeddings = job["kind"] != "causal-lm"
+    parameters.pooling_type = (
+        lib.LLAMA_POOLING_TYPE_RANK if classifies else lib.LLAMA_POOLING_TYPE_NONE
+    )
     context = lib.llama_init_from_model(model, parameters)
     if not context:
         sys.exit("llama.cpp cannot make a context")
@@ -55,16 +58,20 @@ def _run(lib: Any, np: Any, model: Any, ids: list[int], job: dict[str, Any]) -> 
         batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
     if lib.llama_decode(context, batch):
         sys.exit("llama.cpp cannot compute the sample")
-    get = lib.llama_get_embeddings if job["encoder"] else lib.llama_get_logits
-    width = (
-        lib.llama_model_n_embd(model)
-        if job["encoder"]
-        else lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
-    )
-    values = np.ctypeslib.as_array(get(context), shape=(len(ids), width)).copy()
+    values = np.ctypeslib.as_array(*_answer(lib, model, context, len(ids), job["kind"])).copy()
     lib.llama_batch_free(batch)
     lib.llama_free(context)
     return values
+
+
+def _answer(lib: Any, model: Any, context: Any, tokens: int, kind: str) -> tuple[Any, Any]:
+    """Where the outputs lie, and their shape."""
+    if kind == "classifier":
+        return lib.llama_get_embeddings_seq(context, 0), (1, lib.llama_model_n_cls_out(model))
+    if kind == "encoder":
+        return lib.llama_get_embeddings(context), (tokens, lib.llama_model_n_embd(model))
+    width = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
+    return lib.llama_get_logits(context), (tokens, width)
 
 
 def _tokenize(lib: Any, model: Any, text: str) -> list[int]:

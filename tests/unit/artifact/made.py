@@ -15,8 +15,10 @@ from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
 from cptq.config import ModelSettings
+from cptq.numerics.asymmetric import quantize_asymmetric
 from cptq.numerics.grid import quantize_nearest
 from cptq.numerics.groups import resolve_group
+from cptq.numerics.half_offset import MOST_BITS
 from cptq.types import (
     Artifact,
     Budget,
@@ -42,8 +44,9 @@ RECORD = CalibrationRecord(
 MIXED = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
-def load(path: Path) -> LoadedModel:
-    return load_model(ModelSettings(model=str(path), device="cpu"), lambda event: None)
+def load(path: Path, *, conv1d: bool = False) -> LoadedModel:
+    settings = ModelSettings(model=str(path), device="cpu")
+    return load_model(settings, lambda event: None, conv1d=conv1d)
 
 
 def compress(
@@ -76,13 +79,22 @@ def candidate(bits: int, group: int) -> Candidate:
     return Candidate(bits=bits, group_size=0 if bits == 16 else group)
 
 
+def quantized(
+    W_OI: torch.Tensor, choice: Candidate, group: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes, scales, zero points; on asymmetric grids as llama.cpp wants them, where it can."""
+    if choice.symmetric:
+        return *quantize_nearest(W_OI, choice.bits, group, scale_dtype=dtype), None
+    half = choice.bits <= MOST_BITS
+    return quantize_asymmetric(W_OI, choice.bits, group, scale_dtype=dtype, half_offset=half)
+
+
 def compress_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> CompressedLayer:
     inputs = spec.shape[1]
     group = resolve_group(inputs, choice.group_size)
     module = model.linear(spec.name)
-    codes, scale = quantize_nearest(
-        get_weight(module).float(), choice.bits, group, scale_dtype=storage_dtype(spec)
-    )
+    W_OI = get_weight(module).float().contiguous()
+    codes, scale, zero = quantized(W_OI, choice, group, storage_dtype(spec))
     result = LayerResult(
         name=spec.name,
         candidate=choice,
@@ -92,7 +104,7 @@ def compress_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Co
         output_error=None,
         seconds=0.5,
     )
-    layer = CompressedLayer(spec=spec, result=result, codes=codes, scale=scale)
+    layer = CompressedLayer(spec=spec, result=result, codes=codes, scale=scale, zero=zero)
     set_weight(module, layer.dense(model.dtype))
     return layer
 

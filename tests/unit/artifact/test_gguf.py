@@ -169,7 +169,7 @@ def test_groups_of_two_blocks_are_two_blocks(tiny_model: TinyModel, tmp_path: Pa
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"model_type": "opt"}, "an? opt model has no GGUF here; allowed: llama"),
+        ({"model_type": "opt"}, "an? opt causal-lm has no GGUF here.*; allowed: llama causal-lm"),
         ({"hidden_act": "relu"}, "does not compute 'relu'"),
         ({"rope_parameters": {"rope_type": "yarn"}}, "stretched by 'yarn'"),
     ],

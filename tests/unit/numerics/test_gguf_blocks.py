@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from cptq.numerics.gguf_blocks import half_holds, pack_blocks
-from cptq.numerics.gguf_layout import BLOCK_BYTES, TYPE_OF_BITS
+from cptq.numerics.gguf_layout import BLOCK_BYTES, type_of
 from cptq.numerics.grid import code_range
+from cptq.numerics.half_offset import offset_precision, rounded_to
+from cptq.types import Candidate
 from tests.reference.gguf_blocks import unpack_block
 
 
@@ -24,9 +26,32 @@ def drawn(
     return codes, scale.to(dtype)
 
 
-def weights(codes: torch.Tensor, scale: torch.Tensor) -> np.ndarray:
+def drawn_asymmetric(
+    bits: int, out: int, inputs: int, group: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """As `drawn`, with zero points and scales to go with them."""
+    codes, scale = drawn(bits, out, inputs, group)
+    low, high = code_range(bits)
+    generator = torch.Generator().manual_seed(bits)
+    zero = torch.randint(low, high + 1, scale.shape, generator=generator).to(torch.int8)
+    zero[0, 0] = high
+    return codes, rounded_to(scale, offset_precision(zero, bits)), zero
+
+
+def weights(
+    codes: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor | None = None
+) -> np.ndarray:
     group = codes.shape[1] // scale.shape[1]
-    return (codes.double() * scale.double().repeat_interleave(group, dim=1)).numpy()
+    steps = codes.double()
+    if zero is not None:
+        steps = steps - zero.double().repeat_interleave(group, dim=1)
+    return (steps * scale.double().repeat_interleave(group, dim=1)).numpy()
+
+
+def kind_of(bits: int, symmetric: bool = True) -> str:
+    kind = type_of(Candidate(bits=bits, group_size=32, symmetric=symmetric))
+    assert kind is not None
+    return kind
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
@@ -35,22 +60,54 @@ def test_the_library_reads_back_exactly_what_was_packed(
     bits: int, out: int, inputs: int, group: int
 ) -> None:
     codes, scale = drawn(bits, out, inputs, group)
-    kind = TYPE_OF_BITS[bits]
+    kind = kind_of(bits)
     packed = pack_blocks(codes, scale, kind).numpy()
     assert packed.shape == (out, inputs // 32 * BLOCK_BYTES[kind])
     read = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
     assert np.array_equal(read.astype(np.float64), weights(codes, scale))
 
 
-@pytest.mark.parametrize("bits", [4, 5, 8])
-def test_a_block_is_what_the_definition_says(bits: int) -> None:
-    codes, scale = drawn(bits, 3, 64, 32)
-    kind = TYPE_OF_BITS[bits]
-    size = BLOCK_BYTES[kind]
-    for row, packed in enumerate(pack_blocks(codes, scale, kind).numpy()):
+@pytest.mark.parametrize("bits", [4, 5])
+@pytest.mark.parametrize(("out", "inputs", "group"), [(1, 32, 32), (7, 96, 32), (5, 192, 64)])
+def test_the_library_reads_back_asymmetric_codes_too(
+    bits: int, out: int, inputs: int, group: int
+) -> None:
+    codes, scale, zero = drawn_asymmetric(bits, out, inputs, group)
+    kind = kind_of(bits, symmetric=False)
+    packed = pack_blocks(codes, scale, kind, zero).numpy()
+    assert packed.shape == (out, inputs // 32 * BLOCK_BYTES[kind])
+    read = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
+    assert np.array_equal(read.astype(np.float64), weights(codes, scale, zero))
+
+
+@pytest.mark.parametrize(
+    ("bits", "symmetric"), [(4, True), (5, True), (8, True), (4, False), (5, False)]
+)
+def test_a_block_is_what_the_definition_says(bits: int, symmetric: bool) -> None:
+    codes, scale, zero = drawn_asymmetric(min(bits, 5), 3, 64, 32)
+    kind = kind_of(bits, symmetric)
+    size, given = BLOCK_BYTES[kind], None if symmetric else zero
+    for row, packed in enumerate(pack_blocks(codes, scale, kind, given).numpy()):
         for block in range(2):
             read = unpack_block(bytes(packed[block * size : (block + 1) * size]), kind)
-            assert read == weights(codes, scale)[row, block * 32 : (block + 1) * 32].tolist()
+            wanted = weights(codes, scale, given)[row, block * 32 : (block + 1) * 32]
+            assert read == wanted.tolist()
+
+
+def test_the_library_knows_the_same_sizes() -> None:
+    for kind, size in BLOCK_BYTES.items():
+        assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]] == (32, size)
+
+
+def test_a_minimum_that_float16_rounds_is_refused() -> None:
+    codes, scale = torch.zeros(1, 32, dtype=torch.int8), torch.full((1, 1), 1 + 2.0**-10)
+    zero = torch.full((1, 1), -5, dtype=torch.int8)  # 3 * (1 + 2^-10) has 12 significant bits
+    with pytest.raises(ValueError, match="minimum is not exact"):
+        pack_blocks(codes, scale, "Q4_1", zero)
+    with pytest.raises(ValueError, match="Q4_0 holds no minimum"):
+        pack_blocks(codes, scale, "Q4_0", zero)
+    with pytest.raises(ValueError, match="Q5_1 holds a minimum"):
+        pack_blocks(codes, scale, "Q5_1")
 
 
 @pytest.mark.parametrize(

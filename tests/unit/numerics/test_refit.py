@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 from cptq.numerics import refit
+from cptq.numerics.asymmetric import quantize_asymmetric
+from cptq.numerics.gguf_blocks import half_holds, minimum
 from cptq.numerics.grid import quantize_nearest
+from cptq.numerics.half_offset import offset_precision, rounded_to
 from tests.reference.refit import naive_refit
 
 
@@ -37,6 +40,20 @@ def test_no_row_becomes_worse_in_half_precision() -> None:
     assert fitted_OG.dtype is torch.float16
     assert bool((after_O <= before_O).all())
     assert float(after_O.sum()) < 0.97 * float(before_O.sum())
+
+
+def test_scales_keep_to_their_significant_bits() -> None:
+    W_OI, _, H_II = problem(7, 33)
+    codes_OI, scale_OG, zero_OG = quantize_asymmetric(W_OI, 4, 11, half_offset=True)
+    steps_OI = codes_OI.short() - zero_OG.short().repeat_interleave(11, dim=1)
+    precision_OG = offset_precision(zero_OG, 4)
+    fitted_OG = refit.refit_scales(W_OI, H_II, steps_OI, scale_OG, precision_OG)
+    before_O = refit.output_error(W_OI, H_II, steps_OI, scale_OG)
+    after_O = refit.output_error(W_OI, H_II, steps_OI, fitted_OG)
+    assert torch.equal(rounded_to(fitted_OG.double(), precision_OG), fitted_OG.double())
+    assert bool((after_O <= before_O).all())
+    assert float(after_O.sum()) < float(before_O.sum())
+    assert half_holds(minimum(fitted_OG, zero_OG, "Q4_1"))
 
 
 def test_group_of_zero_codes_keeps_its_scale() -> None:

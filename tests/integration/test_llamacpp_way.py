@@ -1,0 +1,134 @@
+"""`compress --runtime llamacpp`, then `export --format gguf`: nothing is quantized again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+
+from cptq.artifact import verify
+from cptq.artifact.reader import open_artifact
+from cptq.config import CalibrationSettings, CompressSettings, ExportSettings, ModelSettings
+from cptq.errors import PlanError
+from cptq.pipeline import compress, export
+from cptq.report.summary import CompressOutcome
+from tests.conftest import TinyModel
+from tests.tiny_models import SENTENCES
+from tests.unit.artifact.same_process import run_here
+
+SIZES: dict[str, dict[str, Any]] = {
+    "gpt2": {"n_embd": 64, "n_inner": 96, "n_head": 4},
+    "llama": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2},
+    "bert": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4},
+}
+KINDS = {"w4g32": "Q4_0", "w8g32": "Q8_0", "w4g32-asym": "Q4_1", "w5g32-asym": "Q5_1"}
+
+
+@pytest.fixture(autouse=True)
+def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(verify, "_run", run_here)
+
+
+def compressed(model: Path, out: Path, **options: Any) -> CompressOutcome:
+    text = out.parent / "text.txt"
+    text.write_text("\n".join(SENTENCES * 20))
+    usual = {"allocator": "even", "target": "5.5bit", "bits": (4, 5, 8, 16)}
+    asked: dict[str, Any] = usual | options
+    return compress(
+        CompressSettings(
+            model=ModelSettings(model=str(model), device="cpu"),
+            calibration=CalibrationSettings(calibration=str(text), samples=4, seqlen=32),
+            out=out,
+            runtime="llamacpp",
+            group_size=32,
+            **asked,
+        ),
+        lambda event: None,
+    )
+
+
+def exported(artifact: Path, out: Path) -> gguf.GGUFReader:
+    export(ExportSettings(artifact=artifact, format="gguf", out=out), lambda event: None)
+    return gguf.GGUFReader(next(out.glob("*.gguf")))
+
+
+@pytest.mark.parametrize(
+    ("arch", "asymmetric", "form"),
+    [
+        ("gpt2", False, "packed"),
+        ("gpt2", True, "packed"),
+        ("bert", True, "packed"),
+        ("llama", True, "packed"),
+        ("bert", False, "compressed-tensors"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_mixed_plan_comes_out_bit_for_bit(
+    tiny_model: TinyModel,
+    tmp_path: Path,
+    arch: str,
+    asymmetric: bool,
+    form: str,
+    dtype: torch.dtype,
+) -> None:
+    source = tiny_model(arch, dtype=dtype, **SIZES[arch])
+    done = compressed(source, tmp_path / "out", asymmetric=asymmetric, bits=(4, 8))
+    assert done.artifact.manifest["form"] == form
+    content = open_artifact(done.out).content
+    labels = {layer.result.candidate.label for layer in content.compressed.values()}
+    assert labels == ({"w4g32-asym", "w8g32"} if asymmetric else {"w4g32", "w8g32"})
+    said = [n.message for n in done.summary.notices if n.subject == "--asymmetric"]
+    assert said == ["w8g32 stay symmetric: llamacpp has no other"] * asymmetric
+    planned = {spec.name for unit in done.summary.units for spec in unit.layers}
+    assert planned == {layer.spec.name for layer in content.compressed.values()}
+    assert (arch == "gpt2") == any(layer.spec.transposed for layer in content.compressed.values())
+    reader = exported(done.out, tmp_path / "gguf")
+    found = sorted(_sums(reader, {KINDS[label] for label in labels}))
+    assert found == sorted(
+        _sum(x.dense(torch.float64).numpy()) for x in content.compressed.values()
+    )
+
+
+def _sums(reader: gguf.GGUFReader, kinds: set[str]) -> list[tuple[float, ...]]:
+    return [
+        _sum(gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64))
+        for tensor in reader.tensors
+        if tensor.tensor_type.name in kinds
+    ]
+
+
+def _sum(weight: np.ndarray) -> tuple[float, ...]:
+    """All values, sorted: whatever the order of rows."""
+    return tuple(np.sort(weight.ravel()).tolist())
+
+
+def test_a_plan_edited_to_a_width_without_a_block_is_refused(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    source = tiny_model("gpt2", dtype=torch.float16, **SIZES["gpt2"])
+    first = compressed(source, tmp_path / "out", asymmetric=True, bits=(4, 5))
+    plan = json.loads((first.out / "plan.json").read_text())
+    plan["choices"][next(iter(plan["choices"]))] = "w8g32-asym"
+    file = tmp_path / "plan.json"
+    file.write_text(json.dumps(plan))
+    with pytest.raises(PlanError, match="of asymmetric grids llamacpp takes 4, 5, not 8 bits"):
+        compressed(source, tmp_path / "again", asymmetric=True, plan=file, target=None)
+
+
+def test_a_pin_beyond_the_asymmetric_widths_is_symmetric(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    source = tiny_model("llama", dtype=torch.float16, **SIZES["llama"])
+    options = {"asymmetric": True, "bits": (4, 16), "pins": ("layers.0=8bit", "layers.1=5bit")}
+    done = compressed(source, tmp_path / "out", target="9bit", **options)
+    layers = open_artifact(done.out).content.compressed
+    labels = [
+        layers[f"model.layers.{block}.self_attn.q_proj.weight"].result.candidate.label
+        for block in range(2)
+    ]
+    assert labels == ["w8g32", "w5g32-asym"]
