@@ -3,7 +3,8 @@
 where they differ by more than the tolerance (relative where a number is above 1).
 
 The harness's own task files are used; only their data are replaced by local files, which both
-sides read. WikiText-2 pages, SST-2 and CoLA are the real ones from --data-dir. The other sets are
+sides read. WikiText-2 pages, SST-2 and CoLA are the real ones from --data-dir; the last of those
+pages stand in for C4's documents, with spacing for its detokenizer to take out. The other sets are
 made up, in the fields of the real ones, from sentences of that text: an answer is the rest of a
 sentence, wrong answers are the rests of others. They are for agreement, not for measuring a model.
 """
@@ -27,18 +28,21 @@ from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import ModelSettings
 from cptq.data import load_glue, load_text
+from cptq.data.corpora import C4_FILE
 from cptq.evaluation.options import EvalOptions
 from cptq.evaluation.run import evaluate
 
 TOLERANCE = 1e-4
 TASKS = Path(lm_eval.__file__).parent / "tasks"
+LANGUAGE = {"word_perplexity": "word_perplexity", "bits_per_byte": "bits_per_byte"}
 #: our task -> (the harness's file, its part, {our metric: the harness's})
 CHECKED: dict[str, tuple[str, str, dict[str, str]]] = {
     "wikitext-rolling": (
         "wikitext/wikitext.yaml",
         "test",
-        {"word_perplexity": "word_perplexity", "bits_per_byte": "bits_per_byte"},
+        LANGUAGE,
     ),
+    "c4-rolling": ("c4/c4.yaml", "validation", LANGUAGE),
     "sst2": ("glue/sst2/default.yaml", "validation", {"acc": "acc"}),
     "cola": ("glue/cola/default.yaml", "validation", {"matthews": "mcc"}),
     **{
@@ -131,6 +135,9 @@ def data_for_both(folder: Path, data_dir: Path, arguments: argparse.Namespace) -
     raw = (data_dir / "wikitext-2-raw" / "wiki.test.raw").read_text(encoding="utf-8")
     pages = [{"page": page} for page in published_pages(raw)]
     write_jsonl(folder / "wikitext-rolling" / "test.jsonl", pages[: arguments.pages])
+    documents = [{"text": row["page"]} for row in pages[-arguments.pages :]]
+    for place in (f"c4/{C4_FILE}", "c4-rolling/validation.jsonl"):
+        write_jsonl(folder / place, documents)
     for task in ("sst2", "cola"):
         found = load_glue(task, "dev", data_dir=data_dir)
         rows = [
@@ -223,8 +230,9 @@ def compare(
 ) -> Iterator[float]:
     """The differences of a task's metrics, a line printed for each."""
     theirs = harness_results(model, name, folder, length, arguments.batch_size)
-    counts = {"wikitext-rolling": arguments.pages, "sst2": arguments.sentences}
-    count = {**counts, "cola": arguments.sentences}.get(name, arguments.questions)
+    counts = dict.fromkeys(("wikitext-rolling", "c4-rolling"), arguments.pages)
+    counts |= dict.fromkeys(("sst2", "cola"), arguments.sentences)
+    count = counts.get(name, arguments.questions)
     # a limit of 1 would be a share
     limit = float(count) if count > 1 else 1e-9
     options = EvalOptions(
