@@ -49,6 +49,8 @@ TASKS: Registry[Any] = Registry(
     },
 )
 TEXT_PREFIX = "text:"
+#: tasks that read no text
+TEXTLESS = ("footprint",)
 _ALL_KINDS: tuple[ModelKind, ...] = ("causal-lm", "masked-lm", "classifier", "encoder")
 #: which kinds of model a task can be run on; a text file is as wikitext
 TASK_KINDS: Mapping[str, tuple[ModelKind, ...]] = {

@@ -8,8 +8,9 @@ with p the baseline's distribution and q the model's over the vocabulary,
 and two yes-or-no questions: do both find the same token likeliest (top-1 agreement); and is exactly
 one of them right about the token that comes (a flip, as Dutta et al. 2024, "Accuracy is not all you
 need", count flips of answers: right to wrong and wrong to right)? Reported are the mean KL, its
-99th percentile and maximum over tokens, the share of agreement and the share of flips. Standard
-errors take windows as the independent samples, as those of perplexity do.
+percentiles 99 and 99.9 over tokens, the share of agreement and the share of flips. Standard errors
+take windows as the independent samples, as those of perplexity do (`cptq.evaluation.tails` for the
+percentiles).
 
 Memory: never two models, never the logits of a text. While the baseline is measured, its last
 hidden states go to a temporary file (float32, a few kB a token) and its head stays; the logits of
@@ -32,11 +33,14 @@ from torch import Tensor, nn
 from cptq.calibration.tokens import token_digest
 from cptq.evaluation.halves import LOGIT_ELEMENTS, positions_at_once
 from cptq.evaluation.perplexity import Estimate, Witness, ratio
+from cptq.evaluation.tails import quantile
 from cptq.types import Emit, EvalResult, Notice
 from cptq.types.samples import ratios
 
 #: of the free disk, how much the hidden states of one text may take
 DISK_SHARE = 0.5
+#: metric -> the quantile of the KL over tokens
+TAILS = {"kl_p99": 0.99, "kl_p99.9": 0.999}
 
 Numbers = np.ndarray[Any, Any]
 
@@ -177,10 +181,9 @@ class Compared:
             _described(like, metric, unit, higher, ratio(sum_N, whole), sum_N, whole)
             for (metric, unit, higher), sum_N in zip(kinds, sums, strict=True)
         ]
-        extremes = [("kl_p99", float(np.quantile(kl_NT, 0.99))), ("kl_max", float(kl_NT.max()))]
         tails = [
-            _described(like, metric, "nats", False, Estimate(value=value, stderr=None))
-            for metric, value in extremes
+            _described(like, metric, "nats", False, quantile(kl_NT, level))
+            for metric, level in TAILS.items()
         ]
         return [means[0], *tails, *means[1:]]
 
@@ -195,6 +198,7 @@ def _described(
     count_N: Numbers | None = None,
 ) -> EvalResult:
     both = sum_N is not None and count_N is not None
+    short = () if estimate.stderr is not None else ("no standard error: too few windows",)
     return replace(
         like,
         metric=metric,
@@ -203,6 +207,7 @@ def _described(
         value=estimate.value,
         stderr=estimate.stderr,
         per_sample=ratios(sum_N, count_N) if both else None,  # type: ignore[arg-type]
+        notes=like.notes + short,
     )
 
 

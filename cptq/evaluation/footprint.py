@@ -2,7 +2,9 @@
 
 Bytes are those of the weight files alone (a tokenizer is often larger than what was saved). The
 rest is measured by `cptq.evaluation.probe` in a fresh process, on the directory the model was
-loaded from, with its device and type and this process's number of threads.
+loaded from, with its device and type and this process's number of threads. Speeds are repeated
+and have a standard error. Bytes are exact, and loading and memory are measured once: those have
+none, and their notes say why.
 """
 
 from __future__ import annotations
@@ -57,19 +59,24 @@ def measure_footprint(model: LoadedModel, options: EvalOptions, emit: Emit) -> l
     found = _probe(model, options)
     seconds = time.perf_counter() - begin
     found["model_bytes"] = found["peak_bytes"] - found["import_bytes"]
-    notes, repeats = (_conditions(model),), int(found["repeats"])
+    repeats = int(found["repeats"])
     measured = [
         replace(
             _result(task, metric, unit, higher, found[key]),
+            stderr=found.get(f"{key}_stderr"),
             samples=repeats if task == "speed" else 1,
             seconds=seconds,
-            notes=notes,
+            notes=(_conditions(model), *_alone(f"{key}_stderr" in found)),
         )
         for key, (task, metric, unit, higher) in MEASURES.items()
         if key in found
     ]
     emit(Progress(stage="footprint", done=1, total=1))
-    return [size, *measured]
+    return [replace(size, notes=("no standard error: counted, not measured",)), *measured]
+
+
+def _alone(repeated: bool) -> tuple[str, ...]:
+    return () if repeated else ("no standard error: measured once",)
 
 
 def weight_bytes(path: Path) -> int:

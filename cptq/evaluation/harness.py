@@ -13,15 +13,17 @@ import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from importlib import import_module
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import EvaluationError, UnknownNameError
-from cptq.evaluation.options import EvalOptions
+from cptq.evaluation.options import EvalOptions, unwatched
 from cptq.registry import closest
-from cptq.types import Emit, EvalResult, PerSample, Progress, digest
+from cptq.types import Emit, EvalResult, Notice, PerSample, Progress, digest
 from cptq.types.samples import ratios
 
 EXTRA = 'pip install "cptq[lm-eval]"'
@@ -63,21 +65,64 @@ def run_harness(
         UnknownNameError: no such task; the message names the nearest.
     """
     lm_eval = require_harness()
-    if model.kind != "causal-lm" or model.tokenizer is None:
-        raise EvaluationError(
-            f"--lm-eval is for a causal-lm with a tokenizer, and {model.source} is a {model.kind}"
-        )
+    _check_kind(model)
+    manager, names = resolve_tasks(tuple(tasks))
     found: list[EvalResult] = []
     with _quiet():
-        manager, names = _resolve(tasks)
         runner = _runner(model, options)
         for done, task in enumerate(names):
             emit(Progress(stage="lm-eval", done=done, total=len(names), message=task))
             begin = time.perf_counter()
-            answer = _evaluate(lm_eval, runner, task, manager, options)
+            with _one_sentence(task, tasks[done]):
+                answer = _evaluate(lm_eval, runner, task, manager, options)
             found += _results(answer, model, time.perf_counter() - begin)
     emit(Progress(stage="lm-eval", done=len(names), total=len(names)))
     return found
+
+
+def show_documents(
+    model: LoadedModel, tasks: Sequence[str], options: EvalOptions, emit: Emit
+) -> None:
+    """Show `options.watch` all text in the documents that the harness is going to ask about.
+
+    Raises:
+        EvaluationError: as `run_harness`; or the guard is strict and found something.
+    """
+    if options.watch is unwatched:
+        return
+    _check_kind(model)
+    manager, names = resolve_tasks(tuple(tasks))
+    for name, given in zip(names, tasks, strict=True):
+        with _quiet(), _one_sentence(name, given):
+            loaded = manager.load([name])["tasks"]
+            texts = {task: _texts(loaded[task], options) for task in loaded}
+        for task, rows in texts.items():
+            if not rows:
+                message = "not compared with the calibration text: its documents hold no text"
+                emit(Notice(kind="skipped", subject=f"{PREFIX}{task}", message=message))
+            options.watch(f"{PREFIX}{task}", rows)
+
+
+def _texts(task: Any, options: EvalOptions) -> list[str]:
+    """Every string in the documents of a task of the harness, as many as are asked about."""
+    documents = task.eval_docs
+    asked = islice(documents, options.count(len(documents)))
+    return [text for document in asked for text in _strings(document)]
+
+
+def _strings(value: Any) -> list[str]:
+    """The strings in the fields of a document, however deep; images and numbers have none."""
+    if isinstance(value, str):
+        return [value]
+    parts = list(value.values()) if isinstance(value, Mapping) else value
+    return [text for part in parts for text in _strings(part)] if isinstance(parts, list) else []
+
+
+def _check_kind(model: LoadedModel) -> None:
+    if model.kind != "causal-lm" or model.tokenizer is None:
+        raise EvaluationError(
+            f"--lm-eval is for a causal-lm with a tokenizer, and {model.source} is a {model.kind}"
+        )
 
 
 def _runner(model: LoadedModel, options: EvalOptions) -> Any:
@@ -90,8 +135,15 @@ def _runner(model: LoadedModel, options: EvalOptions) -> Any:
     )
 
 
-def _resolve(tasks: Sequence[str]) -> tuple[Any, list[str]]:
-    """The harness's task manager and the names to run; files are registered by the name in them."""
+@lru_cache(maxsize=1)
+def resolve_tasks(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
+    """The harness's task manager and the names to run; files are registered by the name in them.
+
+    Raises:
+        EvaluationError: the harness is absent, or a file is, or names no task.
+        UnknownNameError: no such task; the message names the nearest.
+    """
+    require_harness()
     module = import_module("lm_eval.tasks")
     files = [Path(task).expanduser() for task in tasks if task.lower().endswith(_SUFFIXES)]
     for file in files:
@@ -100,7 +152,8 @@ def _resolve(tasks: Sequence[str]) -> tuple[Any, list[str]]:
     folders = [str(folder) for folder in dict.fromkeys(file.parent.resolve() for file in files)]
     # reading all the harness's own tasks takes it many seconds
     own = len(files) < len(tasks)
-    manager = module.TaskManager(include_path=folders or None, include_defaults=own)
+    with _quiet():
+        manager = module.TaskManager(include_path=folders or None, include_defaults=own)
     names = [
         _name_in(Path(task).expanduser()) if task.lower().endswith(_SUFFIXES) else task
         for task in tasks
@@ -130,26 +183,33 @@ def _evaluate(
     lm_eval: Any, runner: Any, task: str, manager: Any, options: EvalOptions
 ) -> Mapping[str, Any]:
     limit = None if options.limit is None or options.limit == 1 else options.limit
+    answer: Mapping[str, Any] = lm_eval.simple_evaluate(
+        model=runner,
+        tasks=[task],
+        task_manager=manager,
+        limit=limit,
+        log_samples=True,
+        random_seed=options.seed,
+        numpy_random_seed=options.seed,
+        torch_random_seed=options.seed,
+        fewshot_random_seed=options.seed,
+        bootstrap_iters=1000,
+    )
+    return answer
+
+
+@contextlib.contextmanager
+def _one_sentence(task: str, given: str) -> Iterator[None]:
+    """What the harness raises about a task, as one of ours; a file's author can mend the file."""
     try:
-        answer: Mapping[str, Any] = lm_eval.simple_evaluate(
-            model=runner,
-            tasks=[task],
-            task_manager=manager,
-            limit=limit,
-            log_samples=True,
-            random_seed=options.seed,
-            numpy_random_seed=options.seed,
-            torch_random_seed=options.seed,
-            fewshot_random_seed=options.seed,
-            bootstrap_iters=1000,
-        )
+        yield
     except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError) as error:
         reason = (str(error).strip().splitlines() or [""])[0]
+        own = f"look at dataset_path and dataset_kwargs in {given}"
         raise EvaluationError(
             f"lm-evaluation-harness cannot run {task}: {type(error).__name__}: {reason}",
-            hint="its data come from the Hub or the cache of datasets",
+            hint=own if given != task else "its data come from the Hub or the cache of datasets",
         ) from error
-    return answer
 
 
 def _results(answer: Mapping[str, Any], model: LoadedModel, seconds: float) -> list[EvalResult]:

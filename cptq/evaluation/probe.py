@@ -13,17 +13,20 @@ caller holds would count.
   before the model was loaded (Python, torch, the model's code). Pages of a mapped file count.
 - causal LMs: tokens per second of reading a prompt (prefill) and of greedy decoding with a cache
   of keys and values, one token at a time, for one sequence. Others: tokens and rows per second of
-  a forward of `batch_size` rows. The median of a few repeats after a warm-up.
+  a forward of `batch_size` rows. The median of a few repeats after a warm-up; its standard error,
+  under `NAME_stderr`, is that of a median of normal times, sqrt(pi / 2) * s / sqrt(n), carried over
+  to the rate (delta method). It covers what differs from repeat to repeat, not from day to day.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,7 +35,7 @@ import torch
 import transformers
 
 PROMPT, NEW = 64, 32
-REPEATS, BUDGET_SECONDS = 3, 6.0
+REPEATS, BUDGET_SECONDS = 5, 6.0
 AUTO_CLASSES = {
     "causal-lm": "AutoModelForCausalLM",
     "masked-lm": "AutoModelForMaskedLM",
@@ -112,8 +115,8 @@ def decoding(model: Any, ids: torch.Tensor) -> dict[str, float]:
 
     repeat(once)
     return {
-        "prefill_tokens_per_second": ids.numel() / statistics.median(reading[1:] or reading),
-        "decode_tokens_per_second": NEW / statistics.median(writing[1:] or writing),
+        **rate("prefill_tokens_per_second", ids.numel(), reading[1:] or reading),
+        **rate("decode_tokens_per_second", NEW, writing[1:] or writing),
         "repeats": float(len(reading[1:] or reading)),
     }
 
@@ -129,12 +132,22 @@ def encoding(model: Any, ids: torch.Tensor) -> dict[str, float]:
         times.append(seconds_now(device) - start)
 
     repeat(once)
-    seconds = statistics.median(times[1:] or times)
+    kept = times[1:] or times
     return {
-        "tokens_per_second": ids.numel() / seconds,
-        "rows_per_second": ids.shape[0] / seconds,
-        "repeats": float(len(times[1:] or times)),
+        **rate("tokens_per_second", ids.numel(), kept),
+        **rate("rows_per_second", ids.shape[0], kept),
+        "repeats": float(len(kept)),
     }
+
+
+def rate(name: str, count: int, seconds: Sequence[float]) -> dict[str, float]:
+    """`count` per median second and, of two repeats or more, its standard error."""
+    middle = statistics.median(seconds)
+    found = {name: count / middle}
+    if len(seconds) > 1:
+        error = math.sqrt(math.pi / 2 / len(seconds)) * statistics.stdev(seconds)
+        found[f"{name}_stderr"] = count / middle * error / middle
+    return found
 
 
 def repeat(once: Callable[[], None]) -> None:

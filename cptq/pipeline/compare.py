@@ -17,6 +17,7 @@ from cptq.evaluation.footprint import weight_bytes
 from cptq.evaluation.paired import compare_results
 from cptq.pipeline.evaluate import run_tasks
 from cptq.pipeline.facts import versions
+from cptq.pipeline.guard import refuse_leaks
 from cptq.pipeline.recorder import Recorder
 from cptq.report.side_by_side import (
     ComparedModel,
@@ -41,6 +42,8 @@ def compare(settings: CompareSettings, emit: Emit) -> CompareOutcome:
             source=Path(settings.model.model),
             marker=FILES["json"],
         )
+    loaded = [source for source in settings.sources if not source.endswith(".json")]
+    refuse_leaks(_eval_settings(settings), loaded, recorder)
     models = [_model(settings, source, recorder) for source in settings.sources]
     names = short_names(settings.sources)
     named = [replace(model, name=name) for model, name in zip(models, names, strict=True)]

@@ -6,20 +6,19 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cptq.artifact.manifest import read_manifest
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import EvalSettings
 from cptq.evaluation import check_task_kind
 from cptq.evaluation.divergence import Comparer, Keeper
 from cptq.evaluation.flips import with_flips
-from cptq.evaluation.harness import require_harness, run_harness
-from cptq.evaluation.leaks import LeakGuard
-from cptq.evaluation.options import Beside, EvalOptions, Watch, unwatched
+from cptq.evaluation.harness import resolve_tasks, run_harness, show_documents
+from cptq.evaluation.options import Beside
 from cptq.evaluation.paired import compare_results
 from cptq.evaluation.run import evaluate as run_task
 from cptq.pipeline.facts import summary
 from cptq.pipeline.files import atomic_file, refuse_existing
+from cptq.pipeline.guard import eval_options, guard, refuse_leaks
 from cptq.pipeline.recorder import Recorder
 from cptq.report.render import render_json
 from cptq.report.summary import EvalOutcome
@@ -32,7 +31,8 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
     if settings.out is not None:
         refuse_existing(settings.out, overwrite=settings.overwrite)
     if settings.lm_eval:
-        require_harness()
+        resolve_tasks(settings.lm_eval)
+    refuse_leaks(settings, (settings.model.model, settings.baseline), recorder)
     model, results, baseline = _both(settings, recorder)
     report = summary(
         "eval",
@@ -77,8 +77,10 @@ def run_tasks(
         model = load_model(replace(settings.model, model=source), recorder)
     for task in settings.tasks:
         check_task_kind(task, model.kind)
-    watch = _guard(model, settings, recorder)
-    options = replace(_options(settings), watch=watch, beside=beside)
+    watch = guard(model, settings, recorder)
+    options = replace(eval_options(settings), watch=watch, beside=beside)
+    if settings.lm_eval:
+        show_documents(model, settings.lm_eval, options, recorder)
     results: list[EvalResult] = []
     with recorder.stage(stage):
         for task in settings.tasks:
@@ -101,30 +103,3 @@ def _paired(
         message = f"no paired comparison of {reason}"
         recorder(Notice(kind="skipped", subject="baseline", message=message))
     return tuple(found)
-
-
-def _guard(model: LoadedModel, settings: EvalSettings, recorder: Recorder) -> Watch:
-    """What watches that the artifact does not meet its calibration text again."""
-    calibration = read_manifest(model.path).get("calibration")
-    if not isinstance(calibration, dict):
-        return unwatched
-    if not calibration.get("sketch"):
-        message = "its manifest has no fingerprints of the calibration text to look for"
-        recorder(Notice(kind="skipped", subject=model.path.name, message=message))
-        return unwatched
-    source = str(calibration.get("origin", calibration.get("source", "")))
-    return LeakGuard(calibration["sketch"], source, strict=settings.strict, emit=recorder)
-
-
-def _options(settings: EvalSettings) -> EvalOptions:
-    return EvalOptions(
-        batch_size=settings.batch_size,
-        limit=settings.limit,
-        seqlen=settings.seqlen,
-        stride=settings.stride,
-        data_dir=settings.data_dir,
-        cache_dir=settings.model.cache_dir,
-        token=settings.model.token,
-        seed=settings.seed,
-        trust_remote_code=settings.model.trust_remote_code,
-    )

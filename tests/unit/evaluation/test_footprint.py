@@ -6,6 +6,7 @@ from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -22,6 +23,7 @@ NUMBERS = {
     "peak_bytes": 150.0,
     "decode_tokens_per_second": 7.0,
     "prefill_tokens_per_second": 70.0,
+    "decode_tokens_per_second_stderr": 0.5,
     "repeats": 3.0,
 }
 
@@ -58,7 +60,10 @@ def test_results_by_task(load, heard, monkeypatch: pytest.MonkeyPatch) -> None:
         ("speed", "decode"): 7,
         ("speed", "prefill"): 70,
     }
-    assert found["speed", "decode"].samples == 3
+    assert (found["speed", "decode"].samples, found["speed", "decode"].stderr) == (3, 0.5)
+    without = {key: result.notes[-1] for key, result in found.items() if result.stderr is None}
+    assert without.pop(("size", "weight_bytes")) == "no standard error: counted, not measured"
+    assert set(without.values()) == {"no standard error: measured once"}
     assert "--trust-remote-code" not in seen[0]
     assert seen[0][3:6] == [str(model.path), "--kind", "causal-lm"]
 
@@ -74,9 +79,9 @@ def test_a_failing_process_is_one_sentence(load, heard, monkeypatch) -> None:
 
 @pytest.mark.parametrize("arch", ["bert", "gpt2"])
 def test_the_task_in_a_fresh_process(load, heard, arch: str) -> None:
-    found = {
-        (r.task, r.metric): r.value for r in evaluate(load(arch), "footprint", EvalOptions(), heard)
-    }
+    results = evaluate(load(arch), "footprint", EvalOptions(), heard)
+    assert all(r.stderr is not None and r.stderr > 0 for r in results if r.task == "speed")
+    found = {(r.task, r.metric): r.value for r in results}
     assert 0 < found["load", "seconds"] < found["load", "seconds_to_first_output"]
     assert 0 < found["memory", "peak_above_imports"] < found["memory", "peak_resident"]
     speed = "forward" if arch == "bert" else "decode"
@@ -99,6 +104,19 @@ def test_decoding_and_encoding_count_tokens(load, monkeypatch: pytest.MonkeyPatc
         assert (found["prefill_tokens_per_second"], found["decode_tokens_per_second"]) == (5, 32)
         found = probe.encoding(load("bert").module, ids.repeat(3, 1))
         assert (found["tokens_per_second"], found["rows_per_second"]) == (15, 3)
+
+
+def test_the_error_of_a_speed_is_that_of_a_median() -> None:
+    """Against many medians of normal times, drawn anew."""
+    generator, errors = np.random.default_rng(0), []
+    times_RN = generator.normal(2.0, 0.1, size=(4000, 5))
+    for times in times_RN[:500]:
+        found = probe.rate("speed", 10, times.tolist())
+        assert found["speed"] == pytest.approx(10 / np.median(times))
+        errors.append(found["speed_stderr"])
+    truth = (10 / np.median(times_RN, 1)).std()
+    assert np.mean(errors) == pytest.approx(truth, rel=0.1)
+    assert probe.rate("speed", 10, [2.0]) == {"speed": 5.0}
 
 
 def test_a_slow_model_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
