@@ -19,12 +19,12 @@ from cptq.pipeline.evaluate import run_tasks
 from cptq.pipeline.facts import versions
 from cptq.pipeline.guard import refuse_leaks
 from cptq.pipeline.recorder import Recorder
+from cptq.report.names import short_names
 from cptq.report.side_by_side import (
     ComparedModel,
     CompareOutcome,
     SideBySide,
     shared_quality,
-    short_names,
 )
 from cptq.report.side_html import FILES, side_files
 from cptq.types import Emit, EvalResult, Notice

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil, floor, isfinite
 
+from cptq.report.names import short_tasks
 from cptq.report.plots import Figure
 from cptq.report.side_by_side import ComparedModel, SideBySide
 from cptq.report.svg import Scale, choose_scale, linear_step, tag, text, tick_label
@@ -89,6 +90,7 @@ def front_figure(found: SideBySide) -> Figure | None:
         across = Scale(low=0.0, high=across.high, top=WIDTH - RIGHT, bottom=LEFT)
     scale = value_scale(drawn)
     task, metric = found.quality
+    task = short_tasks([task])[task]
     better = "higher" if found.higher_is_better else "lower"
     title = f"Size and {metric} ({task})"
     body = _grid(scale, across, metric) + _stairs(drawn, scale, across)

@@ -8,6 +8,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from cptq.report import words
+from cptq.report.names import short_tasks
 from cptq.report.plots import Figure, figures
 from cptq.report.scatter import scatter_figure
 from cptq.report.summary import Summary
@@ -36,9 +37,10 @@ def tiles(summary: Summary) -> list[Tile]:
     ]
     if summary.size is not None:
         found += _size_tiles(summary)
+    tasks = short_tasks(row.task for row in summary.evaluation)
     for row in compare(summary.evaluation, summary.baseline)[:3]:
         base = f"baseline {words.number(row.baseline.value)}" if row.baseline else row.result.unit
-        label = f"{row.result.task} {row.result.metric}"
+        label = f"{tasks[row.result.task]} {row.result.metric}"
         found.append(Tile(label=label, value=words.number(row.result.value), more=base))
     if summary.verification is not None:
         found.append(_verification_tile(summary))

@@ -121,17 +121,3 @@ def shared_quality(results: Sequence[Sequence[EvalResult]]) -> tuple[str, str] |
     """The first (task, metric) of quality that every model was measured by."""
     keys = [[(r.task, r.metric) for r in rows if r.task not in COSTS] for rows in results]
     return next((key for key in keys[0] if all(key in other for other in keys[1:])), None)
-
-
-def short_names(sources: Sequence[str]) -> list[str]:
-    """The last parts of paths, as many as it takes to tell the models apart.
-
-    Without `.json`, unless a model and its own results stand side by side.
-    """
-    bare = [source.removesuffix(".json").rstrip("/") for source in sources]
-    paths = [path.split("/") for path in (bare if len(set(bare)) == len(bare) else sources)]
-    for count in range(1, max(map(len, paths)) + 1):
-        names = ["/".join(path[-count:]) for path in paths]
-        if len(set(names)) == len(names):
-            return names
-    return [f"{path[-1]} ({index})" for index, path in enumerate(paths, start=1)]

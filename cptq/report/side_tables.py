@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from cptq.report import words
+from cptq.report.names import short_tasks
 from cptq.report.paired import p_words
 from cptq.report.side_by_side import COSTS, ComparedModel, SideBySide
 from cptq.report.table import Table
@@ -16,6 +17,7 @@ FRONT = "*"
 def front_table(found: SideBySide) -> Table:
     """Size, bits, the quality that the front is drawn by, and who is on it."""
     task, metric = found.quality
+    task = short_tasks([task])[task]
     better = "higher" if found.higher_is_better else "lower"
     rows = [
         (
@@ -49,10 +51,11 @@ def with_error(result: EvalResult | None) -> str:
 
 def difference_table(found: SideBySide) -> Table | None:
     """Every model against the first, on the same samples."""
+    tasks = short_tasks(row.task for model in found.models for row in model.paired)
     rows = [
         (
             model.name,
-            f"{row.task} {row.metric}",
+            f"{tasks[row.task]} {row.metric}",
             words.signed(row.difference, 3),
             f"{words.signed(row.interval[0], 3)} to {words.signed(row.interval[1], 3)}",
             p_words(row.p_value),
@@ -73,8 +76,9 @@ def difference_table(found: SideBySide) -> Table | None:
 
 def results_table(found: SideBySide) -> Table | None:
     """All that was measured of quality."""
+    tasks = short_tasks(result.task for model in found.models for result in model.results)
     rows = tuple(
-        (model.name, result.task, result.metric, with_error(result), result.unit)
+        (model.name, tasks[result.task], result.metric, with_error(result), result.unit)
         for model in found.models
         for result in model.results
         if result.task not in COSTS

@@ -13,6 +13,7 @@ from cptq.report.details import (
     run_tables,
     score_table,
 )
+from cptq.report.names import short_tasks
 from cptq.report.paired import paired_table
 from cptq.report.pruning import pruning_tables
 from cptq.report.summary import Summary, VerificationFacts
@@ -110,9 +111,9 @@ def evaluation_table(summary: Summary) -> Table | None:
     if not summary.evaluation:
         return None
     beside = bool(summary.baseline)
-    rows = []
+    rows, tasks = [], short_tasks(row.task for row in summary.evaluation)
     for row in compare(summary.evaluation, summary.baseline, summary.paired):
-        cells = [row.result.task, row.result.metric, _with_error(row.result)]
+        cells = [tasks[row.result.task], row.result.metric, _with_error(row.result)]
         if beside:
             base = words.number(row.baseline.value) if row.baseline else "-"
             cells += [base, words.signed(row.difference, 3), row.verdict]

@@ -8,13 +8,8 @@ from itertools import product
 import pytest
 
 from cptq.report.front import front_figure, points, standalone
-from cptq.report.side_by_side import (
-    ComparedModel,
-    SideBySide,
-    dominates,
-    shared_quality,
-    short_names,
-)
+from cptq.report.names import short_names, short_tasks
+from cptq.report.side_by_side import ComparedModel, SideBySide, dominates, shared_quality
 from cptq.report.side_html import side_files
 from cptq.report.side_tables import cost_table, difference_table, front_table, side_tables
 from cptq.types import EvalResult, Notice, PairedDifference
@@ -179,3 +174,18 @@ def test_the_first_shared_result_is_the_quality() -> None:
 )
 def test_names_are_as_short_as_they_can_be(sources, names) -> None:
     assert short_names(sources) == names
+
+
+def test_a_file_is_called_by_its_name_in_tables_and_whole_in_json() -> None:
+    task = "text:/a/long/way/from/here/heldout.txt"
+    assert short_tasks([task, "wikitext"]) == {task: "text:heldout.txt", "wikitext": "wikitext"}
+    two = ["text:one/a.txt", "text:two/a.txt"]
+    assert list(short_tasks(two).values()) == two
+    rows = [result(task, "perplexity", value) for value in (9.0, 8.0)]
+    models = [replace(ALL.models[i], results=(rows[i],)) for i in (0, 1)]
+    pair = replace(models[1], paired=(replace(DIFFERENCE, task=task),))
+    side = replace(ALL, models=(models[0], pair), quality=(task, "perplexity"))
+    words = str(side_tables(side)) + str(front_figure(side))
+    assert "text:heldout.txt" in words
+    assert "/way/" not in words
+    assert side.to_dict()["models"][0]["results"][0]["task"] == task
