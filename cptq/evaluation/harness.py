@@ -97,7 +97,7 @@ def show_documents(
             loaded = manager.load([name])["tasks"]
             texts = {task: _texts(loaded[task], options) for task in loaded}
         for task, rows in texts.items():
-            if not rows:
+            if not any(row.strip() for row in rows):
                 message = "not compared with the calibration text: its documents hold no text"
                 emit(Notice(kind="skipped", subject=f"{PREFIX}{task}", message=message))
             options.watch(f"{PREFIX}{task}", rows)

@@ -22,11 +22,10 @@ def short_names(sources: Sequence[str]) -> list[str]:
 
 
 def short_tasks(names: Iterable[str]) -> Mapping[str, str]:
-    """Task -> its name in a table: a file's task `text:PATH` without the folders."""
+    """Task -> its name in a table: of a file's task `text:PATH` the file's name."""
     every = list(dict.fromkeys(names))
     files = [name.removeprefix(_FILE) for name in every if name.startswith(_FILE)]
     ends = dict(zip(files, short_names(files), strict=True)) if files else {}
     return {
-        name: _FILE + ends[name.removeprefix(_FILE)] if name.startswith(_FILE) else name
-        for name in every
+        name: ends[name.removeprefix(_FILE)] if name.startswith(_FILE) else name for name in every
     }
