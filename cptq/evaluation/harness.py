@@ -2,8 +2,8 @@
 
 The model goes to the harness as it is, `HFLM(pretrained=module, tokenizer=tokenizer)`; a packed
 checkpoint needs nothing else. Tasks are the harness's own, by name, or YAML files of more; data
-come as the harness finds them, from the Hub or the cache of `datasets`. Results are those of the
-harness, its standard errors included. It is an extra, since it brings some forty packages along.
+come as the harness finds them, from the Hub or the cache of `datasets`. It is an extra, since it
+brings some forty packages along. What it answers is read in `cptq.evaluation.harness_results`.
 """
 
 from __future__ import annotations
@@ -20,24 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from cptq.checkpoint.model import LoadedModel
+from cptq.data.files import read_text
 from cptq.errors import EvaluationError, UnknownNameError
+from cptq.evaluation.harness_results import PREFIX, harness_results
 from cptq.evaluation.options import EvalOptions, unwatched
 from cptq.registry import closest
-from cptq.types import Emit, EvalResult, Notice, PerSample, Progress, digest
-from cptq.types.samples import ratios
+from cptq.types import Emit, EvalResult, Notice, Progress
 
 EXTRA = 'pip install "cptq[lm-eval]"'
-PREFIX = "lm-eval/"
 _SUFFIXES = (".yaml", ".yml")
-_UNITS = {
-    "word_perplexity": "per word",
-    "byte_perplexity": "per byte",
-    "bits_per_byte": "bits per byte",
-    "perplexity": "per word",
-    "acc": "of questions",
-    "acc_norm": "of questions",
-}
-_LOWER = ("word_perplexity", "byte_perplexity", "bits_per_byte", "perplexity")
 
 
 def require_harness() -> Any:
@@ -75,7 +66,7 @@ def run_harness(
             begin = time.perf_counter()
             with _one_sentence(task, tasks[done]):
                 answer = _evaluate(lm_eval, runner, task, manager, options)
-            found += _results(answer, model, time.perf_counter() - begin)
+            found += harness_results(answer, time.perf_counter() - begin)
     emit(Progress(stage="lm-eval", done=len(names), total=len(names)))
     return found
 
@@ -149,15 +140,15 @@ def resolve_tasks(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
     for file in files:
         if not file.is_file():
             raise EvaluationError(f"no file {str(file)!r}", hint="check the path of the task")
+    names = [
+        _name_in(Path(task).expanduser()) if task.lower().endswith(_SUFFIXES) else task
+        for task in tasks
+    ]
     folders = [str(folder) for folder in dict.fromkeys(file.parent.resolve() for file in files)]
     # reading all the harness's own tasks takes it many seconds
     own = len(files) < len(tasks)
     with _quiet():
         manager = module.TaskManager(include_path=folders or None, include_defaults=own)
-    names = [
-        _name_in(Path(task).expanduser()) if task.lower().endswith(_SUFFIXES) else task
-        for task in tasks
-    ]
     known = list(manager.all_tasks)
     for name in names:
         if name not in known and not manager.match_tasks([name]):
@@ -172,7 +163,7 @@ def resolve_tasks(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
 
 def _name_in(file: Path) -> str:
     """The name of the task in a YAML file (which may hold tags that only the harness knows)."""
-    lines = file.read_text(encoding="utf-8").splitlines()
+    lines = read_text(file).splitlines()
     named = [line.partition(":")[2].strip() for line in lines if line.startswith("task:")]
     if not named or not named[0]:
         raise EvaluationError(f"{file} names no task", allowed="a line `task: NAME`")
@@ -210,73 +201,6 @@ def _one_sentence(task: str, given: str) -> Iterator[None]:
             f"lm-evaluation-harness cannot run {task}: {type(error).__name__}: {reason}",
             hint=own if given != task else "its data come from the Hub or the cache of datasets",
         ) from error
-
-
-def _results(answer: Mapping[str, Any], model: LoadedModel, seconds: float) -> list[EvalResult]:
-    """The harness's numbers as ours; a group's own line, which has no samples, comes along."""
-    found = []
-    for task, values in answer["results"].items():
-        samples = answer.get("samples", {}).get(task, [])
-        for key, value in values.items():
-            metric, _, filtered = key.partition(",")
-            if not filtered or metric.endswith("_stderr") or not isinstance(value, int | float):
-                continue
-            stderr = values.get(f"{metric}_stderr,{filtered}")
-            found.append(
-                EvalResult(
-                    task=f"{PREFIX}{task}",
-                    version=_version(answer.get("versions", {}).get(task)),
-                    metric=metric if filtered == "none" else f"{metric} ({filtered})",
-                    value=float(value),
-                    stderr=float(stderr) if isinstance(stderr, int | float) else None,
-                    unit=_UNITS.get(metric, ""),
-                    higher_is_better=_higher(answer, task, metric),
-                    samples=_count(answer, task, samples),
-                    seconds=seconds,
-                    data_source="lm-evaluation-harness",
-                    data_fingerprint=_fingerprint(samples),
-                    per_sample=_per_sample(samples, metric, float(value)),
-                    notes=(f"lm-eval {_release()}",),
-                )
-            )
-    return found
-
-
-def _version(stated: Any) -> int:
-    """The harness's versions are 1.0 and the like, or words where a task has none."""
-    return int(stated) if isinstance(stated, int | float) else 0
-
-
-def _higher(answer: Mapping[str, Any], task: str, metric: str) -> bool:
-    stated = answer.get("higher_is_better", {}).get(task, {}).get(metric)
-    return bool(stated) if stated is not None else metric not in _LOWER
-
-
-def _count(answer: Mapping[str, Any], task: str, samples: Sequence[Any]) -> int:
-    counted = answer.get("n-samples", {}).get(task, {}).get("effective")
-    return int(counted) if isinstance(counted, int) else len(samples)
-
-
-def _fingerprint(samples: Sequence[Mapping[str, Any]]) -> str | None:
-    """Of the documents as the harness hashed them; None where it kept no samples."""
-    hashes = [str(sample.get("doc_hash", "")) for sample in samples]
-    return digest(hashes) if hashes and all(hashes) else None
-
-
-def _per_sample(
-    samples: Sequence[Mapping[str, Any]], metric: str, value: float
-) -> PerSample | None:
-    """Each document's number where the value is the mean of them."""
-    values = [sample.get(metric) for sample in samples]
-    if not values or not all(isinstance(item, int | float) for item in values):
-        return None
-    found = ratios([float(item) for item in values if item is not None])
-    return found if abs(found.value - value) < 1e-9 else None
-
-
-def _release() -> str:
-    version: str = import_module("importlib.metadata").version("lm-eval")
-    return version
 
 
 @contextlib.contextmanager

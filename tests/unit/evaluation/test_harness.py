@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from cptq.errors import EvaluationError
-from cptq.evaluation.harness import _per_sample, _results, require_harness, run_harness
+from cptq.errors import CptqError, EvaluationError
+from cptq.evaluation.harness import require_harness, resolve_tasks, run_harness
+from cptq.evaluation.harness_results import _per_sample, _stderr, harness_results
 from cptq.evaluation.options import EvalOptions
 from cptq.types.samples import ratios
 
@@ -40,9 +43,9 @@ def test_without_the_extra_one_sentence_says_what_to_install(
     assert caught.value.hint == 'install it: pip install "cptq[lm-eval]"'
 
 
-def test_the_harness_numbers_become_results(load, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cptq.evaluation.harness._release", lambda: "0.4.13")
-    acc, word, exact = _results(ANSWER, load("llama"), 3.0)
+def test_the_harness_numbers_become_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cptq.evaluation.harness_results._release", lambda: "0.4.13")
+    acc, word, exact = harness_results(ANSWER, 3.0)
     assert (acc.task, acc.metric, acc.value, acc.stderr) == ("lm-eval/piqa", "acc", 0.5, 0.25)
     assert (acc.version, acc.samples, acc.higher_is_better) == (1, 2, True)
     assert acc.per_sample == ratios([1, 0])
@@ -55,6 +58,29 @@ def test_samples_that_do_not_give_the_value_are_left_out() -> None:
     assert _per_sample([{"f1": 1.0}, {"f1": 0.0}], "f1", 0.7) is None
     assert _per_sample([{"f1": [0, 1]}], "f1", 1.0) is None
     assert _per_sample([], "f1", 1.0) is None
+
+
+def test_summed_metrics_get_the_error_of_a_ratio_over_documents() -> None:
+    samples = [{"bits_per_byte": [-30.0, 20]}, {"bits_per_byte": (-70.0, 40)}]
+    parts = _per_sample(samples, "bits_per_byte", 100 / 60 / math.log(2))
+    assert parts == ratios([30, 70], [20, 40], "bits")
+    residuals = np.array([30 - 100 / 60 * 20, 70 - 100 / 60 * 40])
+    by_hand = np.sqrt((residuals**2).sum() * 2 / 1) / 60 / math.log(2)
+    assert _stderr("N/A", parts) == pytest.approx(by_hand)
+    assert _stderr(0.5, parts) == 0.5
+    assert _stderr("N/A", None) is None
+    assert _per_sample(samples, "bits_per_byte", 1.0) is None
+
+
+def test_a_file_that_is_no_task_is_one_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("lm_eval", reason="needs the extra lm-eval")
+    file = tmp_path / "mine.yaml"
+    for content, words in {b"x: 1": "names no task", b"caf\xe9": "is not UTF-8"}.items():
+        file.write_bytes(content)
+        with pytest.raises(CptqError, match=words):
+            resolve_tasks((str(file),))
+    with pytest.raises(EvaluationError, match="no file"):
+        resolve_tasks((str(tmp_path / "none.yaml"),))
 
 
 def test_a_classifier_is_refused(load, heard, monkeypatch: pytest.MonkeyPatch) -> None:
