@@ -125,12 +125,29 @@ def dev_results(place: Path, given: argparse.Namespace) -> list[EvalResult]:
     return evaluate(model, f"glue/{given.task}", options, lambda event: None)
 
 
+def encoder_tokenizer(encoder: str) -> Any:
+    """The encoder's tokenizer.
+
+    Raises:
+        CptqError: the directory holds no checkpoint, or nothing to pad sentences with.
+    """
+    if Path(encoder).is_dir() and not (Path(encoder) / "config.json").is_file():
+        raise CptqError(f"{encoder} holds no config.json", hint="name the folder of the checkpoint")
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    if tokenizer.pad_token_id is None:
+        raise CptqError(
+            f"the tokenizer of {encoder} has no padding token, and batches of sentences need one",
+            allowed="an encoder, such as all-MiniLM-L6-v2",
+        )
+    return tokenizer
+
+
 def make(given: argparse.Namespace, place: Path) -> dict[str, Any]:
     """Train, write into `place` and measure; the record that is written there too."""
     begin = time.perf_counter()
     found = load_glue(given.task, "train", data_dir=given.data_dir)
     torch.manual_seed(given.seed)
-    tokenizer = AutoTokenizer.from_pretrained(given.encoder)
+    tokenizer = encoder_tokenizer(given.encoder)
     model = AutoModelForSequenceClassification.from_pretrained(
         given.encoder, dtype=torch.float32, **head_options(found)
     ).to(given.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +28,8 @@ SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 def script(name: str) -> ModuleType:
     if name in sys.modules:
         return sys.modules[name]
+    if str(SCRIPTS) not in sys.path:
+        sys.path.append(str(SCRIPTS))  # as Python has it where it runs one
     spec = importlib.util.spec_from_file_location(name, SCRIPTS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -145,6 +148,22 @@ def test_a_classifier_has_label_names_and_states_what_cptq_eval_finds(
     assert [row["value"] for row in record["dev"]] == pytest.approx([r.value for r in found])
     with pytest.raises(CptqError, match="is already there"):
         glue.run(glue.arguments([*line, "--data-dir", str(cola)]))
+
+
+def test_what_is_no_encoder_is_one_sentence(tiny_model, cola: Path) -> None:
+    glue = script("make_glue_model")
+    line = ["--task", "cola", "--device", "cpu", "--data-dir", str(cola)]
+    (cola / "empty").mkdir()
+    with pytest.raises(CptqError, match=r"holds no config\.json"):
+        glue.run(glue.arguments([str(cola / "empty"), str(cola / "out"), *line]))
+    unpadded = cola / "unpadded"
+    shutil.copytree(tiny_model("bert-encoder"), unpadded)
+    tokenizer = AutoTokenizer.from_pretrained(unpadded)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(unpadded)
+    with pytest.raises(CptqError, match="has no padding token"):
+        glue.run(glue.arguments([str(unpadded), str(cola / "out"), *line]))
+    assert not (cola / "out").exists()
 
 
 def test_every_sample_is_drawn_once_and_pairs_stay_pairs(tiny_model, cola: Path) -> None:

@@ -150,8 +150,10 @@ def resolve_tasks(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
     with _quiet():
         manager = module.TaskManager(include_path=folders or None, include_defaults=own)
     known = list(manager.all_tasks)
-    for name in names:
+    for name, given in zip(names, tasks, strict=True):
         if name not in known and not manager.match_tasks([name]):
+            if name != given:
+                raise EvaluationError(f"lm-evaluation-harness finds no task {name!r} in {given}")
             near = closest(name, known)
             raise UnknownNameError(
                 f"lm-evaluation-harness has no task {name!r}",
