@@ -86,13 +86,13 @@ def test_the_families_bring_what_others_lack() -> None:
 def test_held_out_text_is_not_trained_on_and_tokenizers_come_back(
     text: Path, tmp_path: Path
 ) -> None:
-    lm = script("train_reference_lm")
-    training, held = lm.split(text.read_text())
+    made = script("reference_models")
+    training, held = made.split(text.read_text())
     assert training + held == text.read_text()
     assert 0.04 < len(held) / len(text.read_text()) < 0.06
-    tokenizer = lm.train_tokenizer(training, lm.SIZES["small"])
+    tokenizer = made.train_tokenizer(training, made.SIZES["small"])
     tokenizer.save_pretrained(tmp_path)
-    lm.AutoConfig.for_model("opt").save_pretrained(tmp_path)
+    made.AutoConfig.for_model("opt").save_pretrained(tmp_path)
     again = AutoTokenizer.from_pretrained(tmp_path)
     assert again(held[:500])["input_ids"] == tokenizer(held[:500])["input_ids"]
     assert again.decode(again(held[:500])["input_ids"]) == held[:500]
