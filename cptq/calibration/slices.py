@@ -23,8 +23,8 @@ MICRO_TOKENS = 512
 WINDOW = 128
 #: tokens held out of a language model's calibration text: fewest, most
 HELD_OUT_TOKENS = (128, 1024)
-#: weights x held-out tokens that half a forward pass per trial may take on a CPU; on smollm2-135m 128
-#: tokens rank units as 1,024 do (Spearman 0.98 by noise, 0.99 by pruning; 192 tokens: 0.99, 0.99)
+#: weights x held-out tokens that half a forward pass per trial may take on a CPU. On smollm2-135m
+#: 128 tokens rank units as 1,024 do (Spearman 0.98 by noise, 0.99 by pruning; 192: 0.99, 0.99)
 HELD_OUT_WORK = 17.5e9
 #: tokens held out where whole sentences are judged
 HELD_OUT_SENTENCE_TOKENS = 1024
