@@ -9,7 +9,7 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers is imported: no test calls out
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # as `cptq` itself sets it
+os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as `cptq` itself sets it
 
 import pytest
 import torch

@@ -81,11 +81,12 @@ def test_the_environment_is_only_completed() -> None:
     environ = {"OMP_WAIT_POLICY": "active"}
     prepare(environ)
     assert environ["OMP_WAIT_POLICY"] == "active"
+    assert "GOMP_SPINCOUNT" not in environ
     assert environ["TOKENIZERS_PARALLELISM"] == "false"
     assert environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
     loud = {"CPTQ_DEBUG": "1"}
     prepare(loud)
-    assert loud["OMP_WAIT_POLICY"] == "passive"
+    assert loud["GOMP_SPINCOUNT"] == "3000"
     assert "TRANSFORMERS_VERBOSITY" not in loud
     assert debugging(loud)
     assert not debugging({"CPTQ_DEBUG": "0"})
