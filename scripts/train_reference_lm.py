@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from reference_models import (
+from _reference_models import (
     SIZES,
     Size,
     config,

@@ -86,7 +86,7 @@ def test_the_families_bring_what_others_lack() -> None:
 def test_held_out_text_is_not_trained_on_and_tokenizers_come_back(
     text: Path, tmp_path: Path
 ) -> None:
-    made = script("reference_models")
+    made = script("_reference_models")
     training, held = made.split(text.read_text())
     assert training + held == text.read_text()
     assert 0.04 < len(held) / len(text.read_text()) < 0.06

@@ -39,7 +39,7 @@ def test_all_metrics_then_a_plan_of_each(tiny_model: TinyModel, tmp_path: Path) 
     assert len(layers["units"]) == UNITS
     told = [e.message for e in heard if isinstance(e, Notice) and "--runtime" in e.subject]
     assert told == [
-        f"{UNITS} Conv1D layers are measured, and stay dense except with --runtime cptq"
+        f"{UNITS} Conv1D layers are measured, and stay dense except with --runtime llamacpp or cptq"
     ]
     for name in everyday():
         table = out / "sensitivity" / f"{name}.json"
@@ -62,7 +62,9 @@ def test_plans_for_a_runtime_that_takes_no_conv1d_are_refused(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     asked = common(tiny_model("gpt2"))
-    with pytest.raises(UsageError, match=r"keeps every layer of this model dense.*--runtime cptq"):
+    with pytest.raises(
+        UsageError, match=r"keeps every layer of this model dense.*--runtime llamacpp or cptq"
+    ):
         analyze(AnalyzeSettings(out=tmp_path / "x", validate=True, **asked), lambda event: None)
     assert list(tmp_path.iterdir()) == []
 
