@@ -24,7 +24,8 @@ TinyModel = Callable[..., Path]
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=12, seqlen=128, batch_size=4)
 #: the command line with trials that take long enough to be interrupted, and a line at each
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
 from cptq.calibration.probe import Probe
 from cptq.cli.app import main
 whole = Probe.divergence
