@@ -11,16 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from cptq.artifact.manifest import MANIFEST
+from cptq.checkpoint.files import UNREADABLE
 
-_DAMAGED = (
-    OSError,
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-    OverflowError,
-    RecursionError,
-)
+_DAMAGED = (OSError, *UNREADABLE)
 
 
 def own_schemes(directory: Path) -> dict[str, tuple[str, tuple[int, int] | None]]:

@@ -26,7 +26,7 @@ PACKED_SINGLE, PACKED_INDEX = WEIGHT_FILES
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
 #: what reading a header that holds anything at all can raise
-_UNREADABLE = (
+UNREADABLE = (
     ValueError,
     KeyError,
     TypeError,
@@ -111,7 +111,7 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
         entries = dict(header)
         ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
         return _checked(path, ordered, size - 8 - length)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise _corrupt(path, f"its header cannot be read ({type(error).__name__})") from error
 
 

@@ -65,12 +65,17 @@ def cost_model(model: LoadedModel, settings: AnalyzeSettings) -> CostModel:
     return CostModel(model.units, model.tensors, FORMATS.get(form).layout, runtime)
 
 
+def asymmetric_widths(settings: AnalyzeSettings | CompressSettings) -> tuple[int, ...]:
+    """The widths that --asymmetric puts on asymmetric grids: those that the runtime takes so."""
+    return find_runtime(settings.runtime).asymmetric if settings.asymmetric else ()
+
+
 def asked_for(settings: AnalyzeSettings | CompressSettings) -> tuple[Candidate, ...]:
     """The candidates that the options name."""
     return candidates(
         settings.bits,
         settings.group_size,
-        asymmetric=find_runtime(settings.runtime).asymmetric if settings.asymmetric else (),
+        asymmetric=asymmetric_widths(settings),
         sparsity=settings.sparsity,
     )
 

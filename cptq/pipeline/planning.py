@@ -21,7 +21,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.compression.embeddings import embedding_tensors
 from cptq.config import CompressSettings, find_runtime
 from cptq.errors import BudgetError
-from cptq.pipeline.dense import asked_for, calibrate, load_dense
+from cptq.pipeline.dense import asked_for, asymmetric_widths, calibrate, load_dense
 from cptq.pipeline.files import check_covers, fitting, read_plan, read_table
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
@@ -56,7 +56,7 @@ class Planning:
         check_units(self.model)
         if any(width < 16 for width in self.settings.bits):
             self.runtime.check_tensors(spec.name for spec in self.model.tensors)
-        self.asymmetric = self.runtime.asymmetric if settings.asymmetric else ()
+        self.asymmetric = asymmetric_widths(settings)
         kept = self.plan.choices.values() if self.plan is not None else ()
         offset = bool(self.asymmetric) or not all(choice.symmetric for choice in kept)
         self.form = self.runtime.format_for(self.model.layers, asymmetric=offset)
