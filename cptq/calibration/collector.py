@@ -3,13 +3,11 @@
 See `cptq.calibration.samples` for what it is good for. A linear's input is recognised as shared by
 identity: the second and third reader of one tensor keep no copy. A linear that is called more than
 once in a forward pass keeps rows of every call; gradients, which arrive in the reverse order, go to
-the slot of their call. An input with one row per token is sampled at the batch's positions, with
-padding left out; any other (one row per example, or per routed token) at positions of its own.
+the slot of their call. Rows are kept where gradients are asked for, at `Positions`.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,11 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cptq.calibration.finite import finite, not_finite
 from cptq.calibration.objective import Objective, real_tokens
-from cptq.calibration.replay import forward
+from cptq.calibration.positions import Positions
+from cptq.calibration.replay import body, forward
 from cptq.calibration.slices import Rows
+from cptq.calibration.views import Views
 from cptq.checkpoint.model import LoadedModel
-from cptq.errors import CalibrationError
 from cptq.numerics.hessian import SecondMoment
 from cptq.types import LayerSpec
 
@@ -32,17 +32,20 @@ MOMENT_FEATURES = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wants:
-    """What a pass keeps beside the input rows."""
+    """What a pass keeps: gradients with the input rows they belong to, moments, views.
+
+    `views` is the number of tokens at which inputs and outputs are kept (`cptq.calibration.views`).
+    """
 
     gradients: bool = False
     label_gradients: bool = False
     moments: bool = False
-    blocks: bool = False
+    views: int = 0
 
     def __or__(self, other: Wants) -> Wants:
         """What either wants."""
         return Wants(
-            **{f: getattr(self, f) or getattr(other, f) for f in self.__dataclass_fields__}
+            **{f: max(getattr(self, f), getattr(other, f)) for f in self.__dataclass_fields__}
         )
 
     @property
@@ -54,9 +57,9 @@ class Wants:
 class LayerSample:
     """What went through one linear. float32 on the CPU.
 
-    x_TI: input rows; g_TO, label_g_TO: gradient rows, None where not asked for. Layers that read
-    the same input share `x_TI` and `moment`. `scale` turns a sum over the rows into nats per row of
-    the answer: tokens seen / (rows kept * rows of the answer).
+    x_TI: input rows, none without gradients; g_TO, label_g_TO: gradient rows, None where not asked
+    for. Layers that read the same input share `x_TI` and `moment`. `scale` turns a sum over the
+    rows into nats per row of the answer: tokens seen / (rows kept * rows of the answer).
     """
 
     x_TI: Tensor
@@ -80,19 +83,18 @@ class _Kept:
 class Collector:
     """The hooks and what they keep; one instance per pass."""
 
-    def __init__(self, model: LoadedModel, wants: Wants, seed: int) -> None:
+    def __init__(self, model: LoadedModel, wants: Wants, seed: int, keep: int) -> None:
         self._model = model
         self._wants = wants
         self._specs = [layer for unit in model.units for layer in unit.layers]
         self._kept = {spec.name: _Kept() for spec in self._specs}
-        self._positions = torch.Generator().manual_seed(seed)
+        self._positions = Positions(seed, keep, wants.views)
         self._directions = torch.Generator().manual_seed(seed + 1)
         self._phase = "g"
         self._labelled = False
         self._mask = torch.empty(0)
-        self._rows: dict[int, Tensor] = {}
         self._last: tuple[Tensor | None, str] = (None, "")
-        self.blocks: list[list[Tensor]] = [[] for _ in model.block_names] if wants.blocks else []
+        self.views = Views(model, self._positions)
 
     @contextmanager
     def installed(self) -> Iterator[None]:
@@ -114,18 +116,18 @@ class Collector:
             yield embedding.register_forward_hook(_differentiable)
         for spec in self._specs:
             yield self._model.linear(spec.name).register_forward_hook(self._layer_hook(spec))
-        for index in range(len(self.blocks)):
-            yield self._model.blocks[index].register_forward_hook(self._block_hook(index))
+        if self._wants.views:
+            yield from self.views.hooks()
 
     def run(self, batch: Rows, objective: Objective, quota: int) -> int:
-        """One micro-batch forward and backward; the number of rows of its answer."""
+        """One micro-batch forward and backward; rows of its answer, 0 where none is needed."""
         self._mask = real_tokens(batch)
-        self._rows = {}
         self._last = (None, "")
-        self._choose(quota)
+        self._positions.choose(self._mask, quota)
+        if not self._wants.backward:
+            return self._forward_only(batch)
         answer_RV = objective.answer(forward(self._model, batch), batch)
-        if not finite(answer_RV):
-            raise _not_finite("the model's output")
+        self._check(answer_RV)
         if self._wants.gradients:
             both = self._wants.label_gradients
             self._backward("g", answer_RV, objective.direction(answer_RV, self._directions), both)
@@ -136,24 +138,22 @@ class Collector:
                 self._backward("label_g", answer_RV, labels_RV, retain=False)
         return answer_RV.shape[0]
 
+    def _forward_only(self, batch: Rows) -> int:
+        self._check(body(self._model, batch))
+        return 0
+
+    @staticmethod
+    def _check(output: Tensor) -> None:
+        if not finite(output):
+            raise not_finite("the model's output")
+
     def _backward(self, phase: str, answer_RV: Tensor, d_RV: Tensor, retain: bool) -> None:
         self._phase = phase
         answer_RV.backward(d_RV.to(answer_RV.dtype), retain_graph=retain)
 
-    def _choose(self, quota: int) -> None:
-        """Positions kept of this batch, as flat indices of its tokens."""
-        real = self._mask.flatten().nonzero().flatten().cpu()
-        chosen = torch.randperm(len(real), generator=self._positions)[:quota]
-        self._rows[self._mask.numel()] = real[chosen.sort().values]
-        # what is not one row per token is one row per example, or something else altogether
-        self._quota = quota
-
     def _chosen(self, length: int) -> Tensor:
-        """Indices kept of an input with `length` rows."""
-        if length not in self._rows:
-            order = torch.randperm(length, generator=self._positions)
-            self._rows[length] = order[: max(1, self._quota)].sort().values
-        return self._rows[length]
+        """Rows kept of an input with `length` rows."""
+        return self._positions.of(length)[: None if self._wants.backward else 0]
 
     def _layer_hook(self, spec: LayerSpec) -> Any:
         kept = self._kept[spec.name]
@@ -181,7 +181,7 @@ class Collector:
             return
         rows = x_MI[index.to(x_MI.device)].float().cpu()
         if not finite(rows):
-            raise _not_finite(f"the input of layer {spec.name}")
+            raise not_finite(f"the input of layer {spec.name}")
         kept.x.append(rows)
         self._last = (x, spec.name)
         if self._wants.moments and x_MI.shape[1] <= MOMENT_FEATURES:
@@ -194,17 +194,8 @@ class Collector:
             g_MO = gradient.reshape(-1, gradient.shape[-1])
             rows = g_MO[index.to(g_MO.device)].float().cpu()
             if not finite(rows):
-                raise _not_finite(f"the gradient of layer {spec.name}")
+                raise not_finite(f"the gradient of layer {spec.name}")
             getattr(kept, self._phase)[slot] = rows
-
-        return hook
-
-    def _block_hook(self, index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            hidden = output[0] if isinstance(output, tuple) else output
-            rows = hidden.detach().reshape(-1, hidden.shape[-1])
-            chosen = self._chosen(len(rows)).to(rows.device)
-            self.blocks[index].append(rows[chosen].float().cpu())
 
         return hook
 
@@ -224,15 +215,10 @@ class Collector:
                 g_TO=_joined(kept.g, kept.x, spec) if self._wants.gradients else None,
                 label_g_TO=_joined(kept.label_g, kept.x, spec) if self._labelled else None,
                 moment=kept.moment,
-                scale=kept.seen / (max(len(joined[key]), 1) * answers),
+                scale=kept.seen / max(len(joined[key]) * answers, 1),
             )
             kept.g, kept.label_g = [], []  # half the memory is in the pieces
         return result
-
-
-def finite(X: Tensor) -> bool:
-    """Whether no number is NaN or infinite; one pass, where `isfinite` takes several."""
-    return X.numel() == 0 or all(math.isfinite(float(end)) for end in X.detach().aminmax())
 
 
 def _joined(parts: list[Tensor | None], x: list[Tensor], spec: LayerSpec) -> Tensor:
@@ -247,10 +233,3 @@ def _differentiable(module: nn.Module, args: tuple[Any, ...], output: Tensor) ->
     """Make what leaves the embedding the leaf that gradients flow back to."""
     # a leaf must not be changed in place by what follows: hand on a copy
     return output.detach().requires_grad_().clone()
-
-
-def _not_finite(what: str) -> CalibrationError:
-    return CalibrationError(
-        f"{what} holds NaN or infinity on the calibration text",
-        hint="run in --dtype float32, or check the checkpoint for damaged weights",
-    )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,6 +126,19 @@ def forward(model: LoadedModel, batch: Batch) -> Any:
     """The model's output for a batch, without a key-value cache."""
     extra = {"use_cache": False} if model.kind == "causal-lm" else {}
     return model.module(**batch, **extra)
+
+
+def body(model: LoadedModel, batch: Batch) -> Tensor:
+    """Run the model for what hooks see of its units; what comes out last.
+
+    An output head that holds no unit is left out: of a language model it is a fifth of the work
+    (smollm2-135m).
+    """
+    prefix = f"{model.module.base_model_prefix}."
+    inside = all(spec.name.startswith(prefix) for unit in model.units for spec in unit.layers)
+    if not inside or model.kind != "causal-lm":
+        return cast(Tensor, forward(model, batch)[0])
+    return cast(Tensor, model.module.base_model(**batch, use_cache=False)[0])  # type: ignore[operator]
 
 
 @contextmanager

@@ -2,8 +2,8 @@
 
 At randomly chosen token positions, the same for all layers, it keeps the input row x (in,), the
 gradient row g = d(sum over rows of d . z)/dy (out,) of the linear's output y, with z the model's
-answer and d a random direction of the right covariance (cptq.calibration.objective), and the
-output row of every block. From these, for a weight change dW, dy = dW x and
+answer and d a random direction of the right covariance (cptq.calibration.objective). From these,
+for a weight change dW, dy = dW x and
 
     KL per row ~ 1/2 sum_t E (g_t . dy_t)^2 / rows of the answer      (true Fisher, token by token)
 
@@ -11,7 +11,8 @@ What is dropped: products of different tokens' errors (t != t').
 
 How: hooks on the linears. No parameter needs a gradient; the embedding's output is made to, so
 that a backward pass costs no more than a forward one. Inputs that several linears read (q/k/v) are
-kept once. Second moments E x x^T are summed over ALL tokens of the pass where they fit.
+kept once. Second moments E x x^T are summed over ALL tokens of the pass where they fit. Views
+(`cptq.calibration.views`) are taken at some of the same positions.
 
 Cost: a forward pass, plus a backward pass each for Fisher and label gradients where asked for;
 memory: rows x (inputs + outputs of all layers) x 4 bytes on the CPU, capped (`MEMORY_BYTES`).
@@ -23,17 +24,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from cptq.calibration.collector import Collector, LayerSample, Wants
 from cptq.calibration.objective import Objective
 from cptq.calibration.slices import Rows, micro_batches, token_count
+from cptq.calibration.views import LayerView
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import CalibrationError
 from cptq.types import Emit, Notice, Progress
 
-__all__ = ["LayerSample", "Samples", "Wants", "collect_samples"]
+__all__ = ["LayerSample", "LayerView", "Samples", "Wants", "collect_samples"]
 
 ROWS = 1024
 PASS_TOKENS = 4096
@@ -42,9 +43,13 @@ MEMORY_BYTES = 4 << 30
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Samples:
-    """The outcome of a pass. `answers` is the number of rows of the answer."""
+    """The outcome of a pass. `answers` is the number of rows of the answer.
+
+    `views` and `blocks` (output rows of each block) hold the same tokens, where views are wanted.
+    """
 
     layers: dict[str, LayerSample]
+    views: dict[str, LayerView]
     blocks: list[Tensor]
     tokens: int
     answers: int
@@ -87,7 +92,7 @@ def collect_samples(
     if total == 0:
         raise CalibrationError("the calibration data holds no tokens")
     keep = min(_affordable(model, wants, keep, least, memory_bytes, emit), total)
-    collector = Collector(model, wants, seed)
+    collector = Collector(model, wants, seed, keep)
     with collector.installed():
         done = answers = 0
         for step, batch in enumerate(batches):
@@ -97,10 +102,14 @@ def collect_samples(
             done += count
             message = f"{done:,} of {total:,} tokens"
             emit(Progress(stage="samples", done=step + 1, total=len(batches), message=message))
-    layers = collector.layers(answers)
-    blocks = [torch.cat(parts) for parts in collector.blocks if parts]
-    seconds = time.perf_counter() - started
-    return Samples(layers=layers, blocks=blocks, tokens=total, answers=answers, seconds=seconds)
+    return Samples(
+        layers=collector.layers(answers),
+        views=collector.views.layers(),
+        blocks=collector.views.blocks(),
+        tokens=total,
+        answers=answers,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def first_rows(rows: Sequence[Rows], tokens: int) -> list[Rows]:
@@ -123,7 +132,7 @@ def _affordable(
     outputs = sum(layer.shape[0] for unit in model.units for layer in unit.layers)
     floats += outputs * (int(wants.gradients) + int(wants.label_gradients))
     fits = max(memory_bytes // (4 * max(floats, 1)), 1)
-    if fits >= keep:
+    if fits >= keep or not wants.backward:
         return keep
     emit(
         Notice(

@@ -43,7 +43,7 @@ from cptq.sensitivity.metric import Context, Needs, UnitView
 from cptq.sensitivity.relative import Relative
 from cptq.types import Notice
 
-#: most token rows compared
+#: token rows compared
 COMPARED = TOKENS_PER_COMPONENT * COMPONENTS
 
 
@@ -52,13 +52,6 @@ def dissimilarities(X_TF: Tensor, Y_TG: Tensor, *, components: int) -> dict[Summ
     Qx_TK = principal_basis(X_TF, components=components)
     Qy_TL = principal_basis(Y_TG, components=components)
     return {s: 1.0 - alike for s, alike in similarities(X_TF, Qx_TK, Qy_TL).items()}
-
-
-def compared(X_TF: Tensor) -> Tensor:
-    """At most `COMPARED` rows, evenly spread."""
-    if len(X_TF) <= COMPARED:
-        return X_TF
-    return X_TF[torch.linspace(0, len(X_TF) - 1, COMPARED, device=X_TF.device).round().long()]
 
 
 def block_dissimilarities(outputs: list[Tensor]) -> dict[Summary, list[float]]:
@@ -73,7 +66,7 @@ def block_dissimilarities(outputs: list[Tensor]) -> dict[Summary, list[float]]:
 class Cca(Relative):
     """Projection-weighted CCA."""
 
-    needs = Needs(samples=Wants(blocks=True))
+    needs = Needs(samples=Wants(views=COMPARED))
     of = "1 - similarity"
     summary: ClassVar[Summary] = "pwcca"
 
@@ -94,30 +87,36 @@ class Cca(Relative):
         return means[self.summary]
 
     def _all(self, view: UnitView) -> dict[Summary, float]:
-        inputs = {id(sample.x_TI): sample.x_TI for sample in view.samples}
-        scores = [self._of_input(view, x_TI) for x_TI in inputs.values()]
+        scores = [self._of_input(view, *both) for both in self._views(view)]
         return {s: sum(score[s] for score in scores) / len(scores) for s in SUMMARIES}
 
-    def _of_input(self, view: UnitView, x_TI: Tensor) -> dict[Summary, float]:
-        pairs = zip(view.weights, view.samples, strict=True)
-        readers = [W_OI for W_OI, sample in pairs if sample.x_TI is x_TI]
-        x_TI = compared(x_TI)
-        y_TO = torch.cat([x_TI @ W_OI.T for W_OI in readers], dim=1)
+    def _views(self, view: UnitView) -> list[tuple[Tensor, Tensor]]:
+        """What goes in, and side by side what comes out of the layers that read it."""
+        assert self.context.samples is not None
+        found: list[tuple[Tensor, list[Tensor]]] = []
+        for spec in view.unit.layers:
+            layer = self.context.samples.views[spec.name]
+            outputs = next((ys for x_TI, ys in found if torch.equal(x_TI, layer.x_TI)), None)
+            if outputs is None:
+                found.append((layer.x_TI, outputs := []))
+            outputs.append(layer.y_TO)
+        return [(x_TI, torch.cat(ys, dim=1)) for x_TI, ys in found]
+
+    def _of_input(self, view: UnitView, x_TI: Tensor, y_TO: Tensor) -> dict[Summary, float]:
         components = min(COMPONENTS, len(x_TI) // TOKENS_PER_COMPONENT)
         if components < min(COMPONENTS, *x_TI.shape[1:]):
             message = f"only {len(x_TI)} tokens reach it: {components} components compared"
             self.context.emit(Notice(kind="warning", subject=view.unit.name, message=message))
         if components == 0:
             return dict.fromkeys(SUMMARIES, 0.0)
-        return dissimilarities(x_TI, y_TO, components=components)
+        device = self.context.model.device
+        return dissimilarities(x_TI.to(device), y_TO.to(device), components=components)
 
     def per_block(self, per_unit: Mapping[str, float]) -> dict[int, float]:
         """Each block's output against those of all other blocks."""
         samples = self.context.samples
         assert samples is not None
-        found = self.context.memo.get(
-            "cca", lambda: block_dissimilarities([compared(X_TF) for X_TF in samples.blocks])
-        )
+        found = self.context.memo.get("cca", lambda: block_dissimilarities(samples.blocks))
         return dict(enumerate(found[self.summary]))
 
     def details(self) -> dict[str, Any]:

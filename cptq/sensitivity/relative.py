@@ -22,12 +22,12 @@ layer's weights are hurt; linearity ends below about 3 bits.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
-from cptq.numerics.masks import squared_norm
+from cptq.checkpoint.weights import storage_dtype
 from cptq.sensitivity.metric import Context, Metric, UnitView
 from cptq.sensitivity.rounding import rounding_error
 from cptq.types import Candidate, LayerSpec
@@ -52,12 +52,32 @@ def relative_rounding(
     Each matrix counts with all of its rows; 0 where the weights are all 0.
     """
     lost = energy = 0.0
-    for W_OI, spec in zip(weights, layers, strict=True):
-        some_RI = spread(W_OI)
-        stands_for = len(W_OI) / len(some_RI)
-        lost += stands_for * squared_norm(rounding_error(some_RI, spec, candidate))
-        energy += stands_for * squared_norm(some_RI)
+    for spec, some_RI, count_R in _stacks(weights, layers, candidate):
+        lost_R = rounding_error(some_RI, spec, candidate).square().sum(1)
+        lost += float(count_R @ lost_R.double())
+        energy += float(count_R @ some_RI.square().sum(1).double())
     return lost / energy if energy else 0.0
+
+
+def _stacks(
+    weights: Sequence[Tensor], layers: Sequence[LayerSpec], candidate: Candidate
+) -> Iterator[tuple[LayerSpec, Tensor, Tensor]]:
+    """Rows that are rounded in one go (layer like all of them, rows, rows each stands for).
+
+    Small tensors cost what calls cost. Which weights a sparse candidate drops depends on the
+    matrix, so that each of them stands alone.
+    """
+    alike: dict[Hashable, list[tuple[LayerSpec, Tensor]]] = {}
+    for W_OI, spec in zip(weights, layers, strict=True):
+        key = spec.name if candidate.sparsity else (spec.shape[1], storage_dtype(spec))
+        alike.setdefault(key, []).append((spec, W_OI))
+    for stack in alike.values():
+        some = [spread(W_OI) for _, W_OI in stack]
+        counts = [len(W_OI) / len(rows) for rows, (_, W_OI) in zip(some, stack, strict=True)]
+        each = [
+            rows.new_full((len(rows),), count) for rows, count in zip(some, counts, strict=True)
+        ]
+        yield stack[0][0], torch.cat(some), torch.cat(each).double()
 
 
 class Slope(Metric):
@@ -94,13 +114,17 @@ class Relative(Slope):
     #: what s is called
     of: str
 
+    def __init__(self, context: Context) -> None:
+        super().__init__(context)
+        self._weights = sum(unit.numel for unit in context.model.units)
+
     @property
     def score_unit(self) -> str:
         return f"{self.of}, times relative squared error, times share of the weights"
 
     def candidate(self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]) -> float:
         """s (n_u / n) t^2 of one candidate."""
-        share = view.unit.numel / sum(unit.numel for unit in self.context.model.units)
+        share = view.unit.numel / self._weights
         return share * super().candidate(view, candidate, errors)
 
 

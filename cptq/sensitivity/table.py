@@ -85,7 +85,8 @@ def _pass_details(metric: Metric) -> dict[str, Any]:
     needs, context = metric.needs, metric.context
     details: dict[str, Any] = {}
     if needs.samples is not None and context.samples is not None:
-        rows = max(len(sample.x_TI) for sample in context.samples.layers.values())
+        kept = context.samples.layers if needs.samples.backward else context.samples.views
+        rows = max((len(sample.x_TI) for sample in kept.values()), default=0)
         details |= {"sampled_rows": rows, "pass_tokens": context.samples.tokens}
     if needs.path and context.path is not None:
         details |= {"gradient_tokens": context.path.tokens}

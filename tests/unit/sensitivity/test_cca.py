@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cptq.numerics.subspace import principal_basis, similarity
-from cptq.sensitivity.cca import COMPARED, block_dissimilarities, compared, dissimilarities
+from cptq.sensitivity.cca import block_dissimilarities, dissimilarities
 
 
 def test_the_same_view_is_not_dissimilar_and_noise_is() -> None:
@@ -34,13 +34,3 @@ def test_blocks_are_compared_with_all_others() -> None:
     assert block_dissimilarities(views)["pwcca"] == pytest.approx(expected)
     assert expected[2] > expected[0]
     assert block_dissimilarities(views[:1])["pwcca"] == [0.0]
-
-
-def test_rows_are_thinned_evenly() -> None:
-    X = torch.arange(2000.0).unsqueeze(1)
-    thin = compared(X)
-    assert len(thin) == COMPARED
-    assert thin[0] == 0
-    assert thin[-1] == 1999
-    assert compared(X[:10]) is not None
-    assert len(compared(X[:10])) == 10
