@@ -44,6 +44,7 @@ _COMMON = {
     "max_position_embeddings": POSITIONS,
 }
 _LLAMA_LIKE = _COMMON | {"num_key_value_heads": 1, "head_dim": 16}
+_EXPERTS = {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,17 @@ RECIPES: Mapping[str, Recipe] = {
     "mistral": Recipe("mistral", AutoModelForCausalLM, _LLAMA_LIKE),
     "qwen2": Recipe("qwen2", AutoModelForCausalLM, _COMMON | {"num_key_value_heads": 1}),
     "qwen3": Recipe("qwen3", AutoModelForCausalLM, _LLAMA_LIKE),
+    "qwen3_moe": Recipe("qwen3_moe", AutoModelForCausalLM, _LLAMA_LIKE | _EXPERTS),
+    "qwen2_moe": Recipe(
+        "qwen2_moe",
+        AutoModelForCausalLM,
+        _LLAMA_LIKE | _EXPERTS | {"shared_expert_intermediate_size": 32},
+    ),
+    "olmoe": Recipe(
+        "olmoe",
+        AutoModelForCausalLM,
+        _LLAMA_LIKE | {"num_experts": 6, "num_experts_per_tok": 2, "intermediate_size": 32},
+    ),
     "opt": Recipe(
         "opt",
         AutoModelForCausalLM,

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from cptq.allocation import ALLOCATORS, BLIND
 from cptq.allocation.cost import CostModel
+from cptq.allocation.experts import Options, check_tied, expert_units, solve_tied
 from cptq.allocation.ledger import Ledger
 from cptq.allocation.problem import Solution, build_problem
 from cptq.allocation.targets import ledger_of, smallest_plan
@@ -46,12 +47,35 @@ def allocate(
         PlanError: the table is of another model, or lacks a unit or a candidate.
         BudgetError: no plan fits.
     """
-    allocator = ALLOCATORS.get(name)
+    ALLOCATORS.get(name)
     _check(name, table, candidates, model_fingerprint)
+
+    def solve(options: Options, emit: Emit) -> Plan:
+        return _solve(name, table, cost, budget, candidates, options, model_fingerprint, emit)
+
+    if not expert_units(cost.units):
+        return solve(options or {}, emit)
+    rows = {
+        u.name: cost.options(u.name, (options or {}).get(u.name, candidates)) for u in cost.units
+    }
+    return solve_tied(cost.units, rows, solve, emit)
+
+
+def _solve(
+    name: str,
+    table: SensitivityTable | None,
+    cost: CostModel,
+    budget: Budget,
+    candidates: Sequence[Candidate],
+    options: Options,
+    model_fingerprint: str,
+    emit: Emit,
+) -> Plan:
+    """As `allocate`, every unit for itself."""
     if name in BLIND and any(candidate.sparsity for candidate in candidates):
         message = "asks no score, which could weigh sparsity against bits: nothing becomes sparse"
         emit(Notice(kind="warning", subject=name, message=message))
-        options = {unit: without_sparse(row) for unit, row in (options or {}).items()}
+        options = {unit: without_sparse(row) for unit, row in options.items()}
         candidates = without_sparse(candidates)
     ledger = ledger_of(budget, cost, options or candidates)
     least = smallest_plan(ledger)
@@ -62,7 +86,7 @@ def allocate(
             allowed="a larger target, smaller --bits, or looser --pin and --min-bits",
         )
     problem = build_problem(table, ledger, candidates, emit)
-    solution = allocator(problem, emit)
+    solution = ALLOCATORS.get(name)(problem, emit)
     loss = None if table is None else problem.predicted_loss(solution.choices)
     notes = (*solution.notes, *_unused(ledger, solution))
     for note in notes:
@@ -122,8 +146,8 @@ def check_plan(plan: Plan, cost: CostModel, model_fingerprint: str) -> None:
     """Whether a plan, perhaps edited by hand, can be carried out on a model.
 
     Raises:
-        PlanError: it is of another model, lacks a unit, names one that is not there, or wants
-            what the format cannot hold.
+        PlanError: it is of another model, lacks a unit, names one that is not there, wants what
+            the format cannot hold, or gives experts more than one scheme.
     """
     if plan.model_fingerprint != model_fingerprint:
         raise PlanError(
@@ -147,3 +171,4 @@ def check_plan(plan: Plan, cost: CostModel, model_fingerprint: str) -> None:
                 allowed="what the runtime takes, or w16 to keep it dense",
                 hint="edit the plan, or name another --runtime",
             )
+    check_tied(cost.units, plan.choices)

@@ -72,6 +72,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "mistral": _llama_like("mistral"),
     "qwen2": _llama_like("qwen2"),
     "qwen3": _llama_like("qwen3"),
+    "qwen2_moe": _llama_like("qwen2_moe"),
+    "qwen3_moe": _llama_like("qwen3_moe"),
+    "olmoe": _llama_like("olmoe"),
     "opt": Architecture(
         family="opt",
         blocks="decoder.layers",

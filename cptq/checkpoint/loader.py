@@ -13,6 +13,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from cptq.checkpoint.architectures import GENERIC, architecture
+from cptq.checkpoint.experts import unstack_experts
 from cptq.checkpoint.files import (
     PICKLE_INDEX,
     PICKLE_SINGLE,
@@ -48,10 +49,13 @@ _ENDINGS: tuple[tuple[str, ModelKind], ...] = (
 )
 
 
-def load_model(settings: ModelSettings, emit: Emit, *, conv1d: bool = False) -> LoadedModel:
+def load_model(
+    settings: ModelSettings, emit: Emit, *, conv1d: bool = False, experts: bool = False
+) -> LoadedModel:
     """Load a dense checkpoint or a compressed artifact.
 
-    `conv1d` counts the Conv1D layers of GPT-2 among the compressible.
+    `conv1d` counts the Conv1D layers of GPT-2 among the compressible, `experts` takes stacks of
+    experts apart (`cptq.checkpoint.experts`).
 
     Raises:
         ModelError: not found, not readable, not a text model, NaN weights, random weights.
@@ -71,6 +75,8 @@ def load_model(settings: ModelSettings, emit: Emit, *, conv1d: bool = False) -> 
     quantized = config.get("quantization_config") is not None
     if not quantized:
         _refuse_not_finite(module)
+    if experts and not quantized:
+        unstack_experts(module, stored)
     tensors = unpacked_view(module, stored) if quantized else stored_tensors(module, stored)
     family = architecture(str(config.get("model_type")))
     return LoadedModel(

@@ -37,10 +37,14 @@ from cptq.numerics.sweep import column_sweep
 
 #: share of the mean diagonal added to H
 DAMPING = 0.01
+#: of an expert to which no token was routed, say
+UNSEEN = "no calibration token reaches it: rounded to nearest"
 
 
 def compress(problem: Problem) -> Solution:
     """Round with error compensation; falls back to nearest, with a note, if H is unusable."""
+    if bool(dead_inputs(problem.H_II).all()):
+        return replace(nearest.compress(problem), notes=(UNSEEN,))
     order_I = problem.H_II.diagonal().argsort(descending=True, stable=True)
     U_II, used = damped_factor(problem.H_II[order_I][:, order_I], DAMPING)
     if U_II is None:

@@ -18,9 +18,10 @@ Query, key and value, and gate and up, are one decision in every plan, which is 
 the matrices that it fuses. vLLM also takes 2, 3, 5 and 6 bits by a fallback kernel that is not
 verified; that is `transformers`, at one's own risk.
 
-A mixture of experts is refused by all: its experts lie in one stacked parameter that no
-linear layer holds, so they would stay dense, and stock transformers refuses dense experts beside
-quantized attention.
+`transformers` takes a mixture of experts, all of them in one scheme (`allocation.experts`), where
+cptq takes its stack of experts apart (`checkpoint.experts`); a stack would stay dense, and dense
+experts beside quantized attention do not load. The others refuse it: vLLM's experts are not
+verified, and cptq's own modules and llama.cpp's files are made for one linear at a time.
 """
 
 from __future__ import annotations
@@ -42,9 +43,9 @@ class Runtime:
     always allowed; group 0: per channel; no `groups`: any), `asymmetric` those of the bits that it
     may have on an asymmetric grid; `group_size` is the default. `out_multiple` and `in_multiple`
     must divide a packed layer's dimensions, `half_scales` asks for scales that float16 holds
-    exactly, `experts` whether a mixture of experts is taken. `conv1d` says that it takes the Conv1D
-    of GPT-2, `wider` embeddings, heads and sparse weights. `next_step` is what to type with the
-    artifact, if more is needed.
+    exactly, `experts` whether a mixture of experts in one scheme is taken. `conv1d` says that it
+    takes the Conv1D of GPT-2, `wider` embeddings, heads and sparse weights. `next_step` is what to
+    type with the artifact, if more is needed.
     """
 
     name: str
@@ -133,18 +134,26 @@ class Runtime:
         return None
 
     def check_tensors(self, names: Iterable[str]) -> None:
-        """Refuse a mixture of experts where the runtime cannot load one.
+        """Refuse a mixture of experts where the runtime, or cptq, cannot take one.
 
         Raises:
             ModelError: a tensor belongs to an expert.
         """
-        found = next((name for name in names if ".experts." in name), None)
-        if found is not None and not self.experts:
+        experts = [name for name in names if ".experts." in name]
+        stacked = [name for name in experts if not name.endswith(".weight")]
+        if experts and not self.experts:
             raise ModelError(
-                f"the model is a mixture of experts ({found}), which cannot be compressed for "
-                f"{self.name}: experts in one stacked tensor would stay dense, and dense experts "
-                "beside quantized attention do not load",
-                allowed="models without experts",
+                f"the model is a mixture of experts ({experts[0]}), which --runtime {self.name} "
+                "does not take",
+                allowed="--runtime transformers, or models without experts",
+            )
+        if stacked:
+            raise ModelError(
+                f"the experts lie in one stacked tensor ({stacked[0]}) that cptq does not take "
+                "apart: they would stay dense, and dense experts beside quantized attention do not "
+                "load",
+                allowed="experts whose checkpoint holds gate_proj, up_proj and down_proj of each, "
+                "such as Qwen's",
             )
 
     def _group_words(self) -> str:
@@ -157,6 +166,7 @@ RUNTIMES: Mapping[str, Runtime] = {
     "transformers": Runtime(
         name="transformers",
         format="compressed-tensors",
+        experts=True,
         bits=(2, 3, 4, 5, 6, 7, 8),
         default_bits=(2, 3, 4, 5, 6, 8, 16),
         group_size=64,

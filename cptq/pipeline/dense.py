@@ -29,7 +29,7 @@ def load_dense(settings: ModelSettings, recorder: Recorder, *, conv1d: bool = Fa
         ModelError: it is, or cannot be loaded.
     """
     with recorder.stage("load"):
-        model = load_model(settings, recorder, conv1d=conv1d)
+        model = load_model(settings, recorder, conv1d=conv1d, experts=True)
     if model.quantized:
         raise ModelError(
             f"{model.source} is compressed already",

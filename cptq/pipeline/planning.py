@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cptq.allocation import BLIND
 from cptq.allocation.allocate import allocate
 from cptq.allocation.cost import CostModel
+from cptq.allocation.experts import expert_units, fixed
 from cptq.allocation.limits import allowed, parse_limits
 from cptq.allocation.targets import resolve_budget
 from cptq.artifact.formats import FORMATS
@@ -176,10 +178,15 @@ class Planning:
                 plan,
                 self.table,
                 self.cost,
-                self.options,
+                self.free(plan),
                 self.settings,
                 self.recorder,
             )
+
+    def free(self, plan: Plan) -> Mapping[str, Sequence[Candidate]]:
+        """What a refinement may change: all but the one scheme of experts."""
+        experts = expert_units(self.model.units)
+        return fixed(experts, self.options, plan.choices[experts[0]]) if experts else self.options
 
     def rival(self, plan: Plan) -> Plan | None:
         """The plan to beat; None where none is needed, or no text is left to judge on."""

@@ -1,5 +1,8 @@
 """`compressed-tensors`, format `pack-quantized`: symmetric integers of 2 to 8 bits, mixed freely.
 
+Experts are the exception to exact names: once loaded they are no modules of their own, and stock
+transformers knows their one scheme by a regular expression that names them.
+
 What stock transformers loads exactly (measured with compressed-tensors 0.18 and later): every layer
 by its exact name, one `config_groups` entry per distinct scheme, names never overlapping, linears
 that stay dense listed in `ignore`. What it gets wrong without a word, so refused here: a Conv1D,
@@ -26,6 +29,8 @@ from cptq.types import CompressedLayer, LayerResult, LayerSpec, TensorSpec
 
 NAME = "compressed-tensors"
 FORMAT = "pack-quantized"
+#: part of every expert's name, and how all of them are named in config.json
+EXPERT, EXPERTS = ".experts.", r"re:.*\.experts\..*"
 
 
 class CompressedTensors(SafetensorsFormat):
@@ -131,8 +136,15 @@ def layer_value(layer: CompressedLayer, spec: TensorSpec) -> Tensor:
 
 def scheme(layer: CompressedLayer) -> tuple[int, int]:
     """Bits and group size; 0 stands for one scale per output channel."""
-    groups, inputs = layer.scale.shape[1], layer.spec.shape[1]
-    return layer.result.candidate.bits, 0 if groups == 1 else inputs // groups
+    return _bits(layer), 0 if layer.scale.shape[1] == 1 else _group_size(layer)
+
+
+def _bits(layer: CompressedLayer) -> int:
+    return layer.result.candidate.bits
+
+
+def _group_size(layer: CompressedLayer) -> int:
+    return layer.spec.shape[1] // layer.scale.shape[1]
 
 
 def quantization_config(
@@ -143,19 +155,44 @@ def quantization_config(
         return None
     targets: dict[tuple[int, int], list[str]] = {}
     for layer in layers:
-        targets.setdefault(scheme(layer), []).append(layer.spec.name)
+        if EXPERT not in layer.spec.name:
+            targets.setdefault(scheme(layer), []).append(layer.spec.name)
+    groups = [_group(key, targets[key]) for key in sorted(targets)]
+    experts = experts_scheme(layers, all_layers)
+    groups += [_group(experts, [EXPERTS])] if experts else []
     packed = {layer.spec.name for layer in layers}
     linears = [spec.name for spec in all_layers if spec.kind in ("linear", "head")]
     return {
         "quant_method": NAME,
         "format": FORMAT,
         "quantization_status": "compressed",
-        "config_groups": {
-            f"group_{i}": _group(key, targets[key]) for i, key in enumerate(sorted(targets))
-        },
+        "config_groups": {f"group_{i}": group for i, group in enumerate(groups)},
         "ignore": [name for name in linears if name not in packed],
         "kv_cache_scheme": None,
     }
+
+
+def experts_scheme(
+    layers: Sequence[CompressedLayer], all_layers: Sequence[LayerSpec]
+) -> tuple[int, int] | None:
+    """The one scheme of all experts, None where there are none.
+
+    Raises:
+        ArtifactError: they have several, or some are dense.
+    """
+    packed = [layer for layer in layers if EXPERT in layer.spec.name]
+    channels = all(layer.scale.shape[1] == 1 for layer in packed)
+    # a group as wide as one layer counts as a channel only where it is one in all of them
+    found = sorted({(_bits(x), 0 if channels else _group_size(x)) for x in packed})
+    dense = sum(EXPERT in spec.name for spec in all_layers) - len(packed)
+    if len(found) > 1 or dense:
+        kinds = [f"{bits} bits in groups of {group or 'a channel'}" for bits, group in found]
+        kinds += [f"{dense} dense"] if dense else []
+        raise ArtifactError(
+            f"the experts have {', '.join(kinds)}, and stock transformers loads one scheme for all",
+            allowed="the same bits and group size for every expert",
+        )
+    return found[0] if found else None
 
 
 def _group(key: tuple[int, int], names: list[str]) -> Mapping[str, Any]:

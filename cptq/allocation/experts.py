@@ -1,0 +1,125 @@
+"""One scheme for all experts of a mixture: what stock transformers loads, and no plan may break.
+
+It unpacks experts while it stacks them, all by the one scheme that it finds for experts; with two
+schemes it loads random weights in silence, and dense experts beside packed attention not at all
+(transformers 5.23). So the units of experts are tied: the problem is solved once for each candidate
+that all of them may have, with the experts fixed to it, and the best plan is taken: the smallest
+predicted loss, or without scores the plan whose smallest width is largest, then the largest.
+
+One scheme also means one group size: one that divides the inputs of all experts' layers.
+
+Cost: as many allocations as candidates, each with as many units free as lie outside the experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+from cptq.errors import BudgetError, PlanError
+from cptq.numerics.groups import resolve_group
+from cptq.types import Candidate, Emit, Plan, Unit
+
+Options = Mapping[str, Sequence[Candidate]]
+Solve = Callable[[Options, Emit], Plan]
+
+#: a part of the name of every tensor of an expert
+MARK = ".experts."
+
+
+def expert_units(units: Sequence[Unit]) -> list[str]:
+    """The names of the units that are experts."""
+    return [unit.name for unit in units if any(MARK in layer.name for layer in unit.layers)]
+
+
+def solve_tied(units: Sequence[Unit], options: Options, solve: Solve, emit: Emit) -> Plan:
+    """The best plan that gives all experts among the units one candidate.
+
+    Raises:
+        PlanError: there is no width below 16 bits that all of them may have.
+        BudgetError: with none of them a plan fits.
+    """
+    experts = expert_units(units)
+    found: list[tuple[Plan, list[object]]] = []
+    failure: BudgetError | None = None
+    for candidate in _common(experts, options):
+        _check_group(units, candidate)
+        heard: list[object] = []
+        try:
+            found.append((solve(fixed(experts, options, candidate), heard.append), heard))
+        except BudgetError as error:
+            failure = failure or error
+    if not found:
+        assert failure is not None
+        raise failure
+    plan, events = min(found, key=lambda pair: _rank(pair[0]))
+    for event in events:
+        emit(event)  # type: ignore[arg-type]
+    return plan
+
+
+def fixed(experts: Sequence[str], options: Options, candidate: Candidate) -> Options:
+    """The options with one left to the experts."""
+    return {**options, **dict.fromkeys(experts, (candidate,))}
+
+
+def check_tied(units: Sequence[Unit], choices: Mapping[str, Candidate]) -> None:
+    """Whether a plan gives all experts one candidate, and none that is dense beside packed layers.
+
+    Raises:
+        PlanError: it does not.
+    """
+    chosen = {choices[name] for name in expert_units(units)}
+    if len(chosen) > 1:
+        labels = ", ".join(sorted(candidate.label for candidate in chosen))
+        raise PlanError(
+            f"the plan gives experts {labels}, and transformers loads one scheme for all of them",
+            allowed="the same label for every unit of experts",
+        )
+    if any(c.dense for c in chosen) and not all(c.dense for c in choices.values()):
+        raise _dense_experts()
+    for candidate in chosen:
+        _check_group(units, candidate)
+
+
+def _common(experts: Sequence[str], options: Options) -> list[Candidate]:
+    """Candidates below 16 bits that all experts may have, smallest first."""
+    common = set.intersection(*(set(options[name]) for name in experts))
+    packed = sorted(candidate for candidate in common if not candidate.dense)
+    if packed:
+        return packed
+    if common and all(c.dense for row in options.values() for c in row):
+        return sorted(common)
+    if common:
+        raise _dense_experts()
+    raise PlanError(
+        "--pin, --min-bits or --max-bits leave experts no width in common, and transformers loads "
+        "one scheme for all of them",
+        allowed="the same width for every expert",
+    )
+
+
+def _check_group(units: Sequence[Unit], candidate: Candidate) -> None:
+    layers = (layer for unit in units for layer in unit.layers if MARK in layer.name)
+    widths = sorted({layer.shape[1] for layer in layers})
+    per_channel = {resolve_group(width, candidate.group_size) == width for width in widths}
+    groups = {resolve_group(width, candidate.group_size) for width in widths}
+    if not candidate.dense and len(groups) > 1 and per_channel != {True}:
+        raise PlanError(
+            f"experts have layers of {' and '.join(map(str, widths))} inputs, on which "
+            f"{candidate.label} has groups of {' and '.join(map(str, sorted(groups)))}; "
+            "transformers loads one scheme for all experts",
+            allowed=f"--group-size that divides {math.gcd(*widths)}, or 0 (per channel)",
+        )
+
+
+def _dense_experts() -> PlanError:
+    return PlanError(
+        "experts that stay dense beside packed layers do not load in transformers",
+        allowed="one width below 16 bits for all experts, or 16 bits for the whole model",
+    )
+
+
+def _rank(plan: Plan) -> tuple[float, int, int]:
+    least = min(candidate.bits for candidate in plan.choices.values())
+    return plan.predicted_loss or 0.0, -least, -plan.predicted_bytes

@@ -1,0 +1,107 @@
+"""A mixture of experts as linear layers: each expert's matrices apart, as the checkpoint has them.
+
+transformers 5 stacks the experts of a block into two parameters when it loads them,
+
+    gate_up_proj (E, 2 I, H),  down_proj (E, H, I),
+
+which no hook sees and nothing compresses. Here they become E modules of three linears,
+
+    y = sum over the experts e chosen for x of  p_e down_e(act(gate_e(x)) * up_e(x)),
+
+that share the stack's memory and are called by the names that the tensors have on the disk
+(`mlp.experts.7.up_proj`). Every expert is called in every pass, if need be with no rows, so that
+what watches the layers finds all of them.
+
+Only stacks of that form are taken apart, and only where the checkpoint has the experts' own names
+and the result agrees with the original on random rows; any other stays as it is, and the runtime
+refuses it in words (`cptq.config.runtimes`). Mixtral is one: its blocks have another name on disk.
+
+Cost: a loop over all experts in Python; calibration is slower than the stock model, which groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+_ENDS = ("gate_proj", "up_proj", "down_proj")
+#: rows on which the two forms are compared, and how far apart they may be, of the largest value
+_ROWS, _CLOSE = 16, 1e-2
+
+
+class Expert(nn.Module):
+    """One gated feed-forward layer on views of a stack: W_gate, W_up (I, H), W_down (H, I)."""
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, act: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.gate_proj, self.up_proj, self.down_proj = map(_linear, (gate, up, down))
+        self._act = act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.down_proj(self._act(self.gate_proj(x)) * self.up_proj(x)))
+
+
+class UnstackedExperts(nn.Module):
+    """Stands in for a stack; the experts are its children `0`, `1`, ..."""
+
+    def __init__(self, stack: nn.Module) -> None:
+        super().__init__()
+        gate_up, down = cast(Tensor, stack.gate_up_proj), cast(Tensor, stack.down_proj)
+        for index, (both, last) in enumerate(zip(gate_up, down, strict=True)):
+            gate, up = both.chunk(2)
+            self.add_module(str(index), Expert(gate, up, last, stack.act_fn))  # type: ignore[arg-type]
+
+    def forward(self, x_TH: Tensor, chosen_TK: Tensor, weight_TK: Tensor) -> Tensor:
+        """Rows x, the experts chosen for each and their weights; the weighted sum per row."""
+        result_TH = torch.zeros_like(x_TH)
+        for index, expert in enumerate(self.children()):
+            token, place = torch.where(chosen_TK == index)
+            y = expert(x_TH[token]) * weight_TK[token, place, None]
+            result_TH.index_add_(0, token, y.to(result_TH.dtype))
+        return result_TH
+
+
+def unstack_experts(module: nn.Module, stored: Collection[str]) -> None:
+    """Take every stack of experts apart whose experts are `stored` one by one, in place."""
+    for name, part in list(module.named_modules()):
+        if _is_stack(part) and all(f"{name}.0.{end}.weight" in stored for end in _ENDS):
+            apart = UnstackedExperts(part)
+            if _agree(part, apart):
+                parent, _, own = name.rpartition(".")
+                setattr(module.get_submodule(parent), own, apart.eval())
+
+
+def _linear(W_OI: Tensor) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(W_OI.shape[1], W_OI.shape[0], bias=False)
+    linear.weight = nn.Parameter(W_OI.detach(), requires_grad=False)
+    return linear
+
+
+def _is_stack(part: nn.Module) -> bool:
+    own = {name: tuple(p.shape) for name, p in part.named_parameters(recurse=False)}
+    if set(own) != {"gate_up_proj", "down_proj"} or not hasattr(part, "act_fn"):
+        return False
+    if not all(len(shape) == 3 for shape in own.values()):
+        return False
+    experts, hidden, inner = own["down_proj"]
+    return own["gate_up_proj"] == (experts, 2 * inner, hidden)
+
+
+@torch.no_grad()
+def _agree(stack: nn.Module, apart: nn.Module) -> bool:
+    """Whether both do the same; a family may clamp, or weigh, in a way of its own."""
+    down = cast(Tensor, stack.down_proj)
+    draw = torch.Generator().manual_seed(0)
+    x_TH = torch.randn(_ROWS, down.shape[1], generator=draw).to(down)
+    chosen_TK = torch.rand(_ROWS, len(down), generator=draw).argsort(1)[:, :2].to(down.device)
+    weight_TK = torch.rand(chosen_TK.shape, generator=draw).to(down)
+    try:
+        theirs, ours = (part(x_TH, chosen_TK, weight_TK) for part in (stack, apart))
+    except (TypeError, RuntimeError, ValueError, IndexError):  # it is called in another way
+        return False
+    furthest = (theirs - ours).abs().max()
+    return theirs.shape == ours.shape and bool(furthest <= _CLOSE * theirs.abs().max())
