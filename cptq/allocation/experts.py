@@ -2,9 +2,10 @@
 
 It unpacks experts while it stacks them, all by the one scheme that it finds for experts; with two
 schemes it loads random weights in silence, and dense experts beside packed attention not at all
-(transformers 5.23). So the units of experts are tied: the problem is solved once for each candidate
-that all of them may have, with the experts fixed to it, and the best plan is taken: the smallest
-predicted loss, or without scores the plan whose smallest width is largest, then the largest.
+(transformers 5.23). So the units of experts are tied. Where a plan made without regard to that
+gives all of them the same, it stands; else the problem is solved once for each candidate that all
+may have, with the experts fixed to it, and the best plan is taken: the smallest predicted loss, or
+without scores the plan whose smallest width is largest, then the largest.
 
 One scheme also means one group size: one that divides the inputs of all experts' layers.
 
@@ -22,14 +23,13 @@ from cptq.types import Candidate, Emit, Plan, Unit
 
 Options = Mapping[str, Sequence[Candidate]]
 Solve = Callable[[Options, Emit], Plan]
-
-#: a part of the name of every tensor of an expert
-MARK = ".experts."
+#: a plan, and what making it had to say
+Attempt = tuple[Plan, list[object]]
 
 
 def expert_units(units: Sequence[Unit]) -> list[str]:
     """The names of the units that are experts."""
-    return [unit.name for unit in units if any(MARK in layer.name for layer in unit.layers)]
+    return [unit.name for unit in units if any(layer.expert for layer in unit.layers)]
 
 
 def solve_tied(units: Sequence[Unit], options: Options, solve: Solve, emit: Emit) -> Plan:
@@ -39,23 +39,33 @@ def solve_tied(units: Sequence[Unit], options: Options, solve: Solve, emit: Emit
         PlanError: there is no width below 16 bits that all of them may have.
         BudgetError: with none of them a plan fits.
     """
-    experts = expert_units(units)
-    found: list[tuple[Plan, list[object]]] = []
-    failure: BudgetError | None = None
-    for candidate in _common(experts, options):
-        _check_group(units, candidate)
-        heard: list[object] = []
-        try:
-            found.append((solve(fixed(experts, options, candidate), heard.append), heard))
-        except BudgetError as error:
-            failure = failure or error
-    if not found:
-        assert failure is not None
-        raise failure
-    plan, events = min(found, key=lambda pair: _rank(pair[0]))
+    found = _attempt(solve, options)
+    if not _tied(units, found[0].choices):
+        found = min(_each(units, options, solve), key=lambda attempt: _rank(attempt[0]))
+    plan, events = found
     for event in events:
         emit(event)  # type: ignore[arg-type]
+    check_tied(units, plan.choices)
     return plan
+
+
+def _each(units: Sequence[Unit], options: Options, solve: Solve) -> list[Attempt]:
+    """A plan for each candidate that the experts can be fixed to."""
+    experts, found = expert_units(units), []
+    failure: BudgetError | None = None
+    for candidate in _common(experts, options):
+        try:
+            found.append(_attempt(solve, fixed(experts, options, candidate)))
+        except BudgetError as error:
+            failure = failure or error
+    if failure is not None and not found:
+        raise failure
+    return found
+
+
+def _attempt(solve: Solve, options: Options) -> Attempt:
+    events: list[object] = []
+    return solve(options, events.append), events
 
 
 def fixed(experts: Sequence[str], options: Options, candidate: Candidate) -> Options:
@@ -76,10 +86,16 @@ def check_tied(units: Sequence[Unit], choices: Mapping[str, Candidate]) -> None:
             f"the plan gives experts {labels}, and transformers loads one scheme for all of them",
             allowed="the same label for every unit of experts",
         )
-    if any(c.dense for c in chosen) and not all(c.dense for c in choices.values()):
+    if not _tied(units, choices):
         raise _dense_experts()
     for candidate in chosen:
         _check_group(units, candidate)
+
+
+def _tied(units: Sequence[Unit], choices: Mapping[str, Candidate]) -> bool:
+    chosen = {choices[name] for name in expert_units(units)}
+    dense = any(candidate.dense for candidate in chosen)
+    return len(chosen) < 2 and (not dense or all(c.dense for c in choices.values()))
 
 
 def _common(experts: Sequence[str], options: Options) -> list[Candidate]:
@@ -100,7 +116,7 @@ def _common(experts: Sequence[str], options: Options) -> list[Candidate]:
 
 
 def _check_group(units: Sequence[Unit], candidate: Candidate) -> None:
-    layers = (layer for unit in units for layer in unit.layers if MARK in layer.name)
+    layers = (layer for unit in units for layer in unit.layers if layer.expert)
     widths = sorted({layer.shape[1] for layer in layers})
     per_channel = {resolve_group(width, candidate.group_size) == width for width in widths}
     groups = {resolve_group(width, candidate.group_size) for width in widths}

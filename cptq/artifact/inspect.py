@@ -161,7 +161,8 @@ def _layers(
     specs: list[TensorSpec], shapes: Mapping[str, tuple[int, int]], directory: Path
 ) -> Iterable[LayerFacts]:
     """Every matrix, packed ones as what they stand for."""
-    grids, sizes = schemes(directory), {s.name: s for s in specs}
+    sizes = {s.name: s for s in specs}
+    grids = schemes(directory, [name.rpartition(".")[0] for name in sizes])
     own = own_schemes(directory)
     for spec in specs:
         layer, _, end = spec.name.rpartition(".")

@@ -6,12 +6,14 @@ For `cptq inspect`, which shows what is there: what a file says wrongly is for `
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cptq.artifact.formats.compressed_tensors import EXPERTS
 from cptq.artifact.manifest import MANIFEST
 from cptq.checkpoint.files import UNREADABLE
+from cptq.types import is_expert
 
 _DAMAGED = (OSError, *UNREADABLE)
 
@@ -40,11 +42,16 @@ def _inventory(directory: Path) -> dict[str, tuple[int, int]]:
         return {}
 
 
-def schemes(directory: Path) -> dict[str, Mapping[str, Any]]:
-    """{layer: what config.json says of its weights}; empty where it says nothing readable."""
+def schemes(directory: Path, layers: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+    """{layer: what config.json says of its weights}; empty where it says nothing readable.
+
+    Experts, of which `layers` are some, are named by an expression (`EXPERTS`).
+    """
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         groups = config["quantization_config"]["config_groups"].values()
-        return {str(name): group["weights"] for group in groups for name in group["targets"]}
+        said = {str(name): group["weights"] for group in groups for name in group["targets"]}
+        experts = said.get(EXPERTS)
+        return said if experts is None else said | dict.fromkeys(filter(is_expert, layers), experts)
     except _DAMAGED:
         return {}

@@ -33,6 +33,9 @@ def main(job_file: str) -> None:
         trust_remote_code=job["trust_remote_code"],
         **({"attn_implementation": job["attention"]} if job["attention"] else {}),
     )
+    for parameter in model.parameters():  # stacked experts keep the type of their scales
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
     with torch.no_grad():
         output = model.eval()(**load_file(job["inputs"]))
     logits = getattr(output, "logits", None)

@@ -31,7 +31,7 @@ from dataclasses import dataclass
 
 from cptq.errors import ModelError, UnknownNameError, UsageError
 from cptq.registry import closest
-from cptq.types import Candidate, LayerSpec
+from cptq.types import Candidate, LayerSpec, is_expert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +139,7 @@ class Runtime:
         Raises:
             ModelError: a tensor belongs to an expert.
         """
-        experts = [name for name in names if ".experts." in name]
+        experts = [name for name in names if is_expert(name)]
         stacked = [name for name in experts if not name.endswith(".weight")]
         if experts and not self.experts:
             raise ModelError(

@@ -105,6 +105,8 @@ class PackedLayout:
         """What cannot be packed, or not in this kind of layer."""
         if layer.kind == "embedding" and candidate.sparsity:
             return "a sparse embedding, whose rows would have no fixed place"
+        if layer.expert:
+            return "an expert, which transformers stacks with others when it loads them"
         return unfit(layer.shape, resolved(candidate, layer.shape[1]))
 
     def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:

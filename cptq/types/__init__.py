@@ -8,7 +8,15 @@ from __future__ import annotations
 from cptq.types.comparison import PairedDifference
 from cptq.types.event import Emit, Event, Notice, Progress
 from cptq.types.layout import Layout
-from cptq.types.model import DTYPE_BYTES, LayerKind, LayerSpec, ModelKind, TensorSpec, Unit
+from cptq.types.model import (
+    DTYPE_BYTES,
+    LayerKind,
+    LayerSpec,
+    ModelKind,
+    TensorSpec,
+    Unit,
+    is_expert,
+)
 from cptq.types.plan import Budget, Candidate, Plan, SensitivityTable, digest
 from cptq.types.result import (
     Artifact,
@@ -53,4 +61,5 @@ __all__ = [
     "Unit",
     "Validation",
     "digest",
+    "is_expert",
 ]

@@ -72,6 +72,16 @@ class LayerSpec:
     def weight_name(self) -> str:
         return f"{self.name}.weight"
 
+    @property
+    def expert(self) -> bool:
+        """Whether it belongs to an expert of a mixture, by the name that all families give them."""
+        return is_expert(self.name)
+
+
+def is_expert(name: str) -> bool:
+    """Whether a layer or tensor so called belongs to an expert of a mixture."""
+    return ".experts." in name
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:

@@ -62,7 +62,16 @@ class CompressedLayer:
     mask: torch.Tensor | None = None
 
     def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight (out, in), multiplied out in `dtype`."""
+        """The weight (out, in), multiplied out in `dtype`.
+
+        An expert's is multiplied out in the type of its scales, as stock transformers does before
+        it stacks the experts.
+        """
+        if self.spec.expert:
+            return self._multiplied(self.scale.dtype).to(dtype)
+        return self._multiplied(dtype)
+
+    def _multiplied(self, dtype: torch.dtype) -> torch.Tensor:
         out, groups = self.scale.shape
         codes_OGK = self.codes.to(dtype).view(out, groups, -1)
         if self.zero is not None:

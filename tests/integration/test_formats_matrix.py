@@ -34,10 +34,14 @@ WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 #: sizes that 32 divides, so that every format can hold the layers; by each family's own names
 _USUAL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 _LLAMA = _USUAL | {"num_key_value_heads": 2, "head_dim": 16}
+_EXPERTS = {"num_experts": 6, "moe_intermediate_size": 64}
 SIZES: dict[str, dict[str, Any]] = {
     "llama": _LLAMA,
     "mistral": _LLAMA,
     "qwen3": _LLAMA,
+    "qwen3_moe": _LLAMA | _EXPERTS,
+    "qwen2_moe": _LLAMA | _EXPERTS | {"shared_expert_intermediate_size": 64},
+    "olmoe": _LLAMA | {"num_experts": 6, "intermediate_size": 64},
     "qwen2": _USUAL | {"num_key_value_heads": 2},
     "opt": {"hidden_size": 64, "ffn_dim": 96, "num_attention_heads": 4, "word_embed_proj_dim": 64},
     "gpt2": {"n_embd": 64, "n_inner": 96, "n_head": 4},
@@ -74,6 +78,8 @@ def compressed(
         asymmetric = replace(choice, symmetric=choice.dense)
         if number % 2 and cost.refusal(unit.name, asymmetric) is None:
             choice = asymmetric
+        if any(spec.expert for spec in unit.layers):  # they have one scheme, or none
+            choice = candidate(next(width for width in widths if width < 16), group)
         if not choice.dense and cost.refusal(unit.name, choice) is None:
             layers += [compress_layer(model, spec, choice) for spec in unit.layers]
     return layers
@@ -83,7 +89,7 @@ def difference(
     form: Format, path: Path, widths: tuple[int, ...], out: Path
 ) -> tuple[float | None, float, int]:
     """Largest difference of the outputs, their largest value, and how many layers were packed."""
-    model = load(path, conv1d=True)
+    model = load(path, conv1d=True, experts=True)
     layers = compressed(model, form, widths)
     content = content_of(model, layers, lambda event: None)
     form.check(content)

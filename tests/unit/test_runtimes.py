@@ -168,11 +168,16 @@ def _fields(plan: Plan) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", list(RUNTIMES))
-def test_a_mixture_of_experts_is_refused_in_words(name: str) -> None:
-    names = ["model.layers.0.self_attn.q_proj.weight", "model.layers.0.mlp.experts.gate_up_proj"]
+def test_a_mixture_of_experts_is_taken_apart_or_refused_in_words(name: str) -> None:
+    attention = "model.layers.0.self_attn.q_proj.weight"
+    apart, stacked = (
+        f"model.layers.0.mlp.experts.{end}" for end in ("3.up_proj.weight", "gate_up_proj")
+    )
+    RUNTIMES[name].check_tensors([attention])
     if RUNTIMES[name].experts:
-        RUNTIMES[name].check_tensors(names)
+        RUNTIMES[name].check_tensors([attention, apart])
+        with pytest.raises(ModelError, match=r"one stacked tensor .*experts\.gate_up_proj"):
+            RUNTIMES[name].check_tensors([attention, stacked])
         return
-    with pytest.raises(ModelError, match=r"mixture of experts.*experts\.gate_up_proj"):
-        RUNTIMES[name].check_tensors(names)
-    RUNTIMES[name].check_tensors(names[:1])
+    with pytest.raises(ModelError, match=rf"mixture of experts.*--runtime {name} does not take"):
+        RUNTIMES[name].check_tensors([attention, apart])

@@ -29,8 +29,8 @@ from cptq.types import CompressedLayer, LayerResult, LayerSpec, TensorSpec
 
 NAME = "compressed-tensors"
 FORMAT = "pack-quantized"
-#: part of every expert's name, and how all of them are named in config.json
-EXPERT, EXPERTS = ".experts.", r"re:.*\.experts\..*"
+#: how all experts are named in config.json
+EXPERTS = r"re:.*\.experts\..*"
 
 
 class CompressedTensors(SafetensorsFormat):
@@ -155,7 +155,7 @@ def quantization_config(
         return None
     targets: dict[tuple[int, int], list[str]] = {}
     for layer in layers:
-        if EXPERT not in layer.spec.name:
+        if not layer.spec.expert:
             targets.setdefault(scheme(layer), []).append(layer.spec.name)
     groups = [_group(key, targets[key]) for key in sorted(targets)]
     experts = experts_scheme(layers, all_layers)
@@ -180,11 +180,11 @@ def experts_scheme(
     Raises:
         ArtifactError: they have several, or some are dense.
     """
-    packed = [layer for layer in layers if EXPERT in layer.spec.name]
+    packed = [layer for layer in layers if layer.spec.expert]
     channels = all(layer.scale.shape[1] == 1 for layer in packed)
     # a group as wide as one layer counts as a channel only where it is one in all of them
     found = sorted({(_bits(x), 0 if channels else _group_size(x)) for x in packed})
-    dense = sum(EXPERT in spec.name for spec in all_layers) - len(packed)
+    dense = sum(spec.expert for spec in all_layers) - len(packed)
     if len(found) > 1 or dense:
         kinds = [f"{bits} bits in groups of {group or 'a channel'}" for bits, group in found]
         kinds += [f"{dense} dense"] if dense else []

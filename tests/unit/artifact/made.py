@@ -44,9 +44,9 @@ RECORD = CalibrationRecord(
 MIXED = (2, 3, 4, 5, 6, 7, 8, 16)
 
 
-def load(path: Path, *, conv1d: bool = False) -> LoadedModel:
+def load(path: Path, *, conv1d: bool = False, experts: bool = False) -> LoadedModel:
     settings = ModelSettings(model=str(path), device="cpu")
-    return load_model(settings, lambda event: None, conv1d=conv1d)
+    return load_model(settings, lambda event: None, conv1d=conv1d, experts=experts)
 
 
 def compress(

@@ -22,6 +22,7 @@ _LLAMA = {
     "gate_up": ("gate_proj", "up_proj"),
     "down": ("down_proj",),
 }
+_ATTENTION = {role: _LLAMA[role] for role in ("qkv", "o")}
 _BERT = {
     "qkv": ("attention.self.query", "attention.self.key", "attention.self.value"),
     "o": ("attention.output.dense",),
@@ -34,6 +35,10 @@ UNITS: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "mistral": _LLAMA,
     "qwen2": _LLAMA,
     "qwen3": _LLAMA,
+    # as they are loaded for anything but compression: the experts stacked, in no linear layer
+    "qwen3_moe": _ATTENTION,
+    "olmoe": _ATTENTION,
+    "qwen2_moe": _LLAMA | {"shared_expert_gate": ("shared_expert_gate",)},
     "opt": {
         "qkv": ("q_proj", "k_proj", "v_proj"),
         "o": ("out_proj",),
