@@ -2,10 +2,11 @@
 """What `scripts/bench_sensitivity` runs: `measure` in a fresh process per metric.
 
 Wall and processor seconds are those of `measure` alone, without loading the model and the text;
-peak memory is that of the whole process, and the line `nothing` shows what loading takes. Plain
-forward passes run in the same process between the units, so that both see the same machine: for
-trials the model from the unit's block on, for a sampling pass the whole of its rows. Their ratio
-takes processor seconds, which a busy machine moves least.
+peak memory is that of the whole process, and the line `nothing` shows what loading takes. A metric
+that only runs the model forward is measured again in another process, with the plain forward passes
+that it needs between its units, so that both see the same machine: for trials the model from the
+unit's block on, for a sampling pass the whole of its rows. Their ratio takes processor seconds,
+which a busy machine moves least.
 """
 
 from __future__ import annotations
@@ -91,8 +92,10 @@ class Plain:
         self.passes.append(self.spent.of(run).cpu)
 
 
-def child(model_path: str, metrics: list[str], calibration: dict[str, Any]) -> dict[str, Any]:
-    """Load, measure, and say what it took."""
+def child(
+    model: str, metrics: list[str], calibration: dict[str, Any], beside: bool
+) -> dict[str, Any]:
+    """Load, measure, and say what it took; `beside` plain forward passes, if it needs any."""
     from cptq.calibration.tokens import build_calibration
     from cptq.checkpoint.loader import load_model
     from cptq.config import DEFAULT_BITS, CalibrationSettings, ModelSettings
@@ -101,24 +104,24 @@ def child(model_path: str, metrics: list[str], calibration: dict[str, Any]) -> d
     from cptq.sensitivity.measure import measure
     from cptq.types import Progress
 
-    settings = ModelSettings(model=model_path)
-    model = load_model(settings, lambda event: None)
+    settings = ModelSettings(model=model)
+    loaded = load_model(settings, lambda event: None)
     text = build_calibration(
-        model, CalibrationSettings(**calibration), settings, lambda event: None
+        loaded, CalibrationSettings(**calibration), settings, lambda event: None
     )
     if not metrics:
         return {"wall": 0.0, "cpu": 0.0, "peak": peak()}
     needs = METRICS.get(metrics[0]).needs if len(metrics) == 1 else None
     plain = None
-    if needs and not needs.path and (needs.probe or (needs.samples and not needs.samples.backward)):
-        plain = Plain(model, text)
+    if beside and needs and forward_only(needs):
+        plain = Plain(loaded, text)
         warm(plain, probe=needs.probe)
 
     def listen(event: object) -> None:
         if not isinstance(event, Progress) or plain is None:
             return
-        if needs.probe and event.stage == "sensitivity" and event.done < len(model.units):
-            plain.trial(model.units[event.done].block)
+        if needs.probe and event.stage == "sensitivity" and event.done < len(loaded.units):
+            plain.trial(loaded.units[event.done].block)
         elif not needs.probe and event.stage == "samples" and event.done in (1, event.total):
             plain.whole_pass()
 
@@ -128,7 +131,7 @@ def child(model_path: str, metrics: list[str], calibration: dict[str, Any]) -> d
     def run() -> None:
         tables.update(
             measure(
-                model, text, metrics=metrics, candidates=candidates(DEFAULT_BITS, 64), seed=0,
+                loaded, text, metrics=metrics, candidates=candidates(DEFAULT_BITS, 64), seed=0,
                 emit=listen,
             )
         )  # fmt: skip
@@ -138,8 +141,13 @@ def child(model_path: str, metrics: list[str], calibration: dict[str, Any]) -> d
     if plain is not None:
         found["wall"] -= plain.spent.wall
         found["cpu"] -= plain.spent.cpu
-        found["needs"] = needed(plain, metrics[0], len(model.units), tables[metrics[0]])
+        found["needs"] = needed(plain, metrics[0], len(loaded.units), tables[metrics[0]])
     return found
+
+
+def forward_only(needs: Any) -> bool:
+    """Whether a metric runs the model forward and in no other way."""
+    return not needs.path and bool(needs.probe or (needs.samples and not needs.samples.backward))
 
 
 def warm(plain: Plain, *, probe: bool) -> None:
@@ -175,9 +183,13 @@ def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
-def spawn(model: Path, metrics: list[str], calibration: dict[str, Any]) -> dict[str, Any]:
+def spawn(
+    model: Path, metrics: list[str], calibration: dict[str, Any], *, beside: bool = False
+) -> dict[str, Any]:
     """`child` in a process of its own."""
-    job = json.dumps({"model": str(model), "metrics": metrics, "calibration": calibration})
+    job = json.dumps(
+        {"model": str(model), "metrics": metrics, "calibration": calibration, "beside": beside}
+    )
     line = [sys.executable, __file__, "--child", job]
     print("measuring", ", ".join(metrics) or NOTHING, file=sys.stderr, flush=True)
     done = subprocess.run(line, stdout=subprocess.PIPE, check=True, text=True)
@@ -185,10 +197,21 @@ def spawn(model: Path, metrics: list[str], calibration: dict[str, Any]) -> dict[
     return found
 
 
+def alone(model: Path, metric: str, calibration: dict[str, Any]) -> dict[str, Any]:
+    """What one metric takes, and its ratio to plain forward passes if it has one."""
+    from cptq.sensitivity import METRICS
+
+    found = spawn(model, [metric], calibration)
+    if forward_only(METRICS.get(metric).needs):
+        beside = spawn(model, [metric], calibration, beside=True)
+        found["ratio"] = beside["cpu"] / beside["needs"]
+    return found
+
+
 def show(model: Path, metrics: list[str], calibration: dict[str, Any], together: bool) -> None:
     """Measure, then print the table."""
     found = {NOTHING: spawn(model, [], calibration)}
-    found |= {name: spawn(model, [name], calibration) for name in metrics}
+    found |= {name: alone(model, name, calibration) for name in metrics}
     if together:
         found[TOGETHER] = spawn(model, metrics, calibration)
     total = sum(found[name]["cpu"] for name in metrics)
@@ -196,7 +219,7 @@ def show(model: Path, metrics: list[str], calibration: dict[str, Any], together:
     print("|---|--:|--:|--:|--:|--:|")
     for name, got in found.items():
         share = f"{got['cpu'] / total:.1%}" if total and name != NOTHING else ""
-        ratio = f"{got['cpu'] / got['needs']:.2f}" if "needs" in got else ""
+        ratio = f"{got['ratio']:.2f}" if "ratio" in got else ""
         print(
             f"| {name} | {got['wall']:.1f} | {got['cpu']:.1f} | {share} | {got['peak'] / 1e6:,.0f} "
             f"| {ratio} |"
@@ -216,7 +239,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.child:
         job = given.child
-        print(json.dumps(child(job["model"], job["metrics"], job["calibration"])))
+        print(json.dumps(child(**job)))
         return
     if given.model is None:
         parser.error("name a model")
