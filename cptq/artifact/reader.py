@@ -33,6 +33,9 @@ from cptq.types import (
     TensorSpec,
 )
 
+#: more inputs than any layer has; what a manifest claims beyond is not worked with
+MOST_INPUTS = 1 << 24
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredArtifact:
@@ -155,7 +158,7 @@ def _content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsForm
 
 def _spec(item: Mapping[str, Any]) -> LayerSpec:
     out, inputs = (int(n) for n in item["shape"])
-    if min(out, inputs) < 1:
+    if min(out, inputs) < 1 or inputs > MOST_INPUTS:
         raise ValueError(f"{item.get('name')} has the shape {out} x {inputs}")
     return LayerSpec(**{**item, "shape": (out, inputs)})
 

@@ -18,7 +18,9 @@ from torch import nn
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
 from cptq.compression import nearest
-from cptq.compression.problem import Problem
+from cptq.compression.half import in_half
+from cptq.compression.problem import Compressor, Problem
+from cptq.config import Runtime
 from cptq.numerics.groups import resolve_group
 from cptq.numerics.masks import relative_error
 from cptq.types import (
@@ -34,12 +36,12 @@ from cptq.types import (
 
 
 def embedding_tensors(
-    model: LoadedModel, candidate: Candidate | None, layout: Layout, emit: Emit
+    model: LoadedModel, candidate: Candidate | None, layout: Layout, runtime: Runtime, emit: Emit
 ) -> dict[str, tuple[TensorSpec, ...]]:
     """What the weights become, by the name of the dense tensor; what cannot be packed is said."""
     if candidate is None:
         return {}
-    found = _layers(model, candidate, layout)
+    found = _layers(model, candidate, layout, runtime)
     for spec, why in found.items():
         if why is not None:
             emit(Notice(kind="skipped", subject=spec.name, message=f"kept dense: {why}"))
@@ -48,17 +50,19 @@ def embedding_tensors(
 
 
 def compress_embeddings(
-    model: LoadedModel, candidate: Candidate | None, layout: Layout
+    model: LoadedModel, candidate: Candidate | None, layout: Layout, runtime: Runtime
 ) -> list[CompressedLayer]:
     """Round them; afterwards the module computes with the compressed weights."""
     if candidate is None:
         return []
-    found = _layers(model, candidate, layout)
-    return [_compress(model, s, candidate, layout) for s, why in found.items() if why is None]
+    method = in_half(nearest.compress) if runtime.half_scales else nearest.compress
+    found = _layers(model, candidate, layout, runtime)
+    packed = [spec for spec, why in found.items() if why is None]
+    return [_compress(model, spec, candidate, method, layout) for spec in packed]
 
 
 def _layers(
-    model: LoadedModel, candidate: Candidate, layout: Layout
+    model: LoadedModel, candidate: Candidate, layout: Layout, runtime: Runtime
 ) -> Mapping[LayerSpec, str | None]:
     """Token embedding and untied head, with the reason where one cannot be packed."""
     embedding = model.module.get_input_embeddings()  # type: ignore[operator]
@@ -68,16 +72,22 @@ def _layers(
         if spec.tied_to is None and (spec.kind == "head" or module is embedding):
             plain = type(module) in (nn.Embedding, nn.Linear)
             why = None if plain else f"a {type(module).__name__}, which does more than look up"
-            found[spec] = why or layout.refusal(spec, candidate)
+            group = resolve_group(spec.shape[1], candidate.group_size)
+            why = why or layout.refusal(spec, candidate)
+            found[spec] = why or runtime.refusal(spec, candidate, group)
     return found
 
 
 def _compress(
-    model: LoadedModel, spec: LayerSpec, candidate: Candidate, layout: Layout
+    model: LoadedModel,
+    spec: LayerSpec,
+    candidate: Candidate,
+    method: Compressor,
+    layout: Layout,
 ) -> CompressedLayer:
     began, module = time.perf_counter(), model.linear(spec.name)
     W_OI, group = get_weight(module).float(), resolve_group(spec.shape[1], candidate.group_size)
-    solution = nearest.compress(
+    solution = method(
         Problem(
             W_OI=W_OI,
             H_II=W_OI.new_zeros(0, 0),  # nothing is known of the inputs, and nothing asked

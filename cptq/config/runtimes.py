@@ -10,10 +10,10 @@ llama.cpp) and from vLLM's source (0.33; not run here):
 | llamacpp     | 4, 5, 8  | 32                        | inputs divisible by 32| float16 |
 | cptq         | 2 to 8   | any that divide, channel  | any                   | any     |
 
-All may keep any layer at 16 bits. All but `cptq`, which is cptq's own (`cptq.runtime`), leave
-embeddings and output heads dense. Only `cptq` and `llamacpp` take asymmetric grids (llama.cpp at 4
-and 5 bits: its Q4_1 and Q5_1) and the Conv1D of GPT-2; the file that goes to llama.cpp is made from
-an artifact, which is `packed` where one of the two is in it and `compressed-tensors` elsewhere.
+All may keep any layer at 16 bits. Only `cptq`, which is cptq's own (`cptq.runtime`), and `llamacpp`
+take packed embeddings and output heads (llama.cpp at 8 bits: its Q8_0), asymmetric grids (llama.cpp
+at 4 and 5 bits: its Q4_1 and Q5_1) and the Conv1D of GPT-2; the file that goes to llama.cpp is made
+from an artifact, which is `packed` where one of these is in it and `compressed-tensors` elsewhere.
 Query, key and value, and gate and up, are one decision in every plan, which is what vLLM asks of
 the matrices that it fuses. vLLM also takes 2, 3, 5 and 6 bits by a fallback kernel that is not
 verified; that is `transformers`, at one's own risk.
@@ -44,8 +44,9 @@ class Runtime:
     may have on an asymmetric grid; `group_size` is the default. `out_multiple` and `in_multiple`
     must divide a packed layer's dimensions, `half_scales` asks for scales that float16 holds
     exactly, `experts` whether a mixture of experts in one scheme is taken. `conv1d` says that it
-    takes the Conv1D of GPT-2, `wider` embeddings, heads and sparse weights. `next_step` is what to
-    type with the artifact, if more is needed.
+    takes the Conv1D of GPT-2, `embeddings` which widths it takes embeddings and output heads in (an
+    output head, which most models share with the embedding, suffers from fewer), `sparse` that it
+    takes sparse weights. `next_step` is what to type with the artifact, if more is needed.
     """
 
     name: str
@@ -61,7 +62,8 @@ class Runtime:
     wide_format: str | None = None
     asymmetric: tuple[int, ...] = ()
     conv1d: bool = False
-    wider: bool = False
+    embeddings: tuple[int, ...] = ()
+    sparse: bool = False
     next_step: str | None = None
 
     def check_wider(self, *options: str) -> None:
@@ -79,12 +81,21 @@ class Runtime:
                 )
 
     def _takes(self, option: str) -> bool:
-        return bool(self.asymmetric) if option == "--asymmetric" else self.wider
+        taken = {
+            "--asymmetric": bool(self.asymmetric),
+            "--embedding-bits": bool(self.embeddings),
+            "--sparsity": self.sparse,
+        }
+        return taken[option]
 
-    def format_for(self, layers: Iterable[LayerSpec], *, asymmetric: bool) -> str:
-        """The file format that holds these layers, some on asymmetric grids or not."""
+    def format_for(
+        self, layers: Iterable[LayerSpec], *, asymmetric: bool, embedding: bool = False
+    ) -> str:
+        """The file format that holds these layers, some on asymmetric grids or not, and the
+        embedding packed or not."""
         conv1d = any(layer.compressible and layer.kind == "conv1d" for layer in layers)
-        return self.wide_format if self.wide_format and (asymmetric or conv1d) else self.format
+        wide = asymmetric or conv1d or embedding
+        return self.wide_format if self.wide_format and wide else self.format
 
     def check(self, bits: Sequence[int], group_size: int) -> None:
         """Refuse options that the runtime does not take.
@@ -118,7 +129,7 @@ class Runtime:
         out, inputs = layer.shape
         if candidate.bits not in self.bits:
             return f"{self.name} takes {', '.join(map(str, self.bits))} bits, not {candidate.bits}"
-        if candidate.sparsity and not self.wider:
+        if candidate.sparsity and not self.sparse:
             return f"{self.name} takes no sparse weights"
         if not candidate.symmetric and candidate.bits not in self.asymmetric:
             taken = ", ".join(map(str, self.asymmetric)) or "none"
@@ -193,6 +204,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         wide_format="packed",
         asymmetric=(4, 5),
         conv1d=True,
+        embeddings=(8,),
         next_step="cptq export {out} --format gguf",
     ),
     "cptq": Runtime(
@@ -203,7 +215,8 @@ RUNTIMES: Mapping[str, Runtime] = {
         group_size=64,
         asymmetric=(2, 3, 4, 5, 6, 7, 8),
         conv1d=True,
-        wider=True,
+        embeddings=(6, 7, 8),
+        sparse=True,
     ),
 }
 DEFAULT_RUNTIME = "transformers"

@@ -25,7 +25,6 @@ from cptq.registry import closest
 
 DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
 DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
-EMBEDDING_BITS = (6, 7, 8)
 DEFAULT_TASKS = ("wikitext",)
 #: whether a mixed plan must beat the uniform one of the same bytes before it is shipped
 CHECK_UNIFORM = True
@@ -179,11 +178,11 @@ class CompressSettings:
         _check_wider(runtime, self)
         at_least(0, refine=self.refine)
         check_repository(self.push_to_hub)
-        if self.embedding_bits is not None and self.embedding_bits not in EMBEDDING_BITS:
+        if self.embedding_bits is not None and self.embedding_bits not in runtime.embeddings:
             raise UsageError(
                 f"--embedding-bits is {self.embedding_bits}",
-                allowed=f"{', '.join(map(str, EMBEDDING_BITS))} (an output head, which most models "
-                "share with the embedding, suffers from fewer)",
+                allowed=f"{', '.join(map(str, runtime.embeddings))} (an output head, which most "
+                "models share with the embedding, suffers from fewer)",
             )
 
 

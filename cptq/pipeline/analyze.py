@@ -152,5 +152,8 @@ def _name_what_all_leaves_out(metrics: tuple[str, ...], emit: Emit) -> None:
     left_out = [name for name in SLOW if name not in metrics]
     if left_out and set(everyday()) <= set(metrics):
         names = " ".join(f"--metric {name}" for name in left_out)
-        message = f"without {', '.join(left_out)}, which takes hours; add it with {names}"
+        message = (
+            f"without {', '.join(left_out)}, which runs half the model on the held-out text for "
+            f"every unit and width; add it with {names}"
+        )
         emit(Notice(kind="info", subject="--metric all", message=message))

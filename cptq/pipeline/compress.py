@@ -67,7 +67,7 @@ class _Run(Planning):
     def carry_out(self, plan: Plan) -> tuple[Plan, list[CompressedLayer]]:
         """Compress; beside a plan that asks no score where --check-uniform wants it."""
         with self.recorder.stage("compression"):
-            rest = compress_embeddings(self.model, self.embedding, self.layout)
+            rest = compress_embeddings(self.model, self.embedding, self.layout, self.runtime)
             rival = self.rival(plan)
             if rival is None:
                 return plan, rest + self.compress(plan, self.recorder)

@@ -12,7 +12,7 @@ from typing import Any
 from cptq.allocation.allocate import check_plan
 from cptq.allocation.cost import CostModel
 from cptq.checkpoint.model import LoadedModel
-from cptq.config import EMBEDDING_BITS, Runtime
+from cptq.config import Runtime
 from cptq.errors import OutputExistsError, PlanError
 from cptq.report.summary import plain
 from cptq.sensitivity import METRICS
@@ -129,16 +129,18 @@ def read_plan(path: Path, runtime: Runtime) -> Plan:
     found = plan.embedding
     if found is None:
         return plan
-    if not runtime.wider:
+    if not runtime.embeddings:
         raise PlanError(
             f"the plan packs embeddings ({found.label}), which --runtime {runtime.name} does not "
             "load",
             hint='name another --runtime, or edit the plan: "embedding": null keeps them dense',
         )
-    if found.bits not in EMBEDDING_BITS or found.sparsity:
+    grid = found.symmetric or found.bits in runtime.asymmetric
+    if found.bits not in runtime.embeddings or found.sparsity or not grid:
         raise PlanError(
             f"the plan gives the embeddings {found.label}",
-            allowed=f"{', '.join(map(str, EMBEDDING_BITS))} bits without sparsity, or null",
+            allowed=f"{', '.join(map(str, runtime.embeddings))} bits without sparsity, or null"
+            + ("" if grid else f"; {runtime.name} has them on symmetric grids alone"),
         )
     return plan
 

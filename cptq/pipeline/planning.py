@@ -61,28 +61,35 @@ class Planning:
         self.asymmetric = asymmetric_widths(settings)
         kept = self.plan.choices.values() if self.plan is not None else ()
         offset = bool(self.asymmetric) or not all(choice.symmetric for choice in kept)
-        self.form = self.runtime.format_for(self.model.layers, asymmetric=offset)
+        self.embedding = self.embedding_candidate()
+        self.form = self.runtime.format_for(
+            self.model.layers, asymmetric=offset, embedding=self.embedding is not None
+        )
         self.layout = FORMATS.get(self.form).layout
         self.choices = asked_for(settings)
         if settings.asymmetric:
             self.say_symmetric()
-        self.embedding: Candidate | None = None
-        if self.plan is not None:
-            self.embedding = self.plan.embedding
-        elif settings.embedding_bits is not None:
-            self.embedding = Candidate(
-                bits=settings.embedding_bits,
-                group_size=settings.group_size,
-                symmetric=not settings.asymmetric,
-            )
         self.cost = CostModel(
             self.model.units,
             self.model.tensors,
             self.layout,
             self.runtime,
-            embedding_tensors(self.model, self.embedding, self.layout, self.recorder),
+            embedding_tensors(self.model, self.embedding, self.layout, self.runtime, self.recorder),
         )
         self.options: dict[str, tuple[Candidate, ...]] = self.allowed()
+
+    def embedding_candidate(self) -> Candidate | None:
+        """What embeddings become: by the plan, or --embedding-bits."""
+        settings = self.settings
+        if self.plan is not None:
+            return self.plan.embedding
+        if settings.embedding_bits is None:
+            return None
+        return Candidate(
+            bits=settings.embedding_bits,
+            group_size=settings.group_size,
+            symmetric=settings.embedding_bits not in self.asymmetric,
+        )
 
     def say_symmetric(self) -> None:
         """Widths that the runtime has on symmetric grids alone, whatever is asked."""

@@ -94,6 +94,40 @@ def test_a_mixed_plan_comes_out_bit_for_bit(
     )
 
 
+@pytest.mark.parametrize(
+    ("arch", "asymmetric"), [("llama", False), ("llama", True), ("gpt2", False)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_embedding_comes_out_as_q8_0(
+    tiny_model: TinyModel, tmp_path: Path, arch: str, asymmetric: bool, dtype: torch.dtype
+) -> None:
+    """Smaller than the dense one, counted by the budget, and not rounded again."""
+    source = tiny_model(arch, dtype=dtype, **SIZES[arch])
+    done = compressed(
+        source, tmp_path / "out", asymmetric=asymmetric, bits=(4, 8), embedding_bits=8
+    )
+    assert done.artifact.manifest["form"] == "packed"
+    assert done.artifact.manifest["plan"]["embedding"] == "w8g32"
+    content = open_artifact(done.out).content
+    name = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}[arch]
+    reader = exported(done.out, tmp_path / "gguf")
+    tensor = next(t for t in reader.tensors if t.name == "token_embd.weight")
+    assert tensor.tensor_type.name == "Q8_0"
+    found = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
+    assert np.array_equal(found, content.compressed[name].dense(torch.float64).numpy())
+
+
+def test_an_embedding_that_no_block_holds_stays_dense_and_that_is_said(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Its 48 values per token are no blocks of 32; nor are those of most layers."""
+    source = tiny_model("llama", dtype=torch.float16, hidden_size=48, intermediate_size=96)
+    done = compressed(source, tmp_path / "out", embedding_bits=8, target="15bit")
+    assert done.artifact.manifest["form"] == "packed"
+    said = [n.message for n in done.summary.notices if n.subject == "model.embed_tokens"]
+    assert "kept dense: llamacpp takes inputs that 32 divides, and this is 300 x 48" in said
+
+
 def _sums(reader: gguf.GGUFReader, kinds: set[str]) -> list[tuple[float, ...]]:
     return [
         _sum(gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64))

@@ -119,8 +119,17 @@ def test_asymmetric_grids_are_for_the_widths_that_have_a_block() -> None:
         settings(asymmetric=True)
     with pytest.raises(UsageError, match="does nothing at --bits 8,16; allowed: with one of 4, 5"):
         settings(runtime="llamacpp", asymmetric=True, bits=(8, 16), group_size=32)
-    with pytest.raises(UsageError, match=r"--embedding-bits .*; allowed: --runtime cptq"):
-        settings(runtime="llamacpp", bits=(4,), group_size=32, embedding_bits=8)
+
+
+def test_embeddings_are_for_the_runtimes_and_widths_that_have_them() -> None:
+    asked = settings(runtime="llamacpp", bits=(4,), group_size=32, embedding_bits=8)
+    assert asked.embedding_bits == 8
+    with pytest.raises(UsageError, match=r"--embedding-bits is 6; allowed: 8 \("):
+        settings(runtime="llamacpp", bits=(4,), group_size=32, embedding_bits=6)
+    with pytest.raises(UsageError, match=r"--embedding-bits .*--runtime llamacpp or cptq"):
+        settings(bits=(4,), group_size=32, embedding_bits=8)
+    with pytest.raises(UsageError, match=r"--sparsity .*; allowed: --runtime cptq"):
+        settings(runtime="llamacpp", bits=(4,), group_size=32, sparsity=("2:4",))
 
 
 def test_the_format_is_the_portable_one_where_that_holds_the_plan() -> None:

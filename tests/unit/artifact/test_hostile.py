@@ -267,6 +267,18 @@ def test_a_foreign_or_hostile_manifest_is_refused(
         open_artifact(copy) if "inventory" in change else audit(copy, lambda event: None)
 
 
+def test_an_absurd_shape_is_refused_at_once(made: Path, tmp_path: Path) -> None:
+    """Looking for a group size that divides it would take hours."""
+    copy = shutil.copytree(made / "ct", tmp_path / "copy")
+    manifest = json.loads((copy / "cptq.json").read_text())
+    name = manifest["layers"][0]["name"]
+    manifest["layers"][0]["candidate"] = f"w4g{10**14}"
+    next(x for x in manifest["inventory"] if x["name"] == name)["shape"] = [8, 10**15 + 37]
+    (copy / "cptq.json").write_text(json.dumps(manifest))
+    with pytest.raises(CptqError, match=f"{name} has the shape 8 x {10**15 + 37}"):
+        open_artifact(copy)
+
+
 def test_one_flipped_bit_of_a_weight_is_found(made: Path, tmp_path: Path) -> None:
     for form in ("ct", "gguf"):
         copy = shutil.copytree(made / form, tmp_path / form)
