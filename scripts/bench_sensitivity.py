@@ -4,9 +4,9 @@
 Wall and processor seconds are those of `measure` alone, without loading the model and the text;
 peak memory is that of the whole process, and the line `nothing` shows what loading takes. A metric
 that only runs the model forward is measured again in another process, with the plain forward passes
-that it needs between its units, so that both see the same machine: for trials the model from the
-unit's block on, for a sampling pass the whole of its rows. Their ratio takes processor seconds,
-which a busy machine moves least.
+that it needs in turn, so that both see the same machine: for trials the model from the unit's block
+on, between the units; for a sampling pass the whole of its rows, medians of three each. Their ratio
+takes processor seconds, which a busy machine moves least.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ from typing import Any
 
 NOTHING = "nothing"
 TOGETHER = "all together"
+#: how often a metric of a sampling pass and the pass itself take turns
+TURNS = 3
 
 
 @dataclass
@@ -118,12 +120,10 @@ def child(
         warm(plain, probe=needs.probe)
 
     def listen(event: object) -> None:
-        if not isinstance(event, Progress) or plain is None:
+        if not isinstance(event, Progress) or plain is None or not needs.probe:
             return
-        if needs.probe and event.stage == "sensitivity" and event.done < len(loaded.units):
+        if event.stage == "sensitivity" and event.done < len(loaded.units):
             plain.trial(loaded.units[event.done].block)
-        elif not needs.probe and event.stage == "samples" and event.done in (1, event.total):
-            plain.whole_pass()
 
     spent = Spent()
     tables: dict[str, Any] = {}
@@ -136,6 +136,8 @@ def child(
             )
         )  # fmt: skip
 
+    if plain is not None and not needs.probe:
+        return turn_by_turn(plain, run)
     spent.of(run)
     found = {"wall": spent.wall, "cpu": spent.cpu, "peak": peak()}
     if plain is not None:
@@ -143,6 +145,15 @@ def child(
         found["cpu"] -= plain.spent.cpu
         found["needs"] = needed(plain, metrics[0], len(loaded.units), tables[metrics[0]])
     return found
+
+
+def turn_by_turn(plain: Plain, run: Callable[[], None]) -> dict[str, Any]:
+    """The metric and the plain pass it needs, in turn: a pass inside it would be sampled, too."""
+    taken = []
+    for _ in range(TURNS):
+        plain.whole_pass()
+        taken.append(Spent().of(run).cpu)
+    return {"cpu": statistics.median(taken), "needs": statistics.median(plain.passes)}
 
 
 def forward_only(needs: Any) -> bool:
@@ -160,9 +171,7 @@ def warm(plain: Plain, *, probe: bool) -> None:
 
 
 def needed(plain: Plain, metric: str, units: int, table: Any) -> float:
-    """Processor seconds of the plain forward passes that a metric needs: medians, multiplied."""
-    if plain.passes:
-        return statistics.median(plain.passes)
+    """Processor seconds of the plain trials that a metric needs: medians, multiplied."""
     per_unit = trials_per_unit(metric, table)
     one_each = [statistics.median(taken) * len(taken) for taken in plain.trials.values()]
     first = statistics.median(plain.trials[0])
