@@ -114,6 +114,10 @@ RECIPES: Mapping[str, Recipe] = {
     "generic": Recipe("phi", AutoModelForCausalLM, _COMMON),
 }
 CAUSAL_ARCHITECTURES = tuple(n for n, r in RECIPES.items() if r.auto is AutoModelForCausalLM)
+#: those that run in float64; transformers' experts do not
+EXACT_ARCHITECTURES = tuple(
+    n for n in CAUSAL_ARCHITECTURES if "num_experts" not in RECIPES[n].config
+)
 
 
 def build_tiny_model(

@@ -16,7 +16,8 @@ Only stacks of that form are taken apart, and only where the checkpoint has the 
 and the result agrees with the original on random rows; any other stays as it is, and the runtime
 refuses it in words (`cptq.config.runtimes`). Mixtral is one: its blocks have another name on disk.
 
-Cost: a loop over all experts in Python; calibration is slower than the stock model, which groups.
+Limits: rows of padding reach experts too, and count there; calibration text of language models has
+none. Cost: a loop over all experts in Python; calibration is slower than the stock model, which groups.
 """
 
 from __future__ import annotations

@@ -27,7 +27,9 @@ def naive_moment(module: nn.Module, name: str, batches: Sequence[Mapping[str, Te
         with torch.no_grad():
             module(**batch)
         mask = batch["attention_mask"].flatten().bool().tolist()
-        rows = caught[0].reshape(len(mask), -1).double()
+        rows = caught[0].reshape(-1, width).double()
+        if len(rows) != len(mask):  # an expert's: nothing says which of them are padding
+            mask = [True] * len(rows)
         for row_I, real in zip(rows, mask, strict=True):
             if real:
                 total_II += torch.outer(row_I, row_I)

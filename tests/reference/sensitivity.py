@@ -19,7 +19,7 @@ from cptq.types import CalibrationRecord
 def loaded(path: object, *, conv1d: bool = False) -> LoadedModel:
     """A checkpoint on the CPU, its notices dropped."""
     settings = ModelSettings(model=str(path), device="cpu")
-    return load_model(settings, lambda event: None, conv1d=conv1d)
+    return load_model(settings, lambda event: None, conv1d=conv1d, experts=True)
 
 
 def random_calibration(

@@ -10,7 +10,7 @@ from cptq.errors import EvaluationError
 from cptq.evaluation import continuations as room
 from cptq.evaluation.continuations import Encoder, Request, context_length, score
 from tests.reference.likelihood import naive_score
-from tests.tiny_models import CAUSAL_ARCHITECTURES
+from tests.tiny_models import EXACT_ARCHITECTURES
 
 REQUESTS = [
     Request(context=(1, 9, 30), continuation=(7, 8)),
@@ -27,7 +27,7 @@ def scored(model, requests=REQUESTS, length=256, batch_size=3, emit=lambda event
     return found.loglikelihood.tolist(), found.greedy.tolist()
 
 
-@pytest.mark.parametrize("arch", CAUSAL_ARCHITECTURES)
+@pytest.mark.parametrize("arch", EXACT_ARCHITECTURES)
 def test_scores_equal_the_naive_ones(load, arch: str) -> None:
     model = load(arch)
     expected = [naive_score(model.module, r.context, r.continuation, 256) for r in REQUESTS]

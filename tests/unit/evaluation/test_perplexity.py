@@ -22,7 +22,7 @@ from cptq.evaluation.perplexity import (
     window_nll,
 )
 from tests.reference.perplexity import naive_nll, naive_perplexity
-from tests.tiny_models import CAUSAL_ARCHITECTURES, SENTENCES, tiny_tokenizer
+from tests.tiny_models import EXACT_ARCHITECTURES, SENTENCES, tiny_tokenizer
 
 TEXT = " ".join(SENTENCES)
 CPU = torch.device("cpu")
@@ -38,7 +38,7 @@ def measured(module: nn.Module, ids: Tensor, seqlen: int, batch_size: int = 3) -
     return window_nll(module, windows_NT, batch_size=batch_size, device=CPU).tolist()
 
 
-@pytest.mark.parametrize("arch", CAUSAL_ARCHITECTURES)
+@pytest.mark.parametrize("arch", EXACT_ARCHITECTURES)
 def test_nll_equals_the_naive_one(load, arch: str) -> None:
     model = load(arch)
     ids = tokenize(model.tokenizer, TEXT).ids
