@@ -17,7 +17,7 @@ and the result agrees with the original on random rows; any other stays as it is
 refuses it in words (`cptq.config.runtimes`). Mixtral is one: its blocks have another name on disk.
 
 Limits: rows of padding reach experts too, and count there; calibration text of language models has
-none. Cost: a loop over all experts in Python; calibration is slower than the stock model, which groups.
+none. Cost: a loop over all experts in Python, where the stock model groups them.
 """
 
 from __future__ import annotations
