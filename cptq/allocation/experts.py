@@ -118,12 +118,13 @@ def _common(experts: Sequence[str], options: Options) -> list[Candidate]:
 def _check_group(units: Sequence[Unit], candidate: Candidate) -> None:
     layers = (layer for unit in units for layer in unit.layers if layer.expert)
     widths = sorted({layer.shape[1] for layer in layers})
-    per_channel = {resolve_group(width, candidate.group_size) == width for width in widths}
-    groups = {resolve_group(width, candidate.group_size) for width in widths}
-    if not candidate.dense and len(groups) > 1 and per_channel != {True}:
+    groups = {width: resolve_group(width, candidate.group_size) for width in widths}
+    sizes = sorted(set(groups.values()))
+    channels = all(width == group for width, group in groups.items())
+    if not candidate.dense and len(sizes) > 1 and not channels:
         raise PlanError(
             f"experts have layers of {' and '.join(map(str, widths))} inputs, on which "
-            f"{candidate.label} has groups of {' and '.join(map(str, sorted(groups)))}; "
+            f"{candidate.label} has groups of {' and '.join(map(str, sizes))}; "
             "transformers loads one scheme for all experts",
             allowed=f"--group-size that divides {math.gcd(*widths)}, or 0 (per channel)",
         )
