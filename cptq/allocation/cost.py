@@ -3,7 +3,7 @@
 A checkpoint is its safetensors file (or shards): 8 bytes of length, a JSON header, the tensors. The
 header is counted as well, and it depends on the choice: a packed layer has three entries where a
 dense one has one, and offsets have more or fewer digits. So a whole-file size is no sum over units,
-and is computed exactly, in the writer's own code (`cptq.numerics.safetensors_header`).
+and is computed exactly, in the writer's own code (`cptq.layouts.safetensors_header`).
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from itertools import chain
 
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime
 from cptq.errors import PlanError
-from cptq.numerics.groups import resolve_group
-from cptq.numerics.layout import PACK_QUANTIZED
-from cptq.numerics.safetensors_header import Entry, measure, total_bytes
-from cptq.types import DTYPE_BYTES, Candidate, LayerSpec, Layout, SizeReport, TensorSpec, Unit
+from cptq.layouts import Layout
+from cptq.layouts.groups import resolve_group
+from cptq.layouts.pack_quantized import PACK_QUANTIZED
+from cptq.layouts.safetensors_header import Entry, measure, total_bytes
+from cptq.types import DTYPE_BYTES, Candidate, LayerSpec, SizeReport, TensorSpec, Unit
 
 Choices = Mapping[str, Candidate]
 

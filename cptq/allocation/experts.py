@@ -18,7 +18,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 
 from cptq.errors import BudgetError, PlanError
-from cptq.numerics.groups import resolve_group
+from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, Emit, Plan, Unit
 
 Options = Mapping[str, Sequence[Candidate]]

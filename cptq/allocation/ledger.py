@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cptq.allocation.cost import Choices, CostModel
-from cptq.numerics.safetensors_header import (
+from cptq.layouts.safetensors_header import (
     ALIGNMENT,
     FRAME,
     SHARD_BYTES,

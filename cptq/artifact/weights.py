@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
-from cptq.numerics.safetensors_header import (
+from cptq.layouts.safetensors_header import (
     SHARD_BYTES,
     header_bytes,
     in_file_order,

@@ -16,7 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from cptq.errors import ModelError
-from cptq.numerics.packed_layout import WEIGHT_FILES
+from cptq.layouts.packed import WEIGHT_FILES
 from cptq.types import DTYPE_BYTES, TensorSpec
 
 INDEX = "model.safetensors.index.json"

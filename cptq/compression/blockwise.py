@@ -24,17 +24,17 @@ from cptq.compression import COMPRESSORS
 from cptq.compression.half import in_half
 from cptq.compression.problem import Compressor, Solution, layer_problem
 from cptq.errors import CalibrationError
+from cptq.layouts import Layout
+from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.numerics.asymmetric import dequantize_asymmetric
 from cptq.numerics.grid import dequantize
 from cptq.numerics.hessian import SecondMoment
-from cptq.numerics.layout import PACK_QUANTIZED
 from cptq.types import (
     Candidate,
     CompressedLayer,
     Emit,
     LayerResult,
     LayerSpec,
-    Layout,
     Notice,
     Plan,
     Progress,

@@ -21,18 +21,10 @@ from cptq.compression import nearest
 from cptq.compression.half import in_half
 from cptq.compression.problem import Compressor, Problem
 from cptq.config import Runtime
-from cptq.numerics.groups import resolve_group
+from cptq.layouts import Layout
+from cptq.layouts.groups import resolve_group
 from cptq.numerics.masks import relative_error
-from cptq.types import (
-    Candidate,
-    CompressedLayer,
-    Emit,
-    LayerResult,
-    LayerSpec,
-    Layout,
-    Notice,
-    TensorSpec,
-)
+from cptq.types import Candidate, CompressedLayer, Emit, LayerResult, LayerSpec, Notice, TensorSpec
 
 
 def embedding_tensors(

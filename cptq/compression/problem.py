@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from cptq.checkpoint.weights import storage_dtype
-from cptq.numerics.groups import resolve_group
+from cptq.layouts.groups import resolve_group
+from cptq.layouts.packed import TWO_OF_FOUR
 from cptq.numerics.masks import magnitude_mask, two_of_four_mask
-from cptq.numerics.packed_layout import TWO_OF_FOUR
 from cptq.types import Candidate, LayerSpec
 
 

@@ -27,7 +27,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cptq.numerics.gguf_layout import BLOCK, BLOCK_BYTES, TYPE_BITS
+from cptq.layouts.gguf import BLOCK, BLOCK_BYTES, TYPE_BITS
 from cptq.numerics.half_offset import offset_of
 
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cptq.errors import ArtifactError
-from cptq.numerics.packed_layout import FORMAT_VERSION, packed_specs, stored_count, unfit
+from cptq.layouts.packed import FORMAT_VERSION, packed_specs, stored_count, unfit
 from cptq.numerics.packing import unpack_values
 from cptq.numerics.sparse import PATTERN_BITS, PATTERNS
 from cptq.runtime.weight import PackedWeight

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from cptq.numerics.packed_layout import packed_specs
+from cptq.layouts.packed import packed_specs
 from cptq.runtime import operations
 from cptq.runtime.weight import PackedWeight
 from cptq.types import Candidate

@@ -27,7 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cptq.errors import ArtifactError
-from cptq.numerics.packed_layout import FORMAT_VERSION, METHOD, NEEDS, WEIGHT_FILES
+from cptq.layouts.packed import FORMAT_VERSION, METHOD, NEEDS, WEIGHT_FILES
 from cptq.runtime.checks import check_header, check_places, read_modules
 from cptq.runtime.modules import (
     PARTS,

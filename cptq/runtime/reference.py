@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cptq.numerics.packed_layout import TWO_OF_FOUR
+from cptq.layouts.packed import TWO_OF_FOUR
 from cptq.numerics.packing import unpack_rows, unpack_values
 from cptq.numerics.sparse import PATTERN_BITS, join_2_of_4, scatter_codes, unpack_range
 from cptq.runtime.operations import Backend

@@ -11,7 +11,7 @@ from cptq.types import Candidate
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PackedWeight:
-    """One weight (out, in), packed; for shapes and bits see `cptq.numerics.packed_layout`.
+    """One weight (out, in), packed; for shapes and bits see `cptq.layouts.packed`.
 
     `scheme` has the group size that is really used (0: per channel). Operations take it whole; a
     fast one looks at `scheme` and refuses what it does not know (`operations.Backend.supports`).

@@ -20,11 +20,11 @@ from torch.nn.functional import pad
 
 from cptq.checkpoint.weights import storage_dtype
 from cptq.errors import UsageError
+from cptq.layouts.groups import resolve_group
+from cptq.layouts.packed import TWO_OF_FOUR, UNSTRUCTURED
 from cptq.numerics.asymmetric import dequantize_asymmetric, quantize_asymmetric
 from cptq.numerics.grid import dequantize, encode, fit_scales
-from cptq.numerics.groups import resolve_group
 from cptq.numerics.masks import magnitude_mask, two_of_four_mask
-from cptq.numerics.packed_layout import TWO_OF_FOUR, UNSTRUCTURED
 from cptq.types import Candidate, LayerSpec, Unit
 
 

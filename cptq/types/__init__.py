@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from cptq.types.comparison import PairedDifference
 from cptq.types.event import Emit, Event, Notice, Progress
-from cptq.types.layout import Layout
 from cptq.types.model import (
     DTYPE_BYTES,
     LayerKind,
@@ -44,7 +43,6 @@ __all__ = [
     "LayerKind",
     "LayerResult",
     "LayerSpec",
-    "Layout",
     "ModelKind",
     "Notice",
     "Pair",

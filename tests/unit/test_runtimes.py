@@ -21,8 +21,8 @@ from cptq.config import (
     settings_from,
 )
 from cptq.errors import ModelError, PlanError, UnknownNameError, UsageError
-from cptq.numerics.groups import resolve_group
-from cptq.numerics.layout import PACK_QUANTIZED
+from cptq.layouts.groups import resolve_group
+from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.types import Candidate, Notice, Plan
 from tests.unit.allocation.synthetic import FINGERPRINT, model, table
 

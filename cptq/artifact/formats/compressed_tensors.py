@@ -23,7 +23,7 @@ from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.checkpoint.weights import storage_dtype
 from cptq.errors import ArtifactError
-from cptq.numerics.layout import PACK_QUANTIZED, packed_tensors
+from cptq.layouts.pack_quantized import PACK_QUANTIZED, packed_tensors
 from cptq.numerics.packing import pack_rows, packed_words, unpack_rows
 from cptq.types import CompressedLayer, LayerResult, LayerSpec, TensorSpec
 

@@ -23,8 +23,8 @@ from cptq.artifact.formats.interface import CheckpointFormat
 from cptq.artifact.verify import Verification, VerificationSample
 from cptq.artifact.weights import write_weights
 from cptq.checkpoint.weights import TORCH_DTYPES
-from cptq.numerics.layout import HALF, half_type
-from cptq.numerics.safetensors_header import measure, total_bytes
+from cptq.layouts.dense import DENSE_16BIT, dtype_16bit
+from cptq.layouts.safetensors_header import measure, total_bytes
 from cptq.types import Emit, ModelKind, TensorSpec
 
 #: what 16-bit weights may change, as a share of the largest output
@@ -36,7 +36,7 @@ class Dense(CheckpointFormat):
     """See the head of this module."""
 
     name = "dense"
-    layout = HALF
+    layout = DENSE_16BIT
 
     def check(self, content: Content) -> None:
         """Every layer can be multiplied out."""
@@ -75,7 +75,7 @@ def _specs(content: Content) -> list[TensorSpec]:
     """All tensors at 16 bits; float32 is bfloat16 where float16 would overflow."""
     narrow = []
     for spec in content.tensors:
-        dtype = half_type(spec.dtype)
+        dtype = dtype_16bit(spec.dtype)
         if dtype != spec.dtype and not _fits(_exact(content, spec)):
             dtype = "BF16"
         narrow.append(replace(spec, dtype=dtype))

@@ -38,14 +38,14 @@ from cptq.artifact.gguf.vocabulary import add_vocabulary, read_tokenizer, sort_o
 from cptq.artifact.verify import Verification, VerificationSample
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
-from cptq.numerics.gguf_blocks import half_holds, minimum, pack_blocks
-from cptq.numerics.gguf_layout import (
+from cptq.layouts.gguf import (
     BLOCK_BYTES,
     GGUF_LAYOUT,
     shape_refusal,
     type_of,
     type_refusal,
 )
+from cptq.numerics.gguf_blocks import half_holds, minimum, pack_blocks
 from cptq.types import CompressedLayer, Emit, ModelKind, TensorSpec
 
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}

@@ -19,9 +19,10 @@ from cptq.artifact.content import Content
 from cptq.artifact.verify import Verification, VerificationSample, verify_in_fresh_process
 from cptq.artifact.weights import tensor_digests, write_weights
 from cptq.errors import ArtifactError
-from cptq.numerics.layout import replace_tensors
-from cptq.numerics.safetensors_header import measure, total_bytes
-from cptq.types import CompressedLayer, Emit, LayerResult, LayerSpec, Layout, ModelKind, TensorSpec
+from cptq.layouts import Layout
+from cptq.layouts.interface import replace_tensors
+from cptq.layouts.safetensors_header import measure, total_bytes
+from cptq.types import CompressedLayer, Emit, LayerResult, LayerSpec, ModelKind, TensorSpec
 
 
 class Format(ABC):

@@ -21,7 +21,7 @@ from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.checkpoint.weights import storage_dtype
 from cptq.errors import ArtifactError
-from cptq.numerics.packed_layout import (
+from cptq.layouts.packed import (
     FORMAT_VERSION,
     METHOD,
     NEEDS,
@@ -32,8 +32,8 @@ from cptq.numerics.packed_layout import (
     resolved,
     stored_count,
 )
+from cptq.layouts.safetensors_header import split_shards
 from cptq.numerics.packing import pack_rows, pack_values, unpack_rows, unpack_values
-from cptq.numerics.safetensors_header import split_shards
 from cptq.numerics.sparse import (
     PATTERN_BITS,
     join_2_of_4,

@@ -9,8 +9,8 @@ from safetensors.torch import save
 from cptq.allocation.cost import CostModel, layer_tensors
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import PlanError
-from cptq.numerics import safetensors_header
-from cptq.numerics.groups import resolve_group
+from cptq.layouts import safetensors_header
+from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, TensorSpec
 from tests.unit.allocation.synthetic import CANDIDATES, layer, model, unit
 

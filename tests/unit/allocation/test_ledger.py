@@ -6,7 +6,7 @@ import pytest
 
 from cptq.allocation import ledger as ledgers
 from cptq.allocation.ledger import file_ledger, per_unit, weights_ledger
-from cptq.numerics import safetensors_header
+from cptq.layouts import safetensors_header
 from tests.unit.allocation.synthetic import CANDIDATES, model
 
 

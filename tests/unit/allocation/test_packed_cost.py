@@ -15,7 +15,7 @@ from cptq.allocation.ledger import file_ledger, per_unit
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import RUNTIMES
 from cptq.errors import PlanError
-from cptq.numerics.packed_layout import PACKED_LAYOUT, packed_specs
+from cptq.layouts.packed import PACKED_LAYOUT, packed_specs
 from cptq.types import Candidate
 from tests.unit.allocation.synthetic import model
 

@@ -7,7 +7,7 @@ import pytest
 from cptq.allocation.cost import CostModel
 from cptq.config import RUNTIMES
 from cptq.errors import PlanError
-from cptq.numerics.packed_layout import PACKED_LAYOUT
+from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.types import Candidate
 from tests.unit.allocation.synthetic import layer, model, unit
 

@@ -13,7 +13,7 @@ from cptq.allocation.cost import CostModel
 from cptq.allocation.targets import ledger_of, resolve_budget
 from cptq.config import RUNTIMES
 from cptq.errors import BudgetError
-from cptq.numerics.packed_layout import PACKED_LAYOUT
+from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.types import Candidate, Event, Notice, Plan, SensitivityTable
 from tests.unit.allocation.synthetic import model, run, table
 

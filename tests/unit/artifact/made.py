@@ -15,9 +15,9 @@ from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
 from cptq.config import ModelSettings
+from cptq.layouts.groups import resolve_group
 from cptq.numerics.asymmetric import quantize_asymmetric
 from cptq.numerics.grid import quantize_nearest
-from cptq.numerics.groups import resolve_group
 from cptq.numerics.half_offset import MOST_BITS
 from cptq.types import (
     Artifact,

@@ -11,11 +11,11 @@ import torch
 from cptq.artifact.writer import write_artifact
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
+from cptq.layouts.groups import resolve_group
+from cptq.layouts.packed import PACKED_LAYOUT, TWO_OF_FOUR
 from cptq.numerics.asymmetric import quantize_asymmetric
 from cptq.numerics.grid import quantize_nearest
-from cptq.numerics.groups import resolve_group
 from cptq.numerics.masks import magnitude_mask
-from cptq.numerics.packed_layout import PACKED_LAYOUT, TWO_OF_FOUR
 from cptq.types import (
     Artifact,
     Budget,

@@ -20,7 +20,7 @@ from cptq.allocation.cost import CostModel, layer_tensors
 from cptq.artifact.formats.packed import PACKED, check_layer
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.errors import ArtifactError
-from cptq.numerics.packed_layout import PACKED_LAYOUT
+from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.runtime.modules import PackedEmbedding, PackedLinear, PackedModule
 from tests.conftest import TinyModel
 from tests.unit.artifact.made import inputs_of

@@ -19,8 +19,8 @@ from cptq.compression import blockwise, gptq, nearest
 from cptq.compression.blockwise import compress_model, real_rows
 from cptq.compression.problem import Problem, Solution
 from cptq.errors import CalibrationError, UnknownNameError
-from cptq.numerics.groups import resolve_group
-from cptq.numerics.layout import packed_tensors
+from cptq.layouts.groups import resolve_group
+from cptq.layouts.pack_quantized import packed_tensors
 from cptq.types import Budget, Candidate, CompressedLayer, Event, LayerSpec, Notice, Plan, Progress
 from tests.conftest import TinyModel
 from tests.reference.moments import naive_moment

@@ -15,10 +15,10 @@ from cptq.compression.embeddings import compress_embeddings, embedding_tensors
 from cptq.compression.gptq import DAMPING
 from cptq.compression.problem import Problem, Solution
 from cptq.config import RUNTIMES
+from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.numerics.asymmetric import dequantize_asymmetric, fit_asymmetric
 from cptq.numerics.grid import dequantize, fit_scales
 from cptq.numerics.masks import magnitude_mask, two_of_four_mask
-from cptq.numerics.packed_layout import PACKED_LAYOUT
 from cptq.types import Candidate, Event, LayerSpec
 from tests.conftest import TinyModel
 from tests.reference import gptq as truth

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from cptq.layouts.gguf import BLOCK_BYTES, type_of
 from cptq.numerics.gguf_blocks import half_holds, pack_blocks
-from cptq.numerics.gguf_layout import BLOCK_BYTES, type_of
 from cptq.numerics.grid import code_range
 from cptq.numerics.half_offset import offset_precision, rounded_to
 from cptq.types import Candidate

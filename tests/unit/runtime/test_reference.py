@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cptq.artifact.formats.packed import PACKED
-from cptq.numerics.packed_layout import resolved
+from cptq.layouts.packed import resolved
 from cptq.runtime import operations, reference
 from cptq.runtime.modules import PackedEmbedding, PackedLinear, PackedModule, packed_like
 from cptq.runtime.weight import PackedWeight

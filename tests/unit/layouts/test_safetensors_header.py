@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save, save_file
 
 from cptq.checkpoint.weights import TORCH_DTYPES
-from cptq.numerics.safetensors_header import (
+from cptq.layouts.safetensors_header import (
     DTYPE_ORDER,
     header_bytes,
     header_length,

@@ -11,9 +11,7 @@ Pure Python, so that what is budgeted and what is written cannot differ.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-
-from cptq.numerics.groups import resolve_group
+from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, LayerSpec, TensorSpec
 
 #: tensors of one packed layer
@@ -21,7 +19,7 @@ PACKED_TENSORS = 3
 
 
 class PackQuantized:
-    """The `cptq.types.Layout` of compressed-tensors' `pack-quantized`."""
+    """The `cptq.layouts.Layout` of compressed-tensors' `pack-quantized`."""
 
     name = "compressed-tensors"
 
@@ -47,29 +45,6 @@ class PackQuantized:
 PACK_QUANTIZED = PackQuantized()
 
 
-class Half:
-    """The `cptq.types.Layout` of 16-bit weights, whatever they were rounded to before."""
-
-    name = "dense"
-
-    def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
-        """Nothing is refused."""
-        return None
-
-    def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
-        """The weight, in 16 bits."""
-        shape = layer.shape[::-1] if layer.transposed else layer.shape
-        return (TensorSpec(name=layer.weight_name, dtype=half_type(layer.dtype), shape=shape),)
-
-
-def half_type(dtype: str) -> str:
-    """The 16-bit type for values of a storage type; what is no wider float stays."""
-    return "F16" if dtype in ("F32", "F64") else dtype
-
-
-HALF = Half()
-
-
 def packed_tensors(layer: LayerSpec, bits: int, groups: int) -> tuple[TensorSpec, ...]:
     """The three tensors of a compressed layer; `groups` scales per output row."""
     out, inputs = layer.shape
@@ -79,13 +54,3 @@ def packed_tensors(layer: LayerSpec, bits: int, groups: int) -> tuple[TensorSpec
         TensorSpec(name=f"{layer.name}.weight_scale", dtype=layer.dtype, shape=(out, groups)),
         TensorSpec(name=f"{layer.name}.weight_shape", dtype="I64", shape=(2,)),
     )
-
-
-def replace_tensors(
-    tensors: Iterable[TensorSpec], packed: Mapping[str, Sequence[TensorSpec]]
-) -> list[TensorSpec]:
-    """The dense list with some weights (keys: tensor names) replaced in place."""
-    replaced: list[TensorSpec] = []
-    for spec in tensors:
-        replaced.extend(packed.get(spec.name, (spec,)))
-    return replaced

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cptq.numerics.groups import resolve_group
+from cptq.layouts.groups import resolve_group
 
 ASKED = (0, 1, 2, 3, 7, 16, 31, 32, 64, 100, 128, 200, 4096)
 

@@ -6,10 +6,10 @@ value of its own: which choices it can hold, and which tensors a layer becomes.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
-from cptq.types.model import LayerSpec, TensorSpec
-from cptq.types.plan import Candidate
+from cptq.types import Candidate, LayerSpec, TensorSpec
 
 
 class Layout(Protocol):
@@ -25,3 +25,13 @@ class Layout(Protocol):
     def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
         """The tensors that replace the layer's weight in the file, in their exact types and
         shapes; only asked where `refusal` is None."""
+
+
+def replace_tensors(
+    tensors: Iterable[TensorSpec], packed: Mapping[str, Sequence[TensorSpec]]
+) -> list[TensorSpec]:
+    """The dense list with some weights (keys: tensor names) replaced in place."""
+    replaced: list[TensorSpec] = []
+    for spec in tensors:
+        replaced.extend(packed.get(spec.name, (spec,)))
+    return replaced

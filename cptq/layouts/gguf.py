@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from cptq.numerics.groups import resolve_group
+from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, LayerSpec, TensorSpec
 
 #: weights of one block
@@ -30,7 +30,7 @@ def type_of(candidate: Candidate) -> str | None:
 
 
 class GgufLayout:
-    """The `cptq.types.Layout` of GGUF's blocks; a weight becomes one tensor of bytes."""
+    """The `cptq.layouts.Layout` of GGUF's blocks; a weight becomes one tensor of bytes."""
 
     name = "gguf"
 

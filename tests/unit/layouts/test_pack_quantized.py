@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cptq.numerics.layout import PACKED_TENSORS, packed_tensors, replace_tensors
+from cptq.layouts.interface import replace_tensors
+from cptq.layouts.pack_quantized import PACKED_TENSORS, packed_tensors
 from cptq.numerics.packing import pack_rows
 from cptq.types import LayerSpec, TensorSpec
 

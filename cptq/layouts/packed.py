@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cptq.numerics.groups import resolve_group
+from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, LayerSpec, TensorSpec
 
 #: grows when a tensor changes its meaning
@@ -97,7 +97,7 @@ def packed_specs(
 
 
 class PackedLayout:
-    """The `cptq.types.Layout` of `packed`."""
+    """The `cptq.layouts.Layout` of `packed`."""
 
     name = "packed"
 

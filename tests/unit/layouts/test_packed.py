@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cptq.numerics.masks import magnitude_mask
-from cptq.numerics.packed_layout import (
+from cptq.layouts.packed import (
     PACKED_LAYOUT,
     packed_specs,
     resolved,
     stored_count,
     unfit,
 )
+from cptq.numerics.masks import magnitude_mask
 from cptq.types import Candidate, LayerKind, LayerSpec
 
 

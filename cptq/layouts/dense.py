@@ -1,0 +1,28 @@
+"""Dense weights at 16 bits: what `cptq export --format dense` writes. Pure Python."""
+
+from __future__ import annotations
+
+from cptq.types import Candidate, LayerSpec, TensorSpec
+
+
+class Dense16Layout:
+    """The `cptq.layouts.Layout` of 16-bit weights, whatever they were rounded to before."""
+
+    name = "dense"
+
+    def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
+        """Nothing is refused."""
+        return None
+
+    def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
+        """The weight, in 16 bits."""
+        shape = layer.shape[::-1] if layer.transposed else layer.shape
+        return (TensorSpec(name=layer.weight_name, dtype=dtype_16bit(layer.dtype), shape=shape),)
+
+
+def dtype_16bit(dtype: str) -> str:
+    """The 16-bit type for values of a storage type; what is no wider float stays."""
+    return "F16" if dtype in ("F32", "F64") else dtype
+
+
+DENSE_16BIT = Dense16Layout()
