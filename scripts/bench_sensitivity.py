@@ -101,7 +101,7 @@ def child(
     from cptq.calibration.tokens import build_calibration
     from cptq.checkpoint.loader import load_model
     from cptq.config import DEFAULT_BITS, CalibrationSettings, ModelSettings
-    from cptq.pipeline.dense import candidates
+    from cptq.pipeline.inputs import list_candidates
     from cptq.sensitivity import METRICS
     from cptq.sensitivity.measure import measure
     from cptq.types import Progress
@@ -131,7 +131,7 @@ def child(
     def run() -> None:
         tables.update(
             measure(
-                loaded, text, metrics=metrics, candidates=candidates(DEFAULT_BITS, 64), seed=0,
+                loaded, text, metrics=metrics, candidates=list_candidates(DEFAULT_BITS, 64), seed=0,
                 emit=listen,
             )
         )  # fmt: skip

@@ -19,8 +19,8 @@ from cptq.artifact.content import Content
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import Format, SafetensorsFormat
 from cptq.artifact.manifest import FORMAT_VERSION, MANIFEST
+from cptq.artifact.reload import ReloadSample
 from cptq.artifact.sample import read_sample
-from cptq.artifact.verify import VerificationSample
 from cptq.checkpoint.files import open_tensors, read_header, weight_files
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.errors import ArtifactError
@@ -48,7 +48,7 @@ class StoredArtifact:
     plan: Plan
     calibration: CalibrationRecord
     seed: int
-    sample: VerificationSample | None
+    sample: ReloadSample | None
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:

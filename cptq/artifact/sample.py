@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cptq.artifact.verify import VerificationSample
+from cptq.artifact.reload import ReloadSample
 from cptq.errors import ArtifactError
 
 PICKED = 256
@@ -20,7 +20,7 @@ PICKED = 256
 MOST = 1 << 28
 
 
-def sample_record(sample: VerificationSample) -> dict[str, Any]:
+def sample_record(sample: ReloadSample) -> dict[str, Any]:
     """The sample as plain data, the same for the same values."""
     flat = sample.expected.detach().float().cpu().reshape(-1)
     return {
@@ -40,7 +40,7 @@ def _places(numel: int, largest: int) -> torch.Tensor:
     return torch.tensor(sorted({*spread, largest}), dtype=torch.int64)
 
 
-def read_sample(record: Any, *, trust_remote_code: bool = False) -> VerificationSample:
+def read_sample(record: Any, *, trust_remote_code: bool = False) -> ReloadSample:
     """The inverse; outputs that were not kept are NaN, and `known` says which were.
 
     Raises:
@@ -58,7 +58,7 @@ def read_sample(record: Any, *, trust_remote_code: bool = False) -> Verification
 
 def _built(
     record: Mapping[str, Any], shape: tuple[int, ...], places: torch.Tensor, trusted: bool
-) -> VerificationSample:
+) -> ReloadSample:
     values = torch.tensor(record["values"], dtype=torch.float32)
     tolerance = float(record["tolerance"])
     if values.shape != places.shape or not bool(torch.isfinite(values).all()):
@@ -67,7 +67,7 @@ def _built(
         raise ValueError(f"a tolerance of {tolerance}")
     expected = torch.full((prod(shape),), torch.nan)
     expected[places] = values
-    return VerificationSample(
+    return ReloadSample(
         inputs={str(n): torch.tensor(x, dtype=torch.int64) for n, x in record["inputs"].items()},
         expected=expected.view(shape),
         tolerance=tolerance,

@@ -30,12 +30,12 @@ Batch = dict[str, Tensor]
 class Calibration:
     """Token batches on the model's device, and what they are.
 
-    `spare` are rows of the same text that calibrate nothing, as batches of one row each.
+    `held_out` are rows of the same text that do not calibrate, as batches of one row each.
     """
 
     batches: list[Batch]
     record: CalibrationRecord
-    spare: list[Batch] = field(default_factory=list)
+    held_out: list[Batch] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -49,15 +49,16 @@ def build_calibration(
     model_settings: ModelSettings,
     emit: Emit,
     *,
-    spare: int = 0,
+    held_out: int = 0,
     reserve: bool = True,
 ) -> Calibration:
     """Load, tokenise and batch the calibration text.
 
     Args:
-        spare: rows to keep apart, for judging. They come after the `samples` in the same seeded
-            order, so that where there is text enough they change nothing about what calibrates.
-        reserve: where it is not, fewer samples calibrate; else fewer rows are spare, or none.
+        held_out: rows to hold out. They come after the `samples` in the same seeded order, so that
+            with enough text they do not change which rows calibrate.
+        reserve: where the text is short, let fewer samples calibrate; otherwise fewer rows are
+            held out, or none.
 
     Raises:
         DataError: the text is missing or empty.
@@ -78,11 +79,11 @@ def build_calibration(
     for note in text.notes:
         emit(Notice(kind="info", subject="calibration", message=note))
     seqlen = _allowed_seqlen(model, settings.seqlen, emit)
-    wanted = replace(settings, samples=settings.samples + spare)
+    wanted = replace(settings, samples=settings.samples + held_out)
     rows = (_windows if model.kind == "causal-lm" else _documents)(
         model, text, wanted, seqlen, emit
     )
-    count = calibrating(len(rows), settings.samples, spare if reserve else 0)
+    count = count_calibrating(len(rows), settings.samples, held_out if reserve else 0)
     if count < min(settings.samples, len(rows)):
         message = (
             f"the text has {len(rows)} samples: {len(rows) - count} of them are kept apart to "
@@ -90,23 +91,23 @@ def build_calibration(
         )
         emit(Notice(kind="warning", subject="--samples", message=message))
     calibration = _assemble(model, text, settings, seqlen, rows[:count])
-    return replace(calibration, spare=_unseen(model, rows[:count], rows[count:]))
+    return replace(calibration, held_out=_unseen(model, rows[:count], rows[count:]))
 
 
-def calibrating(rows: int, samples: int, spare: int) -> int:
-    """How many of the rows calibrate; where text is short, a quarter at least is kept apart.
+def count_calibrating(rows: int, samples: int, held_out: int) -> int:
+    """Return how many rows calibrate; where text is short, at least a quarter is held out.
 
     Raises:
-        CalibrationError: spare rows are wanted and there are not two rows.
+        CalibrationError: rows are to be held out and there are not two rows.
     """
-    if not spare:
+    if not held_out:
         return min(rows, samples)
     if rows < 2:
         raise CalibrationError(
             "the text gives one sample, and none is left to judge with",
             hint="pass a smaller --seqlen or a longer text",
         )
-    kept = min(spare, max(rows - samples, rows // 4, 1))
+    kept = min(held_out, max(rows - samples, rows // 4, 1))
     return min(samples, rows - kept)
 
 

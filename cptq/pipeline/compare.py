@@ -9,16 +9,15 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cptq.artifact.place import check_output, new_directory
-from cptq.artifact.weights import write_files
+from cptq.artifact.atomic import check_output, new_directory, write_files
 from cptq.config import CompareSettings, EvalSettings, command_line
 from cptq.errors import EvaluationError
 from cptq.evaluation.footprint import weight_bytes
 from cptq.evaluation.paired import compare_results
 from cptq.pipeline.evaluate import run_tasks
-from cptq.pipeline.facts import versions
 from cptq.pipeline.guard import refuse_leaks
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.summarize import versions
 from cptq.report.names import short_names
 from cptq.report.side_by_side import (
     ComparedModel,

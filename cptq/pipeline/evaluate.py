@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from cptq.artifact.atomic import atomic_file, refuse_existing
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import EvalSettings
@@ -16,10 +17,9 @@ from cptq.evaluation.harness import resolve_tasks, run_harness, show_documents
 from cptq.evaluation.options import Beside
 from cptq.evaluation.paired import compare_results
 from cptq.evaluation.run import evaluate as run_task
-from cptq.pipeline.facts import summary
-from cptq.pipeline.files import atomic_file, refuse_existing
 from cptq.pipeline.guard import eval_options, guard, refuse_leaks
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.summarize import summary
 from cptq.report.render import render_json
 from cptq.report.summary import EvalOutcome
 from cptq.types import Emit, EvalResult, Notice, PairedDifference

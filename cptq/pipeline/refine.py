@@ -1,4 +1,4 @@
-"""`compress --refine N`: a plan improved by measuring the whole model, on two texts of its own.
+"""`compress --refine N`: improve a plan by measuring the whole model on held-out text.
 
 Plans are tried on a workbench: units compressed by the run's own compressor on the dense model's
 activations, each (unit, candidate) once. That is exact for rounding to nearest; for GPTQ it leaves
@@ -16,12 +16,12 @@ from cptq.allocation.refine import Choices, Refined, refine
 from cptq.allocation.targets import ledger_of
 from cptq.calibration.objective import objective_for
 from cptq.calibration.probe import Probe
-from cptq.calibration.slices import Rows
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression.workbench import Workbench
 from cptq.config import CompressSettings
 from cptq.pipeline.bench import workbench
+from cptq.pipeline.inputs import HeldOutText
 from cptq.report.words import number
 from cptq.types import Candidate, Emit, Event, Notice, Plan, SensitivityTable
 
@@ -29,7 +29,7 @@ from cptq.types import Candidate, Emit, Event, Notice, Plan, SensitivityTable
 def refine_plan(
     model: LoadedModel,
     calibration: Calibration,
-    texts: Sequence[list[Rows]],
+    held_out: HeldOutText,
     plan: Plan,
     table: SensitivityTable | None,
     cost: CostModel,
@@ -37,24 +37,25 @@ def refine_plan(
     settings: CompressSettings,
     emit: Emit,
 ) -> Plan:
-    """The plan after `settings.refine` measurements; the model is left as it was.
+    """Return the plan after `settings.refine` measurements; the model is left as it was.
 
     Args:
-        texts: two parts of text that calibrate nothing: one to choose by, one to guard.
+        held_out: text to search by, and to guard the result with.
     """
     objective = objective_for(model.kind, model.config)
     seed, sparse = settings.calibration.seed, any(c.sparsity for c in _candidates(options))
     bench = workbench(
         model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
     )
-    choose, guard = (Probe(model, rows, objective) for rows in texts)
+    search = Probe(model, held_out.search, objective)
+    guard = Probe(model, held_out.guard, objective)
     ledger = ledger_of(plan.budget, cost, options)
     problem = build_problem(table, ledger, _candidates(options), _silent)
     with bench.trying():
         found = refine(
             problem,
             plan.choices,
-            measure=_measure(bench, choose),
+            measure=_measure(bench, search),
             guard=_measure(bench, guard),
             evaluations=settings.refine,
             seed=seed,

@@ -23,7 +23,7 @@ import torch
 from cptq.allocation.allocate import allocate, without_sparse
 from cptq.allocation.cost import CostModel
 from cptq.allocation.targets import resolve_budget
-from cptq.calibration.judges import parts
+from cptq.calibration.holdout import split_parts
 from cptq.calibration.objective import objective_for
 from cptq.calibration.probe import Probe
 from cptq.calibration.slices import held_out_tokens, split_held_out, token_count
@@ -32,7 +32,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.compression.workbench import Workbench
 from cptq.config import AnalyzeSettings
 from cptq.pipeline.bench import workbench
-from cptq.pipeline.dense import cost_model
+from cptq.pipeline.inputs import cost_model
 from cptq.report.words import seconds as spoken
 from cptq.sensitivity.validation.pairs import choose_pairs, depth, ranked_depths
 from cptq.sensitivity.validation.ranks import RESAMPLES, agreement
@@ -81,7 +81,7 @@ def validate(
     bench = workbench(
         model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
     )
-    probe = Probe(model, parts(model, calibration.spare, 1)[0], objective)
+    probe = Probe(model, split_parts(model, calibration.held_out, 1)[0], objective)
     dealt = choose_pairs(model.units, len(model.block_names), candidates, settings.pairs, seed)
     chosen = [(unit, c) for unit, c in dealt if cost.refusal(unit.name, c) is None]
     trials = _Trials(model=model, cost=cost, probe=probe, bench=bench, emit=emit)
@@ -262,7 +262,7 @@ def _texts(model: LoadedModel, calibration: Calibration, probe: Probe) -> dict[s
         "fit": f"{token_count(split.fit):,} tokens of {record.source}, {record.samples} samples",
         "choose": f"{token_count(split.held_out):,} tokens from the end of those samples, for "
         f"metrics that measure{shared}",
-        "judge": f"{probe.tokens:,} tokens of {len(calibration.spare)} further samples of "
+        "judge": f"{probe.tokens:,} tokens of {len(calibration.held_out)} further samples of "
         f"{record.source}",
     }
 

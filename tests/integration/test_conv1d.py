@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from cptq.artifact import verify
+from cptq.artifact import reload
 from cptq.config import AnalyzeSettings, CalibrationSettings, CompressSettings, ModelSettings
 from cptq.errors import UsageError
 from cptq.pipeline import analyze, compress
@@ -23,7 +23,7 @@ UNITS = 8  # four Conv1D in each of two blocks
 
 @pytest.fixture(autouse=True)
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_run", run_here)
+    monkeypatch.setattr(reload, "_run", run_here)
 
 
 def common(model: Path) -> dict[str, Any]:

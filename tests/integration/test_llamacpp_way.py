@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from cptq.artifact import verify
+from cptq.artifact import reload
 from cptq.artifact.reader import open_artifact
 from cptq.config import CalibrationSettings, CompressSettings, ExportSettings, ModelSettings
 from cptq.errors import PlanError
@@ -31,7 +31,7 @@ KINDS = {"w4g32": "Q4_0", "w8g32": "Q8_0", "w4g32-asym": "Q4_1", "w5g32-asym": "
 
 @pytest.fixture(autouse=True)
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_run", run_here)
+    monkeypatch.setattr(reload, "_run", run_here)
 
 
 def compressed(model: Path, out: Path, **options: Any) -> CompressOutcome:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cptq
-from cptq.artifact import verify
+from cptq.artifact import reload
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.errors import PlanError, UsageError
 from cptq.pipeline import compress
@@ -23,7 +23,7 @@ from tests.unit.artifact.same_process import run_here
 
 @pytest.fixture(autouse=True)
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_run", run_here)
+    monkeypatch.setattr(reload, "_run", run_here)
 
 
 def settings(model: Path, out: Path, **options: Any) -> CompressSettings:

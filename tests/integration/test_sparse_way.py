@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import cptq
-from cptq.artifact import verify
+from cptq.artifact import reload
 from cptq.config import (
     AnalyzeSettings,
     CalibrationSettings,
@@ -32,7 +32,7 @@ SPARSE = {"runtime": "cptq", "sparsity": ("2:4", "50%"), "bits": (3, 4, 16), "gr
 
 @pytest.fixture(autouse=True)
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_run", run_here)
+    monkeypatch.setattr(reload, "_run", run_here)
 
 
 def common(model: Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from cptq.artifact.companions import copy_companions, write_config
 from cptq.artifact.content import Content
 from cptq.artifact.formats.compressed_tensors import from_pretrained_lines
 from cptq.artifact.formats.interface import CheckpointFormat
-from cptq.artifact.verify import Verification, VerificationSample
+from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.artifact.weights import write_weights
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.layouts.dense import DENSE_16BIT, dtype_16bit
@@ -56,16 +56,16 @@ class Dense(CheckpointFormat):
         copy_companions(content, place, emit)
         return files
 
-    def verify(
+    def check_reload(
         self,
         place: Path,
         kind: ModelKind,
-        sample: VerificationSample,
+        sample: ReloadSample,
         emit: Emit,
         source: Path | None = None,
-    ) -> Verification:
+    ) -> ReloadCheck:
         loose = replace(sample, tolerance=max(TOLERANCE, sample.tolerance))
-        return super().verify(place, kind, loose, emit, source)
+        return super().check_reload(place, kind, loose, emit, source)
 
     def how_to_load(self, content: Content) -> Sequence[str]:
         return from_pretrained_lines(content)

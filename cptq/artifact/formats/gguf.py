@@ -31,11 +31,11 @@ from cptq import __version__
 from cptq.artifact.companions import LICENCE, copy_companions
 from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import Format, refused
-from cptq.artifact.gguf.check import gguf_digests, verify_in_llama_cpp
+from cptq.artifact.gguf.check import gguf_digests, reload_in_llama_cpp
 from cptq.artifact.gguf.families import Config, Family, find_family, rope_factors, row_order
 from cptq.artifact.gguf.remarks import say_what_differs
 from cptq.artifact.gguf.vocabulary import add_vocabulary, read_tokenizer, sort_of
-from cptq.artifact.verify import Verification, VerificationSample
+from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
 from cptq.layouts.gguf import (
@@ -108,16 +108,16 @@ class Gguf(Format):
         copy_companions(content, place, emit, only=LICENCE)
         return {path.name: path.stat().st_size}
 
-    def verify(
+    def check_reload(
         self,
         place: Path,
         kind: ModelKind,
-        sample: VerificationSample,
+        sample: ReloadSample,
         emit: Emit,
         source: Path | None = None,
-    ) -> Verification:
+    ) -> ReloadCheck:
         tokenizer = None if source is None else source / "tokenizer.json"
-        return verify_in_llama_cpp(only_file(place), kind, sample, emit, tokenizer)
+        return reload_in_llama_cpp(only_file(place), kind, sample, emit, tokenizer)
 
     def digests(self, place: Path, files: Iterable[str]) -> dict[str, str]:
         return {n: d for name in files for n, d in gguf_digests(place / name).items()}

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cptq.artifact.gguf import llama_load
 from cptq.artifact.gguf.header import read_gguf
-from cptq.artifact.verify import Verification, VerificationSample
+from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.errors import ArtifactError
 from cptq.types import Emit, ModelKind, Notice
 
@@ -59,9 +59,9 @@ def gguf_digests(path: Path) -> dict[str, str]:
     return dict(sorted(digests.items()))
 
 
-def verify_in_llama_cpp(
-    path: Path, kind: ModelKind, sample: VerificationSample, emit: Emit, tokenizer: Path | None
-) -> Verification:
+def reload_in_llama_cpp(
+    path: Path, kind: ModelKind, sample: ReloadSample, emit: Emit, tokenizer: Path | None
+) -> ReloadCheck:
     """Compute the sample in llama.cpp and compare; without it, say that this was not done.
 
     `tokenizer` is the tokenizer.json whose tokens llama.cpp should find, if it is at hand.
@@ -90,14 +90,14 @@ def verify_in_llama_cpp(
     return _found(float((answer - expected)[known].abs().max()), start)
 
 
-def _found(difference: float | None, start: float) -> Verification:
+def _found(difference: float | None, start: float) -> ReloadCheck:
     seconds = time.perf_counter() - start
-    return Verification(
+    return ReloadCheck(
         missing=(), unexpected=(), mismatched=(), max_abs_difference=difference, seconds=seconds
     )
 
 
-def _expected(kind: ModelKind, sample: VerificationSample) -> Tensor:
+def _expected(kind: ModelKind, sample: ReloadSample) -> Tensor:
     """One row per real token, or per text where the model classifies."""
     expected = sample.expected.detach().float().cpu()
     if kind == "classifier":
@@ -106,9 +106,7 @@ def _expected(kind: ModelKind, sample: VerificationSample) -> Tensor:
     return expected[kept.bool().cpu()]
 
 
-def _compute(
-    path: Path, kind: ModelKind, sample: VerificationSample
-) -> tuple[Mapping[str, Any], Tensor]:
+def _compute(path: Path, kind: ModelKind, sample: ReloadSample) -> tuple[Mapping[str, Any], Tensor]:
     ids = sample.inputs["input_ids"]
     mask = sample.inputs.get("attention_mask", torch.ones_like(ids)).bool()
     with tempfile.TemporaryDirectory(prefix="cptq-check-") as folder:

@@ -19,17 +19,17 @@ def verify(
     """
 
     def work(emit: Emit) -> Answer:
-        from cptq.artifact.audit import audit
+        from cptq.artifact.verify import verify_artifact
         from cptq.report.table import pairs
 
-        found = audit(artifact, emit, trust_remote_code=bool(trust_remote_code))
-        verified = found.verification
-        difference = None if verified is None else verified.max_abs_difference
+        found = verify_artifact(artifact, emit, trust_remote_code=bool(trust_remote_code))
+        reload = found.reload
+        difference = None if reload is None else reload.max_abs_difference
         rows = [
             ("format", found.form),
             ("files", f"{found.files:,} as written"),
             ("tensors", f"{found.tensors:,} as written (sha256)"),
-            ("keys", None if verified is None else "none missing, unexpected or mismatched"),
+            ("keys", None if reload is None else "none missing, unexpected or mismatched"),
             ("largest difference", "not compared" if difference is None else f"{difference:.3g}"),
         ]
         document = {

@@ -9,8 +9,10 @@ from pathlib import Path
 import torch
 
 from cptq.allocation.cost import CostModel
-from cptq.artifact.verify import VerificationSample
-from cptq.artifact.writer import write_artifact
+from cptq.artifact.content import content_of
+from cptq.artifact.draft import Record, draft
+from cptq.artifact.formats import DEFAULT_FORMAT
+from cptq.artifact.reload import ReloadSample
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
@@ -115,11 +117,11 @@ def inputs_of(model: LoadedModel) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def sample_of(model: LoadedModel) -> VerificationSample:
+def sample_of(model: LoadedModel) -> ReloadSample:
     inputs = inputs_of(model)
     output = model.module(**inputs)
     logits = getattr(output, "logits", None)
-    return VerificationSample(
+    return ReloadSample(
         inputs=inputs, expected=output.last_hidden_state if logits is None else logits
     )
 
@@ -131,19 +133,14 @@ def write(
     out: Path,
     *,
     overwrite: bool = False,
-    sample: VerificationSample | None = None,
+    sample: ReloadSample | None = None,
     extras: dict[str, bytes] | None = None,
+    form: str = DEFAULT_FORMAT,
     events: list[Event] | None = None,
 ) -> Artifact:
-    return write_artifact(
-        model,
-        layers,
-        plan,
-        calibration=RECORD,
-        out=out,
-        overwrite=overwrite,
-        seed=0,
-        sample=sample,
-        extras=extras,
-        emit=(events if events is not None else []).append,
-    )
+    emit = (events if events is not None else []).append
+    content = content_of(model, layers, emit)
+    with draft(out, overwrite=overwrite, source=model.path, form=form, emit=emit) as d:
+        d.write(content, Record(plan=plan, calibration=RECORD, seed=0), extras)
+        d.verify(sample)
+    return d.artifact

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from cptq.artifact.writer import write_artifact
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
 from cptq.layouts.groups import resolve_group
@@ -25,7 +24,7 @@ from cptq.types import (
     LayerSpec,
     Plan,
 )
-from tests.unit.artifact.made import RECORD, load, sample_of
+from tests.unit.artifact.made import load, sample_of, write
 
 SYMMETRIC = ("w2g16", "w3c", "w4g32", "w5g16", "w6c", "w7g24", "w8c")
 ASYMMETRIC = tuple(f"{label}-asym" for label in SYMMETRIC)
@@ -117,16 +116,5 @@ def write_packed(
     """Pack the checkpoint at `path`; the model in memory, its layers and what was written."""
     model = load(path)
     layers, plan = pack(model, labels)
-    artifact = write_artifact(
-        model,
-        layers,
-        plan,
-        calibration=RECORD,
-        out=out,
-        overwrite=False,
-        seed=0,
-        sample=sample_of(model) if verify else None,
-        form="packed",
-        emit=lambda event: None,
-    )
-    return model, layers, artifact
+    sample = sample_of(model) if verify else None
+    return model, layers, write(model, layers, plan, out, sample=sample, form="packed")

@@ -111,7 +111,9 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(stories: Path, tmp_path: Path)
     model, _, content = made(stories, widths=(16,))
     written(content, tmp_path / "out")
     events: list[Any] = []
-    found = GGUF.verify(tmp_path / "out", model.kind, sample_of(model), events.append, stories)
+    found = GGUF.check_reload(
+        tmp_path / "out", model.kind, sample_of(model), events.append, stories
+    )
     assert found.max_abs_difference is not None
     assert found.max_abs_difference < 1e-3
     assert [e for e in events if isinstance(e, Notice)] == []
@@ -127,7 +129,7 @@ def test_rows_in_the_wrong_order_are_found(
     monkeypatch.setattr("cptq.artifact.formats.gguf.row_order", lambda *_: None)
     written(content, tmp_path / "out")
     with pytest.raises(ArtifactError, match="answers differently"):
-        GGUF.verify(tmp_path / "out", model.kind, sample_of(model), lambda event: None)
+        GGUF.check_reload(tmp_path / "out", model.kind, sample_of(model), lambda event: None)
 
 
 def test_without_llama_cpp_it_is_said_that_nothing_ran(
@@ -137,7 +139,7 @@ def test_without_llama_cpp_it_is_said_that_nothing_ran(
     written(content, tmp_path / "out")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     events: list[Any] = []
-    found = GGUF.verify(tmp_path / "out", model.kind, sample_of(model), events.append)
+    found = GGUF.check_reload(tmp_path / "out", model.kind, sample_of(model), events.append)
     assert found.max_abs_difference is None
     assert "read back but not run" in events[0].message
 

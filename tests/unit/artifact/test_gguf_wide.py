@@ -93,7 +93,7 @@ def test_llama_cpp_answers_as_the_model_does(
     model, content = packed(path, labels)
     written(content, tmp_path / "out")
     sample = sample_of(model)
-    found = GGUF.verify(tmp_path / "out", model.kind, sample, lambda event: None, path)
+    found = GGUF.check_reload(tmp_path / "out", model.kind, sample, lambda event: None, path)
     assert found.max_abs_difference is not None
     assert 0 < found.max_abs_difference < 0.05 * float(sample.expected.abs().max())
 
@@ -107,7 +107,7 @@ def test_a_classifier_with_its_head_in_the_wrong_order_is_found(
     monkeypatch.setattr(type(family), "known_name", _swapped)
     written(content, tmp_path / "out")
     with pytest.raises(ArtifactError):
-        GGUF.verify(tmp_path / "out", model.kind, sample_of(model), lambda event: None)
+        GGUF.check_reload(tmp_path / "out", model.kind, sample_of(model), lambda event: None)
 
 
 def _swapped(family: Any, tensor: str) -> str:

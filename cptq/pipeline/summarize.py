@@ -10,7 +10,7 @@ from typing import Any
 
 from cptq import __version__
 from cptq.allocation.cost import CostModel
-from cptq.artifact.verify import Verification
+from cptq.artifact.reload import ReloadCheck
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import Settings, command_line, describe
 from cptq.pipeline.recorder import Recorder
@@ -69,7 +69,7 @@ def summary(
     )
 
 
-def verification_facts(found: Verification | None) -> VerificationFacts | None:
+def verification_facts(found: ReloadCheck | None) -> VerificationFacts | None:
     """What the fresh process found, as a report tells it."""
     if found is None:
         return None

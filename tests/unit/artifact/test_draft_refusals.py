@@ -1,4 +1,4 @@
-"""What the writer does not write, and what it says of what it does."""
+"""Refusals of the draft, and its notices."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A mixed plan must beat the plan that asks no score, or that one is shipped.
+"""`--check-uniform`: keep the better plan, the mixed one or the baseline plan that needs no scores.
 
-Both are carried out for good, by the run's own compressor, and judged on text that neither
-calibrated nor chose. The rival is `even`: uniform where the target is a whole number of bits, else
-two neighbouring widths spread over depth, so that both take the same bytes. Cost: one compression
-more, and the dense weights once more in memory.
+Both are carried out by the run's own compressor and compared on held-out text that neither
+calibrated nor chose. The baseline plan is `even`: uniform where the target is a whole number of
+bits, otherwise two neighbouring widths spread over depth, so that both take the same bytes. Cost:
+one more compression, and the dense weights once more in memory.
 """
 
 from __future__ import annotations
@@ -22,16 +22,19 @@ from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.report.words import number
 from cptq.types import CompressedLayer, Emit, Event, Notice, Plan, Progress
 
+#: the allocator of the baseline plan
+BASELINE = "even"
+
 Compress = Callable[[Plan, Emit], list[CompressedLayer]]
 
 
-@dataclass(kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class _Outcome:
-    """One plan carried out: its layers, what was said on the way, how far the model moved."""
+    """One plan carried out: its layers, its notices, and the divergence of each held-out row."""
 
     plan: Plan
     layers: list[CompressedLayer]
-    said: list[Event]
+    notices: list[Event]
     rows: Tensor
 
     @property
@@ -39,28 +42,28 @@ class _Outcome:
         return float(self.rows.mean())
 
 
-def ship_the_better(
+def keep_better_plan(
     model: LoadedModel,
     plan: Plan,
-    rival: Plan,
+    baseline: Plan,
     compress: Compress,
-    text: Sequence[Rows],
+    held_out: Sequence[Rows],
     emit: Emit,
 ) -> tuple[Plan, list[CompressedLayer]]:
-    """Carry out both plans; afterwards `model` computes with the layers that are returned.
+    """Carry out both plans and return the better one; `model` then has its weights.
 
     Args:
         model: dense.
-        plan: the mixed plan; at equal divergence it is shipped.
-        rival: the plan that asked no score.
+        plan: the mixed plan; at equal divergence it is kept.
+        baseline: the plan that needs no scores.
         compress: carries a plan out on the dense model, whose weights it changes.
-        text: batches to judge on.
-        emit: hears of the winner's notices only, and of the verdict.
+        held_out: batches to compare on.
+        emit: receives the notices of the better plan only, and the result.
     """
     objective = objective_for(model.kind, model.config)
-    probe = Probe(model, text, objective)
-    dense = _weights(model)
-    other = _carry_out(rival, compress, probe, emit)
+    probe = Probe(model, held_out, objective)
+    dense = _copy_weights(model)
+    other = _carry_out(baseline, compress, probe, emit)
     for name, W_OI in dense.items():
         set_weight(model.linear(name), W_OI)
     own = _carry_out(plan, compress, probe, emit)
@@ -70,14 +73,14 @@ def ship_the_better(
             set_weight(model.linear(name), W_OI)
         for layer in other.layers:
             set_weight(model.linear(layer.spec.name), layer.dense(model.dtype))
-    for event in better.said:
+    for event in better.notices:
         emit(event)
-    note = _verdict(own, other, objective.unit, probe.tokens)
+    note = _describe_result(own, other, objective.unit, probe.tokens)
     emit(note)
     return replace(better.plan, notes=(*better.plan.notes, note.message)), better.layers
 
 
-def _weights(model: LoadedModel) -> dict[str, Tensor]:
+def _copy_weights(model: LoadedModel) -> dict[str, Tensor]:
     return {
         spec.name: get_weight(model.linear(spec.name)).clone()
         for unit in model.units
@@ -87,21 +90,21 @@ def _weights(model: LoadedModel) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def _carry_out(plan: Plan, compress: Compress, probe: Probe, emit: Emit) -> _Outcome:
-    said: list[Event] = []
+    notices: list[Event] = []
 
-    def hear(event: Event) -> None:
+    def collect(event: Event) -> None:
         if isinstance(event, Progress):
             emit(replace(event, stage=f"{event.stage} {plan.allocator}"))
         else:
-            said.append(event)
+            notices.append(event)
 
-    layers = compress(plan, hear)
-    return _Outcome(plan=plan, layers=layers, said=said, rows=probe.rows_now())
+    layers = compress(plan, collect)
+    return _Outcome(plan=plan, layers=layers, notices=notices, rows=probe.rows_now())
 
 
-def _verdict(own: _Outcome, other: _Outcome, unit: str, tokens: int) -> Notice:
+def _describe_result(own: _Outcome, other: _Outcome, unit: str, tokens: int) -> Notice:
     labels = {candidate.label for candidate in other.plan.choices.values()}
-    rival = f"uniform {labels.pop()}" if len(labels) == 1 else "two widths spread evenly"
+    baseline = f"uniform {labels.pop()}" if len(labels) == 1 else "two widths spread evenly"
     gap = own.rows - other.rows
     error = float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0
     numbers = (
@@ -109,7 +112,9 @@ def _verdict(own: _Outcome, other: _Outcome, unit: str, tokens: int) -> Notice:
         f"(difference {float(gap.mean()):+.3g} ± {error:.2g}, {tokens:,} tokens)"
     )
     if own.divergence <= other.divergence:
-        message = f"the mixed plan is kept: {numbers} of {rival} at the same bytes"
+        message = f"the mixed plan is kept: {numbers} of {baseline} at the same bytes"
         return Notice(kind="info", subject="--check-uniform", message=message)
-    message = f"the mixed plan loses to {rival} at the same bytes, {numbers}: the latter is shipped"
+    message = (
+        f"the mixed plan loses to {baseline} at the same bytes, {numbers}: the latter is shipped"
+    )
     return Notice(kind="warning", subject="--check-uniform", message=message)

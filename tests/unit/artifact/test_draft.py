@@ -4,6 +4,8 @@ import errno
 import hashlib
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +13,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cptq.artifact import place as places
-from cptq.artifact import writer
+from cptq.artifact import atomic
+from cptq.artifact import draft as drafts
+from cptq.artifact.atomic import check_output, check_space
+from cptq.artifact.content import content_of
+from cptq.artifact.draft import Draft, Record, draft
 from cptq.artifact.formats.compressed_tensors import quantization_config
-from cptq.artifact.place import check_output, check_space
 from cptq.artifact.weights import write_weights
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import ArtifactError, OutputExistsError
-from cptq.types import CompressedLayer, Plan, TensorSpec
+from cptq.types import CompressedLayer, Event, Plan, TensorSpec
 from tests.conftest import TinyModel
-from tests.unit.artifact.made import compress, load, write
+from tests.unit.artifact.made import RECORD, compress, load, write
 
 Made = tuple[LoadedModel, list[CompressedLayer], Plan]
 
@@ -188,6 +192,114 @@ def fail_after(count: int, error: BaseException) -> Any:
     return write_or_fail
 
 
+@contextmanager
+def drafted(made: Made, out: Path, *, overwrite: bool = False) -> Iterator[Draft]:
+    """A draft of `out` whose weights are written."""
+    model, layers, plan = made
+    content = content_of(model, layers, quiet)
+    with draft(out, overwrite=overwrite, source=model.path, emit=quiet) as d:
+        d.write(content, Record(plan=plan, calibration=RECORD, seed=0), {"plan.json": b"{}"})
+        yield d
+
+
+def quiet(_event: Event) -> None: ...
+
+
+@pytest.mark.parametrize("step", ["written", "verified", "added"])
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_an_exception_inside_leaves_nothing_of_the_draft(
+    made: Made, tmp_path: Path, step: str, error: type[BaseException], overwrite: bool
+) -> None:
+    out = tmp_path / "out"
+    if overwrite:
+        write(*made, out, extras={"old.json": b"{}"})
+    before = files_below(tmp_path)
+
+    def fail_at_step() -> None:
+        with drafted(made, out, overwrite=overwrite) as d:
+            if step != "written":
+                d.verify(None)
+            if step == "added":
+                d.add({"report.json": b"{}"})
+            assert {p.name for p in tmp_path.iterdir()} - {"out"} == {d.folder.name}
+            raise error
+
+    with pytest.raises(error):
+        fail_at_step()
+    assert files_below(tmp_path) == before
+    assert [p.name for p in tmp_path.iterdir()] == (["out"] if overwrite else [])
+
+
+def test_an_older_artifact_stays_until_the_draft_is_complete(made: Made, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    write(*made, out, extras={"old.json": b"{}"})
+    before = files_below(out)
+    with drafted(made, out, overwrite=True) as d:
+        d.verify(None)
+        d.add({"report.json": b"{}"})
+        assert files_below(out) == before
+    assert {"plan.json", "report.json"} <= set(files_below(out))
+    assert not (out / "old.json").exists()
+
+
+def test_files_are_added_after_the_manifest_which_does_not_cover_them(
+    made: Made, tmp_path: Path
+) -> None:
+    with drafted(made, tmp_path / "out") as d:
+        assert d.verify(None) is None
+        d.add({"report.json": b"[1]", "more/x.json": b"[2]"})
+    assert (d.artifact.path / "report.json").read_bytes() == b"[1]"
+    assert (d.artifact.path / "more" / "x.json").read_bytes() == b"[2]"
+    assert "plan.json" in d.artifact.manifest["files_sha256"]
+    assert not {"report.json", "more/x.json"} & set(d.artifact.manifest["files_sha256"])
+    stored = json.loads((d.artifact.path / "cptq.json").read_text())
+    assert stored == json.loads(json.dumps(d.artifact.manifest))
+
+
+@pytest.mark.parametrize("name", ["../x.json", "/x.json", "model.safetensors"])
+def test_files_that_are_added_stay_inside(made: Made, tmp_path: Path, name: str) -> None:
+    with drafted(made, tmp_path / "out") as d:
+        d.verify(None)
+        with pytest.raises(ArtifactError, match="is no name for a file"):
+            d.add({name: b""})
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_draft_that_was_not_verified_is_not_put_in_place(made: Made, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="verified"), drafted(made, tmp_path / "out"):
+        pass
+    with (
+        pytest.raises(RuntimeError, match="written"),
+        draft(tmp_path / "out", overwrite=False, source=made[0].path, emit=quiet) as d,
+    ):
+        d.verify(None)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up_while_reports_are_added(
+    made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    artifact = write(*made, out)
+    before = files_below(out)
+    error = OSError(errno.ENOSPC, "No space left on device")
+
+    def fill_disk() -> None:
+        with drafted(made, out, overwrite=True) as d:
+            d.verify(None)
+            monkeypatch.setattr(drafts, "write_files", fail_after(0, error))
+            d.add({"report.json": bytes(5_000)})
+
+    with pytest.raises(ArtifactError, match="the disk is full") as caught:
+        fill_disk()
+    need = int(caught.value.problem.split(" needs ")[1].split(" ")[0].replace(",", ""))
+    assert need > artifact.weight_bytes + 5_000
+    assert caught.value.__cause__ is error
+    assert files_below(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize(
     ("error", "raised", "words"),
@@ -219,7 +331,7 @@ def test_nothing_half_written_stays(
     if overwrite:
         write(*made, out)
         before = files_below(out)
-    monkeypatch.setattr(writer, "write_bytes", fail_after(1, error))
+    monkeypatch.setattr(drafts, "write_bytes", fail_after(1, error))
     with pytest.raises(raised, match=words):
         write(*made, out, overwrite=overwrite, extras={"x.json": b"{}"})
     assert [p.name for p in out.parent.iterdir()] == (["out"] if overwrite else [])
@@ -250,7 +362,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
     made: Made, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=12_345)
-    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: full)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: full)
     with pytest.raises(ArtifactError, match=r"needs [\d,]+ bytes and 12,345 are free"):
         write(*made, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
