@@ -188,7 +188,7 @@ def _make_baseline_plan(inputs: CompressInputs, plan: Plan, emit: Emit) -> Plan 
 
 
 def _ignore(_event: Event) -> None:
-    """Notices about the baseline plan are emitted when it is kept."""
+    """Drop notices about allocating the baseline plan, which may not be kept."""
 
 
 def write_artifact(
