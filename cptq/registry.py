@@ -16,7 +16,7 @@ from cptq.errors import UnknownNameError
 T = TypeVar("T")
 
 
-def closest(name: str, names: list[str]) -> str | None:
+def find_closest(name: str, names: list[str]) -> str | None:
     """The most similar of `names`, or None when nothing is near."""
     matches = get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     return matches[0] if matches else None
@@ -51,7 +51,7 @@ class Registry(Generic[T]):
             UnknownNameError: it is not; the message lists the names and the nearest one.
         """
         if name not in self._entries:
-            near = closest(name, self.names())
+            near = find_closest(name, self.names())
             raise UnknownNameError(
                 f"unknown {self.kind} {name!r}",
                 allowed=", ".join(self._entries),

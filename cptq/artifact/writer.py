@@ -7,14 +7,14 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from cptq.artifact.card import CARD, model_card
-from cptq.artifact.companions import companion_bytes
-from cptq.artifact.content import Content, content_of
+from cptq.artifact.card import CARD, build_card
+from cptq.artifact.companions import count_companion_bytes
+from cptq.artifact.content import Content, build_content
 from cptq.artifact.formats import DEFAULT_FORMAT, FORMATS
 from cptq.artifact.formats.interface import Format
-from cptq.artifact.manifest import MANIFEST, build_manifest, file_digests, manifest_bytes
+from cptq.artifact.manifest import MANIFEST, build_manifest, compute_file_digests, encode_manifest
 from cptq.artifact.place import check_output, new_directory
-from cptq.artifact.sample import sample_record
+from cptq.artifact.sample import record_sample
 from cptq.artifact.verify import Verification, VerificationSample
 from cptq.artifact.weights import write_bytes, write_files
 from cptq.checkpoint.model import LoadedModel
@@ -71,7 +71,7 @@ def write_artifact(
         ArtifactError: a layer the format cannot hold, a full disk, a failed verification. Nothing
             is left behind then, and an older artifact is untouched.
     """
-    content = content_of(model, layers, emit)
+    content = build_content(model, layers, emit)
     record = Record(plan=plan, calibration=calibration, seed=seed)
     return write_content(
         content,
@@ -111,20 +111,20 @@ def write_content(
     chosen.check(content)
     more = dict(extras or {})
     _check_extras(more)
-    need = chosen.nbytes(content) + companion_bytes(content.path)
+    need = chosen.nbytes(content) + count_companion_bytes(content.path)
     with new_directory(out, need + sum(map(len, more.values()))) as place:
         emit(Progress(stage="write", done=0, total=2, message=f"{need:,} bytes"))
         files = chosen.write(content, place, emit)
         total = sum(files.values())
-        card = model_card(content, chosen, record.plan, record.calibration, total)
+        card = build_card(content, chosen, record.plan, record.calibration, total)
         write_bytes(place / CARD, card.encode())
         write_files(place, more)
         emit(Progress(stage="write", done=1, total=2, message="verifying in a fresh process"))
         verification = _verify(chosen, content, place, sample, emit)
         manifest = _manifest(chosen, content, record, files, place)
         manifest["verification"] = _plain(verification)
-        manifest.setdefault("sample", sample and sample_record(_with_attention(sample, content)))
-        write_bytes(place / MANIFEST, manifest_bytes(manifest))
+        manifest.setdefault("sample", sample and record_sample(_with_attention(sample, content)))
+        write_bytes(place / MANIFEST, encode_manifest(manifest))
         write_files(place, reports(verification) if reports else {})
     emit(Progress(stage="write", done=2, total=2, message=str(out)))
     return Artifact(path=out, weight_bytes=total, format=manifest["format"], manifest=manifest)
@@ -143,7 +143,7 @@ def _manifest(
         weight_files=files,
         digests=form.digests(place, files),
     )
-    manifest["files_sha256"] = file_digests(place, files)
+    manifest["files_sha256"] = compute_file_digests(place, files)
     return manifest | dict(record.more)
 
 

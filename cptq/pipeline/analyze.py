@@ -17,7 +17,7 @@ from cptq.pipeline.facts import summary
 from cptq.pipeline.files import read_tables, stage_files
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.validate import budgets, validate
-from cptq.report.render import FILES, report_files
+from cptq.report.render import FILES, render_files
 from cptq.report.summary import AnalyzeOutcome, Summary
 from cptq.sensitivity import SLOW, everyday
 from cptq.sensitivity.measure import measure, needs_text
@@ -111,7 +111,7 @@ class _Run:
             sensitivity=tables,
             validation=validation,
         )
-        files = stage_files(self.model, record, tables, None, validation) | report_files(report)
+        files = stage_files(self.model, record, tables, None, validation) | render_files(report)
         with new_directory(place, sum(map(len, files.values()))) as draft:
             write_files(draft, files)
         return report

@@ -21,7 +21,7 @@ from cptq.pipeline.facts import summary, verification_facts
 from cptq.pipeline.files import stage_files
 from cptq.pipeline.planning import Planning
 from cptq.pipeline.recorder import Recorder
-from cptq.report.render import FILES, report_files
+from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
 from cptq.types import (
     Artifact,
@@ -94,7 +94,7 @@ class _Run(Planning):
 
         def reports(found: Verification | None) -> Mapping[str, bytes]:
             made.append(self.report(layers, plan, found))
-            return report_files(made[0])
+            return render_files(made[0])
 
         with self.recorder.stage("artifact"):
             artifact = write_artifact(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from cptq.types.model import LayerSpec
 from cptq.types.plan import Candidate
-from cptq.types.samples import PerSample, per_sample_from
+from cptq.types.samples import PerSample, read_per_sample
 
 if TYPE_CHECKING:
     import torch
@@ -140,7 +140,7 @@ class EvalResult:
         """
         known = {item.name: data[item.name] for item in fields(cls) if item.name in data}
         known["value"] = float(data["value"])  # "inf" and "nan" are texts in JSON
-        known["per_sample"] = per_sample_from(data.get("per_sample"))
+        known["per_sample"] = read_per_sample(data.get("per_sample"))
         known["notes"] = tuple(data.get("notes", ()))
         return cls(**known)
 

@@ -61,21 +61,21 @@ class SamplePairs:
 PerSample = SampleRatios | SamplePairs
 
 
-def ratios(
+def build_ratios(
     numerators: Iterable[float], denominators: Iterable[float] = (), link: Link = "mean"
 ) -> SampleRatios:
     """Sample ratios of numbers of any kind (arrays too), rounded to SIGNIFICANT digits."""
     return SampleRatios(
-        numerators=_compact(numerators), denominators=_compact(denominators), link=link
+        numerators=_round_all(numerators), denominators=_round_all(denominators), link=link
     )
 
 
-def pairs(labels: Iterable[float], predictions: Iterable[float]) -> SamplePairs:
+def build_pairs(labels: Iterable[float], predictions: Iterable[float]) -> SamplePairs:
     """Sample pairs of numbers of any kind, rounded to SIGNIFICANT digits."""
-    return SamplePairs(labels=_compact(labels), predictions=_compact(predictions))
+    return SamplePairs(labels=_round_all(labels), predictions=_round_all(predictions))
 
 
-def per_sample_from(data: Mapping[str, Any] | None) -> PerSample | None:
+def read_per_sample(data: Mapping[str, Any] | None) -> PerSample | None:
     """The samples of a result in eval.json.
 
     Raises:
@@ -84,15 +84,15 @@ def per_sample_from(data: Mapping[str, Any] | None) -> PerSample | None:
     if data is None:
         return None
     if "labels" in data:
-        return pairs(data["labels"], data["predictions"])
-    return ratios(data["numerators"], data["denominators"], data["link"])
+        return build_pairs(data["labels"], data["predictions"])
+    return build_ratios(data["numerators"], data["denominators"], data["link"])
 
 
-def _compact(values: Iterable[float]) -> tuple[float, ...]:
-    return tuple(_rounded(float(value)) for value in values)
+def _round_all(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(_round(float(value)) for value in values)
 
 
-def _rounded(value: float) -> float:
+def _round(value: float) -> float:
     if not math.isfinite(value):
         return value
     return int(value) if value == int(value) else float(f"{value:.{SIGNIFICANT}g}")

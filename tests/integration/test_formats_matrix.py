@@ -16,7 +16,7 @@ import torch
 
 from cptq.allocation.cost import CostModel
 from cptq.artifact import verify
-from cptq.artifact.content import content_of
+from cptq.artifact.content import build_content
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import Format, SafetensorsFormat
 from cptq.artifact.gguf.families import FAMILIES
@@ -91,7 +91,7 @@ def difference(
     """Largest difference of the outputs, their largest value, and how many layers were packed."""
     model = load(path, conv1d=True, experts=True)
     layers = compressed(model, form, widths)
-    content = content_of(model, layers, lambda event: None)
+    content = build_content(model, layers, lambda event: None)
     form.check(content)
     out.mkdir()
     sample = sample_of(model)

@@ -20,7 +20,7 @@ def verify(
 
     def work(emit: Emit) -> Answer:
         from cptq.artifact.audit import audit
-        from cptq.report.table import pairs
+        from cptq.report.formatting import tabulate_pairs
 
         found = audit(artifact, emit, trust_remote_code=bool(trust_remote_code))
         verified = found.verification
@@ -41,7 +41,7 @@ def verify(
             "max_abs_difference": difference,
         }
         return Answer(
-            tables=[pairs(f"{found.path} is what was written", rows)],
+            tables=[tabulate_pairs(f"{found.path} is what was written", rows)],
             document=document,
             line=str(found.path),
         )

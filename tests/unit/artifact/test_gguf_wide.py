@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from cptq.artifact.content import Content, content_of
+from cptq.artifact.content import Content, build_content
 from cptq.artifact.formats.gguf import GGUF
 from cptq.artifact.gguf.families import FAMILIES
 from cptq.checkpoint.model import LoadedModel
@@ -42,7 +42,7 @@ def packed(path: Path, labels: tuple[str, ...] = MIXED) -> tuple[LoadedModel, Co
         for spec in model.layers
         if spec.kind in ("linear", "conv1d")
     ]
-    return model, content_of(model, layers, lambda event: None)
+    return model, build_content(model, layers, lambda event: None)
 
 
 def written(content: Content, place: Path, events: list[Event] | None = None) -> gguf.GGUFReader:

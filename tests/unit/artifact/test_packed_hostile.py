@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import cptq
 from cptq.errors import ArtifactError, CptqError
-from cptq.runtime.checks import read_modules
+from cptq.inference.checks import read_modules
 from tests.conftest import TinyModel
 from tests.unit.artifact.packed_made import write_packed
 

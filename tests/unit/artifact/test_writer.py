@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from cptq.artifact import place as places
 from cptq.artifact import writer
-from cptq.artifact.formats.compressed_tensors import quantization_config
+from cptq.artifact.formats.compressed_tensors import build_quantization_config
 from cptq.artifact.place import check_output, check_space
 from cptq.artifact.weights import write_weights
 from cptq.checkpoint.model import LoadedModel
@@ -60,7 +60,7 @@ def test_the_manifest_describes_the_files(made: Made, tmp_path: Path) -> None:
 
 def test_quantization_config_names_every_linear_once(made: Made) -> None:
     model, layers, _ = made
-    config = quantization_config(layers, model.layers)
+    config = build_quantization_config(layers, model.layers)
     assert config is not None
     groups = config["config_groups"]
     targets = [name for group in groups.values() for name in group["targets"]]

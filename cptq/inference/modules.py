@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cptq.inference import operations
+from cptq.inference.weight import PackedWeight
 from cptq.layouts.packed import packed_specs
-from cptq.runtime import operations
-from cptq.runtime.weight import PackedWeight
 from cptq.types import Candidate
 
 #: field of a `PackedWeight` -> parameter of a module
-PARTS = {
+PARAMETERS = {
     "codes": "weight",
     "scale": "weight_scale",
     "zero": "weight_zero",
@@ -35,7 +35,7 @@ class PackedModule(nn.Module):
         super().__init__()
         self.shape, self.scheme = shape, scheme
         specs = {spec.name[1:]: spec for spec in packed_specs("", shape, "F32", scheme)}
-        for part in PARTS.values():
+        for part in PARAMETERS.values():
             spec = specs.get(part)
             if spec is None:
                 self.register_parameter(part, None)
@@ -47,10 +47,10 @@ class PackedModule(nn.Module):
     @property
     def packed(self) -> PackedWeight:
         """The weight as the operations take it."""
-        parts = {field: getattr(self, part) for field, part in PARTS.items()}
+        parts = {field: getattr(self, part) for field, part in PARAMETERS.items()}
         return PackedWeight(scheme=self.scheme, shape=self.shape, **parts)
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
         """The weight (out, in), multiplied out."""
         return operations.dequantize(self.packed, dtype)
 
@@ -88,7 +88,7 @@ class PackedLinear(PackedModule):
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
         """The dense module it stands for."""
-        W_OI = self.dense_weight(dtype)
+        W_OI = self.dequantize(dtype)
         module: nn.Module
         if self.transposed:
             module = Conv1D(*self.shape)  # type: ignore[no-untyped-call]
@@ -117,14 +117,14 @@ class PackedEmbedding(PackedModule):
 
     def dense(self, dtype: torch.dtype) -> nn.Module:
         """The dense module it stands for."""
-        weight = nn.Parameter(self.dense_weight(dtype), requires_grad=False)
+        weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
         module = nn.Embedding(1, 1, padding_idx=None)
         module.num_embeddings, module.embedding_dim = self.shape
         module.padding_idx, module.weight = self.padding_idx, weight
         return module
 
 
-def packed_like(module: nn.Module, scheme: Candidate) -> PackedModule | None:
+def make_packed_module(module: nn.Module, scheme: Candidate) -> PackedModule | None:
     """An empty packed module in the place of a dense one; None where its kind has none.
 
     Only plain modules have one: a subclass may compute something else (scaled or offset
@@ -142,6 +142,6 @@ def packed_like(module: nn.Module, scheme: Candidate) -> PackedModule | None:
     return None
 
 
-def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+def find_packed_modules(model: nn.Module) -> dict[str, PackedModule]:
     """The packed modules of a model by name; a tied head is there beside its embedding."""
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedModule)}

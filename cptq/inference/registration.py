@@ -35,7 +35,7 @@ def ensure_registered() -> None:
 
 
 def _register() -> None:
-    import_module("cptq.runtime.quantizer").register()  # by name: it imports torch
+    import_module("cptq.inference.quantizer").register()  # by name: it imports torch
 
 
 class _Waiting:

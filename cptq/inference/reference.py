@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from cptq.inference.operations import Backend
+from cptq.inference.weight import PackedWeight
 from cptq.layouts.packed import TWO_OF_FOUR
 from cptq.numerics.packing import unpack_rows, unpack_values
 from cptq.numerics.sparse import PATTERN_BITS, join_2_of_4, scatter_codes, unpack_range
-from cptq.runtime.operations import Backend
-from cptq.runtime.weight import PackedWeight
 
 #: weights unpacked at once
 TILE = 1 << 19
@@ -30,7 +30,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x (..., in) times the weight, tile by tile."""
     parts = [
         functional.linear(x, W_RI, None if bias is None else bias[start : start + len(W_RI)])
-        for start, W_RI in _tiles(weight, x.dtype)
+        for start, W_RI in _iterate_tiles(weight, x.dtype)
     ]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -39,33 +39,33 @@ def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Unpacks the rows that are asked for and no others."""
     if weight.mask is not None:
         raise ValueError("rows of a weight with a bitmask have no fixed place to be read from")
-    rows_RI = _dense(_rows(weight, ids.reshape(-1)), dtype)
+    rows_RI = _unpack_dense(_select_rows(weight, ids.reshape(-1)), dtype)
     return rows_RI.view(*ids.shape, weight.shape[1])
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """All tiles as one matrix."""
-    return torch.cat([W_RI for _, W_RI in _tiles(weight, dtype)])
+    return torch.cat([W_RI for _, W_RI in _iterate_tiles(weight, dtype)])
 
 
-def _tiles(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+def _iterate_tiles(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
     """(first row, values of the rows) of consecutive tiles."""
     out, inputs = weight.shape
     rows, used = max(1, TILE // inputs), 0
     for start in range(0, out, rows):
-        part = _rows(weight, slice(start, start + rows))
+        part = _select_rows(weight, slice(start, start + rows))
         if part.mask is None:
-            yield start, _dense(part, dtype)
+            yield start, _unpack_dense(part, dtype)
             continue
         mask_RI = unpack_values(part.mask, 1, inputs).bool()
         count = int(mask_RI.sum())
         bits = weight.scheme.bits
-        stored_N = _signed(unpack_range(weight.codes, bits, used, used + count), bits)
+        stored_N = _convert_to_signed(unpack_range(weight.codes, bits, used, used + count), bits)
         used += count
-        yield start, _masked(scatter_codes(stored_N, mask_RI), mask_RI, part, dtype)
+        yield start, _compute_masked(scatter_codes(stored_N, mask_RI), mask_RI, part, dtype)
 
 
-def _rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
+def _select_rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
     """Some rows as a weight of their own; the codes of a bitmask stay what they are."""
 
     def pick(part: Tensor | None) -> Tensor | None:
@@ -83,23 +83,25 @@ def _rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
     )
 
 
-def _dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+def _unpack_dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """All values of a weight without a bitmask."""
     bits, inputs = weight.scheme.bits, weight.shape[1]
     if weight.scheme.pattern != TWO_OF_FOUR:
-        return _values(unpack_rows(weight.codes, bits, inputs), weight, dtype)
+        return _compute_values(unpack_rows(weight.codes, bits, inputs), weight, dtype)
     assert weight.pattern is not None
     pattern_RB = unpack_values(weight.pattern, PATTERN_BITS, inputs // 4)
     codes_RI, mask_RI = join_2_of_4(pattern_RB, unpack_rows(weight.codes, bits, inputs // 2))
-    return _masked(codes_RI, mask_RI, weight, dtype)
+    return _compute_masked(codes_RI, mask_RI, weight, dtype)
 
 
-def _masked(codes_RI: Tensor, mask_RI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+def _compute_masked(
+    codes_RI: Tensor, mask_RI: Tensor, weight: PackedWeight, dtype: torch.dtype
+) -> Tensor:
     """Values where the mask is set and exact zeros elsewhere, also on an asymmetric grid."""
-    return _values(codes_RI, weight, dtype).masked_fill_(~mask_RI, 0.0)
+    return _compute_values(codes_RI, weight, dtype).masked_fill_(~mask_RI, 0.0)
 
 
-def _values(codes_RI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+def _compute_values(codes_RI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """(codes - zero) * scale, as `CompressedLayer.dense` has it, in one buffer of `dtype`."""
     out, groups = weight.scale.shape
     steps_RGK = codes_RI.to(dtype).view(out, groups, -1)
@@ -109,7 +111,7 @@ def _values(codes_RI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tenso
     return steps_RGK.mul_(weight.scale.to(dtype).unsqueeze(-1)).view(out, -1)
 
 
-def _signed(values: Tensor, bits: int) -> Tensor:
+def _convert_to_signed(values: Tensor, bits: int) -> Tensor:
     """Unsigned values of the bitstream as signed codes (int8)."""
     return (values - (1 << (bits - 1))).view(torch.int8)
 

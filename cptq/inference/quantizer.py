@@ -27,15 +27,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cptq.errors import ArtifactError
-from cptq.layouts.packed import FORMAT_VERSION, METHOD, NEEDS, WEIGHT_FILES
-from cptq.runtime.checks import check_header, check_places, read_modules
-from cptq.runtime.modules import (
-    PARTS,
+from cptq.inference.checks import check_header, check_positions, read_modules
+from cptq.inference.modules import (
+    PARAMETERS,
     PackedLinear,
     PackedModule,
-    packed_like,
-    packed_modules,
+    find_packed_modules,
+    make_packed_module,
 )
+from cptq.layouts.packed import FORMAT_VERSION, METHOD, NEEDS, WEIGHT_FILES
 from cptq.types import Candidate
 
 
@@ -97,17 +97,17 @@ class CptqQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         files = [Path(file) for file in checkpoint_files or ()]
-        schemes = _present(model, self.quantization_config.schemes)
-        packed = {name: _packed(model, name, scheme) for name, scheme in schemes.items()}
+        schemes = _resolve_names(model, self.quantization_config.schemes)
+        packed = {name: _make_packed(model, name, scheme) for name, scheme in schemes.items()}
         check_header(files, {name: (m.shape, m.scheme) for name, m in packed.items()}, model)
         for name, module in packed.items():
             model.set_submodule(name, module)
         _tie(model, packed)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        for name, module in packed_modules(model).items():
+        for name, module in find_packed_modules(model).items():
             module.weight_scale.requires_grad_(False)  # transformers sets it on all floats
-            check_places(name, module.packed)
+            check_positions(name, module.packed)
         config: Any = model.config
         if hasattr(config, "transformers_weights"):
             del config.transformers_weights
@@ -118,7 +118,7 @@ class CptqQuantizer(HfQuantizer):
         """Every packed module as the dense one that it stands for; ties as before."""
         if isinstance(dtype, str):  # what save_pretrained leaves in the config
             dtype = getattr(torch, dtype)
-        for name, module in packed_modules(model).items():
+        for name, module in find_packed_modules(model).items():
             model.set_submodule(name, module.dense(dtype or module.weight_scale.dtype))
         vars(model).pop("_tied_weights_keys", None)  # the class's own hold again
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
@@ -140,7 +140,7 @@ def register() -> None:
         register_quantizer(METHOD)(CptqQuantizer)
 
 
-def _present(model: nn.Module, schemes: Mapping[str, Candidate]) -> dict[str, Candidate]:
+def _resolve_names(model: nn.Module, schemes: Mapping[str, Candidate]) -> dict[str, Candidate]:
     """The schemes by the names that modules have in this model.
 
     A body may be loaded from a file that was written with its head, and the other way round;
@@ -162,9 +162,9 @@ def _present(model: nn.Module, schemes: Mapping[str, Candidate]) -> dict[str, Ca
     return found
 
 
-def _packed(model: nn.Module, name: str, scheme: Candidate) -> PackedModule:
+def _make_packed(model: nn.Module, name: str, scheme: Candidate) -> PackedModule:
     module = model.get_submodule(name)
-    packed = packed_like(module, scheme)
+    packed = make_packed_module(module, scheme)
     if packed is None:
         raise ArtifactError(
             f"config.json packs {name!r}, of type {type(module).__name__}, as {scheme.label}",
@@ -185,7 +185,7 @@ def _tie(model: Any, packed: Mapping[str, PackedModule]) -> None:
         model.set_submodule(head, PackedLinear(owner.shape, owner.scheme, bias=bias))
         ties |= {
             f"{head}.{part}": f"{source.removesuffix('.weight')}.{part}"
-            for part in PARTS.values()
+            for part in PARAMETERS.values()
             if getattr(owner, part) is not None
         }
     if ties:

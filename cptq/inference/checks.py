@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cptq.errors import ArtifactError
+from cptq.inference.weight import PackedWeight
 from cptq.layouts.packed import FORMAT_VERSION, packed_specs, stored_count, unfit
 from cptq.numerics.packing import unpack_values
 from cptq.numerics.sparse import PATTERN_BITS, PATTERNS
-from cptq.runtime.weight import PackedWeight
 from cptq.types import Candidate
 
 _AGAIN = "download or copy the artifact again"
@@ -67,7 +67,7 @@ def check_header(
         why = unfit(shape, scheme)
         if why is not None:
             raise ArtifactError(f"config.json packs {name!r} as {scheme.label}: {why}")
-    found = _headers(files)
+    found = _read_headers(files)
     if not found:
         return
     prefix = f"{model.base_model_prefix}."
@@ -85,7 +85,7 @@ def check_header(
                 )
 
 
-def check_places(name: str, weight: PackedWeight) -> None:
+def check_positions(name: str, weight: PackedWeight) -> None:
     """Whether a mask or pattern is one that its codes can fill; after loading, from the data.
 
     Raises:
@@ -104,7 +104,7 @@ def check_places(name: str, weight: PackedWeight) -> None:
         )
 
 
-def _headers(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def _read_headers(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
     """{tensor: (type, shape)} of all files."""
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:

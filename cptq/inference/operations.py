@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cptq.inference.weight import PackedWeight
 from cptq.registry import Registry
-from cptq.runtime.weight import PackedWeight
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,10 +34,10 @@ class Backend:
     dequantize: Callable[[PackedWeight, torch.dtype], Tensor]
 
 
-BACKENDS: Registry[Backend] = Registry("backend", {"reference": "cptq.runtime.reference:BACKEND"})
+BACKENDS: Registry[Backend] = Registry("backend", {"reference": "cptq.inference.reference:BACKEND"})
 
 
-def backend_for(weight: PackedWeight, dtype: torch.dtype) -> Backend:
+def find_backend(weight: PackedWeight, dtype: torch.dtype) -> Backend:
     """The first backend that can work on a weight.
 
     Raises:
@@ -52,14 +52,14 @@ def backend_for(weight: PackedWeight, dtype: torch.dtype) -> Backend:
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """x W^T + b, in the type of `x`."""
-    return backend_for(weight, x.dtype).linear(x, weight, bias)
+    return find_backend(weight, x.dtype).linear(x, weight, bias)
 
 
 def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Rows of the weight by number, (*ids.shape, in)."""
-    return backend_for(weight, dtype).embedding(ids, weight, dtype)
+    return find_backend(weight, dtype).embedding(ids, weight, dtype)
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """The whole weight (out, in)."""
-    return backend_for(weight, dtype).dequantize(weight, dtype)
+    return find_backend(weight, dtype).dequantize(weight, dtype)

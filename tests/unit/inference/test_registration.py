@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cptq.runtime import registration
+from cptq.inference import registration
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def test_transformers_knows_the_method() -> None:
         AUTO_QUANTIZER_MAPPING,
     )
 
-    from cptq.runtime.quantizer import CptqConfig, CptqQuantizer, register
+    from cptq.inference.quantizer import CptqConfig, CptqQuantizer, register
 
     register()  # a second time changes nothing
     assert AUTO_QUANTIZER_MAPPING["cptq"] is CptqQuantizer
