@@ -75,7 +75,7 @@ def check_task(name: str) -> str:
     if name.startswith(TEXT_PREFIX) or Path(path).suffix.lower() in SUFFIXES:
         # "./" keeps a file called "wikitext" from being taken for the source of that name
         return TEXT_PREFIX + check_source(path if "/" in path or "." in path else f"./{path}")
-    near = find_closest(name, TASKS.names())
+    near = find_closest(name, TASKS.list_names())
     raise UnknownNameError(
         f"unknown task {name!r}",
         allowed=f"{', '.join(TASKS)}, or text:PATH for a file ({', '.join(SUFFIXES)})",

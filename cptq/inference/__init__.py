@@ -1,2 +1,4 @@
-"""Models that compute from packed weights: the modules, the operations, the way in through
-transformers. Empty of imports, as `import cptq` must stay light; see `registration`."""
+"""Inference from packed weights: modules, operations, and transformers' quantizer interface.
+
+This file imports nothing, so that `import cptq` stays fast; see `registration`.
+"""

@@ -1,7 +1,7 @@
 """Modules that keep their weight packed and compute from it.
 
-The tensors are parameters by the names of docs/format-packed.md, so that state dicts, `.to(device)`
-and transformers' own tying of embeddings work on them as on any other. None of them is trainable.
+The tensors are parameters with the names of docs/format-packed.md, so state dicts, `.to(device)`
+and transformers' tying of embeddings work as usual. None of them is trainable.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cptq.inference import operations
-from cptq.inference.weight import PackedWeight
+from cptq.inference.operations import PackedWeight
 from cptq.layouts.packed import packed_specs
 from cptq.types import Candidate
 
@@ -26,7 +26,7 @@ PARAMETERS = {
 
 
 class PackedModule(nn.Module):
-    """What linears and embeddings share: a packed weight (out, in)."""
+    """Base of packed linears and embeddings: a packed weight (out, in)."""
 
     weight: nn.Parameter
     weight_scale: nn.Parameter
@@ -46,16 +46,16 @@ class PackedModule(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight as the operations take it."""
+        """The weight in the form that the operations take."""
         parts = {field: getattr(self, part) for field, part in PARAMETERS.items()}
         return PackedWeight(scheme=self.scheme, shape=self.shape, **parts)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in), multiplied out."""
+        """Return the dense weight (out, in)."""
         return operations.dequantize(self.packed, dtype)
 
-    def dense(self, dtype: torch.dtype) -> nn.Module:
-        """The dense module it stands for."""
+    def make_dense(self, dtype: torch.dtype) -> nn.Module:
+        """Return the dense module that this one replaces."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -63,13 +63,13 @@ class PackedModule(nn.Module):
 
 
 class PackedLinear(PackedModule):
-    """A linear, or a Conv1D of GPT-2: x W^T + b with W (out, in) packed.
+    """A linear layer, or a Conv1D of GPT-2: x W^T + b with W (out, in) packed.
 
     Args:
-        shape: (out, in), also of a Conv1D, whose dense weight is stored the other way round.
+        shape: (out, in), also for a Conv1D, whose dense weight is stored as (in, out).
         scheme: how the weight is packed.
-        bias: whether there is one, which stays dense.
-        transposed: the dense module was a Conv1D.
+        bias: whether there is a bias, which stays dense.
+        transposed: whether the dense module is a Conv1D.
     """
 
     def __init__(
@@ -83,11 +83,11 @@ class PackedLinear(PackedModule):
         self.register_parameter("bias", empty)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
+        """Map x (..., in) to (..., out)."""
         return operations.linear(x, self.packed, self.bias)
 
-    def dense(self, dtype: torch.dtype) -> nn.Module:
-        """The dense module it stands for."""
+    def make_dense(self, dtype: torch.dtype) -> nn.Module:
+        """Return the dense module that this one replaces."""
         W_OI = self.dequantize(dtype)
         module: nn.Module
         if self.transposed:
@@ -102,7 +102,7 @@ class PackedLinear(PackedModule):
 
 
 class PackedEmbedding(PackedModule):
-    """An embedding: rows of W (vocabulary, width), unpacked as they are asked for."""
+    """An embedding: rows of W (vocabulary, width), unpacked on access."""
 
     def __init__(
         self, shape: tuple[int, int], scheme: Candidate, *, padding_idx: int | None = None
@@ -112,11 +112,11 @@ class PackedEmbedding(PackedModule):
         self.padding_idx = padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) to (..., width), in the type of the scales, which is the model's."""
+        """Map ids (...) to (..., width) in the type of the scales, which is the model's."""
         return operations.embedding(ids, self.packed, self.weight_scale.dtype)
 
-    def dense(self, dtype: torch.dtype) -> nn.Module:
-        """The dense module it stands for."""
+    def make_dense(self, dtype: torch.dtype) -> nn.Module:
+        """Return the dense module that this one replaces."""
         weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
         module = nn.Embedding(1, 1, padding_idx=None)
         module.num_embeddings, module.embedding_dim = self.shape
@@ -125,10 +125,9 @@ class PackedEmbedding(PackedModule):
 
 
 def make_packed_module(module: nn.Module, scheme: Candidate) -> PackedModule | None:
-    """An empty packed module in the place of a dense one; None where its kind has none.
+    """Make an empty packed module in place of a dense one; None for other kinds of modules.
 
-    Only plain modules have one: a subclass may compute something else (scaled or offset
-    embeddings), which would be lost.
+    Subclasses are not replaced: they may compute something else (scaled or shifted embeddings).
     """
     if type(module) is Conv1D:
         inputs, out = module.weight.shape
@@ -143,5 +142,5 @@ def make_packed_module(module: nn.Module, scheme: Candidate) -> PackedModule | N
 
 
 def find_packed_modules(model: nn.Module) -> dict[str, PackedModule]:
-    """The packed modules of a model by name; a tied head is there beside its embedding."""
+    """Return the packed modules of a model by name; a tied head is listed besides its embedding."""
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedModule)}

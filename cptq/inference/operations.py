@@ -1,14 +1,14 @@
-"""The operations on packed weights, and who does them: the only place where that is chosen.
+"""Operations on packed weights and the backends that compute them.
 
-| operation  | takes                              | gives                     |
+| operation  | takes                              | returns                   |
 |------------|------------------------------------|---------------------------|
 | linear     | x (..., in), weight, bias or None  | x W^T + b (..., out)      |
 | embedding  | ids (...), weight, dtype           | rows of W (..., in)       |
 | dequantize | weight, dtype                      | W (out, in)               |
 
-A backend does all three for the weights, devices and types that it supports. They are asked in the
-order of `BACKENDS`, so a fast one is a file with a `Backend` and a line above `reference`, which
-does everything and is what the others are tested against.
+A backend implements all three for the weights, devices and types that it supports. The first one in
+`BACKENDS` that supports a weight is used. To add a fast one, write a file with a `Backend` and list
+it above `reference`, which supports everything and is what the others are tested against.
 """
 
 from __future__ import annotations
@@ -19,13 +19,35 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cptq.inference.weight import PackedWeight
 from cptq.registry import Registry
+from cptq.types import Candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedWeight:
+    """A packed weight (out, in): the tensors of docs/format-packed.md and their scheme.
+
+    `scheme` has the group size in use (0: per channel). `cptq.layouts.packed` gives the shapes.
+    """
+
+    scheme: Candidate
+    shape: tuple[int, int]
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    mask: Tensor | None = None
+    pattern: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in memory."""
+        parts = (self.codes, self.scale, self.zero, self.mask, self.pattern)
+        return sum(part.nbytes for part in parts if part is not None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Backend:
-    """One implementation of the operations; `supports` gets the weight and the type to run in."""
+    """One implementation of the operations; `supports` takes a weight and the compute type."""
 
     name: str
     supports: Callable[[PackedWeight, torch.dtype], bool]
@@ -38,28 +60,28 @@ BACKENDS: Registry[Backend] = Registry("backend", {"reference": "cptq.inference.
 
 
 def find_backend(weight: PackedWeight, dtype: torch.dtype) -> Backend:
-    """The first backend that can work on a weight.
+    """Return the first backend that supports a weight.
 
     Raises:
-        LookupError: none can.
+        LookupError: no backend does.
     """
     for name in BACKENDS:
         backend = BACKENDS.get(name)
         if backend.supports(weight, dtype):
             return backend
-    raise LookupError(f"nothing computes with {weight.scheme.label} in {dtype}")
+    raise LookupError(f"no backend supports {weight.scheme.label} in {dtype}")
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x W^T + b, in the type of `x`."""
+    """Return x W^T + b in the type of `x`."""
     return find_backend(weight, x.dtype).linear(x, weight, bias)
 
 
 def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Rows of the weight by number, (*ids.shape, in)."""
+    """Return the rows `ids` of the weight, (*ids.shape, in)."""
     return find_backend(weight, dtype).embedding(ids, weight, dtype)
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """The whole weight (out, in)."""
+    """Return the whole weight (out, in)."""
     return find_backend(weight, dtype).dequantize(weight, dtype)

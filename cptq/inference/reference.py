@@ -1,10 +1,10 @@
-"""The operations in plain torch: unpack a tile of rows, multiply, forget it.
+"""The operations in plain torch: unpack a tile of rows, multiply, discard the tile.
 
-A tile is `TILE` weights, whole rows; beside the packed weight and the result a forward pass holds
-one tile (its bytes, and its values in the type of x). A matrix of one tile is multiplied exactly as
-a dense one; with more tiles the columns of the result come from smaller products, in which a BLAS
-may sum in another order. Cost: about 4 ns a weight on one CPU thread, whatever the number of
-tokens, beside the product itself: fine for prompts and batches, slow for one token at a time.
+A tile is about `TILE` weights in whole rows. Besides the packed weight and the result, a forward
+pass holds one tile (its bytes, and its values in the type of x). A matrix of one tile is multiplied
+exactly as a dense one; with more tiles, columns of the result come from smaller products, in which
+a BLAS may sum in another order. Unpacking takes about 4 ns per weight on one CPU thread, for any
+number of tokens: fine for prompts and batches, slow for one token at a time.
 """
 
 from __future__ import annotations
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from cptq.inference.operations import Backend
-from cptq.inference.weight import PackedWeight
+from cptq.inference.operations import Backend, PackedWeight
 from cptq.layouts.packed import TWO_OF_FOUR
 from cptq.numerics.packing import unpack_rows, unpack_values
 from cptq.numerics.sparse import PATTERN_BITS, join_2_of_4, scatter_codes, unpack_range
@@ -27,7 +26,7 @@ TILE = 1 << 19
 
 
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    """x (..., in) times the weight, tile by tile."""
+    """Multiply x (..., in) by the weight, tile by tile."""
     parts = [
         functional.linear(x, W_RI, None if bias is None else bias[start : start + len(W_RI)])
         for start, W_RI in _iterate_tiles(weight, x.dtype)
@@ -36,20 +35,20 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
 
 
 def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Unpacks the rows that are asked for and no others."""
+    """Unpack only the requested rows."""
     if weight.mask is not None:
-        raise ValueError("rows of a weight with a bitmask have no fixed place to be read from")
+        raise ValueError("rows of a weight with a bitmask have no fixed position in the file")
     rows_RI = _unpack_dense(_select_rows(weight, ids.reshape(-1)), dtype)
     return rows_RI.view(*ids.shape, weight.shape[1])
 
 
 def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """All tiles as one matrix."""
+    """Return all tiles as one matrix."""
     return torch.cat([W_RI for _, W_RI in _iterate_tiles(weight, dtype)])
 
 
 def _iterate_tiles(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
-    """(first row, values of the rows) of consecutive tiles."""
+    """Yield (first row, values of the rows) of consecutive tiles."""
     out, inputs = weight.shape
     rows, used = max(1, TILE // inputs), 0
     for start in range(0, out, rows):
@@ -66,7 +65,7 @@ def _iterate_tiles(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[i
 
 
 def _select_rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
-    """Some rows as a weight of their own; the codes of a bitmask stay what they are."""
+    """Return some rows as a weight of their own; codes under a bitmask are kept whole."""
 
     def pick(part: Tensor | None) -> Tensor | None:
         return None if part is None else part[rows]
@@ -84,7 +83,7 @@ def _select_rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
 
 
 def _unpack_dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """All values of a weight without a bitmask."""
+    """Return all values of a weight without a bitmask."""
     bits, inputs = weight.scheme.bits, weight.shape[1]
     if weight.scheme.pattern != TWO_OF_FOUR:
         return _compute_values(unpack_rows(weight.codes, bits, inputs), weight, dtype)
@@ -97,12 +96,12 @@ def _unpack_dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
 def _compute_masked(
     codes_RI: Tensor, mask_RI: Tensor, weight: PackedWeight, dtype: torch.dtype
 ) -> Tensor:
-    """Values where the mask is set and exact zeros elsewhere, also on an asymmetric grid."""
+    """Return values where the mask is set and exact zeros elsewhere, also on asymmetric grids."""
     return _compute_values(codes_RI, weight, dtype).masked_fill_(~mask_RI, 0.0)
 
 
 def _compute_values(codes_RI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """(codes - zero) * scale, as `CompressedLayer.dense` has it, in one buffer of `dtype`."""
+    """Return (codes - zero) * scale, as `CompressedLayer.dense` does, in one buffer of `dtype`."""
     out, groups = weight.scale.shape
     steps_RGK = codes_RI.to(dtype).view(out, groups, -1)
     if weight.zero is not None:
@@ -112,7 +111,7 @@ def _compute_values(codes_RI: Tensor, weight: PackedWeight, dtype: torch.dtype) 
 
 
 def _convert_to_signed(values: Tensor, bits: int) -> Tensor:
-    """Unsigned values of the bitstream as signed codes (int8)."""
+    """Convert unsigned values of the bitstream to signed codes (int8)."""
     return (values - (1 << (bits - 1))).view(torch.int8)
 
 

@@ -27,7 +27,7 @@ from cptq.errors import ArtifactError
 from cptq.types import CompressedLayer
 from tests.conftest import TinyModel
 from tests.tiny_models import RECIPES
-from tests.unit.artifact.made import candidate, compress_layer, load, sample_of
+from tests.unit.artifact.builders import candidate, compress_layer, load, sample_of
 from tests.unit.artifact.same_process import run_here
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)

@@ -19,7 +19,7 @@ def registry() -> Registry[object]:
 
 def test_names_keep_their_order_and_import_nothing(registry: Registry[object]) -> None:
     sys.modules.pop("colorsys", None)
-    assert registry.names() == list(registry) == ["zeta", "alpha"]
+    assert registry.list_names() == list(registry) == ["zeta", "alpha"]
     assert "zeta" in registry
     assert "beta" not in registry
     assert registry.check("zeta") == "zeta"

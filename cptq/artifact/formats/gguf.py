@@ -38,8 +38,8 @@ from cptq.artifact.gguf.families import (
     find_family,
     order_rows,
 )
+from cptq.artifact.gguf.reload import compute_gguf_digests, verify_in_llama_cpp
 from cptq.artifact.gguf.remarks import report_differences
-from cptq.artifact.gguf.verify import compute_gguf_digests, verify_in_llama_cpp
 from cptq.artifact.gguf.vocabulary import add_vocabulary, find_tokenizer_model, read_tokenizer
 from cptq.artifact.verify import Verification, VerificationSample
 from cptq.checkpoint.weights import TORCH_DTYPES

@@ -21,7 +21,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.errors import ArtifactError
 from cptq.types import CompressedLayer, Notice
 from tests.conftest import TinyModel
-from tests.unit.artifact.made import compress, load, sample_of
+from tests.unit.artifact.builders import compress, load, sample_of
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

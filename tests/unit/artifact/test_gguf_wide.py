@@ -19,7 +19,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.errors import ArtifactError
 from cptq.types import Candidate, Event, Notice
 from tests.conftest import TinyModel
-from tests.unit.artifact.made import compress_layer, load, sample_of
+from tests.unit.artifact.builders import compress_layer, load, sample_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2},
@@ -142,7 +142,7 @@ def test_what_no_block_holds_is_refused(tiny_model: TinyModel) -> None:
 def test_zero_points_that_float16_does_not_hold_are_refused(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.unit.artifact.made.MOST_BITS", 0)
+    monkeypatch.setattr("tests.unit.artifact.builders.MOST_BITS", 0)
     path = tiny_model("llama", dtype=torch.float16, **SIZES["llama"])
     with pytest.raises(ArtifactError, match="scales times zero points that are not exact"):
         GGUF.check(packed(path, ("w4g32-asym",))[1])

@@ -22,7 +22,7 @@ from cptq.artifact.reader import open_artifact
 from cptq.checkpoint.files import read_header
 from cptq.errors import ArtifactError, CptqError
 from tests.tiny_models import build_tiny_model
-from tests.unit.artifact.made import RECORD, compress, load, sample_of
+from tests.unit.artifact.builders import RECORD, compress, load, sample_of
 
 QUICK, LONG = 60, 3000
 #: what reading a small damaged file may take beside the file itself

@@ -23,8 +23,8 @@ from cptq.errors import ArtifactError
 from cptq.inference.modules import PackedEmbedding, PackedLinear, PackedModule
 from cptq.layouts.packed import PACKED_LAYOUT
 from tests.conftest import TinyModel
-from tests.unit.artifact.made import inputs_of
-from tests.unit.artifact.packed_made import (
+from tests.unit.artifact.builders import inputs_of
+from tests.unit.artifact.packed_builders import (
     ASYMMETRIC,
     EVERYTHING,
     SPARSE,
@@ -184,7 +184,7 @@ def test_layers_are_read_back(tiny_model: TinyModel, tmp_path: Path) -> None:
 
 
 def test_layers_that_contradict_themselves_are_refused(tiny_model: TinyModel) -> None:
-    from tests.unit.artifact.made import load
+    from tests.unit.artifact.builders import load
 
     model = load(tiny_model("llama", dtype=torch.float16))
     layer = pack(model, ("w4g16-s50",))[0][-1]

@@ -12,11 +12,11 @@ from transformers.pytorch_utils import Conv1D
 from cptq.artifact.formats.packed import PACKED
 from cptq.inference import operations, reference
 from cptq.inference.modules import PackedEmbedding, PackedLinear, PackedModule, make_packed_module
-from cptq.inference.weight import PackedWeight
+from cptq.inference.operations import PackedWeight
 from cptq.layouts.packed import resolved
 from cptq.types import Candidate, CompressedLayer, LayerSpec
 from tests.reference import packed as truth
-from tests.unit.artifact.packed_made import mask_of
+from tests.unit.artifact.packed_builders import mask_of
 from tests.unit.compression.test_gptq_grids import problem
 
 LABELS = ("w2c", "w3g8", "w4g8-asym", "w5c-asym", "w8g4", "w4g8-s50", "w3c-asym-s70", "w6g4-2:4")
@@ -92,7 +92,7 @@ def test_results_have_the_type_of_the_input(dtype: torch.dtype) -> None:
 
 def test_rows_behind_a_bitmask_are_not_looked_up() -> None:
     layer = compressed(7, 24, "w4g8-s50")
-    with pytest.raises(ValueError, match="no fixed place"):
+    with pytest.raises(ValueError, match="bitmask"):
         operations.embedding(
             torch.tensor([0]), module_of(layer, PackedLinear).packed, torch.float32
         )
@@ -131,7 +131,7 @@ def test_dense_modules_compute_the_same() -> None:
     layer = compressed(7, 24, "w4g8-asym")
     for kind, x in ((PackedLinear, torch.randn(2, 24)), (PackedEmbedding, torch.tensor([3, 0]))):
         module = module_of(layer, kind)
-        assert torch.equal(module.dense(torch.float32)(x), module(x))
+        assert torch.equal(module.make_dense(torch.float32)(x), module(x))
 
 
 def test_backends_are_asked_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,7 +155,7 @@ def test_backends_are_asked_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
     assert operations.find_backend(weight, torch.float32) is fast
     assert torch.equal(operations.linear(x, weight, None), 2 * reference.linear(x, weight, None))
     assert operations.find_backend(weight, torch.float64).name == "reference"
-    with pytest.raises(LookupError, match=r"nothing computes with w4c in torch\.int32"):
+    with pytest.raises(LookupError, match=r"w4c.*torch\.int32"):
         operations.find_backend(weight, torch.int32)
 
 
