@@ -1,7 +1,7 @@
 """cptq: analyze, compress and evaluate Hugging Face models.
 
-Importing it is enough for transformers to load packed artifacts (`cptq.runtime.registration`), and
-imports neither torch nor transformers.
+Importing it lets transformers load packed artifacts (`cptq.inference.registration`); it imports
+neither torch nor transformers itself.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from cptq.runtime.registration import ensure_registered
+from cptq.inference.registration import ensure_registered
 
 if TYPE_CHECKING:
     from cptq.checkpoint.load import load

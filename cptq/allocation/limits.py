@@ -17,7 +17,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cptq.errors import BudgetError, PlanError, UsageError
-from cptq.registry import closest
+from cptq.registry import find_closest
 from cptq.types import Candidate, Emit, LayerSpec, Notice, Unit
 
 Options = Mapping[str, Sequence[Candidate]]
@@ -166,7 +166,7 @@ def _check_roles(limits: Limits, units: Sequence[Unit]) -> None:
     for option, rows in (("--min-bits", limits.least), ("--max-bits", limits.most)):
         for row in rows:
             if row.role is not None and row.role not in known:
-                near = closest(row.role, known)
+                near = find_closest(row.role, known)
                 raise UsageError(
                     f"{option} names the role {row.role!r}, and this model has none of that name",
                     allowed=", ".join(known),
@@ -250,7 +250,7 @@ def _finds_nothing(pin: Pin, units: Sequence[Unit], layers: Sequence[LayerSpec])
         )
     names = [name for unit in units for name in _names(unit)]
     words = list(dict.fromkeys([*(part for n in names for part in n.split(".")), *names]))
-    near = closest(re.sub(r"[^\w.]", "", pin.pattern.replace("\\", "")), words)
+    near = find_closest(re.sub(r"[^\w.]", "", pin.pattern.replace("\\", "")), words)
     return PlanError(
         f"--pin {pin.text!r} finds no unit",
         allowed=f"an expression found in a name such as {', '.join(names[:2])}",

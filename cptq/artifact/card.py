@@ -22,7 +22,7 @@ PIPELINES: Mapping[ModelKind, str] = {
 _LICENCE_LINES = re.compile(r"^(?:license|license_name|license_link):.*$", re.MULTILINE)
 
 
-def model_card(
+def build_card(
     model: Content,
     form: Format,
     plan: Plan,
@@ -31,23 +31,23 @@ def model_card(
 ) -> str:
     """Base model, how to load it, what was done to it; Markdown with a Hub's front matter."""
     layers = list(model.compressed.values())
-    licence = next((x.split(":", 1)[1].strip() for x in _licence_lines(model.path / CARD)), "")
+    licence = next((x.split(":", 1)[1].strip() for x in _read_licence(model.path / CARD)), "")
     return "\n".join(
         [
-            *_front_matter(model, form),
+            *_build_front_matter(model, form),
             f"# {model.base_name}, compressed by cptq",
             "",
             f"Made from `{model.base_name}` ({model.parameters:,} weights, sha256 "
             f"`{model.fingerprint[:16]}`).",
             "",
-            *_how_to_load(model, form),
+            *_describe_loading(model, form),
             "## What was done",
             "",
-            *_what_was_done(layers, plan, calibration, weight_bytes),
+            *_describe_compression(layers, plan, calibration, weight_bytes),
             "",
             "## Results",
             "",
-            *_results(model, layers, plan, weight_bytes),
+            *_describe_results(model, layers, plan, weight_bytes),
             "",
             "Everything else (the plan, versions, errors per layer, a sha256 per tensor) is in "
             "`cptq.json`; `cptq verify` checks a copy against it.",
@@ -60,24 +60,24 @@ def model_card(
     )
 
 
-def _front_matter(model: Content, form: Format) -> list[str]:
+def _build_front_matter(model: Content, form: Format) -> list[str]:
     lines = ["---", *([f"library_name: {form.library}"] if form.library else [])]
-    lines.append(f"pipeline_tag: {_pipeline_tag(model)}")
+    lines.append(f"pipeline_tag: {_find_pipeline_tag(model)}")
     if model.hub_id is not None:
         lines += [f"base_model: {model.hub_id}", "base_model_relation: quantized"]
-    lines += _licence_lines(model.path / CARD)
-    lines += ["tags:", "- cptq", *(f"- {tag}" for tag in _tags(model, form)), "---", ""]
+    lines += _read_licence(model.path / CARD)
+    lines += ["tags:", "- cptq", *(f"- {tag}" for tag in _list_tags(model, form)), "---", ""]
     return lines
 
 
-def _pipeline_tag(model: Content) -> str:
+def _find_pipeline_tag(model: Content) -> str:
     """The Hub's name for what the model does."""
     if (model.path / MODULES).exists():
         return "sentence-similarity"
     return PIPELINES[model.kind]
 
 
-def _licence_lines(card: Path) -> list[str]:
+def _read_licence(card: Path) -> list[str]:
     """The licence as the base model's own card states it."""
     if not card.is_file():
         return []
@@ -86,18 +86,18 @@ def _licence_lines(card: Path) -> list[str]:
     return _LICENCE_LINES.findall(parts[1]) if text.startswith("---") and len(parts) == 3 else []
 
 
-def _tags(model: Content, form: Format) -> Sequence[str]:
+def _list_tags(model: Content, form: Format) -> Sequence[str]:
     return form.tags if model.compressed else ()
 
 
-def _how_to_load(model: Content, form: Format) -> list[str]:
-    lines = ["## How to load it", "", *form.how_to_load(model)]
+def _describe_loading(model: Content, form: Format) -> list[str]:
+    lines = ["## How to load it", "", *form.describe_loading(model)]
     if (model.path / MODULES).exists():
         lines += ['With sentence-transformers: `SentenceTransformer("PATH")`.', ""]
     return lines
 
 
-def _what_was_done(
+def _describe_compression(
     layers: Sequence[CompressedLayer],
     plan: Plan,
     calibration: CalibrationRecord,
@@ -116,7 +116,7 @@ def _what_was_done(
     ]
 
 
-def _results(
+def _describe_results(
     model: Content, layers: Sequence[CompressedLayer], plan: Plan, weight_bytes: int
 ) -> list[str]:
     """What is known when the card is written; quality on a task is what `cptq eval` measures."""

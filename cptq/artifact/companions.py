@@ -40,7 +40,7 @@ TEMPLATES = "additional_chat_templates"
 MODULES = "modules.json"
 
 
-def companion_files(directory: Path, *, code: bool = False) -> list[Path]:
+def list_companions(directory: Path, *, code: bool = False) -> list[Path]:
     """What is copied, relative to the model's directory, sorted.
 
     Args:
@@ -56,12 +56,12 @@ def companion_files(directory: Path, *, code: bool = False) -> list[Path]:
         for path in directory.iterdir()
         if path.is_file() and any(fnmatch(path.name.lower(), pattern) for pattern in patterns)
     ]
-    for folder in (TEMPLATES, *_modules(directory)):
+    for folder in (TEMPLATES, *_list_module_folders(directory)):
         found += [p.relative_to(directory) for p in (directory / folder).rglob("*") if p.is_file()]
     return sorted(found)
 
 
-def _modules(directory: Path) -> list[str]:
+def _list_module_folders(directory: Path) -> list[str]:
     """Folders of a sentence-transformers model's modules, the transformer itself left out."""
     path = directory / MODULES
     if not path.exists():
@@ -83,31 +83,31 @@ def copy_companions(model: Content, to: Path, emit: Emit, only: tuple[str, ...] 
     `only` restricts them to files of these patterns, for formats that hold the rest themselves.
     """
     code = "auto_map" in read_config(model.path) and not only
-    names = companion_files(model.path, code=code)
-    names = [name for name in names if _any([name], only)] if only else names
+    names = list_companions(model.path, code=code)
+    names = [name for name in names if _match_any([name], only)] if only else names
     for name in names:
         (to / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(model.path / name, to / name)
     if code:
         message = "the model runs its own code, which was copied along"
         emit(Notice(kind="info", subject=model.source, message=message))
-    if not _any(names, LICENCE):
+    if not _match_any(names, LICENCE):
         message = "no licence file lies beside the model, so none was copied"
         emit(Notice(kind="info", subject=model.source, message=message))
-    if model.tokenizer is not None and not only and not _any(names, TOKENIZER):
+    if model.tokenizer is not None and not only and not _match_any(names, TOKENIZER):
         model.tokenizer.save_pretrained(to)
         message = "no tokenizer files lie beside the model; the loaded tokenizer was saved instead"
         emit(Notice(kind="fallback", subject=model.source, message=message))
     return [str(name) for name in names]
 
 
-def _any(names: list[Path], patterns: tuple[str, ...]) -> bool:
+def _match_any(names: list[Path], patterns: tuple[str, ...]) -> bool:
     return any(fnmatch(name.name.lower(), pattern) for name in names for pattern in patterns)
 
 
-def companion_bytes(directory: Path, *, code: bool = False) -> int:
+def count_companion_bytes(directory: Path, *, code: bool = False) -> int:
     """Bytes of all that is copied."""
-    return sum((directory / name).stat().st_size for name in companion_files(directory, code=code))
+    return sum((directory / name).stat().st_size for name in list_companions(directory, code=code))
 
 
 def read_config(directory: Path) -> dict[str, Any]:

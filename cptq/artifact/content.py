@@ -19,7 +19,7 @@ from cptq.errors import ArtifactError
 from cptq.types import CompressedLayer, Emit, LayerSpec, ModelKind, Notice, TensorSpec
 
 #: run types that hold every value of a storage type
-_HOLDS = {
+_EXACT_IN = {
     torch.float64: ("F64", "F32", "F16", "BF16"),
     torch.float32: ("F32", "F16", "BF16"),
     torch.float16: ("F16",),
@@ -73,7 +73,7 @@ class Content:
         return value.to(TORCH_DTYPES[spec.dtype])
 
 
-def content_of(model: LoadedModel, layers: Sequence[CompressedLayer], emit: Emit) -> Content:
+def build_content(model: LoadedModel, layers: Sequence[CompressedLayer], emit: Emit) -> Content:
     """A model in memory and its compressed layers.
 
     Raises:
@@ -93,7 +93,7 @@ def content_of(model: LoadedModel, layers: Sequence[CompressedLayer], emit: Emit
         fingerprint=model.fingerprint,
         tensors=model.tensors,
         layers=model.layers,
-        compressed=by_weight_name(layers, model.tensors),
+        compressed=index_by_weight(layers, model.tensors),
         fetch=state.get,
         tokenizer=model.tokenizer,
         attention=getattr(model.config, "_attn_implementation", None),
@@ -101,7 +101,7 @@ def content_of(model: LoadedModel, layers: Sequence[CompressedLayer], emit: Emit
     )
 
 
-def by_weight_name(
+def index_by_weight(
     layers: Sequence[CompressedLayer], tensors: Sequence[TensorSpec]
 ) -> dict[str, CompressedLayer]:
     """Layers by the name of the tensor that they replace.
@@ -125,7 +125,7 @@ def _report_rounded(model: LoadedModel, state: Mapping[str, Tensor], emit: Emit)
         spec.name
         for spec in model.tensors
         if spec.name in state
-        and spec.dtype not in _HOLDS.get(state[spec.name].dtype, (spec.dtype,))
+        and spec.dtype not in _EXACT_IN.get(state[spec.name].dtype, (spec.dtype,))
     ]
     if rounded:
         message = (

@@ -26,14 +26,14 @@ from cptq.artifact.atomic import (
     write_bytes,
     write_files,
 )
-from cptq.artifact.card import CARD, model_card
-from cptq.artifact.companions import companion_bytes
+from cptq.artifact.card import CARD, build_card
+from cptq.artifact.companions import count_companion_bytes
 from cptq.artifact.content import Content
 from cptq.artifact.formats import DEFAULT_FORMAT, FORMATS
 from cptq.artifact.formats.interface import Format
-from cptq.artifact.manifest import MANIFEST, build_manifest, file_digests, manifest_bytes
+from cptq.artifact.manifest import MANIFEST, build_manifest, compute_file_digests, encode_manifest
 from cptq.artifact.reload import ReloadCheck, ReloadSample
-from cptq.artifact.sample import sample_record
+from cptq.artifact.sample import record_sample
 from cptq.errors import ArtifactError
 from cptq.types import Artifact, CalibrationRecord, Emit, Notice, Plan, Progress
 
@@ -118,13 +118,13 @@ class Draft:
         self.form.check(content)
         extras = dict(extras or {})
         _check_names(extras)
-        size = self.form.nbytes(content) + companion_bytes(content.path)
+        size = self.form.nbytes(content) + count_companion_bytes(content.path)
         self.need = size + sum(map(len, extras.values()))
         check_space(self.folder.parent, self.need)
         self.emit(Progress(stage="write", done=0, total=2, message=f"{size:,} bytes"))
         files = self.form.write(content, self.folder, self.emit)
         total = sum(files.values())
-        card = model_card(content, self.form, record.plan, record.calibration, total)
+        card = build_card(content, self.form, record.plan, record.calibration, total)
         write_bytes(self.folder / CARD, card.encode())
         write_files(self.folder, extras)
         self._written = _Written(content=content, record=record, files=files)
@@ -148,8 +148,8 @@ class Draft:
         check = self._reload(content, sample)
         manifest = _build_manifest(self.form, written, self.folder)
         manifest["verification"] = _plain_check(check)
-        manifest.setdefault("sample", sample and sample_record(sample))
-        write_bytes(self.folder / MANIFEST, manifest_bytes(manifest))
+        manifest.setdefault("sample", sample and record_sample(sample))
+        write_bytes(self.folder / MANIFEST, encode_manifest(manifest))
         self._artifact = Artifact(
             path=self.out,
             weight_bytes=sum(written.files.values()),
@@ -195,7 +195,7 @@ def _build_manifest(form: Format, written: _Written, folder: Path) -> dict[str, 
         weight_files=files,
         digests=form.digests(folder, files),
     )
-    manifest["files_sha256"] = file_digests(folder, files)
+    manifest["files_sha256"] = compute_file_digests(folder, files)
     return manifest | dict(record.more)
 
 

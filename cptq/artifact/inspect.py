@@ -15,7 +15,7 @@ from typing import Any
 
 from cptq.artifact.gguf.header import GgufTensor, read_gguf
 from cptq.artifact.manifest import MANIFEST
-from cptq.artifact.schemes import own_schemes, schemes
+from cptq.artifact.schemes import read_config_schemes, read_packed_schemes
 from cptq.checkpoint.files import open_tensors, read_header, weight_files
 from cptq.errors import ArtifactError, ModelError
 from cptq.types import TensorSpec
@@ -23,7 +23,7 @@ from cptq.types import TensorSpec
 _BLOCK = re.compile(r"\.\d+\.")
 _PACKED = ("weight_packed", "weight_scale", "weight_shape")
 #: of the packed format; its codes are a `weight` of 32-bit words
-_PLACES = ("weight_zero", "weight_mask", "weight_pattern")
+_OWN_PARTS = ("weight_zero", "weight_mask", "weight_pattern")
 #: types of ggml that are not packed
 FLOATS = ("F64", "F32", "F16", "BF16")
 #: parts in the order in which they are told
@@ -77,26 +77,30 @@ def inspect(path: Path) -> Inspection:
     """
     path = path.expanduser()
     if path.is_file():
-        return _gguf(path, {}) if path.suffix == ".gguf" else _safetensors(path, [path])
+        return (
+            _inspect_gguf(path, {})
+            if path.suffix == ".gguf"
+            else _inspect_safetensors(path, [path])
+        )
     if not path.is_dir():
         raise ArtifactError(
             f"{path} is not there", allowed="a directory, a .safetensors or a .gguf file"
         )
     files, ggufs = weight_files(path), sorted(path.glob("*.gguf"))
     if files:
-        return _safetensors(path, files)
+        return _inspect_safetensors(path, files)
     if len(ggufs) == 1:
-        return _gguf(ggufs[0], _manifest_words(path))
+        return _inspect_gguf(ggufs[0], _read_provenance(path))
     raise ArtifactError(
         f"{path} holds no safetensors and {len(ggufs)} GGUF files",
         allowed="a checkpoint, an artifact, or a directory with one GGUF file",
     )
 
 
-def _safetensors(path: Path, files: list[Path]) -> Inspection:
+def _inspect_safetensors(path: Path, files: list[Path]) -> Inspection:
     specs = [spec for file in files for spec in read_header(file).values()]
     size = sum(file.stat().st_size for file in files)
-    layers = tuple(_layers(specs, _shapes(files), path if path.is_dir() else path.parent))
+    layers = tuple(_list_layers(specs, _read_shapes(files), path if path.is_dir() else path.parent))
     loose = sum(s.numel for s in specs if not _is_packed(s) and len(s.shape) < 2)
     known = all(isfinite(layer.bits) for layer in layers)
     return Inspection(
@@ -104,47 +108,47 @@ def _safetensors(path: Path, files: list[Path]) -> Inspection:
         form="safetensors",
         nbytes=size,
         weights=loose + sum(prod(layer.shape) for layer in layers) if known else None,
-        parts=_parts(((_told(s), s.shape, s.nbytes) for s in specs), size),
+        parts=_sum_parts(((_normalize_name(s), s.shape, s.nbytes) for s in specs), size),
         layers=layers,
-        provenance=_manifest_words(path if path.is_dir() else path.parent),
+        provenance=_read_provenance(path if path.is_dir() else path.parent),
     )
 
 
 def _is_packed(spec: TensorSpec) -> bool:
-    return spec.name.endswith((*_PACKED, *_PLACES)) or _is_own(spec)
+    return spec.name.endswith((*_PACKED, *_OWN_PARTS)) or _is_own(spec)
 
 
 def _is_own(spec: TensorSpec) -> bool:
     return spec.dtype == "I32" and spec.name.endswith(".weight")
 
 
-def _told(spec: TensorSpec) -> str:
+def _normalize_name(spec: TensorSpec) -> str:
     """The name, packed codes by that of the other format."""
     return f"{spec.name}_packed" if _is_own(spec) else spec.name
 
 
-def _parts(
+def _sum_parts(
     rows: Iterable[tuple[str, tuple[int, ...], int]], size: int
 ) -> dict[str, tuple[int, int]]:
     found = {part: [0, 0] for part in PARTS}
     for name, shape, nbytes in rows:
-        part = found[_part(name, shape)]
+        part = found[_find_part(name, shape)]
         part[0], part[1] = part[0] + 1, part[1] + nbytes
     found[PARTS[5]] = [0, size - sum(nbytes for _, nbytes in found.values())]
     return {part: (count, nbytes) for part, (count, nbytes) in found.items() if count or nbytes}
 
 
-def _part(name: str, shape: tuple[int, ...]) -> str:
+def _find_part(name: str, shape: tuple[int, ...]) -> str:
     if name.endswith("weight_packed"):
         return PARTS[0]
-    if name.endswith(("weight_scale", "weight_shape", *_PLACES)):
+    if name.endswith(("weight_scale", "weight_shape", *_OWN_PARTS)):
         return PARTS[1]
     if len(shape) < 2:
         return PARTS[4]
     return PARTS[2] if _BLOCK.search(name) else PARTS[3]
 
 
-def _shapes(files: list[Path]) -> dict[str, tuple[int, int]]:
+def _read_shapes(files: list[Path]) -> dict[str, tuple[int, int]]:
     """{layer: (out, in)} of packed layers, whose two numbers are read."""
     found = {}
     for file in files:
@@ -157,21 +161,21 @@ def _shapes(files: list[Path]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _layers(
+def _list_layers(
     specs: list[TensorSpec], shapes: Mapping[str, tuple[int, int]], directory: Path
 ) -> Iterable[LayerFacts]:
     """Every matrix, packed ones as what they stand for."""
     sizes = {s.name: s for s in specs}
-    grids = schemes(directory, [name.rpartition(".")[0] for name in sizes])
-    own = own_schemes(directory)
+    grids = read_config_schemes(directory, [name.rpartition(".")[0] for name in sizes])
+    own = read_packed_schemes(directory)
     for spec in specs:
         layer, _, end = spec.name.rpartition(".")
         if layer in own and end == "weight":
-            yield _own_packed(layer, specs, *own[layer])
+            yield _describe_own_packed(layer, specs, *own[layer])
         elif layer in own and end != "bias":
             continue
         elif end == "weight_packed":
-            yield _packed(layer, sizes, shapes.get(layer), grids.get(layer, {}))
+            yield _describe_packed(layer, sizes, shapes.get(layer), grids.get(layer, {}))
         elif len(spec.shape) >= 2 and not _is_packed(spec):
             bits = 8 * spec.nbytes / max(1, spec.numel)
             yield LayerFacts(
@@ -183,7 +187,7 @@ def _layers(
             )
 
 
-def _packed(
+def _describe_packed(
     layer: str,
     sizes: Mapping[str, TensorSpec],
     shape: tuple[int, int] | None,
@@ -200,7 +204,7 @@ def _packed(
     )
 
 
-def _own_packed(
+def _describe_own_packed(
     layer: str, specs: list[TensorSpec], label: str, shape: tuple[int, int] | None
 ) -> LayerFacts:
     """A layer of the packed format."""
@@ -212,7 +216,7 @@ def _own_packed(
     )
 
 
-def _gguf(path: Path, provenance: Mapping[str, str]) -> Inspection:
+def _inspect_gguf(path: Path, provenance: Mapping[str, str]) -> Inspection:
     header, size = read_gguf(path), path.stat().st_size
     words = {
         key.rpartition(".")[2] if key.startswith("general.") else key: str(value)
@@ -235,18 +239,20 @@ def _gguf(path: Path, provenance: Mapping[str, str]) -> Inspection:
         form=f"GGUF, version {header.version}",
         nbytes=size,
         weights=sum(tensor.numel for tensor in header.tensors),
-        parts=_parts(((_as_packed(t), t.shape, t.nbytes) for t in header.tensors), size),
+        parts=_sum_parts(
+            ((_normalize_gguf_name(t), t.shape, t.nbytes) for t in header.tensors), size
+        ),
         layers=layers,
         provenance={**words, **provenance},
     )
 
 
-def _as_packed(tensor: GgufTensor) -> str:
+def _normalize_gguf_name(tensor: GgufTensor) -> str:
     """The name of a tensor, that of a quantized one as it would be in safetensors."""
     return tensor.name if tensor.kind in FLOATS else f"{tensor.name}_packed"
 
 
-def _manifest_words(directory: Path) -> dict[str, str]:
+def _read_provenance(directory: Path) -> dict[str, str]:
     """What cptq.json says of how it came to be; nothing where there is none."""
     from cptq.artifact.reader import read_manifest
 
@@ -254,12 +260,12 @@ def _manifest_words(directory: Path) -> dict[str, str]:
         return {}
     manifest = read_manifest(directory)
     try:
-        return _words(manifest)
+        return _describe_manifest(manifest)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ModelError(f"{directory / MANIFEST} is damaged ({error!r})") from error
 
 
-def _words(manifest: Mapping[str, Any]) -> dict[str, str]:
+def _describe_manifest(manifest: Mapping[str, Any]) -> dict[str, str]:
     model, plan, text = manifest["model"], manifest["plan"], manifest["calibration"]
     budget = plan["budget"]
     return {

@@ -44,7 +44,7 @@ def build_manifest(
         "format_version": FORMAT_VERSION,
         "form": form,
         "format": weight_format,
-        "versions": _versions(),
+        "versions": _list_versions(),
         "model": {
             "source": model.base_name,
             "hub_id": model.hub_id,
@@ -55,7 +55,7 @@ def build_manifest(
         "seed": seed,
         "plan": plan.to_dict(),
         "calibration": asdict(calibration),
-        "layers": [_layer(layer.result) for layer in packed.values()],
+        "layers": [_record_layer(layer.result) for layer in packed.values()],
         "dense": {
             spec.name: spec.reason or "kept at 16 bits by the plan"
             for spec in model.layers
@@ -69,7 +69,7 @@ def build_manifest(
     }
 
 
-def _versions() -> dict[str, str]:
+def _list_versions() -> dict[str, str]:
     found = {"cptq": __version__}
     for package in _PACKAGES:
         try:
@@ -79,7 +79,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _layer(result: LayerResult) -> dict[str, Any]:
+def _record_layer(result: LayerResult) -> dict[str, Any]:
     return {
         "name": result.name,
         "candidate": result.candidate.label,
@@ -92,12 +92,12 @@ def _layer(result: LayerResult) -> dict[str, Any]:
     }
 
 
-def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
     """The manifest as it is written."""
     return (json.dumps(dict(manifest), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def file_digests(place: Path, weight_files: Iterable[str]) -> dict[str, str]:
+def compute_file_digests(place: Path, weight_files: Iterable[str]) -> dict[str, str]:
     """sha256 (hex) of the files that say what the weights mean: settings, tokenizer, code."""
     weights = set(weight_files)
     found = {}
@@ -108,7 +108,7 @@ def file_digests(place: Path, weight_files: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
+def try_read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest of an artifact; empty where the directory is none, or its file is no JSON."""
     try:
         found = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))

@@ -77,7 +77,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     return found
 
 
-def form_of(manifest: Mapping[str, Any]) -> Format:
+def find_format(manifest: Mapping[str, Any]) -> Format:
     """The format that a manifest names.
 
     Raises:
@@ -95,7 +95,7 @@ def open_artifact(directory: Path, *, trust_remote_code: bool = False) -> Stored
     """
     directory = directory.expanduser()
     manifest = read_manifest(directory)
-    form = form_of(manifest)
+    form = find_format(manifest)
     if not isinstance(form, SafetensorsFormat):
         raise ArtifactError(
             f"{directory} is in the format {form.name}, which is not read back",
@@ -103,8 +103,8 @@ def open_artifact(directory: Path, *, trust_remote_code: bool = False) -> Stored
         )
     try:
         plan = Plan.from_dict(manifest["plan"])
-        calibration = _calibration(manifest["calibration"])
-        content = _content(directory, manifest, form)
+        calibration = _parse_calibration(manifest["calibration"])
+        content = _read_content(directory, manifest, form)
         seed, sample = int(manifest["seed"]), manifest["sample"]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ArtifactError(
@@ -123,19 +123,19 @@ def open_artifact(directory: Path, *, trust_remote_code: bool = False) -> Stored
     )
 
 
-def _calibration(data: Mapping[str, Any]) -> CalibrationRecord:
+def _parse_calibration(data: Mapping[str, Any]) -> CalibrationRecord:
     return CalibrationRecord(**{**data, "notes": tuple(data.get("notes", ()))})
 
 
-def _content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsFormat) -> Content:
+def _read_content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsFormat) -> Content:
     places = {name: path for path in weight_files(directory) for name in read_header(path)}
     stored = {
         s.name: s for path in dict.fromkeys(places.values()) for s in read_header(path).values()
     }
-    inventory = {item["name"]: _spec(item) for item in manifest["inventory"]}
-    results = {item["name"]: _result(item) for item in manifest["layers"]}
-    parts = {name: _parts(form, inventory[name], r, stored) for name, r in results.items()}
-    get = _getter(places)
+    inventory = {item["name"]: _parse_spec(item) for item in manifest["inventory"]}
+    results = {item["name"]: _parse_result(item) for item in manifest["layers"]}
+    parts = {name: _check_tensors(form, inventory[name], r, stored) for name, r in results.items()}
+    get = _make_getter(places)
     model = manifest["model"]
     if model["kind"] not in AUTO_CLASSES:
         raise ValueError(f"a model of kind {model['kind']!r}")
@@ -148,7 +148,7 @@ def _content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsForm
         kind=model["kind"],
         family=str(model["family"]),
         fingerprint=str(model["fingerprint"]),
-        tensors=_dense_view(stored, parts, inventory),
+        tensors=_view_as_dense(stored, parts, inventory),
         layers=tuple(inventory.values()),
         compressed=layers,
         fetch=lambda name: get(name) if name in places else None,
@@ -156,14 +156,14 @@ def _content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsForm
     )
 
 
-def _spec(item: Mapping[str, Any]) -> LayerSpec:
+def _parse_spec(item: Mapping[str, Any]) -> LayerSpec:
     out, inputs = (int(n) for n in item["shape"])
     if min(out, inputs) < 1 or inputs > MOST_INPUTS:
         raise ValueError(f"{item.get('name')} has the shape {out} x {inputs}")
     return LayerSpec(**{**item, "shape": (out, inputs)})
 
 
-def _result(item: Mapping[str, Any]) -> LayerResult:
+def _parse_result(item: Mapping[str, Any]) -> LayerResult:
     return LayerResult(
         name=str(item["name"]),
         candidate=Candidate.parse(item["candidate"]),
@@ -176,7 +176,7 @@ def _result(item: Mapping[str, Any]) -> LayerResult:
     )
 
 
-def _parts(
+def _check_tensors(
     form: SafetensorsFormat, spec: LayerSpec, result: LayerResult, stored: Mapping[str, TensorSpec]
 ) -> tuple[TensorSpec, ...]:
     """The tensors of a layer, which the files must hold as the format counts them."""
@@ -194,7 +194,7 @@ def _parts(
     return parts
 
 
-def _dense_view(
+def _view_as_dense(
     stored: Mapping[str, TensorSpec],
     parts: Mapping[str, tuple[TensorSpec, ...]],
     inventory: Mapping[str, LayerSpec],
@@ -213,7 +213,7 @@ def _dense_view(
     return tuple(view.values())
 
 
-def _getter(places: Mapping[str, Path]) -> Callable[[str], Tensor]:
+def _make_getter(places: Mapping[str, Path]) -> Callable[[str], Tensor]:
     """A tensor by name, each file opened once and mapped, not read."""
     stack, opened = ExitStack(), dict[Path, Any]()
 

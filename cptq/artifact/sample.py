@@ -15,27 +15,27 @@ import torch
 from cptq.artifact.reload import ReloadSample
 from cptq.errors import ArtifactError
 
-PICKED = 256
+KEPT_OUTPUTS = 256
 #: outputs that are believed to exist: a manifest's word costs that much memory at most
-MOST = 1 << 28
+MOST_OUTPUTS = 1 << 28
 
 
-def sample_record(sample: ReloadSample) -> dict[str, Any]:
+def record_sample(sample: ReloadSample) -> dict[str, Any]:
     """The sample as plain data, the same for the same values."""
     flat = sample.expected.detach().float().cpu().reshape(-1)
     return {
         "inputs": {name: x.tolist() for name, x in sample.inputs.items()},
         "shape": list(sample.expected.shape),
         "largest": int(flat.abs().argmax()),
-        "values": flat[_places(flat.numel(), int(flat.abs().argmax()))].tolist(),
+        "values": flat[_pick_positions(flat.numel(), int(flat.abs().argmax()))].tolist(),
         "tolerance": sample.tolerance,
         "attention": sample.attention,
     }
 
 
-def _places(numel: int, largest: int) -> torch.Tensor:
+def _pick_positions(numel: int, largest: int) -> torch.Tensor:
     """Which of the outputs are kept, in order."""
-    count = min(PICKED, numel)
+    count = min(KEPT_OUTPUTS, numel)
     spread = [i * numel // count for i in range(count)]
     return torch.tensor(sorted({*spread, largest}), dtype=torch.int64)
 
@@ -49,14 +49,14 @@ def read_sample(record: Any, *, trust_remote_code: bool = False) -> ReloadSample
     try:
         shape = tuple(int(n) for n in record["shape"])
         numel, largest = prod(shape), int(record["largest"])
-        if not shape or min(shape) < 1 or numel > MOST or not 0 <= largest < numel:
+        if not shape or min(shape) < 1 or numel > MOST_OUTPUTS or not 0 <= largest < numel:
             raise ValueError(f"outputs of shape {shape}")
-        return _built(record, shape, _places(numel, largest), trust_remote_code)
+        return _build_sample(record, shape, _pick_positions(numel, largest), trust_remote_code)
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError) as error:
         raise ArtifactError(f"the manifest's sample cannot be read: {error}") from error
 
 
-def _built(
+def _build_sample(
     record: Mapping[str, Any], shape: tuple[int, ...], places: torch.Tensor, trusted: bool
 ) -> ReloadSample:
     values = torch.tensor(record["values"], dtype=torch.float32)

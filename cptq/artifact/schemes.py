@@ -18,7 +18,7 @@ from cptq.types import is_expert
 _DAMAGED = (OSError, *UNREADABLE)
 
 
-def own_schemes(directory: Path) -> dict[str, tuple[str, tuple[int, int] | None]]:
+def read_packed_schemes(directory: Path) -> dict[str, tuple[str, tuple[int, int] | None]]:
     """{layer: label and shape} of a packed model, as config.json and the manifest have them.
 
     The words of a file do not tell how many inputs there are: without a manifest no shape is known.
@@ -26,13 +26,13 @@ def own_schemes(directory: Path) -> dict[str, tuple[str, tuple[int, int] | None]
     try:
         config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
         modules = config["quantization_config"]["modules"]
-        shapes = _inventory(directory)
+        shapes = _read_layer_shapes(directory)
         return {str(name): (str(label), shapes.get(name)) for name, label in modules.items()}
     except _DAMAGED:
         return {}
 
 
-def _inventory(directory: Path) -> dict[str, tuple[int, int]]:
+def _read_layer_shapes(directory: Path) -> dict[str, tuple[int, int]]:
     """{layer: (out, in)} as the manifest has them; empty where it says nothing readable."""
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ def _inventory(directory: Path) -> dict[str, tuple[int, int]]:
         return {}
 
 
-def schemes(directory: Path, layers: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+def read_config_schemes(directory: Path, layers: Iterable[str]) -> dict[str, Mapping[str, Any]]:
     """{layer: what config.json says of its weights}; empty where it says nothing readable.
 
     Experts, of which `layers` are some, are named by an expression (`EXPERTS`).

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cptq.artifact.manifest import MANIFEST, file_digests
-from cptq.artifact.reader import form_of, read_manifest
+from cptq.artifact.manifest import MANIFEST, compute_file_digests
+from cptq.artifact.reader import find_format, read_manifest
 from cptq.artifact.reload import ReloadCheck
 from cptq.artifact.sample import read_sample
 from cptq.checkpoint.files import read_header
@@ -56,11 +56,11 @@ def verify_artifact(
 def _verify(
     directory: Path, manifest: Mapping[str, Any], emit: Emit, trusted: bool
 ) -> VerifiedArtifact:
-    form, sizes = form_of(manifest), manifest["weight_files"]
+    form, sizes = find_format(manifest), manifest["weight_files"]
     for name, size in sizes.items():
         _check_file(directory, name, size)
     known_files = manifest["files_sha256"]
-    found_files = file_digests(directory, sizes)
+    found_files = compute_file_digests(directory, sizes)
     _compare("file", {n: found_files.get(n) for n in known_files}, known_files)
     _compare("tensor", form.digests(directory, sizes), manifest["tensors_sha256"])
     kind = manifest["model"]["kind"]

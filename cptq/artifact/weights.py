@@ -77,12 +77,12 @@ def _write_file(path: Path, specs: Iterable[TensorSpec], fetch: Fetch) -> None:
     with path.open("wb") as stream:
         stream.write(header_bytes(ordered))
         for spec in ordered:
-            stream.write(_raw(spec, fetch(spec)))
+            stream.write(_get_bytes(spec, fetch(spec)))
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _raw(spec: TensorSpec, tensor: Tensor) -> memoryview:
+def _get_bytes(spec: TensorSpec, tensor: Tensor) -> memoryview:
     """The bytes of a tensor that is what its spec says."""
     if tuple(tensor.shape) != spec.shape or tensor.dtype is not TORCH_DTYPES[spec.dtype]:
         raise ArtifactError(
@@ -94,7 +94,7 @@ def _raw(spec: TensorSpec, tensor: Tensor) -> memoryview:
     return raw
 
 
-def tensor_digests(paths: Iterable[Path]) -> dict[str, str]:
+def compute_tensor_digests(paths: Iterable[Path]) -> dict[str, str]:
     """sha256 (hex) of the bytes of every tensor, as they lie on the disk, sorted by name."""
     digests: dict[str, str] = {}
     for path in paths:
@@ -103,11 +103,11 @@ def tensor_digests(paths: Iterable[Path]) -> dict[str, str]:
             header.pop("__metadata__", None)
             for name in sorted(header, key=lambda n: header[n]["data_offsets"]):
                 start, end = header[name]["data_offsets"]
-                digests[name] = _digest(stream.read, end - start)
+                digests[name] = _hash_bytes(stream.read, end - start)
     return dict(sorted(digests.items()))
 
 
-def _digest(read: Callable[[int], bytes], left: int) -> str:
+def _hash_bytes(read: Callable[[int], bytes], left: int) -> str:
     digest = hashlib.sha256()
     while left:
         chunk = read(min(left, _CHUNK))

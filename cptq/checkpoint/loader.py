@@ -30,7 +30,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
 from cptq.errors import CptqError, ModelError, UsageError
-from cptq.runtime.modules import packed_modules
+from cptq.inference.modules import find_packed_modules
 from cptq.types import Emit, ModelKind, Notice, Progress, TensorSpec
 
 AUTO_CLASSES: Mapping[ModelKind, str] = {
@@ -182,7 +182,7 @@ def stored_tensors(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple
 
 def unpacked_view(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
     """The tensors of an artifact with each packed weight as it is dense."""
-    state, packed, specs = module.state_dict(), packed_modules(module), []
+    state, packed, specs = module.state_dict(), find_packed_modules(module), []
     for name, spec in stored.items():
         layer, _, part = name.rpartition(".")
         shape = state.get(f"{layer}.weight_shape")

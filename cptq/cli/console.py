@@ -20,7 +20,7 @@ from rich.text import Text
 
 from cptq.cli.format import Format
 from cptq.cli.progress import Bars, Display, Lines, Nothing
-from cptq.report.table import Table
+from cptq.report.formatting import Table
 from cptq.types import Event, Notice, Progress
 
 #: notices of a kind that are printed while running; the report holds all of them

@@ -11,7 +11,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, Tim
 from rich.progress import Progress as Bar
 from rich.table import Column
 
-from cptq.report.words import seconds
+from cptq.report.formatting import format_seconds
 from cptq.types import Progress
 
 #: seconds between two lines of one stage in a log
@@ -116,13 +116,13 @@ class Lines:
     def _end(self, now: float) -> None:
         if not self.ended:
             self.ended = True
-            self.write(f"{self.stage} done in {seconds(now - self.started)}")
+            self.write(f"{self.stage} done in {format_seconds(now - self.started)}")
 
     def _rest(self, event: Progress, now: float) -> str:
         if not event.total or not event.done:
             return ""
         left = (now - self.started) * (event.total - event.done) / event.done
-        return f"/{event.total}, about {seconds(left)} left"
+        return f"/{event.total}, about {format_seconds(left)} left"
 
     def close(self) -> None:
         """Lines need no end."""

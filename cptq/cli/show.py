@@ -8,20 +8,26 @@ from typing import Any
 from cptq.cli.console import Talk
 from cptq.cli.show_compare import show_compare
 from cptq.cli.sketch import sketch
-from cptq.report.paired import paired_table
-from cptq.report.side_by_side import CompareOutcome
-from cptq.report.summary import AnalyzeOutcome, CompressOutcome, EvalOutcome, Summary, plain
-from cptq.report.table import Table, pairs
-from cptq.report.tables import (
-    evaluation_table,
-    size_table,
-    top_table,
-    verification_words,
-    width_table,
+from cptq.report.comparison import CompareOutcome
+from cptq.report.formatting import Table, format_number, format_seconds, tabulate_pairs
+from cptq.report.summary import (
+    AnalyzeOutcome,
+    CompressOutcome,
+    EvalOutcome,
+    Summary,
+    convert_to_plain,
+    group_notices,
+    rank_units,
 )
-from cptq.report.tally import most_sensitive, notices_by_kind
-from cptq.report.validation import validation_tables
-from cptq.report.words import number, seconds
+from cptq.report.tables import (
+    build_evaluation_table,
+    build_paired_table,
+    build_size_table,
+    build_top_table,
+    build_width_table,
+    describe_verification,
+)
+from cptq.report.validation import build_validation_tables
 from cptq.types import SensitivityTable
 
 Reported = AnalyzeOutcome | CompressOutcome | EvalOutcome
@@ -47,7 +53,7 @@ def show(talk: Talk, outcome: Outcome) -> None:
 
 def document(outcome: Reported) -> dict[str, Any]:
     """The document of `--format json`."""
-    found = {name: plain(getattr(outcome, name)) for name in ("out", "reports")}
+    found = {name: convert_to_plain(getattr(outcome, name)) for name in ("out", "reports")}
     summary = outcome.summary.to_dict()
     for result in [*summary["evaluation"], *summary["baseline"]]:
         del result["per_sample"]  # thousands of numbers, which are in the file
@@ -68,17 +74,21 @@ def show_analyze(talk: Talk, outcome: Reported) -> None:
     summary = outcome.summary
     tables = list(summary.sensitivity.values())
     many = len(tables) > MANY
-    talk.tables([first_table(tables)] if many else [top_table(t, summary, TOP) for t in tables])
+    talk.tables(
+        [first_table(tables)] if many else [build_top_table(t, summary, TOP) for t in tables]
+    )
     talk.tables([block_table(tables)])
     if summary.validation is not None:
-        talk.tables([table for table in validation_tables(summary.validation) if not table.folded])
+        talk.tables(
+            [table for table in build_validation_tables(summary.validation) if not table.folded]
+        )
 
 
 def first_table(tables: list[SensitivityTable]) -> Table:
     """The most sensitive unit by each metric, and what the metric takes on its own."""
-    leaders = [next((unit for unit, _ in most_sensitive(table, 1)), "-") for table in tables]
+    leaders = [next((unit for unit, _ in rank_units(table, 1)), "-") for table in tables]
     rows = tuple(
-        (table.metric, leader, seconds(table.seconds))
+        (table.metric, leader, format_seconds(table.seconds))
         for table, leader in zip(tables, leaders, strict=True)
     )
     return Table(
@@ -110,13 +120,15 @@ def block_table(tables: list[SensitivityTable]) -> Table:
 def show_compress(talk: Talk, outcome: Reported) -> None:
     """Bytes, bits and widths; results, if there are any."""
     summary = outcome.summary
-    talk.tables([size_table(summary), width_table(summary), evaluation_table(summary)])
+    talk.tables(
+        [build_size_table(summary), build_width_table(summary), build_evaluation_table(summary)]
+    )
 
 
 def show_eval(talk: Talk, outcome: Reported) -> None:
     """The results beside the baseline."""
     summary = outcome.summary
-    talk.tables([evaluation_table(summary), paired_table(summary.paired)])
+    talk.tables([build_evaluation_table(summary), build_paired_table(summary.paired)])
 
 
 HUMAN: Mapping[str, Callable[[Talk, Reported], None]] = {
@@ -130,12 +142,12 @@ def last_table(outcome: Reported) -> Table:
     """Whether it holds, what was noticed, how long it took, where it lies."""
     summary = outcome.summary
     facts = summary.verification
-    return pairs(
+    return tabulate_pairs(
         "Done",
         [
-            ("verified", verification_words(facts) if facts else None),
+            ("verified", describe_verification(facts) if facts else None),
             ("notices", notice_words(summary)),
-            ("time", seconds(sum(summary.timings.values())) if summary.timings else None),
+            ("time", format_seconds(sum(summary.timings.values())) if summary.timings else None),
             ("written to", outcome.out),
             ("report", outcome.reports.get("html") or outcome.reports.get("md")),
         ],
@@ -144,6 +156,6 @@ def last_table(outcome: Reported) -> Table:
 
 def notice_words(summary: Summary) -> str:
     """`1 fallback, 2 skipped (listed in the report)`."""
-    kinds = notices_by_kind(summary.notices)
-    counts = ", ".join(f"{number(len(found))} {kind}" for kind, found in kinds.items())
+    kinds = group_notices(summary.notices)
+    counts = ", ".join(f"{format_number(len(found))} {kind}" for kind, found in kinds.items())
     return f"{counts} (the report lists them)" if counts else "none"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from cptq.cli.format import Format
 
 if TYPE_CHECKING:
-    from cptq.report.table import Table
+    from cptq.report.formatting import Table
     from cptq.types import Emit
 
 

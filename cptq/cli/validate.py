@@ -20,7 +20,7 @@ from cptq.config import (
     Settings,
 )
 from cptq.errors import OutputExistsError, PlanError, UsageError
-from cptq.registry import Registry, closest
+from cptq.registry import Registry, find_closest
 from cptq.types import Plan
 
 #: kind of name -> where its registry lies; none of these modules imports torch
@@ -117,7 +117,7 @@ def metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
     known = registry("metric")
     for name in names:
         if name != ALL and name not in known:
-            near = closest(name, [*known, ALL])
+            near = find_closest(name, [*known, ALL])
             raise UsageError(
                 f"unknown metric {name!r}",
                 allowed=", ".join([*known, ALL]),

@@ -15,7 +15,7 @@ from cptq.config.checks import SINGULAR, option
 from cptq.config.settings import FIXED_BY
 from cptq.config.values import build, convert, flat_fields
 from cptq.errors import UsageError
-from cptq.registry import closest
+from cptq.registry import find_closest
 
 S = TypeVar("S")
 
@@ -77,7 +77,7 @@ def read_file(kind: type, path: Path) -> dict[str, Any]:
     for key, value in load_mapping(path).items():
         name = spelled.get(str(key).replace("-", "_"))
         if name is None:
-            near = closest(str(key), list(spelled))
+            near = find_closest(str(key), list(spelled))
             raise UsageError(
                 f"{path}: unknown key {str(key)!r}",
                 allowed=", ".join(SINGULAR.get(name, name) for name in known),

@@ -10,7 +10,7 @@ llama.cpp) and from vLLM's source (0.33; not run here):
 | llamacpp     | 4, 5, 8  | 32                        | inputs divisible by 32| float16 |
 | cptq         | 2 to 8   | any that divide, channel  | any                   | any     |
 
-All may keep any layer at 16 bits. Only `cptq`, which is cptq's own (`cptq.runtime`), and `llamacpp`
+All may keep any layer at 16 bits. Only `cptq`, cptq's own (`cptq.inference`), and `llamacpp`
 take packed embeddings and output heads (llama.cpp at 8 bits: its Q8_0), asymmetric grids (llama.cpp
 at 4 and 5 bits: its Q4_1 and Q5_1) and the Conv1D of GPT-2; the file that goes to llama.cpp is made
 from an artifact, which is `packed` where one of these is in it and `compressed-tensors` elsewhere.
@@ -30,7 +30,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cptq.errors import ModelError, UnknownNameError, UsageError
-from cptq.registry import closest
+from cptq.registry import find_closest
 from cptq.types import Candidate, LayerSpec, is_expert
 
 
@@ -229,7 +229,7 @@ def find_runtime(name: str) -> Runtime:
         UnknownNameError: there is none; the message lists them.
     """
     if name not in RUNTIMES:
-        near = closest(name, list(RUNTIMES))
+        near = find_closest(name, list(RUNTIMES))
         raise UnknownNameError(
             f"unknown runtime {name!r}",
             allowed=", ".join(RUNTIMES),

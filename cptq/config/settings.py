@@ -21,7 +21,7 @@ from cptq.config.checks import (
 )
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.errors import UsageError
-from cptq.registry import closest
+from cptq.registry import find_closest
 
 DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
 DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
@@ -71,7 +71,7 @@ class ModelSettings:
         if not self.model.strip():
             raise UsageError("the name of the model is empty", allowed="a Hub id or a directory")
         if self.dtype not in DTYPES:
-            near = closest(self.dtype, list(DTYPES))
+            near = find_closest(self.dtype, list(DTYPES))
             hint = f"did you mean {near!r}?" if near else None
             raise UsageError(f"--dtype is {self.dtype!r}", allowed=", ".join(DTYPES), hint=hint)
         if not re.fullmatch(r"auto|cpu|mps|(?:cuda|xpu)(?::\d+)?", self.device):

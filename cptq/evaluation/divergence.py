@@ -35,7 +35,7 @@ from cptq.evaluation.halves import LOGIT_ELEMENTS, positions_at_once
 from cptq.evaluation.perplexity import Estimate, Witness, ratio
 from cptq.evaluation.tails import quantile
 from cptq.types import Emit, EvalResult, Notice
-from cptq.types.samples import ratios
+from cptq.types.samples import build_ratios
 
 #: of the free disk, how much the hidden states of one text may take
 DISK_SHARE = 0.5
@@ -206,7 +206,7 @@ def _described(
         higher_is_better=higher,
         value=estimate.value,
         stderr=estimate.stderr,
-        per_sample=ratios(sum_N, count_N) if both else None,  # type: ignore[arg-type]
+        per_sample=build_ratios(sum_N, count_N) if both else None,  # type: ignore[arg-type]
         notes=like.notes + short,
     )
 

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cptq.types import EvalResult, SamplePairs, SampleRatios
-from cptq.types.samples import ratios
+from cptq.types.samples import build_ratios
 
 #: metrics that are a share of right answers
 _SHARES = ("acc", "acc_norm", "accuracy")
@@ -49,7 +49,7 @@ def _flips(result: EvalResult, baseline: EvalResult) -> list[EvalResult]:
             value=float(flipped.mean()),
             stderr=stderr,
             higher_is_better=False,
-            per_sample=ratios(flipped),
+            per_sample=build_ratios(flipped),
         )
     ]
 

@@ -24,7 +24,7 @@ from cptq.data.files import read_text
 from cptq.errors import EvaluationError, UnknownNameError
 from cptq.evaluation.harness_results import PREFIX, harness_results
 from cptq.evaluation.options import EvalOptions, unwatched
-from cptq.registry import closest
+from cptq.registry import find_closest
 from cptq.types import Emit, EvalResult, Notice, Progress
 
 EXTRA = 'pip install "cptq[lm-eval]"'
@@ -154,7 +154,7 @@ def resolve_tasks(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
         if name not in known and not manager.match_tasks([name]):
             if name != given:
                 raise EvaluationError(f"lm-evaluation-harness finds no task {name!r} in {given}")
-            near = closest(name, known)
+            near = find_closest(name, known)
             raise UnknownNameError(
                 f"lm-evaluation-harness has no task {name!r}",
                 allowed=f"the {len(known):,} names of `lm-eval ls tasks`, or a YAML file",

@@ -16,7 +16,7 @@ import numpy as np
 
 from cptq.evaluation.perplexity import linked, ratio
 from cptq.types import EvalResult, digest
-from cptq.types.samples import Link, SampleRatios, ratios
+from cptq.types.samples import Link, SampleRatios, build_ratios
 
 PREFIX = "lm-eval/"
 _UNITS = {
@@ -94,10 +94,12 @@ def _per_sample(
     """Each document's part, where the value is the mean or the ratio that these parts give."""
     values = [sample.get(metric) for sample in samples]
     if values and all(isinstance(item, int | float) for item in values):
-        found = ratios([float(item) for item in values if item is not None])
+        found = build_ratios([float(item) for item in values if item is not None])
     elif metric in _SUMMED and values and all(map(_is_pair, values)):
         pairs = [item for item in values if item is not None]
-        found = ratios([-float(a) for a, _ in pairs], [float(b) for _, b in pairs], _SUMMED[metric])
+        found = build_ratios(
+            [-float(a) for a, _ in pairs], [float(b) for _, b in pairs], _SUMMED[metric]
+        )
     else:
         return None
     return found if abs(found.value - value) < 1e-6 * max(1.0, abs(value)) else None

@@ -31,7 +31,7 @@ from cptq.layouts.gguf import BLOCK, BLOCK_BYTES, TYPE_BITS
 from cptq.numerics.half_offset import offset_of
 
 
-def half_holds(scale_OG: Tensor) -> bool:
+def fits_float16(scale_OG: Tensor) -> bool:
     """Whether float16 holds every scale exactly."""
     half = scale_OG.to(torch.float16)
     return bool((torch.isfinite(half) & (half.to(scale_OG.dtype) == scale_OG)).all())
@@ -71,7 +71,7 @@ def pack_blocks(
 
 def _half_bytes(x_OG: Tensor, blocks: int) -> Tensor:
     """Numbers per group as the two bytes of a float16 in each block, (out, blocks, 2)."""
-    if not half_holds(x_OG):
+    if not fits_float16(x_OG):
         raise ValueError("a scale or a minimum is not exact in float16")
     x_OB = x_OG.to(torch.float16).repeat_interleave(blocks // x_OG.shape[1], dim=1)
     return x_OB.contiguous().view(torch.uint8).view(len(x_OG), blocks, 2)

@@ -16,7 +16,7 @@ from cptq.pipeline.inputs import build_candidates, calibrate, load_dense
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.summarize import summary
 from cptq.pipeline.validate import budgets, validate
-from cptq.report.render import FILES, report_files
+from cptq.report.render import FILES, render_files
 from cptq.report.summary import AnalyzeOutcome, Summary
 from cptq.sensitivity import SLOW, everyday
 from cptq.sensitivity.measure import measure, needs_text
@@ -144,7 +144,7 @@ def _write_analysis(
         validation=validation,
     )
     files = encode_stage_files(inputs.model, record, tables, None, validation)
-    files |= report_files(report)
+    files |= render_files(report)
     with new_directory(inputs.place, sum(map(len, files.values()))) as folder:
         write_files(folder, files)
     return report

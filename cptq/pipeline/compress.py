@@ -12,7 +12,7 @@ import torch
 from cptq.allocation import BLIND
 from cptq.allocation.allocate import allocate
 from cptq.allocation.experts import expert_units, fixed
-from cptq.artifact.content import content_of
+from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.hub import push
 from cptq.artifact.reload import TOLERANCE, ReloadCheck, ReloadSample
@@ -28,7 +28,7 @@ from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
 from cptq.pipeline.summarize import summary, verification_facts
 from cptq.pipeline.uniform_check import BASELINE, keep_better_plan
-from cptq.report.render import FILES, report_files
+from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
 from cptq.sensitivity.measure import measure
 from cptq.types import (
@@ -204,7 +204,7 @@ def write_artifact(
     )
     with recorder.stage("artifact"):
         sample = _build_sample(inputs)
-        content = content_of(model, compressed.layers, recorder)
+        content = build_content(model, compressed.layers, recorder)
         with draft(
             inputs.out,
             overwrite=settings.overwrite,
@@ -215,7 +215,7 @@ def write_artifact(
             d.write(content, record, encode_stage_files(model, record.calibration, tables, plan))
             check = d.verify(sample)
             report = _summarize(inputs, tables, compressed, check, recorder)
-            d.add(report_files(report))
+            d.add(render_files(report))
     return CompressOutcome(
         summary=report,
         out=inputs.out,

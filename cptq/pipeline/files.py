@@ -13,7 +13,7 @@ from cptq.allocation.cost import CostModel
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import Runtime
 from cptq.errors import PlanError
-from cptq.report.summary import plain
+from cptq.report.summary import convert_to_plain
 from cptq.sensitivity import METRICS
 from cptq.sensitivity.partial import PARTIAL
 from cptq.types import CalibrationRecord, Candidate, Plan, SensitivityTable, Validation
@@ -37,24 +37,27 @@ def encode_stage_files(
     layers = {
         "model_fingerprint": model.fingerprint,
         "blocks": list(model.block_names),
-        "layers": [plain(layer) for layer in model.layers],
+        "layers": [convert_to_plain(layer) for layer in model.layers],
         "units": {unit.name: [layer.name for layer in unit.layers] for unit in model.units},
     }
     files = {"layers.json": layers}
     if calibration is not None:
-        files["calibration.json"] = plain(calibration)
+        files["calibration.json"] = convert_to_plain(calibration)
     for name, table in tables.items():
         partial = ".partial" if PARTIAL in table.details else ""
         files[f"sensitivity/{name}{partial}.json"] = _table_data(table)
     if plan is not None:
         files["plan.json"] = plan.to_dict()
     if validation is not None:
-        files["validation.json"] = {"model_fingerprint": model.fingerprint, **plain(validation)}
+        files["validation.json"] = {
+            "model_fingerprint": model.fingerprint,
+            **convert_to_plain(validation),
+        }
     return {name: _json(content) for name, content in files.items()}
 
 
 def _table_data(table: SensitivityTable) -> dict[str, Any]:
-    data: dict[str, Any] = plain(table)
+    data: dict[str, Any] = convert_to_plain(table)
     return {"schema": TABLE_SCHEMA, **data}
 
 

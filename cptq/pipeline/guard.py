@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cptq.artifact.manifest import read_manifest
+from cptq.artifact.manifest import try_read_manifest
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import EvalSettings
@@ -29,7 +29,7 @@ def refuse_leaks(settings: EvalSettings, sources: Sequence[str | None], recorder
     """
     for source in filter(None, sources if settings.strict else ()):
         folder = Path(source).expanduser()
-        if folder.is_dir() and not read_manifest(folder).get("calibration"):
+        if folder.is_dir() and not try_read_manifest(folder).get("calibration"):
             continue
         with recorder.stage("leaks"):
             model = load_model(replace(settings.model, model=source), _unheard)
@@ -47,7 +47,7 @@ def _unheard(event: Event) -> None:
 
 def guard(model: LoadedModel, settings: EvalSettings, emit: Emit) -> Watch:
     """What watches that the artifact does not meet its calibration text again."""
-    calibration = read_manifest(model.path).get("calibration")
+    calibration = try_read_manifest(model.path).get("calibration")
     if not isinstance(calibration, dict):
         return unwatched
     if not calibration.get("sketch"):

@@ -22,7 +22,7 @@ from cptq.compression.workbench import Workbench
 from cptq.config import CompressSettings
 from cptq.pipeline.bench import workbench
 from cptq.pipeline.inputs import HeldOutText
-from cptq.report.words import number
+from cptq.report.formatting import format_number
 from cptq.types import Candidate, Emit, Event, Notice, Plan, SensitivityTable
 
 
@@ -92,10 +92,10 @@ def _told(found: Refined, unit: str) -> str:
     if not found.kept:
         return (
             f"none of {found.tried} plans held on both texts; the plan stays "
-            f"({number(found.before)} {unit})"
+            f"({format_number(found.before)} {unit})"
         )
     return (
-        f"{found.kept} of {found.tried} swaps kept: {number(found.before)} to "
-        f"{number(found.after)} {unit} on the text that chose, {number(found.guard_before)} to "
-        f"{number(found.guard_after)} on a second"
+        f"{found.kept} of {found.tried} swaps kept: {format_number(found.before)} to "
+        f"{format_number(found.after)} {unit} on the text that chose, "
+        f"{format_number(found.guard_before)} to {format_number(found.guard_after)} on a second"
     )

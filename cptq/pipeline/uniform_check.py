@@ -19,7 +19,7 @@ from cptq.calibration.probe import Probe
 from cptq.calibration.slices import Rows
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
-from cptq.report.words import number
+from cptq.report.formatting import format_number
 from cptq.types import CompressedLayer, Emit, Event, Notice, Plan, Progress
 
 #: the allocator of the baseline plan
@@ -108,7 +108,7 @@ def _describe_result(own: _Outcome, other: _Outcome, unit: str, tokens: int) -> 
     gap = own.rows - other.rows
     error = float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0
     numbers = (
-        f"{number(own.divergence)} against {number(other.divergence)} {unit} "
+        f"{format_number(own.divergence)} against {format_number(other.divergence)} {unit} "
         f"(difference {float(gap.mean()):+.3g} ± {error:.2g}, {tokens:,} tokens)"
     )
     if own.divergence <= other.divergence:

@@ -33,7 +33,7 @@ from cptq.compression.workbench import Workbench
 from cptq.config import AnalyzeSettings
 from cptq.pipeline.bench import workbench
 from cptq.pipeline.inputs import cost_model
-from cptq.report.words import seconds as spoken
+from cptq.report.formatting import format_seconds as spoken
 from cptq.sensitivity.validation.pairs import choose_pairs, depth, ranked_depths
 from cptq.sensitivity.validation.ranks import RESAMPLES, agreement
 from cptq.types import (

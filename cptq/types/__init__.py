@@ -1,6 +1,6 @@
-"""The nouns: immutable values that the stages hand to one another.
+"""Immutable values that the stages pass to one another.
 
-Bytes, seconds and nats are named in the fields. Nothing here imports torch at run time.
+Field names give the units: bytes, seconds, nats. Nothing here imports torch at run time.
 """
 
 from __future__ import annotations

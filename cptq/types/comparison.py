@@ -1,4 +1,4 @@
-"""Two models measured on the same samples: how far apart, and how sure."""
+"""Differences between two models on the same samples, and their uncertainty."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ Verdict = Literal["better", "worse", "equal", "undecided"]
 class PairedDifference:
     """A result minus the baseline's, sample by sample.
 
-    `interval` (low, high) holds the true difference with `level` of confidence; `p_value` is of
-    "there is none", two-sided. Of answers that are right or wrong, `lost` counts those that only
+    `interval` (low, high) is the confidence interval of `level`; `p_value` is two-sided, for the
+    hypothesis of no difference. For answers that are right or wrong, `lost` counts those that only
     the baseline has right, `gained` those that only the result has (None for other metrics).
     """
 
@@ -32,12 +32,12 @@ class PairedDifference:
 
     @property
     def at_most_worse(self) -> float:
-        """By how much the result is worse at most, with `level` of confidence; never below 0."""
+        """How much worse the result is at most, with `level` of confidence; at least 0."""
         return max(0.0, -self.interval[0] if self.higher_is_better else self.interval[1])
 
     @property
     def verdict(self) -> Verdict:
-        """ "equal": not a sample differs; "undecided": they cannot tell the two apart."""
+        """ "equal": no sample differs; "undecided": too few samples to separate the two."""
         if not any(self.interval) or self.lost == self.gained == 0:
             return "equal"
         if not self.p_value < 1 - self.level:

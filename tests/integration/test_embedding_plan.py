@@ -12,9 +12,9 @@ import torch
 import cptq
 from cptq.config import CompressSettings, settings_from
 from cptq.errors import PlanError, UsageError
+from cptq.inference.modules import find_packed_modules
 from cptq.pipeline import compress
 from cptq.report import CompressOutcome
-from cptq.runtime.modules import packed_modules
 from cptq.types import Plan
 from tests.conftest import TinyModel
 from tests.integration.test_packed_way import same_process, settings
@@ -27,7 +27,7 @@ def run(model: Path, out: Path, **options: Any) -> CompressOutcome:
 
 
 def embedding_of(out: Path) -> str | None:
-    packed = packed_modules(cptq.load(out, device="cpu"))
+    packed = find_packed_modules(cptq.load(out, device="cpu"))
     found = packed.get("model.embed_tokens")
     return None if found is None else found.scheme.label
 

@@ -16,7 +16,7 @@ import torch
 
 from cptq.allocation.cost import CostModel
 from cptq.artifact import reload
-from cptq.artifact.content import content_of
+from cptq.artifact.content import build_content
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import Format, SafetensorsFormat
 from cptq.artifact.gguf.families import FAMILIES
@@ -27,7 +27,7 @@ from cptq.errors import ArtifactError
 from cptq.types import CompressedLayer
 from tests.conftest import TinyModel
 from tests.tiny_models import RECIPES
-from tests.unit.artifact.made import candidate, compress_layer, load, sample_of
+from tests.unit.artifact.builders import candidate, compress_layer, load, sample_of
 from tests.unit.artifact.same_process import run_here
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
@@ -91,7 +91,7 @@ def difference(
     """Largest difference of the outputs, their largest value, and how many layers were packed."""
     model = load(path, conv1d=True, experts=True)
     layers = compressed(model, form, widths)
-    content = content_of(model, layers, lambda event: None)
+    content = build_content(model, layers, lambda event: None)
     form.check(content)
     out.mkdir()
     sample = sample_of(model)

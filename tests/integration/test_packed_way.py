@@ -13,8 +13,8 @@ import cptq
 from cptq.artifact import reload
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.errors import PlanError, UsageError
+from cptq.inference.modules import find_packed_modules
 from cptq.pipeline import compress
-from cptq.runtime.modules import packed_modules
 from cptq.types import Event
 from tests.conftest import TinyModel
 from tests.tiny_models import SENTENCES
@@ -56,7 +56,7 @@ def test_everything_is_packed_within_the_budget(
     assert artifact.weight_bytes <= artifact.manifest["plan"]["budget"]["limit_bytes"]
     assert artifact.manifest["verification"]["max_abs_difference"] < 1e-4
     model = cptq.load(artifact.path, device="cpu")
-    packed = packed_modules(model)
+    packed = find_packed_modules(model)
     embedding = {"gpt2": "transformer.wte", "llama": "model.embed_tokens"}[arch]
     planned = {layer.name for unit in report.units for layer in unit.layers}
     assert set(packed) >= planned | {embedding}

@@ -20,8 +20,8 @@ from cptq.config import (
     settings_from,
 )
 from cptq.errors import PlanError, UsageError
+from cptq.inference.modules import find_packed_modules
 from cptq.pipeline import analyze, compress
-from cptq.runtime.modules import packed_modules
 from cptq.types import Candidate, Event, Notice
 from tests.conftest import TinyModel
 from tests.unit.artifact.same_process import run_here
@@ -60,7 +60,9 @@ def test_a_budget_that_only_sparse_weights_reach(model: Path, tmp_path: Path) ->
     assert artifact.weight_bytes == size.file_bytes <= outcome.summary.budget.limit_bytes
     assert artifact.manifest["verification"]["max_abs_difference"] < 1e-4
     assert any("no plan without sparse weights is so small" in text for text in warnings(heard))
-    schemes = [m.scheme for m in packed_modules(cptq.load(artifact.path, device="cpu")).values()]
+    schemes = [
+        m.scheme for m in find_packed_modules(cptq.load(artifact.path, device="cpu")).values()
+    ]
     assert {s.pattern for s in schemes} & {"2:4", "unstructured"}
     assert {line.candidate for line in outcome.summary.results if line.candidate.sparsity}
 

@@ -140,7 +140,7 @@ def test_the_files_say_it_all(llama_validation: tuple[Path, Path, Validation]) -
     assert json.loads((out / "report.json").read_text())["validation"]["reference"] == "kl"
     html = (out / "report.html").read_text()
     assert html.count("<circle") >= 2 * len(found.pairs)
-    for words in ("Scores against the measured truth", "Regret against the plan of kl"):
+    for words in ("Scores versus measured divergence", "Regret against the plan of kl"):
         assert words in html
         assert (words in (out / "report.md").read_text()) == words.startswith("Regret")
 

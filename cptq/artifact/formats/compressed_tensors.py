@@ -43,11 +43,11 @@ class CompressedTensors(SafetensorsFormat):
     def check_layer(self, layer: CompressedLayer) -> None:
         check_layer(layer)
 
-    def layer_specs(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
-        return layer_specs(layer)
+    def list_layer_tensors(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
+        return list_layer_tensors(layer)
 
-    def layer_value(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
-        return layer_value(layer, spec)
+    def pack_layer_tensor(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
+        return pack_layer_tensor(layer, spec)
 
     def read_layer(
         self, spec: LayerSpec, result: LayerResult, get: Callable[[str], Tensor]
@@ -61,14 +61,14 @@ class CompressedTensors(SafetensorsFormat):
         check_layer(layer)
         return layer
 
-    def quantization_config(self, content: Content) -> dict[str, Any] | None:
-        return quantization_config(list(content.compressed.values()), content.layers)
+    def build_quantization_config(self, content: Content) -> dict[str, Any] | None:
+        return build_quantization_config(list(content.compressed.values()), content.layers)
 
     def label(self, content: Content) -> str:
         return f"{NAME} {FORMAT}" if content.compressed else "dense"
 
-    def how_to_load(self, content: Content) -> Sequence[str]:
-        lines = from_pretrained_lines(content)
+    def describe_loading(self, content: Content) -> Sequence[str]:
+        lines = format_loading_code(content)
         if content.compressed:
             lines += [
                 "This needs `compressed-tensors>=0.18`, nothing of cptq. The file is small; in "
@@ -78,7 +78,7 @@ class CompressedTensors(SafetensorsFormat):
         return lines
 
 
-def from_pretrained_lines(content: Content) -> list[str]:
+def format_loading_code(content: Content) -> list[str]:
     """The lines of code that load a directory with transformers."""
     auto = AUTO_CLASSES[content.kind]
     return [
@@ -119,14 +119,14 @@ def check_layer(layer: CompressedLayer) -> None:
         raise ArtifactError(f"{name} has a scale that is 0, infinite or not a number")
 
 
-def layer_specs(layer: CompressedLayer) -> tuple[TensorSpec, ...]:
+def list_layer_tensors(layer: CompressedLayer) -> tuple[TensorSpec, ...]:
     """The tensors of a layer, as shapes and types."""
     return packed_tensors(layer.spec, layer.result.candidate.bits, layer.scale.shape[1])
 
 
-def layer_value(layer: CompressedLayer, spec: TensorSpec) -> Tensor:
+def pack_layer_tensor(layer: CompressedLayer, spec: TensorSpec) -> Tensor:
     """The value of one of the tensors of a layer."""
-    packed, scale, _ = layer_specs(layer)
+    packed, scale, _ = list_layer_tensors(layer)
     if spec.name == packed.name:
         return pack_rows(layer.codes, layer.result.candidate.bits)
     if spec.name == scale.name:
@@ -134,20 +134,20 @@ def layer_value(layer: CompressedLayer, spec: TensorSpec) -> Tensor:
     return torch.tensor(layer.spec.shape, dtype=torch.int64)
 
 
-def scheme(layer: CompressedLayer) -> tuple[int, int]:
+def get_scheme(layer: CompressedLayer) -> tuple[int, int]:
     """Bits and group size; 0 stands for one scale per output channel."""
-    return _bits(layer), 0 if layer.scale.shape[1] == 1 else _group_size(layer)
+    return _get_bits(layer), 0 if layer.scale.shape[1] == 1 else _get_group_size(layer)
 
 
-def _bits(layer: CompressedLayer) -> int:
+def _get_bits(layer: CompressedLayer) -> int:
     return layer.result.candidate.bits
 
 
-def _group_size(layer: CompressedLayer) -> int:
+def _get_group_size(layer: CompressedLayer) -> int:
     return layer.spec.shape[1] // layer.scale.shape[1]
 
 
-def quantization_config(
+def build_quantization_config(
     layers: Sequence[CompressedLayer], all_layers: Sequence[LayerSpec]
 ) -> dict[str, Any] | None:
     """What config.json says about the compressed layers; None when nothing is compressed."""
@@ -156,10 +156,10 @@ def quantization_config(
     targets: dict[tuple[int, int], list[str]] = {}
     for layer in layers:
         if not layer.spec.expert:
-            targets.setdefault(scheme(layer), []).append(layer.spec.name)
-    groups = [_group(key, targets[key]) for key in sorted(targets)]
-    experts = experts_scheme(layers, all_layers)
-    groups += [_group(experts, [EXPERTS])] if experts else []
+            targets.setdefault(get_scheme(layer), []).append(layer.spec.name)
+    groups = [_build_group(key, targets[key]) for key in sorted(targets)]
+    experts = find_expert_scheme(layers, all_layers)
+    groups += [_build_group(experts, [EXPERTS])] if experts else []
     packed = {layer.spec.name for layer in layers}
     linears = [spec.name for spec in all_layers if spec.kind in ("linear", "head")]
     return {
@@ -172,7 +172,7 @@ def quantization_config(
     }
 
 
-def experts_scheme(
+def find_expert_scheme(
     layers: Sequence[CompressedLayer], all_layers: Sequence[LayerSpec]
 ) -> tuple[int, int] | None:
     """The one scheme of all experts, None where there are none.
@@ -183,7 +183,7 @@ def experts_scheme(
     packed = [layer for layer in layers if layer.spec.expert]
     channels = all(layer.scale.shape[1] == 1 for layer in packed)
     # a group as wide as one layer counts as a channel only where it is one in all of them
-    found = sorted({(_bits(x), 0 if channels else _group_size(x)) for x in packed})
+    found = sorted({(_get_bits(x), 0 if channels else _get_group_size(x)) for x in packed})
     dense = sum(spec.expert for spec in all_layers) - len(packed)
     if len(found) > 1 or dense:
         kinds = [f"{bits} bits in groups of {group or 'a channel'}" for bits, group in found]
@@ -195,7 +195,7 @@ def experts_scheme(
     return found[0] if found else None
 
 
-def _group(key: tuple[int, int], names: list[str]) -> Mapping[str, Any]:
+def _build_group(key: tuple[int, int], names: list[str]) -> Mapping[str, Any]:
     bits, group_size = key
     weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True}
     if group_size:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cptq.artifact.companions import copy_companions, write_config
 from cptq.artifact.content import Content
-from cptq.artifact.formats.compressed_tensors import from_pretrained_lines
+from cptq.artifact.formats.compressed_tensors import format_loading_code
 from cptq.artifact.formats.interface import CheckpointFormat
 from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.artifact.weights import write_weights
@@ -42,13 +42,13 @@ class Dense(CheckpointFormat):
         """Every layer can be multiplied out."""
 
     def nbytes(self, content: Content) -> int:
-        return total_bytes(map(measure, _specs(content)))
+        return total_bytes(map(measure, _list_tensors(content)))
 
     def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
-        specs = _specs(content)
+        specs = _list_tensors(content)
         stored = {spec.name: spec for spec in content.tensors}
         files = write_weights(
-            place, specs, lambda spec: _value(content, stored[spec.name], spec.dtype)
+            place, specs, lambda spec: _convert_tensor(content, stored[spec.name], spec.dtype)
         )
         kinds = {spec.dtype for spec in specs} & set(_NAMES)
         main = max(kinds, key=lambda k: sum(s.nbytes for s in specs if s.dtype == k), default="F16")
@@ -67,26 +67,26 @@ class Dense(CheckpointFormat):
         loose = replace(sample, tolerance=max(TOLERANCE, sample.tolerance))
         return super().check_reload(place, kind, loose, emit, source)
 
-    def how_to_load(self, content: Content) -> Sequence[str]:
-        return from_pretrained_lines(content)
+    def describe_loading(self, content: Content) -> Sequence[str]:
+        return format_loading_code(content)
 
 
-def _specs(content: Content) -> list[TensorSpec]:
+def _list_tensors(content: Content) -> list[TensorSpec]:
     """All tensors at 16 bits; float32 is bfloat16 where float16 would overflow."""
     narrow = []
     for spec in content.tensors:
         dtype = dtype_16bit(spec.dtype)
-        if dtype != spec.dtype and not _fits(_exact(content, spec)):
+        if dtype != spec.dtype and not _fit_float16(_get_float32(content, spec)):
             dtype = "BF16"
         narrow.append(replace(spec, dtype=dtype))
     return narrow
 
 
-def _fits(value: Tensor) -> bool:
+def _fit_float16(value: Tensor) -> bool:
     return bool(value.abs().max() <= torch.finfo(torch.float16).max) if value.numel() else True
 
 
-def _exact(content: Content, spec: TensorSpec) -> Tensor:
+def _get_float32(content: Content, spec: TensorSpec) -> Tensor:
     """A tensor in float32, compressed layers multiplied out, as it lies in the file."""
     layer = content.compressed.get(spec.name)
     if layer is None:
@@ -95,8 +95,8 @@ def _exact(content: Content, spec: TensorSpec) -> Tensor:
     return W_OI.T if layer.spec.transposed else W_OI
 
 
-def _value(content: Content, stored: TensorSpec, dtype: str) -> Tensor:
-    return _exact(content, stored).to(TORCH_DTYPES[dtype])
+def _convert_tensor(content: Content, stored: TensorSpec, dtype: str) -> Tensor:
+    return _get_float32(content, stored).to(TORCH_DTYPES[dtype])
 
 
 DENSE = Dense()

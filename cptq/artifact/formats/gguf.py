@@ -30,11 +30,17 @@ from transformers import AutoConfig
 from cptq import __version__
 from cptq.artifact.companions import LICENCE, copy_companions
 from cptq.artifact.content import Content
-from cptq.artifact.formats.interface import Format, refused
-from cptq.artifact.gguf.check import gguf_digests, reload_in_llama_cpp
-from cptq.artifact.gguf.families import Config, Family, find_family, rope_factors, row_order
-from cptq.artifact.gguf.remarks import say_what_differs
-from cptq.artifact.gguf.vocabulary import add_vocabulary, read_tokenizer, sort_of
+from cptq.artifact.formats.interface import Format, build_refusal
+from cptq.artifact.gguf.families import (
+    Config,
+    Family,
+    compute_rope_factors,
+    find_family,
+    order_rows,
+)
+from cptq.artifact.gguf.reload import compute_gguf_digests, reload_in_llama_cpp
+from cptq.artifact.gguf.remarks import report_differences
+from cptq.artifact.gguf.vocabulary import add_vocabulary, find_tokenizer_model, read_tokenizer
 from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
@@ -45,7 +51,7 @@ from cptq.layouts.gguf import (
     type_of,
     type_refusal,
 )
-from cptq.numerics.gguf_blocks import half_holds, minimum, pack_blocks
+from cptq.numerics.gguf_blocks import fits_float16, minimum, pack_blocks
 from cptq.types import CompressedLayer, Emit, ModelKind, TensorSpec
 
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
@@ -87,23 +93,23 @@ class Gguf(Format):
     def check(self, content: Content) -> None:
         config = read_config(content)
         family = find_family(config, content.kind)
-        sort_of(read_tokenizer(content.path))
+        find_tokenizer_model(read_tokenizer(content.path))
         _refuse_layers(list(content.compressed.values()))
-        list(_entries(content, family, config))
+        list(_list_entries(content, family, config))
 
     def nbytes(self, content: Content) -> int:
         """At most; the vocabulary is counted as twice its tokenizer.json."""
         config = read_config(content)
-        entries = list(_entries(content, find_family(config, content.kind), config))
+        entries = list(_list_entries(content, find_family(config, content.kind), config))
         data = sum(int(np.prod(entry.byte_shape)) + 32 + 128 for entry in entries)
         return data + 2 * (content.path / "tokenizer.json").stat().st_size + (1 << 16)
 
     def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
-        path = place / file_name(content)
+        path = place / make_file_name(content)
         config = read_config(content)
         family = find_family(config, content.kind)
-        entries = list(_entries(content, family, config))
-        say_what_differs([spec.name for spec in content.tensors], family, config, emit)
+        entries = list(_list_entries(content, family, config))
+        report_differences([spec.name for spec in content.tensors], family, config, emit)
         _write_file(path, content, config, family, entries, emit)
         copy_companions(content, place, emit, only=LICENCE)
         return {path.name: path.stat().st_size}
@@ -117,15 +123,15 @@ class Gguf(Format):
         source: Path | None = None,
     ) -> ReloadCheck:
         tokenizer = None if source is None else source / "tokenizer.json"
-        return reload_in_llama_cpp(only_file(place), kind, sample, emit, tokenizer)
+        return reload_in_llama_cpp(find_only_file(place), kind, sample, emit, tokenizer)
 
     def digests(self, place: Path, files: Iterable[str]) -> dict[str, str]:
-        return {n: d for name in files for n, d in gguf_digests(place / name).items()}
+        return {n: d for name in files for n, d in compute_gguf_digests(place / name).items()}
 
-    def how_to_load(self, content: Content) -> Sequence[str]:
+    def describe_loading(self, content: Content) -> Sequence[str]:
         return [
             "```bash",
-            f'llama-cli -m {file_name(content)} -p "Once upon a time"',
+            f'llama-cli -m {make_file_name(content)} -p "Once upon a time"',
             "```",
             "",
             "Or `Llama(model_path=...)` of llama-cpp-python, or any program built on llama.cpp. "
@@ -137,12 +143,12 @@ class Gguf(Format):
 GGUF = Gguf()
 
 
-def file_name(content: Content) -> str:
+def make_file_name(content: Content) -> str:
     """The base model's name as a file name."""
     return re.sub(r"[^\w.-]+", "-", content.base_name.rpartition("/")[2]) + ".gguf"
 
 
-def only_file(place: Path) -> Path:
+def find_only_file(place: Path) -> Path:
     """The one GGUF file of a directory.
 
     Raises:
@@ -168,18 +174,18 @@ def _refuse_layers(layers: Sequence[CompressedLayer]) -> None:
     """Layers that no block type holds exactly, by reason."""
     reasons: dict[str, list[str]] = {}
     for layer in layers:
-        why = _refusal(layer)
+        why = _explain_refusal(layer)
         if why is not None:
             reasons.setdefault(why, []).append(layer.spec.name)
     for why, names in reasons.items():
-        raise refused(
+        raise build_refusal(
             names,
             f"GGUF cannot hold {why}",
             allowed="what cptq compress --runtime llamacpp plans; or --format dense",
         )
 
 
-def _refusal(layer: CompressedLayer) -> str | None:
+def _explain_refusal(layer: CompressedLayer) -> str | None:
     inputs, candidate = layer.spec.shape[1], layer.result.candidate
     kind = type_of(candidate)
     if kind is None:
@@ -187,14 +193,14 @@ def _refusal(layer: CompressedLayer) -> str | None:
     shape = shape_refusal(inputs, inputs // layer.scale.shape[1])
     if shape is not None:
         return shape
-    if not half_holds(layer.scale):
+    if not fits_float16(layer.scale):
         return "scales that are not exact in float16"
-    if layer.zero is not None and not half_holds(minimum(layer.scale, layer.zero, kind)):
+    if layer.zero is not None and not fits_float16(minimum(layer.scale, layer.zero, kind)):
         return "scales times zero points that are not exact in float16"
     return None
 
 
-def _entries(content: Content, family: Family, config: Config) -> Iterator[_Entry]:
+def _list_entries(content: Content, family: Family, config: Config) -> Iterator[_Entry]:
     """The tensors of the file, in the order of the checkpoint."""
     blocks = config.get("num_hidden_layers") or config["n_layer"]
     names = family.names(blocks)
@@ -212,15 +218,15 @@ def _entries(content: Content, family: Family, config: Config) -> Iterator[_Entr
             kind = type_of(layer.result.candidate)
             assert kind is not None
         else:
-            kind = _dense_kind(content, spec, family)
+            kind = _choose_dense_type(content, spec, family)
         yield _Entry(name=name, spec=spec, kind=kind, layer=layer, transposed=spec.name in conv1d)
 
 
-def _dense_kind(content: Content, spec: TensorSpec, family: Family) -> str:
+def _choose_dense_type(content: Content, spec: TensorSpec, family: Family) -> str:
     """F32 for vectors; for a matrix the narrowest type that llama.cpp takes and that is exact."""
     if len(spec.shape) < 2 or spec.name.endswith(family.always_f32):
         return "F32"
-    return "F16" if spec.dtype == "F16" or half_holds(content.dense(spec)) else spec.dtype
+    return "F16" if spec.dtype == "F16" or fits_float16(content.dense(spec)) else spec.dtype
 
 
 def _write_file(
@@ -235,7 +241,7 @@ def _write_file(
     _describe(writer, content, entries)
     family.sizes(writer, config)
     add_vocabulary(writer, content.path, config["vocab_size"], emit)
-    factors = rope_factors(config)
+    factors = compute_rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype("f4"), 4 * len(factors))
     for entry in entries:
@@ -248,8 +254,8 @@ def _write_file(
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
     for entry in entries:
-        order = row_order(family, config, entry.spec.name)
-        writer.write_tensor_data(_bytes(content, entry, order))
+        order = order_rows(family, config, entry.spec.name)
+        writer.write_tensor_data(_pack_bytes(content, entry, order))
     writer.close()
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
@@ -264,7 +270,7 @@ def _describe(writer: gguf.GGUFWriter, content: Content, entries: Sequence[_Entr
     writer.add_string("cptq.base_fingerprint", content.fingerprint)
 
 
-def _bytes(content: Content, entry: _Entry, order: Tensor | None) -> np.ndarray[Any, Any]:
+def _pack_bytes(content: Content, entry: _Entry, order: Tensor | None) -> np.ndarray[Any, Any]:
     """The bytes of a tensor, uint8 of `entry.byte_shape`."""
     layer = entry.layer
     if layer is not None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from cptq.artifact.companions import copy_companions, write_config
 from cptq.artifact.content import Content
 from cptq.artifact.reload import ReloadCheck, ReloadSample, reload_in_fresh_process
-from cptq.artifact.weights import tensor_digests, write_weights
+from cptq.artifact.weights import compute_tensor_digests, write_weights
 from cptq.errors import ArtifactError
 from cptq.layouts import Layout
 from cptq.layouts.interface import replace_tensors
@@ -81,7 +81,7 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def how_to_load(self, content: Content) -> Sequence[str]:
+    def describe_loading(self, content: Content) -> Sequence[str]:
         """Lines of Markdown for the model card."""
 
     def label(self, content: Content) -> str:
@@ -98,7 +98,7 @@ class CheckpointFormat(Format):
     stem: str = "model"
 
     def digests(self, place: Path, files: Iterable[str]) -> dict[str, str]:
-        return tensor_digests(place / name for name in files)
+        return compute_tensor_digests(place / name for name in files)
 
     def check_reload(
         self,
@@ -129,11 +129,11 @@ class SafetensorsFormat(CheckpointFormat):
         """Refuse a layer; raises ArtifactError."""
 
     @abstractmethod
-    def layer_specs(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
+    def list_layer_tensors(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
         """The tensors of a layer, as shapes and types; what `layout` counts."""
 
     @abstractmethod
-    def layer_value(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
+    def pack_layer_tensor(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
         """The value of one of `layer_specs`."""
 
     @abstractmethod
@@ -150,7 +150,7 @@ class SafetensorsFormat(CheckpointFormat):
         """
 
     @abstractmethod
-    def quantization_config(self, content: Content) -> dict[str, Any] | None:
+    def build_quantization_config(self, content: Content) -> dict[str, Any] | None:
         """What config.json says about the compressed layers; None: nothing."""
 
     def check(self, content: Content) -> None:
@@ -164,27 +164,27 @@ class SafetensorsFormat(CheckpointFormat):
         packed = {
             spec.name: layer
             for layer in content.compressed.values()
-            for spec in self.layer_specs(layer)
+            for spec in self.list_layer_tensors(layer)
         }
 
         def value(spec: TensorSpec) -> Tensor:
             layer = packed.get(spec.name)
-            return content.dense(spec) if layer is None else self.layer_value(layer, spec)
+            return content.dense(spec) if layer is None else self.pack_layer_tensor(layer, spec)
 
         # a dense copy is for everyone, whatever the format
         stem = self.stem if content.compressed else "model"
         files = write_weights(place, self._specs(content), value, stem=stem)
-        write_config(content.path, self.quantization_config(content), place)
+        write_config(content.path, self.build_quantization_config(content), place)
         copy_companions(content, place, emit)
         return files
 
     def _specs(self, content: Content) -> list[TensorSpec]:
         """All tensors of the file, compressed weights replaced in place."""
-        packed = {n: self.layer_specs(layer) for n, layer in content.compressed.items()}
+        packed = {n: self.list_layer_tensors(layer) for n, layer in content.compressed.items()}
         return replace_tensors(content.tensors, packed)
 
 
-def refused(names: Sequence[str], what: str, *, allowed: str) -> ArtifactError:
+def build_refusal(names: Sequence[str], what: str, *, allowed: str) -> ArtifactError:
     """An error that names some of the layers that a format cannot hold."""
     some = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
     return ArtifactError(f"{some}: {what}", allowed=allowed)

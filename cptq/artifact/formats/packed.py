@@ -56,11 +56,11 @@ class Packed(SafetensorsFormat):
     def check_layer(self, layer: CompressedLayer) -> None:
         check_layer(layer)
 
-    def layer_specs(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
-        return PACKED_LAYOUT.tensors(layer.spec, scheme(layer))
+    def list_layer_tensors(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
+        return PACKED_LAYOUT.tensors(layer.spec, get_scheme(layer))
 
-    def layer_value(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
-        return _VALUES[spec.name.rpartition(".")[2]](layer)
+    def pack_layer_tensor(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
+        return _PACKERS[spec.name.rpartition(".")[2]](layer)
 
     def read_layer(
         self, spec: LayerSpec, result: LayerResult, get: Callable[[str], Tensor]
@@ -72,11 +72,11 @@ class Packed(SafetensorsFormat):
             wanted = torch.int32 if tensors[part].dtype == "I32" else storage_dtype(spec)
             if tuple(value.shape) != tensors[part].shape or value.dtype is not wanted:
                 raise ArtifactError(f"{tensors[part].name} is not packed as its manifest says")
-        layer = _unpacked(spec, result, grid, values)
+        layer = _unpack_layer(spec, result, grid, values)
         check_layer(layer)
         return layer
 
-    def quantization_config(self, content: Content) -> dict[str, Any] | None:
+    def build_quantization_config(self, content: Content) -> dict[str, Any] | None:
         layers = content.compressed.values()
         if not layers:
             return None
@@ -85,10 +85,10 @@ class Packed(SafetensorsFormat):
             "format_version": FORMAT_VERSION,
             "needs": NEEDS,
             "weights": WEIGHT_FILES[len(split_shards(self._specs(content))) > 1],
-            "modules": {layer.spec.name: scheme(layer).label for layer in layers},
+            "modules": {layer.spec.name: get_scheme(layer).label for layer in layers},
         }
 
-    def how_to_load(self, content: Content) -> Sequence[str]:
+    def describe_loading(self, content: Content) -> Sequence[str]:
         auto = AUTO_CLASSES[content.kind]
         return [
             "**This model needs cptq** (`pip install cptq`): its weights are packed in a layout of "
@@ -107,7 +107,7 @@ class Packed(SafetensorsFormat):
         ]
 
 
-def scheme(layer: CompressedLayer) -> Candidate:
+def get_scheme(layer: CompressedLayer) -> Candidate:
     """The candidate with the group size that was used."""
     return resolved(layer.result.candidate, layer.spec.shape[1])
 
@@ -118,7 +118,7 @@ def check_layer(layer: CompressedLayer) -> None:
     Raises:
         ArtifactError: names the layer and says why.
     """
-    spec, name, grid = layer.spec, layer.spec.name, scheme(layer)
+    spec, name, grid = layer.spec, layer.spec.name, get_scheme(layer)
     why = PACKED_LAYOUT.refusal(spec, grid)
     if why is not None:
         raise ArtifactError(f"{name} cannot be packed as {grid.label}: {why}")
@@ -159,7 +159,7 @@ def _check_mask(name: str, mask_OI: Tensor, shape: tuple[int, int], grid: Candid
 
 
 def _pack_codes(layer: CompressedLayer) -> Tensor:
-    bits, grid = layer.result.candidate.bits, scheme(layer)
+    bits, grid = layer.result.candidate.bits, get_scheme(layer)
     if layer.mask is None:
         return pack_rows(layer.codes, bits)
     if grid.pattern == TWO_OF_FOUR:
@@ -182,7 +182,7 @@ def _pack_pattern(layer: CompressedLayer) -> Tensor:
     return pack_values(split_2_of_4(layer.codes, layer.mask)[0], PATTERN_BITS)
 
 
-_VALUES: dict[str, Callable[[CompressedLayer], Tensor]] = {
+_PACKERS: dict[str, Callable[[CompressedLayer], Tensor]] = {
     "weight": _pack_codes,
     "weight_scale": lambda layer: layer.scale,
     "weight_zero": _pack_zero,
@@ -191,13 +191,13 @@ _VALUES: dict[str, Callable[[CompressedLayer], Tensor]] = {
 }
 
 
-def _unpacked(
+def _unpack_layer(
     spec: LayerSpec, result: LayerResult, grid: Candidate, values: dict[str, Tensor]
 ) -> CompressedLayer:
     """The inverse of `_VALUES`."""
     inputs, scale = spec.shape[1], values["weight_scale"]
     zero = values.get("weight_zero")
-    codes, mask = _unpacked_codes(spec, grid, values)
+    codes, mask = _unpack_sparse_codes(spec, grid, values)
     return CompressedLayer(
         spec=spec,
         result=result,
@@ -208,7 +208,7 @@ def _unpacked(
     )
 
 
-def _unpacked_codes(
+def _unpack_sparse_codes(
     spec: LayerSpec, grid: Candidate, values: dict[str, Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
     """Codes and mask of a sparse weight."""

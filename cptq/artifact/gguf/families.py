@@ -61,24 +61,24 @@ class Family:
         return f"{self.renamed.get(module, module)}.{part}"
 
 
-def _decoder_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
+def _write_decoder_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
     heads, width = config["num_attention_heads"], config["hidden_size"]
     head = config.get("head_dim") or width // heads
-    _common_sizes(writer, config)
+    _write_common_sizes(writer, config)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_key_length(head)
     writer.add_value_length(head)
     writer.add_rope_dimension_count(head)
-    rope = rope_of(config)
+    rope = read_rope(config)
     writer.add_rope_freq_base(float(rope.get("rope_theta", 10000.0)))
     if rope["rope_type"] == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(float(rope["factor"]))
 
 
-def _common_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
+def _write_common_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_context_length(config["max_position_embeddings"])
     writer.add_embedding_length(config["hidden_size"])
     writer.add_block_count(config["num_hidden_layers"])
@@ -86,7 +86,7 @@ def _common_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_head_count(config["num_attention_heads"])
 
 
-def _gpt2_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
+def _write_gpt2_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
     width = config["n_embd"]
     writer.add_context_length(config["n_positions"])
     writer.add_embedding_length(width)
@@ -96,31 +96,31 @@ def _gpt2_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
     writer.add_layer_norm_eps(config["layer_norm_epsilon"])
 
 
-def _bert_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
-    _common_sizes(writer, config)
+def _write_bert_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
+    _write_common_sizes(writer, config)
     writer.add_vocab_size(config["vocab_size"])
     writer.add_layer_norm_eps(config["layer_norm_eps"])
     writer.add_causal_attention(False)
     writer.add_token_type_count(config.get("type_vocab_size", 1))
 
 
-def _encoder_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
-    _bert_sizes(writer, config)
+def _write_encoder_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
+    _write_bert_sizes(writer, config)
     writer.add_pooling_type(gguf.PoolingType.NONE)
 
 
-def _classifier_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
-    _bert_sizes(writer, config)
+def _write_classifier_sizes(writer: gguf.GGUFWriter, config: Config) -> None:
+    _write_bert_sizes(writer, config)
     writer.add_pooling_type(gguf.PoolingType.RANK)
     labels = {int(number): str(label) for number, label in config["id2label"].items()}
     writer.add_classifier_output_labels([labels[number] for number in sorted(labels)])
 
 
-def _decoder(arch: Any, **more: Any) -> Family:
-    return Family(arch=arch, sizes=_decoder_sizes, activations=("silu", "swish"), **more)
+def _make_decoder(arch: Any, **more: Any) -> Family:
+    return Family(arch=arch, sizes=_write_decoder_sizes, activations=("silu", "swish"), **more)
 
 
-def _bert(**more: Any) -> Family:
+def _make_bert(**more: Any) -> Family:
     return Family(
         arch=gguf.MODEL_ARCH.BERT,
         activations=("gelu", "gelu_new", "gelu_pytorch_tanh"),
@@ -132,23 +132,23 @@ def _bert(**more: Any) -> Family:
 
 #: (model_type of config.json, kind of model)
 FAMILIES: Mapping[tuple[str, ModelKind], Family] = {
-    ("llama", "causal-lm"): _decoder(gguf.MODEL_ARCH.LLAMA, rotates_pairs=True),
-    ("mistral", "causal-lm"): _decoder(gguf.MODEL_ARCH.LLAMA, rotates_pairs=True),
-    ("qwen2", "causal-lm"): _decoder(gguf.MODEL_ARCH.QWEN2),
-    ("qwen3", "causal-lm"): _decoder(gguf.MODEL_ARCH.QWEN3),
+    ("llama", "causal-lm"): _make_decoder(gguf.MODEL_ARCH.LLAMA, rotates_pairs=True),
+    ("mistral", "causal-lm"): _make_decoder(gguf.MODEL_ARCH.LLAMA, rotates_pairs=True),
+    ("qwen2", "causal-lm"): _make_decoder(gguf.MODEL_ARCH.QWEN2),
+    ("qwen3", "causal-lm"): _make_decoder(gguf.MODEL_ARCH.QWEN3),
     ("gpt2", "causal-lm"): Family(
         arch=gguf.MODEL_ARCH.GPT2,
-        sizes=_gpt2_sizes,
+        sizes=_write_gpt2_sizes,
         activations=("gelu_new", "gelu", "gelu_pytorch_tanh"),
         left_out=(".attn.bias", ".attn.masked_bias"),
         always_f32=("wpe.weight",),
     ),
-    ("bert", "encoder"): _bert(
-        sizes=_encoder_sizes,
+    ("bert", "encoder"): _make_bert(
+        sizes=_write_encoder_sizes,
         left_out=("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids"),
     ),
-    ("bert", "classifier"): _bert(
-        sizes=_classifier_sizes,
+    ("bert", "classifier"): _make_bert(
+        sizes=_write_classifier_sizes,
         renamed={"pooler.dense": "classifier.dense", "classifier": "classifier.out_proj"},
         left_out=("embeddings.position_ids",),
         blind_to_pairs=True,
@@ -184,14 +184,14 @@ def _refuse_variants(name: str, config: Config, family: Family) -> None:
         raise ArtifactError(f"llama.cpp knows absolute positions alone in a {name} model")
     if config.get("scale_attn_by_inverse_layer_idx"):
         raise ArtifactError("llama.cpp does not scale attention by the number of the layer")
-    kind = rope_of(config)["rope_type"]
+    kind = read_rope(config)["rope_type"]
     if kind not in ("default", "linear", "llama3"):
         raise ArtifactError(
             f"positions stretched by {kind!r} are not exported", allowed="default, linear, llama3"
         )
 
 
-def rope_of(config: Config) -> dict[str, Any]:
+def read_rope(config: Config) -> dict[str, Any]:
     """Rotary settings, as transformers 5 and as earlier versions write them."""
     found = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     found.setdefault("rope_theta", config.get("rope_theta", 10000.0))
@@ -199,7 +199,7 @@ def rope_of(config: Config) -> dict[str, Any]:
     return found
 
 
-def row_order(family: Family, config: Config, name: str) -> Tensor | None:
+def order_rows(family: Family, config: Config, name: str) -> Tensor | None:
     """Which old row each new row of a tensor is; None where none moves."""
     if not family.rotates_pairs:
         return None
@@ -212,9 +212,9 @@ def row_order(family: Family, config: Config, name: str) -> Tensor | None:
     return torch.arange(heads * head).view(heads, 2, head // 2).transpose(1, 2).reshape(-1)
 
 
-def rope_factors(config: Config) -> Tensor | None:
+def compute_rope_factors(config: Config) -> Tensor | None:
     """What Llama 3 divides each rotary frequency by (Llama 3.1's published scheme), or None."""
-    rope = rope_of(config)
+    rope = read_rope(config)
     if rope["rope_type"] != "llama3":
         return None
     head = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]

@@ -70,15 +70,15 @@ def read_gguf(path: Path) -> GgufHeader:
     """
     size = path.stat().st_size
     if size < 24:
-        raise _corrupt(path, f"it has {size} bytes, fewer than a header")
+        raise _make_error(path, f"it has {size} bytes, fewer than a header")
     with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as raw:
         try:
             return _Cursor(raw, size).header()
         except (ValueError, struct.error) as error:
-            raise _corrupt(path, str(error)) from error
+            raise _make_error(path, str(error)) from error
 
 
-def _corrupt(path: Path, why: str) -> ArtifactError:
+def _make_error(path: Path, why: str) -> ArtifactError:
     if len(why) > _LONGEST:  # it quotes a name, which damage can make as long as the file
         why = f"{why[: _LONGEST // 2]} ... {why[-_LONGEST // 2 :]}"
     return ArtifactError(
@@ -186,7 +186,7 @@ class _Cursor:
         found: dict[str, GgufTensor] = {}
         expected = 0
         for name, shape, kind, offset in sorted(infos, key=lambda info: info[3]):
-            tensor = _tensor(name, shape, kind, start + offset)
+            tensor = _parse_tensor(name, shape, kind, start + offset)
             if name in found:
                 raise ValueError(f"it holds {name!r} twice")
             if offset != expected or tensor.start + tensor.nbytes > self.size:
@@ -196,7 +196,7 @@ class _Cursor:
         return tuple(found.values())
 
 
-def _tensor(name: str, shape: tuple[int, ...], kind: int, start: int) -> GgufTensor:
+def _parse_tensor(name: str, shape: tuple[int, ...], kind: int, start: int) -> GgufTensor:
     try:
         known = gguf.GGMLQuantizationType(kind)
     except ValueError as error:

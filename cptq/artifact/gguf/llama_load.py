@@ -58,13 +58,15 @@ def _run(lib: Any, np: Any, model: Any, ids: list[int], job: dict[str, Any]) -> 
         batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
     if lib.llama_decode(context, batch):
         sys.exit("llama.cpp cannot compute the sample")
-    values = np.ctypeslib.as_array(*_answer(lib, model, context, len(ids), job["kind"])).copy()
+    values = np.ctypeslib.as_array(
+        *_locate_answer(lib, model, context, len(ids), job["kind"])
+    ).copy()
     lib.llama_batch_free(batch)
     lib.llama_free(context)
     return values
 
 
-def _answer(lib: Any, model: Any, context: Any, tokens: int, kind: str) -> tuple[Any, Any]:
+def _locate_answer(lib: Any, model: Any, context: Any, tokens: int, kind: str) -> tuple[Any, Any]:
     """Where the outputs lie, and their shape."""
     if kind == "classifier":
         return lib.llama_get_embeddings_seq(context, 0), (1, lib.llama_model_n_cls_out(model))

@@ -8,10 +8,10 @@ from cptq.artifact.gguf.families import Config, Family
 from cptq.types import Emit, Notice
 
 
-def say_what_differs(tensors: Sequence[str], family: Family, config: Config, emit: Emit) -> None:
+def report_differences(tensors: Sequence[str], family: Family, config: Config, emit: Emit) -> None:
     """Notices about a model with these tensors and settings."""
-    _say_left_out(tensors, family, emit)
-    _say_window(config, emit)
+    _report_left_out(tensors, family, emit)
+    _report_window(config, emit)
     if family.blind_to_pairs:
         message = (
             "llama.cpp gives every token the first token type: its answers about pairs of texts "
@@ -20,14 +20,14 @@ def say_what_differs(tensors: Sequence[str], family: Family, config: Config, emi
         emit(Notice(kind="warning", subject="token types", message=message))
 
 
-def _say_left_out(tensors: Sequence[str], family: Family, emit: Emit) -> None:
+def _report_left_out(tensors: Sequence[str], family: Family, emit: Emit) -> None:
     names = [name for name in tensors if name.endswith(family.left_out)]
     if family.left_out and names:
         message = f"{len(names)} tensors have no part in llama.cpp's encoder and are left out"
         emit(Notice(kind="skipped", subject=names[0], message=message))
 
 
-def _say_window(config: Config, emit: Emit) -> None:
+def _report_window(config: Config, emit: Emit) -> None:
     window = config.get("sliding_window")
     if (
         window

@@ -23,7 +23,7 @@ from cptq.types import Emit, Notice
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 #: regular expressions that cut text before BPE -> llama.cpp's name for them
-CUTS: Mapping[str, str] = {
+PRE_TOKENIZERS: Mapping[str, str] = {
     _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe",
     _WORDS + r"\p{N}" + _REST: "qwen2",
 }
@@ -46,16 +46,16 @@ def add_vocabulary(writer: gguf.GGUFWriter, directory: Path, size: int, emit: Em
     """
     logging.getLogger("gguf").setLevel(logging.ERROR)  # it doubts pairs of texts, unused here
     data = read_tokenizer(directory)
-    sort = sort_of(data)
-    tokens, types = _tokens(data, size, sort)
+    sort = find_tokenizer_model(data)
+    tokens, types = _list_tokens(data, size, sort)
     writer.add_tokenizer_model(sort)
-    writer.add_tokenizer_pre(cut_name(data, emit) if sort == "gpt2" else "default")
+    writer.add_tokenizer_pre(find_pre_tokenizer(data, emit) if sort == "gpt2" else "default")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
     if sort == "llama":
-        writer.add_token_scores(_scores(data, tokens))
+        writer.add_token_scores(_score_tokens(data, tokens))
     if sort != "bert":
-        writer.add_add_space_prefix(_prefixes_space(data))
+        writer.add_add_space_prefix(_is_space_added(data))
     special = gguf.SpecialVocab(
         directory, load_merges=sort == "gpt2", special_token_types=SPECIAL, n_vocab=size
     )
@@ -80,7 +80,7 @@ def read_tokenizer(directory: Path) -> dict[str, Any]:
     return data
 
 
-def sort_of(data: Mapping[str, Any]) -> str:
+def find_tokenizer_model(data: Mapping[str, Any]) -> str:
     """`gpt2`, `llama` or `bert`."""
     model = data["model"]
     if model.get("type") == "WordPiece":
@@ -92,21 +92,25 @@ def sort_of(data: Mapping[str, Any]) -> str:
     )
 
 
-def _tokens(data: Mapping[str, Any], size: int, sort: str) -> tuple[list[str], list[int]]:
+def _list_tokens(data: Mapping[str, Any], size: int, sort: str) -> tuple[list[str], list[int]]:
     added = {item["id"]: item for item in data.get("added_tokens", ())}
     texts = {number: text for text, number in data["model"]["vocab"].items()}
     texts |= {number: item["content"] for number, item in added.items()}
     if max(texts, default=0) >= size:
         raise ArtifactError(f"the tokenizer has tokens beyond the {size} rows of the embedding")
-    kinds = [_kind(i, texts, added, sort, data["model"].get("unk_token")) for i in range(size)]
+    kinds = [
+        _classify_token(i, texts, added, sort, data["model"].get("unk_token")) for i in range(size)
+    ]
     named = [texts.get(i, f"[PAD{i}]") for i in range(size)]
     if sort == "bert":
         control = gguf.TokenType.CONTROL
-        named = [t if k == control else _phantom(t) for t, k in zip(named, kinds, strict=True)]
+        named = [
+            t if k == control else _mark_word_start(t) for t, k in zip(named, kinds, strict=True)
+        ]
     return named, [int(kind) for kind in kinds]
 
 
-def _kind(
+def _classify_token(
     number: int,
     texts: Mapping[int, str],
     added: Mapping[int, Mapping[str, Any]],
@@ -125,11 +129,11 @@ def _kind(
     return gguf.TokenType.NORMAL
 
 
-def _phantom(token: str) -> str:
+def _mark_word_start(token: str) -> str:
     return token[2:] if token.startswith("##") else _SPACE + token
 
 
-def _scores(data: Mapping[str, Any], tokens: list[str]) -> list[float]:
+def _score_tokens(data: Mapping[str, Any], tokens: list[str]) -> list[float]:
     """Minus the rank of the first merge that makes a token; what no merge makes comes last."""
     ranks: dict[str, int] = {}
     merges = data["model"].get("merges", [])
@@ -139,7 +143,7 @@ def _scores(data: Mapping[str, Any], tokens: list[str]) -> list[float]:
     return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
-def _prefixes_space(data: Mapping[str, Any]) -> bool:
+def _is_space_added(data: Mapping[str, Any]) -> bool:
     """Whether a text gets a space in front."""
     words = json.dumps([data.get("normalizer"), data.get("pre_tokenizer")])
     return (
@@ -149,7 +153,7 @@ def _prefixes_space(data: Mapping[str, Any]) -> bool:
     )
 
 
-def cut_name(data: Mapping[str, Any], emit: Emit) -> str:
+def find_pre_tokenizer(data: Mapping[str, Any], emit: Emit) -> str:
     """llama.cpp's name for how text is cut; GPT-2's, with a warning, where it has none."""
     before = data.get("pre_tokenizer") or {}
     parts = before.get("pretokenizers", [before])
@@ -159,7 +163,7 @@ def cut_name(data: Mapping[str, Any], emit: Emit) -> str:
     if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
         return "smollm"
     if kinds == ["Split", "ByteLevel"]:
-        name = CUTS.get(parts[0].get("pattern", {}).get("Regex", ""))
+        name = PRE_TOKENIZERS.get(parts[0].get("pattern", {}).get("Regex", ""))
         if name is not None:
             return name
     message = "cuts text in a way that has no name in llama.cpp; GPT-2's is written, so that some "

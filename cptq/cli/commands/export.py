@@ -56,16 +56,16 @@ def export(
 
 def _exported(settings: object, emit: Emit) -> Answer:
     from cptq.pipeline import export
-    from cptq.report.table import pairs
-    from cptq.report.words import size
+    from cptq.report.formatting import format_bytes, tabulate_pairs
 
     outcome = export(settings, emit)  # type: ignore[arg-type]
     artifact, verified = outcome.artifact, outcome.artifact.manifest["verification"]
     difference = None if verified is None else verified["max_abs_difference"]
+    size = format_bytes(artifact.weight_bytes)
     rows = [
         ("format", artifact.format),
         ("weight files", ", ".join(artifact.manifest["weight_files"])),
-        ("bytes", f"{size(artifact.weight_bytes)} (before: {size(outcome.bytes_before)})"),
+        ("bytes", f"{size} (before: {format_bytes(outcome.bytes_before)})"),
         ("largest difference", "not compared" if difference is None else f"{difference:.3g}"),
         ("written to", artifact.path),
         ("uploaded to", outcome.repository),
@@ -80,4 +80,6 @@ def _exported(settings: object, emit: Emit) -> Answer:
         "verification": verified,
         "repository": outcome.repository,
     }
-    return Answer(tables=[pairs("Exported", rows)], document=document, line=str(artifact.path))
+    return Answer(
+        tables=[tabulate_pairs("Exported", rows)], document=document, line=str(artifact.path)
+    )

@@ -16,7 +16,7 @@ from cptq.types import Emit
 
 if TYPE_CHECKING:
     from cptq.artifact.inspect import Inspection, LayerFacts
-    from cptq.report.table import Table
+    from cptq.report.formatting import Table
 
 Where = Annotated[
     Path, typer.Argument(metavar="PATH", help="A directory, a .safetensors or a .gguf file.")
@@ -44,11 +44,10 @@ def inspect(path: Where, all: All = False, shape: o.Shape = "human") -> None:
 
 
 def _tables(found: Inspection) -> Iterable[Table]:
-    from cptq.report.table import Table, pairs
-    from cptq.report.words import size
+    from cptq.report.formatting import Table, format_bytes, tabulate_pairs
 
     yield Table(
-        title=f"{found.path}: {found.form}, {size(found.nbytes)}, {_weights(found)}",
+        title=f"{found.path}: {found.form}, {format_bytes(found.nbytes)}, {_weights(found)}",
         columns=("part", "tensors", "bytes", "share"),
         rows=tuple(
             (part, f"{count:,}" if count else "", f"{nbytes:,}", f"{nbytes / found.nbytes:.1%}")
@@ -58,7 +57,7 @@ def _tables(found: Inspection) -> Iterable[Table]:
     )
     yield _alike(found.layers)
     if found.provenance:
-        yield pairs("Provenance", found.provenance.items())
+        yield tabulate_pairs("Provenance", found.provenance.items())
 
 
 def _weights(found: Inspection) -> str:
@@ -69,7 +68,7 @@ def _weights(found: Inspection) -> str:
 
 def _alike(layers: tuple[LayerFacts, ...]) -> Table:
     """Layers counted by how they are stored."""
-    from cptq.report.table import Table
+    from cptq.report.formatting import Table
 
     kinds: dict[str, list[LayerFacts]] = {}
     for layer in layers:
@@ -92,7 +91,7 @@ def _alike(layers: tuple[LayerFacts, ...]) -> Table:
 
 
 def _every(layers: tuple[LayerFacts, ...]) -> Table:
-    from cptq.report.table import Table
+    from cptq.report.formatting import Table
 
     return Table(
         title="Layers",

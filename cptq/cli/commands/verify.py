@@ -20,7 +20,7 @@ def verify(
 
     def work(emit: Emit) -> Answer:
         from cptq.artifact.verify import verify_artifact
-        from cptq.report.table import pairs
+        from cptq.report.formatting import tabulate_pairs
 
         found = verify_artifact(artifact, emit, trust_remote_code=bool(trust_remote_code))
         reload = found.reload
@@ -41,7 +41,7 @@ def verify(
             "max_abs_difference": difference,
         }
         return Answer(
-            tables=[pairs(f"{found.path} is what was written", rows)],
+            tables=[tabulate_pairs(f"{found.path} is what was written", rows)],
             document=document,
             line=str(found.path),
         )

@@ -27,7 +27,7 @@ from cptq.evaluation.metrics import METRICS, Values, error_words, is_constant, s
 from cptq.evaluation.options import EvalOptions
 from cptq.evaluation.sentences import Batch, Encoded, encode, forward
 from cptq.types import Emit, EvalResult, Notice
-from cptq.types.samples import pairs, ratios
+from cptq.types.samples import build_pairs, build_ratios
 
 VERSION = 1
 #: task -> GLUE's metrics for a classifier, the main one first
@@ -160,7 +160,7 @@ def _results(
     if encoded.truncated:
         notes = (*notes, f"{encoded.truncated} samples cut at {encoded.max_length} tokens")
     labels, seconds = np.array(found.labels, dtype=np.float64), time.perf_counter() - begin
-    per_sample = {"accuracy": ratios((labels == predictions).astype(int))}
+    per_sample = {"accuracy": build_ratios((labels == predictions).astype(int))}
     return [
         EvalResult(
             task=name,
@@ -176,7 +176,7 @@ def _results(
             data_source=found.origin,
             data_sha256=found.sha256,
             data_fingerprint=found.sha256,
-            per_sample=per_sample.get(metric) or pairs(labels, predictions),
+            per_sample=per_sample.get(metric) or build_pairs(labels, predictions),
             notes=(*notes, f"standard error: {error_words(metric)}"),
         )
         for metric in metrics

@@ -24,7 +24,7 @@ from cptq.evaluation.options import EvalOptions
 from cptq.evaluation.perplexity import linked, ratio
 from cptq.evaluation.rolling import checked_stride, rolling_windows
 from cptq.types import Emit, EvalResult, digest
-from cptq.types.samples import Link, ratios
+from cptq.types.samples import Link, build_ratios
 
 VERSIONS = {"wikitext-rolling": 2, "c4-rolling": 0}
 
@@ -75,7 +75,7 @@ def rolling(model: LoadedModel, name: str, options: EvalOptions, emit: Emit) -> 
             data_source=pages.origin,
             data_sha256=pages.sha256,
             data_fingerprint=digest([[list(row) for row in ids], length, stride]),
-            per_sample=ratios(nll_N, count_N, link),
+            per_sample=build_ratios(nll_N, count_N, link),
             notes=(f"rolling windows of {length} tokens, stride {stride}",),
         )
         for metric, unit, link, count_N in _counts(pages, [len(row) for row in ids])

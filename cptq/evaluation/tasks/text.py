@@ -29,7 +29,7 @@ from cptq.evaluation.perplexity import (
 )
 from cptq.evaluation.rolling import checked_stride, rolling_windows
 from cptq.types import Emit, EvalResult, Notice, Progress
-from cptq.types.samples import Link, ratios
+from cptq.types.samples import Link, build_ratios
 
 VERSION = 1
 Numbers = np.ndarray[Any, Any]
@@ -96,7 +96,7 @@ def measure_text(
             data_source=text.origin,
             data_sha256=text.sha256,
             data_fingerprint=fingerprint,
-            per_sample=ratios(found.nll_N, count_N, link),
+            per_sample=build_ratios(found.nll_N, count_N, link),
             notes=text.notes + found.notes,
         )
         for metric, unit, link, count_N in _counts(tokens, found, name, emit)

@@ -25,7 +25,7 @@ from cptq.evaluation.options import EvalOptions
 from cptq.evaluation.perplexity import Estimate, exponential, ratio
 from cptq.evaluation.prompts import FORMATS, GLUE_FORMATS, Question, glue_question
 from cptq.types import Emit, EvalResult, PerSample, digest
-from cptq.types.samples import pairs, ratios
+from cptq.types.samples import build_pairs, build_ratios
 
 #: metrics over all labels and predictions at once; the harness calls matthews `mcc`
 _OVER_ALL = ("f1", "matthews")
@@ -133,7 +133,7 @@ def _metric(
 ) -> tuple[Estimate, PerSample]:
     if metric == "perplexity":
         nll = -scores.loglikelihood.numpy()
-        return exponential(ratio(nll, np.ones(len(nll)))), ratios(nll, link="exp")
+        return exponential(ratio(nll, np.ones(len(nll)))), build_ratios(nll, link="exp")
     if metric == "acc" and all(len(question.pairs) == 1 for question in questions):
         return _mean(scores.greedy.numpy().astype(np.float64))
     gold = np.array([question.gold for question in questions], dtype=np.float64)
@@ -141,7 +141,7 @@ def _metric(
     if metric not in _OVER_ALL:
         return _mean((picked == gold).astype(np.float64))
     stderr = standard_error(metric, gold, picked, seed)
-    return Estimate(value=SENTENCE_METRICS[metric](gold, picked), stderr=stderr), pairs(
+    return Estimate(value=SENTENCE_METRICS[metric](gold, picked), stderr=stderr), build_pairs(
         gold, picked
     )
 
@@ -158,4 +158,4 @@ def predictions(questions: Sequence[Question], scores: Scores, *, by_length: boo
 
 def _mean(hits: Values) -> tuple[Estimate, PerSample]:
     stderr = float(hits.std(ddof=1) / np.sqrt(len(hits))) if len(hits) > 1 else None
-    return Estimate(value=float(hits.mean()), stderr=stderr), ratios(hits)
+    return Estimate(value=float(hits.mean()), stderr=stderr), build_ratios(hits)

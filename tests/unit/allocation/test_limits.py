@@ -17,10 +17,10 @@ from cptq.errors import BudgetError, PlanError, UsageError
 from cptq.types import Budget, Candidate, Event, LayerSpec, Notice, Plan, SensitivityTable
 from tests.reference.allocation import all_plans
 from tests.unit.allocation.synthetic import FINGERPRINT, model, random_table
-from tests.unit.report import fake
+from tests.unit.report import synthetic
 
-WIDTHS = fake.CANDIDATES
-UNITS = fake.units(4)
+WIDTHS = synthetic.CANDIDATES
+UNITS = synthetic.make_units(4)
 
 
 def quiet(_event: Event) -> None: ...

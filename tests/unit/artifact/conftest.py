@@ -8,7 +8,7 @@ import torch
 from cptq.checkpoint.model import LoadedModel
 from cptq.types import CompressedLayer, Plan
 from tests.conftest import TinyModel
-from tests.unit.artifact.made import compress, load
+from tests.unit.artifact.builders import compress, load
 
 Made = tuple[LoadedModel, list[CompressedLayer], Plan]
 

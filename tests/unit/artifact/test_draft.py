@@ -16,15 +16,15 @@ from safetensors.torch import load_file
 from cptq.artifact import atomic
 from cptq.artifact import draft as drafts
 from cptq.artifact.atomic import check_output, check_space
-from cptq.artifact.content import content_of
+from cptq.artifact.content import build_content
 from cptq.artifact.draft import Draft, Record, draft
-from cptq.artifact.formats.compressed_tensors import quantization_config
+from cptq.artifact.formats.compressed_tensors import build_quantization_config
 from cptq.artifact.weights import write_weights
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import ArtifactError, OutputExistsError
 from cptq.types import CompressedLayer, Event, Plan, TensorSpec
 from tests.conftest import TinyModel
-from tests.unit.artifact.made import RECORD, compress, load, write
+from tests.unit.artifact.builders import RECORD, compress, load, write
 
 Made = tuple[LoadedModel, list[CompressedLayer], Plan]
 
@@ -64,7 +64,7 @@ def test_the_manifest_describes_the_files(made: Made, tmp_path: Path) -> None:
 
 def test_quantization_config_names_every_linear_once(made: Made) -> None:
     model, layers, _ = made
-    config = quantization_config(layers, model.layers)
+    config = build_quantization_config(layers, model.layers)
     assert config is not None
     groups = config["config_groups"]
     targets = [name for group in groups.values() for name in group["targets"]]
@@ -196,7 +196,7 @@ def fail_after(count: int, error: BaseException) -> Any:
 def drafted(made: Made, out: Path, *, overwrite: bool = False) -> Iterator[Draft]:
     """A draft of `out` whose weights are written."""
     model, layers, plan = made
-    content = content_of(model, layers, quiet)
+    content = build_content(model, layers, quiet)
     with draft(out, overwrite=overwrite, source=model.path, emit=quiet) as d:
         d.write(content, Record(plan=plan, calibration=RECORD, seed=0), {"plan.json": b"{}"})
         yield d

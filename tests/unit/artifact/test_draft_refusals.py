@@ -16,7 +16,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.errors import ArtifactError
 from cptq.types import CompressedLayer, Plan, TensorSpec
 from tests.conftest import TinyModel
-from tests.unit.artifact.made import compress, load, write
+from tests.unit.artifact.builders import compress, load, write
 
 Made = tuple[LoadedModel, list[CompressedLayer], Plan]
 

@@ -13,15 +13,15 @@ import numpy as np
 import pytest
 import torch
 
-from cptq.artifact.content import Content, content_of
+from cptq.artifact.content import Content, build_content
 from cptq.artifact.formats.gguf import GGUF
-from cptq.artifact.gguf.families import FAMILIES, find_family, rope_factors
-from cptq.artifact.gguf.vocabulary import cut_name, read_tokenizer, sort_of
+from cptq.artifact.gguf.families import FAMILIES, compute_rope_factors, find_family
+from cptq.artifact.gguf.vocabulary import find_pre_tokenizer, find_tokenizer_model, read_tokenizer
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import ArtifactError
 from cptq.types import CompressedLayer, Notice
 from tests.conftest import TinyModel
-from tests.unit.artifact.made import compress, load, sample_of
+from tests.unit.artifact.builders import compress, load, sample_of
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,
@@ -37,7 +37,7 @@ def made(
 ) -> tuple[LoadedModel, list[CompressedLayer], Content]:
     model = load(path)
     layers, _ = compress(model, bits=widths)
-    return model, layers, content_of(model, layers, lambda event: None)
+    return model, layers, build_content(model, layers, lambda event: None)
 
 
 def written(content: Content, place: Path) -> gguf.GGUFReader:
@@ -100,7 +100,7 @@ def test_settings_and_vocabulary_are_inside(tiny_model: TinyModel, tmp_path: Pat
 
 def test_a_sentencepiece_vocabulary_has_scores_in_the_order_of_merges(stories: Path) -> None:
     data = read_tokenizer(stories)
-    assert sort_of(data) == "llama"
+    assert find_tokenizer_model(data) == "llama"
 
 
 @pytest.mark.skipif(
@@ -147,7 +147,7 @@ def test_without_llama_cpp_it_is_said_that_nothing_ran(
 def test_layers_that_no_block_holds_are_named(tiny_model: TinyModel) -> None:
     model = load(tiny_model("llama"))  # 48 and 80 inputs
     layers, _ = compress(model, bits=(4,))
-    content = content_of(model, layers, lambda event: None)
+    content = build_content(model, layers, lambda event: None)
     with pytest.raises(ArtifactError, match=r"q_proj.* and \d+ more: GGUF cannot hold 48 inputs"):
         GGUF.check(content)
 
@@ -156,14 +156,14 @@ def test_scales_that_float16_rounds_are_refused(tiny_model: TinyModel) -> None:
     model = load(tiny_model("llama", **(SIZES | {"dtype": torch.float32})))
     layers, _ = compress(model, bits=(4,))
     with pytest.raises(ArtifactError, match="scales that are not exact in float16"):
-        GGUF.check(content_of(model, layers, lambda event: None))
+        GGUF.check(build_content(model, layers, lambda event: None))
 
 
 def test_groups_of_two_blocks_are_two_blocks(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = load(tiny_model("llama", **SIZES))
     layers, _ = compress(model, bits=(3,), groups=(64,))
     layers = [x for x in layers if x.spec.shape[1] == 64]
-    reader = written(content_of(model, layers, lambda event: None), tmp_path / "out")
+    reader = written(build_content(model, layers, lambda event: None), tmp_path / "out")
     down = model.module.state_dict()["model.layers.0.mlp.up_proj.weight"].double().numpy()
     assert np.array_equal(values(reader, "blk.0.ffn_up.weight"), down)
 
@@ -201,20 +201,20 @@ def test_llama3_factors_are_those_of_transformers() -> None:
     config = LlamaConfig(hidden_size=256, num_attention_heads=2, rope_parameters=rope)
     stretched, _ = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")
     plain = 1.0 / (500000.0 ** (torch.arange(0, 128, 2).double() / 128))
-    factors = rope_factors(config.to_dict())
+    factors = compute_rope_factors(config.to_dict())
     assert factors is not None
     assert torch.allclose(plain / factors.double(), stretched.double(), rtol=1e-5)
 
 
 def test_a_cut_without_a_name_is_said() -> None:
     events: list[Any] = []
-    assert cut_name({"pre_tokenizer": {"type": "Whitespace"}}, events.append) == "gpt-2"
+    assert find_pre_tokenizer({"pre_tokenizer": {"type": "Whitespace"}}, events.append) == "gpt-2"
     assert "no name in llama.cpp" in events[0].message
     digits = {
         "type": "Sequence",
         "pretokenizers": [{"type": "Digits", "individual_digits": True}, {"type": "ByteLevel"}],
     }
-    assert cut_name({"pre_tokenizer": digits}, events.append) == "smollm"
+    assert find_pre_tokenizer({"pre_tokenizer": digits}, events.append) == "smollm"
     assert len(events) == 1
 
 

@@ -12,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 
-from cptq.artifact.content import Content, content_of
+from cptq.artifact.content import Content, build_content
 from cptq.artifact.formats.gguf import GGUF
 from cptq.artifact.gguf.families import FAMILIES
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import ArtifactError
 from cptq.types import Candidate, Event, Notice
 from tests.conftest import TinyModel
-from tests.unit.artifact.made import compress_layer, load, sample_of
+from tests.unit.artifact.builders import compress_layer, load, sample_of
 
 SIZES: dict[str, dict[str, Any]] = {
     "llama": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2},
@@ -42,7 +42,7 @@ def packed(path: Path, labels: tuple[str, ...] = MIXED) -> tuple[LoadedModel, Co
         for spec in model.layers
         if spec.kind in ("linear", "conv1d")
     ]
-    return model, content_of(model, layers, lambda event: None)
+    return model, build_content(model, layers, lambda event: None)
 
 
 def written(content: Content, place: Path, events: list[Event] | None = None) -> gguf.GGUFReader:
@@ -142,7 +142,7 @@ def test_what_no_block_holds_is_refused(tiny_model: TinyModel) -> None:
 def test_zero_points_that_float16_does_not_hold_are_refused(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.unit.artifact.made.MOST_BITS", 0)
+    monkeypatch.setattr("tests.unit.artifact.builders.MOST_BITS", 0)
     path = tiny_model("llama", dtype=torch.float16, **SIZES["llama"])
     with pytest.raises(ArtifactError, match="scales times zero points that are not exact"):
         GGUF.check(packed(path, ("w4g32-asym",))[1])

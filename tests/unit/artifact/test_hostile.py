@@ -22,7 +22,7 @@ from cptq.artifact.verify import verify_artifact
 from cptq.checkpoint.files import read_header
 from cptq.errors import ArtifactError, CptqError
 from tests.tiny_models import build_tiny_model
-from tests.unit.artifact.made import compress, load, sample_of, write
+from tests.unit.artifact.builders import compress, load, sample_of, write
 
 QUICK, LONG = 60, 3000
 #: what reading a small damaged file may take beside the file itself

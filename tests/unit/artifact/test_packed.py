@@ -20,11 +20,11 @@ from cptq.allocation.cost import CostModel, layer_tensors
 from cptq.artifact.formats.packed import PACKED, check_layer
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.errors import ArtifactError
+from cptq.inference.modules import PackedEmbedding, PackedLinear, PackedModule
 from cptq.layouts.packed import PACKED_LAYOUT
-from cptq.runtime.modules import PackedEmbedding, PackedLinear, PackedModule
 from tests.conftest import TinyModel
-from tests.unit.artifact.made import inputs_of
-from tests.unit.artifact.packed_made import (
+from tests.unit.artifact.builders import inputs_of
+from tests.unit.artifact.packed_builders import (
     ASYMMETRIC,
     EVERYTHING,
     SPARSE,
@@ -80,7 +80,7 @@ def test_loads_and_computes_the_same(
     for layer in layers:
         module = loaded.get_submodule(layer.spec.name)
         assert isinstance(module, PackedModule), layer.spec.name
-        assert torch.equal(module.dense_weight(torch.float32), layer.dense(torch.float32))
+        assert torch.equal(module.dequantize(torch.float32), layer.dense(torch.float32))
     ways = {layer.spec.kind for layer in layers}
     assert ways >= {"embedding", "conv1d" if arch == "gpt2" else "linear"}
 
@@ -184,7 +184,7 @@ def test_layers_are_read_back(tiny_model: TinyModel, tmp_path: Path) -> None:
 
 
 def test_layers_that_contradict_themselves_are_refused(tiny_model: TinyModel) -> None:
-    from tests.unit.artifact.made import load
+    from tests.unit.artifact.builders import load
 
     model = load(tiny_model("llama", dtype=torch.float16))
     layer = pack(model, ("w4g16-s50",))[0][-1]

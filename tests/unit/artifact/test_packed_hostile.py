@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import cptq
 from cptq.errors import ArtifactError, CptqError
-from cptq.runtime.checks import read_modules
+from cptq.inference.checks import read_modules
 from tests.conftest import TinyModel
-from tests.unit.artifact.packed_made import write_packed
+from tests.unit.artifact.packed_builders import write_packed
 
 FILE = "cptq.safetensors"
 LAYER = "model.layers.0.self_attn.q_proj"

@@ -15,7 +15,7 @@ from cptq.artifact import reload, stock_load
 from cptq.errors import ArtifactError
 from cptq.types import Artifact
 from tests.conftest import TinyModel
-from tests.unit.artifact.made import compress, load, sample_of, write
+from tests.unit.artifact.builders import compress, load, sample_of, write
 
 CASES = [
     ("llama", {"tied": True, "intermediate_size": 77, "num_hidden_layers": 3}, (32, 0, 64)),

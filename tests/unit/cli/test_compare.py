@@ -24,7 +24,7 @@ def test_the_table_fits_eighty_columns_and_says_who_is_on_the_front(cptq) -> Non
     out = cptq("compare", "a", "b").stdout
     assert max(map(len, out.splitlines())) <= 80
     assert "Size and quality: wikitext" in out
-    assert "Against dense, on the same samples" in out
+    assert "Difference from dense on the same samples" in out
     (row,) = [line for line in out.splitlines() if "+1.1 to +1.9" in line]
     assert row.startswith("four ")
     assert row.split()[-1] == "worse"

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import Result
 
 from tests.unit.cli.conftest import FakePipeline
-from tests.unit.report import fake
+from tests.unit.report import synthetic
 
 Cptq = Callable[..., Result]
 
@@ -18,7 +18,7 @@ Cptq = Callable[..., Result]
 @pytest.fixture
 def files(pipeline: FakePipeline) -> None:
     """A plan and an analysis in the current directory."""
-    plan = fake.summary(blocks=1).plan
+    plan = synthetic.make_summary(blocks=1).plan
     assert plan is not None
     Path("plan.json").write_text(json.dumps(plan.to_dict()))
     Path("a/sensitivity").mkdir(parents=True)

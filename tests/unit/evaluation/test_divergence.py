@@ -17,7 +17,7 @@ from cptq.evaluation.options import EvalOptions
 from cptq.evaluation.run import evaluate
 from cptq.pipeline import evaluate as run
 from cptq.types import EvalResult
-from cptq.types.samples import pairs, ratios
+from cptq.types.samples import build_pairs, build_ratios
 from tests.reference.likelihood import log_probabilities, naive_kl
 from tests.tiny_models import SENTENCES
 
@@ -159,17 +159,20 @@ def answered(metric: str, per_sample, fingerprint: str = "f") -> EvalResult:
 
 
 def test_flips_by_hand() -> None:
-    ours, theirs = answered("acc", ratios([1, 0, 1, 0])), answered("acc", ratios([0, 1, 1, 0]))
+    ours, theirs = (
+        answered("acc", build_ratios([1, 0, 1, 0])),
+        answered("acc", build_ratios([0, 1, 1, 0])),
+    )
     acc, flips = with_flips([ours], [theirs])
     assert acc is ours
     assert (flips.metric, flips.value, flips.higher_is_better) == ("flips", 0.5, False)
     assert flips.stderr == pytest.approx(np.std([1, 1, 0, 0], ddof=1) / 2)
-    classes = pairs([0, 1, 2, 1], [0, 1, 1, 0]), pairs([0, 1, 2, 1], [0, 0, 1, 1])
+    classes = build_pairs([0, 1, 2, 1], [0, 1, 1, 0]), build_pairs([0, 1, 2, 1], [0, 0, 1, 1])
     flips = with_flips([answered("accuracy", classes[0])], [answered("accuracy", classes[1])])[1]
     assert flips.value == 0.5
 
 
 def test_other_samples_have_no_flips() -> None:
-    ours = answered("acc", ratios([1, 0]))
-    for other in (answered("acc", ratios([1, 0]), "g"), answered("acc", None)):
+    ours = answered("acc", build_ratios([1, 0]))
+    for other in (answered("acc", build_ratios([1, 0]), "g"), answered("acc", None)):
         assert with_flips([ours], [other]) == (ours,)

@@ -12,7 +12,7 @@ from cptq.evaluation.metrics import METRICS
 from cptq.evaluation.paired import compare_results, mcnemar, tango_interval, tango_statistic
 from cptq.evaluation.resampling import ROW_METRICS, bootstrap
 from cptq.types import EvalResult
-from cptq.types.samples import pairs, ratios
+from cptq.types.samples import build_pairs, build_ratios
 from tests.reference import paired as reference
 
 
@@ -32,7 +32,7 @@ def result(metric: str, value: float, per_sample, higher: bool = True) -> EvalRe
 
 
 def answers(right: list[int]) -> EvalResult:
-    return result("accuracy", sum(right) / len(right), ratios(right))
+    return result("accuracy", sum(right) / len(right), build_ratios(right))
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -112,7 +112,7 @@ def test_the_paired_bootstrap_of_a_metric_is_that_of_a_loop(metric: str, monkeyp
     draw = np.random.default_rng(5)
     labels = draw.integers(2, size=83).astype(float)
     sides = [np.where(draw.random(83) < share, labels, 1 - labels) for share in (0.7, 0.9)]
-    rows = [result(metric, METRICS[metric](labels, x), pairs(labels, x)) for x in sides]
+    rows = [result(metric, METRICS[metric](labels, x), build_pairs(labels, x)) for x in sides]
     (found,), _ = compare_results(rows[:1], rows[1:], 11)
 
     def gap(pick) -> float:
@@ -133,7 +133,9 @@ def test_perplexity_is_compared_by_windows(monkeypatch) -> None:
     base = draw.normal(3, 0.4, size=31) * tokens
     mine = base + draw.normal(0.1, 0.02, size=31) * tokens
     rows = [
-        result("perplexity", math.exp(x.sum() / tokens.sum()), ratios(x, tokens, "exp"), False)
+        result(
+            "perplexity", math.exp(x.sum() / tokens.sum()), build_ratios(x, tokens, "exp"), False
+        )
         for x in (mine, base)
     ]
     (found,), _ = compare_results(rows[:1], rows[1:], 0)
@@ -156,7 +158,7 @@ def test_equal_and_undecided() -> None:
     assert compare_results([one], [one], 0)[0][0].verdict == "equal"
     other = answers([1, 1, 1, 1])
     assert compare_results([other], [one], 0)[0][0].verdict == "undecided"
-    few = result("pearson", 0.5, pairs([1, 2, 3], [1, 3, 2]))
+    few = result("pearson", 0.5, build_pairs([1, 2, 3], [1, 3, 2]))
     (found,), _ = compare_results([few], [few], 0)
     assert found.verdict == "equal"
     assert "only 3 samples" in found.method

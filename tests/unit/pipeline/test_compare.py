@@ -12,7 +12,7 @@ from cptq.config import CompareSettings, EvalSettings, ModelSettings
 from cptq.data.overlap import encode_sketch, sketch
 from cptq.errors import EvaluationError, OutputExistsError, UsageError
 from cptq.pipeline import compare, evaluate
-from cptq.report.side_by_side import CompareOutcome
+from cptq.report.comparison import CompareOutcome
 
 TEXT = " ".join(f"Once upon a time there were {i} small cats and a warm sun." for i in range(80))
 
@@ -56,7 +56,7 @@ def run(asked: CompareSettings) -> CompareOutcome:
 
 def test_a_model_and_its_results_are_the_same(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    found = run(settings(place, "one", "two", "two.json", out=out)).side_by_side
+    found = run(settings(place, "one", "two", "two.json", out=out)).comparison
     one, two, again = found.models
     assert [m.name for m in found.models] == ["one", "two", "two.json"]
     assert two.results[0].value == again.results[0].value != one.results[0].value
@@ -88,12 +88,12 @@ def test_the_baseline_of_eval_is_compared_on_the_same_windows(place: Path) -> No
     assert summary.paired[0].samples == 20
     told = summary.to_dict()["paired"][0]
     assert told["verdict"] == summary.paired[0].verdict
-    short = run(settings(place, "one", "two")).side_by_side
+    short = run(settings(place, "one", "two")).comparison
     assert short.models[1].paired[0] == summary.paired[0]
 
 
 def test_other_samples_are_not_compared_and_that_is_said(place: Path) -> None:
-    found = run(replace(settings(place, "one", "two.json"), limit=10)).side_by_side
+    found = run(replace(settings(place, "one", "two.json"), limit=10)).comparison
     assert found.models[1].paired == ()
     assert any("the samples are not the same" in notice.message for notice in found.notices)
 
@@ -123,11 +123,11 @@ def test_an_artifact_on_its_calibration_text(place: Path, tmp_path: Path) -> Non
     manifest = {"calibration": {"origin": "a.txt", "sketch": encode_sketch(sketch([TEXT]))}}
     (artifact / "cptq.json").write_text(json.dumps(manifest))
     asked = settings(place, "one", str(artifact))
-    found = run(asked).side_by_side
+    found = run(asked).comparison
     assert any("the result flatters" in notice.message for notice in found.notices)
     with pytest.raises(EvaluationError, match="passages"):
         run(replace(asked, strict=True))
     manifest["calibration"]["sketch"] = ""
     (artifact / "cptq.json").write_text(json.dumps(manifest))
-    notices = run(asked).side_by_side.notices
+    notices = run(asked).comparison.notices
     assert any("no fingerprints of the calibration text" in n.message for n in notices)

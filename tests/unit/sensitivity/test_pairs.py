@@ -8,10 +8,10 @@ import pytest
 
 from cptq.sensitivity.validation.pairs import choose_pairs, deal, depth, ranked_depths
 from cptq.types import Candidate
-from tests.unit.report import fake
+from tests.unit.report import synthetic
 
-CANDIDATES = fake.CANDIDATES  # 2, 3, 4, 5, 6, 8 bits and dense
-UNITS = fake.units(30)
+CANDIDATES = synthetic.CANDIDATES  # 2, 3, 4, 5, 6, 8 bits and dense
+UNITS = synthetic.make_units(30)
 
 
 def test_the_ends_are_three_tenths_of_the_blocks() -> None:

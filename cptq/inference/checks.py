@@ -1,7 +1,7 @@
-"""What is refused before a packed model takes any memory: config.json and headers that do not fit.
+"""Check a packed model before any memory is allocated: its config.json and its file headers.
 
-Everything that config.json claims is compared with the model's own shapes, and every tensor of the
-file with the shape and type that docs/format-packed.md gives it. Only headers are read.
+The schemes in config.json are compared with the shapes of the model, and every tensor of the files
+with the shape and type that docs/format-packed.md specifies. Only headers are read.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from cptq.errors import ArtifactError
+from cptq.inference.operations import PackedWeight
 from cptq.layouts.packed import FORMAT_VERSION, packed_specs, stored_count, unfit
 from cptq.numerics.packing import unpack_values
 from cptq.numerics.sparse import PATTERN_BITS, PATTERNS
-from cptq.runtime.weight import PackedWeight
 from cptq.types import Candidate
 
 _AGAIN = "download or copy the artifact again"
@@ -25,26 +25,26 @@ _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
 def read_modules(modules: Any, version: Any) -> Mapping[str, str]:
-    """{module: label} as config.json has it.
+    """Validate the table {module: label} of config.json.
 
     Raises:
-        ArtifactError: it is of another version, or no such table.
+        ArtifactError: another format version, or not a table of schemes.
     """
     if version != FORMAT_VERSION:
         raise ArtifactError(
-            f"the artifact is of version {version!r} of the packed format",
+            f"the artifact has version {version!r} of the packed format",
             allowed=f"version {FORMAT_VERSION}",
-            hint="install the cptq that wrote it",
+            hint="install the version of cptq that wrote it",
         )
     if not isinstance(modules, Mapping) or not modules:
-        raise ArtifactError("config.json does not say which modules are packed", hint=_AGAIN)
+        raise ArtifactError("config.json has no table of packed modules", hint=_AGAIN)
     for name, label in modules.items():
         try:
             known = Candidate.parse(label)
         except (ValueError, TypeError) as error:
             raise ArtifactError(f"config.json packs {name!r} as {label!r}: {error}") from error
         if known.dense or known.label != label:
-            raise ArtifactError(f"config.json packs {name!r} as {label!r}, which is no scheme")
+            raise ArtifactError(f"config.json packs {name!r} as {label!r}, which is not a scheme")
     return modules
 
 
@@ -53,21 +53,21 @@ def check_header(
     modules: Mapping[str, tuple[tuple[int, int], Candidate]],
     model: nn.Module,
 ) -> None:
-    """Compare the tensors of the weight files with what the modules ask.
+    """Compare the tensors of the weight files with those that the modules need.
 
     Args:
-        files: the weight files; none at all (a state dict was given) checks the schemes alone.
+        files: the weight files; without any (for a state dict) only the schemes are checked.
         modules: {name: (shape, scheme)}.
-        model: whose prefix a name in the files may have or lack.
+        model: names in the files may have or lack its prefix.
 
     Raises:
-        ArtifactError: names the first tensor that does not fit, and says why.
+        ArtifactError: names the first tensor that does not fit, with the reason.
     """
     for name, (shape, scheme) in modules.items():
         why = unfit(shape, scheme)
         if why is not None:
             raise ArtifactError(f"config.json packs {name!r} as {scheme.label}: {why}")
-    found = _headers(files)
+    found = _read_headers(files)
     if not found:
         return
     prefix = f"{model.base_model_prefix}."
@@ -77,19 +77,19 @@ def check_header(
             known = next((found[other] for other in names if other in found), None)
             allowed = _FLOATS if spec.name.endswith("_scale") else (spec.dtype,)
             if known is None or known[1] != spec.shape or known[0] not in allowed:
-                has = "is not there" if known is None else f"is {known[0]} {list(known[1])}"
+                found_as = "missing" if known is None else f"{known[0]} {list(known[1])}"
                 raise ArtifactError(
-                    f"{spec.name} {has} in the weight file, where {scheme.label} asks for "
+                    f"{spec.name} is {found_as} in the weight file; {scheme.label} needs "
                     f"{' or '.join(allowed)} {list(spec.shape)}",
                     hint=_AGAIN,
                 )
 
 
-def check_places(name: str, weight: PackedWeight) -> None:
-    """Whether a mask or pattern is one that its codes can fill; after loading, from the data.
+def check_positions(name: str, weight: PackedWeight) -> None:
+    """Check, after loading, that a mask or pattern agrees with the number of stored codes.
 
     Raises:
-        ArtifactError: it is not.
+        ArtifactError: it does not.
     """
     inputs, stored, wrong = weight.shape[1], 0, False
     if weight.mask is not None and not weight.mask.is_meta:
@@ -99,18 +99,18 @@ def check_places(name: str, weight: PackedWeight) -> None:
         wrong = int(unpack_values(weight.pattern, PATTERN_BITS, inputs // 4).max()) >= len(PATTERNS)
     if wrong:
         raise ArtifactError(
-            f"the places of the stored weights of {name} are not those of {weight.scheme.label}",
+            f"the positions of the stored weights of {name} do not match {weight.scheme.label}",
             hint=_AGAIN,
         )
 
 
-def _headers(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """{tensor: (type, shape)} of all files."""
+def _read_headers(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return {tensor: (type, shape)} of all files."""
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:
-                for name in opened.keys():  # noqa: SIM118 - it is no mapping
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
                     part = opened.get_slice(name)
                     found[name] = part.get_dtype(), tuple(part.get_shape())
         except (SafetensorError, OSError) as error:

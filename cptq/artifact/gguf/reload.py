@@ -44,7 +44,7 @@ TEXTS = (
 _CHUNK = 1 << 22
 
 
-def gguf_digests(path: Path) -> dict[str, str]:
+def compute_gguf_digests(path: Path) -> dict[str, str]:
     """sha256 (hex) of the bytes of every tensor, as they lie on the disk, sorted by name."""
     digests = {}
     with path.open("rb") as stream:
@@ -74,30 +74,30 @@ def reload_in_llama_cpp(
     if importlib.util.find_spec("llama_cpp") is None:
         message = "llama-cpp-python is not installed, so the file was read back but not run"
         emit(Notice(kind="warning", subject=path.name, message=message))
-        return _found(None, start)
+        return _make_reload_check(None, start)
     report, answer = _compute(path, kind, sample)
     if report["cptq"]:
         raise ArtifactError(f"the check was not independent: {report['cptq'][0]} was imported")
     if tokenizer is not None:
         _compare_tokens(tokenizer, report["tokens"], emit)
-    expected = _expected(kind, sample)
+    expected = _select_expected(kind, sample)
     if answer.shape != expected.shape:
         raise ArtifactError(
             f"llama.cpp answers {tuple(answer.shape)} values, {tuple(expected.shape)} expected"
         )
     known = ~expected.isnan() if sample.partial else torch.ones_like(expected, dtype=torch.bool)
     _judge(answer[known], expected[known])
-    return _found(float((answer - expected)[known].abs().max()), start)
+    return _make_reload_check(float((answer - expected)[known].abs().max()), start)
 
 
-def _found(difference: float | None, start: float) -> ReloadCheck:
+def _make_reload_check(difference: float | None, start: float) -> ReloadCheck:
     seconds = time.perf_counter() - start
     return ReloadCheck(
         missing=(), unexpected=(), mismatched=(), max_abs_difference=difference, seconds=seconds
     )
 
 
-def _expected(kind: ModelKind, sample: ReloadSample) -> Tensor:
+def _select_expected(kind: ModelKind, sample: ReloadSample) -> Tensor:
     """One row per real token, or per text where the model classifies."""
     expected = sample.expected.detach().float().cpu()
     if kind == "classifier":

@@ -1,11 +1,13 @@
-"""A made-up run with the shape of a real one: 30 blocks of 7 linears, 4 metrics, a plan."""
+"""A synthetic run with the shape of a real one: 30 blocks of 7 linears, 4 metrics, a plan."""
 
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from math import exp
 
 from cptq.report import ModelFacts, Summary, VerificationFacts
+from cptq.report.comparison import ComparedModel, ModelComparison
 from cptq.types import (
     Budget,
     CalibrationRecord,
@@ -14,6 +16,7 @@ from cptq.types import (
     LayerResult,
     LayerSpec,
     Notice,
+    PairedDifference,
     Plan,
     SensitivityTable,
     SizeReport,
@@ -34,7 +37,7 @@ BITS = (2, 3, 4, 5, 6, 8, 16)
 CANDIDATES = tuple(Candidate(bits=b, group_size=64 if b < 16 else 0) for b in BITS)
 
 
-def layer(block: int, name: str) -> LayerSpec:
+def make_layer(block: int, name: str) -> LayerSpec:
     role, shape, fused = ROLES[name]
     return LayerSpec(
         name=f"model.layers.{block}.{name}",
@@ -47,12 +50,12 @@ def layer(block: int, name: str) -> LayerSpec:
     )
 
 
-def units(blocks: int) -> tuple[Unit, ...]:
-    """q/k/v and gate/up as one unit each, as the checkpoint room fuses them."""
+def make_units(blocks: int) -> tuple[Unit, ...]:
+    """Make units with q/k/v and gate/up fused, as `cptq.checkpoint` does."""
     found: dict[str, list[LayerSpec]] = {}
     for block in range(blocks):
         for name in ROLES:
-            spec = layer(block, name)
+            spec = make_layer(block, name)
             found.setdefault(spec.fused or spec.name, []).append(spec)
     return tuple(
         Unit(name=name, block=rows[0].block, role=_role(rows), layers=tuple(rows))
@@ -64,8 +67,8 @@ def _role(rows: list[LayerSpec]) -> str:
     return (rows[0].fused or rows[0].role).rpartition(".")[2]
 
 
-def table(metric: str, rows: tuple[Unit, ...], spread: float, seed: int) -> SensitivityTable:
-    """Scores that fall with depth, rise at both ends, and range over `spread` powers of e."""
+def make_table(metric: str, rows: tuple[Unit, ...], spread: float, seed: int) -> SensitivityTable:
+    """Make scores that fall with depth, rise at both ends, and range over `spread` powers of e."""
     rng = random.Random(seed)
     last = max(unit.block or 0 for unit in rows) or 1
     per_unit = {}
@@ -101,8 +104,8 @@ def table(metric: str, rows: tuple[Unit, ...], spread: float, seed: int) -> Sens
     )
 
 
-def choices(scores: SensitivityTable) -> dict[str, Candidate]:
-    """Wider where more sensitive."""
+def make_choices(scores: SensitivityTable) -> dict[str, Candidate]:
+    """Choose wider candidates for more sensitive units."""
     ranked = sorted(scores.per_unit, key=lambda name: -scores.per_unit[name])
     shares = ((0.05, 8), (0.15, 6), (0.35, 5), (0.7, 4), (0.93, 3), (1.01, 2))
     wide = {
@@ -112,7 +115,7 @@ def choices(scores: SensitivityTable) -> dict[str, Candidate]:
     return {name: Candidate(bits=wide[name], group_size=64) for name in scores.per_unit}
 
 
-def result(spec: LayerSpec, candidate: Candidate, rng: random.Random) -> LayerResult:
+def make_layer_result(spec: LayerSpec, candidate: Candidate, rng: random.Random) -> LayerResult:
     error = 4.0 ** (-candidate.bits) * exp(rng.gauss(0.9, 0.3))
     return LayerResult(
         name=spec.name,
@@ -126,7 +129,7 @@ def result(spec: LayerSpec, candidate: Candidate, rng: random.Random) -> LayerRe
     )
 
 
-def evaluation(scale: float, accuracy: float) -> tuple[EvalResult, ...]:
+def make_results(scale: float, accuracy: float) -> tuple[EvalResult, ...]:
     common = {"version": 1, "samples": 10, "seconds": 61.0, "data_sha256": "ab" * 32}
     return (
         EvalResult(
@@ -146,7 +149,7 @@ def evaluation(scale: float, accuracy: float) -> tuple[EvalResult, ...]:
     )  # fmt: skip
 
 
-def notices() -> tuple[Notice, ...]:
+def make_notices() -> tuple[Notice, ...]:
     return (
         Notice(kind="skipped", subject="model.embed_tokens", message="embeddings stay dense"),
         Notice(kind="skipped", subject="lm_head", message="tied to model.embed_tokens"),
@@ -159,15 +162,17 @@ def notices() -> tuple[Notice, ...]:
     )
 
 
-def summary(blocks: int = 30, command: str = "compress", source: str = "smollm2-135m") -> Summary:
-    """A whole compress run. The same arguments always give the same value."""
-    rows, rng = units(blocks), random.Random(7)
+def make_summary(
+    blocks: int = 30, command: str = "compress", source: str = "smollm2-135m"
+) -> Summary:
+    """Make the summary of a compress run; equal arguments give equal values."""
+    rows, rng = make_units(blocks), random.Random(7)
     spreads = {"output": 3.2, "taylor": 4.0, "cca": 0.7, "pruning": 2.2}
     tables = {
-        metric: table(metric, rows, spread, seed)
+        metric: make_table(metric, rows, spread, seed)
         for seed, (metric, spread) in enumerate(spreads.items())
     }
-    chosen = choices(tables["output"])
+    chosen = make_choices(tables["output"])
     head = LayerSpec(
         name="lm_head", block=None, role="head", kind="head", shape=(49152, 576), dtype="BF16",
         tied_to="model.embed_tokens", compressible=False,
@@ -209,11 +214,57 @@ def summary(blocks: int = 30, command: str = "compress", source: str = "smollm2-
             file_bytes=111_998_320, dense_file_bytes=269_060_552, nominal_bits=4.0,
             effective_bits=4.25, file_bits=6.66,
         ),
-        results=tuple(result(spec, wide[spec.name], rng) for spec in linears),
+        results=tuple(make_layer_result(spec, wide[spec.name], rng) for spec in linears),
         verification=VerificationFacts(max_abs_difference=0.0, seconds=6.2),
-        evaluation=evaluation(1.18, 0.9048),
-        baseline=evaluation(1.0, 0.9106),
+        evaluation=make_results(1.18, 0.9048),
+        baseline=make_results(1.0, 0.9106),
         baseline_source=source,
-        notices=notices(),
+        notices=make_notices(),
         timings={"load": 1.9, "calibrate": 0.7, "measure": 84.0, "compress": 190.0, "verify": 6.2},
     )  # fmt: skip
+
+
+DIFFERENCE = PairedDifference(
+    task="wikitext",
+    version=1,
+    metric="perplexity",
+    higher_is_better=False,
+    difference=1.5,
+    interval=(1.1, 1.9),
+    level=0.95,
+    p_value=0.0004,
+    samples=30,
+    method="paired bootstrap",
+)
+
+
+def make_result(
+    task: str, metric: str, value: float, higher: bool = False, stderr: float | None = None
+) -> EvalResult:
+    return EvalResult(
+        task=task, version=1, metric=metric, value=value, unit="u", higher_is_better=higher,
+        samples=10, seconds=1, stderr=stderr,
+    )  # fmt: skip
+
+
+def make_model(name: str, nbytes: int | None, value: float, *more: EvalResult) -> ComparedModel:
+    """Make a model of a million weights with a perplexity."""
+    return ComparedModel(
+        name=name, source=f"/models/{name}", kind="causal-lm", parameters=1_000_000,
+        weight_bytes=nbytes, effective_bits=4.25,
+        results=(make_result("wikitext", "perplexity", value, stderr=0.2), *more),
+    )  # fmt: skip
+
+
+def make_comparison(*models: ComparedModel) -> ModelComparison:
+    """Compare models by perplexity; by default a dense one and three compressed ones."""
+    speed = make_result("speed", "decode", 12.5, higher=True)
+    models = models or (
+        make_model("dense", 2_000_000, 20.0, speed),
+        replace(make_model("four", 600_000, 21.5), paired=(DIFFERENCE,)),
+        make_model("worse", 700_000, 22.0),
+        make_model("three<&>", 500_000, 30.0),
+    )
+    return ModelComparison(
+        command_line="cptq compare", models=models, quality=("wikitext", "perplexity")
+    )

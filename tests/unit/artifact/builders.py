@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cptq.allocation.cost import CostModel
-from cptq.artifact.content import content_of
+from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.formats import DEFAULT_FORMAT
 from cptq.artifact.reload import ReloadSample
@@ -139,7 +139,7 @@ def write(
     events: list[Event] | None = None,
 ) -> Artifact:
     emit = (events if events is not None else []).append
-    content = content_of(model, layers, emit)
+    content = build_content(model, layers, emit)
     with draft(out, overwrite=overwrite, source=model.path, form=form, emit=emit) as d:
         d.write(content, Record(plan=plan, calibration=RECORD, seed=0), extras)
         d.verify(sample)

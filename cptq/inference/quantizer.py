@@ -1,13 +1,13 @@
-"""The quantization method `cptq` of transformers: config.json's part, and what it makes of a model.
+"""The quantization method `cptq` of transformers: its config and its quantizer.
 
-Before the weights are read, each module that config.json names is replaced by a packed one of the
-same place and shape (on the meta device), after the file's header has been compared with what its
-scheme asks: a file that does not fit is refused before memory is allocated. Where the model ties
-its head to a packed embedding, the head becomes a packed linear whose parameters are tied to the
-embedding's by transformers' own means.
+Before the weights are read, each module that config.json lists is replaced by a packed module of
+the same name and shape (on the meta device). The file headers are compared with the schemes first,
+so that a file that does not fit is refused before memory is allocated. If the model ties its head
+to a packed embedding, the head becomes a packed linear layer, and transformers ties its parameters
+to the embedding's.
 
-Interface: transformers >= 5.0, `HfQuantizer` and `QuantizationConfigMixin` (its contributor guide
-"New quantization methods"). Saving works as for any model (`save_pretrained`), key for key.
+Interface: transformers >= 5.0, `HfQuantizer` and `QuantizationConfigMixin` (see its contributor
+guide "New quantization methods"). `save_pretrained` writes the same keys.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cptq.errors import ArtifactError
-from cptq.layouts.packed import FORMAT_VERSION, METHOD, NEEDS, WEIGHT_FILES
-from cptq.runtime.checks import check_header, check_places, read_modules
-from cptq.runtime.modules import (
-    PARTS,
+from cptq.inference.checks import check_header, check_positions, read_modules
+from cptq.inference.modules import (
+    PARAMETERS,
     PackedLinear,
     PackedModule,
-    packed_like,
-    packed_modules,
+    find_packed_modules,
+    make_packed_module,
 )
+from cptq.layouts.packed import FORMAT_VERSION, METHOD, NEEDS, WEIGHT_FILES
 from cptq.types import Candidate
 
 
@@ -44,13 +44,13 @@ class CptqConfig(QuantizationConfigMixin):
 
     Args:
         modules: {name of a module: label of its scheme, such as "w4g64-asym"}.
-        format_version: of docs/format-packed.md.
-        weights: name of the weight file, which is not the usual one; None once the model is in
-            memory, as transformers saves under the usual one.
-        needs: what to install, for people who read the file.
+        format_version: version of docs/format-packed.md.
+        weights: name of the weight file, if not the usual one; None once the model is in memory,
+            because transformers saves under the usual name.
+        needs: what to install, for readers of the file.
 
     Raises:
-        ArtifactError: another version, an unknown scheme, a weight file of another name.
+        ArtifactError: another format version, an unknown scheme or weight file name.
     """
 
     def __init__(
@@ -77,18 +77,18 @@ class CptqConfig(QuantizationConfigMixin):
         return {name: Candidate.parse(label) for name, label in self.modules.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """As it stands in config.json."""
+        """Return the content of config.json."""
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
 class CptqQuantizer(HfQuantizer):
-    """Replaces modules by packed ones; quantizes nothing itself."""
+    """Replaces modules by packed ones; does not quantize."""
 
     requires_calibration = True
     quantization_config: CptqConfig
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """The one hook before files are looked for: says under which name the weights lie."""
+        """Set the name of the weight file; the only hook that runs before files are looked up."""
         if self.quantization_config.weights is not None:
             config.transformers_weights = self.quantization_config.weights
         return config
@@ -97,17 +97,17 @@ class CptqQuantizer(HfQuantizer):
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
         files = [Path(file) for file in checkpoint_files or ()]
-        schemes = _present(model, self.quantization_config.schemes)
-        packed = {name: _packed(model, name, scheme) for name, scheme in schemes.items()}
+        schemes = _resolve_names(model, self.quantization_config.schemes)
+        packed = {name: _make_packed(model, name, scheme) for name, scheme in schemes.items()}
         check_header(files, {name: (m.shape, m.scheme) for name, m in packed.items()}, model)
         for name, module in packed.items():
             model.set_submodule(name, module)
         _tie(model, packed)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
-        for name, module in packed_modules(model).items():
+        for name, module in find_packed_modules(model).items():
             module.weight_scale.requires_grad_(False)  # transformers sets it on all floats
-            check_places(name, module.packed)
+            check_positions(name, module.packed)
         config: Any = model.config
         if hasattr(config, "transformers_weights"):
             del config.transformers_weights
@@ -115,12 +115,12 @@ class CptqQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        """Every packed module as the dense one that it stands for; ties as before."""
-        if isinstance(dtype, str):  # what save_pretrained leaves in the config
+        """Replace every packed module by its dense equivalent; ties stay."""
+        if isinstance(dtype, str):  # as save_pretrained writes it to the config
             dtype = getattr(torch, dtype)
-        for name, module in packed_modules(model).items():
-            model.set_submodule(name, module.dense(dtype or module.weight_scale.dtype))
-        vars(model).pop("_tied_weights_keys", None)  # the class's own hold again
+        for name, module in find_packed_modules(model).items():
+            model.set_submodule(name, module.make_dense(dtype or module.weight_scale.dtype))
+        vars(model).pop("_tied_weights_keys", None)  # use those of the class again
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.tie_weights()
         return model
@@ -134,17 +134,17 @@ class CptqQuantizer(HfQuantizer):
 
 
 def register() -> None:
-    """Tell transformers; once per process."""
+    """Register the method with transformers, once per process."""
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(CptqConfig)
         register_quantizer(METHOD)(CptqQuantizer)
 
 
-def _present(model: nn.Module, schemes: Mapping[str, Candidate]) -> dict[str, Candidate]:
-    """The schemes by the names that modules have in this model.
+def _resolve_names(model: nn.Module, schemes: Mapping[str, Candidate]) -> dict[str, Candidate]:
+    """Return the schemes by the names of the modules in this model.
 
-    A body may be loaded from a file that was written with its head, and the other way round;
-    transformers then drops or adds the prefix of tensor names, and so must we.
+    A base model may be loaded from a file written with a head, and the reverse; transformers then
+    drops or adds the prefix of tensor names, and this does the same.
     """
     prefix = f"{model.base_model_prefix}."
     known = {name for name, _ in model.named_modules()}
@@ -158,23 +158,23 @@ def _present(model: nn.Module, schemes: Mapping[str, Candidate]) -> dict[str, Ca
             raise ArtifactError(
                 f"config.json packs {name!r}, which {type(model).__name__} does not have"
             )
-        # else it belongs to a head that is not being loaded
+        # otherwise it belongs to a head that is not loaded
     return found
 
 
-def _packed(model: nn.Module, name: str, scheme: Candidate) -> PackedModule:
+def _make_packed(model: nn.Module, name: str, scheme: Candidate) -> PackedModule:
     module = model.get_submodule(name)
-    packed = packed_like(module, scheme)
+    packed = make_packed_module(module, scheme)
     if packed is None:
         raise ArtifactError(
             f"config.json packs {name!r}, of type {type(module).__name__}, as {scheme.label}",
-            allowed="plain linears, Conv1D, and embeddings without sparsity",
+            allowed="linear layers, Conv1D, and embeddings without sparsity",
         )
     return packed
 
 
 def _tie(model: Any, packed: Mapping[str, PackedModule]) -> None:
-    """Tie all parts of a head to those of the packed embedding that its weight is tied to."""
+    """Tie all parameters of a head to those of the packed embedding that it shares."""
     ties: dict[str, str] = {}
     for target, source in model.all_tied_weights_keys.items():
         head, owner = target.removesuffix(".weight"), packed.get(source.removesuffix(".weight"))
@@ -185,7 +185,7 @@ def _tie(model: Any, packed: Mapping[str, PackedModule]) -> None:
         model.set_submodule(head, PackedLinear(owner.shape, owner.scheme, bias=bias))
         ties |= {
             f"{head}.{part}": f"{source.removesuffix('.weight')}.{part}"
-            for part in PARTS.values()
+            for part in PARAMETERS.values()
             if getattr(owner, part) is not None
         }
     if ties:

@@ -1,12 +1,12 @@
-"""`import cptq` makes transformers know the quantization method `cptq`, without importing either.
+"""Register the quantization method `cptq` with transformers on `import cptq`.
 
-transformers has no entry points for quantizers: a method exists once `register_quantizer` was
-called in the process. Calling it means importing transformers and torch, seconds that `cptq --help`
-must not take. So if `transformers.quantizers.auto`, the table of methods, is there already, it is
-told at once; otherwise a finder waits at the head of `sys.meta_path` for that one module, lets the
-usual finders load it, registers, and is gone. (This is what `wrapt.when_imported` does.)
+transformers has no entry points for quantizers: `register_quantizer` must be called in each
+process. Calling it imports transformers and torch, which takes seconds that `cptq --help` must not
+spend. If `transformers.quantizers.auto` is already imported, the method is registered at once.
+Otherwise a finder at the head of `sys.meta_path` waits for that module, lets the usual finders load
+it, registers the method and removes itself (as `wrapt.when_imported` does).
 
-Limit: what was registered lives in the process; a worker that never imports cptq does not know it.
+Limit: the registration holds for one process; a worker must import cptq itself.
 """
 
 from __future__ import annotations
@@ -21,25 +21,26 @@ if TYPE_CHECKING:
     from importlib.machinery import ModuleSpec
     from types import ModuleType
 
-#: holds transformers' tables of quantization methods
+#: the module with transformers' tables of quantization methods
 TABLE = "transformers.quantizers.auto"
 
 
 def ensure_registered() -> None:
-    """Register now, or as soon as transformers looks for its quantizers. Safe to call again."""
+    """Register now, or when transformers imports its quantizers. Safe to call again."""
     table = sys.modules.get(TABLE)
     if table is not None and hasattr(table, "register_quantizer"):
         _register()
-    elif not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _Waiting())
+    elif not any(isinstance(finder, _ImportWatcher) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _ImportWatcher())
 
 
 def _register() -> None:
-    import_module("cptq.runtime.quantizer").register()  # by name: it imports torch
+    # imported only now, because it imports torch
+    import_module("cptq.inference.quantizer").register()
 
 
-class _Waiting:
-    """A finder. Finds nothing itself; sees the table of methods being imported."""
+class _ImportWatcher:
+    """A finder that finds nothing itself, but notices the import of the table of methods."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -51,12 +52,12 @@ class _Waiting:
         sys.meta_path.remove(self)
         spec = find_spec(fullname)
         if spec is not None and spec.loader is not None:
-            spec.loader = _ThenRegister(spec.loader)  # type: ignore[assignment]
+            spec.loader = _RegisteringLoader(spec.loader)  # type: ignore[assignment]
         return spec
 
 
-class _ThenRegister:
-    """The usual loader, and a registration after it."""
+class _RegisteringLoader:
+    """A loader that runs the usual loader and then registers the method."""
 
     def __init__(self, usual: Loader) -> None:
         self._usual = usual

@@ -1,7 +1,7 @@
 """Modules that keep their weight packed and compute from it.
 
-The tensors are parameters by the names of docs/format-packed.md, so that state dicts, `.to(device)`
-and transformers' own tying of embeddings work on them as on any other. None of them is trainable.
+The tensors are parameters with the names of docs/format-packed.md, so state dicts, `.to(device)`
+and transformers' tying of embeddings work as usual. None of them is trainable.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cptq.inference import operations
+from cptq.inference.operations import PackedWeight
 from cptq.layouts.packed import packed_specs
-from cptq.runtime import operations
-from cptq.runtime.weight import PackedWeight
 from cptq.types import Candidate
 
 #: field of a `PackedWeight` -> parameter of a module
-PARTS = {
+PARAMETERS = {
     "codes": "weight",
     "scale": "weight_scale",
     "zero": "weight_zero",
@@ -26,7 +26,7 @@ PARTS = {
 
 
 class PackedModule(nn.Module):
-    """What linears and embeddings share: a packed weight (out, in)."""
+    """Base of packed linears and embeddings: a packed weight (out, in)."""
 
     weight: nn.Parameter
     weight_scale: nn.Parameter
@@ -35,7 +35,7 @@ class PackedModule(nn.Module):
         super().__init__()
         self.shape, self.scheme = shape, scheme
         specs = {spec.name[1:]: spec for spec in packed_specs("", shape, "F32", scheme)}
-        for part in PARTS.values():
+        for part in PARAMETERS.values():
             spec = specs.get(part)
             if spec is None:
                 self.register_parameter(part, None)
@@ -46,16 +46,16 @@ class PackedModule(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight as the operations take it."""
-        parts = {field: getattr(self, part) for field, part in PARTS.items()}
+        """The weight in the form that the operations take."""
+        parts = {field: getattr(self, part) for field, part in PARAMETERS.items()}
         return PackedWeight(scheme=self.scheme, shape=self.shape, **parts)
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight (out, in), multiplied out."""
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the dense weight (out, in)."""
         return operations.dequantize(self.packed, dtype)
 
-    def dense(self, dtype: torch.dtype) -> nn.Module:
-        """The dense module it stands for."""
+    def make_dense(self, dtype: torch.dtype) -> nn.Module:
+        """Return the dense module that this one replaces."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -63,13 +63,13 @@ class PackedModule(nn.Module):
 
 
 class PackedLinear(PackedModule):
-    """A linear, or a Conv1D of GPT-2: x W^T + b with W (out, in) packed.
+    """A linear layer, or a Conv1D of GPT-2: x W^T + b with W (out, in) packed.
 
     Args:
-        shape: (out, in), also of a Conv1D, whose dense weight is stored the other way round.
+        shape: (out, in), also for a Conv1D, whose dense weight is stored as (in, out).
         scheme: how the weight is packed.
-        bias: whether there is one, which stays dense.
-        transposed: the dense module was a Conv1D.
+        bias: whether there is a bias, which stays dense.
+        transposed: whether the dense module is a Conv1D.
     """
 
     def __init__(
@@ -83,12 +83,12 @@ class PackedLinear(PackedModule):
         self.register_parameter("bias", empty)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., in) to (..., out)."""
+        """Map x (..., in) to (..., out)."""
         return operations.linear(x, self.packed, self.bias)
 
-    def dense(self, dtype: torch.dtype) -> nn.Module:
-        """The dense module it stands for."""
-        W_OI = self.dense_weight(dtype)
+    def make_dense(self, dtype: torch.dtype) -> nn.Module:
+        """Return the dense module that this one replaces."""
+        W_OI = self.dequantize(dtype)
         module: nn.Module
         if self.transposed:
             module = Conv1D(*self.shape)  # type: ignore[no-untyped-call]
@@ -102,7 +102,7 @@ class PackedLinear(PackedModule):
 
 
 class PackedEmbedding(PackedModule):
-    """An embedding: rows of W (vocabulary, width), unpacked as they are asked for."""
+    """An embedding: rows of W (vocabulary, width), unpacked on access."""
 
     def __init__(
         self, shape: tuple[int, int], scheme: Candidate, *, padding_idx: int | None = None
@@ -112,23 +112,22 @@ class PackedEmbedding(PackedModule):
         self.padding_idx = padding_idx
 
     def forward(self, ids: Tensor) -> Tensor:
-        """ids (...) to (..., width), in the type of the scales, which is the model's."""
+        """Map ids (...) to (..., width) in the type of the scales, which is the model's."""
         return operations.embedding(ids, self.packed, self.weight_scale.dtype)
 
-    def dense(self, dtype: torch.dtype) -> nn.Module:
-        """The dense module it stands for."""
-        weight = nn.Parameter(self.dense_weight(dtype), requires_grad=False)
+    def make_dense(self, dtype: torch.dtype) -> nn.Module:
+        """Return the dense module that this one replaces."""
+        weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
         module = nn.Embedding(1, 1, padding_idx=None)
         module.num_embeddings, module.embedding_dim = self.shape
         module.padding_idx, module.weight = self.padding_idx, weight
         return module
 
 
-def packed_like(module: nn.Module, scheme: Candidate) -> PackedModule | None:
-    """An empty packed module in the place of a dense one; None where its kind has none.
+def make_packed_module(module: nn.Module, scheme: Candidate) -> PackedModule | None:
+    """Make an empty packed module in place of a dense one; None for other kinds of modules.
 
-    Only plain modules have one: a subclass may compute something else (scaled or offset
-    embeddings), which would be lost.
+    Subclasses are not replaced: they may compute something else (scaled or shifted embeddings).
     """
     if type(module) is Conv1D:
         inputs, out = module.weight.shape
@@ -142,6 +141,6 @@ def packed_like(module: nn.Module, scheme: Candidate) -> PackedModule | None:
     return None
 
 
-def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
-    """The packed modules of a model by name; a tied head is there beside its embedding."""
+def find_packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """Return the packed modules of a model by name; a tied head is listed besides its embedding."""
     return {name: m for name, m in model.named_modules() if isinstance(m, PackedModule)}

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cptq.artifact.formats.packed import PACKED
+from cptq.inference import operations, reference
+from cptq.inference.modules import PackedEmbedding, PackedLinear, PackedModule, make_packed_module
+from cptq.inference.operations import PackedWeight
 from cptq.layouts.packed import resolved
-from cptq.runtime import operations, reference
-from cptq.runtime.modules import PackedEmbedding, PackedLinear, PackedModule, packed_like
-from cptq.runtime.weight import PackedWeight
 from cptq.types import Candidate, CompressedLayer, LayerSpec
 from tests.reference import packed as truth
-from tests.unit.artifact.packed_made import mask_of
+from tests.unit.artifact.packed_builders import mask_of
 from tests.unit.compression.test_gptq_grids import problem
 
 LABELS = ("w2c", "w3g8", "w4g8-asym", "w5c-asym", "w8g4", "w4g8-s50", "w3c-asym-s70", "w6g4-2:4")
@@ -39,8 +39,8 @@ def compressed(out: int, inputs: int, label: str) -> CompressedLayer:
 
 def tensors_of(layer: CompressedLayer) -> dict[str, Tensor]:
     """The tensors that are written, by the last part of their names."""
-    specs = PACKED.layer_specs(layer)
-    return {s.name.rpartition(".")[2]: PACKED.layer_value(layer, s) for s in specs}
+    specs = PACKED.list_layer_tensors(layer)
+    return {s.name.rpartition(".")[2]: PACKED.pack_layer_tensor(layer, s) for s in specs}
 
 
 def module_of(layer: CompressedLayer, kind: type[PackedModule]) -> Any:
@@ -92,7 +92,7 @@ def test_results_have_the_type_of_the_input(dtype: torch.dtype) -> None:
 
 def test_rows_behind_a_bitmask_are_not_looked_up() -> None:
     layer = compressed(7, 24, "w4g8-s50")
-    with pytest.raises(ValueError, match="no fixed place"):
+    with pytest.raises(ValueError, match="bitmask"):
         operations.embedding(
             torch.tensor([0]), module_of(layer, PackedLinear).packed, torch.float32
         )
@@ -111,16 +111,19 @@ def test_a_weight_keeps_its_tensors_packed() -> None:
 
 def test_packed_modules_stand_for_plain_ones_alone() -> None:
     scheme, sparse = Candidate.parse("w4c"), Candidate.parse("w4c-s50")
-    linear, conv = packed_like(nn.Linear(8, 3), scheme), packed_like(Conv1D(3, 8), scheme)
+    linear, conv = (
+        make_packed_module(nn.Linear(8, 3), scheme),
+        make_packed_module(Conv1D(3, 8), scheme),
+    )
     assert isinstance(linear, PackedLinear)
     assert isinstance(conv, PackedLinear)
     assert linear.shape == conv.shape == (3, 8)
     assert conv.transposed
-    assert isinstance(packed_like(nn.Embedding(9, 8), scheme), PackedEmbedding)
-    assert packed_like(nn.Embedding(9, 8), sparse) is None
-    assert packed_like(nn.Embedding(9, 8, max_norm=1.0), scheme) is None
-    assert packed_like(nn.LayerNorm(8), scheme) is None
-    assert packed_like(type("Scaled", (nn.Embedding,), {})(9, 8), scheme) is None
+    assert isinstance(make_packed_module(nn.Embedding(9, 8), scheme), PackedEmbedding)
+    assert make_packed_module(nn.Embedding(9, 8), sparse) is None
+    assert make_packed_module(nn.Embedding(9, 8, max_norm=1.0), scheme) is None
+    assert make_packed_module(nn.LayerNorm(8), scheme) is None
+    assert make_packed_module(type("Scaled", (nn.Embedding,), {})(9, 8), scheme) is None
     assert "w4c" in repr(linear)
 
 
@@ -128,7 +131,7 @@ def test_dense_modules_compute_the_same() -> None:
     layer = compressed(7, 24, "w4g8-asym")
     for kind, x in ((PackedLinear, torch.randn(2, 24)), (PackedEmbedding, torch.tensor([3, 0]))):
         module = module_of(layer, kind)
-        assert torch.equal(module.dense(torch.float32)(x), module(x))
+        assert torch.equal(module.make_dense(torch.float32)(x), module(x))
 
 
 def test_backends_are_asked_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,14 +149,14 @@ def test_backends_are_asked_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
         dequantize=reference.dequantize,
     )
     monkeypatch.setattr(reference, "FAST", fast, raising=False)
-    entries = {"fast": "cptq.runtime.reference:FAST", **operations.BACKENDS._entries}
+    entries = {"fast": "cptq.inference.reference:FAST", **operations.BACKENDS._entries}
     monkeypatch.setattr(operations.BACKENDS, "_entries", entries)
     x = torch.randn(2, 24)
-    assert operations.backend_for(weight, torch.float32) is fast
+    assert operations.find_backend(weight, torch.float32) is fast
     assert torch.equal(operations.linear(x, weight, None), 2 * reference.linear(x, weight, None))
-    assert operations.backend_for(weight, torch.float64).name == "reference"
-    with pytest.raises(LookupError, match=r"nothing computes with w4c in torch\.int32"):
-        operations.backend_for(weight, torch.int32)
+    assert operations.find_backend(weight, torch.float64).name == "reference"
+    with pytest.raises(LookupError, match=r"w4c.*torch\.int32"):
+        operations.find_backend(weight, torch.int32)
 
 
 def test_masks_of_the_helper_are_masks() -> None:

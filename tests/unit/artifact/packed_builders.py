@@ -24,7 +24,7 @@ from cptq.types import (
     LayerSpec,
     Plan,
 )
-from tests.unit.artifact.made import load, sample_of, write
+from tests.unit.artifact.builders import load, sample_of, write
 
 SYMMETRIC = ("w2g16", "w3c", "w4g32", "w5g16", "w6c", "w7g24", "w8c")
 ASYMMETRIC = tuple(f"{label}-asym" for label in SYMMETRIC)
