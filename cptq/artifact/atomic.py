@@ -72,14 +72,15 @@ def new_directory(out: Path, need: int = 0) -> Iterator[Path]:
 
     Args:
         out: the output directory, as `check_output` returned it.
-        need: bytes that will be written, checked against the free space.
+        need: bytes that will be written, checked against the free space; 0 where not known yet.
 
     Raises:
         ArtifactError: the disk is or becomes full, or cannot be written to.
     """
     with _errors_explained(out, need):
         out.parent.mkdir(parents=True, exist_ok=True)
-        check_space(out.parent, need)
+        if need:
+            check_space(out.parent, need)
         place = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".partial", dir=out.parent))
         try:
             yield place
