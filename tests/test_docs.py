@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -72,7 +71,7 @@ def test_the_readme_is_short() -> None:
 
 
 @pytest.fixture
-def templates(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
+def templates(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The files of docs/extending.md as modules, importable under their names."""
     found: dict[str, Any] = {}
     for file, place, source in BLOCK.findall(EXTENDING):
@@ -82,7 +81,7 @@ def templates(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, Any]]:
         monkeypatch.setitem(sys.modules, module.__name__, module)
         exec(compile(source, file, "exec"), module.__dict__)
         found[file] = module
-    yield found
+    return found
 
 
 def _value(file: str, names: dict[str, Any]) -> dict[str, Any]:
@@ -154,7 +153,8 @@ def test_the_task_works(
     (tmp_path / "poems").mkdir()
     (tmp_path / "poems" / "test.txt").write_text("\n".join(SENTENCES), encoding="utf-8")
     answer = run("eval", tiny_model("llama"), "--task", "poems", "--data-dir", tmp_path)
-    assert "poems" in answer and "perplexity" in answer
+    assert "poems" in answer
+    assert "perplexity" in answer
 
 
 def test_the_runtime_and_the_family_are_valid(
