@@ -16,7 +16,6 @@ block. Limits: with one unit at a time interactions between units are not seen.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -43,7 +42,7 @@ class Probe:
         emit: takes progress of the dense pass.
 
     Attributes:
-        tokens: held-out tokens; seconds: what setting up took; trials: how many were run.
+        tokens: held-out tokens; trials: how many were run.
     """
 
     @torch.no_grad()
@@ -54,7 +53,6 @@ class Probe:
         objective: Objective,
         emit: Emit = lambda event: None,
     ) -> None:
-        started = time.perf_counter()
         self._model = model
         self._rows = list(rows)
         self._objective = objective
@@ -69,7 +67,6 @@ class Probe:
             emit(Progress(stage="held-out text", done=index + 1, total=len(self._rows)))
         self.tokens = token_count(self._rows)
         self.trials = 0
-        self.seconds = time.perf_counter() - started
 
     def _dense_inputs(self, index: int) -> Iterator[Tensor]:
         """The input of every block, then the output of the last."""

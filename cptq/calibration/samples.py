@@ -20,7 +20,6 @@ memory: rows x (inputs + outputs of all layers) x 4 bytes on the CPU, capped (`M
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,7 +52,6 @@ class Samples:
     blocks: list[Tensor]
     tokens: int
     answers: int
-    seconds: float
 
 
 def collect_samples(
@@ -86,7 +84,6 @@ def collect_samples(
     Raises:
         CalibrationError: no tokens, or an activation or a gradient is NaN or infinite.
     """
-    started = time.perf_counter()
     batches = micro_batches(first_rows(rows, tokens))
     total = token_count(batches)
     if total == 0:
@@ -108,7 +105,6 @@ def collect_samples(
         blocks=collector.views.blocks(),
         tokens=total,
         answers=answers,
-        seconds=time.perf_counter() - started,
     )
 
 

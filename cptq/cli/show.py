@@ -75,7 +75,7 @@ def show_analyze(talk: Talk, outcome: Reported) -> None:
 
 
 def first_table(tables: list[SensitivityTable]) -> Table:
-    """The most sensitive unit by each metric, and what the metric takes on its own."""
+    """The most sensitive unit by each metric, and the time of the run that measured it."""
     leaders = [next((unit for unit, _ in most_sensitive(table, 1)), "-") for table in tables]
     rows = tuple(
         (table.metric, leader, seconds(table.seconds))
@@ -83,10 +83,11 @@ def first_table(tables: list[SensitivityTable]) -> Table:
     )
     return Table(
         title="Most sensitive by each metric",
-        columns=("metric", "unit", "time alone"),
+        columns=("metric", "unit", "measured in"),
         rows=rows,
-        right=("time alone",),
-        note="the report lists more units, with their scores",
+        right=("measured in",),
+        note="times are those of the whole run that measured the metric, with all other metrics "
+        "measured in it; the report lists more units, with their scores",
     )
 
 

@@ -20,8 +20,7 @@ from cptq.pipeline.validate import budgets, validate
 from cptq.report.render import FILES, report_files
 from cptq.report.summary import AnalyzeOutcome, Summary
 from cptq.sensitivity import SLOW, everyday
-from cptq.sensitivity.measure import measure, needs_text
-from cptq.sensitivity.partial import InterruptedMeasurementError
+from cptq.sensitivity.measure import InterruptedMeasurementError, measure, needs_text
 from cptq.types import Candidate, Emit, Notice, SensitivityTable, Validation
 
 

@@ -145,7 +145,8 @@ def top_table(table: SensitivityTable, summary: Summary, count: int = TOP) -> Ta
         columns=("#", "unit", "role", "score"),
         rows=tuple(rows),
         right=("#", "score"),
-        note=f"{table.score_unit}; {_measured_on(table)}; {words.seconds(table.seconds)}",
+        note=f"{table.score_unit}; {_measured_on(table)}; measured in "
+        f"{words.seconds(table.seconds)}",
     )
 
 

@@ -34,12 +34,13 @@ def rank_table(found: Validation) -> Table:
     )
     return Table(
         title="How well scores rank units, within a width",
-        columns=("metric", "Spearman", "Kendall", "time alone"),
+        columns=("metric", "Spearman", "Kendall", "measured in"),
         rows=rows,
-        right=("time alone",),
+        right=("measured in",),
         note=f"{len(found.pairs)} pairs of unit and width, each {found.compressor} alone in the "
         f"dense model, {found.judge_tokens:,} tokens; mean over the widths; 95% bootstrap "
-        f"intervals, units drawn anew {found.resamples} times with all of their pairs",
+        f"intervals, units drawn anew {found.resamples} times with all of their pairs; times are "
+        "those of the whole run that measured the metric, with all other metrics measured in it",
     )
 
 

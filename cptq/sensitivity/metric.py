@@ -9,9 +9,9 @@ unit only until the next one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 from torch import Tensor
 
@@ -19,10 +19,24 @@ from cptq.calibration.objective import Objective
 from cptq.calibration.probe import Probe
 from cptq.calibration.samples import LayerSample, Samples, Wants
 from cptq.checkpoint.model import LoadedModel
-from cptq.sensitivity.memo import Memo
 from cptq.sensitivity.path import PathGradients
 from cptq.sensitivity.rounding import Rounding
 from cptq.types import Candidate, Emit, Unit
+
+T = TypeVar("T")
+
+
+class Memo:
+    """Values that several metrics derive from the same thing, each computed once."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the value under `key`; call `make` for it the first time."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(T, self._made[key])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -18,7 +18,6 @@ that of a model in which all other units are rounded to the same candidate as we
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,17 +49,11 @@ class Term:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class PathGradients:
-    """`terms` by (candidate, place) and unit; `divergence` of the whole model by the same.
-
-    `seconds` by place: what that place took for all candidates, `setup` what all share; without
-    the fitting of scales, which is `Rounding`'s.
-    """
+    """`terms` by (candidate, place) and unit; `divergence` of the whole model by the same."""
 
     terms: dict[tuple[Candidate, float], dict[str, Term]]
     divergence: dict[tuple[Candidate, float], float]
     tokens: int
-    setup: float
-    seconds: dict[float, float]
 
 
 def path_gradients(
@@ -87,26 +80,16 @@ def path_gradients(
     Raises:
         CalibrationError: an answer or a gradient is NaN or infinite.
     """
-    started = time.perf_counter()
     steps = [(c, t) for c in candidates if changes(c) for t in places]
     emit(Progress(stage="gradients", done=0, total=len(steps), message="the dense model"))
     walk = _Walk(model, rows, objective, rounding)
-    found = PathGradients(
-        terms={},
-        divergence={},
-        tokens=token_count(rows),
-        setup=time.perf_counter() - started,
-        seconds=dict.fromkeys(places, 0.0),
-    )
+    found = PathGradients(terms={}, divergence={}, tokens=token_count(rows))
     with walk.tracked():
         for done, (candidate, place) in enumerate(steps):
             message = f"{candidate.label} at {place:g}"
             emit(Progress(stage="gradients", done=done, total=len(steps), message=message))
-            began, fitting = time.perf_counter(), rounding.fitting
             key = candidate, place
             found.terms[key], found.divergence[key] = walk.at(candidate, place)
-            fitted = rounding.fitting - fitting
-            found.seconds[place] += time.perf_counter() - began - fitted
     emit(Progress(stage="gradients", done=len(steps), total=len(steps)))
     return found
 

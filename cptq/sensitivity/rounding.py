@@ -12,7 +12,6 @@ Memory: one number of the storage type per group, layer and candidate.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from torch import Tensor
@@ -52,11 +51,10 @@ def rounding_error(W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tenso
 
 
 class Rounding:
-    """Rounding errors on demand; `fitting` is the seconds that fitting scales has taken so far."""
+    """Compute rounding errors on demand and keep the fitted scales."""
 
     def __init__(self) -> None:
         self._scales: dict[tuple[str, Candidate], Tensor] = {}
-        self.fitting = 0.0
 
     def errors(
         self, unit: Unit, weights: Sequence[Tensor], candidate: Candidate
@@ -79,21 +77,17 @@ class Rounding:
 
     def _asymmetric(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
         """Q(W) on a grid with zero points, which are not kept: it is rounded anew each time."""
-        started = time.perf_counter()
         group = resolve_group(spec.shape[1], candidate.group_size)
         grid = quantize_asymmetric(kept_OI, candidate.bits, group, scale_dtype=storage_dtype(spec))
-        self.fitting += time.perf_counter() - started
         return dequantize_asymmetric(*grid, kept_OI.dtype)
 
     def _scale(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
         key = spec.name, candidate
         if key not in self._scales:
-            started = time.perf_counter()
             group = resolve_group(spec.shape[1], candidate.group_size)
             self._scales[key] = fit_scales(
                 kept_OI, candidate.bits, group, scale_dtype=storage_dtype(spec)
             )
-            self.fitting += time.perf_counter() - started
         return self._scales[key]
 
 

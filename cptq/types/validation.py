@@ -38,8 +38,8 @@ class Agreement:
     """How well one metric ranks the pairs as the truth does.
 
     `within`: among pairs of the same width, averaged over the widths; `pooled`: among all pairs,
-    where any score does well that knows that fewer bits are worse. `seconds` are those of
-    measuring the metric on its own.
+    where any score does well that knows that fewer bits are worse. `seconds` are those
+    of the metric's `SensitivityTable`.
     """
 
     metric: str

@@ -84,7 +84,7 @@ def agreement(
     Args:
         metric: its name.
         units, widths, scores, truths: one entry per pair; pairs of one candidate have one width.
-        seconds: what measuring the metric takes.
+        seconds: wall time of the run that measured the metric.
         seed: of the bootstrap; the same draws for every metric.
         resamples: how many draws.
     """
