@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cptq.calibration.slices import WINDOW, Rows, cropped, stacked
+from cptq.calibration.batches import WINDOW, Batch, crop_rows, stack_rows
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import CalibrationError
 
@@ -33,7 +33,7 @@ def is_language(model: LoadedModel) -> bool:
     return model.kind in ("causal-lm", "masked-lm")
 
 
-def parts(model: LoadedModel, spare: Sequence[Rows], count: int) -> list[list[Rows]]:
+def parts(model: LoadedModel, spare: Sequence[Batch], count: int) -> list[list[Batch]]:
     """The spare rows as `count` parts of batches, as equal as may be.
 
     Raises:
@@ -44,5 +44,5 @@ def parts(model: LoadedModel, spare: Sequence[Rows], count: int) -> list[list[Ro
             f"the text leaves {len(spare)} samples to judge with, and {count} are needed",
             hint="pass a smaller --seqlen or a longer text",
         )
-    rows = [cropped(row, WINDOW) for row in spare] if is_language(model) else list(spare)
-    return [stacked(rows[index::count]) for index in range(count)]
+    rows = [crop_rows(row, WINDOW) for row in spare] if is_language(model) else list(spare)
+    return [stack_rows(rows[index::count]) for index in range(count)]

@@ -57,24 +57,24 @@ _BERT_ROLES = {
 }
 
 
-def _llama_like(family: str) -> Architecture:
+def _make_llama_like(family: str) -> Architecture:
     return Architecture(family=family, blocks="model.layers", roles=_LLAMA_ROLES, fused=QKV_GATE_UP)
 
 
-def _bert_like(family: str) -> Architecture:
+def _make_bert_like(family: str) -> Architecture:
     return Architecture(family=family, blocks="encoder.layer", roles=_BERT_ROLES, fused=QKV)
 
 
 GENERIC = Architecture(family="generic")
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": _llama_like("llama"),
-    "mistral": _llama_like("mistral"),
-    "qwen2": _llama_like("qwen2"),
-    "qwen3": _llama_like("qwen3"),
-    "qwen2_moe": _llama_like("qwen2_moe"),
-    "qwen3_moe": _llama_like("qwen3_moe"),
-    "olmoe": _llama_like("olmoe"),
+    "llama": _make_llama_like("llama"),
+    "mistral": _make_llama_like("mistral"),
+    "qwen2": _make_llama_like("qwen2"),
+    "qwen3": _make_llama_like("qwen3"),
+    "qwen2_moe": _make_llama_like("qwen2_moe"),
+    "qwen3_moe": _make_llama_like("qwen3_moe"),
+    "olmoe": _make_llama_like("olmoe"),
     "opt": Architecture(
         family="opt",
         blocks="decoder.layers",
@@ -93,8 +93,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         roles={"query_key_value": "qkv", "attention.dense": "o"}
         | {"dense_h_to_4h": "fc1", "dense_4h_to_h": "fc2"},
     ),
-    "bert": _bert_like("bert"),
-    "roberta": _bert_like("roberta"),
+    "bert": _make_bert_like("bert"),
+    "roberta": _make_bert_like("roberta"),
     "distilbert": Architecture(
         family="distilbert",
         blocks="transformer.layer",
@@ -112,6 +112,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-def architecture(model_type: str) -> Architecture:
+def get_architecture(model_type: str) -> Architecture:
     """The family of a `config.model_type`, or `GENERIC`."""
     return ARCHITECTURES.get(model_type, GENERIC)

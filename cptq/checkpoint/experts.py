@@ -38,7 +38,7 @@ class Expert(nn.Module):
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor, act: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = map(_linear, (gate, up, down))
+        self.gate_proj, self.up_proj, self.down_proj = map(_make_linear, (gate, up, down))
         self._act = act
 
     def forward(self, x: Tensor) -> Tensor:
@@ -70,12 +70,12 @@ def unstack_experts(module: nn.Module, stored: Collection[str]) -> None:
     for name, part in list(module.named_modules()):
         if _is_stack(part) and all(f"{name}.0.{end}.weight" in stored for end in _ENDS):
             apart = UnstackedExperts(part)
-            if _agree(part, apart):
+            if _agrees(part, apart):
                 parent, _, own = name.rpartition(".")
                 setattr(module.get_submodule(parent), own, apart.eval())
 
 
-def _linear(W_OI: Tensor) -> nn.Linear:
+def _make_linear(W_OI: Tensor) -> nn.Linear:
     with torch.device("meta"):
         linear = nn.Linear(W_OI.shape[1], W_OI.shape[0], bias=False)
     linear.weight = nn.Parameter(W_OI.detach(), requires_grad=False)
@@ -93,7 +93,7 @@ def _is_stack(part: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _agree(stack: nn.Module, apart: nn.Module) -> bool:
+def _agrees(stack: nn.Module, apart: nn.Module) -> bool:
     """Whether both do the same; a family may clamp, or weigh, in a way of its own."""
     down = cast(Tensor, stack.down_proj)
     draw = torch.Generator().manual_seed(0)

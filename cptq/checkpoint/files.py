@@ -38,32 +38,32 @@ UNREADABLE = (
 MOST_HEADER = 100_000_000
 
 
-def weight_files(directory: Path) -> list[Path]:
+def find_weight_files(directory: Path) -> list[Path]:
     """The safetensors files of a checkpoint, in index order; empty where there are none.
 
     Raises:
         ModelError: the index is unreadable, or names a missing file or one outside `directory`.
     """
-    found = _files(directory, SINGLE, INDEX)
-    return found or _files(directory, PACKED_SINGLE, PACKED_INDEX)
+    found = _find_files(directory, SINGLE, INDEX)
+    return found or _find_files(directory, PACKED_SINGLE, PACKED_INDEX)
 
 
-def pickle_files(directory: Path) -> list[Path]:
+def find_pickle_files(directory: Path) -> list[Path]:
     """The pickled weight files of a checkpoint; raises as `weight_files`."""
-    return _files(directory, PICKLE_SINGLE, PICKLE_INDEX)
+    return _find_files(directory, PICKLE_SINGLE, PICKLE_INDEX)
 
 
-def _files(directory: Path, single: str, index: str) -> list[Path]:
+def _find_files(directory: Path, single: str, index: str) -> list[Path]:
     # transformers, too, takes the single file where both are there
     if (directory / single).is_file():
         return [directory / single]
     if not (directory / index).exists():
         return []
-    names = dict.fromkeys(_weight_map(directory / index).values())
-    return [_shard(directory / index, name) for name in names]
+    names = dict.fromkeys(_read_weight_map(directory / index).values())
+    return [_find_shard(directory / index, name) for name in names]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _read_weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
@@ -76,7 +76,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _shard(index: Path, name: str) -> Path:
+def _find_shard(index: Path, name: str) -> Path:
     directory, path = index.parent, index.parent / name
     # a Hub snapshot links its files into a blob store: judge the name, not what it links to
     if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -102,7 +102,9 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(MOST_HEADER, size - 8):
-            raise _corrupt(path, f"its header claims {length:,} bytes and the file has {size:,}")
+            raise _build_corrupt_error(
+                path, f"its header claims {length:,} bytes and the file has {size:,}"
+            )
         raw = stream.read(length)
     try:
         header = json.loads(raw)
@@ -110,9 +112,11 @@ def read_header(path: Path) -> dict[str, TensorSpec]:
             raise ValueError("metadata that is no text")
         entries = dict(header)
         ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-        return _checked(path, ordered, size - 8 - length)
+        return _check_entries(path, ordered, size - 8 - length)
     except UNREADABLE as error:
-        raise _corrupt(path, f"its header cannot be read ({type(error).__name__})") from error
+        raise _build_corrupt_error(
+            path, f"its header cannot be read ({type(error).__name__})"
+        ) from error
 
 
 def open_tensors(path: Path, framework: str) -> Any:
@@ -124,43 +128,47 @@ def open_tensors(path: Path, framework: str) -> Any:
     try:
         return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
-        raise _corrupt(path, str(error)[:200]) from error
+        raise _build_corrupt_error(path, str(error)[:200]) from error
 
 
-def _checked(path: Path, entries: list[tuple[str, Any]], data_bytes: int) -> dict[str, TensorSpec]:
+def _check_entries(
+    path: Path, entries: list[tuple[str, Any]], data_bytes: int
+) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     end_before = 0
     for name, entry in entries:
         start, end = entry["data_offsets"]
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         if not all(type(n) is int for n in (start, end, *shape)):
-            raise _corrupt(path, f"the place of {name!r} in it is no place")
+            raise _build_corrupt_error(path, f"the place of {name!r} in it is no place")
         if dtype not in DTYPE_BYTES:
             raise ModelError(f"{path} holds {name!r} as {dtype}, which cptq does not know")
         spec = TensorSpec(name=name, dtype=dtype, shape=shape)
         if min(shape, default=0) < 0 or start != end_before or end - start != spec.nbytes:
-            raise _corrupt(path, f"the place of {name!r} in it does not fit its shape")
+            raise _build_corrupt_error(path, f"the place of {name!r} in it does not fit its shape")
         specs[name], end_before = spec, end
     if end_before != data_bytes:
-        raise _corrupt(path, f"{end_before:,} bytes of weights expected, {data_bytes:,} there")
+        raise _build_corrupt_error(
+            path, f"{end_before:,} bytes of weights expected, {data_bytes:,} there"
+        )
     return specs
 
 
-def _corrupt(path: Path, why: str) -> ModelError:
+def _build_corrupt_error(path: Path, why: str) -> ModelError:
     return ModelError(
         f"{path} is corrupt or truncated: {why}", hint="download or copy the file again"
     )
 
 
-def checkpoint_tensors(directory: Path) -> dict[str, TensorSpec]:
+def read_tensor_specs(directory: Path) -> dict[str, TensorSpec]:
     """All tensors of a checkpoint by name; see `weight_files` and `read_header` for errors."""
     specs: dict[str, TensorSpec] = {}
-    for path in weight_files(directory):
+    for path in find_weight_files(directory):
         specs |= read_header(path)
     return specs
 
 
-def fingerprint(paths: list[Path]) -> str:
+def compute_fingerprint(paths: list[Path]) -> str:
     """sha256 of the weight files' contents, in order."""
     total = hashlib.sha256()
     for path in paths:

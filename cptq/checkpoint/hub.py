@@ -20,7 +20,7 @@ WANTED = [
 _TYPE_NEXT = "a local directory, or a Hub id such as facebook/opt-125m"
 
 
-def resolve(settings: ModelSettings, emit: Emit) -> Path:
+def resolve_checkpoint(settings: ModelSettings, emit: Emit) -> Path:
     """The local directory of a checkpoint, downloaded if need be.
 
     Raises:
@@ -54,18 +54,18 @@ def _download(settings: ModelSettings, emit: Emit) -> Path:
             )
         )
     except Exception as error:  # the HTTP library's own errors share no base with the Hub's
-        if _of_this_machine(error):
+        if _is_local_failure(error):
             raise
-        raise _explained(settings, error) from error
+        raise _explain(settings, error) from error
 
 
-def _of_this_machine(error: Exception) -> bool:
+def _is_local_failure(error: Exception) -> bool:
     """No memory, no space, or a path that cannot be used: not the Hub's doing."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return full or isinstance(error, MemoryError) or getattr(error, "filename", None) is not None
 
 
-def _explained(settings: ModelSettings, error: Exception) -> ModelError:
+def _explain(settings: ModelSettings, error: Exception) -> ModelError:
     model = settings.model
     if isinstance(error, errors.GatedRepoError):
         return ModelError(f"{model} is gated", hint="accept its licence and pass --token")

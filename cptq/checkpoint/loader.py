@@ -12,20 +12,20 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
-from cptq.checkpoint.architectures import GENERIC, architecture
+from cptq.checkpoint.architectures import GENERIC, get_architecture
 from cptq.checkpoint.experts import unstack_experts
 from cptq.checkpoint.files import (
     PICKLE_INDEX,
     PICKLE_SINGLE,
     check_sizes,
-    checkpoint_tensors,
-    fingerprint,
-    pickle_files,
+    compute_fingerprint,
+    find_pickle_files,
+    find_weight_files,
     read_config,
-    weight_files,
+    read_tensor_specs,
 )
-from cptq.checkpoint.hub import resolve
-from cptq.checkpoint.layers import Inventory, take_inventory, tied_names
+from cptq.checkpoint.hub import resolve_checkpoint
+from cptq.checkpoint.inventory import Inventory, find_ties, take_inventory
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
@@ -61,24 +61,26 @@ def load_model(
         ModelError: not found, not readable, not a text model, NaN weights, random weights.
         UsageError: unknown device or dtype.
     """
-    device, path = pick_device(settings.device), resolve(settings, emit)
+    device, path = pick_device(settings.device), resolve_checkpoint(settings, emit)
     config = read_config(path)
-    kind = model_kind(config, path)
-    files = _weight_paths(path, settings)
-    stored = _stored_types(path, files, settings)
+    kind = detect_kind(config, path)
+    files = _find_weights(path, settings)
+    stored = _read_stored_tensors(path, files, settings)
     check_sizes(path, config, stored)
     dtype = pick_dtype(settings.dtype, device, stored)
     emit(Progress(stage="load", done=0, total=None, message=settings.model))
-    with _hub_errors_explained(settings.model):
-        module = _from_pretrained(path, kind, dtype, settings, emit).to(device).eval()
+    with _explain_load_errors(settings.model):
+        module = _load_module(path, kind, dtype, settings, emit).to(device).eval()
     module.requires_grad_(False)
     quantized = config.get("quantization_config") is not None
     if not quantized:
         _refuse_not_finite(module)
     if experts and not quantized:
         unstack_experts(module, stored)
-    tensors = unpacked_view(module, stored) if quantized else stored_tensors(module, stored)
-    family = architecture(str(config.get("model_type")))
+    tensors = (
+        list_unpacked_tensors(module, stored) if quantized else list_stored_tensors(module, stored)
+    )
+    family = get_architecture(str(config.get("model_type")))
     return LoadedModel(
         source=settings.model,
         path=path,
@@ -88,15 +90,15 @@ def load_model(
         kind=kind,
         family=family.family,
         tensors=tensors,
-        fingerprint=fingerprint(files),
+        fingerprint=compute_fingerprint(files),
         quantized=quantized,
         device=device,
         dtype=dtype,
-        **_inventory(module, family, tensors, quantized, emit, conv1d),
+        **_take_inventory(module, family, tensors, quantized, emit, conv1d),
     )
 
 
-def _inventory(
+def _take_inventory(
     module: nn.Module,
     family: Any,
     tensors: tuple[TensorSpec, ...],
@@ -120,7 +122,7 @@ def _inventory(
     return {"block_names": found.block_names, "layers": found.layers, "units": found.units}
 
 
-def model_kind(config: Mapping[str, Any], path: Path) -> ModelKind:
+def detect_kind(config: Mapping[str, Any], path: Path) -> ModelKind:
     """Which of the four kinds a checkpoint is, by the class that wrote it."""
     named = config.get("architectures")
     name = str(named[0]) if isinstance(named, list) and named else ""
@@ -154,10 +156,10 @@ def pick_dtype(name: str, device: torch.device, stored: Mapping[str, TensorSpec]
     if name != "auto":
         chosen: torch.dtype = getattr(torch, name)
         return chosen
-    return torch.float32 if device.type == "cpu" else TORCH_DTYPES[_main_dtype(stored)]
+    return torch.float32 if device.type == "cpu" else TORCH_DTYPES[_find_main_dtype(stored)]
 
 
-def _main_dtype(stored: Mapping[str, TensorSpec]) -> str:
+def _find_main_dtype(stored: Mapping[str, TensorSpec]) -> str:
     """The floating type that holds most of the bytes."""
     bytes_by: dict[str, int] = {}
     for spec in stored.values():
@@ -166,21 +168,25 @@ def _main_dtype(stored: Mapping[str, TensorSpec]) -> str:
     return max(bytes_by, key=lambda dtype: bytes_by[dtype], default="F32")
 
 
-def stored_tensors(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
+def list_stored_tensors(
+    module: nn.Module, stored: Mapping[str, TensorSpec]
+) -> tuple[TensorSpec, ...]:
     """The model's tensors as a dense artifact holds them: once each, in their storage types."""
-    ties, usual = tied_names(module), _main_dtype(stored)
+    ties, usual = find_ties(module), _find_main_dtype(stored)
     specs = []
     for name, tensor in module.state_dict().items():
         if name in ties:
             continue
         known = stored.get(name)
         floating = tensor.is_floating_point()
-        dtype = known.dtype if known else (usual if floating else _dtype_name(tensor.dtype))
+        dtype = known.dtype if known else (usual if floating else _get_dtype_name(tensor.dtype))
         specs.append(TensorSpec(name=name, dtype=dtype, shape=tuple(tensor.shape)))
     return tuple(specs)
 
 
-def unpacked_view(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
+def list_unpacked_tensors(
+    module: nn.Module, stored: Mapping[str, TensorSpec]
+) -> tuple[TensorSpec, ...]:
     """The tensors of an artifact with each packed weight as it is dense."""
     state, packed, specs = module.state_dict(), packed_modules(module), []
     for name, spec in stored.items():
@@ -197,12 +203,12 @@ def unpacked_view(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple[
     return tuple(specs)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def _get_dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in TORCH_DTYPES.items() if known is dtype)
 
 
-def _weight_paths(path: Path, settings: ModelSettings) -> list[Path]:
-    files = weight_files(path) or (pickle_files(path) if settings.allow_pickle else [])
+def _find_weights(path: Path, settings: ModelSettings) -> list[Path]:
+    files = find_weight_files(path) or (find_pickle_files(path) if settings.allow_pickle else [])
     if files:
         return files
     pickles = [name for name in (PICKLE_SINGLE, PICKLE_INDEX) if (path / name).exists()]
@@ -215,22 +221,24 @@ def _weight_paths(path: Path, settings: ModelSettings) -> list[Path]:
     raise ModelError(f"{path} has no model.safetensors and no index of shards")
 
 
-def _stored_types(path: Path, files: list[Path], settings: ModelSettings) -> dict[str, TensorSpec]:
+def _read_stored_tensors(
+    path: Path, files: list[Path], settings: ModelSettings
+) -> dict[str, TensorSpec]:
     """The tensors as the checkpoint stores them; of pickles everything but the data is read."""
-    if weight_files(path):
-        return checkpoint_tensors(path)
+    if find_weight_files(path):
+        return read_tensor_specs(path)
     specs = {}
-    with _hub_errors_explained(settings.model):
+    with _explain_load_errors(settings.model):
         for file in files:
             loaded = torch.load(file, map_location="meta", weights_only=True)
             for name, value in loaded.items():
                 if isinstance(value, torch.Tensor):
-                    dtype, shape = _dtype_name(value.dtype), tuple(value.shape)
+                    dtype, shape = _get_dtype_name(value.dtype), tuple(value.shape)
                     specs[name] = TensorSpec(name=name, dtype=dtype, shape=shape)
     return specs
 
 
-def _from_pretrained(
+def _load_module(
     path: Path, kind: ModelKind, dtype: torch.dtype, settings: ModelSettings, emit: Emit
 ) -> nn.Module:
     auto = getattr(transformers, AUTO_CLASSES[kind])
@@ -240,7 +248,7 @@ def _from_pretrained(
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, by name
         trust_remote_code=settings.trust_remote_code,
-        use_safetensors=False if settings.allow_pickle and not weight_files(path) else None,
+        use_safetensors=False if settings.allow_pickle and not find_weight_files(path) else None,
     )
     bad = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys")}
     for key, names in bad.items():
@@ -258,16 +266,16 @@ def _from_pretrained(
 
 
 @contextmanager
-def _hub_errors_explained(source: str) -> Iterator[None]:
+def _explain_load_errors(source: str) -> Iterator[None]:
     try:
         yield
     except (CptqError, MemoryError):
         raise
     except Exception as error:  # there is no telling what a damaged file makes transformers raise
-        raise ModelError(f"transformers cannot load {source}: {_reason(error)}") from error
+        raise ModelError(f"transformers cannot load {source}: {_extract_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
+def _extract_reason(error: Exception) -> str:
     """The first line of a message, and the second where the first announces it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
@@ -291,6 +299,6 @@ def _load_tokenizer(path: Path, settings: ModelSettings, emit: Emit) -> Any:
             path, trust_remote_code=settings.trust_remote_code
         )
     except Exception as error:  # a damaged tokenizer.json raises no less general an error
-        message = f"cannot be loaded: {_reason(error)}"
+        message = f"cannot be loaded: {_extract_reason(error)}"
         emit(Notice(kind="warning", subject="tokenizer", message=message))
         return None

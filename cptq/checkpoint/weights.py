@@ -27,7 +27,7 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-def storage_dtype(spec: LayerSpec) -> torch.dtype:
+def get_storage_dtype(spec: LayerSpec) -> torch.dtype:
     """The torch type in which the checkpoint stores a layer's weight."""
     return TORCH_DTYPES[spec.dtype]
 
@@ -45,7 +45,7 @@ def set_weight(module: nn.Module, W_OI: Tensor) -> None:
 
 
 @contextmanager
-def replaced(module: nn.Module, W_OI: Tensor) -> Iterator[None]:
+def replace_weight(module: nn.Module, W_OI: Tensor) -> Iterator[None]:
     """The module computes with `W_OI` inside the context and as before after it."""
     before = get_weight(module).clone()
     set_weight(module, W_OI)

@@ -42,28 +42,28 @@ class SecondMoment:
         return self._sum_II / max(self.tokens, 1)
 
 
-def dead_inputs(H_II: Tensor) -> Tensor:
+def find_dead_inputs(H_II: Tensor) -> Tensor:
     """Mask (in,) of inputs that are zero in every token."""
     return H_II.diagonal() == 0
 
 
-def damped(H_II: Tensor, damping: float) -> Tensor:
+def add_damping(H_II: Tensor, damping: float) -> Tensor:
     """H with dead inputs made inert and `damping` times its mean live diagonal added."""
-    mean = live_mean(H_II)
+    mean = compute_live_mean(H_II)
     H_II = H_II.clone()
     diagonal_I = H_II.diagonal()
-    diagonal_I[dead_inputs(H_II)] = mean
+    diagonal_I[find_dead_inputs(H_II)] = mean
     diagonal_I += damping * mean
     return H_II
 
 
-def live_mean(H_II: Tensor) -> Tensor:
+def compute_live_mean(H_II: Tensor) -> Tensor:
     """Mean diagonal (scalar) over the inputs that are not dead; 1 where all are."""
-    dead_I = dead_inputs(H_II)
+    dead_I = find_dead_inputs(H_II)
     return torch.where(dead_I.all(), 1.0, H_II.diagonal().sum() / (~dead_I).sum().clamp_min(1))
 
 
-def inverse_factor(H_II: Tensor) -> Tensor | None:
+def factor_inverse(H_II: Tensor) -> Tensor | None:
     """U upper triangular with H^-1 = U^T U, or None where H is not positive definite.
 
     H^-1 = U^T U with U upper means H = L' L'^T reversed: factor the flipped matrix once, invert
@@ -78,7 +78,7 @@ def inverse_factor(H_II: Tensor) -> Tensor | None:
     return U_II
 
 
-def damped_factor(H_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
+def factor_damped_inverse(H_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
     """The factor with the least damping that works.
 
     Returns:
@@ -86,7 +86,7 @@ def damped_factor(H_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
     """
     used = damping
     while used <= MOST_DAMPING:
-        U_II = inverse_factor(damped(H_II, used))
+        U_II = factor_inverse(add_damping(H_II, used))
         if U_II is not None:
             return U_II, used
         used *= 10

@@ -20,7 +20,7 @@ from itertools import pairwise
 FLAT = 1e-6
 
 
-def knee(places: Sequence[float], values: Sequence[float]) -> int | None:
+def find_knee(places: Sequence[float], values: Sequence[float]) -> int | None:
     """Index of the knee; None where there is none. The first of equal ones.
 
     Raises:

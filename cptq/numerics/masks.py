@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 
-def magnitude_mask(W_OI: Tensor, sparsity: float) -> Tensor:
+def build_magnitude_mask(W_OI: Tensor, sparsity: float) -> Tensor:
     """Mask (out, in), True where the weight is kept.
 
     Args:
@@ -33,7 +33,7 @@ def magnitude_mask(W_OI: Tensor, sparsity: float) -> Tensor:
     drop = int(sparsity * flat.numel() + 1e-9)  # 0.3 * 10 is 3, not 2.9999999999999996
     if drop == 0:
         return torch.ones_like(W_OI, dtype=torch.bool)
-    threshold = _smallest(flat, drop)
+    threshold = _find_smallest(flat, drop)
     kept = flat > threshold
     spared = flat.numel() - drop - int(kept.sum())  # ties that stay: mostly none
     if spared:
@@ -42,14 +42,14 @@ def magnitude_mask(W_OI: Tensor, sparsity: float) -> Tensor:
     return kept.view(W_OI.shape)
 
 
-def _smallest(flat: Tensor, k: int) -> Tensor:
+def _find_smallest(flat: Tensor, k: int) -> Tensor:
     """The k-th smallest value, counted from 1; NumPy finds it in half of torch's time on a CPU."""
     if flat.device.type != "cpu" or flat.dtype not in (torch.float32, torch.float64):
         return flat.kthvalue(k).values
     return torch.as_tensor(np.partition(flat.detach().numpy(), k - 1)[k - 1])
 
 
-def two_of_four_mask(score_OI: Tensor) -> Tensor:
+def build_two_of_four_mask(score_OI: Tensor) -> Tensor:
     """Mask (out, in), True at the two largest |score| of every four neighbouring inputs.
 
     Raises:
@@ -64,17 +64,17 @@ def two_of_four_mask(score_OI: Tensor) -> Tensor:
     return mask_BK.view(score_OI.shape)
 
 
-def magnitude_pruned(W_OI: Tensor, sparsity: float) -> Tensor:
+def prune_by_magnitude(W_OI: Tensor, sparsity: float) -> Tensor:
     """The weights with the smallest `sparsity` share of them set to zero; a copy."""
-    return W_OI * magnitude_mask(W_OI, sparsity)
+    return W_OI * build_magnitude_mask(W_OI, sparsity)
 
 
-def relative_error(dW: Sequence[Tensor], W: Sequence[Tensor]) -> float:
+def compute_relative_error(dW: Sequence[Tensor], W: Sequence[Tensor]) -> float:
     """t^2 = sum |dW|_F^2 / sum |W|_F^2 over some matrices; 0 where the weights are all 0."""
-    energy = sum(squared_norm(W_OI) for W_OI in W)
-    return sum(squared_norm(dW_OI) for dW_OI in dW) / energy if energy else 0.0
+    energy = sum(compute_squared_norm(W_OI) for W_OI in W)
+    return sum(compute_squared_norm(dW_OI) for dW_OI in dW) / energy if energy else 0.0
 
 
-def squared_norm(W_OI: Tensor) -> float:
+def compute_squared_norm(W_OI: Tensor) -> float:
     """|W|_F^2."""
     return float(torch.linalg.vector_norm(W_OI)) ** 2

@@ -26,7 +26,7 @@ CHUNK = 1 << 22
 PACKABLE = range(2, 9)
 
 
-def packed_words(in_features: int, bits: int) -> int:
+def count_words(in_features: int, bits: int) -> int:
     """32-bit words that one row of `in_features` values takes."""
     return -(-in_features * bits // 32)
 
@@ -108,11 +108,11 @@ def _pack_chunk(unsigned_RI: Tensor, bits: int) -> Tensor:
     # no two values share a bit, so adding is or-ing
     words_RGW.index_add_(2, word, shifted_RGV & 0xFFFFFFFF)
     words_RGW.index_add_(2, word + 1, shifted_RGV >> 32)
-    words_RP = words_RGW[..., :bits].reshape(rows, runs * bits)[:, : packed_words(inputs, bits)]
-    return _signed(words_RP).to(torch.int32)
+    words_RP = words_RGW[..., :bits].reshape(rows, runs * bits)[:, : count_words(inputs, bits)]
+    return _to_signed(words_RP).to(torch.int32)
 
 
-def _signed(words: Tensor) -> Tensor:
+def _to_signed(words: Tensor) -> Tensor:
     """Words 0 .. 2^32 - 1 as the int32 of the same bits."""
     return words - ((words >> 31) << 32)
 
@@ -125,11 +125,11 @@ def _unpack_chunk(packed_RP: Tensor, bits: int, inputs: int) -> Tensor:
     words_WRG = padded_RP.view(rows, runs, bits).permute(2, 0, 1).contiguous()
     values_RGV = torch.empty(rows, runs, RUN, dtype=torch.uint8, device=packed_RP.device)
     for value in range(RUN):
-        values_RGV[..., value] = _value(words_WRG, bits, *divmod(value * bits, 32))
+        values_RGV[..., value] = _extract_value(words_WRG, bits, *divmod(value * bits, 32))
     return values_RGV.view(rows, runs * RUN)[:, :inputs].contiguous()
 
 
-def _value(words_WRG: Tensor, bits: int, word: int, shift: int) -> Tensor:
+def _extract_value(words_WRG: Tensor, bits: int, word: int, shift: int) -> Tensor:
     """One value of every run, int32; the sign that a right shift drags in is masked off."""
     low, mask = words_WRG[word] >> shift, (1 << bits) - 1
     straddling = shift + bits - 32

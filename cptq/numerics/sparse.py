@@ -29,7 +29,7 @@ BLOCK, KEPT = 4, 2
 PATTERN_BITS = 3
 
 
-def stored_codes(codes_OI: Tensor, mask_OI: Tensor) -> Tensor:
+def gather_codes(codes_OI: Tensor, mask_OI: Tensor) -> Tensor:
     """The codes where the mask is True, row after row (count,)."""
     return codes_OI[mask_OI]
 
@@ -68,7 +68,7 @@ def split_2_of_4(codes_OI: Tensor, mask_OI: Tensor) -> tuple[Tensor, Tensor]:
     if not bool((mask_OBK.sum(-1) == KEPT).all()):
         raise ValueError(f"a block of {BLOCK} does not store exactly {KEPT} weights")
     weight_K = torch.tensor([1 << place for place in range(BLOCK)], device=mask_OI.device)
-    pattern_OB = _index_of_bits(mask_OI.device)[(mask_OBK * weight_K).sum(-1)]
+    pattern_OB = _tabulate_patterns(mask_OI.device)[(mask_OBK * weight_K).sum(-1)]
     return pattern_OB, codes_OI[mask_OI].view(out, inputs // BLOCK * KEPT)
 
 
@@ -89,7 +89,7 @@ def join_2_of_4(pattern_OB: Tensor, kept_OK: Tensor) -> tuple[Tensor, Tensor]:
     return codes_OBK.view(out, -1), mask_OBK.view(out, -1)
 
 
-def _index_of_bits(device: torch.device) -> Tensor:
+def _tabulate_patterns(device: torch.device) -> Tensor:
     """Pattern index by the mask's four bits read as a number."""
     index = torch.zeros(1 << BLOCK, dtype=torch.uint8, device=device)
     for number, (first, second) in enumerate(PATTERNS):

@@ -37,7 +37,7 @@ BLOCK = 128
 INNER = 32
 
 
-def column_sweep(
+def sweep_columns(
     W_IO: Tensor, U_II: Tensor, project: Project, *, block: int = BLOCK
 ) -> tuple[Tensor, Tensor]:
     """Visit every input in order, project it and compensate.

@@ -19,7 +19,7 @@ from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.validate import budgets, validate
 from cptq.report.render import FILES, report_files
 from cptq.report.summary import AnalyzeOutcome, Summary
-from cptq.sensitivity import SLOW, everyday
+from cptq.sensitivity import SLOW, list_default_metrics
 from cptq.sensitivity.measure import InterruptedMeasurementError, measure, needs_text
 from cptq.types import Candidate, Emit, Notice, SensitivityTable, Validation
 
@@ -149,7 +149,7 @@ def _name_what_stays_dense(model: LoadedModel, settings: AnalyzeSettings, emit: 
 def _name_what_all_leaves_out(metrics: tuple[str, ...], emit: Emit) -> None:
     """`all` stands for the everyday metrics: name the others once where all of those are there."""
     left_out = [name for name in SLOW if name not in metrics]
-    if left_out and set(everyday()) <= set(metrics):
+    if left_out and set(list_default_metrics()) <= set(metrics):
         names = " ".join(f"--metric {name}" for name in left_out)
         message = (
             f"without {', '.join(left_out)}, which runs half the model on the held-out text for "

@@ -10,8 +10,9 @@ import torch
 from cptq.artifact.hub import push
 from cptq.artifact.verify import TOLERANCE, Verification
 from cptq.artifact.writer import VerificationSample, write_artifact
+from cptq.calibration.batches import Batch
 from cptq.calibration.replay import forward
-from cptq.calibration.tokens import Batch, Calibration
+from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression.blockwise import compress_model
 from cptq.compression.embeddings import compress_embeddings

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cptq.calibration.objective import objective_for
-from cptq.calibration.probe import Probe
-from cptq.calibration.slices import Rows
+from cptq.calibration.batches import Batch
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import choose_objective
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.report.words import number
@@ -44,7 +44,7 @@ def ship_the_better(
     plan: Plan,
     rival: Plan,
     compress: Compress,
-    text: Sequence[Rows],
+    text: Sequence[Batch],
     emit: Emit,
 ) -> tuple[Plan, list[CompressedLayer]]:
     """Carry out both plans; afterwards `model` computes with the layers that are returned.
@@ -57,8 +57,8 @@ def ship_the_better(
         text: batches to judge on.
         emit: hears of the winner's notices only, and of the verdict.
     """
-    objective = objective_for(model.kind, model.config)
-    probe = Probe(model, text, objective)
+    objective = choose_objective(model.kind, model.config)
+    probe = DivergenceFromDense(model, text, objective)
     dense = _weights(model)
     other = _carry_out(rival, compress, probe, emit)
     for name, W_OI in dense.items():
@@ -86,7 +86,7 @@ def _weights(model: LoadedModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _carry_out(plan: Plan, compress: Compress, probe: Probe, emit: Emit) -> _Outcome:
+def _carry_out(plan: Plan, compress: Compress, probe: DivergenceFromDense, emit: Emit) -> _Outcome:
     said: list[Event] = []
 
     def hear(event: Event) -> None:
@@ -96,7 +96,7 @@ def _carry_out(plan: Plan, compress: Compress, probe: Probe, emit: Emit) -> _Out
             said.append(event)
 
     layers = compress(plan, hear)
-    return _Outcome(plan=plan, layers=layers, said=said, rows=probe.rows_now())
+    return _Outcome(plan=plan, layers=layers, said=said, rows=probe.measure_rows())
 
 
 def _verdict(own: _Outcome, other: _Outcome, unit: str, tokens: int) -> Notice:

@@ -16,8 +16,8 @@ from cptq.artifact.formats import FORMATS
 from cptq.artifact.hub import check_push
 from cptq.artifact.place import check_space
 from cptq.artifact.writer import check_output
+from cptq.calibration.batches import Batch
 from cptq.calibration.judges import parts
-from cptq.calibration.slices import Rows
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression.embeddings import embedding_tensors
@@ -45,7 +45,7 @@ class Planning:
     plan: Plan | None = None
     tables: dict[str, SensitivityTable] = field(default_factory=dict)
     calibration: Calibration = field(init=False)
-    judging: list[list[Rows]] = field(default_factory=list)
+    judging: list[list[Batch]] = field(default_factory=list)
     checking: bool = False
 
     def __post_init__(self) -> None:

@@ -14,9 +14,9 @@ from cptq.allocation.cost import CostModel
 from cptq.allocation.problem import build_problem
 from cptq.allocation.refine import Choices, Refined, refine
 from cptq.allocation.targets import ledger_of
-from cptq.calibration.objective import objective_for
-from cptq.calibration.probe import Probe
-from cptq.calibration.slices import Rows
+from cptq.calibration.batches import Batch
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression.workbench import Workbench
@@ -29,7 +29,7 @@ from cptq.types import Candidate, Emit, Event, Notice, Plan, SensitivityTable
 def refine_plan(
     model: LoadedModel,
     calibration: Calibration,
-    texts: Sequence[list[Rows]],
+    texts: Sequence[list[Batch]],
     plan: Plan,
     table: SensitivityTable | None,
     cost: CostModel,
@@ -42,12 +42,12 @@ def refine_plan(
     Args:
         texts: two parts of text that calibrate nothing: one to choose by, one to guard.
     """
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     seed, sparse = settings.calibration.seed, any(c.sparsity for c in _candidates(options))
     bench = workbench(
         model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
     )
-    choose, guard = (Probe(model, rows, objective) for rows in texts)
+    choose, guard = (DivergenceFromDense(model, rows, objective) for rows in texts)
     ledger = ledger_of(plan.budget, cost, options)
     problem = build_problem(table, ledger, _candidates(options), _silent)
     with bench.trying():
@@ -71,10 +71,10 @@ def refine_plan(
     )
 
 
-def _measure(bench: Workbench, probe: Probe) -> Callable[[Choices], float]:
+def _measure(bench: Workbench, probe: DivergenceFromDense) -> Callable[[Choices], float]:
     def measure(choices: Choices) -> float:
         bench.settle(choices)
-        return float(probe.rows_now().mean())
+        return float(probe.measure_rows().mean())
 
     return measure
 

@@ -24,8 +24,8 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
 from cptq.sensitivity import METRICS
 from cptq.sensitivity.metric import Context, Metric, UnitView
-from cptq.sensitivity.prepare import check_model, prepare
-from cptq.sensitivity.rounding import changes, check_candidates
+from cptq.sensitivity.prepare import check_model, prepare_context
+from cptq.sensitivity.rounding import changes_weights, check_candidates
 from cptq.types import Candidate, Emit, Notice, Progress, SensitivityTable, Unit
 
 #: key in the details of a table that lacks units
@@ -87,7 +87,7 @@ def measure(
     candidates = tuple(dict.fromkeys(candidates))
     check_candidates(candidates)
     check_model(model)
-    context = prepare(model, kinds, calibration, candidates, seed, emit)
+    context = prepare_context(model, kinds, calibration, candidates, seed, emit)
     scoring = _Scoring(
         context=context,
         runs={name: _Run(metric=kind(context)) for name, kind in kinds.items()},
@@ -140,14 +140,14 @@ class _Scoring:
             if _never_ran(unit, context.samples):
                 self._skip(unit)
             else:
-                self._score(_view(unit, context))
+                self._score(_build_view(unit, context))
             self.done.append(unit.name)
         context.emit(Progress(stage="sensitivity", done=len(units), total=len(units)))
 
     def finish_metrics(self) -> None:
         """Let each metric measure what concerns the model as a whole."""
         for run in self.runs.values():
-            run.metric.finish()
+            run.metric.measure_model()
 
     def interrupt(self) -> InterruptedMeasurementError:
         """Return the error that holds the tables of the units that are done."""
@@ -163,11 +163,11 @@ class _Scoring:
 
     def _build_table(self, name: str, run: _Run, extra: Mapping[str, Any]) -> SensitivityTable:
         metric, context = run.metric, self.context
-        per_block = metric.per_block(run.per_unit)
+        per_block = metric.aggregate_blocks(run.per_unit)
         if run.negative:
             message = f"{run.negative} scores below 0 (noise) were set to 0"
             context.emit(Notice(kind="info", subject=f"metric {name}", message=message))
-        details = metric.details() | {"negative_scores": run.negative}
+        details = metric.collect_details() | {"negative_scores": run.negative}
         return SensitivityTable(
             metric=name,
             score_unit=metric.score_unit,
@@ -185,10 +185,10 @@ class _Scoring:
     def _score(self, view: UnitView) -> None:
         name = view.unit.name
         for run in self.runs.values():
-            run.per_unit[name] = run.metric.unit(view)
+            run.per_unit[name] = run.metric.measure_unit(view)
             run.scores[name] = {}
         for candidate in self.context.candidates:
-            if changes(candidate):
+            if changes_weights(candidate):
                 self._score_candidate(view, candidate)
             else:
                 for run in self.runs.values():
@@ -197,7 +197,7 @@ class _Scoring:
     def _score_candidate(self, view: UnitView, candidate: Candidate) -> None:
         errors = self._round(view, candidate)
         for run in self.runs.values():
-            score = run.metric.candidate(view, candidate, errors)
+            score = run.metric.score_candidate(view, candidate, errors)
             run.negative += score < 0
             run.scores[view.unit.name][candidate] = max(score, 0.0)
 
@@ -205,7 +205,7 @@ class _Scoring:
         """W - Q(W) of the unit's layers; empty where no metric needs it."""
         if not any(run.metric.needs.rounding for run in self.runs.values()):
             return ()
-        return self.context.rounding.errors(view.unit, view.weights, candidate)
+        return self.context.rounding.compute_errors(view.unit, view.weights, candidate)
 
     def _skip(self, unit: Unit) -> None:
         message = "never runs on the calibration text: its scores are 0, whatever its sensitivity"
@@ -215,7 +215,7 @@ class _Scoring:
             run.scores[unit.name] = dict.fromkeys(self.context.candidates, 0.0)
 
 
-def _view(unit: Unit, context: Context) -> UnitView:
+def _build_view(unit: Unit, context: Context) -> UnitView:
     """Return the weights and samples of a unit on the model's device; shared inputs stay shared."""
     device = context.model.device
     weights = tuple(get_weight(context.model.linear(s.name)).float() for s in unit.layers)
@@ -249,7 +249,7 @@ def _count_tokens(metric: Metric) -> int:
         return context.samples.tokens
     if needs.path and context.path is not None:
         return context.path.tokens
-    return context.probe.tokens if needs.probe and context.probe is not None else 0
+    return context.divergence.tokens if needs.divergence and context.divergence is not None else 0
 
 
 def _describe_passes(metric: Metric) -> dict[str, Any]:
@@ -257,11 +257,11 @@ def _describe_passes(metric: Metric) -> dict[str, Any]:
     needs, context = metric.needs, metric.context
     details: dict[str, Any] = {}
     if needs.samples is not None and context.samples is not None:
-        kept = context.samples.layers if needs.samples.backward else context.samples.views
+        kept = context.samples.layers if needs.samples.backward else context.samples.activations
         rows = max((len(sample.x_TI) for sample in kept.values()), default=0)
         details |= {"sampled_rows": rows, "pass_tokens": context.samples.tokens}
     if needs.path and context.path is not None:
         details |= {"gradient_tokens": context.path.tokens}
-    if needs.probe and context.probe is not None:
-        details |= {"held_out_tokens": context.probe.tokens}
+    if needs.divergence and context.divergence is not None:
+        details |= {"held_out_tokens": context.divergence.tokens}
     return details

@@ -45,7 +45,7 @@ from cptq.layouts.gguf import (
     type_of,
     type_refusal,
 )
-from cptq.numerics.gguf_blocks import half_holds, minimum, pack_blocks
+from cptq.numerics.gguf_blocks import compute_minimum, fits_float16, pack_blocks
 from cptq.types import CompressedLayer, Emit, ModelKind, TensorSpec
 
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
@@ -187,9 +187,9 @@ def _refusal(layer: CompressedLayer) -> str | None:
     shape = shape_refusal(inputs, inputs // layer.scale.shape[1])
     if shape is not None:
         return shape
-    if not half_holds(layer.scale):
+    if not fits_float16(layer.scale):
         return "scales that are not exact in float16"
-    if layer.zero is not None and not half_holds(minimum(layer.scale, layer.zero, kind)):
+    if layer.zero is not None and not fits_float16(compute_minimum(layer.scale, layer.zero, kind)):
         return "scales times zero points that are not exact in float16"
     return None
 
@@ -220,7 +220,7 @@ def _dense_kind(content: Content, spec: TensorSpec, family: Family) -> str:
     """F32 for vectors; for a matrix the narrowest type that llama.cpp takes and that is exact."""
     if len(spec.shape) < 2 or spec.name.endswith(family.always_f32):
         return "F32"
-    return "F16" if spec.dtype == "F16" or half_holds(content.dense(spec)) else spec.dtype
+    return "F16" if spec.dtype == "F16" or fits_float16(content.dense(spec)) else spec.dtype
 
 
 def _write_file(

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cptq.layouts.gguf import BLOCK_BYTES, type_of
-from cptq.numerics.gguf_blocks import half_holds, pack_blocks
+from cptq.numerics.gguf_blocks import fits_float16, pack_blocks
 from cptq.numerics.grid import code_range
 from cptq.numerics.half_offset import offset_precision, rounded_to
 from cptq.types import Candidate
@@ -131,5 +131,5 @@ def test_what_a_block_cannot_hold_is_refused(
 def test_bfloat16_scales_are_exact_down_to_their_bound() -> None:
     exponents = torch.arange(-17.0, 16.0)
     scale = (1 + 127 / 128) * torch.exp2(exponents)
-    assert half_holds(scale.to(torch.bfloat16)[None])
-    assert not half_holds(torch.tensor([[2.0**-18 * (1 + 1 / 128)]]).to(torch.bfloat16))
+    assert fits_float16(scale.to(torch.bfloat16)[None])
+    assert not fits_float16(torch.tensor([[2.0**-18 * (1 + 1 / 128)]]).to(torch.bfloat16))

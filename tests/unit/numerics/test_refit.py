@@ -8,7 +8,7 @@ from torch import Tensor
 
 from cptq.numerics import refit
 from cptq.numerics.asymmetric import quantize_asymmetric
-from cptq.numerics.gguf_blocks import half_holds, minimum
+from cptq.numerics.gguf_blocks import compute_minimum, fits_float16
 from cptq.numerics.grid import quantize_nearest
 from cptq.numerics.half_offset import offset_precision, rounded_to
 from tests.reference.refit import naive_refit
@@ -53,7 +53,7 @@ def test_scales_keep_to_their_significant_bits() -> None:
     assert torch.equal(rounded_to(fitted_OG.double(), precision_OG), fitted_OG.double())
     assert bool((after_O <= before_O).all())
     assert float(after_O.sum()) < float(before_O.sum())
-    assert half_holds(minimum(fitted_OG, zero_OG, "Q4_1"))
+    assert fits_float16(compute_minimum(fitted_OG, zero_OG, "Q4_1"))
 
 
 def test_group_of_zero_codes_keeps_its_scale() -> None:

@@ -12,11 +12,11 @@ import torch
 
 from cptq.checkpoint.weights import get_weight
 from cptq.errors import CalibrationError, ModelError, UnknownNameError, UsageError
-from cptq.numerics.masks import magnitude_pruned
-from cptq.sensitivity import METRICS, SLOW, everyday
+from cptq.numerics.masks import prune_by_magnitude
+from cptq.sensitivity import METRICS, SLOW, list_default_metrics
 from cptq.sensitivity.measure import InterruptedMeasurementError, measure
 from cptq.sensitivity.metric import Memo
-from cptq.sensitivity.rounding import rounding_error
+from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Candidate, Notice, Progress, SensitivityTable
 from tests.reference.sensitivity import loaded, random_calibration
 
@@ -99,7 +99,7 @@ def test_progress_and_shared_rows_are_reported(tiny_model: TinyModel) -> None:
 
 
 def test_all_is_every_metric_but_the_slow_ones() -> None:
-    assert [name for name in METRICS if name not in everyday()] == list(SLOW) == ["kl"]
+    assert [name for name in METRICS if name not in list_default_metrics()] == list(SLOW) == ["kl"]
 
 
 @pytest.mark.parametrize(
@@ -232,10 +232,12 @@ def test_sparse_candidates_lose_their_small_weights(tiny_model: TinyModel) -> No
     spec = model.units[0].layers[0]
     W = get_weight(model.linear(spec.name)).clone()
     sparse = Candidate(bits=8, group_size=16, sparsity=0.5, pattern="unstructured")
-    Q = W - rounding_error(W, spec, sparse)
+    Q = W - compute_rounding_error(W, spec, sparse)
     assert int((Q == 0).sum()) >= W.numel() // 2
     only = replace(sparse, bits=16)
-    torch.testing.assert_close(W - rounding_error(W, spec, only), magnitude_pruned(W, 0.5))
+    torch.testing.assert_close(
+        W - compute_rounding_error(W, spec, only), prune_by_magnitude(W, 0.5)
+    )
 
 
 @pytest.mark.slow

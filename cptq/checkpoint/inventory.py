@@ -69,10 +69,10 @@ def take_inventory(
     """
     blocks = find_blocks(module, family)
     trace = trace_forward(module, blocks)
-    ties = tied_names(module)
+    ties = find_ties(module)
     layers = tuple(
-        _describe(module, name, family, blocks, trace, ties, tensors, conv1d)
-        for name in _forward_order(module, trace)
+        _describe_layer(module, name, family, blocks, trace, ties, tensors, conv1d)
+        for name in _list_in_forward_order(module, trace)
     )
     _report_dense(layers, emit)
     _report_unlisted(module, layers, emit)
@@ -93,7 +93,7 @@ def find_blocks(module: nn.Module, family: Architecture) -> tuple[str, ...]:
     return tuple(f"{name}.{i}" for i in range(len(lists[name])))
 
 
-def _weighty(module: nn.Module) -> bool:
+def _has_weight(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
 
 
@@ -101,12 +101,12 @@ def trace_forward(module: nn.Module, blocks: tuple[str, ...]) -> Trace:
     """Run a few tokens and note who is called, in which order, with which input."""
     trace, handles = Trace(), []
     for name, part in module.named_modules():
-        if _weighty(part):
-            handles.append(part.register_forward_hook(_noting(trace, name)))
+        if _has_weight(part):
+            handles.append(part.register_forward_hook(_record_call(trace, name)))
     seen: set[str] = set()
     for name in blocks:
         block = module.get_submodule(name)
-        handles.append(block.register_forward_hook(_counting(trace, seen, name)))
+        handles.append(block.register_forward_hook(_record_block(trace, seen, name)))
     try:
         device = next(module.parameters()).device
         vocabulary = int(module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
@@ -124,7 +124,7 @@ def trace_forward(module: nn.Module, blocks: tuple[str, ...]) -> Trace:
     return trace
 
 
-def _noting(trace: Trace, name: str):  # type: ignore[no-untyped-def]
+def _record_call(trace: Trace, name: str):  # type: ignore[no-untyped-def]
     def hook(_module: nn.Module, args: tuple[Tensor, ...], _output: object) -> None:
         if name not in trace.inputs and args:
             trace.order.append(name)
@@ -133,19 +133,19 @@ def _noting(trace: Trace, name: str):  # type: ignore[no-untyped-def]
     return hook
 
 
-def _counting(trace: Trace, seen: set[str], name: str):  # type: ignore[no-untyped-def]
+def _record_block(trace: Trace, seen: set[str], name: str):  # type: ignore[no-untyped-def]
     def hook(*_: object) -> None:
         (trace.repeated if name in seen else seen).add(name)
 
     return hook
 
 
-def _forward_order(module: nn.Module, trace: Trace) -> list[str]:
-    silent = [n for n, m in module.named_modules() if _weighty(m) and n not in trace.inputs]
+def _list_in_forward_order(module: nn.Module, trace: Trace) -> list[str]:
+    silent = [n for n, m in module.named_modules() if _has_weight(m) and n not in trace.inputs]
     return trace.order + silent
 
 
-def tied_names(module: nn.Module) -> dict[str, str]:
+def find_ties(module: nn.Module) -> dict[str, str]:
     """{tensor name: name of the earlier tensor that is the same parameter}."""
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
@@ -156,7 +156,7 @@ def tied_names(module: nn.Module) -> dict[str, str]:
     return ties
 
 
-def _describe(
+def _describe_layer(
     module: nn.Module,
     name: str,
     family: Architecture,
@@ -169,10 +169,10 @@ def _describe(
     part = module.get_submodule(name)
     block = next((i for i, b in enumerate(blocks) if name.startswith(f"{b}.")), None)
     tied = ties.get(f"{name}.weight")
-    kind = _kind(module, part)
-    role = _role(name, kind, block, family)
+    kind = _classify_layer(module, part)
+    role = _find_role(name, kind, block, family)
     reason = CONV1D_REASON if kind == "conv1d" and not conv1d else None
-    reason = reason or _why_dense(kind, block, name in trace.inputs, tied)
+    reason = reason or _find_dense_reason(kind, block, name in trace.inputs, tied)
     if reason is None and block is not None and blocks[block] in trace.repeated:
         reason = REPEATED_REASON
     weight = part.weight
@@ -185,7 +185,7 @@ def _describe(
         kind=kind,
         shape=(shape[0], shape[1]),
         dtype=tensors[tied or f"{name}.weight"].dtype,
-        fused=None if reason else _fused(name, role, family, trace),
+        fused=None if reason else _find_fused_name(name, role, family, trace),
         tied_to=tied.removesuffix(".weight") if tied else None,
         transposed=isinstance(part, Conv1D),
         compressible=reason is None,
@@ -193,7 +193,7 @@ def _describe(
     )
 
 
-def _kind(module: nn.Module, part: nn.Module) -> LayerKind:
+def _classify_layer(module: nn.Module, part: nn.Module) -> LayerKind:
     head = getattr(module, "get_output_embeddings", lambda: None)()
     if part is head:
         return "head"
@@ -202,13 +202,15 @@ def _kind(module: nn.Module, part: nn.Module) -> LayerKind:
     return "conv1d" if isinstance(part, Conv1D) else "linear"
 
 
-def _role(name: str, kind: LayerKind, block: int | None, family: Architecture) -> str:
+def _find_role(name: str, kind: LayerKind, block: int | None, family: Architecture) -> str:
     if kind in ("embedding", "head"):
         return "lm_head" if kind == "head" else name.rsplit(".", 1)[-1]
     return name.rsplit(".", 1)[-1] if block is None else family.role(name)
 
 
-def _why_dense(kind: LayerKind, block: int | None, runs: bool, tied: str | None) -> str | None:
+def _find_dense_reason(
+    kind: LayerKind, block: int | None, runs: bool, tied: str | None
+) -> str | None:
     if kind == "embedding":
         return "an embedding; dense unless --embedding-bits packs it"
     if kind == "head":
@@ -220,12 +222,12 @@ def _why_dense(kind: LayerKind, block: int | None, runs: bool, tied: str | None)
     return "outside the blocks; kept dense" if block is None else None
 
 
-def _fused(name: str, role: str, family: Architecture, trace: Trace) -> str | None:
+def _find_fused_name(name: str, role: str, family: Architecture, trace: Trace) -> str | None:
     """The unit's name where several linears are one decision."""
     parent = name.rsplit(".", 1)[0]
     if family.family != "generic":
         group = family.group(role)
-        return f"{_stem(name, family)}.{group}" if group else None
+        return f"{_strip_role(name, family)}.{group}" if group else None
     mates = [
         other
         for other in trace.order
@@ -235,7 +237,7 @@ def _fused(name: str, role: str, family: Architecture, trace: Trace) -> str | No
     return f"{parent}.{'+'.join(ends)}" if len(mates) > 1 else None
 
 
-def _stem(name: str, family: Architecture) -> str:
+def _strip_role(name: str, family: Architecture) -> str:
     ends = [end for end in family.roles if name.endswith(f".{end}")]
     parent = max(ends, key=len)
     # bert's roles reach over two levels (attention.self.query): keep the parent module

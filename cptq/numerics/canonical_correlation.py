@@ -45,12 +45,12 @@ RIDGE = 1e-6
 TOKENS_PER_COMPONENT = 10
 
 
-def tokens_needed(features: int, components: int = COMPONENTS) -> int:
+def count_tokens_needed(features: int, components: int = COMPONENTS) -> int:
     """Fewest tokens with which views of this width can be compared."""
     return TOKENS_PER_COMPONENT * min(features, components)
 
 
-def principal_basis(
+def compute_principal_basis(
     X_TF: Tensor, *, components: int = COMPONENTS, energy: float = ENERGY, ridge: float = RIDGE
 ) -> Tensor:
     """Ridge-whitened principal directions in token space, Q (tokens, k), float64.
@@ -67,7 +67,7 @@ def principal_basis(
     X_TF = X_TF.double()
     X_TF = X_TF - X_TF.mean(0)
     total = float(X_TF.square().sum())
-    values_K, U_TK = _left_singular(X_TF)
+    values_K, U_TK = _compute_left_singular(X_TF)
     if len(values_K) == 0 or total <= 0.0:
         return U_TK[:, :0]
     enough = int((values_K.cumsum(0) < energy * total * (1 - 1e-12)).sum()) + 1
@@ -76,7 +76,7 @@ def principal_basis(
     return U_TK[:, :kept] * shrink_K
 
 
-def _left_singular(X_TF: Tensor) -> tuple[Tensor, Tensor]:
+def _compute_left_singular(X_TF: Tensor) -> tuple[Tensor, Tensor]:
     """Squared singular values, largest first, and left vectors; those of value 0 are dropped."""
     tokens, features = X_TF.shape
     wide = features > tokens
@@ -88,13 +88,15 @@ def _left_singular(X_TF: Tensor) -> tuple[Tensor, Tensor]:
     return values, vectors if wide else (X_TF @ vectors) / values.sqrt()
 
 
-def canonical_correlations(Qx_TK: Tensor, Qy_TL: Tensor) -> Tensor:
+def compute_canonical_correlations(Qx_TK: Tensor, Qy_TL: Tensor) -> Tensor:
     """rho (min(k, l),), largest first, in [0, 1]."""
     rho_K: Tensor = torch.linalg.svdvals(Qx_TK.T @ Qy_TL)
     return rho_K.clamp(0.0, 1.0)
 
 
-def similarity(X_TF: Tensor, Qx_TK: Tensor, Qy_TL: Tensor, *, summary: Summary = "pwcca") -> float:
+def compute_similarity(
+    X_TF: Tensor, Qx_TK: Tensor, Qy_TL: Tensor, *, summary: Summary = "pwcca"
+) -> float:
     """One number in [0, 1] for how alike two views are.
 
     Args:
@@ -106,44 +108,44 @@ def similarity(X_TF: Tensor, Qx_TK: Tensor, Qy_TL: Tensor, *, summary: Summary =
     Returns:
         The similarity; 1 where either view is constant (there is nothing to lose).
     """
-    return similarities(X_TF, Qx_TK, Qy_TL)[summary]
+    return compute_similarities(X_TF, Qx_TK, Qy_TL)[summary]
 
 
-def similarities(X_TF: Tensor, Qx_TK: Tensor, Qy_TL: Tensor) -> dict[Summary, float]:
+def compute_similarities(X_TF: Tensor, Qx_TK: Tensor, Qy_TL: Tensor) -> dict[Summary, float]:
     """All summaries of one decomposition; arguments as in `similarity`."""
     if min(Qx_TK.shape[1], Qy_TL.shape[1]) == 0:
         return dict.fromkeys(SUMMARIES, 1.0)
     left_KR, rho_R, _ = torch.linalg.svd(Qx_TK.T @ Qy_TL, full_matrices=False)
-    return _summaries(loadings(X_TF, Qx_TK), left_KR, rho_R)
+    return _summarize(compute_loadings(X_TF, Qx_TK), left_KR, rho_R)
 
 
-def pairwise_similarities(views: Sequence[Tensor]) -> dict[Summary, Tensor]:
+def compute_pairwise_similarities(views: Sequence[Tensor]) -> dict[Summary, Tensor]:
     """similarities(i, j) of every pair of views (tokens, features), (views, views), diagonal 1.
 
     Each view's basis and each pair's decomposition is made once.
     """
-    bases = [principal_basis(X_TF) for X_TF in views]
-    carried = [loadings(X_TF, Q_TK) for X_TF, Q_TK in zip(views, bases, strict=True)]
+    bases = [compute_principal_basis(X_TF) for X_TF in views]
+    carried = [compute_loadings(X_TF, Q_TK) for X_TF, Q_TK in zip(views, bases, strict=True)]
     shape = len(views), len(views)
     result = {summary: torch.ones(shape, dtype=torch.float64) for summary in SUMMARIES}
     for i, j in combinations(range(len(views)), 2):
         if min(bases[i].shape[1], bases[j].shape[1]) == 0:
             continue
         left, rho_R, right = torch.linalg.svd(bases[i].T @ bases[j], full_matrices=False)
-        for summary, value in _summaries(carried[i], left, rho_R).items():
+        for summary, value in _summarize(carried[i], left, rho_R).items():
             result[summary][i, j] = value
-        for summary, value in _summaries(carried[j], right.T, rho_R).items():
+        for summary, value in _summarize(carried[j], right.T, rho_R).items():
             result[summary][j, i] = value
     return result
 
 
-def loadings(X_TF: Tensor, Q_TK: Tensor) -> Tensor:
+def compute_loadings(X_TF: Tensor, Q_TK: Tensor) -> Tensor:
     """Q^T (X - mean), (k, features): how much of each feature lies in each direction."""
     X_TF = X_TF.double()
     return Q_TK.T @ (X_TF - X_TF.mean(0))
 
 
-def _summaries(loadings_KF: Tensor, left_KR: Tensor, rho_R: Tensor) -> dict[Summary, float]:
+def _summarize(loadings_KF: Tensor, left_KR: Tensor, rho_R: Tensor) -> dict[Summary, float]:
     """Of the correlations rho, whose variates in the first view are Q left."""
     rho_R = rho_R.clamp(0.0, 1.0)
     alpha_R = (left_KR.T @ loadings_KF).abs().sum(1)
