@@ -1,9 +1,9 @@
-"""What cptq knows of model families: where the blocks are, what a layer does, what is fused.
+"""Describe model families: where the blocks are, which role a layer has, which layers are fused.
 
 One value per family. A layer's role and fused group come from the end of its name; everything
 else (order, shapes, ties) is observed on the model itself. A family that is not listed gets
 `GENERIC`: blocks are the longest `ModuleList` of equal modules, the role is the last part of the
-name, and linears of one parent module that are handed the very same input form a fused group.
+name, and linears of one parent module that receive the very same input form a fused group.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Architecture:
     roles: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def role(self, name: str) -> str:
-        """The role of a linear inside a block, by the longest matching end of its name."""
+    def get_role(self, name: str) -> str:
+        """Return the role of a linear inside a block, by the longest matching end of its name."""
         ends = [end for end in self.roles if name == end or name.endswith(f".{end}")]
         return self.roles[max(ends, key=len)] if ends else name.rsplit(".", 1)[-1]
 
-    def group(self, role: str) -> str | None:
-        """The fused group that a role belongs to, or None."""
+    def get_group(self, role: str) -> str | None:
+        """Return the fused group that a role belongs to, or None."""
         return next((group for group, roles in self.fused.items() if role in roles), None)
 
 
@@ -113,5 +113,5 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 
 def get_architecture(model_type: str) -> Architecture:
-    """The family of a `config.model_type`, or `GENERIC`."""
+    """Return the family of a `config.model_type`, or `GENERIC`."""
     return ARCHITECTURES.get(model_type, GENERIC)

@@ -1,7 +1,7 @@
-"""The inventory: every weight matrix in forward order, with role, fused group and ties.
+"""Take the inventory of a model: every weight matrix in forward order, with role, group and ties.
 
-Order and "does it run at all" are observed, not assumed: a short input goes through the model once
-and each linear, Conv1D and embedding notes when it is first called and which tensor it is handed.
+The order, and whether a layer runs at all, are observed, not assumed: a short input goes through
+the model once, and for each linear, Conv1D and embedding the first call and its input are recorded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cptq.checkpoint.architectures import Architecture
 from cptq.errors import ModelError
 from cptq.types import Emit, LayerKind, LayerSpec, Notice, TensorSpec, Unit
 
-#: tokens of the input that is traced
+#: tokens of the traced input
 TRACE_TOKENS = 8
 
 CONV1D_REASON = "a Conv1D, which the compressed-tensors format cannot hold; kept dense"
@@ -28,9 +28,9 @@ REPEATED_REASON = "its block runs more than once in a forward pass; kept dense"
 
 @dataclass(kw_only=True)
 class Trace:
-    """What one forward pass showed: modules in call order and the input each was handed.
+    """The record of one forward pass: modules in call order and the input of each.
 
-    `repeated`: blocks that ran more than once; what goes in and out of one is no chain then.
+    `repeated`: blocks that ran more than once, whose inputs and outputs do not form a chain.
     """
 
     order: list[str] = field(default_factory=list)
@@ -59,10 +59,10 @@ def take_inventory(
 
     Args:
         module: the model, in evaluation mode.
-        family: what is known of its architecture.
-        tensors: storage types by tensor name (see `stored_tensors`).
+        family: its architecture.
+        tensors: storage types by tensor name (see `list_stored_tensors`).
         emit: receives a Notice for every linear that will be left dense.
-        conv1d: count a Conv1D among the compressible, as a format may hold it.
+        conv1d: count a Conv1D as compressible, for formats that can store it.
 
     Raises:
         ModelError: no blocks are found, or the model does not run on token ids.
@@ -80,14 +80,14 @@ def take_inventory(
 
 
 def find_blocks(module: nn.Module, family: Architecture) -> tuple[str, ...]:
-    """Dotted names of the model's blocks, in order."""
+    """Return the dotted names of the model's blocks, in order."""
     lists = {n: m for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     known = [n for n in lists if family.blocks and f".{n}".endswith(f".{family.blocks}")]
     even = [n for n, m in lists.items() if len({type(block) for block in m}) == 1]
     name = known[0] if known else max(even, key=lambda n: len(lists[n]), default=None)
     if name is None:
         raise ModelError(
-            "no stack of equal blocks was found in the model, so there is nothing to walk",
+            "no stack of equal blocks was found in the model",
             allowed="transformer models whose blocks are in a ModuleList",
         )
     return tuple(f"{name}.{i}" for i in range(len(lists[name])))
@@ -98,7 +98,7 @@ def _has_weight(module: nn.Module) -> bool:
 
 
 def trace_forward(module: nn.Module, blocks: tuple[str, ...]) -> Trace:
-    """Run a few tokens and note who is called, in which order, with which input."""
+    """Run a few tokens and record which modules are called, in which order, with which input."""
     trace, handles = Trace(), []
     for name, part in module.named_modules():
         if _has_weight(part):
@@ -146,7 +146,7 @@ def _list_in_forward_order(module: nn.Module, trace: Trace) -> list[str]:
 
 
 def find_ties(module: nn.Module) -> dict[str, str]:
-    """{tensor name: name of the earlier tensor that is the same parameter}."""
+    """Return {tensor name: name of the earlier tensor that is the same parameter}."""
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -205,7 +205,7 @@ def _classify_layer(module: nn.Module, part: nn.Module) -> LayerKind:
 def _find_role(name: str, kind: LayerKind, block: int | None, family: Architecture) -> str:
     if kind in ("embedding", "head"):
         return "lm_head" if kind == "head" else name.rsplit(".", 1)[-1]
-    return name.rsplit(".", 1)[-1] if block is None else family.role(name)
+    return name.rsplit(".", 1)[-1] if block is None else family.get_role(name)
 
 
 def _find_dense_reason(
@@ -223,10 +223,10 @@ def _find_dense_reason(
 
 
 def _find_fused_name(name: str, role: str, family: Architecture, trace: Trace) -> str | None:
-    """The unit's name where several linears are one decision."""
+    """Return the unit's name if several linears are one decision."""
     parent = name.rsplit(".", 1)[0]
     if family.family != "generic":
-        group = family.group(role)
+        group = family.get_group(role)
         return f"{_strip_role(name, family)}.{group}" if group else None
     mates = [
         other
@@ -240,12 +240,12 @@ def _find_fused_name(name: str, role: str, family: Architecture, trace: Trace) -
 def _strip_role(name: str, family: Architecture) -> str:
     ends = [end for end in family.roles if name.endswith(f".{end}")]
     parent = max(ends, key=len)
-    # bert's roles reach over two levels (attention.self.query): keep the parent module
+    # bert's roles span two levels (attention.self.query): keep the parent module
     return name.rsplit(".", 1)[0] if "." in parent else name[: -len(parent) - 1]
 
 
 def group_units(layers: tuple[LayerSpec, ...]) -> tuple[Unit, ...]:
-    """The compressible layers as decisions, in forward order."""
+    """Group the compressible layers into decisions, in forward order."""
     members: dict[str, list[LayerSpec]] = {}
     for layer in layers:
         if layer.compressible:
@@ -270,7 +270,7 @@ def _report_dense(layers: tuple[LayerSpec, ...], emit: Emit) -> None:
 
 
 def _report_unlisted(module: nn.Module, layers: tuple[LayerSpec, ...], emit: Emit) -> None:
-    """Matrices that no linear, Conv1D or embedding holds, such as the stacked experts of an MoE."""
+    """Report matrices outside linears, Conv1Ds and embeddings, such as stacked experts."""
     listed = {layer.weight_name for layer in layers}
     names = [n for n, p in module.named_parameters() if p.ndim > 1 and n not in listed]
     if names:

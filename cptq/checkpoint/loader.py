@@ -1,11 +1,17 @@
-"""From what a user typed to a `LoadedModel`, with one clear sentence where that fails."""
+"""Load a checkpoint or an artifact from a directory or a Hub id, behind checks of its files.
+
+`load` is the public `cptq.load`: transformers' own `from_pretrained` with the auto class that
+config.json names, except that weights which it would initialize randomly are an error.
+"""
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
@@ -31,7 +37,10 @@ from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
 from cptq.errors import CptqError, ModelError, UsageError
 from cptq.runtime.modules import packed_modules
-from cptq.types import Emit, ModelKind, Notice, Progress, TensorSpec
+from cptq.types import Emit, Event, ModelKind, Notice, Progress, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 AUTO_CLASSES: Mapping[ModelKind, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -49,13 +58,61 @@ _ENDINGS: tuple[tuple[str, ModelKind], ...] = (
 )
 
 
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> PreTrainedModel:
+    """Load a transformers model in evaluation mode: packed, compressed-tensors or dense.
+
+    Args:
+        path: a directory, or a Hub id.
+        device: "auto" (the first GPU if there is one, else the CPU), "cpu", "cuda", "cuda:N",
+            "mps".
+        dtype: the type it computes in: "auto" (float32 on a CPU, the checkpoint's on a GPU),
+            "float32", "bfloat16", "float16". Packed codes stay packed; their scales and all dense
+            weights are converted.
+        revision: branch, tag or commit on the Hub.
+        token: access token for the Hub.
+        trust_remote_code: allow Python code that comes with the model to run.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        CptqError: not found, not readable, not a text model, or a file that does not match; the
+            message says which and what to do.
+
+    Warns:
+        UserWarning: what `cptq` would print as a warning.
+    """
+    settings = ModelSettings(
+        model=os.fspath(path),
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+    )
+    return cast("PreTrainedModel", load_model(settings, _warn).module)
+
+
+def _warn(event: Event) -> None:
+    if isinstance(event, Notice) and event.kind == "warning":
+        warnings.warn(f"{event.subject}: {event.message}", stacklevel=4)
+
+
 def load_model(
     settings: ModelSettings, emit: Emit, *, conv1d: bool = False, experts: bool = False
 ) -> LoadedModel:
     """Load a dense checkpoint or a compressed artifact.
 
-    `conv1d` counts the Conv1D layers of GPT-2 among the compressible, `experts` takes stacks of
-    experts apart (`cptq.checkpoint.experts`).
+    `conv1d` counts the Conv1D layers of GPT-2 as compressible, `experts` splits stacks of experts
+    (`cptq.checkpoint.experts`).
 
     Raises:
         ModelError: not found, not readable, not a text model, NaN weights, random weights.
@@ -114,7 +171,7 @@ def _take_inventory(
                 Notice(
                     kind="info",
                     subject=type(module).__name__,
-                    message="no known family; blocks, roles and fused groups were inferred",
+                    message="unknown family; blocks, roles and fused groups were inferred",
                 )
             )
         named = {spec.name: spec for spec in tensors}
@@ -123,21 +180,21 @@ def _take_inventory(
 
 
 def detect_kind(config: Mapping[str, Any], path: Path) -> ModelKind:
-    """Which of the four kinds a checkpoint is, by the class that wrote it."""
+    """Return which of the four kinds a checkpoint is, by the class that wrote it."""
     named = config.get("architectures")
     name = str(named[0]) if isinstance(named, list) and named else ""
     for ending, kind in _ENDINGS:
         if name.endswith(ending):
             return kind
     raise ModelError(
-        f"{path} holds a {name or 'model that names no architecture'}, which cptq does not handle",
+        f"{path} holds a {name or 'model that names no architecture'}, which cptq does not support",
         allowed="...ForCausalLM, ...LMHeadModel, ...ForMaskedLM, ...ForSequenceClassification, "
         "...Model in config.json's architectures",
     )
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one, else the CPU."""
+    """Return the device called `name`; `auto` is the first GPU if there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -145,12 +202,12 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"unknown device {name!r}", allowed="auto, cpu, cuda, cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name} needs a GPU and torch sees none", allowed="auto, cpu")
+        raise UsageError(f"--device {name} needs a GPU, but torch finds none", allowed="auto, cpu")
     return device
 
 
 def pick_dtype(name: str, device: torch.device, stored: Mapping[str, TensorSpec]) -> torch.dtype:
-    """The type the model runs in; `auto` is float32 on a CPU, the checkpoint's on a GPU."""
+    """Return the type the model runs in; `auto` is float32 on a CPU, the stored one on a GPU."""
     if name not in RUN_DTYPES:
         raise UsageError(f"unknown dtype {name!r}", allowed=", ".join(RUN_DTYPES))
     if name != "auto":
@@ -160,7 +217,7 @@ def pick_dtype(name: str, device: torch.device, stored: Mapping[str, TensorSpec]
 
 
 def _find_main_dtype(stored: Mapping[str, TensorSpec]) -> str:
-    """The floating type that holds most of the bytes."""
+    """Return the floating type that holds most of the bytes."""
     bytes_by: dict[str, int] = {}
     for spec in stored.values():
         if spec.dtype in ("F16", "BF16", "F32", "F64"):
@@ -171,7 +228,7 @@ def _find_main_dtype(stored: Mapping[str, TensorSpec]) -> str:
 def list_stored_tensors(
     module: nn.Module, stored: Mapping[str, TensorSpec]
 ) -> tuple[TensorSpec, ...]:
-    """The model's tensors as a dense artifact holds them: once each, in their storage types."""
+    """Return the model's tensors as a dense artifact holds them: once each, in storage types."""
     ties, usual = find_ties(module), _find_main_dtype(stored)
     specs = []
     for name, tensor in module.state_dict().items():
@@ -187,7 +244,7 @@ def list_stored_tensors(
 def list_unpacked_tensors(
     module: nn.Module, stored: Mapping[str, TensorSpec]
 ) -> tuple[TensorSpec, ...]:
-    """The tensors of an artifact with each packed weight as it is dense."""
+    """Return the tensors of an artifact, each packed weight in its dense shape."""
     state, packed, specs = module.state_dict(), packed_modules(module), []
     for name, spec in stored.items():
         layer, _, part = name.rpartition(".")
@@ -224,7 +281,7 @@ def _find_weights(path: Path, settings: ModelSettings) -> list[Path]:
 def _read_stored_tensors(
     path: Path, files: list[Path], settings: ModelSettings
 ) -> dict[str, TensorSpec]:
-    """The tensors as the checkpoint stores them; of pickles everything but the data is read."""
+    """Return the tensors as the checkpoint stores them; of pickles all but the data is read."""
     if find_weight_files(path):
         return read_tensor_specs(path)
     specs = {}
@@ -255,7 +312,7 @@ def _load_module(
         if names:
             raise ModelError(
                 f"{path} does not fill the model: {len(names)} {key.replace('_', ' ')}, "
-                f"first {names[0]}; stock transformers would invent these weights",
+                f"first {names[0]}; transformers would initialize these weights randomly",
                 hint="check that config.json's architectures belongs to these weights",
             )
     if info["unexpected_keys"]:
@@ -271,12 +328,12 @@ def _explain_load_errors(source: str) -> Iterator[None]:
         yield
     except (CptqError, MemoryError):
         raise
-    except Exception as error:  # there is no telling what a damaged file makes transformers raise
+    except Exception as error:  # a damaged file can make transformers raise anything
         raise ModelError(f"transformers cannot load {source}: {_extract_reason(error)}") from error
 
 
 def _extract_reason(error: Exception) -> str:
-    """The first line of a message, and the second where the first announces it."""
+    """Return the first line of a message, and the second if the first ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -287,8 +344,7 @@ def _refuse_not_finite(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ModelError(
-                f"the weight {name} holds NaN or infinity, so nothing measured on it would mean "
-                "anything",
+                f"the weight {name} holds NaN or infinity, so no measurement would be meaningful",
                 hint="use a checkpoint whose weights are finite",
             )
 
@@ -298,7 +354,7 @@ def _load_tokenizer(path: Path, settings: ModelSettings, emit: Emit) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             path, trust_remote_code=settings.trust_remote_code
         )
-    except Exception as error:  # a damaged tokenizer.json raises no less general an error
+    except Exception as error:  # a damaged tokenizer.json raises errors of any type
         message = f"cannot be loaded: {_extract_reason(error)}"
         emit(Notice(kind="warning", subject="tokenizer", message=message))
         return None

@@ -1,4 +1,4 @@
-"""Integer codes as ggml's blocks of 32, bit for bit.
+"""Pack integer codes into ggml's blocks of 32, bit for bit.
 
 | type | bytes | layout of a block                                       | weight       |
 |------|-------|---------------------------------------------------------|--------------|
@@ -32,20 +32,20 @@ from cptq.numerics.half_offset import offset_of
 
 
 def fits_float16(scale_OG: Tensor) -> bool:
-    """Whether float16 holds every scale exactly."""
-    half = scale_OG.to(torch.float16)
-    return bool((torch.isfinite(half) & (half.to(scale_OG.dtype) == scale_OG)).all())
+    """Return whether float16 holds every scale exactly."""
+    rounded = scale_OG.to(torch.float16)
+    return bool((torch.isfinite(rounded) & (rounded.to(scale_OG.dtype) == scale_OG)).all())
 
 
 def compute_minimum(scale_OG: Tensor, zero_OG: Tensor, kind: str) -> Tensor:
-    """m, the weight of the smallest code, float64 and exact; shape of the scales."""
+    """Return m, the weight of the smallest code, float64 and exact; shape of the scales."""
     return scale_OG.double() * -offset_of(zero_OG, TYPE_BITS[kind])
 
 
 def pack_blocks(
     codes_OI: Tensor, scale_OG: Tensor, kind: str, zero_OG: Tensor | None = None
 ) -> Tensor:
-    """The bytes of a weight, uint8 (out, blocks * block bytes).
+    """Return the bytes of a weight, uint8 (out, blocks * block bytes).
 
     Args:
         codes_OI: int8, in the range of the type (4, 5 or 8 bits, signed).
@@ -54,12 +54,14 @@ def pack_blocks(
         zero_OG: zero points int8, for the types with a minimum (which float16 must hold).
 
     Raises:
-        ValueError: a shape, a code or a scale that the type cannot hold.
+        ValueError: the type cannot hold a shape, a code or a scale.
     """
     out, inputs = codes_OI.shape
     blocks = inputs // BLOCK
     if inputs % BLOCK or blocks % scale_OG.shape[1]:
-        raise ValueError(f"{inputs} inputs in {scale_OG.shape[1]} groups are no blocks of {BLOCK}")
+        raise ValueError(
+            f"{inputs} inputs in {scale_OG.shape[1]} groups do not divide into blocks of {BLOCK}"
+        )
     if (zero_OG is not None) != (kind in _WITH_MINIMUM):
         raise ValueError(f"{kind} holds {'a' if kind in _WITH_MINIMUM else 'no'} minimum")
     numbers = (
@@ -72,7 +74,7 @@ def pack_blocks(
 
 
 def _encode_float16(x_OG: Tensor, blocks: int) -> Tensor:
-    """Numbers per group as the two bytes of a float16 in each block, (out, blocks, 2)."""
+    """Return numbers per group as the two bytes of a float16 in each block, (out, blocks, 2)."""
     if not fits_float16(x_OG):
         raise ValueError("a scale or a minimum is not exact in float16")
     x_OB = x_OG.to(torch.float16).repeat_interleave(blocks // x_OG.shape[1], dim=1)
@@ -80,13 +82,13 @@ def _encode_float16(x_OG: Tensor, blocks: int) -> Tensor:
 
 
 def _check_range(codes_OI: Tensor, bits: int) -> None:
-    half = 1 << (bits - 1)
-    if codes_OI.numel() and not -half <= int(codes_OI.min()) <= int(codes_OI.max()) < half:
-        raise ValueError(f"a code lies outside [{-half}, {half - 1}]")
+    limit = 1 << (bits - 1)
+    if codes_OI.numel() and not -limit <= int(codes_OI.min()) <= int(codes_OI.max()) < limit:
+        raise ValueError(f"a code lies outside [{-limit}, {limit - 1}]")
 
 
 def _pack_nibbles(u_OBK: Tensor) -> Tensor:
-    """The low four bits of values j and j + 16 in byte j."""
+    """Return the low four bits of values j and j + 16 in byte j."""
     low_OBK = u_OBK & 0xF
     return low_OBK[..., :16] | (low_OBK[..., 16:] << 4)
 
