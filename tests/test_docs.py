@@ -22,9 +22,9 @@ from cptq.cli.app import app
 from cptq.compression import COMPRESSORS
 from cptq.config import runtimes
 from cptq.evaluation import TASKS
+from cptq.inference.modules import find_packed_modules
 from cptq.registry import Registry
 from cptq.runtime import operations, reference
-from cptq.runtime.modules import packed_modules
 from cptq.sensitivity import METRICS
 from tests.conftest import TinyModel
 from tests.tiny_models import SENTENCES
@@ -179,13 +179,13 @@ def test_the_kernel_works(
 ) -> None:
     words = ("--runtime", "cptq", "--allocator", "uniform", "--compressor", "nearest")
     run("compress", tiny_model("llama"), *words, "--group-size", "16", "-o", "out")
-    packed = packed_modules(cptq.load("out", device="cpu"))
+    packed = find_packed_modules(cptq.load("out", device="cpu"))
     _register(monkeypatch, operations.BACKENDS, "whole")
     assert packed
     for module in packed.values():
         weight = module.packed
         backend = operations.backend_for(weight, torch.float32)
-        assert backend is templates["cptq/runtime/whole.py"].BACKEND
+        assert backend is templates["cptq/inference/whole.py"].BACKEND
         x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
         expected = reference.linear(x, weight, None)
         torch.testing.assert_close(operations.linear(x, weight, None), expected)

@@ -16,7 +16,7 @@ from typing import Any
 from cptq.artifact.gguf.header import GgufTensor, read_gguf
 from cptq.artifact.manifest import MANIFEST
 from cptq.artifact.schemes import read_config_schemes, read_packed_schemes
-from cptq.checkpoint.files import open_tensors, read_header, weight_files
+from cptq.checkpoint.files import find_weight_files, open_tensors, read_header
 from cptq.errors import ArtifactError, ModelError
 from cptq.types import TensorSpec
 
@@ -86,7 +86,7 @@ def inspect(path: Path) -> Inspection:
         raise ArtifactError(
             f"{path} is not there", allowed="a directory, a .safetensors or a .gguf file"
         )
-    files, ggufs = weight_files(path), sorted(path.glob("*.gguf"))
+    files, ggufs = find_weight_files(path), sorted(path.glob("*.gguf"))
     if files:
         return _inspect_safetensors(path, files)
     if len(ggufs) == 1:

@@ -21,7 +21,7 @@ from cptq.artifact.formats.interface import Format, SafetensorsFormat
 from cptq.artifact.manifest import FORMAT_VERSION, MANIFEST
 from cptq.artifact.reload import ReloadSample
 from cptq.artifact.sample import read_sample
-from cptq.checkpoint.files import open_tensors, read_header, weight_files
+from cptq.checkpoint.files import find_weight_files, open_tensors, read_header
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.errors import ArtifactError
 from cptq.types import (
@@ -128,7 +128,7 @@ def _parse_calibration(data: Mapping[str, Any]) -> CalibrationRecord:
 
 
 def _read_content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsFormat) -> Content:
-    places = {name: path for path in weight_files(directory) for name in read_header(path)}
+    places = {name: path for path in find_weight_files(directory) for name in read_header(path)}
     stored = {
         s.name: s for path in dict.fromkeys(places.values()) for s in read_header(path).values()
     }

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cptq.calibration.slices import WINDOW, Rows, cropped, stacked
+from cptq.calibration.batches import WINDOW, Batch, crop_rows, stack_rows
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import CalibrationError
 
@@ -28,7 +28,7 @@ def count_part_rows(model: LoadedModel) -> int:
     return max(4, min(WINDOWS, int(LOGITS / (vocabulary * WINDOW))))
 
 
-def split_parts(model: LoadedModel, held_out: Sequence[Rows], count: int) -> list[list[Rows]]:
+def split_parts(model: LoadedModel, held_out: Sequence[Batch], count: int) -> list[list[Batch]]:
     """Split held-out rows into `count` parts of batches, as equal as possible.
 
     Raises:
@@ -40,8 +40,8 @@ def split_parts(model: LoadedModel, held_out: Sequence[Rows], count: int) -> lis
             hint="pass a smaller --seqlen or a longer text",
         )
     language = _is_language_model(model)
-    rows = [cropped(row, WINDOW) for row in held_out] if language else list(held_out)
-    return [stacked(rows[index::count]) for index in range(count)]
+    rows = [crop_rows(row, WINDOW) for row in held_out] if language else list(held_out)
+    return [stack_rows(rows[index::count]) for index in range(count)]
 
 
 def _is_language_model(model: LoadedModel) -> bool:

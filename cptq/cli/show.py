@@ -93,10 +93,11 @@ def first_table(tables: list[SensitivityTable]) -> Table:
     )
     return Table(
         title="Most sensitive by each metric",
-        columns=("metric", "unit", "time alone"),
+        columns=("metric", "unit", "measured in"),
         rows=rows,
-        right=("time alone",),
-        note="the report lists more units, with their scores",
+        right=("measured in",),
+        note="times are those of the whole run that measured the metric, with all other metrics "
+        "measured in it; the report lists more units, with their scores",
     )
 
 

@@ -123,8 +123,8 @@ def metric_names(names: tuple[str, ...]) -> tuple[str, ...]:
                 allowed=", ".join([*known, ALL]),
                 hint=f"did you mean {near!r}?" if near else None,
             )
-    everyday = import_module("cptq.sensitivity").everyday()
-    return tuple(dict.fromkeys(n for m in names for n in (everyday if m == ALL else (m,))))
+    defaults = import_module("cptq.sensitivity").list_default_metrics()
+    return tuple(dict.fromkeys(n for m in names for n in (defaults if m == ALL else (m,))))
 
 
 def _check_calibration(source: str) -> None:

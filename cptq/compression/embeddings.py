@@ -16,14 +16,14 @@ import torch
 from torch import nn
 
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
+from cptq.checkpoint.weights import get_storage_dtype, get_weight, set_weight
 from cptq.compression import nearest
 from cptq.compression.half import in_half
 from cptq.compression.problem import Compressor, Problem
 from cptq.config import Runtime
 from cptq.layouts import Layout
 from cptq.layouts.groups import resolve_group
-from cptq.numerics.masks import relative_error
+from cptq.numerics.masks import compute_relative_error
 from cptq.types import Candidate, CompressedLayer, Emit, LayerResult, LayerSpec, Notice, TensorSpec
 
 
@@ -85,7 +85,7 @@ def _compress(
             H_II=W_OI.new_zeros(0, 0),  # nothing is known of the inputs, and nothing asked
             bits=candidate.bits,
             group=group,
-            scale_dtype=storage_dtype(spec),
+            scale_dtype=get_storage_dtype(spec),
             symmetric=candidate.symmetric,
         )
     )
@@ -101,6 +101,6 @@ def _compress(
     codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
     layer = CompressedLayer(spec=spec, result=result, codes=codes_OI, scale=scale_OG, zero=zero_OG)
     Q_OI = layer.dense(torch.float32)
-    error = relative_error([W_OI - Q_OI], [W_OI])
+    error = compute_relative_error([W_OI - Q_OI], [W_OI])
     set_weight(module, Q_OI)
     return replace(layer, result=replace(result, weight_error=error))

@@ -31,9 +31,9 @@ from cptq.compression.problem import Problem, Solution
 from cptq.numerics.asymmetric import fit_asymmetric
 from cptq.numerics.grid import code_range, fit_scales
 from cptq.numerics.half_offset import offset_precision
-from cptq.numerics.hessian import damped, damped_factor, dead_inputs
+from cptq.numerics.hessian import add_damping, factor_damped_inverse, find_dead_inputs
 from cptq.numerics.refit import refit_scales
-from cptq.numerics.sweep import column_sweep
+from cptq.numerics.sweep import sweep_columns
 
 #: share of the mean diagonal added to H
 DAMPING = 0.01
@@ -43,21 +43,21 @@ UNSEEN = "no calibration token reaches it: rounded to nearest"
 
 def compress(problem: Problem) -> Solution:
     """Round with error compensation; falls back to nearest, with a note, if H is unusable."""
-    if bool(dead_inputs(problem.H_II).all()):
+    if bool(find_dead_inputs(problem.H_II).all()):
         return replace(nearest.compress(problem), notes=(UNSEEN,))
     order_I = problem.H_II.diagonal().argsort(descending=True, stable=True)
-    U_II, used = damped_factor(problem.H_II[order_I][:, order_I], DAMPING)
+    U_II, used = factor_damped_inverse(problem.H_II[order_I][:, order_I], DAMPING)
     if U_II is None:
         solution = nearest.compress(problem)
         note = "the Hessian could not be factored even with full damping: rounded to nearest"
         return replace(solution, notes=(note,))
     notes = (f"damping raised from {DAMPING} to {used:g}",) if used != DAMPING else ()
-    W_OI = problem.W_OI.masked_fill(dead_inputs(problem.H_II), 0.0)
+    W_OI = problem.W_OI.masked_fill(find_dead_inputs(problem.H_II), 0.0)
     scale_OG, zero_OG = _grid(W_OI, _cost_of_error(U_II, order_I), problem)
     codes_OI = _swept(W_OI, U_II, order_I, scale_OG, zero_OG, problem)
     steps_OI = codes_OI if zero_OG is None else _steps(codes_OI, zero_OG)
     precision_OG = _precision(zero_OG, problem)
-    scale_OG = refit_scales(W_OI, damped(problem.H_II, used), steps_OI, scale_OG, precision_OG)
+    scale_OG = refit_scales(W_OI, add_damping(problem.H_II, used), steps_OI, scale_OG, precision_OG)
     return Solution(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, notes=notes)
 
 
@@ -124,7 +124,7 @@ def _swept(
         codes_IO[position] = code_O
         return code_O.sub_(zero_O).mul_(scale_O)
 
-    column_sweep(W_OI.T[order_I].contiguous(), U_II, project)
+    sweep_columns(W_OI.T[order_I].contiguous(), U_II, project)
     restored_IO = torch.empty_like(codes_IO)
     restored_IO[order_I] = codes_IO
     return restored_IO.T.contiguous()

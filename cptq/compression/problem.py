@@ -8,10 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cptq.checkpoint.weights import storage_dtype
+from cptq.checkpoint.weights import get_storage_dtype
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import TWO_OF_FOUR
-from cptq.numerics.masks import magnitude_mask, two_of_four_mask
+from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
 from cptq.types import Candidate, LayerSpec
 
 
@@ -55,7 +55,7 @@ def layer_problem(W_OI: Tensor, H_II: Tensor, spec: LayerSpec, candidate: Candid
         H_II=H_II,
         bits=candidate.bits,
         group=resolve_group(spec.shape[1], candidate.group_size),
-        scale_dtype=storage_dtype(spec),
+        scale_dtype=get_storage_dtype(spec),
         symmetric=candidate.symmetric,
         mask_OI=_mask(W_OI, H_II, candidate),
     )
@@ -71,5 +71,5 @@ def _mask(W_OI: Tensor, H_II: Tensor, candidate: Candidate) -> Tensor | None:
         return None
     score_OI = W_OI * H_II.diagonal().clamp_min(0).sqrt()
     if candidate.pattern == TWO_OF_FOUR:
-        return two_of_four_mask(score_OI)
-    return magnitude_mask(score_OI, candidate.sparsity)
+        return build_two_of_four_mask(score_OI)
+    return build_magnitude_mask(score_OI, candidate.sparsity)

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cptq.calibration.tokens import token_digest
+from cptq.calibration.tokens import digest_tokens
 from cptq.evaluation.halves import LOGIT_ELEMENTS, positions_at_once
 from cptq.evaluation.perplexity import Estimate, Witness, ratio
 from cptq.evaluation.tails import quantile
@@ -94,7 +94,7 @@ class Keeper:
         """Keep what the baseline makes of this text."""
         windows, seqlen = windows_NT.shape
         self.kept[name] = Kept(
-            fingerprint=token_digest(windows_NT),
+            fingerprint=digest_tokens(windows_NT),
             path=self.folder / f"{len(self.kept)}.float32",
             shape=(windows, seqlen - 1),
             emit=emit,
@@ -120,7 +120,7 @@ class Comparer:
         kept = self.kept.get(name)
         if kept is None or kept.done < 0:
             return None
-        if kept.fingerprint != token_digest(windows_NT):
+        if kept.fingerprint != digest_tokens(windows_NT):
             message = "no KL to the baseline: the two models do not see the same tokens"
             emit(Notice(kind="skipped", subject=name, message=message))
             return None

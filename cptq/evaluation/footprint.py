@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from cptq.checkpoint.files import weight_files
+from cptq.checkpoint.files import find_weight_files
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import EvaluationError
 from cptq.evaluation.options import EvalOptions
@@ -81,7 +81,7 @@ def _alone(repeated: bool) -> tuple[str, ...]:
 
 def weight_bytes(path: Path) -> int:
     """Bytes of the weight files: those of the index or the single file, else the pickled ones."""
-    files = weight_files(path) or sorted(path.glob("pytorch_model*.bin"))
+    files = find_weight_files(path) or sorted(path.glob("pytorch_model*.bin"))
     return sum(file.stat().st_size for file in files)
 
 

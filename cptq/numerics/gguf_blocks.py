@@ -1,4 +1,4 @@
-"""Integer codes as ggml's blocks of 32, bit for bit.
+"""Pack integer codes into ggml's blocks of 32, bit for bit.
 
 | type | bytes | layout of a block                                       | weight       |
 |------|-------|---------------------------------------------------------|--------------|
@@ -37,15 +37,15 @@ def fits_float16(scale_OG: Tensor) -> bool:
     return bool((torch.isfinite(half) & (half.to(scale_OG.dtype) == scale_OG)).all())
 
 
-def minimum(scale_OG: Tensor, zero_OG: Tensor, kind: str) -> Tensor:
-    """m, the weight of the smallest code, float64 and exact; shape of the scales."""
+def compute_minimum(scale_OG: Tensor, zero_OG: Tensor, kind: str) -> Tensor:
+    """Return m, the weight of the smallest code, float64 and exact; shape of the scales."""
     return scale_OG.double() * -offset_of(zero_OG, TYPE_BITS[kind])
 
 
 def pack_blocks(
     codes_OI: Tensor, scale_OG: Tensor, kind: str, zero_OG: Tensor | None = None
 ) -> Tensor:
-    """The bytes of a weight, uint8 (out, blocks * block bytes).
+    """Return the bytes of a weight, uint8 (out, blocks * block bytes).
 
     Args:
         codes_OI: int8, in the range of the type (4, 5 or 8 bits, signed).
@@ -54,22 +54,26 @@ def pack_blocks(
         zero_OG: zero points int8, for the types with a minimum (which float16 must hold).
 
     Raises:
-        ValueError: a shape, a code or a scale that the type cannot hold.
+        ValueError: the type cannot hold a shape, a code or a scale.
     """
     out, inputs = codes_OI.shape
     blocks = inputs // BLOCK
     if inputs % BLOCK or blocks % scale_OG.shape[1]:
-        raise ValueError(f"{inputs} inputs in {scale_OG.shape[1]} groups are no blocks of {BLOCK}")
+        raise ValueError(
+            f"{inputs} inputs in {scale_OG.shape[1]} groups do not divide into blocks of {BLOCK}"
+        )
     if (zero_OG is not None) != (kind in _WITH_MINIMUM):
         raise ValueError(f"{kind} holds {'a' if kind in _WITH_MINIMUM else 'no'} minimum")
-    numbers = [scale_OG] if zero_OG is None else [scale_OG, minimum(scale_OG, zero_OG, kind)]
+    numbers = (
+        [scale_OG] if zero_OG is None else [scale_OG, compute_minimum(scale_OG, zero_OG, kind)]
+    )
     _check_range(codes_OI, TYPE_BITS[kind])
-    heads_OBD = [_half_bytes(x_OG, blocks) for x_OG in numbers]
+    heads_OBD = [_encode_float16(x_OG, blocks) for x_OG in numbers]
     body_OBD = _BODIES[kind](codes_OI.view(out, blocks, BLOCK))
     return torch.cat([*heads_OBD, body_OBD], dim=-1).view(out, blocks * BLOCK_BYTES[kind])
 
 
-def _half_bytes(x_OG: Tensor, blocks: int) -> Tensor:
+def _encode_float16(x_OG: Tensor, blocks: int) -> Tensor:
     """Numbers per group as the two bytes of a float16 in each block, (out, blocks, 2)."""
     if not fits_float16(x_OG):
         raise ValueError("a scale or a minimum is not exact in float16")
@@ -78,32 +82,38 @@ def _half_bytes(x_OG: Tensor, blocks: int) -> Tensor:
 
 
 def _check_range(codes_OI: Tensor, bits: int) -> None:
-    half = 1 << (bits - 1)
-    if codes_OI.numel() and not -half <= int(codes_OI.min()) <= int(codes_OI.max()) < half:
-        raise ValueError(f"a code lies outside [{-half}, {half - 1}]")
+    limit = 1 << (bits - 1)
+    if codes_OI.numel() and not -limit <= int(codes_OI.min()) <= int(codes_OI.max()) < limit:
+        raise ValueError(f"a code lies outside [{-limit}, {limit - 1}]")
 
 
-def _nibbles(u_OBK: Tensor) -> Tensor:
-    """The low four bits of values j and j + 16 in byte j."""
+def _pack_nibbles(u_OBK: Tensor) -> Tensor:
+    """Return the low four bits of values j and j + 16 in byte j."""
     low_OBK = u_OBK & 0xF
     return low_OBK[..., :16] | (low_OBK[..., 16:] << 4)
 
 
-def _body4(codes_OBK: Tensor) -> Tensor:
-    return _nibbles((codes_OBK + 8).to(torch.uint8))
+def _pack_4bit(codes_OBK: Tensor) -> Tensor:
+    return _pack_nibbles((codes_OBK + 8).to(torch.uint8))
 
 
-def _body5(codes_OBK: Tensor) -> Tensor:
+def _pack_5bit(codes_OBK: Tensor) -> Tensor:
     u_OBK = (codes_OBK + 16).to(torch.uint8)
     fifth_OBK = (u_OBK >> 4).view(*u_OBK.shape[:-1], 4, 8)
     places = torch.arange(8, device=u_OBK.device, dtype=torch.uint8)
     high_OBD = (fifth_OBK << places).sum(-1).to(torch.uint8)  # little-endian uint32
-    return torch.cat([high_OBD, _nibbles(u_OBK)], dim=-1)
+    return torch.cat([high_OBD, _pack_nibbles(u_OBK)], dim=-1)
 
 
-def _body8(codes_OBK: Tensor) -> Tensor:
+def _pack_8bit(codes_OBK: Tensor) -> Tensor:
     return codes_OBK.contiguous().view(torch.uint8)
 
 
-_BODIES = {"Q4_0": _body4, "Q5_0": _body5, "Q8_0": _body8, "Q4_1": _body4, "Q5_1": _body5}
+_BODIES = {
+    "Q4_0": _pack_4bit,
+    "Q5_0": _pack_5bit,
+    "Q8_0": _pack_8bit,
+    "Q4_1": _pack_4bit,
+    "Q5_1": _pack_5bit,
+}
 _WITH_MINIMUM = ("Q4_1", "Q5_1")

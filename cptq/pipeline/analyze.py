@@ -18,9 +18,8 @@ from cptq.pipeline.summarize import summary
 from cptq.pipeline.validate import budgets, validate
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import AnalyzeOutcome, Summary
-from cptq.sensitivity import SLOW, everyday
-from cptq.sensitivity.measure import measure, needs_text
-from cptq.sensitivity.partial import InterruptedMeasurementError
+from cptq.sensitivity import SLOW, list_default_metrics
+from cptq.sensitivity.measure import InterruptedMeasurementError, measure, needs_text
 from cptq.types import Candidate, Emit, Notice, SensitivityTable, Validation
 
 
@@ -186,7 +185,7 @@ def _report_dense_layers(model: LoadedModel, settings: AnalyzeSettings, emit: Em
 def _report_slow_metrics(metrics: tuple[str, ...], emit: Emit) -> None:
     """Emit a notice about the slow metrics, which `--metric all` leaves out."""
     left_out = [name for name in SLOW if name not in metrics]
-    if left_out and set(everyday()) <= set(metrics):
+    if left_out and set(list_default_metrics()) <= set(metrics):
         names = " ".join(f"--metric {name}" for name in left_out)
         message = (
             f"without {', '.join(left_out)}, which runs half the model on the held-out text for "

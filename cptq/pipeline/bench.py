@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from cptq.calibration.objective import Objective
-from cptq.calibration.samples import Wants, collect_samples
+from cptq.calibration.samples import SampleRequest, collect_samples
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
@@ -40,7 +40,7 @@ def workbench(
         )
         emit(Notice(kind="fallback", subject=compressor, message=message))
         return Workbench(model, compressor, emit)
-    wants = Wants(moments=True)
+    wants = SampleRequest(moments=True)
     samples = collect_samples(
         model, calibration.batches, objective, wants, seed=seed, emit=emit, keep=1
     )

@@ -16,8 +16,8 @@ from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.hub import push
 from cptq.artifact.reload import TOLERANCE, ReloadCheck, ReloadSample
+from cptq.calibration.batches import Batch
 from cptq.calibration.replay import forward
-from cptq.calibration.tokens import Batch
 from cptq.compression.blockwise import compress_model
 from cptq.compression.embeddings import compress_embeddings
 from cptq.config import CompressSettings

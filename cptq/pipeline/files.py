@@ -15,7 +15,7 @@ from cptq.config import Runtime
 from cptq.errors import PlanError
 from cptq.report.summary import convert_to_plain
 from cptq.sensitivity import METRICS
-from cptq.sensitivity.partial import PARTIAL
+from cptq.sensitivity.measure import PARTIAL
 from cptq.types import CalibrationRecord, Candidate, Plan, SensitivityTable, Validation
 
 #: version of the layout of sensitivity/*.json; grows when a field or a score changes its meaning

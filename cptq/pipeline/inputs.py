@@ -18,8 +18,8 @@ from cptq.allocation.targets import resolve_budget
 from cptq.artifact.atomic import check_output, check_space
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.hub import check_push
+from cptq.calibration.batches import Batch
 from cptq.calibration.holdout import count_part_rows, split_parts
-from cptq.calibration.slices import Rows
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
@@ -73,9 +73,9 @@ class HeldOutText:
     compares the plan with the baseline plan.
     """
 
-    search: Sequence[Rows] = ()
-    guard: Sequence[Rows] = ()
-    uniform_check: Sequence[Rows] = ()
+    search: Sequence[Batch] = ()
+    guard: Sequence[Batch] = ()
+    uniform_check: Sequence[Batch] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

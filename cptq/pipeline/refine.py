@@ -14,8 +14,8 @@ from cptq.allocation.cost import CostModel
 from cptq.allocation.problem import build_problem
 from cptq.allocation.refine import Choices, Refined, refine
 from cptq.allocation.targets import ledger_of
-from cptq.calibration.objective import objective_for
-from cptq.calibration.probe import Probe
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression.workbench import Workbench
@@ -42,13 +42,13 @@ def refine_plan(
     Args:
         held_out: text to search by, and to guard the result with.
     """
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     seed, sparse = settings.calibration.seed, any(c.sparsity for c in _candidates(options))
     bench = workbench(
         model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
     )
-    search = Probe(model, held_out.search, objective)
-    guard = Probe(model, held_out.guard, objective)
+    search = DivergenceFromDense(model, held_out.search, objective)
+    guard = DivergenceFromDense(model, held_out.guard, objective)
     ledger = ledger_of(plan.budget, cost, options)
     problem = build_problem(table, ledger, _candidates(options), _silent)
     with bench.trying():
@@ -72,10 +72,10 @@ def refine_plan(
     )
 
 
-def _measure(bench: Workbench, probe: Probe) -> Callable[[Choices], float]:
+def _measure(bench: Workbench, probe: DivergenceFromDense) -> Callable[[Choices], float]:
     def measure(choices: Choices) -> float:
         bench.settle(choices)
-        return float(probe.rows_now().mean())
+        return float(probe.measure_rows().mean())
 
     return measure
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from cptq.calibration.objective import objective_for
-from cptq.calibration.probe import Probe
-from cptq.calibration.slices import Rows
+from cptq.calibration.batches import Batch
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import choose_objective
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.report.formatting import format_number
@@ -47,7 +47,7 @@ def keep_better_plan(
     plan: Plan,
     baseline: Plan,
     compress: Compress,
-    held_out: Sequence[Rows],
+    held_out: Sequence[Batch],
     emit: Emit,
 ) -> tuple[Plan, list[CompressedLayer]]:
     """Carry out both plans and return the better one; `model` then has its weights.
@@ -60,8 +60,8 @@ def keep_better_plan(
         held_out: batches to compare on.
         emit: receives the notices of the better plan only, and the result.
     """
-    objective = objective_for(model.kind, model.config)
-    probe = Probe(model, held_out, objective)
+    objective = choose_objective(model.kind, model.config)
+    probe = DivergenceFromDense(model, held_out, objective)
     dense = _copy_weights(model)
     other = _carry_out(baseline, compress, probe, emit)
     for name, W_OI in dense.items():
@@ -89,7 +89,7 @@ def _copy_weights(model: LoadedModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _carry_out(plan: Plan, compress: Compress, probe: Probe, emit: Emit) -> _Outcome:
+def _carry_out(plan: Plan, compress: Compress, probe: DivergenceFromDense, emit: Emit) -> _Outcome:
     notices: list[Event] = []
 
     def collect(event: Event) -> None:
@@ -99,7 +99,7 @@ def _carry_out(plan: Plan, compress: Compress, probe: Probe, emit: Emit) -> _Out
             notices.append(event)
 
     layers = compress(plan, collect)
-    return _Outcome(plan=plan, layers=layers, notices=notices, rows=probe.rows_now())
+    return _Outcome(plan=plan, layers=layers, notices=notices, rows=probe.measure_rows())
 
 
 def _describe_result(own: _Outcome, other: _Outcome, unit: str, tokens: int) -> Notice:

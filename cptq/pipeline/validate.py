@@ -23,10 +23,10 @@ import torch
 from cptq.allocation.allocate import allocate, without_sparse
 from cptq.allocation.cost import CostModel
 from cptq.allocation.targets import resolve_budget
+from cptq.calibration.batches import choose_held_out_tokens, count_tokens, split_held_out
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.holdout import split_parts
-from cptq.calibration.objective import objective_for
-from cptq.calibration.probe import Probe
-from cptq.calibration.slices import held_out_tokens, split_held_out, token_count
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression.workbench import Workbench
@@ -34,8 +34,8 @@ from cptq.config import AnalyzeSettings
 from cptq.pipeline.bench import workbench
 from cptq.pipeline.inputs import cost_model
 from cptq.report.formatting import format_seconds as spoken
-from cptq.sensitivity.validation.pairs import choose_pairs, depth, ranked_depths
-from cptq.sensitivity.validation.ranks import RESAMPLES, agreement
+from cptq.sensitivity.validation.pairs import choose_pairs, classify_depth, rank_depths
+from cptq.sensitivity.validation.ranks import RESAMPLES, measure_agreement
 from cptq.types import (
     Budget,
     Candidate,
@@ -76,12 +76,12 @@ def validate(
     _tell_foreign_texts(tables, calibration, emit)
     seed = settings.calibration.seed
     cost, limits = cost_model(model, settings), budgets(model, candidates, settings)
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     sparse = any(candidate.sparsity for candidate in candidates)
     bench = workbench(
         model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
     )
-    probe = Probe(model, split_parts(model, calibration.held_out, 1)[0], objective)
+    probe = DivergenceFromDense(model, split_parts(model, calibration.held_out, 1)[0], objective)
     dealt = choose_pairs(model.units, len(model.block_names), candidates, settings.pairs, seed)
     chosen = [(unit, c) for unit, c in dealt if cost.refusal(unit.name, c) is None]
     trials = _Trials(model=model, cost=cost, probe=probe, bench=bench, emit=emit)
@@ -100,7 +100,7 @@ def validate(
         reference=REFERENCE if REFERENCE in tables else None,
         pairs=tuple(pairs),
         agreements=tuple(
-            agreement(
+            measure_agreement(
                 name,
                 [pair.unit for pair in pairs],
                 [candidates.index(pair.candidate) for pair in pairs],
@@ -145,7 +145,7 @@ def _tell_foreign_texts(
 
 def _measure_pairs(
     model: LoadedModel,
-    probe: Probe,
+    probe: DivergenceFromDense,
     bench: Workbench,
     chosen: Sequence[tuple[Unit, Candidate]],
     tables: Mapping[str, SensitivityTable],
@@ -158,9 +158,9 @@ def _measure_pairs(
             Pair(
                 unit=unit.name,
                 candidate=candidate,
-                depth=depth(unit.block, len(model.block_names)),
+                depth=classify_depth(unit.block, len(model.block_names)),
                 role=unit.role,
-                truth=probe.divergence(unit, bench.weights(unit, candidate)),
+                truth=probe.measure_unit(unit, bench.weights(unit, candidate)),
                 scores={metric: t.scores[unit.name][candidate] for metric, t in tables.items()},
             )
         )
@@ -169,10 +169,10 @@ def _measure_pairs(
 
 
 def _depths(pairs: Sequence[Pair], metrics: Sequence[str]) -> dict[str, Mapping[str, float]]:
-    found = {TRUTH: ranked_depths([(p.depth, p.role, p.candidate, p.truth) for p in pairs])}
+    found = {TRUTH: rank_depths([(p.depth, p.role, p.candidate, p.truth) for p in pairs])}
     for metric in metrics:
         rows = [(p.depth, p.role, p.candidate, p.scores[metric]) for p in pairs]
-        found[metric] = ranked_depths(rows)
+        found[metric] = rank_depths(rows)
     return found
 
 
@@ -182,7 +182,7 @@ class _Trials:
 
     model: LoadedModel
     cost: CostModel
-    probe: Probe
+    probe: DivergenceFromDense
     bench: Workbench
     emit: Emit
     known: dict[tuple[Candidate, ...], torch.Tensor] = field(default_factory=dict)
@@ -244,7 +244,7 @@ class _Trials:
         key = tuple(plan.choices[unit.name] for unit in self.model.units)
         if key not in self.known:
             self.bench.settle(plan.choices)
-            self.known[key] = self.probe.rows_now()
+            self.known[key] = self.probe.measure_rows()
         return self.known[key]
 
     def _but_for_details(self, event: Event) -> None:
@@ -253,14 +253,16 @@ class _Trials:
             self.emit(event)
 
 
-def _texts(model: LoadedModel, calibration: Calibration, probe: Probe) -> dict[str, str]:
+def _texts(
+    model: LoadedModel, calibration: Calibration, probe: DivergenceFromDense
+) -> dict[str, str]:
     record = calibration.record
-    tokens = held_out_tokens(model.parameters, model.device.type == "cpu")
+    tokens = choose_held_out_tokens(model.parameters, model.device.type == "cpu")
     split = split_held_out(calibration.batches, model.kind, tokens)
     shared = " (too short a text: they are fitted on as well)" if split.overlap else ""
     return {
-        "fit": f"{token_count(split.fit):,} tokens of {record.source}, {record.samples} samples",
-        "choose": f"{token_count(split.held_out):,} tokens from the end of those samples, for "
+        "fit": f"{count_tokens(split.fit):,} tokens of {record.source}, {record.samples} samples",
+        "choose": f"{count_tokens(split.held_out):,} tokens from the end of those samples, for "
         f"metrics that measure{shared}",
         "judge": f"{probe.tokens:,} tokens of {len(calibration.held_out)} further samples of "
         f"{record.source}",
@@ -268,7 +270,7 @@ def _texts(model: LoadedModel, calibration: Calibration, probe: Probe) -> dict[s
 
 
 def _tell_cost(
-    probe: Probe,
+    probe: DivergenceFromDense,
     pairs: int,
     budgets: int,
     tables: Mapping[str, SensitivityTable],
@@ -279,7 +281,7 @@ def _tell_cost(
 ) -> None:
     """How long it will take, and what the reference would cost where it was not asked for."""
     began = time.perf_counter()
-    probe.rows_now()
+    probe.measure_rows()
     one = time.perf_counter() - began
     plans = budgets * (1 + len(tables) * len(settings.allocators))
     message = (
@@ -288,7 +290,7 @@ def _tell_cost(
     )
     emit(Notice(kind="info", subject="--validate", message=message))
     if REFERENCE not in tables:
-        held = held_out_tokens(model.parameters, model.device.type == "cpu")
+        held = choose_held_out_tokens(model.parameters, model.device.type == "cpu")
         each = one / 2 * held / max(probe.tokens, 1)
         whole = spoken(each * len(model.units) * len(candidates))
         message = (

@@ -68,7 +68,9 @@ class SensitivityTable:
     """Scores of one metric: {unit name: {candidate: score}}, higher = worse if compressed.
 
     `per_unit` is the metric's own candidate-free number (1 - mean rho for cca, and so on) and
-    `per_block` its sum or mean over a block. `details` says whatever a reader must know.
+    `per_block` its sum or mean over a block. `details` says whatever a reader must know. `seconds`
+    is the wall time of the run that measured the table: shared passes and all metrics of that run,
+    so it is the metric's own cost only if it was measured alone (`scripts/bench_sensitivity`).
     """
 
     metric: str

@@ -17,7 +17,7 @@ from cptq.compression.blockwise import compress_model
 from cptq.config import AnalyzeSettings, CalibrationSettings, ModelSettings
 from cptq.errors import CalibrationError
 from cptq.pipeline import analyze
-from cptq.sensitivity.rounding import rounding_error
+from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Budget, Candidate, Event, Notice, Plan, Validation
 from tests.conftest import TinyModel
 
@@ -79,7 +79,9 @@ def test_truths_are_those_of_the_model_with_one_unit_changed(
         unit = next(unit for unit in changed.units if unit.name == pair.unit)
         for spec in unit.layers:
             W_OI = changed.linear(spec.name).weight.detach()
-            set_weight(changed.linear(spec.name), W_OI - rounding_error(W_OI, spec, pair.candidate))
+            set_weight(
+                changed.linear(spec.name), W_OI - compute_rounding_error(W_OI, spec, pair.candidate)
+            )
         assert pair.truth == pytest.approx(
             slow_divergence(dense.module, changed.module, rows), rel=1e-3
         )

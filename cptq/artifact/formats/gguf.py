@@ -51,7 +51,7 @@ from cptq.layouts.gguf import (
     type_of,
     type_refusal,
 )
-from cptq.numerics.gguf_blocks import fits_float16, minimum, pack_blocks
+from cptq.numerics.gguf_blocks import compute_minimum, fits_float16, pack_blocks
 from cptq.types import CompressedLayer, Emit, ModelKind, TensorSpec
 
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
@@ -195,7 +195,7 @@ def _explain_refusal(layer: CompressedLayer) -> str | None:
         return shape
     if not fits_float16(layer.scale):
         return "scales that are not exact in float16"
-    if layer.zero is not None and not fits_float16(minimum(layer.scale, layer.zero, kind)):
+    if layer.zero is not None and not fits_float16(compute_minimum(layer.scale, layer.zero, kind)):
         return "scales times zero points that are not exact in float16"
     return None
 

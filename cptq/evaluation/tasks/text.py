@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cptq.calibration.tokens import token_digest
+from cptq.calibration.tokens import digest_tokens
 from cptq.checkpoint.model import LoadedModel
 from cptq.data import Text, load_text
 from cptq.errors import DataError, EvaluationError
@@ -79,7 +79,7 @@ def measure_text(
     seqlen = _fit(choose_seqlen(model, name, options.seqlen, emit), tokens, text, emit)
     measure = _rolled if options.stride else _cut
     found = measure(model, name, tokens, seqlen, options, emit)
-    seconds, fingerprint = time.perf_counter() - begin, token_digest(found.rows)
+    seconds, fingerprint = time.perf_counter() - begin, digest_tokens(found.rows)
     results = [
         EvalResult(
             task=name,

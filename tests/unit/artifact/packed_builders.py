@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
+from cptq.checkpoint.weights import get_storage_dtype, get_weight, set_weight
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import PACKED_LAYOUT, TWO_OF_FOUR
 from cptq.numerics.asymmetric import quantize_asymmetric
 from cptq.numerics.grid import quantize_nearest
-from cptq.numerics.masks import magnitude_mask
+from cptq.numerics.masks import build_magnitude_mask
 from cptq.types import (
     Artifact,
     Budget,
@@ -39,7 +39,7 @@ def mask_of(W_OI: torch.Tensor, choice: Candidate) -> torch.Tensor | None:
         blocks = W_OI.abs().view(-1, 4)
         mask = torch.zeros_like(blocks, dtype=torch.bool)
         return mask.scatter_(1, blocks.topk(2).indices, True).view(W_OI.shape)
-    return magnitude_mask(W_OI, choice.sparsity) if choice.sparsity else None
+    return build_magnitude_mask(W_OI, choice.sparsity) if choice.sparsity else None
 
 
 def pack_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> CompressedLayer:
@@ -54,11 +54,11 @@ def pack_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Compre
     zero = None
     if choice.symmetric:
         codes, scale = quantize_nearest(
-            kept_OI, choice.bits, group, scale_dtype=storage_dtype(spec)
+            kept_OI, choice.bits, group, scale_dtype=get_storage_dtype(spec)
         )
     else:
         codes, scale, zero = quantize_asymmetric(
-            kept_OI, choice.bits, group, scale_dtype=storage_dtype(spec)
+            kept_OI, choice.bits, group, scale_dtype=get_storage_dtype(spec)
         )
     result = LayerResult(
         name=spec.name,

@@ -18,7 +18,7 @@ from cptq.config import RUNTIMES
 from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.numerics.asymmetric import dequantize_asymmetric, fit_asymmetric
 from cptq.numerics.grid import dequantize, fit_scales
-from cptq.numerics.masks import magnitude_mask, two_of_four_mask
+from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
 from cptq.types import Candidate, Event, LayerSpec
 from tests.conftest import TinyModel
 from tests.reference import gptq as truth
@@ -58,7 +58,7 @@ def test_equals_brain_surgery_by_elimination(
     out: int, features: int, group: int, bits: int, symmetric: bool, masked: bool
 ) -> None:
     asked = problem(out, features, group, bits, symmetric=symmetric)
-    mask_OI = magnitude_mask(asked.W_OI, 0.4) if masked else None
+    mask_OI = build_magnitude_mask(asked.W_OI, 0.4) if masked else None
     asked = replace(asked, mask_OI=mask_OI)
     kept_OI = asked.W_OI if mask_OI is None else asked.W_OI * mask_OI
     options = {"scale_dtype": torch.float64, "importance_I": truth.prices(asked.H_II, DAMPING)}
@@ -85,7 +85,7 @@ def test_equals_brain_surgery_by_elimination(
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_masked_weights_are_exactly_zero(method, symmetric: bool) -> None:  # type: ignore[no-untyped-def]
     asked = problem(6, 40, 8, 3, symmetric=symmetric)
-    mask_OI = two_of_four_mask(asked.W_OI)
+    mask_OI = build_two_of_four_mask(asked.W_OI)
     found = method(replace(asked, mask_OI=mask_OI))
     assert bool((values(found)[~mask_OI] == 0).all())
     assert bool((values(found)[mask_OI] != 0).any())
@@ -93,7 +93,7 @@ def test_masked_weights_are_exactly_zero(method, symmetric: bool) -> None:  # ty
 
 def test_compensation_beats_the_mask_alone() -> None:
     asked = problem(6, 40, 8, 4)
-    asked = replace(asked, mask_OI=magnitude_mask(asked.W_OI, 0.5))
+    asked = replace(asked, mask_OI=build_magnitude_mask(asked.W_OI, 0.5))
     swept, rounded = (output_error(asked, values(m.compress(asked))) for m in (gptq, nearest))
     assert swept < 0.5 * rounded
 
@@ -112,7 +112,7 @@ def test_a_sparse_candidate_keeps_what_matters_most(label: str) -> None:
             order = sorted(range(4), key=lambda k, row=row: -abs(float(row[k])))  # type: ignore[misc]
             assert {k for k in range(4) if kept[k]} == set(order[:2])
     else:
-        assert torch.equal(layer.mask, magnitude_mask(score_OI, choice.sparsity))
+        assert torch.equal(layer.mask, build_magnitude_mask(score_OI, choice.sparsity))
     assert bool((layer.dense(torch.float32)[~layer.mask] == 0).all())
     assert layer.result.nbytes == sum(t.nbytes for t in PACKED_LAYOUT.tensors(spec, choice))
 

@@ -11,7 +11,7 @@ from cptq.compression import COMPRESSORS, nearest
 from cptq.compression.half import LEAST, in_half
 from cptq.compression.problem import Problem
 from cptq.numerics.asymmetric import dequantize_asymmetric
-from cptq.numerics.gguf_blocks import fits_float16, minimum
+from cptq.numerics.gguf_blocks import compute_minimum, fits_float16
 from cptq.numerics.grid import dequantize
 
 
@@ -42,13 +42,13 @@ def test_scales_times_zero_points_are_exact_too(name: str, dtype: torch.dtype, s
     assert found.zero_OG is not None
     assert found.scale_OG.dtype is dtype
     assert fits_float16(found.scale_OG)
-    assert fits_float16(minimum(found.scale_OG, found.zero_OG, "Q4_1"))
+    assert fits_float16(compute_minimum(found.scale_OG, found.zero_OG, "Q4_1"))
     if size == 1.0:
         read = dequantize_asymmetric(found.codes_OI, found.scale_OG, found.zero_OG, torch.float32)
         assert float((read - asked.W_OI).norm() / asked.W_OI.norm()) < 0.2
         free = COMPRESSORS.get(name)(asked)
         assert free.zero_OG is not None
-        held = fits_float16(minimum(free.scale_OG, free.zero_OG, "Q4_1"))
+        held = fits_float16(compute_minimum(free.scale_OG, free.zero_OG, "Q4_1"))
         assert dtype is torch.bfloat16 or not held
 
 

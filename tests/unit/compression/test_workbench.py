@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cptq.calibration.objective import objective_for
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
@@ -92,7 +92,7 @@ def test_with_activations_the_first_block_is_that_of_compress_model(tiny_model: 
     """Later blocks differ: there the errors of those before are not seen."""
     model, calibration = loaded(tiny_model, "llama")
     choices = dict.fromkeys((unit.name for unit in model.units), Candidate(bits=3, group_size=16))
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     bench = workbench(model, calibration, objective, "gptq", seed=0, emit=quiet)
     with bench.trying():
         bench.settle(choices)

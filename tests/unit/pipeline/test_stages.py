@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from cptq.calibration.slices import Rows
+from cptq.calibration.batches import Batch
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.pipeline.compress import compress_layers, make_plan, measure_sensitivity
 from cptq.pipeline.inputs import CompressInputs, HeldOutText, load_inputs
@@ -30,7 +30,7 @@ def load(model: Path, out: Path, **more: Any) -> CompressInputs:
     return load_inputs(settings, recorder())
 
 
-def rows_of(batches: Sequence[Rows]) -> set[tuple[int, ...]]:
+def rows_of(batches: Sequence[Batch]) -> set[tuple[int, ...]]:
     return {tuple(row.tolist()) for batch in batches for row in batch["input_ids"]}
 
 

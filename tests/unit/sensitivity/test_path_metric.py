@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from cptq.calibration.objective import objective_for
-from cptq.calibration.slices import gradient_rows
+from cptq.calibration.batches import select_gradient_rows
+from cptq.calibration.objective import choose_objective
 from cptq.checkpoint.weights import get_weight
 from cptq.errors import CalibrationError
 from cptq.sensitivity.measure import measure
-from cptq.sensitivity.path import PATH_TOKENS, path_gradients
-from cptq.sensitivity.rounding import Rounding, rounding_error
+from cptq.sensitivity.path_metric import PATH_TOKENS, compute_path_gradients
+from cptq.sensitivity.rounding import NearestRounding, compute_rounding_error
 from cptq.types import Candidate, Progress, SensitivityTable
 from tests.reference import gradients as truth
 from tests.reference.sensitivity import loaded, random_calibration
@@ -46,19 +46,19 @@ def test_terms_equal_autograd_in_float64(
     arch: str, candidate: Candidate, tiny_model: TinyModel
 ) -> None:
     model = loaded(tiny_model(arch))
-    objective = objective_for(model.kind, model.config)
-    rows = gradient_rows(random_calibration(model).batches, model.kind, 150)
+    objective = choose_objective(model.kind, model.config)
+    rows = select_gradient_rows(random_calibration(model).batches, model.kind, 150)
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
-    found = path_gradients(
-        model, rows, objective, Rounding(),
-        candidates=(candidate, DENSE), places=(0.5, 1.0), emit=lambda event: None,
+    found = compute_path_gradients(
+        model, rows, objective, NearestRounding(),
+        candidates=(candidate, DENSE), points=(0.5, 1.0), emit=lambda event: None,
     )  # fmt: skip
     assert all(torch.equal(before[n], v) for n, v in model.module.state_dict().items())
     assert all(weight.grad is None for weight in model.module.parameters())
     assert set(found.terms) == {(candidate, 0.5), (candidate, 1.0)}
     specs = {s.name: s for unit in model.units for s in unit.layers}
     W = {name: get_weight(model.linear(name)) for name in specs}
-    d = {name: -rounding_error(W[name], spec, candidate) for name, spec in specs.items()}
+    d = {name: -compute_rounding_error(W[name], spec, candidate) for name, spec in specs.items()}
     for place in (0.5, 1.0):
         there = {name: W[name] + place * d[name] for name in specs}
         g, loss = truth.gradients(model, rows, objective, there)
@@ -67,20 +67,20 @@ def test_terms_equal_autograd_in_float64(
             term = found.terms[candidate, place][unit.name]
             products = [g[s.name] * d[s.name].double() for s in unit.layers]
             size = sum(float(p.abs().sum()) for p in products)
-            assert term.magnitude == pytest.approx(size, rel=1e-3)
+            assert term.absolute == pytest.approx(size, rel=1e-3)
             along = sum(float(p.sum()) for p in products)
-            assert term.along == pytest.approx(along, rel=1e-3, abs=1e-3 * size)
+            assert term.directional == pytest.approx(along, rel=1e-3, abs=1e-3 * size)
 
 
 @pytest.mark.parametrize("arch", ["llama", "bert-encoder"])
 def test_the_metrics_combine_the_terms_as_they_say(arch: str, tiny_model: TinyModel) -> None:
     path = tiny_model(arch)
     model = loaded(path)
-    objective = objective_for(model.kind, model.config)
-    rows = gradient_rows(random_calibration(model).batches, model.kind, PATH_TOKENS)
-    terms = path_gradients(
-        model, rows, objective, Rounding(),
-        candidates=(W3,), places=(0.5, 1.0), emit=lambda event: None,
+    objective = choose_objective(model.kind, model.config)
+    rows = select_gradient_rows(random_calibration(model).batches, model.kind, PATH_TOKENS)
+    terms = compute_path_gradients(
+        model, rows, objective, NearestRounding(),
+        candidates=(W3,), points=(0.5, 1.0), emit=lambda event: None,
     ).terms  # fmt: skip
     half, end = terms[W3, 0.5], terms[W3, 1.0]
     tables = {
@@ -90,9 +90,9 @@ def test_the_metrics_combine_the_terms_as_they_say(arch: str, tiny_model: TinyMo
     for unit in model.units:
         u = unit.name
         expected = {
-            "taylor-quantized": end[u].along / 2,
-            "taylor-integrated": (4 * half[u].along + end[u].along) / 6,
-            "delta-loss": end[u].magnitude,
+            "taylor-quantized": end[u].directional / 2,
+            "taylor-integrated": (4 * half[u].directional + end[u].directional) / 6,
+            "delta-loss": end[u].absolute,
         }
         for name, value in expected.items():
             assert tables[name].scores[u][W3] == pytest.approx(max(value, 0), rel=1e-4, abs=1e-7)
@@ -121,8 +121,8 @@ def test_at_many_bits_half_the_gradient_at_the_end_is_enough(tiny_model: TinyMod
 
 def test_progress_is_told_and_the_model_comes_back_from_a_failure(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("llama"))
-    objective = objective_for(model.kind, model.config)
-    rows = gradient_rows(random_calibration(model).batches, model.kind, 100)
+    objective = choose_objective(model.kind, model.config)
+    rows = select_gradient_rows(random_calibration(model).batches, model.kind, 100)
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     flags = [p.requires_grad for p in model.module.parameters()]
     events: list[Progress] = []
@@ -134,8 +134,14 @@ def test_progress_is_told_and_the_model_comes_back_from_a_failure(tiny_model: Ti
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        path_gradients(
-            model, rows, objective, Rounding(), candidates=(W3, W8), places=(1.0,), emit=interrupt
+        compute_path_gradients(
+            model,
+            rows,
+            objective,
+            NearestRounding(),
+            candidates=(W3, W8),
+            points=(1.0,),
+            emit=interrupt,
         )
     assert {(event.stage, event.total) for event in events} == {("gradients", 2)}
     assert [event.done for event in events] == [0, 0, 1]
@@ -145,13 +151,13 @@ def test_progress_is_told_and_the_model_comes_back_from_a_failure(tiny_model: Ti
 
 def test_an_output_that_is_not_finite_is_named(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("llama"))
-    objective = objective_for(model.kind, model.config)
-    rows = gradient_rows(random_calibration(model).batches, model.kind, 100)
+    objective = choose_objective(model.kind, model.config)
+    rows = select_gradient_rows(random_calibration(model).batches, model.kind, 100)
     norm = model.module.get_submodule("model.norm")
     with torch.no_grad():
         norm.weight.fill_(float("inf"))
     with pytest.raises(CalibrationError, match="output of the rounded model holds NaN"):
-        path_gradients(
-            model, rows, objective, Rounding(),
-            candidates=(W3,), places=(1.0,), emit=lambda event: None,
+        compute_path_gradients(
+            model, rows, objective, NearestRounding(),
+            candidates=(W3,), points=(1.0,), emit=lambda event: None,
         )  # fmt: skip

@@ -1,7 +1,7 @@
-"""The inventory: every weight matrix in forward order, with role, fused group and ties.
+"""Take the inventory of a model: every weight matrix in forward order, with role, group and ties.
 
-Order and "does it run at all" are observed, not assumed: a short input goes through the model once
-and each linear, Conv1D and embedding notes when it is first called and which tensor it is handed.
+The order, and whether a layer runs at all, are observed, not assumed: a short input goes through
+the model once, and for each linear, Conv1D and embedding the first call and its input are recorded.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from cptq.checkpoint.architectures import Architecture
 from cptq.errors import ModelError
 from cptq.types import Emit, LayerKind, LayerSpec, Notice, TensorSpec, Unit
 
-#: tokens of the input that is traced
+#: tokens of the traced input
 TRACE_TOKENS = 8
 
 CONV1D_REASON = "a Conv1D, which the compressed-tensors format cannot hold; kept dense"
@@ -28,9 +28,9 @@ REPEATED_REASON = "its block runs more than once in a forward pass; kept dense"
 
 @dataclass(kw_only=True)
 class Trace:
-    """What one forward pass showed: modules in call order and the input each was handed.
+    """The record of one forward pass: modules in call order and the input of each.
 
-    `repeated`: blocks that ran more than once; what goes in and out of one is no chain then.
+    `repeated`: blocks that ran more than once, whose inputs and outputs do not form a chain.
     """
 
     order: list[str] = field(default_factory=list)
@@ -59,20 +59,20 @@ def take_inventory(
 
     Args:
         module: the model, in evaluation mode.
-        family: what is known of its architecture.
-        tensors: storage types by tensor name (see `stored_tensors`).
+        family: its architecture.
+        tensors: storage types by tensor name (see `list_stored_tensors`).
         emit: receives a Notice for every linear that will be left dense.
-        conv1d: count a Conv1D among the compressible, as a format may hold it.
+        conv1d: count a Conv1D as compressible, for formats that can store it.
 
     Raises:
         ModelError: no blocks are found, or the model does not run on token ids.
     """
     blocks = find_blocks(module, family)
     trace = trace_forward(module, blocks)
-    ties = tied_names(module)
+    ties = find_ties(module)
     layers = tuple(
-        _describe(module, name, family, blocks, trace, ties, tensors, conv1d)
-        for name in _forward_order(module, trace)
+        _describe_layer(module, name, family, blocks, trace, ties, tensors, conv1d)
+        for name in _list_in_forward_order(module, trace)
     )
     _report_dense(layers, emit)
     _report_unlisted(module, layers, emit)
@@ -80,33 +80,33 @@ def take_inventory(
 
 
 def find_blocks(module: nn.Module, family: Architecture) -> tuple[str, ...]:
-    """Dotted names of the model's blocks, in order."""
+    """Return the dotted names of the model's blocks, in order."""
     lists = {n: m for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     known = [n for n in lists if family.blocks and f".{n}".endswith(f".{family.blocks}")]
     even = [n for n, m in lists.items() if len({type(block) for block in m}) == 1]
     name = known[0] if known else max(even, key=lambda n: len(lists[n]), default=None)
     if name is None:
         raise ModelError(
-            "no stack of equal blocks was found in the model, so there is nothing to walk",
+            "no stack of equal blocks was found in the model",
             allowed="transformer models whose blocks are in a ModuleList",
         )
     return tuple(f"{name}.{i}" for i in range(len(lists[name])))
 
 
-def _weighty(module: nn.Module) -> bool:
+def _has_weight(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
 
 
 def trace_forward(module: nn.Module, blocks: tuple[str, ...]) -> Trace:
-    """Run a few tokens and note who is called, in which order, with which input."""
+    """Run a few tokens and record which modules are called, in which order, with which input."""
     trace, handles = Trace(), []
     for name, part in module.named_modules():
-        if _weighty(part):
-            handles.append(part.register_forward_hook(_noting(trace, name)))
+        if _has_weight(part):
+            handles.append(part.register_forward_hook(_record_call(trace, name)))
     seen: set[str] = set()
     for name in blocks:
         block = module.get_submodule(name)
-        handles.append(block.register_forward_hook(_counting(trace, seen, name)))
+        handles.append(block.register_forward_hook(_record_block(trace, seen, name)))
     try:
         device = next(module.parameters()).device
         vocabulary = int(module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
@@ -124,7 +124,7 @@ def trace_forward(module: nn.Module, blocks: tuple[str, ...]) -> Trace:
     return trace
 
 
-def _noting(trace: Trace, name: str):  # type: ignore[no-untyped-def]
+def _record_call(trace: Trace, name: str):  # type: ignore[no-untyped-def]
     def hook(_module: nn.Module, args: tuple[Tensor, ...], _output: object) -> None:
         if name not in trace.inputs and args:
             trace.order.append(name)
@@ -133,20 +133,20 @@ def _noting(trace: Trace, name: str):  # type: ignore[no-untyped-def]
     return hook
 
 
-def _counting(trace: Trace, seen: set[str], name: str):  # type: ignore[no-untyped-def]
+def _record_block(trace: Trace, seen: set[str], name: str):  # type: ignore[no-untyped-def]
     def hook(*_: object) -> None:
         (trace.repeated if name in seen else seen).add(name)
 
     return hook
 
 
-def _forward_order(module: nn.Module, trace: Trace) -> list[str]:
-    silent = [n for n, m in module.named_modules() if _weighty(m) and n not in trace.inputs]
+def _list_in_forward_order(module: nn.Module, trace: Trace) -> list[str]:
+    silent = [n for n, m in module.named_modules() if _has_weight(m) and n not in trace.inputs]
     return trace.order + silent
 
 
-def tied_names(module: nn.Module) -> dict[str, str]:
-    """{tensor name: name of the earlier tensor that is the same parameter}."""
+def find_ties(module: nn.Module) -> dict[str, str]:
+    """Return {tensor name: name of the earlier tensor that is the same parameter}."""
     first: dict[int, str] = {}
     ties: dict[str, str] = {}
     for name, parameter in module.named_parameters(remove_duplicate=False):
@@ -156,7 +156,7 @@ def tied_names(module: nn.Module) -> dict[str, str]:
     return ties
 
 
-def _describe(
+def _describe_layer(
     module: nn.Module,
     name: str,
     family: Architecture,
@@ -169,10 +169,10 @@ def _describe(
     part = module.get_submodule(name)
     block = next((i for i, b in enumerate(blocks) if name.startswith(f"{b}.")), None)
     tied = ties.get(f"{name}.weight")
-    kind = _kind(module, part)
-    role = _role(name, kind, block, family)
+    kind = _classify_layer(module, part)
+    role = _find_role(name, kind, block, family)
     reason = CONV1D_REASON if kind == "conv1d" and not conv1d else None
-    reason = reason or _why_dense(kind, block, name in trace.inputs, tied)
+    reason = reason or _find_dense_reason(kind, block, name in trace.inputs, tied)
     if reason is None and block is not None and blocks[block] in trace.repeated:
         reason = REPEATED_REASON
     weight = part.weight
@@ -185,7 +185,7 @@ def _describe(
         kind=kind,
         shape=(shape[0], shape[1]),
         dtype=tensors[tied or f"{name}.weight"].dtype,
-        fused=None if reason else _fused(name, role, family, trace),
+        fused=None if reason else _find_fused_name(name, role, family, trace),
         tied_to=tied.removesuffix(".weight") if tied else None,
         transposed=isinstance(part, Conv1D),
         compressible=reason is None,
@@ -193,7 +193,7 @@ def _describe(
     )
 
 
-def _kind(module: nn.Module, part: nn.Module) -> LayerKind:
+def _classify_layer(module: nn.Module, part: nn.Module) -> LayerKind:
     head = getattr(module, "get_output_embeddings", lambda: None)()
     if part is head:
         return "head"
@@ -202,13 +202,15 @@ def _kind(module: nn.Module, part: nn.Module) -> LayerKind:
     return "conv1d" if isinstance(part, Conv1D) else "linear"
 
 
-def _role(name: str, kind: LayerKind, block: int | None, family: Architecture) -> str:
+def _find_role(name: str, kind: LayerKind, block: int | None, family: Architecture) -> str:
     if kind in ("embedding", "head"):
         return "lm_head" if kind == "head" else name.rsplit(".", 1)[-1]
-    return name.rsplit(".", 1)[-1] if block is None else family.role(name)
+    return name.rsplit(".", 1)[-1] if block is None else family.get_role(name)
 
 
-def _why_dense(kind: LayerKind, block: int | None, runs: bool, tied: str | None) -> str | None:
+def _find_dense_reason(
+    kind: LayerKind, block: int | None, runs: bool, tied: str | None
+) -> str | None:
     if kind == "embedding":
         return "an embedding; dense unless --embedding-bits packs it"
     if kind == "head":
@@ -220,12 +222,12 @@ def _why_dense(kind: LayerKind, block: int | None, runs: bool, tied: str | None)
     return "outside the blocks; kept dense" if block is None else None
 
 
-def _fused(name: str, role: str, family: Architecture, trace: Trace) -> str | None:
-    """The unit's name where several linears are one decision."""
+def _find_fused_name(name: str, role: str, family: Architecture, trace: Trace) -> str | None:
+    """Return the unit's name if several linears are one decision."""
     parent = name.rsplit(".", 1)[0]
     if family.family != "generic":
-        group = family.group(role)
-        return f"{_stem(name, family)}.{group}" if group else None
+        group = family.get_group(role)
+        return f"{_strip_role(name, family)}.{group}" if group else None
     mates = [
         other
         for other in trace.order
@@ -235,15 +237,15 @@ def _fused(name: str, role: str, family: Architecture, trace: Trace) -> str | No
     return f"{parent}.{'+'.join(ends)}" if len(mates) > 1 else None
 
 
-def _stem(name: str, family: Architecture) -> str:
+def _strip_role(name: str, family: Architecture) -> str:
     ends = [end for end in family.roles if name.endswith(f".{end}")]
     parent = max(ends, key=len)
-    # bert's roles reach over two levels (attention.self.query): keep the parent module
+    # bert's roles span two levels (attention.self.query): keep the parent module
     return name.rsplit(".", 1)[0] if "." in parent else name[: -len(parent) - 1]
 
 
 def group_units(layers: tuple[LayerSpec, ...]) -> tuple[Unit, ...]:
-    """The compressible layers as decisions, in forward order."""
+    """Group the compressible layers into decisions, in forward order."""
     members: dict[str, list[LayerSpec]] = {}
     for layer in layers:
         if layer.compressible:
@@ -268,7 +270,7 @@ def _report_dense(layers: tuple[LayerSpec, ...], emit: Emit) -> None:
 
 
 def _report_unlisted(module: nn.Module, layers: tuple[LayerSpec, ...], emit: Emit) -> None:
-    """Matrices that no linear, Conv1D or embedding holds, such as the stacked experts of an MoE."""
+    """Report matrices outside linears, Conv1Ds and embeddings, such as stacked experts."""
     listed = {layer.weight_name for layer in layers}
     names = [n for n, p in module.named_parameters() if p.ndim > 1 and n not in listed]
     if names:

@@ -1,4 +1,4 @@
-"""The probe against whole forward passes."""
+"""Divergences of single changes against whole forward passes."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from cptq.calibration.objective import objective_for
-from cptq.calibration.probe import Probe
+from cptq.calibration.batches import split_held_out
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import forward
-from cptq.calibration.slices import split_held_out
-from cptq.checkpoint.weights import get_weight, replaced
+from cptq.checkpoint.weights import get_weight, replace_weight
 from cptq.errors import CalibrationError
 from tests.reference import gradients as truth
 from tests.reference.sensitivity import loaded, random_calibration
@@ -24,27 +24,29 @@ ARCHITECTURES = ("llama", "opt", "gpt_neox", "bert", "distilbert", "bert-encoder
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_a_trial_equals_a_whole_forward_pass(arch: str, tiny_model: TinyModel) -> None:
     model = loaded(tiny_model(arch))
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     rows = split_held_out(random_calibration(model).batches, model.kind, 200).held_out
-    probe = Probe(model, rows, objective)
+    divergence = DivergenceFromDense(model, rows, objective)
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     for unit in (model.units[0], model.units[-1]):
         name = unit.layers[-1].name
         module = model.linear(name)
         W = get_weight(module) * 0.8
-        ours = probe.divergence(unit, {name: W})
+        ours = divergence.measure_unit(unit, {name: W})
         parts = []
         with torch.no_grad():
             for row in rows:
-                dense = objective.reference(objective.answer(forward(model, row), row))
-                with replaced(module, W):
+                dense = objective.compute_reference(objective.select_rows(forward(model, row), row))
+                with replace_weight(module, W):
                     parts.append(
-                        objective.divergence(dense, objective.answer(forward(model, row), row))
+                        objective.compute_divergence(
+                            dense, objective.select_rows(forward(model, row), row)
+                        )
                     )
         assert ours == pytest.approx(float(torch.cat(parts).mean()), rel=1e-5)
         assert ours > 0
     assert all(torch.equal(before[n], v) for n, v in model.module.state_dict().items())
-    assert probe.trials == 2
+    assert divergence.trials == 2
 
 
 @pytest.mark.parametrize("arch", ["llama", "bert", "bert-encoder"])
@@ -52,36 +54,36 @@ def test_many_layers_changed_at_once_equal_a_model_with_those_weights(
     arch: str, tiny_model: TinyModel
 ) -> None:
     model = loaded(tiny_model(arch))
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     rows = split_held_out(random_calibration(model).batches, model.kind, 200).held_out
-    probe = Probe(model, rows, objective)
+    divergence = DivergenceFromDense(model, rows, objective)
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
     names = [spec.name for unit in model.units for spec in unit.layers]
     weights = {name: get_weight(model.linear(name)) * 0.9 for name in names}
     expected = truth.trial(model, rows, objective, weights)
-    assert probe.whole(weights) == pytest.approx(expected, rel=1e-4)
+    assert divergence.measure_layers(weights) == pytest.approx(expected, rel=1e-4)
     assert all(torch.equal(before[n], v) for n, v in model.module.state_dict().items())
 
 
 def test_disturbed_readers_of_one_tensor_read_one_disturbance(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("llama"))
     rows = split_held_out(random_calibration(model).batches, model.kind, 200).held_out
-    probe = Probe(model, rows, objective_for(model.kind, model.config))
+    divergence = DivergenceFromDense(model, rows, choose_objective(model.kind, model.config))
     unit = model.units[0]
-    first = probe.disturbed(unit, 0.1, seed=0)
+    first = divergence.measure_input_noise(unit, 0.1, seed=0)
     seen: list[torch.Tensor] = []
     handles = [
         model.linear(spec.name).register_forward_hook(lambda m, args, out: seen.append(args[0]))
         for spec in unit.layers
     ]
-    assert probe.disturbed(unit, 0.1, seed=0) == first
+    assert divergence.measure_input_noise(unit, 0.1, seed=0) == first
     assert len(seen) == 3 * len(rows)
     assert all(torch.equal(seen[0], x) for x in seen[:3])
     for handle in handles:
         handle.remove()
-    assert probe.disturbed(unit, 0.1, seed=1) != first
-    assert probe.disturbed(unit, 0.0, seed=0) == 0.0
-    assert probe.disturbed(unit, 0.2, seed=0) == pytest.approx(4 * first, rel=0.4)
+    assert divergence.measure_input_noise(unit, 0.1, seed=1) != first
+    assert divergence.measure_input_noise(unit, 0.0, seed=0) == 0.0
+    assert divergence.measure_input_noise(unit, 0.2, seed=0) == pytest.approx(4 * first, rel=0.4)
     hooks = [len(model.linear(spec.name)._forward_pre_hooks) for spec in unit.layers]
     assert hooks == [0, 0, 0]
 
@@ -89,19 +91,19 @@ def test_disturbed_readers_of_one_tensor_read_one_disturbance(tiny_model: TinyMo
 def test_no_change_is_no_divergence(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("llama"))
     rows = split_held_out(random_calibration(model).batches, model.kind, 200).held_out
-    probe = Probe(model, rows, objective_for(model.kind, model.config))
+    divergence = DivergenceFromDense(model, rows, choose_objective(model.kind, model.config))
     for unit in model.units:
         weights = {s.name: get_weight(model.linear(s.name)).clone() for s in unit.layers}
-        assert probe.divergence(unit, weights) == 0.0
+        assert divergence.measure_unit(unit, weights) == 0.0
 
 
 def test_weights_come_back_after_a_failed_trial(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("llama"))
     rows = split_held_out(random_calibration(model).batches, model.kind, 200).held_out
-    probe = Probe(model, rows, objective_for(model.kind, model.config))
+    divergence = DivergenceFromDense(model, rows, choose_objective(model.kind, model.config))
     unit = model.units[0]
     spec = unit.layers[0]
     W = get_weight(model.linear(spec.name)).clone()
     with pytest.raises(CalibrationError, match="qkv"):
-        probe.divergence(unit, {spec.name: torch.full_like(W, float("nan"))})
+        divergence.measure_unit(unit, {spec.name: torch.full_like(W, float("nan"))})
     assert torch.equal(get_weight(model.linear(spec.name)), W)
