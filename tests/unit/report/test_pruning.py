@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cptq.cli.show import MANY, first_table
+from cptq.cli.output import MANY, make_leader_table
 from cptq.report.pruning import pruning_tables
 from cptq.report.tables import all_tables
 from cptq.types import SensitivityTable
@@ -54,10 +54,10 @@ def test_an_interrupted_measurement_shows_the_units_that_were_scored() -> None:
 def test_many_metrics_have_a_line_each() -> None:
     units = fake.units(2)
     tables = [fake.table(f"m{i}", units, 1.0, i) for i in range(MANY + 1)]
-    rows = first_table(tables).rows
+    rows = make_leader_table(tables).rows
     assert [row[0] for row in rows] == [table.metric for table in tables]
     for row, table in zip(rows, tables, strict=True):
         assert row[1] == max(table.per_unit, key=lambda name: table.per_unit[name])
     assert rows[3][2] == "24 s"
     nothing = replace(tables[0], per_unit={})
-    assert first_table([nothing]).rows[0][1] == "-"
+    assert make_leader_table([nothing]).rows[0][1] == "-"
