@@ -150,7 +150,7 @@ def test_a_plan_edited_to_a_width_without_a_block_is_refused(
     plan["choices"][next(iter(plan["choices"]))] = "w8g32-asym"
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(plan))
-    with pytest.raises(PlanError, match="of asymmetric grids llamacpp takes 4, 5, not 8 bits"):
+    with pytest.raises(PlanError, match=r"llamacpp.*asymmetric.*4, 5.*not 8"):
         compressed(source, tmp_path / "again", asymmetric=True, plan=file, target=None)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -81,18 +82,14 @@ def test_a_plan_may_ask_for_sparse_layers(tiny_model: TinyModel, tmp_path: Path)
     assert found >= {"s50", "2:4", "asym-s60"}
     asked = settings(source, tmp_path / "refused", plan=file)
     with pytest.raises(PlanError, match="sparse"):
-        compress(CompressSettings(**{**_fields(asked), "runtime": "transformers"}), events.append)
-
-
-def _fields(asked: CompressSettings) -> dict[str, Any]:
-    return {name: getattr(asked, name) for name in CompressSettings.__slots__}
+        compress(replace(asked, runtime="transformers"), events.append)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"asymmetric": True}, "--asymmetric makes what --runtime transformers does not load"),
-        ({"embedding_bits": 8}, "--embedding-bits makes what --runtime transformers"),
+        ({"asymmetric": True}, "transformers.*--asymmetric"),
+        ({"embedding_bits": 8}, "transformers.*--embedding-bits"),
         ({"embedding_bits": 4, "runtime": "cptq"}, "--embedding-bits is 4; allowed: 6, 7, 8"),
     ],
 )

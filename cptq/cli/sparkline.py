@@ -1,4 +1,4 @@
-"""A row of small bars: one per block, as text."""
+"""A row of small bars as text, one per block."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ WIDEST = 60
 LOG_RATIO = 30.0
 
 
-def sketch(values: Sequence[float]) -> tuple[str, bool]:
-    """The bars, and whether they show logarithms; what is not finite is a question mark.
+def draw_sparkline(values: Sequence[float]) -> tuple[str, bool]:
+    """Return the bars and whether they show logarithms; values that are not finite become `?`.
 
-    Rows longer than `WIDEST` are shortened to the highest value of neighbours.
+    Rows longer than `WIDEST` are shortened to the maximum of neighbours.
     """
     rows = _shorten(values)
     finite = [value for value in rows if isfinite(value)]
@@ -25,10 +25,10 @@ def sketch(values: Sequence[float]) -> tuple[str, bool]:
     seen = [log(value) if logs and isfinite(value) else value for value in rows]
     low = min(value for value in seen if isfinite(value)) if logs else min(0.0, *finite, 0.0)
     high = max(value for value in seen if isfinite(value))
-    return "".join(_bar(value, low, high) for value in seen), logs
+    return "".join(_choose_bar(value, low, high) for value in seen), logs
 
 
-def _bar(value: float, low: float, high: float) -> str:
+def _choose_bar(value: float, low: float, high: float) -> str:
     if not isfinite(value):
         return "?"
     share = (value - low) / (high - low) if high > low else 0.0
