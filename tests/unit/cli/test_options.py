@@ -126,7 +126,7 @@ def test_names_of_registries_are_listed(helps: dict[str, str]) -> None:
     for command in COMMANDS:
         for option in command.options:
             if option.registry:
-                names = ", ".join(option.load_registry().names())
+                names = ", ".join(option.load_registry().list_names())
                 assert names in normalize(helps[command.name])
 
 
