@@ -16,7 +16,7 @@ What fits: codes of fewer bits fit into the next wider block (2, 3 -> Q4_0; 6, 7
 a multiple of 32 are that many blocks of equal d, and d may be negative. So a layer is held exactly
 if 32 divides its inputs and its group, and float16 holds its scales. An asymmetric weight is
 d * (q - z), so u = q + half and m = -d * (z + half), half being 2^(bits of the type - 1): float16
-must hold that product, which `numerics.half_offset` sees to. Nothing is rounded here.
+must hold that product, which `float16_offset` in `numerics.grid` sees to. Nothing is rounded here.
 
 Cost: O(out * in). Shapes: codes_OI int8 (out, in), scale_OG and zero_OG (out, groups), bytes
 (out, bytes).
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from cptq.layouts.gguf import BLOCK, BLOCK_BYTES, TYPE_BITS
-from cptq.numerics.half_offset import offset_of
+from cptq.numerics.grid import to_unsigned
 
 
 def half_holds(scale_OG: Tensor) -> bool:
@@ -39,7 +39,7 @@ def half_holds(scale_OG: Tensor) -> bool:
 
 def minimum(scale_OG: Tensor, zero_OG: Tensor, kind: str) -> Tensor:
     """m, the weight of the smallest code, float64 and exact; shape of the scales."""
-    return scale_OG.double() * -offset_of(zero_OG, TYPE_BITS[kind])
+    return scale_OG.double() * -to_unsigned(zero_OG, TYPE_BITS[kind])
 
 
 def pack_blocks(

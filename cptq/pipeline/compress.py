@@ -83,7 +83,7 @@ class _Run(Planning):
             self.calibration,
             plan,
             compressor=self.settings.compressor,
-            half_scales=self.runtime.half_scales,
+            float16_scales=self.runtime.float16_scales,
             layout=self.layout,
             emit=emit,
         )

@@ -19,6 +19,7 @@ from cptq.calibration.probe import Probe
 from cptq.calibration.slices import Rows
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
+from cptq.numerics.grid import dequantize_layer
 from cptq.report.words import number
 from cptq.types import CompressedLayer, Emit, Event, Notice, Plan, Progress
 
@@ -69,7 +70,7 @@ def ship_the_better(
         for name, W_OI in dense.items():
             set_weight(model.linear(name), W_OI)
         for layer in other.layers:
-            set_weight(model.linear(layer.spec.name), layer.dense(model.dtype))
+            set_weight(model.linear(layer.spec.name), dequantize_layer(layer, model.dtype))
     for event in better.said:
         emit(event)
     note = _verdict(own, other, objective.unit, probe.tokens)

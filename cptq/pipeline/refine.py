@@ -45,7 +45,15 @@ def refine_plan(
     objective = objective_for(model.kind, model.config)
     seed, sparse = settings.calibration.seed, any(c.sparsity for c in _candidates(options))
     bench = workbench(
-        model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
+        model,
+        calibration,
+        objective,
+        settings.compressor,
+        layout=cost.layout,
+        float16_scales=cost.runtime.float16_scales,
+        sparse=sparse,
+        seed=seed,
+        emit=emit,
     )
     choose, guard = (Probe(model, rows, objective) for rows in texts)
     ledger = ledger_of(plan.budget, cost, options)

@@ -79,7 +79,15 @@ def validate(
     objective = objective_for(model.kind, model.config)
     sparse = any(candidate.sparsity for candidate in candidates)
     bench = workbench(
-        model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
+        model,
+        calibration,
+        objective,
+        settings.compressor,
+        layout=cost.layout,
+        float16_scales=cost.runtime.float16_scales,
+        sparse=sparse,
+        seed=seed,
+        emit=emit,
     )
     probe = Probe(model, parts(model, calibration.spare, 1)[0], objective)
     dealt = choose_pairs(model.units, len(model.block_names), candidates, settings.pairs, seed)

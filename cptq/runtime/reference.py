@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from cptq.layouts.packed import TWO_OF_FOUR
+from cptq.numerics import grid
 from cptq.numerics.packing import unpack_rows, unpack_values
 from cptq.numerics.sparse import PATTERN_BITS, join_2_of_4, scatter_codes, unpack_range
 from cptq.runtime.operations import Backend
@@ -62,7 +63,8 @@ def _tiles(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, Tens
         bits = weight.scheme.bits
         stored_N = _signed(unpack_range(weight.codes, bits, used, used + count), bits)
         used += count
-        yield start, _masked(scatter_codes(stored_N, mask_RI), mask_RI, part, dtype)
+        codes_RI = scatter_codes(stored_N, mask_RI)
+        yield start, _multiply_out(codes_RI, mask_RI, part, dtype)
 
 
 def _rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
@@ -84,29 +86,24 @@ def _rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
 
 
 def _dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """All values of a weight without a bitmask."""
+    """Return all values of a weight without a bitmask."""
     bits, inputs = weight.scheme.bits, weight.shape[1]
     if weight.scheme.pattern != TWO_OF_FOUR:
-        return _values(unpack_rows(weight.codes, bits, inputs), weight, dtype)
+        return _multiply_out(unpack_rows(weight.codes, bits, inputs), None, weight, dtype)
     assert weight.pattern is not None
     pattern_RB = unpack_values(weight.pattern, PATTERN_BITS, inputs // 4)
     codes_RI, mask_RI = join_2_of_4(pattern_RB, unpack_rows(weight.codes, bits, inputs // 2))
-    return _masked(codes_RI, mask_RI, weight, dtype)
+    return _multiply_out(codes_RI, mask_RI, weight, dtype)
 
 
-def _masked(codes_RI: Tensor, mask_RI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Values where the mask is set and exact zeros elsewhere, also on an asymmetric grid."""
-    return _values(codes_RI, weight, dtype).masked_fill_(~mask_RI, 0.0)
-
-
-def _values(codes_RI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """(codes - zero) * scale, as `CompressedLayer.dense` has it, in one buffer of `dtype`."""
-    out, groups = weight.scale.shape
-    steps_RGK = codes_RI.to(dtype).view(out, groups, -1)
-    if weight.zero is not None:
-        zero_RG = unpack_rows(weight.zero, weight.scheme.bits, groups)
-        steps_RGK.sub_(zero_RG.to(dtype).unsqueeze(-1))
-    return steps_RGK.mul_(weight.scale.to(dtype).unsqueeze(-1)).view(out, -1)
+def _multiply_out(
+    codes_RI: Tensor, mask_RI: Tensor | None, weight: PackedWeight, dtype: torch.dtype
+) -> Tensor:
+    """Return the values of codes; exact zeros outside the mask, also on an asymmetric grid."""
+    zero_RG = weight.zero
+    if zero_RG is not None:
+        zero_RG = unpack_rows(zero_RG, weight.scheme.bits, weight.scale.shape[1])
+    return grid.dequantize(codes_RI, weight.scale, zero_RG, mask_RI, dtype=dtype)
 
 
 def _signed(values: Tensor, bits: int) -> Tensor:

@@ -2,12 +2,12 @@
 
 A sparse candidate drops weights first, the smallest of the matrix or two of every four neighbouring
 inputs, and its grid is fitted to what stays. By magnitude, so that a score needs no activations:
-the compressors look at those (`cptq.compression.problem`) and lose less.
+the compressors look at those (`cptq.compression.layer`) and lose less.
 
-Fitting the scales takes nearly all the time of rounding, and they are few: `Rounding` keeps those
-of every layer and candidate, so that the change can be had again at the price of encoding.
+Fitting the grids takes nearly all the time of rounding, and they are small: `Rounding` keeps those
+of every layer and candidate, so that repeating a change only costs the encoding.
 
-Memory: one number of the storage type per group, layer and candidate.
+Memory: one number of the storage type per group, layer and candidate, and a byte for a zero point.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from cptq.checkpoint.weights import storage_dtype
 from cptq.errors import UsageError
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import TWO_OF_FOUR, UNSTRUCTURED
-from cptq.numerics.asymmetric import dequantize_asymmetric, quantize_asymmetric
-from cptq.numerics.grid import dequantize, encode, fit_scales
+from cptq.numerics.grid import Grid, dequantize, encode, fit_grid
 from cptq.numerics.masks import magnitude_mask, two_of_four_mask
 from cptq.types import Candidate, LayerSpec, Unit
 
@@ -52,10 +51,10 @@ def rounding_error(W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tenso
 
 
 class Rounding:
-    """Rounding errors on demand; `fitting` is the seconds that fitting scales has taken so far."""
+    """Rounding errors on demand; `fitting` is the seconds that fitting grids has taken so far."""
 
     def __init__(self) -> None:
-        self._scales: dict[tuple[str, Candidate], Tensor] = {}
+        self._grids: dict[tuple[str, Candidate], Grid] = {}
         self.fitting = 0.0
 
     def errors(
@@ -70,31 +69,25 @@ class Rounding:
         kept_OI = W_OI * _mask(W_OI, candidate) if candidate.sparsity else W_OI
         if candidate.dense:
             return W_OI - kept_OI
-        if not candidate.symmetric:
-            return W_OI - self._asymmetric(kept_OI, spec, candidate)
-        scale_OG = self._scale(kept_OI, spec, candidate)
+        scale_OG, zero_OG = self._grid(kept_OI, spec, candidate)
         kept_OGK = kept_OI.reshape(*scale_OG.shape, -1)
-        codes_OGK = encode(kept_OGK, scale_OG.to(W_OI.dtype), candidate.bits)
-        return W_OI - dequantize(codes_OGK.view(W_OI.shape), scale_OG, W_OI.dtype)
+        codes_OGK = encode(kept_OGK, candidate.bits, scale_OG.to(W_OI.dtype), zero_OG)
+        return W_OI - dequantize(codes_OGK.view(W_OI.shape), scale_OG, zero_OG, dtype=W_OI.dtype)
 
-    def _asymmetric(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
-        """Q(W) on a grid with zero points, which are not kept: it is rounded anew each time."""
-        started = time.perf_counter()
-        group = resolve_group(spec.shape[1], candidate.group_size)
-        grid = quantize_asymmetric(kept_OI, candidate.bits, group, scale_dtype=storage_dtype(spec))
-        self.fitting += time.perf_counter() - started
-        return dequantize_asymmetric(*grid, kept_OI.dtype)
-
-    def _scale(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
+    def _grid(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Grid:
+        """Return the grid of a layer at a candidate, fitted when it is first needed."""
         key = spec.name, candidate
-        if key not in self._scales:
+        if key not in self._grids:
             started = time.perf_counter()
-            group = resolve_group(spec.shape[1], candidate.group_size)
-            self._scales[key] = fit_scales(
-                kept_OI, candidate.bits, group, scale_dtype=storage_dtype(spec)
+            self._grids[key] = fit_grid(
+                kept_OI,
+                candidate.bits,
+                resolve_group(spec.shape[1], candidate.group_size),
+                symmetric=candidate.symmetric,
+                scale_dtype=storage_dtype(spec),
             )
             self.fitting += time.perf_counter() - started
-        return self._scales[key]
+        return self._grids[key]
 
 
 def _mask(W_OI: Tensor, candidate: Candidate) -> Tensor:
