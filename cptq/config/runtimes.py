@@ -42,7 +42,7 @@ class Runtime:
     an asymmetric grid or a Conv1D. `bits` and `groups` are what a packed layer may have (16 bits is
     always allowed; group 0: per channel; no `groups`: any), `asymmetric` those of the bits that it
     may have on an asymmetric grid; `group_size` is the default. `out_multiple` and `in_multiple`
-    must divide a packed layer's dimensions, `half_scales` asks for scales that float16 holds
+    must divide a packed layer's dimensions, `float16_scales` asks for scales that float16 holds
     exactly, `experts` whether a mixture of experts in one scheme is taken. `conv1d` says that it
     takes the Conv1D of GPT-2, `embeddings` which widths it takes embeddings and output heads in (an
     output head, which most models share with the embedding, suffers from fewer), `sparse` that it
@@ -57,7 +57,7 @@ class Runtime:
     groups: tuple[int, ...] = ()
     out_multiple: int = 1
     in_multiple: int = 1
-    half_scales: bool = False
+    float16_scales: bool = False
     experts: bool = False
     wide_format: str | None = None
     asymmetric: tuple[int, ...] = ()
@@ -199,7 +199,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         group_size=32,
         groups=(32,),
         in_multiple=32,
-        half_scales=True,
+        float16_scales=True,
         wide_format="packed",
         asymmetric=(4, 5),
         conv1d=True,

@@ -1,1 +1,1 @@
-"""Pure functions of tensors: grids, sweeps, correlations, packing. Imports only torch."""
+"""Pure functions of tensors: grids, sweeps, subspaces, packing."""

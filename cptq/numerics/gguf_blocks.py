@@ -1,4 +1,4 @@
-"""Pack integer codes into ggml's blocks of 32, bit for bit.
+"""Integer codes as ggml's blocks of 32, bit for bit.
 
 | type | bytes | layout of a block                                       | weight       |
 |------|-------|---------------------------------------------------------|--------------|
@@ -16,7 +16,7 @@ What fits: codes of fewer bits fit into the next wider block (2, 3 -> Q4_0; 6, 7
 a multiple of 32 are that many blocks of equal d, and d may be negative. So a layer is held exactly
 if 32 divides its inputs and its group, and float16 holds its scales. An asymmetric weight is
 d * (q - z), so u = q + half and m = -d * (z + half), half being 2^(bits of the type - 1): float16
-must hold that product, which `numerics.half_offset` sees to. Nothing is rounded here.
+must hold that product, which `float16_offset` in `numerics.grid` sees to. Nothing is rounded here.
 
 Cost: O(out * in). Shapes: codes_OI int8 (out, in), scale_OG and zero_OG (out, groups), bytes
 (out, bytes).
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from cptq.layouts.gguf import BLOCK, BLOCK_BYTES, TYPE_BITS
-from cptq.numerics.half_offset import offset_of
+from cptq.numerics.grid import to_unsigned
 
 
 def fits_float16(scale_OG: Tensor) -> bool:
@@ -38,14 +38,14 @@ def fits_float16(scale_OG: Tensor) -> bool:
 
 
 def compute_minimum(scale_OG: Tensor, zero_OG: Tensor, kind: str) -> Tensor:
-    """Return m, the weight of the smallest code, float64 and exact; shape of the scales."""
-    return scale_OG.double() * -offset_of(zero_OG, TYPE_BITS[kind])
+    """m, the weight of the smallest code, float64 and exact; shape of the scales."""
+    return scale_OG.double() * -to_unsigned(zero_OG, TYPE_BITS[kind])
 
 
 def pack_blocks(
     codes_OI: Tensor, scale_OG: Tensor, kind: str, zero_OG: Tensor | None = None
 ) -> Tensor:
-    """Return the bytes of a weight, uint8 (out, blocks * block bytes).
+    """The bytes of a weight, uint8 (out, blocks * block bytes).
 
     Args:
         codes_OI: int8, in the range of the type (4, 5 or 8 bits, signed).
@@ -54,14 +54,12 @@ def pack_blocks(
         zero_OG: zero points int8, for the types with a minimum (which float16 must hold).
 
     Raises:
-        ValueError: the type cannot hold a shape, a code or a scale.
+        ValueError: a shape, a code or a scale that the type cannot hold.
     """
     out, inputs = codes_OI.shape
     blocks = inputs // BLOCK
     if inputs % BLOCK or blocks % scale_OG.shape[1]:
-        raise ValueError(
-            f"{inputs} inputs in {scale_OG.shape[1]} groups do not divide into blocks of {BLOCK}"
-        )
+        raise ValueError(f"{inputs} inputs in {scale_OG.shape[1]} groups are no blocks of {BLOCK}")
     if (zero_OG is not None) != (kind in _WITH_MINIMUM):
         raise ValueError(f"{kind} holds {'a' if kind in _WITH_MINIMUM else 'no'} minimum")
     numbers = (
@@ -82,13 +80,13 @@ def _encode_float16(x_OG: Tensor, blocks: int) -> Tensor:
 
 
 def _check_range(codes_OI: Tensor, bits: int) -> None:
-    limit = 1 << (bits - 1)
-    if codes_OI.numel() and not -limit <= int(codes_OI.min()) <= int(codes_OI.max()) < limit:
-        raise ValueError(f"a code lies outside [{-limit}, {limit - 1}]")
+    half = 1 << (bits - 1)
+    if codes_OI.numel() and not -half <= int(codes_OI.min()) <= int(codes_OI.max()) < half:
+        raise ValueError(f"a code lies outside [{-half}, {half - 1}]")
 
 
 def _pack_nibbles(u_OBK: Tensor) -> Tensor:
-    """Return the low four bits of values j and j + 16 in byte j."""
+    """The low four bits of values j and j + 16 in byte j."""
     low_OBK = u_OBK & 0xF
     return low_OBK[..., :16] | (low_OBK[..., 16:] << 4)
 

@@ -159,7 +159,7 @@ def _carry_out(inputs: CompressInputs, plan: Plan, emit: Emit) -> list[Compresse
         inputs.calibration,
         plan,
         compressor=inputs.settings.compressor,
-        half_scales=inputs.runtime.half_scales,
+        float16_scales=inputs.runtime.float16_scales,
         layout=inputs.space.layout,
         emit=emit,
     )

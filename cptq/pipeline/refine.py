@@ -45,7 +45,15 @@ def refine_plan(
     objective = choose_objective(model.kind, model.config)
     seed, sparse = settings.calibration.seed, any(c.sparsity for c in _candidates(options))
     bench = workbench(
-        model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
+        model,
+        calibration,
+        objective,
+        settings.compressor,
+        layout=cost.layout,
+        float16_scales=cost.runtime.float16_scales,
+        sparse=sparse,
+        seed=seed,
+        emit=emit,
     )
     search = DivergenceFromDense(model, held_out.search, objective)
     guard = DivergenceFromDense(model, held_out.guard, objective)

@@ -19,6 +19,7 @@ from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
+from cptq.numerics.grid import dequantize_layer
 from cptq.report.formatting import format_number
 from cptq.types import CompressedLayer, Emit, Event, Notice, Plan, Progress
 
@@ -72,7 +73,7 @@ def keep_better_plan(
         for name, W_OI in dense.items():
             set_weight(model.linear(name), W_OI)
         for layer in other.layers:
-            set_weight(model.linear(layer.spec.name), layer.dense(model.dtype))
+            set_weight(model.linear(layer.spec.name), dequantize_layer(layer, model.dtype))
     for event in better.notices:
         emit(event)
     note = _describe_result(own, other, objective.unit, probe.tokens)

@@ -79,7 +79,15 @@ def validate(
     objective = choose_objective(model.kind, model.config)
     sparse = any(candidate.sparsity for candidate in candidates)
     bench = workbench(
-        model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
+        model,
+        calibration,
+        objective,
+        settings.compressor,
+        layout=cost.layout,
+        float16_scales=cost.runtime.float16_scales,
+        sparse=sparse,
+        seed=seed,
+        emit=emit,
     )
     probe = DivergenceFromDense(model, split_parts(model, calibration.held_out, 1)[0], objective)
     dealt = choose_pairs(model.units, len(model.block_names), candidates, settings.pairs, seed)

@@ -1,13 +1,13 @@
 """Compute the change dW = W - Q(W) that a candidate makes to a layer, by nearest rounding.
 
 A sparse candidate drops weights first, the smallest of the matrix or two of every four neighbouring
-inputs, and its grid is fitted to the rest. Weights are dropped by magnitude, so that scores need no
-activations; the compressors use activations (`cptq.compression.problem`) and lose less.
+inputs, and its grid is fitted to what stays. By magnitude, so that a score needs no activations:
+the compressors look at those (`cptq.compression.layer`) and lose less.
 
-Fitting the scales takes nearly all the time of rounding, and they are few: `NearestRounding` keeps
-those of every layer and candidate, so that computing the change again costs only the encoding.
+Fitting the grids takes nearly all the time of rounding, and they are small: `NearestRounding` keeps those
+of every layer and candidate, so that repeating a change only costs the encoding.
 
-Memory: one number of the storage type per group, layer and candidate.
+Memory: one number of the storage type per group, layer and candidate, and a byte for a zero point.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from cptq.checkpoint.weights import get_storage_dtype
 from cptq.errors import UsageError
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import TWO_OF_FOUR, UNSTRUCTURED
-from cptq.numerics.asymmetric import dequantize_asymmetric, quantize_asymmetric
-from cptq.numerics.grid import dequantize, encode, fit_scales
+from cptq.numerics.grid import Grid, dequantize, encode, fit_grid
 from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
 from cptq.types import Candidate, LayerSpec, Unit
 
@@ -51,10 +50,10 @@ def compute_rounding_error(W_OI: Tensor, spec: LayerSpec, candidate: Candidate) 
 
 
 class NearestRounding:
-    """Compute rounding errors on demand and keep the fitted scales."""
+    """Compute rounding errors on demand and keep the fitted grids."""
 
     def __init__(self) -> None:
-        self._scales: dict[tuple[str, Candidate], Tensor] = {}
+        self._grids: dict[tuple[str, Candidate], Grid] = {}
 
     def compute_errors(
         self, unit: Unit, weights: Sequence[Tensor], candidate: Candidate
@@ -68,29 +67,23 @@ class NearestRounding:
         kept_OI = W_OI * _build_mask(W_OI, candidate) if candidate.sparsity else W_OI
         if candidate.dense:
             return W_OI - kept_OI
-        if not candidate.symmetric:
-            return W_OI - self._round_asymmetric(kept_OI, spec, candidate)
-        scale_OG = self._get_scale(kept_OI, spec, candidate)
+        scale_OG, zero_OG = self._grid(kept_OI, spec, candidate)
         kept_OGK = kept_OI.reshape(*scale_OG.shape, -1)
-        codes_OGK = encode(kept_OGK, scale_OG.to(W_OI.dtype), candidate.bits)
-        return W_OI - dequantize(codes_OGK.view(W_OI.shape), scale_OG, W_OI.dtype)
+        codes_OGK = encode(kept_OGK, candidate.bits, scale_OG.to(W_OI.dtype), zero_OG)
+        return W_OI - dequantize(codes_OGK.view(W_OI.shape), scale_OG, zero_OG, dtype=W_OI.dtype)
 
-    def _round_asymmetric(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
-        """Return Q(W) on a grid with zero points, which is fitted again each time."""
-        group = resolve_group(spec.shape[1], candidate.group_size)
-        grid = quantize_asymmetric(
-            kept_OI, candidate.bits, group, scale_dtype=get_storage_dtype(spec)
-        )
-        return dequantize_asymmetric(*grid, kept_OI.dtype)
-
-    def _get_scale(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
+    def _grid(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Grid:
+        """Return the grid of a layer at a candidate, fitted when it is first needed."""
         key = spec.name, candidate
-        if key not in self._scales:
-            group = resolve_group(spec.shape[1], candidate.group_size)
-            self._scales[key] = fit_scales(
-                kept_OI, candidate.bits, group, scale_dtype=get_storage_dtype(spec)
+        if key not in self._grids:
+            self._grids[key] = fit_grid(
+                kept_OI,
+                candidate.bits,
+                resolve_group(spec.shape[1], candidate.group_size),
+                symmetric=candidate.symmetric,
+                scale_dtype=get_storage_dtype(spec),
             )
-        return self._scales[key]
+        return self._grids[key]
 
 
 def _build_mask(W_OI: Tensor, candidate: Candidate) -> Tensor:

@@ -25,6 +25,7 @@ from cptq.artifact.weights import write_weights
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.layouts.dense import DENSE_16BIT, dtype_16bit
 from cptq.layouts.safetensors_header import measure, total_bytes
+from cptq.numerics.grid import dequantize_layer
 from cptq.types import Emit, ModelKind, TensorSpec
 
 #: what 16-bit weights may change, as a share of the largest output
@@ -91,7 +92,7 @@ def _get_float32(content: Content, spec: TensorSpec) -> Tensor:
     layer = content.compressed.get(spec.name)
     if layer is None:
         return content.dense(spec)
-    W_OI = layer.dense(torch.float32)
+    W_OI = dequantize_layer(layer, torch.float32)
     return W_OI.T if layer.spec.transposed else W_OI
 
 

@@ -2,7 +2,7 @@
 
 Our symmetric integers are ggml's Q4_0, Q5_0 and Q8_0 blocks bit for bit, our asymmetric ones Q4_1
 and Q5_1 (`numerics.gguf_blocks`), wherever 32 divides the inputs and the groups and float16 holds
-the scales, and scales times zero points (`numerics.half_offset`). Matrices that stayed dense are
+the scales, and scales times zero points (`numerics.grid`). Matrices that stayed dense are
 F16 where float16 holds every value, else BF16 or F32 as they are stored; vectors, and what
 llama.cpp insists on, are F32. So the file's weights are the artifact's weights, exactly.
 

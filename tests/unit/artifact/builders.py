@@ -18,9 +18,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_storage_dtype, get_weight, set_weight
 from cptq.config import ModelSettings
 from cptq.layouts.groups import resolve_group
-from cptq.numerics.asymmetric import quantize_asymmetric
-from cptq.numerics.grid import quantize_nearest
-from cptq.numerics.half_offset import MOST_BITS
+from cptq.numerics.grid import MOST_BITS, dequantize_layer, quantize_nearest
 from cptq.types import (
     Artifact,
     Budget,
@@ -85,10 +83,14 @@ def quantized(
     W_OI: torch.Tensor, choice: Candidate, group: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes, scales, zero points; on asymmetric grids as llama.cpp wants them, where it can."""
-    if choice.symmetric:
-        return *quantize_nearest(W_OI, choice.bits, group, scale_dtype=dtype), None
-    half = choice.bits <= MOST_BITS
-    return quantize_asymmetric(W_OI, choice.bits, group, scale_dtype=dtype, half_offset=half)
+    return quantize_nearest(
+        W_OI,
+        choice.bits,
+        group,
+        symmetric=choice.symmetric,
+        scale_dtype=dtype,
+        float16_offset=choice.bits <= MOST_BITS,
+    )
 
 
 def compress_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> CompressedLayer:
@@ -107,7 +109,7 @@ def compress_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Co
         seconds=0.5,
     )
     layer = CompressedLayer(spec=spec, result=result, codes=codes, scale=scale, zero=zero)
-    set_weight(module, layer.dense(model.dtype))
+    set_weight(module, dequantize_layer(layer, model.dtype))
     return layer
 
 

@@ -12,8 +12,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_storage_dtype, get_weight, set_weight
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import PACKED_LAYOUT, TWO_OF_FOUR
-from cptq.numerics.asymmetric import quantize_asymmetric
-from cptq.numerics.grid import quantize_nearest
+from cptq.numerics.grid import dequantize_layer, quantize_nearest
 from cptq.numerics.masks import build_magnitude_mask
 from cptq.types import (
     Artifact,
@@ -51,15 +50,9 @@ def pack_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Compre
         W_OI if mask is None else W_OI * mask,
         resolve_group(spec.shape[1], choice.group_size),
     )
-    zero = None
-    if choice.symmetric:
-        codes, scale = quantize_nearest(
-            kept_OI, choice.bits, group, scale_dtype=get_storage_dtype(spec)
-        )
-    else:
-        codes, scale, zero = quantize_asymmetric(
-            kept_OI, choice.bits, group, scale_dtype=get_storage_dtype(spec)
-        )
+    codes, scale, zero = quantize_nearest(
+        kept_OI, choice.bits, group, symmetric=choice.symmetric, scale_dtype=get_storage_dtype(spec)
+    )
     result = LayerResult(
         name=spec.name,
         candidate=choice,
@@ -72,7 +65,7 @@ def pack_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Compre
     layer = CompressedLayer(
         spec=spec, result=result, codes=codes, scale=scale, zero=zero, mask=mask
     )
-    set_weight(module, layer.dense(model.dtype))
+    set_weight(module, dequantize_layer(layer, model.dtype))
     return layer
 
 

@@ -10,7 +10,7 @@ from cptq.numerics.masks import build_magnitude_mask
 from cptq.pipeline.bench import workbench
 from cptq.types import Candidate
 from tests.conftest import TinyModel
-from tests.unit.compression.test_workbench import carried_out, loaded, quiet, weights
+from tests.unit.compression.test_workbench import USUAL, carried_out, loaded, quiet, weights
 
 DENSE = Candidate(bits=16)
 
@@ -22,8 +22,10 @@ def test_the_inputs_decide_what_stays(tiny_model: TinyModel, compressor: str, la
     objective, first = choose_objective(model.kind, model.config), model.units[0]
     before = weights(model)
     choices = {unit.name: DENSE for unit in model.units} | {first.name: Candidate.parse(label)}
-    bench = workbench(model, calibration, objective, compressor, sparse=True, seed=0, emit=quiet)
-    blind = Workbench(model, compressor, quiet)
+    bench = workbench(
+        model, calibration, objective, compressor, sparse=True, seed=0, emit=quiet, **USUAL
+    )
+    blind = Workbench(model, compressor, quiet, **USUAL)
     for each in (bench, blind):
         with each.trying():
             each.settle(choices)

@@ -7,10 +7,15 @@ from fractions import Fraction
 import pytest
 import torch
 
-from cptq.numerics.asymmetric import dequantize_asymmetric, quantize_asymmetric
-from cptq.numerics.grid import code_range, quantize_nearest
-from cptq.numerics.half_offset import LARGEST, offset_precision, rounded_to
-from tests.reference import half_offset as truth
+from cptq.numerics.grid import (
+    LARGEST,
+    code_range,
+    count_scale_bits,
+    dequantize,
+    quantize_nearest,
+    round_to_precision,
+)
+from tests.reference import float16_offset as truth
 
 
 def zeros(bits: int) -> torch.Tensor:
@@ -20,7 +25,7 @@ def zeros(bits: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_as_many_bits_as_float16_allows_and_no_more(bits: int) -> None:
-    found = offset_precision(zeros(bits), bits)[0].tolist()
+    found = count_scale_bits(zeros(bits), bits)[0].tolist()
     half = 1 << (bits - 1)
     assert found == [truth.most_bits(int(zero) + half) for zero in zeros(bits)[0]]
 
@@ -34,8 +39,8 @@ def test_every_product_is_exact_and_every_scale_the_nearest(
     zero = zeros(bits).repeat(5, 1)
     generator = torch.Generator().manual_seed(bits)
     scale = (torch.rand(zero.shape, generator=generator, dtype=dtype) + 0.5) * size
-    precision = offset_precision(zero, bits)
-    found = rounded_to(scale, precision)
+    precision = count_scale_bits(zero, bits)
+    found = round_to_precision(scale, precision)
     half = 1 << (bits - 1)
     rows = (scale.flatten(), found.flatten(), zero.flatten(), precision.flatten())
     for wanted, got, z, most in zip(*(row.tolist() for row in rows), strict=True):
@@ -47,7 +52,7 @@ def test_every_product_is_exact_and_every_scale_the_nearest(
 
 def test_a_sign_is_kept_and_nothing_becomes_zero() -> None:
     scale = torch.tensor([[-0.3, 0.0, -1e-30, 0.3]])
-    found = rounded_to(scale, torch.full((1, 4), 7))
+    found = round_to_precision(scale, torch.full((1, 4), 7))
     assert found.sign().tolist() == [[-1.0, 1.0, -1.0, 1.0]]
     assert float(found[0, 0]) == -float(found[0, 3])
 
@@ -57,11 +62,11 @@ def test_it_costs_little_beside_what_the_grid_gains(bits: int, cost: float) -> N
     generator = torch.Generator().manual_seed(0)
     W_OI = torch.randn(64, 256, generator=generator) + 0.3
 
-    def error(half_offset: bool) -> float:
-        grid = quantize_asymmetric(W_OI, bits, 32, half_offset=half_offset)
-        return float((dequantize_asymmetric(*grid, torch.float32) - W_OI).square().sum())
+    def error(float16_offset: bool) -> float:
+        grid = quantize_nearest(W_OI, bits, 32, symmetric=False, float16_offset=float16_offset)
+        return float((dequantize(*grid, dtype=torch.float32) - W_OI).square().sum())
 
-    codes_OI, scale_OG = quantize_nearest(W_OI, bits, 32)
+    codes_OI, scale_OG, _ = quantize_nearest(W_OI, bits, 32)
     even = codes_OI.float() * scale_OG.float().repeat_interleave(32, dim=1)
     assert error(False) < error(True) < cost * error(False)
     assert error(True) < 0.9 * float((even - W_OI).square().sum())
@@ -71,7 +76,9 @@ def test_it_costs_little_beside_what_the_grid_gains(bits: int, cost: float) -> N
 @pytest.mark.parametrize("size", [1e-7, 1.0])
 def test_stored_in_any_type_the_product_is_exact(dtype: torch.dtype, size: float) -> None:
     W_OI = torch.randn(9, 64, generator=torch.Generator().manual_seed(1)) * size
-    _, scale_OG, zero_OG = quantize_asymmetric(W_OI, 5, 32, scale_dtype=dtype, half_offset=True)
+    _, scale_OG, zero_OG = quantize_nearest(
+        W_OI, 5, 32, symmetric=False, scale_dtype=dtype, float16_offset=True
+    )
     assert scale_OG.dtype is dtype
     for scale, zero in zip(scale_OG.flatten().tolist(), zero_OG.flatten().tolist(), strict=True):
         assert truth.half_holds(Fraction(scale))
@@ -80,4 +87,4 @@ def test_stored_in_any_type_the_product_is_exact(dtype: torch.dtype, size: float
 
 def test_more_bits_are_refused() -> None:
     with pytest.raises(ValueError, match="8 bits, where 5 is the most"):
-        offset_precision(zeros(8), 8)
+        count_scale_bits(zeros(8), 8)

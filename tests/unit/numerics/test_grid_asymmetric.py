@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from cptq.numerics import asymmetric
-from cptq.numerics.asymmetric import dequantize_asymmetric, fit_asymmetric, quantize_asymmetric
-from cptq.numerics.grid import code_range, dequantize, quantize_nearest
+from cptq.numerics import grid
+from cptq.numerics.grid import code_range, dequantize, fit_grid, quantize_nearest
 from tests.reference import asymmetric as truth
 
 BITS = range(2, 9)
@@ -28,7 +27,9 @@ def test_every_code_is_the_nearest_on_the_stored_grid(
     bits: int, out: int, features: int, group: int, scale_dtype: torch.dtype
 ) -> None:
     W_OI = weights(out, features)
-    codes_OI, scale_OG, zero_OG = quantize_asymmetric(W_OI, bits, group, scale_dtype=scale_dtype)
+    codes_OI, scale_OG, zero_OG = quantize_nearest(
+        W_OI, bits, group, symmetric=False, scale_dtype=scale_dtype
+    )
     assert codes_OI.dtype is zero_OG.dtype is torch.int8
     assert scale_OG.dtype is scale_dtype
     assert scale_OG.shape == zero_OG.shape == (out, features // group)
@@ -55,10 +56,15 @@ def test_grids_are_near_the_best_of_all(bits: int, slack: float, weighted: bool)
     group = 8
     W_OI = weights(8, 16)
     h_I = weights(1, 16, seed=1)[0].abs() + 0.01 if weighted else torch.ones(16).double()
-    codes_OI, scale_OG, zero_OG = quantize_asymmetric(
-        W_OI, bits, group, scale_dtype=torch.float64, importance_I=h_I if weighted else None
+    codes_OI, scale_OG, zero_OG = quantize_nearest(
+        W_OI,
+        bits,
+        group,
+        symmetric=False,
+        scale_dtype=torch.float64,
+        importance_I=h_I if weighted else None,
     )
-    D_OI = W_OI - dequantize_asymmetric(codes_OI, scale_OG, zero_OG, torch.float64)
+    D_OI = W_OI - dequantize(codes_OI, scale_OG, zero_OG, dtype=torch.float64)
     found = (D_OI.square() * h_I).view(-1, group).sum(1)
     importance = h_I.view(-1, group).repeat(8, 1)
     best = torch.tensor(
@@ -76,8 +82,10 @@ def test_grids_are_near_the_best_of_all(bits: int, slack: float, weighted: bool)
 def test_never_worse_than_the_plain_range(bits: int) -> None:
     """The grid of GPTQ's released code: scale = range / (2^b - 1), zero = round(-min / scale)."""
     W_OI = weights(7, 24)
-    codes_OI, scale_OG, zero_OG = quantize_asymmetric(W_OI, bits, 8, scale_dtype=torch.float64)
-    found = (W_OI - dequantize_asymmetric(codes_OI, scale_OG, zero_OG, torch.float64)).square()
+    codes_OI, scale_OG, zero_OG = quantize_nearest(
+        W_OI, bits, 8, symmetric=False, scale_dtype=torch.float64
+    )
+    found = (W_OI - dequantize(codes_OI, scale_OG, zero_OG, dtype=torch.float64)).square()
     low, high = code_range(bits)
     for w_K, error in zip(W_OI.view(-1, 8), found.view(-1, 8).sum(1), strict=True):
         bottom, top = min(0.0, float(w_K.min())), max(0.0, float(w_K.max()))
@@ -90,10 +98,12 @@ def test_never_worse_than_the_plain_range(bits: int) -> None:
 
 def test_off_centre_groups_gain_over_a_symmetric_grid() -> None:
     W_OI = torch.rand(16, 64, generator=torch.Generator().manual_seed(0)).double() + 0.05
-    codes_OI, scale_OG = quantize_nearest(W_OI, 3, 32, scale_dtype=torch.float64)
-    one_sided = (W_OI - dequantize(codes_OI, scale_OG, torch.float64)).square().sum()
-    codes_OI, scale_OG, zero_OG = quantize_asymmetric(W_OI, 3, 32, scale_dtype=torch.float64)
-    both = (W_OI - dequantize_asymmetric(codes_OI, scale_OG, zero_OG, torch.float64)).square().sum()
+    codes_OI, scale_OG, _ = quantize_nearest(W_OI, 3, 32, scale_dtype=torch.float64)
+    one_sided = (W_OI - dequantize(codes_OI, scale_OG, dtype=torch.float64)).square().sum()
+    codes_OI, scale_OG, zero_OG = quantize_nearest(
+        W_OI, 3, 32, symmetric=False, scale_dtype=torch.float64
+    )
+    both = (W_OI - dequantize(codes_OI, scale_OG, zero_OG, dtype=torch.float64)).square().sum()
     assert float(both) < 0.5 * float(one_sided)
 
 
@@ -104,22 +114,26 @@ def test_a_masked_weight_is_exactly_zero(bits: int, shift: float) -> None:
     generator = torch.Generator().manual_seed(bits)
     W_OI = torch.randn(9, 33, generator=generator).double() + shift
     mask_OI = torch.rand(9, 33, generator=generator) < 0.5
-    codes_OI, scale_OG, zero_OG = quantize_asymmetric(W_OI * mask_OI, bits, 11)
+    codes_OI, scale_OG, zero_OG = quantize_nearest(W_OI * mask_OI, bits, 11, symmetric=False)
     for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        read_OI = dequantize_asymmetric(codes_OI, scale_OG, zero_OG, dtype)
+        read_OI = dequantize(codes_OI, scale_OG, zero_OG, dtype=dtype)
         assert bool((read_OI[~mask_OI] == 0).all())
 
 
 def test_groups_of_zeros_and_empty_sides() -> None:
     W_OI = torch.tensor([[0.0, 0.0, 1.0, 2.0, -1.0, -3.0]]).double()
-    codes_OI, scale_OG, zero_OG = quantize_asymmetric(W_OI, 4, 2, scale_dtype=torch.float64)
+    codes_OI, scale_OG, zero_OG = quantize_nearest(
+        W_OI, 4, 2, symmetric=False, scale_dtype=torch.float64
+    )
     assert bool((scale_OG > 0).all())
     assert zero_OG.tolist() == [[-8, -8, 7]]
-    assert torch.allclose(dequantize_asymmetric(codes_OI, scale_OG, zero_OG, torch.float64), W_OI)
+    assert torch.allclose(dequantize(codes_OI, scale_OG, zero_OG, dtype=torch.float64), W_OI)
 
 
 def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     W_OI = weights(23, 45)
-    whole = fit_asymmetric(W_OI, 3, 9)
-    monkeypatch.setattr(asymmetric, "CHUNK", 100)
-    assert all(torch.equal(a, b) for a, b in zip(whole, fit_asymmetric(W_OI, 3, 9), strict=True))
+    whole = fit_grid(W_OI, 3, 9, symmetric=False)
+    monkeypatch.setattr(grid, "CHUNK", 100)
+    assert all(
+        torch.equal(a, b) for a, b in zip(whole, fit_grid(W_OI, 3, 9, symmetric=False), strict=True)
+    )
