@@ -18,7 +18,7 @@ from cptq.artifact.manifest import MANIFEST
 from cptq.artifact.schemes import own_schemes, schemes
 from cptq.checkpoint.files import open_tensors, read_header, weight_files
 from cptq.errors import ArtifactError, ModelError
-from cptq.types import TensorSpec
+from cptq.types import Budget, TensorSpec
 
 _BLOCK = re.compile(r"\.\d+\.")
 _PACKED = ("weight_packed", "weight_scale", "weight_shape")
@@ -261,11 +261,11 @@ def _manifest_words(directory: Path) -> dict[str, str]:
 
 def _words(manifest: Mapping[str, Any]) -> dict[str, str]:
     model, plan, text = manifest["model"], manifest["plan"], manifest["calibration"]
-    budget = plan["budget"]
+    budget = Budget.from_dict(plan["budget"])
     return {
         "base model": f"{model['source']} (sha256 {str(model['fingerprint'])[:16]})",
         "format": str(manifest["format"]),
-        "target": f"{budget['asked']}, at most {int(budget['limit_bytes']):,} bytes",
+        "target": f"{budget.asked}, at most {budget.limit_text}",
         "bits by": f"{plan['allocator']}" + (f" on {plan['metric']}" if plan["metric"] else ""),
         "calibration": f"{text['source']}, {text['samples']} samples, {text['tokens']} tokens",
         "seed": str(manifest["seed"]),

@@ -73,7 +73,7 @@ def _compress(settings: CompressSettings) -> CompressSettings:
     for kind in ("metric", "allocator", "compressor"):
         registry(kind).check(getattr(settings, kind))
     _check_calibration(settings.calibration.calibration)
-    import_module("cptq.allocation.limits").parse_limits(
+    import_module("cptq.allocation.constraints").parse_constraints(
         settings.pins, settings.min_bits, settings.max_bits
     )
     if settings.sensitivity is not None:

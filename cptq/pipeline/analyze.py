@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cptq.allocation.ledger import Ledger
 from cptq.artifact.place import check_output, new_directory
 from cptq.artifact.weights import write_files
 from cptq.calibration.tokens import Calibration
@@ -16,7 +17,7 @@ from cptq.pipeline.dense import asked_for, calibrate, load_dense
 from cptq.pipeline.facts import summary
 from cptq.pipeline.files import read_tables, stage_files
 from cptq.pipeline.recorder import Recorder
-from cptq.pipeline.validate import budgets, validate
+from cptq.pipeline.validate import build_ledgers, validate
 from cptq.report.render import FILES, report_files
 from cptq.report.summary import AnalyzeOutcome, Summary
 from cptq.sensitivity import SLOW, everyday
@@ -37,8 +38,8 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
     out = settings.out or Path(f"{model.path.name}-analysis")
     place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])
     choices = asked_for(settings)
-    if settings.validate:
-        budgets(model, choices, settings)  # a target out of reach is refused before the work
+    # before the work, so that a target out of reach is refused at once
+    ledgers = build_ledgers(model, choices, settings) if settings.validate else []
     known = read_tables(
         settings.sensitivity, model.fingerprint, {unit.name: choices for unit in model.units}
     )
@@ -46,7 +47,7 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
     text = settings.validate or (bool(wanted) and needs_text(wanted))
     judging = int(settings.validate)
     calibration = calibrate(model, settings, recorder, judging=judging) if text else None
-    run = _Run(settings, model, calibration, choices, recorder)
+    run = _Run(settings, model, calibration, choices, ledgers, recorder)
     _name_what_all_leaves_out(settings.metrics, recorder)
     try:
         tables = known | run.measure(wanted)
@@ -67,6 +68,7 @@ class _Run:
     model: LoadedModel
     calibration: Calibration | None
     choices: tuple[Candidate, ...]
+    ledgers: Sequence[Ledger]
     recorder: Recorder
 
     def measure(self, metrics: Sequence[str]) -> dict[str, SensitivityTable]:
@@ -89,7 +91,13 @@ class _Run:
             return None
         with self.recorder.stage("validation"):
             return validate(
-                self.model, self.calibration, tables, self.choices, self.settings, self.recorder
+                self.model,
+                self.calibration,
+                tables,
+                self.choices,
+                self.ledgers,
+                self.settings,
+                self.recorder,
             )
 
     def write(

@@ -42,10 +42,10 @@ def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
     """Plan, compress, write and verify an artifact."""
     run = _Run(settings=settings, recorder=Recorder(emit))
     with run.recorder.stage("plan"):
-        budget = run.read_budget_or_plan()
+        run.read_target_or_plan()
     run.prepare_text()
     if run.plan is None:
-        run.plan = run.refined(run.make_plan(budget))
+        run.plan = run.refined(run.make_plan())
     plan, layers = run.carry_out(run.plan)
     artifact, report = run.write(layers, plan)
     if run.runtime.next_step is not None:

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cptq.allocation import BLIND
 from cptq.allocation.allocate import allocate
+from cptq.allocation.constraints import apply_constraints, parse_constraints
 from cptq.allocation.cost import CostModel
-from cptq.allocation.experts import expert_units, fixed
-from cptq.allocation.limits import allowed, parse_limits
-from cptq.allocation.targets import resolve_budget
+from cptq.allocation.experts import fix_experts, list_experts
+from cptq.allocation.ledger import Ledger
+from cptq.allocation.targets import resolve_target
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.hub import check_push
 from cptq.artifact.place import check_space
@@ -29,7 +29,7 @@ from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
 from cptq.sensitivity.measure import measure
 from cptq.sensitivity.prepare import check_units
-from cptq.types import Budget, Candidate, Emit, Notice, Plan, SensitivityTable
+from cptq.types import Candidate, Emit, Notice, Plan, SensitivityTable
 
 DEFAULT_TARGET = "4bit"
 #: fewest spare rows on which a mixed plan is compared with the uniform one
@@ -43,6 +43,7 @@ class Planning:
     settings: CompressSettings
     recorder: Recorder
     plan: Plan | None = None
+    ledger: Ledger | None = None
     tables: dict[str, SensitivityTable] = field(default_factory=dict)
     calibration: Calibration = field(init=False)
     judging: list[list[Rows]] = field(default_factory=list)
@@ -101,9 +102,9 @@ class Planning:
     def allowed(self) -> dict[str, tuple[Candidate, ...]]:
         """The candidates of each unit, by --pin, --min-bits and --max-bits."""
         settings, model = self.settings, self.model
-        limits = parse_limits(settings.pins, settings.min_bits, settings.max_bits)
-        options = allowed(
-            limits,
+        constraints = parse_constraints(settings.pins, settings.min_bits, settings.max_bits)
+        options = apply_constraints(
+            constraints,
             model.units,
             self.choices,
             group_size=settings.group_size,
@@ -111,27 +112,27 @@ class Planning:
             layers=model.layers,
             emit=self.recorder,
         )
-        if limits.pins:
+        if constraints.pins:
             self.cost.check_pinned(options)
         return options
 
-    def read_budget_or_plan(self) -> Budget:
-        """The bytes to keep to; a target out of reach is refused before anything is measured."""
+    def read_target_or_plan(self) -> None:
+        """Read the plan, or build the target's ledger; refuse a target that no plan reaches."""
         settings = self.settings
         if settings.push_to_hub is not None:
             check_push(settings.push_to_hub, settings.model.token)
         if self.plan is not None:
             self.plan = fitting(self.plan, self.model, self.cost)
-            budget = self.plan.budget
+            asked, need = self.plan.budget.asked, self.plan.predicted_bytes
         else:
             target = settings.target or DEFAULT_TARGET
-            budget = resolve_budget(target, self.cost, settings.group_size, self.options)
+            self.ledger = resolve_target(target, self.cost, settings.group_size, self.options)
+            asked, need = self.ledger.budget.asked, self.ledger.bound_file_bytes()
         if settings.sensitivity is not None:
             self.read_table()
-        self.out = settings.out or Path(f"{self.model.path.name}-cptq-{budget.asked}")
+        self.out = settings.out or Path(f"{self.model.path.name}-cptq-{asked}")
         place = check_output(self.out, overwrite=settings.overwrite, source=self.model.path)
-        check_space(place, budget.limit_bytes)
-        return budget
+        check_space(place, need)
 
     def prepare_text(self) -> None:
         """Calibrate; keep text apart for the search (two parts) and for the check (one)."""
@@ -144,32 +145,29 @@ class Planning:
         if wanted and (self.settings.refine or len(self.calibration.spare) >= LEAST_JUDGES):
             self.judging = parts(self.model, self.calibration.spare, wanted)
 
-    def make_plan(self, budget: Budget) -> Plan:
+    def make_plan(self) -> Plan:
         """Measure where the allocator needs it and no file of --sensitivity has it; allocate."""
         settings = self.settings
         if settings.sensitivity is None and settings.allocator not in BLIND:
             self.measure()
         with self.recorder.stage("allocation"):
-            return self.allocate(settings.allocator, self.table, budget, self.recorder)
+            return self.allocate(settings.allocator, self.table, self.recorder)
 
     @property
     def table(self) -> SensitivityTable | None:
         """The scores that decide, if any were asked for."""
         return next(iter(self.tables.values()), None)
 
-    def allocate(
-        self, name: str, table: SensitivityTable | None, budget: Budget, emit: Emit
-    ) -> Plan:
-        """A plan by the allocator `name`."""
+    def allocate(self, name: str, table: SensitivityTable | None, emit: Emit) -> Plan:
+        """Make a plan by the allocator `name`."""
+        assert self.ledger is not None
         plan = allocate(
             name,
             table,
-            self.cost,
-            budget,
+            self.ledger,
             self.choices,
             model_fingerprint=self.model.fingerprint,
             emit=emit,
-            options=self.options,
         )
         return replace(plan, embedding=self.embedding)
 
@@ -184,23 +182,23 @@ class Planning:
                 self.judging[:2],
                 plan,
                 self.table,
-                self.cost,
                 self.free(plan),
                 self.settings,
                 self.recorder,
             )
 
-    def free(self, plan: Plan) -> Mapping[str, Sequence[Candidate]]:
-        """What a refinement may change: all but the one scheme of experts."""
-        experts = expert_units(self.model.units)
-        return fixed(experts, self.options, plan.choices[experts[0]]) if experts else self.options
+    def free(self, plan: Plan) -> Ledger:
+        """Return the ledger of what a refinement can change: all but the experts' one scheme."""
+        assert self.ledger is not None
+        experts = list_experts(self.model.units)
+        return fix_experts(self.ledger, plan.choices[experts[0]]) if experts else self.ledger
 
     def rival(self, plan: Plan) -> Plan | None:
         """The plan to beat; None where none is needed, or no text is left to judge on."""
         if not self.checking:
             return None
         try:
-            rival = self.allocate("even", None, plan.budget, lambda _: None)
+            rival = self.allocate("even", None, lambda _: None)
         except BudgetError:  # of the candidates only sparse ones are small enough
             message = "no plan without sparse weights is so small: nothing to compare with"
             self.recorder(Notice(kind="warning", subject="--check-uniform", message=message))

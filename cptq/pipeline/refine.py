@@ -7,13 +7,12 @@ out that blocks see the errors of those before them, which the final compression
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from cptq.allocation.cost import CostModel
+from cptq.allocation.ledger import Ledger
 from cptq.allocation.problem import build_problem
 from cptq.allocation.refine import Choices, Refined, refine
-from cptq.allocation.targets import ledger_of
 from cptq.calibration.objective import objective_for
 from cptq.calibration.probe import Probe
 from cptq.calibration.slices import Rows
@@ -23,7 +22,7 @@ from cptq.compression.workbench import Workbench
 from cptq.config import CompressSettings
 from cptq.pipeline.bench import workbench
 from cptq.report.words import number
-from cptq.types import Candidate, Emit, Event, Notice, Plan, SensitivityTable
+from cptq.types import Emit, Event, Notice, Plan, SensitivityTable
 
 
 def refine_plan(
@@ -32,8 +31,7 @@ def refine_plan(
     texts: Sequence[list[Rows]],
     plan: Plan,
     table: SensitivityTable | None,
-    cost: CostModel,
-    options: Mapping[str, Sequence[Candidate]],
+    ledger: Ledger,
     settings: CompressSettings,
     emit: Emit,
 ) -> Plan:
@@ -41,15 +39,16 @@ def refine_plan(
 
     Args:
         texts: two parts of text that calibrate nothing: one to choose by, one to guard.
+        ledger: the budget of the plan, and what the search may give each unit.
     """
     objective = objective_for(model.kind, model.config)
-    seed, sparse = settings.calibration.seed, any(c.sparsity for c in _candidates(options))
+    candidates = sorted({candidate for row in ledger.bytes_of.values() for candidate in row})
+    seed, sparse = settings.calibration.seed, any(c.sparsity for c in candidates)
     bench = workbench(
         model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
     )
     choose, guard = (Probe(model, rows, objective) for rows in texts)
-    ledger = ledger_of(plan.budget, cost, options)
-    problem = build_problem(table, ledger, _candidates(options), _silent)
+    problem = build_problem(table, ledger, candidates, _silent)
     with bench.trying():
         found = refine(
             problem,
@@ -65,8 +64,8 @@ def refine_plan(
     return replace(
         plan,
         choices=found.choices,
-        predicted_bytes=cost.file_bytes(found.choices),
-        predicted_loss=None if table is None else problem.predicted_loss(found.choices),
+        predicted_bytes=ledger.cost.file_bytes(found.choices),
+        predicted_loss=None if table is None else problem.predict_loss(found.choices),
         notes=(*plan.notes, f"refined: {note}"),
     )
 
@@ -77,10 +76,6 @@ def _measure(bench: Workbench, probe: Probe) -> Callable[[Choices], float]:
         return float(probe.rows_now().mean())
 
     return measure
-
-
-def _candidates(options: Mapping[str, Sequence[Candidate]]) -> list[Candidate]:
-    return sorted({candidate for row in options.values() for candidate in row})
 
 
 def _silent(_event: Event) -> None:

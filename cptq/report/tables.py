@@ -20,7 +20,7 @@ from cptq.report.summary import Summary, VerificationFacts
 from cptq.report.table import Table, pairs
 from cptq.report.tally import compare, left_alone, most_sensitive, notices_by_kind, widths
 from cptq.report.validation import validation_tables
-from cptq.types import EvalResult, SensitivityTable
+from cptq.types import EvalResult, SensitivityTable, SizeReport
 
 TOP = 10
 #: from here on, notices of kinds that changed no result are folded away
@@ -37,7 +37,7 @@ def size_table(summary: Summary) -> Table | None:
     rows = [
         ("weight file, dense", words.size_exact(size.dense_file_bytes)),
         ("weight file, compressed", f"{words.size_exact(size.file_bytes)}, {share} of dense"),
-        *_budget_rows(summary, size.file_bytes),
+        *_budget_rows(summary, size),
         ("nominal bits", f"{size.nominal_bits:.3f} (codes alone)"),
         ("effective bits", f"{size.effective_bits:.3f} (compressible weights with their scales)"),
         ("whole-file bits", f"{size.file_bits:.3f} (whole file over all parameters)"),
@@ -46,13 +46,13 @@ def size_table(summary: Summary) -> Table | None:
     return pairs("Size", rows)
 
 
-def _budget_rows(summary: Summary, file_bytes: int) -> list[tuple[str, str]]:
-    if summary.budget is None:
+def _budget_rows(summary: Summary, size: SizeReport) -> list[tuple[str, str]]:
+    budget = summary.budget
+    if budget is None:
         return []
-    limit = summary.budget.limit_bytes
-    left = limit - file_bytes
+    left = budget.limit_bytes - size.count_bytes(budget.scope)
     words_left = f"{left:,} bytes left" if left >= 0 else f"{-left:,} bytes above"
-    return [("budget", f"{summary.budget.asked} = {limit:,} bytes, {words_left}")]
+    return [("budget", f"{budget.asked} = {budget.limit_text}, {words_left}")]
 
 
 def _plan_rows(summary: Summary) -> list[tuple[str, str]]:

@@ -55,7 +55,8 @@ class Agreement:
 class PlanTrial:
     """A whole model compressed by one plan, judged. `metric` None: a plan that asks no score.
 
-    `stderr` is the standard error of `divergence` over the rows of the answer.
+    `limit_bytes` is the most that the whole file can take under the target. `stderr` is the
+    standard error of `divergence` over the rows of the answer.
     """
 
     target: str

@@ -10,7 +10,7 @@ import pytest
 from cptq.allocation import ALLOCATORS
 from cptq.allocation.allocate import allocate, check_plan
 from cptq.allocation.cost import CostModel
-from cptq.allocation.targets import resolve_budget
+from cptq.allocation.targets import resolve_target
 from cptq.config import (
     RUNTIMES,
     CalibrationSettings,
@@ -45,12 +45,11 @@ def offered(name: str) -> tuple[Candidate, ...]:
 def plan_for(name: str, allocator: str, events: list[Any]) -> tuple[Plan, CostModel]:
     cost, candidates = cost_for(name), offered(name)
     scores = table(cost, lambda unit, c: 0.0 if c.dense else len(unit) / c.bits, candidates)
-    budget = resolve_budget("9bit", cost, RUNTIMES[name].group_size, candidates)
+    ledger = resolve_target("9bit", cost, RUNTIMES[name].group_size, candidates)
     plan = allocate(
         allocator,
         scores,
-        cost,
-        budget,
+        ledger,
         candidates,
         model_fingerprint=FINGERPRINT,
         emit=events.append,
@@ -168,7 +167,7 @@ def test_a_plan_edited_beyond_the_runtime_is_refused() -> None:
     plan, cost = plan_for("vllm", "uniform", [])
     first = next(unit for unit, choice in plan.choices.items() if choice.dense)
     wrong = Plan(**{**_fields(plan), "choices": {**plan.choices, first: offered("vllm")[0]}})
-    with pytest.raises(PlanError, match=r"gives model\.layers.*: vllm takes .*another --runtime"):
+    with pytest.raises(PlanError, match=r"model\.layers.*: vllm takes .*--runtime"):
         check_plan(wrong, cost, FINGERPRINT)
 
 

@@ -28,7 +28,7 @@ Cptq = Callable[..., Result]
         ("analyze m --metric al", "did you mean 'all'"),
         ("compress m --allocator knapsak", "unknown allocator.*did you mean 'knapsack'"),
         ("compress m --compressor gtpq", "unknown compressor.*did you mean 'gptq'"),
-        ("compress m --target banana", "'banana' is no target.*allowed"),
+        ("compress m --target banana", "'banana'.*allowed: 4bit"),
         ("compress m --bits 4,9", "--bits holds 9"),
         ("compress m --bits four", "--bits is 'four'"),
         ("compress m --samples 0", "--samples is 0"),
