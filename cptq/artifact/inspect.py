@@ -18,7 +18,7 @@ from cptq.artifact.manifest import MANIFEST
 from cptq.artifact.schemes import read_config_schemes, read_packed_schemes
 from cptq.checkpoint.files import find_weight_files, open_tensors, read_header
 from cptq.errors import ArtifactError, ModelError
-from cptq.types import TensorSpec
+from cptq.types import Budget, TensorSpec
 
 _BLOCK = re.compile(r"\.\d+\.")
 _PACKED = ("weight_packed", "weight_scale", "weight_shape")
@@ -267,11 +267,11 @@ def _read_provenance(directory: Path) -> dict[str, str]:
 
 def _describe_manifest(manifest: Mapping[str, Any]) -> dict[str, str]:
     model, plan, text = manifest["model"], manifest["plan"], manifest["calibration"]
-    budget = plan["budget"]
+    budget = Budget.from_dict(plan["budget"])
     return {
         "base model": f"{model['source']} (sha256 {str(model['fingerprint'])[:16]})",
         "format": str(manifest["format"]),
-        "target": f"{budget['asked']}, at most {int(budget['limit_bytes']):,} bytes",
+        "target": f"{budget.asked}, at most {budget.limit_text}",
         "bits by": f"{plan['allocator']}" + (f" on {plan['metric']}" if plan["metric"] else ""),
         "calibration": f"{text['source']}, {text['samples']} samples, {text['tokens']} tokens",
         "seed": str(manifest["seed"]),

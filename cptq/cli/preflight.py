@@ -66,7 +66,7 @@ def _check_analyze(settings: AnalyzeSettings) -> AnalyzeSettings:
 def _check_compress(settings: CompressSettings) -> CompressSettings:
     _check_names(settings, "metric", "allocator", "compressor")
     _check_calibration(settings.calibration.calibration)
-    import_module("cptq.allocation.limits").parse_limits(
+    import_module("cptq.allocation.constraints").parse_constraints(
         settings.pins, settings.min_bits, settings.max_bits
     )
     if settings.sensitivity is not None:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cptq.allocation.ledger import Ledger
 from cptq.artifact.atomic import check_output, new_directory, write_files
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
@@ -15,7 +16,7 @@ from cptq.pipeline.files import encode_stage_files, read_tables
 from cptq.pipeline.inputs import build_candidates, calibrate, load_dense
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.summarize import summary
-from cptq.pipeline.validate import budgets, validate
+from cptq.pipeline.validate import build_ledgers, validate
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import AnalyzeOutcome, Summary
 from cptq.sensitivity import SLOW, list_default_metrics
@@ -38,6 +39,7 @@ class AnalyzeInputs:
     known: Mapping[str, SensitivityTable]
     missing: tuple[str, ...]
     calibration: Calibration | None
+    ledgers: Sequence[Ledger]
     out: Path
     place: Path
 
@@ -69,8 +71,8 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs
     out = settings.out or Path(f"{model.path.name}-analysis")
     place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])
     candidates = build_candidates(settings)
-    if settings.validate:
-        budgets(model, candidates, settings)  # a target out of reach is refused before the work
+    # before the work, so that an unreachable target is refused at once
+    ledgers = build_ledgers(model, candidates, settings) if settings.validate else []
     known = read_tables(
         settings.sensitivity, model.fingerprint, {unit.name: candidates for unit in model.units}
     )
@@ -83,6 +85,7 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs
         settings=settings,
         model=model,
         candidates=candidates,
+        ledgers=ledgers,
         known=known,
         missing=missing,
         calibration=calibration,
@@ -118,6 +121,7 @@ def _validate_tables(
             inputs.calibration,
             tables,
             inputs.candidates,
+            inputs.ledgers,
             inputs.settings,
             recorder,
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -11,7 +11,8 @@ import torch
 
 from cptq.allocation import BLIND
 from cptq.allocation.allocate import allocate
-from cptq.allocation.experts import expert_units, fixed
+from cptq.allocation.experts import fix_experts, list_experts
+from cptq.allocation.ledger import Ledger
 from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.hub import push
@@ -32,7 +33,6 @@ from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
 from cptq.sensitivity.measure import measure
 from cptq.types import (
-    Candidate,
     CompressedLayer,
     Emit,
     Event,
@@ -105,8 +105,7 @@ def make_plan(
             inputs.held_out,
             plan,
             table,
-            inputs.space.cost,
-            _list_refinable(inputs, plan),
+            _restrict_to_refinable(inputs, plan),
             inputs.settings,
             recorder,
         )
@@ -116,23 +115,23 @@ def _allocate(
     inputs: CompressInputs, allocator: str, table: SensitivityTable | None, emit: Emit
 ) -> Plan:
     space = inputs.space
+    assert inputs.ledger is not None  # a plan of --plan is not allocated
     plan = allocate(
         allocator,
         table,
-        space.cost,
-        inputs.budget,
+        inputs.ledger,
         space.candidates,
         model_fingerprint=inputs.model.fingerprint,
         emit=emit,
-        options=space.options,
     )
     return replace(plan, embedding=space.embedding)
 
 
-def _list_refinable(inputs: CompressInputs, plan: Plan) -> Mapping[str, Sequence[Candidate]]:
-    """Return what --refine may change: everything but the one scheme of experts."""
-    experts, options = expert_units(inputs.model.units), inputs.space.options
-    return fixed(experts, options, plan.choices[experts[0]]) if experts else options
+def _restrict_to_refinable(inputs: CompressInputs, plan: Plan) -> Ledger:
+    """Return the ledger of what --refine may change: everything but the one scheme of experts."""
+    assert inputs.ledger is not None
+    experts = list_experts(inputs.model.units)
+    return fix_experts(inputs.ledger, plan.choices[experts[0]]) if experts else inputs.ledger
 
 
 def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> CompressedModel:

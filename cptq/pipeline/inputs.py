@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cptq.allocation import BLIND
+from cptq.allocation.constraints import apply_constraints, parse_constraints
 from cptq.allocation.cost import CostModel
-from cptq.allocation.limits import allowed, parse_limits
-from cptq.allocation.targets import resolve_budget
+from cptq.allocation.ledger import Ledger
+from cptq.allocation.targets import resolve_target
 from cptq.artifact.atomic import check_output, check_space
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.hub import check_push
@@ -37,7 +38,7 @@ from cptq.layouts import Layout
 from cptq.pipeline.files import check_covers, fit_plan, read_plan, read_table
 from cptq.pipeline.recorder import Recorder
 from cptq.sensitivity.prepare import check_units
-from cptq.types import Budget, Candidate, Emit, Notice, Plan, SensitivityTable
+from cptq.types import Candidate, Emit, Notice, Plan, SensitivityTable
 
 DEFAULT_TARGET = "4bit"
 #: fewest held-out rows on which a mixed plan is compared with the baseline plan
@@ -82,14 +83,15 @@ class HeldOutText:
 class CompressInputs:
     """What `compress` works on. `plan` is that of --plan, `tables` that of --sensitivity.
 
-    `compare_with_baseline`: --check-uniform applies, as the plan will be made from scores.
+    `ledger` counts the options of the units against the target; None with a `plan`, whose bytes
+    are checked on their own. `compare_with_baseline`: --check-uniform applies, as the plan will be made from scores.
     """
 
     settings: CompressSettings
     runtime: Runtime
     model: LoadedModel
     space: SearchSpace
-    budget: Budget
+    ledger: Ledger | None
     plan: Plan | None
     tables: Mapping[str, SensitivityTable]
     out: Path
@@ -115,11 +117,12 @@ def load_inputs(settings: CompressSettings, recorder: Recorder) -> CompressInput
         if settings.push_to_hub is not None:
             check_push(settings.push_to_hub, settings.model.token)
         plan = None if plan is None else fit_plan(plan, model, space.cost)
-        budget = _find_budget(settings, plan, space)
+        ledger = _build_ledger(settings, plan, space)
         tables = _read_tables(settings, model, space)
-        out = settings.out or Path(f"{model.path.name}-cptq-{budget.asked}")
+        asked, need = _find_size(ledger, plan)
+        out = settings.out or Path(f"{model.path.name}-cptq-{asked}")
         place = check_output(out, overwrite=settings.overwrite, source=model.path)
-        check_space(place, budget.limit_bytes)
+        check_space(place, need)
     compare = settings.check_uniform and plan is None and settings.allocator not in BLIND
     calibration, held_out = _read_text(settings, model, compare, recorder)
     return CompressInputs(
@@ -127,7 +130,7 @@ def load_inputs(settings: CompressSettings, recorder: Recorder) -> CompressInput
         runtime=runtime,
         model=model,
         space=space,
-        budget=budget,
+        ledger=ledger,
         plan=plan,
         tables=tables,
         out=out,
@@ -194,9 +197,9 @@ def _constrain(
     emit: Emit,
 ) -> dict[str, tuple[Candidate, ...]]:
     """Return the candidates of each unit after --pin, --min-bits and --max-bits."""
-    limits = parse_limits(settings.pins, settings.min_bits, settings.max_bits)
-    options = allowed(
-        limits,
+    constraints = parse_constraints(settings.pins, settings.min_bits, settings.max_bits)
+    options = apply_constraints(
+        constraints,
         model.units,
         candidates,
         group_size=settings.group_size,
@@ -204,17 +207,27 @@ def _constrain(
         layers=model.layers,
         emit=emit,
     )
-    if limits.pins:
+    if constraints.pins:
         cost.check_pinned(options)
     return options
 
 
-def _find_budget(settings: CompressSettings, plan: Plan | None, space: SearchSpace) -> Budget:
-    """Return the budget of the given plan, or that of --target."""
+def _build_ledger(
+    settings: CompressSettings, plan: Plan | None, space: SearchSpace
+) -> Ledger | None:
+    """Return the ledger of --target, which some plan must reach; None where a plan is given."""
     if plan is not None:
-        return plan.budget
+        return None
     target = settings.target or DEFAULT_TARGET
-    return resolve_budget(target, space.cost, settings.group_size, space.options)
+    return resolve_target(target, space.cost, settings.group_size, space.options)
+
+
+def _find_size(ledger: Ledger | None, plan: Plan | None) -> tuple[str, int]:
+    """Return the target as typed, and the most bytes that the file can take."""
+    if ledger is not None:
+        return ledger.budget.asked, ledger.bound_file_bytes()
+    assert plan is not None
+    return plan.budget.asked, plan.predicted_bytes
 
 
 def _read_tables(

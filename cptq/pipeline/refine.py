@@ -7,13 +7,12 @@ out that blocks see the errors of those before them, which the final compression
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
-from cptq.allocation.cost import CostModel
+from cptq.allocation.ledger import Ledger
 from cptq.allocation.problem import build_problem
 from cptq.allocation.refine import Choices, Refined, refine
-from cptq.allocation.targets import ledger_of
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.calibration.tokens import Calibration
@@ -23,7 +22,7 @@ from cptq.config import CompressSettings
 from cptq.pipeline.bench import workbench
 from cptq.pipeline.inputs import HeldOutText
 from cptq.report.formatting import format_number
-from cptq.types import Candidate, Emit, Event, Notice, Plan, SensitivityTable
+from cptq.types import Emit, Event, Notice, Plan, SensitivityTable
 
 
 def refine_plan(
@@ -32,8 +31,7 @@ def refine_plan(
     held_out: HeldOutText,
     plan: Plan,
     table: SensitivityTable | None,
-    cost: CostModel,
-    options: Mapping[str, Sequence[Candidate]],
+    ledger: Ledger,
     settings: CompressSettings,
     emit: Emit,
 ) -> Plan:
@@ -41,24 +39,25 @@ def refine_plan(
 
     Args:
         held_out: text to search by, and to guard the result with.
+        ledger: the budget of the plan, and what the search can give each unit.
     """
     objective = choose_objective(model.kind, model.config)
-    seed, sparse = settings.calibration.seed, any(c.sparsity for c in _candidates(options))
+    candidates = sorted({candidate for row in ledger.bytes_of.values() for candidate in row})
+    seed, sparse = settings.calibration.seed, any(c.sparsity for c in candidates)
     bench = workbench(
         model,
         calibration,
         objective,
         settings.compressor,
-        layout=cost.layout,
-        float16_scales=cost.runtime.float16_scales,
+        layout=ledger.cost.layout,
+        float16_scales=ledger.cost.runtime.float16_scales,
         sparse=sparse,
         seed=seed,
         emit=emit,
     )
     search = DivergenceFromDense(model, held_out.search, objective)
     guard = DivergenceFromDense(model, held_out.guard, objective)
-    ledger = ledger_of(plan.budget, cost, options)
-    problem = build_problem(table, ledger, _candidates(options), _silent)
+    problem = build_problem(table, ledger, candidates, _silent)
     with bench.trying():
         found = refine(
             problem,
@@ -74,8 +73,8 @@ def refine_plan(
     return replace(
         plan,
         choices=found.choices,
-        predicted_bytes=cost.file_bytes(found.choices),
-        predicted_loss=None if table is None else problem.predicted_loss(found.choices),
+        predicted_bytes=ledger.cost.file_bytes(found.choices),
+        predicted_loss=None if table is None else problem.predict_loss(found.choices),
         notes=(*plan.notes, f"refined: {note}"),
     )
 
@@ -86,10 +85,6 @@ def _measure(bench: Workbench, probe: DivergenceFromDense) -> Callable[[Choices]
         return float(probe.measure_rows().mean())
 
     return measure
-
-
-def _candidates(options: Mapping[str, Sequence[Candidate]]) -> list[Candidate]:
-    return sorted({candidate for row in options.values() for candidate in row})
 
 
 def _silent(_event: Event) -> None:

@@ -20,9 +20,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cptq.allocation.allocate import allocate, without_sparse
-from cptq.allocation.cost import CostModel
-from cptq.allocation.targets import resolve_budget
+from cptq.allocation.allocate import allocate, drop_sparse
+from cptq.allocation.ledger import Ledger, build_ledger
+from cptq.allocation.targets import check_target, parse_target, resolve_budget
 from cptq.calibration.batches import choose_held_out_tokens, count_tokens, split_held_out
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.holdout import split_parts
@@ -37,7 +37,6 @@ from cptq.report.formatting import format_seconds as spoken
 from cptq.sensitivity.validation.pairs import choose_pairs, classify_depth, rank_depths
 from cptq.sensitivity.validation.ranks import RESAMPLES, measure_agreement
 from cptq.types import (
-    Budget,
     Candidate,
     Emit,
     Event,
@@ -64,18 +63,21 @@ def validate(
     calibration: Calibration,
     tables: Mapping[str, SensitivityTable],
     candidates: Sequence[Candidate],
+    ledgers: Sequence[Ledger],
     settings: AnalyzeSettings,
     emit: Emit,
 ) -> Validation:
     """Judge the tables; the model is left as it was.
 
+    Args:
+        ledgers: one per target, from `build_ledgers`.
+
     Raises:
-        BudgetError: a target that no plan reaches.
         CalibrationError: no rows to judge with, or an output that is not finite.
     """
     _tell_foreign_texts(tables, calibration, emit)
     seed = settings.calibration.seed
-    cost, limits = cost_model(model, settings), budgets(model, candidates, settings)
+    cost = cost_model(model, settings)
     objective = choose_objective(model.kind, model.config)
     sparse = any(candidate.sparsity for candidate in candidates)
     bench = workbench(
@@ -92,12 +94,12 @@ def validate(
     probe = DivergenceFromDense(model, split_parts(model, calibration.held_out, 1)[0], objective)
     dealt = choose_pairs(model.units, len(model.block_names), candidates, settings.pairs, seed)
     chosen = [(unit, c) for unit, c in dealt if cost.refusal(unit.name, c) is None]
-    trials = _Trials(model=model, cost=cost, probe=probe, bench=bench, emit=emit)
-    _tell_cost(probe, len(chosen), len(limits), tables, settings, candidates, model, emit)
+    trials = _Trials(model=model, probe=probe, bench=bench, emit=emit)
+    _tell_cost(probe, len(chosen), len(ledgers), tables, settings, candidates, model, emit)
     clock = time.perf_counter()
     pairs = _measure_pairs(model, probe, bench, chosen, tables, emit)
     paired = time.perf_counter()
-    found = trials.run(limits, tables, candidates, settings.allocators)
+    found = trials.run(ledgers, tables, candidates, settings.allocators)
     return Validation(
         unit=objective.unit,
         compressor=settings.compressor,
@@ -125,16 +127,25 @@ def validate(
     )
 
 
-def budgets(
+def build_ledgers(
     model: LoadedModel, candidates: Sequence[Candidate], settings: AnalyzeSettings
-) -> list[Budget]:
-    """The bytes of every target, which the plan that asks no score must reach as well.
+) -> list[Ledger]:
+    """Build the ledger of every target.
 
     Raises:
-        BudgetError: a target that no plan reaches.
+        BudgetError: no plan reaches a target, or only plans with sparse weights do: the baseline
+            plan has none.
     """
-    cost, plain = cost_model(model, settings), without_sparse(candidates)
-    return [resolve_budget(t, cost, settings.group_size, plain) for t in settings.targets]
+    cost, ledgers = cost_model(model, settings), []
+    for text in settings.targets:
+        target = parse_target(text)
+        ledger = build_ledger(resolve_budget(target, cost, settings.group_size), cost, candidates)
+        plain = ledger
+        if any(candidate.sparsity for candidate in candidates):
+            plain = ledger.restrict({u: drop_sparse(row) for u, row in ledger.bytes_of.items()})
+        check_target(target, plain, settings.group_size)
+        ledgers.append(ledger)
+    return ledgers
 
 
 def _tell_foreign_texts(
@@ -189,7 +200,6 @@ class _Trials:
     """Plans, carried out one after the other on one model."""
 
     model: LoadedModel
-    cost: CostModel
     probe: DivergenceFromDense
     bench: Workbench
     emit: Emit
@@ -197,22 +207,22 @@ class _Trials:
 
     def run(
         self,
-        budgets: Sequence[Budget],
+        ledgers: Sequence[Ledger],
         tables: Mapping[str, SensitivityTable],
         candidates: Sequence[Candidate],
         allocators: Sequence[str],
     ) -> list[PlanTrial]:
-        """Every allocator on every table at every budget, after the one that asks no score."""
+        """Every allocator on every table at every target, after the one that asks no score."""
         ways: list[tuple[str, SensitivityTable | None]] = [(BLIND_ALLOCATOR, None)]
         ways += [(name, table) for table in tables.values() for name in allocators]
-        total = len(budgets) * len(ways)
+        total = len(ledgers) * len(ways)
         found: list[PlanTrial] = []
         with self.bench.trying():
-            for budget in budgets:
+            for ledger in ledgers:
                 for name, table in ways:
-                    words = f"{budget.asked} {table.metric if table else ''} {name}"
+                    words = f"{ledger.budget.asked} {table.metric if table else ''} {name}"
                     self.emit(Progress(stage="plans", done=len(found), total=total, message=words))
-                    found.append(self._trial(name, table, budget, candidates))
+                    found.append(self._trial(name, table, ledger, candidates))
         self.emit(Progress(stage="plans", done=total, total=total))
         return found
 
@@ -220,25 +230,24 @@ class _Trials:
         self,
         allocator: str,
         table: SensitivityTable | None,
-        budget: Budget,
+        ledger: Ledger,
         candidates: Sequence[Candidate],
     ) -> PlanTrial:
         plan = allocate(
             allocator,
             table,
-            self.cost,
-            budget,
+            ledger,
             candidates,
             model_fingerprint=self.model.fingerprint,
             emit=self._but_for_details,
         )
         rows = self._judge(plan)
-        size = self.cost.size_report(plan.choices)
+        size = ledger.cost.size_report(plan.choices)
         return PlanTrial(
-            target=budget.asked,
+            target=ledger.budget.asked,
             metric=plan.metric,
             allocator=allocator,
-            limit_bytes=budget.limit_bytes,
+            limit_bytes=ledger.bound_file_bytes(),
             file_bytes=size.file_bytes,
             effective_bits=size.effective_bits,
             divergence=float(rows.mean()),

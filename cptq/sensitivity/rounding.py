@@ -4,8 +4,8 @@ A sparse candidate drops weights first, the smallest of the matrix or two of eve
 inputs, and its grid is fitted to what stays. By magnitude, so that a score needs no activations:
 the compressors look at those (`cptq.compression.layer`) and lose less.
 
-Fitting the grids takes nearly all the time of rounding, and they are small: `NearestRounding` keeps those
-of every layer and candidate, so that repeating a change only costs the encoding.
+Fitting the grids takes nearly all the time of rounding, and they are small: `NearestRounding` keeps
+those of every layer and candidate, so that repeating a change only costs the encoding.
 
 Memory: one number of the storage type per group, layer and candidate, and a byte for a zero point.
 """

@@ -16,7 +16,7 @@ from cptq.types.model import (
     Unit,
     is_expert,
 )
-from cptq.types.plan import Budget, Candidate, Plan, SensitivityTable, digest
+from cptq.types.plan import Budget, Candidate, Plan, Scope, SensitivityTable, digest
 from cptq.types.result import (
     Artifact,
     CalibrationRecord,
@@ -53,6 +53,7 @@ __all__ = [
     "Progress",
     "SamplePairs",
     "SampleRatios",
+    "Scope",
     "SensitivityTable",
     "SizeReport",
     "TensorSpec",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptq.types.model import LayerSpec
-from cptq.types.plan import Candidate
+from cptq.types.plan import Candidate, Scope
 from cptq.types.samples import PerSample, read_per_sample
 
 if TYPE_CHECKING:
@@ -17,13 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeReport:
-    """Whole-file bytes and the three averages of bits that a reader may mean."""
+    """Bytes of the whole file and of the compressible weights in it, and three averages of bits.
+
+    `compressible_bytes` are those of the compressible weights as stored.
+    """
 
     file_bytes: int
+    compressible_bytes: int
     dense_file_bytes: int
     nominal_bits: float
     effective_bits: float
     file_bits: float
+
+    def count_bytes(self, scope: Scope) -> int:
+        """Return the bytes that a budget of this scope limits."""
+        return self.file_bytes if scope == "file" else self.compressible_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

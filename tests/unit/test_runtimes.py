@@ -11,7 +11,7 @@ import pytest
 from cptq.allocation import ALLOCATORS
 from cptq.allocation.allocate import allocate, check_plan
 from cptq.allocation.cost import CostModel
-from cptq.allocation.targets import resolve_budget
+from cptq.allocation.targets import resolve_target
 from cptq.config import (
     RUNTIMES,
     CalibrationSettings,
@@ -60,12 +60,11 @@ def offered(name: str) -> tuple[Candidate, ...]:
 def plan_for(name: str, allocator: str, events: list[Any]) -> tuple[Plan, CostModel]:
     cost, candidates = cost_for(name), offered(name)
     scores = table(cost, lambda unit, c: 0.0 if c.dense else len(unit) / c.bits, candidates)
-    budget = resolve_budget("9bit", cost, RUNTIMES[name].group_size, candidates)
+    ledger = resolve_target("9bit", cost, RUNTIMES[name].group_size, candidates)
     plan = allocate(
         allocator,
         scores,
-        cost,
-        budget,
+        ledger,
         candidates,
         model_fingerprint=FINGERPRINT,
         emit=events.append,

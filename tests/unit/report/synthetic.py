@@ -211,8 +211,8 @@ def make_summary(
             predicted_loss=0.1834,
         ),
         size=SizeReport(
-            file_bytes=111_998_320, dense_file_bytes=269_060_552, nominal_bits=4.0,
-            effective_bits=4.25, file_bits=6.66,
+            file_bytes=111_998_320, compressible_bytes=55_388_160,
+            dense_file_bytes=269_060_552, nominal_bits=4.0, effective_bits=4.25, file_bits=6.66,
         ),
         results=tuple(make_layer_result(spec, wide[spec.name], rng) for spec in linears),
         verification=VerificationFacts(max_abs_difference=0.0, seconds=6.2),
