@@ -84,7 +84,8 @@ class CompressInputs:
     """What `compress` works on. `plan` is that of --plan, `tables` that of --sensitivity.
 
     `ledger` counts the options of the units against the target; None with a `plan`, whose bytes
-    are checked on their own. `compare_with_baseline`: --check-uniform applies, as the plan will be made from scores.
+    are checked on their own. `compare_with_baseline`: --check-uniform applies, as the plan will be
+    made from scores.
     """
 
     settings: CompressSettings

@@ -19,7 +19,7 @@ from cptq.errors import BudgetError, PlanError, UsageError
 from cptq.types import Budget, Candidate, Event, LayerSpec, Notice, Plan, SensitivityTable
 from tests.reference.allocation import all_plans
 from tests.unit.allocation.synthetic import FEW, FINGERPRINT, ignore, model, random_table
-from tests.unit.report import fake
+from tests.unit.report import synthetic
 
 WIDTHS = fake.CANDIDATES
 UNITS = fake.units(4)
