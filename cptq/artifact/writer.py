@@ -111,7 +111,7 @@ def write_content(
     chosen.check(content)
     more = dict(extras or {})
     _check_extras(more)
-    need = chosen.nbytes(content) + count_companion_bytes(content.path)
+    need = chosen.estimate_bytes(content) + count_companion_bytes(content.path)
     with new_directory(out, need + sum(map(len, more.values()))) as place:
         emit(Progress(stage="write", done=0, total=2, message=f"{need:,} bytes"))
         files = chosen.write(content, place, emit)
@@ -141,7 +141,7 @@ def _manifest(
         form=form.name,
         weight_format=form.label(content),
         weight_files=files,
-        digests=form.digests(place, files),
+        digests=form.compute_digests(place, files),
     )
     manifest["files_sha256"] = compute_file_digests(place, files)
     return manifest | dict(record.more)
