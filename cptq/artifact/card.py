@@ -1,4 +1,4 @@
-"""README.md of an artifact: the model card."""
+"""Build the model card of an artifact: its README.md."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def build_card(
     calibration: CalibrationRecord,
     weight_bytes: int,
 ) -> str:
-    """Base model, how to load it, what was done to it; Markdown with a Hub's front matter."""
+    """Build the card: base model, loading, compression, results; Markdown with front matter."""
     layers = list(model.compressed.values())
     licence = next((x.split(":", 1)[1].strip() for x in _read_licence(model.path / CARD)), "")
     return "\n".join(
@@ -41,7 +41,7 @@ def build_card(
             f"`{model.fingerprint[:16]}`).",
             "",
             *_describe_loading(model, form),
-            "## What was done",
+            "## Compression",
             "",
             *_describe_compression(layers, plan, calibration, weight_bytes),
             "",
@@ -49,12 +49,12 @@ def build_card(
             "",
             *_describe_results(model, layers, plan, weight_bytes),
             "",
-            "Everything else (the plan, versions, errors per layer, a sha256 per tensor) is in "
-            "`cptq.json`; `cptq verify` checks a copy against it.",
+            "`cptq.json` contains everything else: the plan, versions, errors per layer and the "
+            "sha256 of every tensor. `cptq verify` checks a copy against it.",
             "",
             "## Licence",
             "",
-            "That of the base model" + (f": {licence}." if licence else ", see there."),
+            "The licence of the base model" + (f": {licence}." if licence else " applies."),
             "",
         ]
     )
@@ -71,14 +71,14 @@ def _build_front_matter(model: Content, form: Format) -> list[str]:
 
 
 def _find_pipeline_tag(model: Content) -> str:
-    """The Hub's name for what the model does."""
+    """Return the Hub's name of the model's task."""
     if (model.path / MODULES).exists():
         return "sentence-similarity"
     return PIPELINES[model.kind]
 
 
 def _read_licence(card: Path) -> list[str]:
-    """The licence as the base model's own card states it."""
+    """Read the licence lines of the base model's card."""
     if not card.is_file():
         return []
     text = card.read_text(encoding="utf-8", errors="replace")
@@ -91,7 +91,7 @@ def _list_tags(model: Content, form: Format) -> Sequence[str]:
 
 
 def _describe_loading(model: Content, form: Format) -> list[str]:
-    lines = ["## How to load it", "", *form.describe_loading(model)]
+    lines = ["## Loading", "", *form.describe_loading(model)]
     if (model.path / MODULES).exists():
         lines += ['With sentence-transformers: `SentenceTransformer("PATH")`.', ""]
     return lines
@@ -105,11 +105,11 @@ def _describe_compression(
 ) -> list[str]:
     bits = Counter(layer.result.candidate.bits for layer in layers)
     spread = ", ".join(f"{bits[b]} at {b} bits" for b in sorted(bits)) or "none"
-    scores = f" on the scores of `{plan.metric}`" if plan.metric else ""
+    scores = f" from the scores of `{plan.metric}`" if plan.metric else ""
     return [
         f"- Target `{plan.budget.asked}`: {plan.budget.limit_text}; the weight files take "
         f"{weight_bytes:,} bytes.",
-        f"- Linears compressed: {spread}; the rest is stored as in the base model.",
+        f"- Compressed layers: {spread}; all others are stored as in the base model.",
         f"- Bits were chosen by `{plan.allocator}`{scores}.",
         f"- Calibration: {calibration.source}, {calibration.samples} samples, "
         f"{calibration.tokens:,} tokens, seed {calibration.seed}.",
@@ -119,19 +119,19 @@ def _describe_compression(
 def _describe_results(
     model: Content, layers: Sequence[CompressedLayer], plan: Plan, weight_bytes: int
 ) -> list[str]:
-    """What is known when the card is written; quality on a task is what `cptq eval` measures."""
-    half = 2 * model.parameters
+    """Describe size, errors and predicted loss; `cptq eval` measures quality on tasks."""
+    share, bits = weight_bytes / (2 * model.parameters), 8 * weight_bytes / model.parameters
     lines = [
-        f"- Weight files: {weight_bytes:,} bytes, {weight_bytes / half:.1%} of 16 bits a weight; "
-        f"{8 * weight_bytes / model.parameters:.2f} bits a weight over everything."
+        f"- Weight files: {weight_bytes:,} bytes, {share:.1%} of the size with 16 bits per weight; "
+        f"{bits:.2f} bits per weight over the whole file."
     ]
     errors = [x.result.output_error for x in layers if x.result.output_error is not None]
     if errors:
         mean = sum(errors) / len(errors)
         lines.append(
-            f"- Error of a layer's outputs on the calibration text: {mean:.2%} of their energy on "
+            f"- Relative squared error of layer outputs on the calibration text: {mean:.2%} on "
             f"average, {max(errors):.2%} at most."
         )
     if plan.predicted_loss is not None:
-        lines.append(f"- Predicted loss, the sum of the layers' scores: {plan.predicted_loss:.4g}.")
+        lines.append(f"- Predicted loss (sum of the units' scores): {plan.predicted_loss:.4g}.")
     return lines

@@ -118,7 +118,7 @@ class Draft:
         self.form.check(content)
         extras = dict(extras or {})
         _check_names(extras)
-        size = self.form.nbytes(content) + count_companion_bytes(content.path)
+        size = self.form.estimate_bytes(content) + count_companion_bytes(content.path)
         self.need = size + sum(map(len, extras.values()))
         check_space(self.folder.parent, self.need)
         self.emit(Progress(stage="write", done=0, total=2, message=f"{size:,} bytes"))
@@ -193,7 +193,7 @@ def _build_manifest(form: Format, written: _Written, folder: Path) -> dict[str, 
         form=form.name,
         weight_format=form.label(content),
         weight_files=files,
-        digests=form.digests(folder, files),
+        digests=form.compute_digests(folder, files),
     )
     manifest["files_sha256"] = compute_file_digests(folder, files)
     return manifest | dict(record.more)

@@ -1,11 +1,13 @@
-"""`cptq inspect`: what is in a checkpoint or a GGUF file, from its headers alone.
+"""`cptq inspect`: describe a checkpoint or a GGUF file from its headers alone.
 
-No weight is read, so it takes a moment and no memory whatever the size. Bits per weight of a layer
-are all its bytes, scales and shapes included, over its number of weights.
+No weights are read, so it is fast and needs little memory at any size. Bits per weight of a layer
+are all its bytes, including scales and shapes, divided by its number of weights. Damaged settings
+files are ignored here; `cptq verify` reports them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,20 +15,21 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
+from cptq.artifact.formats.compressed_tensors import EXPERTS
 from cptq.artifact.gguf.header import GgufTensor, read_gguf
 from cptq.artifact.manifest import MANIFEST
-from cptq.artifact.schemes import read_config_schemes, read_packed_schemes
-from cptq.checkpoint.files import find_weight_files, open_tensors, read_header
+from cptq.checkpoint.files import UNREADABLE, find_weight_files, open_tensors, read_header
 from cptq.errors import ArtifactError, ModelError
-from cptq.types import Budget, TensorSpec
+from cptq.types import Budget, TensorSpec, is_expert
 
+_DAMAGED = (OSError, *UNREADABLE)
 _BLOCK = re.compile(r"\.\d+\.")
 _PACKED = ("weight_packed", "weight_scale", "weight_shape")
-#: of the packed format; its codes are a `weight` of 32-bit words
+#: tensors of the packed format; its codes are a `weight` of 32-bit words
 _OWN_PARTS = ("weight_zero", "weight_mask", "weight_pattern")
-#: types of ggml that are not packed
+#: dense types of ggml
 FLOATS = ("F64", "F32", "F16", "BF16")
-#: parts in the order in which they are told
+#: parts of a file in the order shown
 PARTS = (
     "packed weights",
     "scales and shapes",
@@ -39,7 +42,7 @@ PARTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFacts:
-    """One matrix: how it is stored, `shape` (out, in) where it is known, bits with all it takes."""
+    """One matrix: how it is stored, `shape` (out, in) if known, and bits including scales."""
 
     name: str
     stored: str
@@ -50,9 +53,9 @@ class LayerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """`parts`: {part: (tensors, bytes)}; `provenance`: words to show, in order.
+    """Content of a file: `parts` is {part: (tensors, bytes)}, `provenance` its origin as text.
 
-    `weights` is None where the shape of a packed layer is not known.
+    `weights` is None if the shape of a packed layer is not known.
     """
 
     path: Path
@@ -65,15 +68,15 @@ class Inspection:
 
     @property
     def bits(self) -> float:
-        """Bits of the whole file per weight; NaN where nobody says how many there are."""
+        """Bits of the whole file per weight; NaN if their number is not known."""
         return float("nan") if self.weights is None else 8 * self.nbytes / max(1, self.weights)
 
 
 def inspect(path: Path) -> Inspection:
-    """Look into a directory, a safetensors file or a GGUF file.
+    """Inspect a directory, a safetensors file or a GGUF file.
 
     Raises:
-        ArtifactError, ModelError: nothing that can be read, or damaged.
+        ArtifactError, ModelError: the path is not one of these, or is damaged.
     """
     path = path.expanduser()
     if path.is_file():
@@ -84,7 +87,7 @@ def inspect(path: Path) -> Inspection:
         )
     if not path.is_dir():
         raise ArtifactError(
-            f"{path} is not there", allowed="a directory, a .safetensors or a .gguf file"
+            f"{path} does not exist", allowed="a directory, a .safetensors or a .gguf file"
         )
     files, ggufs = find_weight_files(path), sorted(path.glob("*.gguf"))
     if files:
@@ -92,7 +95,7 @@ def inspect(path: Path) -> Inspection:
     if len(ggufs) == 1:
         return _inspect_gguf(ggufs[0], _read_provenance(path))
     raise ArtifactError(
-        f"{path} holds no safetensors and {len(ggufs)} GGUF files",
+        f"{path} contains no safetensors and {len(ggufs)} GGUF files",
         allowed="a checkpoint, an artifact, or a directory with one GGUF file",
     )
 
@@ -123,7 +126,7 @@ def _is_own(spec: TensorSpec) -> bool:
 
 
 def _normalize_name(spec: TensorSpec) -> str:
-    """The name, packed codes by that of the other format."""
+    """Return the tensor's name, for codes of the packed format as in compressed-tensors."""
     return f"{spec.name}_packed" if _is_own(spec) else spec.name
 
 
@@ -149,7 +152,7 @@ def _find_part(name: str, shape: tuple[int, ...]) -> str:
 
 
 def _read_shapes(files: list[Path]) -> dict[str, tuple[int, int]]:
-    """{layer: (out, in)} of packed layers, whose two numbers are read."""
+    """Read {layer: (out, in)} of packed layers from their shape tensors."""
     found = {}
     for file in files:
         names = [n for n, s in read_header(file).items() if s.name.endswith("weight_shape")]
@@ -164,10 +167,10 @@ def _read_shapes(files: list[Path]) -> dict[str, tuple[int, int]]:
 def _list_layers(
     specs: list[TensorSpec], shapes: Mapping[str, tuple[int, int]], directory: Path
 ) -> Iterable[LayerFacts]:
-    """Every matrix, packed ones as what they stand for."""
+    """Yield every matrix, packed ones as the layers they encode."""
     sizes = {s.name: s for s in specs}
-    grids = read_config_schemes(directory, [name.rpartition(".")[0] for name in sizes])
-    own = read_packed_schemes(directory)
+    grids = _read_config_schemes(directory, [name.rpartition(".")[0] for name in sizes])
+    own = _read_packed_schemes(directory)
     for spec in specs:
         layer, _, end = spec.name.rpartition(".")
         if layer in own and end == "weight":
@@ -193,7 +196,7 @@ def _describe_packed(
     shape: tuple[int, int] | None,
     weights: Mapping[str, Any],
 ) -> LayerFacts:
-    """A layer of compressed-tensors."""
+    """Describe a layer of compressed-tensors."""
     parts = [sizes[f"{layer}.{end}"] for end in _PACKED if f"{layer}.{end}" in sizes]
     nbytes, group = sum(part.nbytes for part in parts), weights.get("group_size")
     groups = f"groups of {group}" if group else "per channel"
@@ -207,7 +210,7 @@ def _describe_packed(
 def _describe_own_packed(
     layer: str, specs: list[TensorSpec], label: str, shape: tuple[int, int] | None
 ) -> LayerFacts:
-    """A layer of the packed format."""
+    """Describe a layer of the packed format."""
     mine = [s for s in specs if s.name.startswith(f"{layer}.weight")]
     nbytes = sum(spec.nbytes for spec in mine)
     bits = 8 * nbytes / prod(shape) if shape else float("nan")
@@ -248,12 +251,12 @@ def _inspect_gguf(path: Path, provenance: Mapping[str, str]) -> Inspection:
 
 
 def _normalize_gguf_name(tensor: GgufTensor) -> str:
-    """The name of a tensor, that of a quantized one as it would be in safetensors."""
+    """Return the tensor's name, for quantized ones as in compressed-tensors."""
     return tensor.name if tensor.kind in FLOATS else f"{tensor.name}_packed"
 
 
 def _read_provenance(directory: Path) -> dict[str, str]:
-    """What cptq.json says of how it came to be; nothing where there is none."""
+    """Read the provenance from cptq.json; empty if there is none."""
     from cptq.artifact.reader import read_manifest
 
     if not (directory / MANIFEST).is_file():
@@ -272,8 +275,49 @@ def _describe_manifest(manifest: Mapping[str, Any]) -> dict[str, str]:
         "base model": f"{model['source']} (sha256 {str(model['fingerprint'])[:16]})",
         "format": str(manifest["format"]),
         "target": f"{budget.asked}, at most {budget.limit_text}",
-        "bits by": f"{plan['allocator']}" + (f" on {plan['metric']}" if plan["metric"] else ""),
+        "plan": f"{plan['allocator']}"
+        + (f" with {plan['metric']} scores" if plan["metric"] else ""),
         "calibration": f"{text['source']}, {text['samples']} samples, {text['tokens']} tokens",
         "seed": str(manifest["seed"]),
         "written by": ", ".join(f"{n} {v}" for n, v in manifest["versions"].items()),
     }
+
+
+def _read_packed_schemes(directory: Path) -> dict[str, tuple[str, tuple[int, int] | None]]:
+    """Return {layer: (label, shape)} of a packed model; empty if its files are damaged.
+
+    config.json has the labels and the manifest the shapes; without a manifest they are None.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        modules = config["quantization_config"]["modules"]
+        shapes = _read_layer_shapes(directory)
+        return {str(name): (str(label), shapes.get(name)) for name, label in modules.items()}
+    except _DAMAGED:
+        return {}
+
+
+def _read_layer_shapes(directory: Path) -> dict[str, tuple[int, int]]:
+    """Return {layer: (out, in)} of the manifest; empty if it is missing or damaged."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        rows = {str(item["name"]): item["shape"] for item in manifest["inventory"]}
+        return {name: (int(row[0]), int(row[1])) for name, row in rows.items() if min(row) > 0}
+    except _DAMAGED:
+        return {}
+
+
+def _read_config_schemes(directory: Path, layers: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+    """Return {layer: its weights entry in config.json}; empty if the file is damaged.
+
+    Experts among `layers` have the entry of the expression `EXPERTS`.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        groups = config["quantization_config"]["config_groups"].values()
+        entries = {str(name): group["weights"] for group in groups for name in group["targets"]}
+        if EXPERTS in entries:
+            entries |= dict.fromkeys(filter(is_expert, layers), entries[EXPERTS])
+        return entries
+    except _DAMAGED:
+        return {}

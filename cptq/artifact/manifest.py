@@ -1,6 +1,6 @@
-"""`cptq.json`: what was done, from what, with what, and how the result can be checked.
+"""The manifest `cptq.json`: source, plan, versions, results per layer, and digests for checking.
 
-No times and no dates: the same run writes the same bytes.
+It contains no times or dates, so the same run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cptq.types import CalibrationRecord, LayerResult, Plan
 
 MANIFEST = "cptq.json"
 FORMAT_VERSION = 1
-#: endings of the files beside the weights that a loader reads
+#: suffixes of the other files that a loader reads
 LOADED = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 _PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors")
 
@@ -35,9 +35,9 @@ def build_manifest(
     weight_files: Mapping[str, int],
     digests: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Everything but what verification adds, as plain data.
+    """Build the manifest as plain data, without the fields that verification adds.
 
-    `form` is the name of the format in `FORMATS`, `weight_format` what a reader should call it.
+    `form` is the name of the format in `FORMATS`, `weight_format` its name for readers.
     """
     packed = {layer.spec.name: layer for layer in model.compressed.values()}
     return {
@@ -93,12 +93,12 @@ def _record_layer(result: LayerResult) -> dict[str, Any]:
 
 
 def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it is written."""
+    """Encode the manifest as JSON."""
     return (json.dumps(dict(manifest), indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def compute_file_digests(place: Path, weight_files: Iterable[str]) -> dict[str, str]:
-    """sha256 (hex) of the files that say what the weights mean: settings, tokenizer, code."""
+    """Return the sha256 (hex) of settings, tokenizer and code: the loaded files except weights."""
     weights = set(weight_files)
     found = {}
     for path in sorted(place.rglob("*")):
@@ -109,7 +109,7 @@ def compute_file_digests(place: Path, weight_files: Iterable[str]) -> dict[str, 
 
 
 def try_read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of an artifact; empty where the directory is none, or its file is no JSON."""
+    """Read the manifest of an artifact; empty if there is none or it is not a JSON object."""
     try:
         found = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):

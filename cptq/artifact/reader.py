@@ -1,7 +1,7 @@
-"""An artifact on the disk, read back: manifest, layers as integers, dense tensors one at a time.
+"""Read an artifact from disk: manifest, layers as integers, dense tensors one at a time.
 
-Nothing of it is trusted. The manifest's layers must be the tensors that the weight files really
-hold, in type and shape, before one byte of them is loaded.
+Its content is not trusted: the tensors of the weight files must match the layers of the manifest in
+type and shape before any of them is loaded.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from cptq.types import (
     TensorSpec,
 )
 
-#: more inputs than any layer has; what a manifest claims beyond is not worked with
+#: more inputs than any layer has; larger claims in a manifest are refused
 MOST_INPUTS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredArtifact:
-    """What an artifact's manifest says, checked, and its content."""
+    """An artifact's validated manifest and its content."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -52,15 +52,15 @@ class StoredArtifact:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """cptq.json as plain data, of a version that this cptq reads.
+    """Read cptq.json as plain data, in the format version of this cptq.
 
     Raises:
-        ArtifactError: there is none, it is no JSON object, or of another version.
+        ArtifactError: it is missing, not a JSON object, or has another format version.
     """
     path = directory / MANIFEST
     if not path.is_file():
         raise ArtifactError(
-            f"{directory} has no {MANIFEST}, so it is no artifact of cptq",
+            f"{directory} has no {MANIFEST}, so it is not an artifact of cptq",
             allowed="a directory that cptq compress or cptq export wrote",
         )
     try:
@@ -70,7 +70,7 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise ArtifactError(
-            f"{path} is of version {version!r}, and this cptq reads {FORMAT_VERSION}",
+            f"{path} has version {version!r}; this cptq reads {FORMAT_VERSION}",
             hint="read it with the cptq that wrote it, or compress the model again",
         )
     found: dict[str, Any] = manifest
@@ -78,10 +78,10 @@ def read_manifest(directory: Path) -> dict[str, Any]:
 
 
 def find_format(manifest: Mapping[str, Any]) -> Format:
-    """The format that a manifest names.
+    """Return the format that a manifest names.
 
     Raises:
-        UnknownNameError: this cptq does not know it.
+        UnknownNameError: this cptq does not have it.
     """
     return FORMATS.get(str(manifest.get("form")))
 
@@ -90,7 +90,7 @@ def open_artifact(directory: Path, *, trust_remote_code: bool = False) -> Stored
     """Read an artifact back.
 
     Raises:
-        ArtifactError: it is no artifact, is damaged, or is of a format that is not read back.
+        ArtifactError: it is not an artifact, is damaged, or has a format that cannot be read.
         ModelError: a weight file is truncated, corrupt or hostile.
     """
     directory = directory.expanduser()
@@ -98,7 +98,7 @@ def open_artifact(directory: Path, *, trust_remote_code: bool = False) -> Stored
     form = find_format(manifest)
     if not isinstance(form, SafetensorsFormat):
         raise ArtifactError(
-            f"{directory} is in the format {form.name}, which is not read back",
+            f"{directory} has the format {form.name}, which cannot be read back",
             hint="export the artifact that it was made from",
         )
     try:
@@ -179,7 +179,7 @@ def _parse_result(item: Mapping[str, Any]) -> LayerResult:
 def _check_tensors(
     form: SafetensorsFormat, spec: LayerSpec, result: LayerResult, stored: Mapping[str, TensorSpec]
 ) -> tuple[TensorSpec, ...]:
-    """The tensors of a layer, which the files must hold as the format counts them."""
+    """Return the tensors of a layer after checking that the files hold them as specified."""
     why = form.layout.refusal(spec, result.candidate)
     if why is not None:
         raise ArtifactError(f"{spec.name} cannot be {result.candidate.label} in {form.name}: {why}")
@@ -187,8 +187,8 @@ def _check_tensors(
     for part in parts:
         if stored.get(part.name) != part:
             raise ArtifactError(
-                f"the weight files do not hold {part.name} as the manifest says "
-                f"({part.dtype} {part.shape})",
+                f"the weight files do not contain {part.name} as {part.dtype} {part.shape}, as the "
+                "manifest requires",
                 hint="copy the artifact again",
             )
     return parts
@@ -199,7 +199,7 @@ def _view_as_dense(
     parts: Mapping[str, tuple[TensorSpec, ...]],
     inventory: Mapping[str, LayerSpec],
 ) -> tuple[TensorSpec, ...]:
-    """The tensors as a dense artifact has them, each weight where its first part lies."""
+    """List the tensors of a dense artifact, each weight in place of its first part."""
     owner = {part.name: name for name, found in parts.items() for part in found}
     view: dict[str, TensorSpec] = {}
     for name, spec in stored.items():
@@ -214,7 +214,7 @@ def _view_as_dense(
 
 
 def _make_getter(places: Mapping[str, Path]) -> Callable[[str], Tensor]:
-    """A tensor by name, each file opened once and mapped, not read."""
+    """Return a function that gets a tensor by name; each file is opened once and mapped."""
     stack, opened = ExitStack(), dict[Path, Any]()
 
     def get(name: str) -> Tensor:

@@ -1,7 +1,7 @@
-"""The sample of a manifest: a short input and some of the outputs, so that anyone can check.
+"""The sample in a manifest: a short input and some of its outputs, for checking a copy.
 
-All logits of 64 tokens are tens of megabytes, so `PICKED` of them are kept, evenly spread, and the
-largest. Whatever changes a model's weights changes all of its outputs, these included.
+All logits of 64 tokens are tens of megabytes, so `KEPT_OUTPUTS` evenly spread ones and the largest
+are kept. Any change of the weights changes all outputs, including these.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from cptq.artifact.reload import ReloadSample
 from cptq.errors import ArtifactError
 
 KEPT_OUTPUTS = 256
-#: outputs that are believed to exist: a manifest's word costs that much memory at most
+#: upper bound on the number of outputs, so that a hostile manifest cannot exhaust memory
 MOST_OUTPUTS = 1 << 28
 
 
 def record_sample(sample: ReloadSample) -> dict[str, Any]:
-    """The sample as plain data, the same for the same values."""
+    """Return the sample as plain data, deterministically."""
     flat = sample.expected.detach().float().cpu().reshape(-1)
     return {
         "inputs": {name: x.tolist() for name, x in sample.inputs.items()},
@@ -34,17 +34,17 @@ def record_sample(sample: ReloadSample) -> dict[str, Any]:
 
 
 def _pick_positions(numel: int, largest: int) -> torch.Tensor:
-    """Which of the outputs are kept, in order."""
+    """Return the positions of the outputs to keep, in order."""
     count = min(KEPT_OUTPUTS, numel)
     spread = [i * numel // count for i in range(count)]
     return torch.tensor(sorted({*spread, largest}), dtype=torch.int64)
 
 
 def read_sample(record: Any, *, trust_remote_code: bool = False) -> ReloadSample:
-    """The inverse; outputs that were not kept are NaN, and `known` says which were.
+    """Read the sample back; outputs that were not kept are NaN, and it is marked partial.
 
     Raises:
-        ArtifactError: the record is no sample.
+        ArtifactError: the record is invalid.
     """
     try:
         shape = tuple(int(n) for n in record["shape"])
@@ -57,21 +57,24 @@ def read_sample(record: Any, *, trust_remote_code: bool = False) -> ReloadSample
 
 
 def _build_sample(
-    record: Mapping[str, Any], shape: tuple[int, ...], places: torch.Tensor, trusted: bool
+    record: Mapping[str, Any],
+    shape: tuple[int, ...],
+    positions: torch.Tensor,
+    trust_remote_code: bool,
 ) -> ReloadSample:
     values = torch.tensor(record["values"], dtype=torch.float32)
     tolerance = float(record["tolerance"])
-    if values.shape != places.shape or not bool(torch.isfinite(values).all()):
-        raise ValueError(f"{values.numel()} outputs where {len(places)} are expected")
+    if values.shape != positions.shape or not bool(torch.isfinite(values).all()):
+        raise ValueError(f"{values.numel()} outputs, {len(positions)} expected")
     if not isfinite(tolerance) or tolerance <= 0:
         raise ValueError(f"a tolerance of {tolerance}")
     expected = torch.full((prod(shape),), torch.nan)
-    expected[places] = values
+    expected[positions] = values
     return ReloadSample(
         inputs={str(n): torch.tensor(x, dtype=torch.int64) for n, x in record["inputs"].items()},
         expected=expected.view(shape),
         tolerance=tolerance,
         attention=record["attention"],
-        trust_remote_code=trusted,
+        trust_remote_code=trust_remote_code,
         partial=True,
     )

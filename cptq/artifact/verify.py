@@ -62,7 +62,7 @@ def _verify(
     known_files = manifest["files_sha256"]
     found_files = compute_file_digests(directory, sizes)
     _compare("file", {n: found_files.get(n) for n in known_files}, known_files)
-    _compare("tensor", form.digests(directory, sizes), manifest["tensors_sha256"])
+    _compare("tensor", form.compute_digests(directory, sizes), manifest["tensors_sha256"])
     kind = manifest["model"]["kind"]
     if kind not in AUTO_CLASSES:
         raise ValueError(f"a model of kind {kind!r}")

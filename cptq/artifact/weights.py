@@ -1,7 +1,7 @@
-"""Weights to safetensors files, one tensor in memory at a time; and their digests, read back.
+"""Write weights to safetensors files, one tensor in memory at a time, and hash them.
 
 The bytes are those that the safetensors library would write (tested), but each tensor is fetched,
-written and dropped, every file is synced to the disk, and a full disk is an `OSError` that says so.
+written and released, every file is synced to disk, and a full disk raises a proper `OSError`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from cptq.types import TensorSpec
 _CHUNK = 1 << 22
 
 Fetch = Callable[[TensorSpec], Tensor]
-"""The value of a tensor, in its storage type, on any device."""
+"""Returns the value of a tensor in its storage type, on any device."""
 
 
 def write_weights(
@@ -44,18 +44,18 @@ def write_weights(
     """Write `model.safetensors`, or shards and their index.
 
     Args:
-        directory: where to.
+        directory: the output directory.
         specs: all tensors, in the order in which shards are filled.
-        fetch: gives each value.
-        most: bytes of tensors per file.
-        stem: what the files are called in place of "model".
+        fetch: returns each value.
+        most: maximum bytes of tensors per file.
+        stem: name of the files in place of "model".
 
     Returns:
         {file name: bytes} of the weight files.
 
     Raises:
-        ArtifactError: a value is not what its spec says.
-        OSError: the disk is full, or anything else the system says.
+        ArtifactError: a value does not match its spec.
+        OSError: the disk is full, or another system error.
     """
     shards = split_shards(specs, most)
     names = shard_names(len(shards), stem)
@@ -83,10 +83,10 @@ def _write_file(path: Path, specs: Iterable[TensorSpec], fetch: Fetch) -> None:
 
 
 def _get_bytes(spec: TensorSpec, tensor: Tensor) -> memoryview:
-    """The bytes of a tensor that is what its spec says."""
+    """Return the bytes of a tensor after checking it against its spec."""
     if tuple(tensor.shape) != spec.shape or tensor.dtype is not TORCH_DTYPES[spec.dtype]:
         raise ArtifactError(
-            f"{spec.name} is {tensor.dtype} {tuple(tensor.shape)} in memory and "
+            f"{spec.name} is {tensor.dtype} {tuple(tensor.shape)} in memory but "
             f"{spec.dtype} {spec.shape} in the checkpoint"
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -95,7 +95,7 @@ def _get_bytes(spec: TensorSpec, tensor: Tensor) -> memoryview:
 
 
 def compute_tensor_digests(paths: Iterable[Path]) -> dict[str, str]:
-    """sha256 (hex) of the bytes of every tensor, as they lie on the disk, sorted by name."""
+    """Return the sha256 (hex) of the stored bytes of every tensor, sorted by name."""
     digests: dict[str, str] = {}
     for path in paths:
         with path.open("rb") as stream:
@@ -112,7 +112,7 @@ def _hash_bytes(read: Callable[[int], bytes], left: int) -> str:
     while left:
         chunk = read(min(left, _CHUNK))
         if not chunk:
-            raise ArtifactError("a weight file ends before its last tensor does")
+            raise ArtifactError("a weight file is truncated")
         digest.update(chunk)
         left -= len(chunk)
     return digest.hexdigest()

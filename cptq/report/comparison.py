@@ -79,7 +79,7 @@ class ModelComparison:
 
     @property
     def baseline(self) -> ComparedModel:
-        """The first model."""
+        """The first model, with which the others are compared."""
         return self.models[0]
 
     def find_quality(self, model: ComparedModel) -> EvalResult | None:

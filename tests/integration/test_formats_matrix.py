@@ -96,7 +96,7 @@ def difference(
     out.mkdir()
     sample = sample_of(model)
     files = form.write(content, out, lambda event: None)
-    assert sum(files.values()) <= form.nbytes(content)
+    assert sum(files.values()) <= form.estimate_bytes(content)
     found = form.check_reload(out, model.kind, sample, lambda event: None, path)
     return found.max_abs_difference, float(sample.expected.abs().max()), len(layers)
 

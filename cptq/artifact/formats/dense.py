@@ -1,10 +1,10 @@
-"""`dense`: the compressed weights multiplied out to 16 bits, an ordinary checkpoint for any tool.
+"""`dense`: the compressed weights dequantized to 16 bits, an ordinary checkpoint for any tool.
 
-No byte is saved against a 16-bit checkpoint. It is for programs that read no packed format, and for
-comparing: they see the numbers that compression left. Weights keep the checkpoint's 16-bit type;
-float32 becomes float16 (bfloat16 where a value would overflow). codes * scale is rounded to that
-type, by at most half a last place (2^-12 of a weight in float16, 2^-9 in bfloat16), so outputs
-differ a little from those of the packed artifact.
+It saves no bytes compared with a 16-bit checkpoint. It serves programs that read no packed format,
+and comparisons, because it holds the values of the compressed weights. Weights keep the
+checkpoint's 16-bit type; float32 becomes float16 (bfloat16 if a value would overflow). codes *
+scale is rounded to that type by at most half a unit in the last place (2^-12 of a weight in
+float16, 2^-9 in bfloat16), so outputs differ slightly from those of the packed artifact.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ from cptq.layouts.safetensors_header import measure, total_bytes
 from cptq.numerics.grid import dequantize_layer
 from cptq.types import Emit, ModelKind, TensorSpec
 
-#: what 16-bit weights may change, as a share of the largest output
+#: allowed difference of outputs due to 16-bit weights, as a share of the largest
 TOLERANCE = 0.05
 _NAMES = {"F16": "float16", "BF16": "bfloat16", "F32": "float32", "F64": "float64"}
 
 
 class Dense(CheckpointFormat):
-    """See the head of this module."""
+    """The format described at the top of this module."""
 
     name = "dense"
     layout = DENSE_16BIT
 
     def check(self, content: Content) -> None:
-        """Every layer can be multiplied out."""
+        """Accept everything: every layer can be dequantized."""
 
-    def nbytes(self, content: Content) -> int:
+    def estimate_bytes(self, content: Content) -> int:
         return total_bytes(map(measure, _list_tensors(content)))
 
     def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
@@ -73,7 +73,7 @@ class Dense(CheckpointFormat):
 
 
 def _list_tensors(content: Content) -> list[TensorSpec]:
-    """All tensors at 16 bits; float32 is bfloat16 where float16 would overflow."""
+    """List all tensors at 16 bits; float32 becomes bfloat16 where float16 would overflow."""
     narrow = []
     for spec in content.tensors:
         dtype = dtype_16bit(spec.dtype)
@@ -88,10 +88,10 @@ def _fit_float16(value: Tensor) -> bool:
 
 
 def _get_float32(content: Content, spec: TensorSpec) -> Tensor:
-    """A tensor in float32, compressed layers multiplied out, as it lies in the file."""
+    """Return a tensor of the file in float32, compressed layers dequantized."""
     layer = content.compressed.get(spec.name)
     if layer is None:
-        return content.dense(spec)
+        return content.get_dense(spec)
     W_OI = dequantize_layer(layer, torch.float32)
     return W_OI.T if layer.spec.transposed else W_OI
 

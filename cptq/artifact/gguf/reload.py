@@ -1,11 +1,11 @@
-"""Does llama.cpp make of a GGUF file what is in memory?
+"""The reload check of a GGUF file: llama.cpp in a fresh process computes the sample.
 
-Two checks. The file is read back strictly, every tensor digested (`gguf_digests`). And a fresh
-process loads it with llama.cpp, where llama-cpp-python is installed, and computes the sample.
-llama.cpp rounds activations to 8 bits before it multiplies them with Q4_0, Q5_0 or Q8_0 weights,
-and to 16 for F16 and BF16, so outputs agree only to about a percent of the largest, even though
-the weights are equal: `TOLERANCE` finds a wrong row order or scale (which differ by as much as the
-outputs themselves), not a last bit. That the bits are right is what packing is tested for.
+The file is also read back strictly and every tensor hashed (`compute_gguf_digests`). llama.cpp runs
+only if llama-cpp-python is installed. It rounds activations to 8 bits before it multiplies them
+with Q4_0, Q5_0 or Q8_0 weights, and to 16 for F16 and BF16, so outputs agree only to about a
+percent of the largest although the weights are equal. `TOLERANCE` detects a wrong row order or
+scale, which change outputs by as much as the outputs themselves, but not a wrong last bit; the bits
+are covered by the tests of packing.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.errors import ArtifactError
 from cptq.types import Emit, ModelKind, Notice
 
-#: root mean square of the difference, as a share of that of the expected values
+#: allowed root mean square of the difference, as a share of that of the expected values
 TOLERANCE = 0.1
-#: texts whose tokens must be those of the tokenizer
+#: texts to tokenize with llama.cpp and with the tokenizer
 TEXTS = (
     "The quick brown fox jumps over the lazy dog.",
     "In 2026, 3.14 was (still) about 22/7; wasn't it?\n\n  Indented, with   spaces",
@@ -45,7 +45,7 @@ _CHUNK = 1 << 22
 
 
 def compute_gguf_digests(path: Path) -> dict[str, str]:
-    """sha256 (hex) of the bytes of every tensor, as they lie on the disk, sorted by name."""
+    """Return the sha256 (hex) of the stored bytes of every tensor, sorted by name."""
     digests = {}
     with path.open("rb") as stream:
         for tensor in read_gguf(path).tensors:
@@ -62,31 +62,31 @@ def compute_gguf_digests(path: Path) -> dict[str, str]:
 def reload_in_llama_cpp(
     path: Path, kind: ModelKind, sample: ReloadSample, emit: Emit, tokenizer: Path | None
 ) -> ReloadCheck:
-    """Compute the sample in llama.cpp and compare; without it, say that this was not done.
+    """Compute the sample in llama.cpp and compare; without llama.cpp, emit a warning.
 
-    `tokenizer` is the tokenizer.json whose tokens llama.cpp should find, if it is at hand.
+    `tokenizer` is the tokenizer.json whose tokens llama.cpp should produce, if available.
 
     Raises:
-        ArtifactError: it does not load, or answers differently.
+        ArtifactError: the file does not load, or its outputs differ.
     """
     start = time.perf_counter()
     read_gguf(path)
     if importlib.util.find_spec("llama_cpp") is None:
-        message = "llama-cpp-python is not installed, so the file was read back but not run"
+        message = "llama-cpp-python is not installed: the file was read back but not run"
         emit(Notice(kind="warning", subject=path.name, message=message))
         return _make_reload_check(None, start)
     report, answer = _compute(path, kind, sample)
     if report["cptq"]:
-        raise ArtifactError(f"the check was not independent: {report['cptq'][0]} was imported")
+        raise ArtifactError(f"the reload check imported {report['cptq'][0]}")
     if tokenizer is not None:
         _compare_tokens(tokenizer, report["tokens"], emit)
     expected = _select_expected(kind, sample)
     if answer.shape != expected.shape:
         raise ArtifactError(
-            f"llama.cpp answers {tuple(answer.shape)} values, {tuple(expected.shape)} expected"
+            f"llama.cpp returns outputs of shape {tuple(answer.shape)}, not {tuple(expected.shape)}"
         )
     known = ~expected.isnan() if sample.partial else torch.ones_like(expected, dtype=torch.bool)
-    _judge(answer[known], expected[known])
+    _check_outputs(answer[known], expected[known])
     return _make_reload_check(float((answer - expected)[known].abs().max()), start)
 
 
@@ -98,7 +98,7 @@ def _make_reload_check(difference: float | None, start: float) -> ReloadCheck:
 
 
 def _select_expected(kind: ModelKind, sample: ReloadSample) -> Tensor:
-    """One row per real token, or per text where the model classifies."""
+    """Return one row per real token, or per text for a classifier."""
     expected = sample.expected.detach().float().cpu()
     if kind == "classifier":
         return expected
@@ -120,12 +120,12 @@ def _compute(path: Path, kind: ModelKind, sample: ReloadSample) -> tuple[Mapping
             "report": str(Path(folder) / "report.json"),
         }
         (Path(folder) / "job.json").write_text(json.dumps(job), encoding="utf-8")
-        _start(Path(folder))
+        _run_llama_cpp(Path(folder))
         report = json.loads((Path(folder) / "report.json").read_text(encoding="utf-8"))
         return report, torch.from_numpy(np.load(job["answer"]))
 
 
-def _start(folder: Path) -> None:
+def _run_llama_cpp(folder: Path) -> None:
     # -P: the script's own directory must not come before the packages
     done = subprocess.run(
         [sys.executable, "-P", str(llama_load.__file__), str(folder / "job.json")],
@@ -139,22 +139,22 @@ def _start(folder: Path) -> None:
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if "rror" in line]
         why = lines[0] if lines else f"the process ended with {done.returncode}"
-        raise ArtifactError(f"llama.cpp cannot load what was written: {why}")
+        raise ArtifactError(f"llama.cpp cannot load the written file: {why}")
 
 
-def _judge(answer: Tensor, expected: Tensor) -> None:
+def _check_outputs(answer: Tensor, expected: Tensor) -> None:
     share = float((answer - expected).square().mean().sqrt() / expected.square().mean().sqrt())
     if not share <= TOLERANCE:
         raise ArtifactError(
-            f"llama.cpp answers differently from the model in memory: by {share:.3g} of the "
-            f"outputs' size, where {TOLERANCE:g} is allowed"
+            f"llama.cpp's outputs differ from those of the model in memory by {share:.3g} of their "
+            f"root mean square; {TOLERANCE:g} is allowed"
         )
 
 
 def _compare_tokens(path: Path, found: list[list[int]], emit: Emit) -> None:
-    """Say which texts become other tokens in llama.cpp."""
+    """Emit a warning for each text that llama.cpp tokenizes differently."""
     tokenizer = Tokenizer.from_file(str(path))
     for text, ids in zip(TEXTS, found, strict=True):
         if ids != tokenizer.encode(text).ids:
-            message = f"llama.cpp cuts {text[:24]!r}... into other tokens than transformers does"
+            message = f"llama.cpp tokenizes {text[:24]!r}... differently from transformers"
             emit(Notice(kind="warning", subject="tokenizer", message=message))

@@ -21,8 +21,8 @@ from tests.reference.allocation import all_plans
 from tests.unit.allocation.synthetic import FEW, FINGERPRINT, ignore, model, random_table
 from tests.unit.report import synthetic
 
-WIDTHS = fake.CANDIDATES
-UNITS = fake.units(4)
+WIDTHS = synthetic.make_CANDIDATES
+UNITS = synthetic.make_units(4)
 
 
 def options(

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from itertools import cycle
 from pathlib import Path
 
+import gguf
+import numpy as np
 import torch
 
 from cptq.allocation.cost import CostModel
-from cptq.artifact.content import build_content
+from cptq.artifact.content import Content, build_content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.formats import DEFAULT_FORMAT
+from cptq.artifact.formats.gguf import GGUF
 from cptq.artifact.reload import ReloadSample
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
@@ -146,3 +149,17 @@ def write(
         d.write(content, Record(plan=plan, calibration=RECORD, seed=0), extras)
         d.verify(sample)
     return d.artifact
+
+
+def write_gguf(content: Content, place: Path, events: list[Event] | None = None) -> gguf.GGUFReader:
+    """Write a GGUF file into a new directory and open it with the gguf package."""
+    GGUF.check(content)
+    place.mkdir()
+    (name,) = GGUF.write(content, place, (events if events is not None else []).append)
+    return gguf.GGUFReader(place / name)
+
+
+def read_gguf_weight(reader: gguf.GGUFReader, name: str) -> np.ndarray:
+    """Dequantize a tensor with the gguf package."""
+    tensor = next(t for t in reader.tensors if t.name == name)
+    return gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)

@@ -234,14 +234,14 @@ def test_an_index_that_leads_outside_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 99}, "version 99, and this cptq reads 1"),
-        ({"form": "nobody"}, "unknown format 'nobody'"),
-        ({"inventory": []}, "is damaged"),
+        ({"format_version": 99}, r"99.*\b1\b"),
+        ({"form": "nobody"}, "format 'nobody'"),
+        ({"inventory": []}, r"cptq\.json is damaged"),
         ({"weight_files": {"../x": 1}}, "lies outside"),
         ({"weight_files": {"model.safetensors": 1}}, "had 1 when it was written"),
         ({"tensors_sha256": {"x": "0"}}, "is not what was written"),
         ({"files_sha256": {"config.json": "0"}}, "config.json is not what was written"),
-        ({"sample": {"shape": [10**6, 10**6]}}, "sample cannot be read"),
+        ({"sample": {"shape": [10**6, 10**6]}}, r"sample.*1000000, 1000000"),
     ],
 )
 def test_a_foreign_or_hostile_manifest_is_refused(

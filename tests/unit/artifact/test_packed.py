@@ -114,7 +114,7 @@ def test_verified_in_a_fresh_process_that_imports_cptq(
     assert artifact.manifest["verification"]["max_abs_difference"] < 1e-5
     assert artifact.manifest["format"] == "packed"
     card = (artifact.path / "README.md").read_text()
-    assert "**This model needs cptq**" in card
+    assert "pip install cptq" in card
     assert "import cptq" in card
     config = json.loads((artifact.path / "config.json").read_text())["quantization_config"]
     assert config["quant_method"] == "cptq"
@@ -179,7 +179,7 @@ def test_layers_are_read_back(tiny_model: TinyModel, tmp_path: Path) -> None:
         values, expected = (dequantize_layer(x, torch.float32) for x in (read, layer))
         assert torch.equal(values, expected)
         name = f"{layer.spec.name}.weight"
-        with pytest.raises(ArtifactError, match="not packed as its manifest says"):
+        with pytest.raises(ArtifactError, match=f"{layer.spec.name}.*manifest"):
             PACKED.read_layer(
                 layer.spec, layer.result, (tensors | {name: tensors[name][:-1]}).__getitem__
             )
@@ -193,13 +193,13 @@ def test_layers_that_contradict_themselves_are_refused(tiny_model: TinyModel) ->
     assert layer.mask is not None
     check_layer(layer)
     for change, words in [
-        ({"codes": layer.codes.int()}, "needs codes"),
-        ({"codes": layer.codes[:, 1:]}, "needs codes"),
-        ({"scale": layer.scale.float()}, "needs scales"),
-        ({"scale": layer.scale * 0}, "a scale that is 0"),
-        ({"mask": None}, "needs a mask"),
-        ({"mask": torch.ones_like(layer.mask)}, r"keeps [\d,]+ weights, where w4g16-s50 means"),
-        ({"zero": layer.scale.to(torch.int8)}, "other parts than"),
+        ({"codes": layer.codes.int()}, r"codes.*int8.*int32"),
+        ({"codes": layer.codes[:, 1:]}, r"codes.*int8"),
+        ({"scale": layer.scale.float()}, r"scales.*float16.*float32"),
+        ({"scale": layer.scale * 0}, r"scale.*\b0\b"),
+        ({"mask": None}, r"mask.*none"),
+        ({"mask": torch.ones_like(layer.mask)}, r"[\d,]+ weights.*w4g16-s50.*[\d,]+"),
+        ({"zero": layer.scale.to(torch.int8)}, r"zero points.*w4g16-s50"),
     ]:
         with pytest.raises(ArtifactError, match=words):
             check_layer(replace(layer, **change))
