@@ -18,7 +18,7 @@ from torch import Tensor
 
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import CalibrationSettings, ModelSettings
-from cptq.data.overlap import encode_sketch, sketch
+from cptq.data.overlap import build_sketch, encode_sketch
 from cptq.data.text import Text, load_text
 from cptq.errors import CalibrationError
 from cptq.types import CalibrationRecord, Emit, Notice
@@ -193,7 +193,7 @@ def _assemble(
         fingerprint=token_digest(rows),
         text_sha256=text.sha256,
         notes=tuple(text.notes),
-        sketch=encode_sketch(sketch(_texts(model, rows))),
+        sketch=encode_sketch(build_sketch(_texts(model, rows))),
     )
     return Calibration(batches=[_padded(model, part) for part in parts], record=record)
 

@@ -26,7 +26,7 @@ from cptq.checkpoint.files import (
 )
 from cptq.checkpoint.hub import resolve
 from cptq.checkpoint.layers import Inventory, take_inventory, tied_names
-from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
 from cptq.errors import CptqError, ModelError, UsageError
@@ -93,6 +93,30 @@ def load_model(
         device=device,
         dtype=dtype,
         **_inventory(module, family, tensors, quantized, emit, conv1d),
+    )
+
+
+def read_spec(settings: ModelSettings, emit: Emit) -> ModelSpec:
+    """Read a model's config and tokenizer, and none of its weights.
+
+    Raises:
+        ModelError: not found, not readable, not a text model, or a directory without weight files.
+    """
+    path = resolve(settings, emit)
+    config = read_config(path)
+    kind = model_kind(config, path)
+    _weight_paths(path, settings)
+    with _hub_errors_explained(settings.model):
+        loaded = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=settings.trust_remote_code
+        )
+    return ModelSpec(
+        source=settings.model,
+        path=path,
+        tokenizer=_load_tokenizer(path, settings, emit),
+        config=loaded,
+        kind=kind,
+        family=architecture(str(config.get("model_type"))).family,
     )
 
 

@@ -59,21 +59,21 @@ class Overlap:
         return self.share >= ENOUGH and self.found > 1
 
 
-def row_hashes(text: str) -> Hashes:
+def hash_row(text: str) -> Hashes:
     """The hashes of every run of WORDS words, in order; of a short text its only one, or none."""
-    words = _WORD.findall(_plain(text))
+    words = _WORD.findall(_simplify(text))
     if len(words) < SHORTEST:
         return np.empty(0, dtype=np.uint64)
     length = min(WORDS, len(words))
-    ids = np.fromiter(map(_word_hash, words), dtype=np.uint64, count=len(words))
+    ids = np.fromiter(map(_hash_word, words), dtype=np.uint64, count=len(words))
     runs = len(words) - length + 1
     found = np.zeros(runs, dtype=np.uint64)
     for offset in range(length):  # Horner's rule modulo 2^64
         found = found * _BASE + ids[offset : offset + runs]
-    return _mixed(found)
+    return _mix(found)
 
 
-def _plain(text: str) -> str:
+def _simplify(text: str) -> str:
     """Lower case without accents, which some tokenizers take away."""
     if not text.isascii():
         decomposed = unicodedata.normalize("NFKD", text)
@@ -82,18 +82,18 @@ def _plain(text: str) -> str:
 
 
 @lru_cache(maxsize=200_000)
-def _word_hash(word: str) -> int:
+def _hash_word(word: str) -> int:
     return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
 
 
-def _mixed(values: Hashes) -> Hashes:
+def _mix(values: Hashes) -> Hashes:
     """The finalizer of splitmix64 (Steele et al. 2014): every bit depends on every bit."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
 
 
-def winnowed(hashes: Hashes) -> Hashes:
+def winnow(hashes: Hashes) -> Hashes:
     """The smallest of every WINDOW hashes in a row (of all, if they are fewer), each once."""
     if len(hashes) <= WINDOW:
         return hashes.min(keepdims=True) if len(hashes) else hashes
@@ -101,9 +101,9 @@ def winnowed(hashes: Hashes) -> Hashes:
     return np.unique(windows.min(1))
 
 
-def sketch(rows: Iterable[str]) -> Hashes:
+def build_sketch(rows: Iterable[str]) -> Hashes:
     """The sorted hashes that stand for the rows of a text, at most MOST."""
-    kept = [winnowed(row_hashes(row)) for row in rows]
+    kept = [winnow(hash_row(row)) for row in rows]
     return np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *kept]))[:MOST]
 
 
@@ -125,11 +125,11 @@ def decode_sketch(text: str) -> Hashes:
         raise DataError(f"the fingerprints of the calibration text are damaged: {error}") from error
 
 
-def overlap(known: Hashes, rows: Sequence[str]) -> Overlap:
+def measure_overlap(known: Hashes, rows: Sequence[str]) -> Overlap:
     """What the rows of an evaluated text share with the sketch of a calibration."""
-    hashes = [row_hashes(row) for row in rows]
+    hashes = [hash_row(row) for row in rows]
     every = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *hashes]))
-    own = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *map(winnowed, hashes)]))
+    own = np.unique(np.concatenate([np.empty(0, dtype=np.uint64), *map(winnow, hashes)]))
     found = int(np.isin(known, every).sum())
     theirs = int(np.isin(own, known).sum())
     shares = (found / max(len(known), 1), theirs / max(len(own), 1))

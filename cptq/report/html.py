@@ -13,7 +13,7 @@ from cptq.report.plots import Figure, figures
 from cptq.report.scatter import scatter_figure
 from cptq.report.summary import Summary
 from cptq.report.tables import all_tables, verification_words
-from cptq.report.tally import compare, notices_by_kind
+from cptq.report.tally import notices_by_kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +38,7 @@ def tiles(summary: Summary) -> list[Tile]:
     if summary.size is not None:
         found += _size_tiles(summary)
     tasks = short_tasks(row.task for row in summary.evaluation)
-    for row in compare(summary.evaluation, summary.baseline)[:3]:
+    for row in summary.comparison.rows[:3]:
         base = f"baseline {words.number(row.baseline.value)}" if row.baseline else row.result.unit
         label = f"{tasks[row.result.task]} {row.result.metric}"
         found.append(Tile(label=label, value=words.number(row.result.value), more=base))

@@ -17,6 +17,7 @@ from cptq.types import (
     Budget,
     CalibrationRecord,
     Candidate,
+    Comparison,
     EvalResult,
     LayerResult,
     LayerSpec,
@@ -91,26 +92,45 @@ class Summary:
     size: SizeReport | None = None
     results: tuple[LayerResult, ...] = ()
     verification: VerificationFacts | None = None
-    evaluation: tuple[EvalResult, ...] = ()
-    baseline: tuple[EvalResult, ...] = ()
+    comparison: Comparison = field(default_factory=Comparison)
     baseline_source: str | None = None
-    paired: tuple[PairedDifference, ...] = ()
     notices: tuple[Notice, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def evaluation(self) -> tuple[EvalResult, ...]:
+        """The model's results."""
+        return self.comparison.results
+
+    @property
+    def baseline(self) -> tuple[EvalResult, ...]:
+        """The baseline's results."""
+        return self.comparison.baseline
+
+    @property
+    def paired(self) -> tuple[PairedDifference, ...]:
+        """Differences to the baseline on the same samples."""
+        return self.comparison.paired
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for report.json, in the order of the fields.
 
-        Units name their layers only. Numbers that JSON has no word for become the texts "nan",
-        "inf" and "-inf", which `float()` reads back.
+        Units name their layers only; results, the baseline's and paired differences are lists of
+        their own. Numbers that JSON cannot hold become the texts "nan", "inf" and "-inf", which
+        `float()` reads back.
         """
-        data = {item.name: plain(getattr(self, item.name)) for item in fields(self)}
+        data: dict[str, Any] = {}
+        for item in fields(self):
+            if item.name == "comparison":
+                data |= {"evaluation": plain(self.evaluation), "baseline": plain(self.baseline)}
+                continue
+            data[item.name] = plain(getattr(self, item.name))
+            if item.name == "baseline_source":
+                data["paired"] = [_plain_pair(pair) for pair in self.paired]
         for unit in data["units"]:
             unit["layers"] = [layer["name"] for layer in unit["layers"]]
         if data["calibration"]:
             del data["calibration"]["sketch"]  # for machines, and in cptq.json
-        for row, pair in zip(data["paired"], self.paired, strict=True):
-            row |= {"at_most_worse": pair.at_most_worse, "verdict": pair.verdict}
         return {"schema": SCHEMA, **data}
 
 
@@ -140,6 +160,10 @@ class EvalOutcome:
     summary: Summary
     out: Path | None = None
     reports: Mapping[str, Path] = field(default_factory=dict)
+
+
+def _plain_pair(pair: PairedDifference) -> dict[str, Any]:
+    return {**plain(pair), "at_most_worse": pair.at_most_worse, "verdict": pair.verdict}
 
 
 def plain(value: Any) -> Any:

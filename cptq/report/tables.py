@@ -18,7 +18,7 @@ from cptq.report.paired import paired_table
 from cptq.report.pruning import pruning_tables
 from cptq.report.summary import Summary, VerificationFacts
 from cptq.report.table import Table, pairs
-from cptq.report.tally import compare, left_alone, most_sensitive, notices_by_kind, widths
+from cptq.report.tally import left_alone, most_sensitive, notices_by_kind, widths
 from cptq.report.validation import validation_tables
 from cptq.types import EvalResult, SensitivityTable
 
@@ -112,7 +112,7 @@ def evaluation_table(summary: Summary) -> Table | None:
         return None
     beside = bool(summary.baseline)
     rows, tasks = [], short_tasks(row.task for row in summary.evaluation)
-    for row in compare(summary.evaluation, summary.baseline, summary.paired):
+    for row in summary.comparison.rows:
         cells = [tasks[row.result.task], row.result.metric, _with_error(row.result)]
         if beside:
             base = words.number(row.baseline.value) if row.baseline else "-"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import isfinite
 
 from cptq.report.summary import Summary
-from cptq.types import Candidate, EvalResult, LayerSpec, Notice, PairedDifference, SensitivityTable
+from cptq.types import Candidate, LayerSpec, Notice, SensitivityTable
 
 #: the order in which notices are shown: what changed the result first
 NOTICE_ORDER = ("warning", "fallback", "skipped", "info")
@@ -22,31 +22,6 @@ class WidthTally:
     layers: int
     weights: int
     share: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Comparison:
-    """One number of one task beside that of the baseline (None: not measured)."""
-
-    result: EvalResult
-    baseline: EvalResult | None
-    paired: PairedDifference | None = None
-
-    @property
-    def difference(self) -> float | None:
-        """Result minus baseline."""
-        return None if self.baseline is None else self.result.value - self.baseline.value
-
-    @property
-    def verdict(self) -> str:
-        """What a paired test says, else "better", "worse" or "same"; "" without a baseline."""
-        if self.paired is not None:
-            return self.paired.verdict
-        if self.difference is None or self.difference != self.difference:
-            return ""
-        if self.difference == 0:
-            return "same"
-        return "better" if (self.difference > 0) == self.result.higher_is_better else "worse"
 
 
 def layer_choices(summary: Summary) -> dict[str, Candidate]:
@@ -91,21 +66,6 @@ def most_sensitive(table: SensitivityTable, count: int) -> list[tuple[str, float
     """The `count` units with the highest score, highest first; ties in forward order."""
     ranked = [(unit, score) for unit, score in table.per_unit.items() if isfinite(score)]
     return sorted(ranked, key=lambda pair: -pair[1])[:count]
-
-
-def compare(
-    results: Sequence[EvalResult],
-    baseline: Sequence[EvalResult],
-    paired: Sequence[PairedDifference] = (),
-) -> list[Comparison]:
-    """Each result beside the baseline's of the same task, version and metric."""
-    known = {(item.task, item.version, item.metric): item for item in baseline}
-    tested = {(item.task, item.version, item.metric): item for item in paired}
-    keys = [(item.task, item.version, item.metric) for item in results]
-    return [
-        Comparison(result=item, baseline=known.get(key), paired=tested.get(key))
-        for item, key in zip(results, keys, strict=True)
-    ]
 
 
 def notices_by_kind(notices: Iterable[Notice]) -> Mapping[str, list[Notice]]:

@@ -18,6 +18,7 @@ from cptq.types import (
     SensitivityTable,
     SizeReport,
     Unit,
+    join_results,
 )
 
 ROLES = {
@@ -211,8 +212,7 @@ def summary(blocks: int = 30, command: str = "compress", source: str = "smollm2-
         ),
         results=tuple(result(spec, wide[spec.name], rng) for spec in linears),
         verification=VerificationFacts(max_abs_difference=0.0, seconds=6.2),
-        evaluation=evaluation(1.18, 0.9048),
-        baseline=evaluation(1.0, 0.9106),
+        comparison=join_results(evaluation(1.18, 0.9048), evaluation(1.0, 0.9106)),
         baseline_source=source,
         notices=notices(),
         timings={"load": 1.9, "calibrate": 0.7, "measure": 84.0, "compress": 190.0, "verify": 6.2},

@@ -12,14 +12,13 @@ from cptq.report.render import render_json
 from cptq.report.summary import SCHEMA, plain
 from cptq.report.tables import verification_words
 from cptq.report.tally import (
-    compare,
     layer_choices,
     left_alone,
     most_sensitive,
     notices_by_kind,
     widths,
 )
-from cptq.types import Candidate, EvalResult, Notice, Plan, SensitivityTable
+from cptq.types import Candidate, Notice, Plan, SensitivityTable
 from tests.unit.report import fake
 
 
@@ -88,40 +87,6 @@ def test_the_most_sensitive_are_the_highest(summary: Summary) -> None:
     assert [score for _, score in found] == sorted(table.per_unit.values(), reverse=True)[:4]
     odd = replace(table, per_unit={"a": float("nan"), "b": 1.0, "c": 1.0, "d": float("inf")})
     assert most_sensitive(odd, 9) == [("b", 1.0), ("c", 1.0)]
-
-
-def result(
-    value: float, *, higher: bool = False, metric: str = "m", version: int = 1
-) -> EvalResult:
-    return EvalResult(
-        task="t", version=version, metric=metric, value=value, unit="u", samples=1, seconds=1.0,
-        higher_is_better=higher,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("own", "base", "higher", "verdict"),
-    [
-        (2.0, 1.0, False, "worse"),
-        (1.0, 2.0, False, "better"),
-        (2.0, 1.0, True, "better"),
-        (1.0, 2.0, True, "worse"),
-        (1.0, 1.0, True, "same"),
-        (float("nan"), 1.0, True, ""),
-    ],
-)
-def test_the_verdict_knows_the_direction(
-    own: float, base: float, higher: bool, verdict: str
-) -> None:
-    (row,) = compare([result(own, higher=higher)], [result(base, higher=higher)])
-    assert row.verdict == verdict
-
-
-def test_only_the_same_number_is_compared() -> None:
-    own = [result(1.0, metric="a"), result(1.0, metric="b", version=2)]
-    rows = compare(own, [result(3.0, metric="b"), result(4.0, metric="a")])
-    assert [row.difference for row in rows] == [-3.0, None]
-    assert rows[1].verdict == ""
 
 
 def test_notices_that_changed_the_result_come_first() -> None:
