@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cptq.checkpoint.model import LoadedModel, ModelSpec
-from cptq.data.pages import Pages, detokenize, load_pages
+from cptq.data.corpora import Pages, detokenize, load_pages
 from cptq.evaluation.continuations import (
     Encoder,
     RequestBatch,
