@@ -4,9 +4,9 @@ About 0.46 MB of English in 79 topics. Topics repeat one another (`specialnames`
 `attribute-access`), so that a split by topic alone would put calibration text into evaluation.
 Going from the longest topic to the shortest, a paragraph of 40 characters and more is therefore
 kept only where it first occurs; topics without a remaining paragraph are dropped. What remains,
-about 0.37 MB, is split by the sha256 of the topic's name: a quarter of the names, about a quarter of
-the text, for evaluation. The split of a topic is the same in all Python versions; its text may not
-be.
+about 0.37 MB, is split by the sha256 of the topic's name: a quarter of the names, about a quarter
+of the text, for evaluation. The split of a topic is the same in all Python versions; its text may
+differ.
 """
 
 from __future__ import annotations

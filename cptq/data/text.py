@@ -131,7 +131,7 @@ def load_file(path: Path, split: Split) -> Text:
     reader = readers.get(path.suffix.lower())
     notes: tuple[str, ...] = ()
     if split == "calibration" and "test" in path.stem.lower().replace("_", ".").split("."):
-        notes = (f"{path.name} looks like a test part; results on the same text are meaningless",)
+        notes = (f"{path.name} looks like a test part; results on the same text mean nothing",)
     documents = reader(path) if reader else tuple(read_text(path).split("\n"))
     return _build_text(path.name, split, documents, "\n\n" if reader else "\n", str(path), notes)
 
@@ -163,7 +163,7 @@ def _load_auto(
         return load_text("wikitext", split, data_dir=data_dir, cache_dir=cache_dir, token=token)
     except MissingDataError as error:
         text = _load_pydoc(split)
-        note = f"the embedded text pydoc is used in place of wikitext ({error})"
+        note = f"the embedded text pydoc stands in for wikitext ({error})"
         return _build_text("pydoc", split, text.documents, text.separator, text.origin, (note,))
 
 

@@ -64,4 +64,4 @@ def load_wikitext(
 def _describe_substitute(path: Path) -> tuple[str, ...]:
     if path.name != SUBSTITUTE:
         return ()
-    return ("WikiText-103's validation part is used in place of WikiText-2's training part",)
+    return ("WikiText-103's validation part stands in for WikiText-2's training part",)
