@@ -109,4 +109,4 @@ def _suggest_counterpart(name: str, kind: ModelKind) -> str | None:
     long = f"glue/{name}".replace("mnli_mismatch", "mnli-mm")
     other = short if kind == "causal-lm" else long
     same = other != name and other in TASKS and kind in TASK_KINDS[other]
-    return f"for a {kind} it is the task {other}" if same else None
+    return f"use the task {other} for a {kind}" if same else None

@@ -83,7 +83,7 @@ class RecordedStates:
         if needed > DISK_SHARE * free:
             message = (
                 f"no KL to the baseline: its outputs take {needed:,} bytes of temporary disk, and "
-                f"{free:,} are free; --limit asks for less text"
+                f"{free:,} are free; --limit takes less text"
             )
             self.emit(Notice(kind="skipped", subject=self.name, message=message))
             return False
@@ -127,13 +127,13 @@ class StateComparer:
     def start(
         self, name: str, fingerprint: str, shape: tuple[int, int], emit: Emit
     ) -> BatchHook | None:
-        """Compare on this text, if the baseline saw the same tokens."""
+        """Compare on this text, if the baseline got the same tokens."""
         self.found = None
         base = self.recorded.get(name)
         if base is None or base.done < 0:
             return None
         if base.fingerprint != fingerprint:
-            message = "no KL to the baseline: the two models do not see the same tokens"
+            message = "no KL to the baseline: the two models get different tokens"
             emit(Notice(kind="skipped", subject=name, message=message))
             return None
         self.found = TokenComparison(base=base, emit=emit)

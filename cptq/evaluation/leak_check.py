@@ -29,7 +29,7 @@ class CalibrationText:
 def check_leaks(
     task: PreparedTask, calibration: CalibrationText, *, strict: bool, emit: Emit
 ) -> None:
-    """Look for the calibration text in the documents of a task; a Notice tells what was found.
+    """Look for the calibration text in the documents of a task; a Notice states what was found.
 
     Raises:
         EvaluationError: it is there, and `strict` is set.
@@ -51,10 +51,10 @@ def _check(
     if found.leaks and strict:
         raise EvaluationError(f"{name} is measured on {message}", hint=HINT)
     if found.leaks:
-        words = f"measured on {message}: the result flatters"
+        words = f"measured on {message}: the result is inflated"
         emit(Notice(kind="warning", subject=name, message=words))
     else:
-        words = f"shares {message}: a turn of phrase, no overlap"
+        words = f"shares {message}: a common phrase, not an overlap"
         emit(Notice(kind="info", subject=name, message=words))
 
 

@@ -51,7 +51,7 @@ BatchHook = Callable[[nn.Module, Tensor, Tensor], None]
 class Tokens:
     """A tokenised text: ids (tokens,) int64 and where in the text each token ends.
 
-    `ends` (tokens,) are character positions, never decreasing; None if the tokenizer does not say.
+    `ends` (tokens,) are character positions, never decreasing; None if the tokenizer gives none.
     """
 
     text: str
@@ -90,7 +90,7 @@ def count_words_and_bytes(
     """Count (words, bytes), each (windows,), of the tokens after token `first` up to token `last`.
 
     A token's text reaches from the end of the token before to its own end, so that spaces between
-    tokens count. None if the tokenizer does not say where tokens end.
+    tokens count. None if the tokenizer gives no offsets.
     """
     if tokens.ends is None:
         return None

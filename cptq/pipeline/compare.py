@@ -66,8 +66,8 @@ def _put_side_by_side(
     if quality is None:
         listed = "; ".join(f"{m.name}: {_list_tasks(m)}" for m in models)
         raise EvaluationError(
-            f"there is no task that all were measured by ({listed})",
-            hint="measure them by the same --task",
+            f"no task was measured on all models ({listed})",
+            hint="measure them with the same --task",
         )
     with recorder.stage("comparison"):
         others = (_pair(m, models[0], settings, recorder) for m in models[1:])

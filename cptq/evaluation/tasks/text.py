@@ -149,9 +149,7 @@ class PreparedText:
         yield "perplexity", "per token", "exp", self.last_N - self.first_N
         counts = count_words_and_bytes(self.tokens, self.first_N, self.last_N)
         if counts is None or not counts[0].any():
-            why = (
-                "the tokenizer does not say where tokens end" if counts is None else "no whole word"
-            )
+            why = "the tokenizer gives no offsets" if counts is None else "no whole word"
             message = f"no word perplexity and no bits per byte: {why}"
             emit(Notice(kind="skipped", subject=self.name, message=message))
             return
@@ -255,8 +253,8 @@ def choose_seqlen(spec: ModelSpec, name: str, asked: int | None, emit: Emit) -> 
 def _fit(seqlen: int, tokens: Tokens, text: Text, emit: Emit) -> int:
     found = tokens.ids.numel()
     if found < 2:
-        raise DataError(f"{text.origin} has {found} tokens, and perplexity needs two at least")
+        raise DataError(f"{text.origin} has {found} tokens, and perplexity needs at least two")
     if found < seqlen:
-        message = f"one window of {found} tokens, all there are, instead of {seqlen}"
+        message = f"one window of {found} tokens, the whole text, instead of {seqlen}"
         emit(Notice(kind="fallback", subject=text.source, message=message))
     return min(found, seqlen)

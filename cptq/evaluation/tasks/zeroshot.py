@@ -145,7 +145,7 @@ def prepare_choices(
             questions.append(form.ask(row))
         except (KeyError, ValueError, TypeError, AttributeError) as error:
             raise DataError(
-                f"{found.origin} line {number} is no question of {name}: "
+                f"{found.origin} line {number} is not a question of {name}: "
                 f"{type(error).__name__} {error}"
             ) from error
     return PreparedQuestions(
