@@ -19,7 +19,7 @@ from torch import Tensor
 from cptq.calibration.batches import Batch
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import CalibrationSettings, ModelSettings
-from cptq.data.overlap import encode_sketch, sketch
+from cptq.data.overlap import build_sketch, encode_sketch
 from cptq.data.text import Text, load_text
 from cptq.errors import CalibrationError
 from cptq.types import CalibrationRecord, Emit, Notice
@@ -193,7 +193,7 @@ def _assemble(
         fingerprint=digest_tokens(rows),
         text_sha256=text.sha256,
         notes=tuple(text.notes),
-        sketch=encode_sketch(sketch(_decode_rows(model, rows))),
+        sketch=encode_sketch(build_sketch(_decode_rows(model, rows))),
     )
     return Calibration(batches=[_pad_rows(model, part) for part in parts], record=record)
 

@@ -32,7 +32,7 @@ from cptq.checkpoint.files import (
 )
 from cptq.checkpoint.hub import resolve_checkpoint
 from cptq.checkpoint.inventory import Inventory, find_ties, take_inventory
-from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
 from cptq.errors import CptqError, ModelError, UsageError
@@ -152,6 +152,30 @@ def load_model(
         device=device,
         dtype=dtype,
         **_take_inventory(module, family, tensors, quantized, emit, conv1d),
+    )
+
+
+def read_spec(settings: ModelSettings, emit: Emit) -> ModelSpec:
+    """Read a model's config and tokenizer, and none of its weights.
+
+    Raises:
+        ModelError: not found, not readable, not a text model, or a directory without weight files.
+    """
+    path = resolve_checkpoint(settings, emit)
+    config = read_config(path)
+    kind = detect_kind(config, path)
+    _find_weights(path, settings)
+    with _explain_load_errors(settings.model):
+        loaded = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=settings.trust_remote_code
+        )
+    return ModelSpec(
+        source=settings.model,
+        path=path,
+        tokenizer=_load_tokenizer(path, settings, emit),
+        config=loaded,
+        kind=kind,
+        family=get_architecture(str(config.get("model_type"))).family,
     )
 
 

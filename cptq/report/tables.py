@@ -24,7 +24,6 @@ from cptq.report.summary import (
     VerificationFacts,
     count_widths,
     group_notices,
-    join_baseline,
     list_unplanned_layers,
     map_layer_choices,
     rank_units,
@@ -66,7 +65,7 @@ def build_evaluation_table(summary: Summary) -> Table | None:
         return None
     compared = bool(summary.baseline)
     rows, tasks = [], shorten_tasks(row.task for row in summary.evaluation)
-    for row in join_baseline(summary.evaluation, summary.baseline, summary.paired):
+    for row in summary.comparison.rows:
         value = format_with_error(row.result.value, row.result.stderr)
         cells = [tasks[row.result.task], row.result.metric, value]
         if compared:

@@ -5,7 +5,12 @@ Field names give the units: bytes, seconds, nats. Nothing here imports torch at 
 
 from __future__ import annotations
 
-from cptq.types.comparison import PairedDifference
+from cptq.types.comparison import (
+    ComparedResult,
+    Comparison,
+    PairedDifference,
+    join_results,
+)
 from cptq.types.event import Emit, Event, Notice, Progress
 from cptq.types.model import (
     DTYPE_BYTES,
@@ -35,6 +40,8 @@ __all__ = [
     "Budget",
     "CalibrationRecord",
     "Candidate",
+    "ComparedResult",
+    "Comparison",
     "CompressedLayer",
     "Emit",
     "EvalResult",
@@ -61,4 +68,5 @@ __all__ = [
     "Validation",
     "digest",
     "is_expert",
+    "join_results",
 ]

@@ -21,6 +21,7 @@ from cptq.types import (
     SensitivityTable,
     SizeReport,
     Unit,
+    join_results,
 )
 
 ROLES = {
@@ -216,8 +217,7 @@ def make_summary(
         ),
         results=tuple(make_layer_result(spec, wide[spec.name], rng) for spec in linears),
         verification=VerificationFacts(max_abs_difference=0.0, seconds=6.2),
-        evaluation=make_results(1.18, 0.9048),
-        baseline=make_results(1.0, 0.9106),
+        comparison=join_results(make_results(1.18, 0.9048), make_results(1.0, 0.9106)),
         baseline_source=source,
         notices=make_notices(),
         timings={"load": 1.9, "calibrate": 0.7, "measure": 84.0, "compress": 190.0, "verify": 6.2},

@@ -1,10 +1,10 @@
 """What a checkpoint costs: bytes on disk, seconds to load, memory, tokens per second.
 
 Bytes are those of the weight files alone (a tokenizer is often larger than what was saved). The
-rest is measured by `cptq.evaluation.probe` in a fresh process, on the directory the model was
-loaded from, with its device and type and this process's number of threads. Speeds are repeated
-and have a standard error. Bytes are exact, and loading and memory are measured once: those have
-none, and their notes say why.
+rest is measured by `cptq.evaluation.footprint_process` in a fresh process, on the directory the
+model was loaded from, with its device and type and this process's number of threads. Speeds are
+repeated and have a standard error. Bytes are exact, and loading and memory are measured once: those
+have none, and their notes say why.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from cptq.checkpoint.files import find_weight_files
-from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.errors import EvaluationError
-from cptq.evaluation.options import EvalOptions
+from cptq.evaluation.task import EvalOptions
 from cptq.types import Emit, EvalResult, Progress
 
 VERSION = 1
 TIMEOUT_SECONDS = 900
-#: the probe's name -> (task, metric, unit, higher is better), in the order of the results
+#: the process's name -> (task, metric, unit, higher is better), in the order of the results
 MEASURES: Mapping[str, tuple[str, str, str, bool]] = {
     "load_seconds": ("load", "seconds", "seconds", False),
     "first_output_seconds": ("load", "seconds_to_first_output", "seconds", False),
@@ -42,31 +42,50 @@ MEASURES: Mapping[str, tuple[str, str, str, bool]] = {
 }
 
 
-def footprint(model: LoadedModel, name: str, options: EvalOptions, emit: Emit) -> list[EvalResult]:
-    """The task `footprint`: as `measure_footprint`."""
-    return measure_footprint(model, options, emit)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedFootprint:
+    """The task `footprint`, which reads no data: a random prompt does."""
+
+    name: str
+    fingerprint: None = None
+
+    @property
+    def documents(self) -> Mapping[str, Sequence[str]]:
+        """Nothing."""
+        return {}
+
+    def measure(self, model: LoadedModel, options: EvalOptions, emit: Emit) -> list[EvalResult]:
+        """Measure as `measure_footprint`."""
+        return measure_footprint(model, options, emit)
+
+
+def prepare_footprint(
+    spec: ModelSpec, name: str, options: EvalOptions, emit: Emit
+) -> PreparedFootprint:
+    """Prepare the task: there is nothing to read."""
+    return PreparedFootprint(name=name)
 
 
 def measure_footprint(model: LoadedModel, options: EvalOptions, emit: Emit) -> list[EvalResult]:
-    """Results of the tasks `size`, `load`, `memory` and `speed`.
+    """Measure the results called `size`, `load`, `memory` and `speed`.
 
     Raises:
         EvaluationError: the fresh process failed; the message holds its last line.
     """
     emit(Progress(stage="footprint", done=0, total=1, message="a fresh process loads the model"))
     begin = time.perf_counter()
-    size = _result("size", "weight_bytes", "bytes", False, weight_bytes(model.path))
-    found = _probe(model, options)
+    size = _build_result("size", "weight_bytes", "bytes", False, count_weight_bytes(model.path))
+    found = _run_process(model, options)
     seconds = time.perf_counter() - begin
     found["model_bytes"] = found["peak_bytes"] - found["import_bytes"]
     repeats = int(found["repeats"])
     measured = [
         replace(
-            _result(task, metric, unit, higher, found[key]),
+            _build_result(task, metric, unit, higher, found[key]),
             stderr=found.get(f"{key}_stderr"),
             samples=repeats if task == "speed" else 1,
             seconds=seconds,
-            notes=(_conditions(model), *_alone(f"{key}_stderr" in found)),
+            notes=(_describe_conditions(model), *_explain_error(f"{key}_stderr" in found)),
         )
         for key, (task, metric, unit, higher) in MEASURES.items()
         if key in found
@@ -75,22 +94,22 @@ def measure_footprint(model: LoadedModel, options: EvalOptions, emit: Emit) -> l
     return [replace(size, notes=("no standard error: counted, not measured",)), *measured]
 
 
-def _alone(repeated: bool) -> tuple[str, ...]:
+def _explain_error(repeated: bool) -> tuple[str, ...]:
     return () if repeated else ("no standard error: measured once",)
 
 
-def weight_bytes(path: Path) -> int:
-    """Bytes of the weight files: those of the index or the single file, else the pickled ones."""
+def count_weight_bytes(path: Path) -> int:
+    """Count the bytes of the weight files: safetensors, else the pickled ones."""
     files = find_weight_files(path) or sorted(path.glob("pytorch_model*.bin"))
     return sum(file.stat().st_size for file in files)
 
 
-def _conditions(model: LoadedModel) -> str:
+def _describe_conditions(model: LoadedModel) -> str:
     dtype = str(model.dtype).removeprefix("torch.")
     return f"{model.device}, {dtype}, {torch.get_num_threads()} threads, stock transformers"
 
 
-def _result(task: str, metric: str, unit: str, higher: bool, value: float) -> EvalResult:
+def _build_result(task: str, metric: str, unit: str, higher: bool, value: float) -> EvalResult:
     return EvalResult(
         task=task,
         version=VERSION,
@@ -103,8 +122,8 @@ def _result(task: str, metric: str, unit: str, higher: bool, value: float) -> Ev
     )
 
 
-def _probe(model: LoadedModel, options: EvalOptions) -> dict[str, float]:
-    command = [sys.executable, "-m", "cptq.evaluation.probe", str(model.path)]
+def _run_process(model: LoadedModel, options: EvalOptions) -> dict[str, float]:
+    command = [sys.executable, "-m", "cptq.evaluation.footprint_process", str(model.path)]
     command += ["--kind", model.kind, "--device", str(model.device)]
     command += ["--dtype", str(model.dtype).removeprefix("torch.")]
     command += ["--batch-size", str(options.batch_size), "--seed", str(options.seed)]
@@ -113,7 +132,7 @@ def _probe(model: LoadedModel, options: EvalOptions) -> dict[str, float]:
     try:
         done = subprocess.run(
             command,
-            env=_environment(),
+            env=_build_environment(),
             capture_output=True,
             text=True,
             check=True,
@@ -130,8 +149,8 @@ def _probe(model: LoadedModel, options: EvalOptions) -> dict[str, float]:
     return numbers
 
 
-def _environment() -> dict[str, str]:
-    """This process's, without the network, and with this very cptq first on the path."""
-    here = str(Path(__file__).resolve().parents[2])
+def _build_environment() -> dict[str, str]:
+    """This process's environment, without the network and with this very cptq first on the path."""
+    here = str(Path(__file__).resolve().parents[3])
     paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}

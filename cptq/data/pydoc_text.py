@@ -1,11 +1,12 @@
 """The embedded text: the language reference that every CPython carries in `pydoc_data.topics`.
 
 About 0.46 MB of English in 79 topics. Topics repeat one another (`specialnames` contains
-`attribute-access`), so that a split by topic alone would let calibration text into evaluation.
+`attribute-access`), so that a split by topic alone would put calibration text into evaluation.
 Going from the longest topic to the shortest, a paragraph of 40 characters and more is therefore
-kept only where it first occurs; topics of which nothing is left drop out. What remains, about
-0.37 MB, is split by the sha256 of the topic's name: a quarter of the names, about a quarter of the
-text, for evaluation. The split of a topic does not move between Python versions; its text may.
+kept only where it first occurs; topics without a remaining paragraph are dropped. What remains,
+about 0.37 MB, is split by the sha256 of the topic's name: a quarter of the names, about a quarter
+of the text, for evaluation. The split of a topic is the same in all Python versions; its text may
+differ.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ EVALUATION_SHARE = 4  # one name in four
 
 
 def load_topics() -> tuple[Mapping[str, str], str]:
-    """The topics of this Python as name -> text, and words for where they come from.
+    """Load the topics of this Python as name -> text, and where they come from.
 
     Raises:
         DataError: this Python was packaged without `pydoc_data`.
@@ -41,26 +42,26 @@ def is_evaluation(name: str) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest(), 16) % EVALUATION_SHARE == 0
 
 
-def without_repeats(topics: Mapping[str, str]) -> dict[str, str]:
-    """The topics, sorted by name, each long paragraph only in the longest topic that has it."""
+def drop_repeats(topics: Mapping[str, str]) -> dict[str, str]:
+    """Keep each long paragraph only in the longest topic that has it; topics sorted by name."""
     seen: dict[str, str] = {}
     kept = {}
     for name in sorted(topics, key=lambda name: (-len(topics[name]), name)):
         paragraphs = topics[name].split("\n\n")
-        own = [text for text in paragraphs if _short(text) or _first(text, name, seen)]
-        if not all(_short(text) for text in own):
+        own = [text for text in paragraphs if _is_short(text) or _is_first(text, name, seen)]
+        if not all(_is_short(text) for text in own):
             kept[name] = "\n\n".join(own).strip("\n")
     return dict(sorted(kept.items()))
 
 
-def _short(paragraph: str) -> bool:
-    return len(_key(paragraph)) < LEAST_CHARACTERS
+def _is_short(paragraph: str) -> bool:
+    return len(_normalize(paragraph)) < LEAST_CHARACTERS
 
 
-def _first(paragraph: str, name: str, seen: dict[str, str]) -> bool:
-    return seen.setdefault(_key(paragraph), name) == name
+def _is_first(paragraph: str, name: str, seen: dict[str, str]) -> bool:
+    return seen.setdefault(_normalize(paragraph), name) == name
 
 
-def _key(paragraph: str) -> str:
-    """What makes two paragraphs the same: their words (indentation differs between topics)."""
+def _normalize(paragraph: str) -> str:
+    """Reduce a paragraph to its words (indentation differs between topics)."""
     return " ".join(paragraph.split())

@@ -1,13 +1,13 @@
 """Load time, memory and speed of a checkpoint, measured in a process of its own.
 
-    python -m cptq.evaluation.probe PATH --kind causal-lm [--device cpu] [--dtype float32] ...
+    python -m cptq.evaluation.footprint_process PATH --kind causal-lm [--device cpu] ...
 
 prints one line of JSON. The checkpoint is loaded as its users will load it, by stock transformers,
-in a process that has loaded nothing else: a peak of memory cannot be taken back, and what the
-caller holds would count.
+in a process that has loaded nothing else: a peak of memory cannot be reset, and what the caller
+holds would count.
 
 - `load_seconds`: `from_pretrained` and the move to the device. The file may be in the system's
-  cache or not; nobody clears it here.
+  cache or not; it is not cleared.
 - `first_output_seconds`: that and the first forward, in which a packed checkpoint unpacks itself.
 - `peak_bytes`: the most memory the process had resident at once; `import_bytes` of it were there
   before the model was loaded (Python, torch, the model's code). Pages of a mapped file count.
@@ -44,14 +44,14 @@ AUTO_CLASSES = {
 }
 
 
-def probe(arguments: argparse.Namespace) -> dict[str, float]:
-    """All numbers, by name."""
+def measure_checkpoint(arguments: argparse.Namespace) -> dict[str, float]:
+    """Measure all numbers, by name."""
     torch.manual_seed(arguments.seed)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     auto, device = getattr(transformers, AUTO_CLASSES[arguments.kind]), arguments.device
-    import_code(auto, arguments)
-    before, begin = resident_bytes("VmRSS"), time.perf_counter()
+    import_model_code(auto, arguments)
+    before, begin = read_resident_bytes("VmRSS"), time.perf_counter()
     model = auto.from_pretrained(
         arguments.path,
         dtype=getattr(torch, arguments.dtype),
@@ -59,23 +59,24 @@ def probe(arguments: argparse.Namespace) -> dict[str, float]:
     )
     model = model.to(device).eval()
     loaded = time.perf_counter()
-    ids = prompt(model, 1 if arguments.kind == "causal-lm" else arguments.batch_size, device)
+    ids = make_prompt(model, 1 if arguments.kind == "causal-lm" else arguments.batch_size, device)
     with torch.inference_mode():
         model(input_ids=ids)
-        first = seconds_now(device)
-        speed = (decoding if arguments.kind == "causal-lm" else encoding)(model, ids)
+        first = read_clock(device)
+        time_model = time_decoding if arguments.kind == "causal-lm" else time_forward
+        speed = time_model(model, ids)
     return {
         "load_seconds": loaded - begin,
         "first_output_seconds": first - begin,
         "import_bytes": before,
-        "peak_bytes": resident_bytes("VmHWM"),
-        **_device_peak(device),
+        "peak_bytes": read_resident_bytes("VmHWM"),
+        **_read_device_peak(device),
         **speed,
     }
 
 
-def import_code(auto: Any, arguments: argparse.Namespace) -> None:
-    """Import what loading needs, so that the first model of its kind is not charged for it.
+def import_model_code(auto: Any, arguments: argparse.Namespace) -> None:
+    """Import what loading needs, so that its memory does not count for the first model.
 
     Building the model without memory for its weights imports its code.
     """
@@ -90,58 +91,58 @@ def import_code(auto: Any, arguments: argparse.Namespace) -> None:
         auto.from_config(config, trust_remote_code=trust)
 
 
-def prompt(model: Any, rows: int, device: str) -> torch.Tensor:
-    """(rows, tokens) random token ids, short enough for the model."""
+def make_prompt(model: Any, rows: int, device: str) -> torch.Tensor:
+    """Make (rows, tokens) random token ids, short enough for the model."""
     config = model.config.get_text_config()
     most = getattr(config, "max_position_embeddings", None) or PROMPT + NEW
     length = max(1, min(PROMPT, most - NEW, most // 2))
     return torch.randint(int(config.vocab_size), (rows, length)).to(device)
 
 
-def decoding(model: Any, ids: torch.Tensor) -> dict[str, float]:
-    """Tokens per second of reading the prompt, and of writing NEW tokens after it."""
+def time_decoding(model: Any, ids: torch.Tensor) -> dict[str, float]:
+    """Time reading the prompt and writing NEW tokens after it, in tokens per second."""
     device = str(ids.device)
     reading, writing = [], []
 
     def once() -> None:
-        start = seconds_now(device)
+        start = read_clock(device)
         out = model(input_ids=ids, use_cache=True)
-        read = seconds_now(device)
+        read = read_clock(device)
         for _ in range(NEW):
             token = out.logits[:, -1:].argmax(-1)
             out = model(input_ids=token, past_key_values=out.past_key_values, use_cache=True)
         reading.append(read - start)
-        writing.append(seconds_now(device) - read)
+        writing.append(read_clock(device) - read)
 
     repeat(once)
     return {
-        **rate("prefill_tokens_per_second", ids.numel(), reading[1:] or reading),
-        **rate("decode_tokens_per_second", NEW, writing[1:] or writing),
+        **compute_rate("prefill_tokens_per_second", ids.numel(), reading[1:] or reading),
+        **compute_rate("decode_tokens_per_second", NEW, writing[1:] or writing),
         "repeats": float(len(reading[1:] or reading)),
     }
 
 
-def encoding(model: Any, ids: torch.Tensor) -> dict[str, float]:
-    """Tokens and rows per second of one forward."""
+def time_forward(model: Any, ids: torch.Tensor) -> dict[str, float]:
+    """Time one forward, in tokens and rows per second."""
     device = str(ids.device)
     times: list[float] = []
 
     def once() -> None:
-        start = seconds_now(device)
+        start = read_clock(device)
         model(input_ids=ids)
-        times.append(seconds_now(device) - start)
+        times.append(read_clock(device) - start)
 
     repeat(once)
     kept = times[1:] or times
     return {
-        **rate("tokens_per_second", ids.numel(), kept),
-        **rate("rows_per_second", ids.shape[0], kept),
+        **compute_rate("tokens_per_second", ids.numel(), kept),
+        **compute_rate("rows_per_second", ids.shape[0], kept),
         "repeats": float(len(kept)),
     }
 
 
-def rate(name: str, count: int, seconds: Sequence[float]) -> dict[str, float]:
-    """`count` per median second and, of two repeats or more, its standard error."""
+def compute_rate(name: str, count: int, seconds: Sequence[float]) -> dict[str, float]:
+    """Compute `count` per median second and, of two repeats or more, its standard error."""
     middle = statistics.median(seconds)
     found = {name: count / middle}
     if len(seconds) > 1:
@@ -151,7 +152,7 @@ def rate(name: str, count: int, seconds: Sequence[float]) -> dict[str, float]:
 
 
 def repeat(once: Callable[[], None]) -> None:
-    """A warm-up and REPEATS times, or fewer when that takes longer than BUDGET_SECONDS."""
+    """Run a warm-up and REPEATS times, or fewer if they take longer than BUDGET_SECONDS."""
     begin = time.perf_counter()
     for _ in range(1 + REPEATS):
         once()
@@ -159,15 +160,15 @@ def repeat(once: Callable[[], None]) -> None:
             break
 
 
-def seconds_now(device: str) -> float:
-    """The clock, once the device has done what it was given."""
+def read_clock(device: str) -> float:
+    """Read the clock once the device has finished its work."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-def resident_bytes(field: str) -> float:
-    """Resident memory now (VmRSS) or at its peak (VmHWM), in bytes.
+def read_resident_bytes(field: str) -> float:
+    """Read the resident memory now (VmRSS) or at its peak (VmHWM), in bytes.
 
     From /proc, because `getrusage` of a child starts from its parent's peak on Linux; elsewhere
     `getrusage` gives the peak for both.
@@ -183,14 +184,14 @@ def resident_bytes(field: str) -> float:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _device_peak(device: str) -> dict[str, float]:
+def _read_device_peak(device: str) -> dict[str, float]:
     if not device.startswith("cuda"):
         return {}
     return {"peak_device_bytes": float(torch.cuda.max_memory_allocated())}
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m cptq.evaluation.probe")
+def _build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m cptq.evaluation.footprint_process")
     parser.add_argument("path")
     parser.add_argument("--kind", required=True, choices=AUTO_CLASSES)
     parser.add_argument("--device", default="cpu")
@@ -203,5 +204,5 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    # the one place outside the command line that writes: it is how the parent is answered
-    sys.stdout.write("\n" + json.dumps(probe(_parser().parse_args())) + "\n")
+    # the only place outside the command line that prints: the parent process reads it
+    sys.stdout.write("\n" + json.dumps(measure_checkpoint(_build_parser().parse_args())) + "\n")
