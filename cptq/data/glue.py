@@ -20,7 +20,7 @@ from cptq.data.files import (
 from cptq.data.glue_layouts import GLUE_TASKS, STSB_TEST, GlueSplit, Layout
 from cptq.data.hub import load_hub_rows
 from cptq.errors import DataError, UnknownNameError
-from cptq.registry import closest
+from cptq.registry import find_closest
 from cptq.types import digest
 
 REPOSITORY = "nyu-mll/glue"
@@ -86,7 +86,7 @@ def load_glue(
 
 def _find_layout(task: str, split: GlueSplit) -> Layout:
     if task not in GLUE_TASKS:
-        near = closest(task, list(GLUE_TASKS))
+        near = find_closest(task, list(GLUE_TASKS))
         raise UnknownNameError(
             f"unknown GLUE task {task!r}",
             allowed=", ".join(GLUE_TASKS),

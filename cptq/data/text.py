@@ -15,7 +15,7 @@ from cptq.data.glue_layouts import TRAINED
 from cptq.data.pydoc_text import drop_repeats, is_evaluation, load_topics
 from cptq.data.wikitext import SEPARATOR, load_wikitext
 from cptq.errors import DataError, UnknownNameError
-from cptq.registry import closest
+from cptq.registry import find_closest
 
 Split = Literal["calibration", "evaluation"]
 SOURCES = ("auto", "wikitext", "pydoc", *(f"glue/{task}" for task in TRAINED))
@@ -66,7 +66,7 @@ def check_source(source: str) -> str:
         return source
     path = Path(source).expanduser()
     if path.suffix.lower() not in SUFFIXES and not path.exists():
-        near = closest(source, list(SOURCES))
+        near = find_closest(source, list(SOURCES))
         raise UnknownNameError(
             f"unknown text source {source!r}",
             allowed=f"{', '.join(SOURCES)}, or the path of a file ({', '.join(SUFFIXES)})",

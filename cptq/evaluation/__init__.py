@@ -12,7 +12,7 @@ from typing import Any
 
 from cptq.data import SUFFIXES, check_source
 from cptq.errors import EvaluationError, UnknownNameError
-from cptq.registry import Registry, closest
+from cptq.registry import Registry, find_closest
 from cptq.types import ModelKind
 
 _GLUE = tuple(
@@ -72,7 +72,7 @@ def check_task(name: str) -> str:
     if name.startswith(TEXT_PREFIX) or Path(path).suffix.lower() in SUFFIXES:
         # "./" keeps a file called "wikitext" from being taken for the source of that name
         return TEXT_PREFIX + check_source(path if "/" in path or "." in path else f"./{path}")
-    near = closest(name, TASKS.names())
+    near = find_closest(name, TASKS.list_names())
     raise UnknownNameError(
         f"unknown task {name!r}",
         allowed=f"{', '.join(TASKS)}, or text:PATH for a file ({', '.join(SUFFIXES)})",

@@ -47,7 +47,7 @@ from cptq.types import (
     SamplePairs,
     SampleRatios,
 )
-from cptq.types.samples import ratios
+from cptq.types.samples import build_ratios
 
 LEVEL = 0.95
 RESAMPLES = 2000
@@ -83,7 +83,7 @@ def measure_flips(result: EvalResult, baseline: EvalResult) -> EvalResult | None
         value=float(flipped.mean()),
         stderr=stderr,
         higher_is_better=False,
-        per_sample=ratios(flipped),
+        per_sample=build_ratios(flipped),
     )
 
 

@@ -43,7 +43,7 @@ from torch import Tensor, nn
 from cptq.evaluation.perplexity import BatchHook, Estimate, estimate_ratio
 from cptq.evaluation.split_model import LOGIT_ELEMENTS, count_positions
 from cptq.types import Emit, EvalResult, Notice
-from cptq.types.samples import ratios
+from cptq.types.samples import build_ratios
 
 #: of the free disk, how much the hidden states of one text may take
 DISK_SHARE = 0.5
@@ -220,7 +220,7 @@ def _describe(
         higher_is_better=higher,
         value=estimate.value,
         stderr=estimate.stderr,
-        per_sample=ratios(sum_N, count_N) if both else None,  # type: ignore[arg-type]
+        per_sample=build_ratios(sum_N, count_N) if both else None,  # type: ignore[arg-type]
         notes=like.notes + short,
     )
 

@@ -9,8 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cptq.artifact.place import check_output, new_directory
-from cptq.artifact.weights import write_files
+from cptq.artifact.atomic import check_output, new_directory, write_files
 from cptq.config import CompareSettings, EvalSettings, command_line
 from cptq.errors import EvaluationError
 from cptq.evaluation.baseline import add_paired_differences
@@ -21,16 +20,16 @@ from cptq.pipeline.evaluate import (
     prepare_models,
     report_mismatches,
 )
-from cptq.pipeline.facts import versions
 from cptq.pipeline.recorder import Recorder
-from cptq.report.names import short_names
-from cptq.report.side_by_side import (
+from cptq.pipeline.summarize import versions
+from cptq.report.comparison import (
     ComparedModel,
     CompareOutcome,
-    SideBySide,
-    shared_quality,
+    ModelComparison,
+    find_shared_quality,
 )
-from cptq.report.side_html import FILES, side_files
+from cptq.report.formatting import shorten_names
+from cptq.report.render import COMPARISON_FILES, render_comparison_files
 from cptq.types import Emit, EvalResult, Notice, join_results
 
 _MEASURE = "`cptq eval MODEL -o eval.json` writes one"
@@ -44,25 +43,25 @@ def compare(settings: CompareSettings, emit: Emit) -> CompareOutcome:
             settings.out,
             overwrite=settings.overwrite,
             source=Path(settings.model.model),
-            marker=FILES["json"],
+            marker=COMPARISON_FILES["json"],
         )
     models = _collect_models(settings, recorder)
-    names = short_names(settings.sources)
+    names = shorten_names(settings.sources)
     named = [replace(model, name=name) for model, name in zip(models, names, strict=True)]
     found = _put_side_by_side(settings, named, recorder)
     if place is None:
-        return CompareOutcome(side_by_side=found)
-    files = side_files(found)
+        return CompareOutcome(comparison=found)
+    files = render_comparison_files(found)
     with new_directory(place, sum(map(len, files.values()))) as draft:
         write_files(draft, files)
-    reports = {kind: place / name for kind, name in FILES.items() if name in files}
-    return CompareOutcome(side_by_side=found, out=settings.out, reports=reports)
+    reports = {kind: place / name for kind, name in COMPARISON_FILES.items() if name in files}
+    return CompareOutcome(comparison=found, out=settings.out, reports=reports)
 
 
 def _put_side_by_side(
     settings: CompareSettings, models: Sequence[ComparedModel], recorder: Recorder
-) -> SideBySide:
-    quality = shared_quality([model.results for model in models])
+) -> ModelComparison:
+    quality = find_shared_quality([model.results for model in models])
     if quality is None:
         listed = "; ".join(f"{m.name}: {_list_tasks(m)}" for m in models)
         raise EvaluationError(
@@ -76,7 +75,7 @@ def _put_side_by_side(
         if model.weight_bytes is None:
             message = "its size is not known, so it is not on the front"
             recorder(Notice(kind="skipped", subject=model.name, message=message))
-    return SideBySide(
+    return ModelComparison(
         command_line=command_line(settings),
         models=tuple(paired),
         quality=quality,

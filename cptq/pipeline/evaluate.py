@@ -11,7 +11,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cptq.artifact.manifest import read_manifest
+from cptq.artifact.atomic import atomic_file, refuse_existing
+from cptq.artifact.manifest import try_read_manifest
 from cptq.checkpoint.loader import load_model, read_spec
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import EvalSettings, ModelSettings
@@ -21,9 +22,8 @@ from cptq.evaluation.divergence import StateComparer, StateRecorder
 from cptq.evaluation.leak_check import CalibrationText, check_leaks
 from cptq.evaluation.task import EvalOptions, Observer, PreparedTask, prepare_task
 from cptq.evaluation.tasks.harness import prepare_harness, resolve_tasks
-from cptq.pipeline.facts import summary
-from cptq.pipeline.files import atomic_file, refuse_existing
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.summarize import summary
 from cptq.report.render import render_json
 from cptq.report.summary import EvalOutcome
 from cptq.types import Comparison, Emit, EvalResult, Notice, Progress, join_results
@@ -122,7 +122,7 @@ def _build_options(settings: EvalSettings) -> EvalOptions:
 
 def _read_calibration(path: Path, emit: Emit) -> CalibrationText | None:
     """Read which text calibrated an artifact; None of other models, or if it was not recorded."""
-    calibration = read_manifest(path).get("calibration")
+    calibration = try_read_manifest(path).get("calibration")
     if not isinstance(calibration, dict):
         return None
     if not calibration.get("sketch"):

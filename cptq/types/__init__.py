@@ -1,6 +1,6 @@
-"""The nouns: immutable values that the stages hand to one another.
+"""Immutable values that the stages pass to one another.
 
-Bytes, seconds and nats are named in the fields. Nothing here imports torch at run time.
+Field names give the units: bytes, seconds, nats. Nothing here imports torch at run time.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from cptq.types.model import (
     Unit,
     is_expert,
 )
-from cptq.types.plan import Budget, Candidate, Plan, SensitivityTable, digest
+from cptq.types.plan import Budget, Candidate, Plan, Scope, SensitivityTable, digest
 from cptq.types.result import (
     Artifact,
     CalibrationRecord,
@@ -60,6 +60,7 @@ __all__ = [
     "Progress",
     "SamplePairs",
     "SampleRatios",
+    "Scope",
     "SensitivityTable",
     "SizeReport",
     "TensorSpec",

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from cptq.checkpoint.files import weight_files
+from cptq.checkpoint.files import find_weight_files
 from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.errors import EvaluationError
 from cptq.evaluation.task import EvalOptions
@@ -100,7 +100,7 @@ def _explain_error(repeated: bool) -> tuple[str, ...]:
 
 def count_weight_bytes(path: Path) -> int:
     """Count the bytes of the weight files: safetensors, else the pickled ones."""
-    files = weight_files(path) or sorted(path.glob("pytorch_model*.bin"))
+    files = find_weight_files(path) or sorted(path.glob("pytorch_model*.bin"))
     return sum(file.stat().st_size for file in files)
 
 

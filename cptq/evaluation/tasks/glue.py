@@ -48,7 +48,7 @@ from cptq.evaluation.sentences import (
 )
 from cptq.evaluation.task import EvalOptions
 from cptq.types import Emit, EvalResult, Notice
-from cptq.types.samples import pairs, ratios
+from cptq.types.samples import build_pairs, build_ratios
 
 VERSION = 1
 #: task -> GLUE's metrics for a classifier, the main one first
@@ -141,7 +141,7 @@ class PreparedGlue:
             notes = (*notes, cut)
         labels = np.array(self.found.labels, dtype=np.float64)
         seconds = time.perf_counter() - begin
-        per_sample = {"accuracy": ratios((labels == predictions).astype(int))}
+        per_sample = {"accuracy": build_ratios((labels == predictions).astype(int))}
         return [
             EvalResult(
                 task=self.name,
@@ -157,7 +157,7 @@ class PreparedGlue:
                 data_source=self.found.origin,
                 data_sha256=self.found.sha256,
                 data_fingerprint=self.fingerprint,
-                per_sample=per_sample.get(metric) or pairs(labels, predictions),
+                per_sample=per_sample.get(metric) or build_pairs(labels, predictions),
                 notes=(*notes, f"standard error: {describe_standard_error(metric)}"),
             )
             for metric in self.metrics

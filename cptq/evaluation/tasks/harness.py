@@ -34,9 +34,9 @@ from cptq.data.files import read_text
 from cptq.errors import EvaluationError, UnknownNameError
 from cptq.evaluation.perplexity import apply_link, estimate_ratio
 from cptq.evaluation.task import EvalOptions
-from cptq.registry import closest
+from cptq.registry import find_closest
 from cptq.types import Emit, EvalResult, Progress, SampleRatios, digest
-from cptq.types.samples import Link, ratios
+from cptq.types.samples import Link, build_ratios
 
 EXTRA = 'pip install "cptq[lm-eval]"'
 PREFIX = "lm-eval/"
@@ -231,7 +231,7 @@ def resolve_tasks(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
         if name not in known and not manager.match_tasks([name]):
             if name != given:
                 raise EvaluationError(f"lm-evaluation-harness finds no task {name!r} in {given}")
-            near = closest(name, known)
+            near = find_closest(name, known)
             raise UnknownNameError(
                 f"lm-evaluation-harness has no task {name!r}",
                 allowed=f"the {len(known):,} names of `lm-eval ls tasks`, or a YAML file",
@@ -336,10 +336,12 @@ def _read_samples(
     """Read each document's part, where the value is the mean or the ratio of these parts."""
     values = [sample.get(metric) for sample in samples]
     if values and all(isinstance(item, int | float) for item in values):
-        found = ratios([float(item) for item in values if item is not None])
+        found = build_ratios([float(item) for item in values if item is not None])
     elif metric in _SUMMED and values and all(map(_is_pair, values)):
         pairs = [item for item in values if item is not None]
-        found = ratios([-float(a) for a, _ in pairs], [float(b) for _, b in pairs], _SUMMED[metric])
+        found = build_ratios(
+            [-float(a) for a, _ in pairs], [float(b) for _, b in pairs], _SUMMED[metric]
+        )
     else:
         return None
     return found if abs(found.value - value) < 1e-6 * max(1.0, abs(value)) else None

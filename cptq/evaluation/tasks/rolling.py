@@ -33,7 +33,7 @@ from cptq.evaluation.continuations import (
 from cptq.evaluation.perplexity import apply_link, estimate_ratio
 from cptq.evaluation.task import EvalOptions
 from cptq.types import Emit, EvalResult, digest
-from cptq.types.samples import Link, ratios
+from cptq.types.samples import Link, build_ratios
 
 VERSIONS = {"wikitext-rolling": 2, "c4-rolling": 0}
 
@@ -83,7 +83,7 @@ class PreparedPages:
                 data_source=self.pages.origin,
                 data_sha256=self.pages.sha256,
                 data_fingerprint=self.fingerprint,
-                per_sample=ratios(nll_N, count_N, link),
+                per_sample=build_ratios(nll_N, count_N, link),
                 notes=(f"rolling windows of {length} tokens, stride {self.stride}",),
             )
             for metric, unit, link, count_N in self._count()

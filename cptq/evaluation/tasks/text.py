@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cptq.calibration.tokens import token_digest
+from cptq.calibration.tokens import digest_tokens
 from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.data import Text, load_text
 from cptq.data.corpora import C4_WINDOWS, CORPORA, load_corpus
@@ -40,7 +40,7 @@ from cptq.evaluation.perplexity import (
 )
 from cptq.evaluation.task import EvalOptions
 from cptq.types import Emit, EvalResult, Notice, Progress
-from cptq.types.samples import Link, ratios
+from cptq.types.samples import Link, build_ratios
 
 VERSION = 1
 Numbers = np.ndarray[Any, Any]
@@ -101,7 +101,7 @@ class PreparedText:
                 data_source=self.text.origin,
                 data_sha256=self.text.sha256,
                 data_fingerprint=self.fingerprint,
-                per_sample=ratios(nll_N, count_N, link),
+                per_sample=build_ratios(nll_N, count_N, link),
                 notes=self.text.notes + self.notes,
             )
             for metric, unit, link, count_N in self._count(emit)
@@ -162,10 +162,21 @@ def prepare_text(spec: ModelSpec, name: str, options: EvalOptions, emit: Emit) -
     """Read, tokenise and cut the text called `name`.
 
     Raises:
-        EvaluationError: no tokenizer, `seqlen` beyond the model's positions, a stride beyond it.
-        DataError: the text is missing or malformed, or has fewer than two tokens.
+        DataError: the text is missing or malformed.
+        EvaluationError, DataError: as `prepare_windows`.
     """
-    text = _load(name, options)
+    return prepare_windows(spec, name, _load(name, options), options, emit)
+
+
+def prepare_windows(
+    spec: ModelSpec, name: str, text: Text, options: EvalOptions, emit: Emit
+) -> PreparedText:
+    """Tokenise a text and cut it into windows, for the task `name`.
+
+    Raises:
+        EvaluationError: no tokenizer, `seqlen` beyond the model's positions, a stride beyond it.
+        DataError: fewer than two tokens.
+    """
     for note in text.notes:
         emit(Notice(kind="fallback", subject=name, message=note))
     if spec.tokenizer is None:
@@ -203,7 +214,7 @@ def _cut(name: str, text: Text, tokens: Tokens, seqlen: int, options: EvalOption
         windows=windows_NT,
         first_N=first_N,
         last_N=first_N + seqlen - 1,
-        fingerprint=token_digest(windows_NT),
+        fingerprint=digest_tokens(windows_NT),
     )
 
 
@@ -226,7 +237,7 @@ def _roll(
         windows=batch_requests(windows, length=length, name=name, emit=emit),
         first_N=np.concatenate([[0], last_N[:-1]]),
         last_N=last_N,
-        fingerprint=token_digest(rows),
+        fingerprint=digest_tokens(rows),
         notes=(f"rolling windows of {length} tokens, stride {stride}",),
     )
 

@@ -32,7 +32,7 @@ from cptq.evaluation.perplexity import Estimate, estimate_ratio, exponentiate
 from cptq.evaluation.prompts import FORMATS, GLUE_FORMATS, Question, build_glue_question
 from cptq.evaluation.task import EvalOptions
 from cptq.types import Emit, EvalResult, PerSample, digest
-from cptq.types.samples import pairs, ratios
+from cptq.types.samples import build_pairs, build_ratios
 
 #: metrics over all labels and predictions at once; the harness calls matthews `mcc`
 _OVER_ALL = ("f1", "matthews")
@@ -178,7 +178,7 @@ def _evaluate(
 ) -> tuple[Estimate, PerSample]:
     if metric == "perplexity":
         nll = -scores.loglikelihood.numpy()
-        return exponentiate(estimate_ratio(nll, np.ones(len(nll)))), ratios(nll, link="exp")
+        return exponentiate(estimate_ratio(nll, np.ones(len(nll)))), build_ratios(nll, link="exp")
     if metric == "acc" and all(len(question.pairs) == 1 for question in questions):
         return _average(scores.greedy.numpy().astype(np.float64))
     gold = np.array([question.gold for question in questions], dtype=np.float64)
@@ -187,7 +187,7 @@ def _evaluate(
         return _average((picked == gold).astype(np.float64))
     stderr = estimate_standard_error(metric, gold, picked, seed)
     value = SENTENCE_METRICS[metric](gold, picked)
-    return Estimate(value=value, stderr=stderr), pairs(gold, picked)
+    return Estimate(value=value, stderr=stderr), build_pairs(gold, picked)
 
 
 def pick_choices(questions: Sequence[Question], scores: Scores, *, by_length: bool) -> Values:
@@ -202,4 +202,4 @@ def pick_choices(questions: Sequence[Question], scores: Scores, *, by_length: bo
 
 def _average(hits: Values) -> tuple[Estimate, PerSample]:
     stderr = float(hits.std(ddof=1) / np.sqrt(len(hits))) if len(hits) > 1 else None
-    return Estimate(value=float(hits.mean()), stderr=stderr), ratios(hits)
+    return Estimate(value=float(hits.mean()), stderr=stderr), build_ratios(hits)

@@ -17,7 +17,7 @@ from cptq.evaluation.baseline import (
 )
 from cptq.evaluation.metrics import METRICS, ROW_METRICS, bootstrap
 from cptq.types import EvalResult, PairedDifference, join_results
-from cptq.types.samples import pairs, ratios
+from cptq.types.samples import build_pairs, build_ratios
 from tests.reference import paired as reference
 
 
@@ -42,7 +42,7 @@ def compare(mine: EvalResult, base: EvalResult, seed: int = 0) -> PairedDifferen
 
 
 def answers(right: list[int]) -> EvalResult:
-    return result("accuracy", sum(right) / len(right), ratios(right))
+    return result("accuracy", sum(right) / len(right), build_ratios(right))
 
 
 @pytest.mark.parametrize("classes", [2, 3])
@@ -124,7 +124,7 @@ def test_the_paired_bootstrap_of_a_metric_is_that_of_a_loop(metric: str, monkeyp
     draw = np.random.default_rng(5)
     labels = draw.integers(2, size=83).astype(float)
     sides = [np.where(draw.random(83) < share, labels, 1 - labels) for share in (0.7, 0.9)]
-    rows = [result(metric, METRICS[metric](labels, x), pairs(labels, x)) for x in sides]
+    rows = [result(metric, METRICS[metric](labels, x), build_pairs(labels, x)) for x in sides]
     found = compare(*rows, seed=11)
 
     def gap(pick) -> float:
@@ -145,7 +145,9 @@ def test_perplexity_is_compared_by_windows(monkeypatch) -> None:
     base = draw.normal(3, 0.4, size=31) * tokens
     mine = base + draw.normal(0.1, 0.02, size=31) * tokens
     rows = [
-        result("perplexity", math.exp(x.sum() / tokens.sum()), ratios(x, tokens, "exp"), False)
+        result(
+            "perplexity", math.exp(x.sum() / tokens.sum()), build_ratios(x, tokens, "exp"), False
+        )
         for x in (mine, base)
     ]
     found = compare(*rows)
@@ -168,7 +170,7 @@ def test_equal_and_undecided() -> None:
     assert compare(one, one).verdict == "equal"
     other = answers([1, 1, 1, 1])
     assert compare(other, one).verdict == "undecided"
-    few = result("pearson", 0.5, pairs([1, 2, 3], [1, 3, 2]))
+    few = result("pearson", 0.5, build_pairs([1, 2, 3], [1, 3, 2]))
     found = compare(few, few)
     assert found.verdict == "equal"
     assert "3 samples" in found.method
@@ -193,13 +195,13 @@ def test_what_cannot_be_paired_keeps_its_reason() -> None:
 
 
 def test_flips_by_hand() -> None:
-    ours, theirs = (result("acc", 0.5, ratios(hits)) for hits in ([1, 0, 1, 0], [0, 1, 1, 0]))
+    ours, theirs = (result("acc", 0.5, build_ratios(hits)) for hits in ([1, 0, 1, 0], [0, 1, 1, 0]))
     acc, flips = add_flips(join_results([ours], [theirs])).results
     assert acc is ours
     assert (flips.metric, flips.value, flips.higher_is_better) == ("flips", 0.5, False)
     assert flips.stderr == pytest.approx(np.std([1, 1, 0, 0], ddof=1) / 2)
     ours, theirs = (
-        result("accuracy", 0.5, pairs([0, 1, 2, 1], answered))
+        result("accuracy", 0.5, build_pairs([0, 1, 2, 1], answered))
         for answered in ([0, 1, 1, 0], [0, 0, 1, 1])
     )
     assert add_flips(join_results([ours], [theirs])).results[1].value == 0.5
@@ -211,7 +213,7 @@ def test_one_answer_may_flip_too() -> None:
 
 
 def test_other_samples_have_no_flips() -> None:
-    ours = result("acc", 0.5, ratios([1, 0]))
+    ours = result("acc", 0.5, build_ratios([1, 0]))
     for other in (replace(ours, data_fingerprint="g"), replace(ours, per_sample=None)):
         joined = join_results([ours], [other])
         assert add_flips(joined) == joined

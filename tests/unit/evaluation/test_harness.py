@@ -24,7 +24,7 @@ from cptq.evaluation.tasks.harness import (
     read_results,
     resolve_tasks,
 )
-from cptq.types.samples import ratios
+from cptq.types.samples import build_ratios
 
 ANSWER = {
     "results": {
@@ -58,7 +58,7 @@ def test_the_harness_numbers_become_results(monkeypatch: pytest.MonkeyPatch) -> 
     acc, word, exact = read_results(ANSWER, 3.0)
     assert (acc.task, acc.metric, acc.value, acc.stderr) == ("lm-eval/piqa", "acc", 0.5, 0.25)
     assert (acc.version, acc.samples, acc.higher_is_better) == (1, 2, True)
-    assert acc.per_sample == ratios([1, 0])
+    assert acc.per_sample == build_ratios([1, 0])
     assert acc.data_fingerprint is not None
     assert (word.unit, word.higher_is_better, word.stderr) == ("per word", False, None)
     assert exact.metric == "exact_match (strict-match)"
@@ -73,7 +73,7 @@ def test_samples_that_do_not_give_the_value_are_left_out() -> None:
 def test_summed_metrics_get_the_error_of_a_ratio_over_documents() -> None:
     samples = [{"bits_per_byte": [-30.0, 20]}, {"bits_per_byte": (-70.0, 40)}]
     parts = _read_samples(samples, "bits_per_byte", 100 / 60 / math.log(2))
-    assert parts == ratios([30, 70], [20, 40], "bits")
+    assert parts == build_ratios([30, 70], [20, 40], "bits")
     residuals = np.array([30 - 100 / 60 * 20, 70 - 100 / 60 * 40])
     by_hand = np.sqrt((residuals**2).sum() * 2 / 1) / 60 / math.log(2)
     assert _choose_stderr("N/A", parts) == pytest.approx(by_hand)

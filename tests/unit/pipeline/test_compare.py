@@ -10,7 +10,7 @@ import pytest
 from cptq.config import CompareSettings, EvalSettings, ModelSettings
 from cptq.errors import EvaluationError, OutputExistsError, UsageError
 from cptq.pipeline import compare, evaluate
-from cptq.report.side_by_side import CompareOutcome
+from cptq.report.comparison import CompareOutcome
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -47,7 +47,7 @@ def run(asked: CompareSettings) -> CompareOutcome:
 
 def test_a_model_and_its_results_are_the_same(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    found = run(settings(place, "one", "two", "two.json", out=out)).side_by_side
+    found = run(settings(place, "one", "two", "two.json", out=out)).comparison
     one, two, again = found.models
     assert [m.name for m in found.models] == ["one", "two", "two.json"]
     assert two.results[0].value == again.results[0].value != one.results[0].value
@@ -79,12 +79,12 @@ def test_the_baseline_of_eval_is_compared_on_the_same_windows(place: Path) -> No
     assert summary.paired[0].samples == 20
     told = summary.to_dict()["paired"][0]
     assert told["verdict"] == summary.paired[0].verdict
-    short = run(settings(place, "one", "two")).side_by_side
+    short = run(settings(place, "one", "two")).comparison
     assert short.models[1].paired[0] == summary.paired[0]
 
 
 def test_other_samples_are_not_compared_and_that_is_said(place: Path) -> None:
-    found = run(replace(settings(place, "one", "two.json"), limit=10)).side_by_side
+    found = run(replace(settings(place, "one", "two.json"), limit=10)).comparison
     assert found.models[1].paired == ()
     assert any((n.kind, n.subject) == ("skipped", "two") for n in found.notices)
 
@@ -111,12 +111,12 @@ def test_an_artifact_on_its_calibration_text(place: Path, tmp_path: Path) -> Non
     artifact = tmp_path / "made"
     shutil.copytree(place / "artifact", artifact)
     asked = settings(place, "one", str(artifact))
-    found = run(asked).side_by_side
+    found = run(asked).comparison
     (warning,) = [notice for notice in found.notices if notice.kind == "warning"]
     assert "a.txt" in warning.message
     with pytest.raises(EvaluationError, match=r"a\.txt"):
         run(replace(asked, strict=True))
     manifest = {"calibration": {"origin": "a.txt", "sketch": ""}}
     (artifact / "cptq.json").write_text(json.dumps(manifest))
-    notices = run(asked).side_by_side.notices
+    notices = run(asked).comparison.notices
     assert any((n.kind, n.subject) == ("skipped", "made") for n in notices)
