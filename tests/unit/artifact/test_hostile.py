@@ -254,7 +254,7 @@ def test_an_index_that_leads_outside_is_refused(tmp_path: Path) -> None:
         ({"weight_files": {"model.safetensors": 1}}, "had 1 when it was written"),
         ({"tensors_sha256": {"x": "0"}}, "is not what was written"),
         ({"files_sha256": {"config.json": "0"}}, "config.json is not what was written"),
-        ({"sample": {"shape": [10**6, 10**6]}}, r"sample.*1000000, 1000000"),
+        ({"sample": {"shape": [10**6, 10**6]}}, "sample.*'largest'"),
     ],
 )
 def test_a_foreign_or_hostile_manifest_is_refused(
