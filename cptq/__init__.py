@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cptq.inference.registration import ensure_registered
 
 if TYPE_CHECKING:
-    from cptq.checkpoint.load import load
+    from cptq.checkpoint.loader import load
 
 __all__ = ["__version__", "load"]
 __version__ = "0.1.0"
@@ -24,4 +24,4 @@ def __getattr__(name: str) -> Any:
     """`load` when it is first asked for: it needs torch."""
     if name != "load":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module("cptq.checkpoint.load").load
+    return import_module("cptq.checkpoint.loader").load

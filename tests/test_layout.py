@@ -21,8 +21,18 @@ SCRIPTS = sorted(
 )
 SHELL_SCRIPTS = [path for path in SCRIPTS if path.suffix != ".py"]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMAND_LINE = (ROOT / "docs" / "cli.md").read_text(encoding="utf-8")
+DOCUMENTS = "".join(
+    path.read_text(encoding="utf-8")
+    for path in (
+        ROOT / "README.md",
+        ROOT / "CONTRIBUTING.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+)
 COMMANDS = ("analyze", "compress", "eval", "compare", "export", "inspect", "verify")
 MOST_LINES = 500
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 
 
 def _name(path: Path) -> str:
@@ -72,16 +82,19 @@ def test_a_shell_script_answers_help_at_once(path: Path, tmp_path: Path) -> None
     assert not (tmp_path / "venv").exists()
 
 
-def test_every_script_is_mentioned_in_the_readme_or_by_another() -> None:
+def test_every_script_is_mentioned_in_a_document_or_by_another() -> None:
     texts = {path: path.read_text(encoding="utf-8") for path in SCRIPTS}
     for path in SCRIPTS:
-        others = [README, *(text for other, text in texts.items() if other != path)]
+        others = [DOCUMENTS, *(text for other, text in texts.items() if other != path)]
         assert any(_name(path) in text for text in others), _name(path)
 
 
-def test_the_readme_names_no_script_or_document_that_is_not_there() -> None:
-    named = set(re.findall(r"(?:scripts/[\w-]+|\.ci/run|docs/[\w-]+\.md|LICENSE)", README))
-    assert {"scripts/demo", "scripts/test"} <= named
+def test_the_documents_name_no_script_or_document_that_is_not_there() -> None:
+    named = set(
+        re.findall(r"(?:scripts/[\w-]+(?:\.py)?|\.ci/run|docs/[\w-]+\.md|LICENSE)", DOCUMENTS)
+    )
+    assert "scripts/demo" in README
+    assert "scripts/test" in README
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
@@ -99,12 +112,20 @@ def _help(*arguments: str) -> str:
     return answer.stdout
 
 
-def test_the_readme_names_no_command_or_option_that_is_not_there() -> None:
-    commands = set(re.findall(r"^cptq +(\w+)|`cptq (\w+)", README, flags=re.MULTILINE))
-    assert {a or b for a, b in commands} == set(COMMANDS)
-    known = set(re.findall(r"--[a-z][a-z-]+", "".join(_help(name) for name in COMMANDS)))
-    others = {"--fix", "--arch"}  # of scripts/check and scripts/train_reference_lm
-    assert set(re.findall(r"--[a-z][a-z-]+", README)) - others <= known
+def test_the_documents_name_every_command_and_no_command_or_option_that_is_not_there() -> None:
+    blocks = "".join(re.findall(r"^```.*?^```", DOCUMENTS, flags=re.MULTILINE | re.DOTALL))
+    typed = re.findall(r"^(?:\$ )?cptq +([a-z]+)", blocks, flags=re.MULTILINE)
+    assert {*typed, *re.findall(r"`cptq ([a-z]+)", DOCUMENTS)} == set(COMMANDS)
+    known = set(OPTION.findall("".join(_help(name) for name in COMMANDS)))
+    scripts = set(OPTION.findall("".join(path.read_text(encoding="utf-8") for path in SCRIPTS)))
+    others = {"--version", "--help"}
+    assert set(OPTION.findall(README)) - others <= known
+    assert set(OPTION.findall(DOCUMENTS)) - others - scripts <= known
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_the_command_line_is_documented_whole(command: str) -> None:
+    assert set(OPTION.findall(_help(command))) - {"--help"} <= set(OPTION.findall(COMMAND_LINE))
 
 
 def test_every_direct_dependency_is_pinned_within_its_bounds() -> None:

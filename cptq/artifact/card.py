@@ -107,8 +107,8 @@ def _describe_compression(
     spread = ", ".join(f"{bits[b]} at {b} bits" for b in sorted(bits)) or "none"
     scores = f" from the scores of `{plan.metric}`" if plan.metric else ""
     return [
-        f"- Target `{plan.budget.asked}`: {plan.budget.limit_bytes:,} bytes; the weights take "
-        f"{weight_bytes:,}.",
+        f"- Target `{plan.budget.asked}`: {plan.budget.limit_text}; the weight files take "
+        f"{weight_bytes:,} bytes.",
         f"- Compressed layers: {spread}; all others are stored as in the base model.",
         f"- Bits were chosen by `{plan.allocator}`{scores}.",
         f"- Calibration: {calibration.source}, {calibration.samples} samples, "

@@ -12,8 +12,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from cptq.artifact.atomic import write_bytes
 from cptq.artifact.content import Content
-from cptq.artifact.weights import write_bytes
 from cptq.errors import ArtifactError
 from cptq.types import Emit, Notice
 

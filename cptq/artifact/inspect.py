@@ -18,9 +18,9 @@ from typing import Any
 from cptq.artifact.formats.compressed_tensors import EXPERTS
 from cptq.artifact.gguf.header import GgufTensor, read_gguf
 from cptq.artifact.manifest import MANIFEST
-from cptq.checkpoint.files import UNREADABLE, open_tensors, read_header, weight_files
+from cptq.checkpoint.files import UNREADABLE, find_weight_files, open_tensors, read_header
 from cptq.errors import ArtifactError, ModelError
-from cptq.types import TensorSpec, is_expert
+from cptq.types import Budget, TensorSpec, is_expert
 
 _DAMAGED = (OSError, *UNREADABLE)
 _BLOCK = re.compile(r"\.\d+\.")
@@ -89,7 +89,7 @@ def inspect(path: Path) -> Inspection:
         raise ArtifactError(
             f"{path} does not exist", allowed="a directory, a .safetensors or a .gguf file"
         )
-    files, ggufs = weight_files(path), sorted(path.glob("*.gguf"))
+    files, ggufs = find_weight_files(path), sorted(path.glob("*.gguf"))
     if files:
         return _inspect_safetensors(path, files)
     if len(ggufs) == 1:
@@ -270,11 +270,11 @@ def _read_provenance(directory: Path) -> dict[str, str]:
 
 def _describe_manifest(manifest: Mapping[str, Any]) -> dict[str, str]:
     model, plan, text = manifest["model"], manifest["plan"], manifest["calibration"]
-    budget = plan["budget"]
+    budget = Budget.from_dict(plan["budget"])
     return {
         "base model": f"{model['source']} (sha256 {str(model['fingerprint'])[:16]})",
         "format": str(manifest["format"]),
-        "target": f"{budget['asked']}, at most {int(budget['limit_bytes']):,} bytes",
+        "target": f"{budget.asked}, at most {budget.limit_text}",
         "plan": f"{plan['allocator']}"
         + (f" with {plan['metric']} scores" if plan["metric"] else ""),
         "calibration": f"{text['source']}, {text['samples']} samples, {text['tokens']} tokens",

@@ -19,9 +19,9 @@ from cptq.artifact.content import Content
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import Format, SafetensorsFormat
 from cptq.artifact.manifest import FORMAT_VERSION, MANIFEST
+from cptq.artifact.reload import ReloadSample
 from cptq.artifact.sample import read_sample
-from cptq.artifact.verify import VerificationSample
-from cptq.checkpoint.files import open_tensors, read_header, weight_files
+from cptq.checkpoint.files import find_weight_files, open_tensors, read_header
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.errors import ArtifactError
 from cptq.types import (
@@ -48,7 +48,7 @@ class StoredArtifact:
     plan: Plan
     calibration: CalibrationRecord
     seed: int
-    sample: VerificationSample | None
+    sample: ReloadSample | None
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
@@ -128,7 +128,7 @@ def _parse_calibration(data: Mapping[str, Any]) -> CalibrationRecord:
 
 
 def _read_content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsFormat) -> Content:
-    places = {name: path for path in weight_files(directory) for name in read_header(path)}
+    places = {name: path for path in find_weight_files(directory) for name in read_header(path)}
     stored = {
         s.name: s for path in dict.fromkeys(places.values()) for s in read_header(path).values()
     }

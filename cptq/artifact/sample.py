@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from cptq.artifact.verify import VerificationSample
+from cptq.artifact.reload import ReloadSample
 from cptq.errors import ArtifactError
 
 KEPT_OUTPUTS = 256
@@ -20,7 +20,7 @@ KEPT_OUTPUTS = 256
 MOST_OUTPUTS = 1 << 28
 
 
-def record_sample(sample: VerificationSample) -> dict[str, Any]:
+def record_sample(sample: ReloadSample) -> dict[str, Any]:
     """Return the sample as plain data, deterministically."""
     flat = sample.expected.detach().float().cpu().reshape(-1)
     return {
@@ -40,7 +40,7 @@ def _pick_positions(numel: int, largest: int) -> torch.Tensor:
     return torch.tensor(sorted({*spread, largest}), dtype=torch.int64)
 
 
-def read_sample(record: Any, *, trust_remote_code: bool = False) -> VerificationSample:
+def read_sample(record: Any, *, trust_remote_code: bool = False) -> ReloadSample:
     """Read the sample back; outputs that were not kept are NaN, and it is marked partial.
 
     Raises:
@@ -61,7 +61,7 @@ def _build_sample(
     shape: tuple[int, ...],
     positions: torch.Tensor,
     trust_remote_code: bool,
-) -> VerificationSample:
+) -> ReloadSample:
     values = torch.tensor(record["values"], dtype=torch.float32)
     tolerance = float(record["tolerance"])
     if values.shape != positions.shape or not bool(torch.isfinite(values).all()):
@@ -70,7 +70,7 @@ def _build_sample(
         raise ValueError(f"a tolerance of {tolerance}")
     expected = torch.full((prod(shape),), torch.nan)
     expected[positions] = values
-    return VerificationSample(
+    return ReloadSample(
         inputs={str(n): torch.tensor(x, dtype=torch.int64) for n, x in record["inputs"].items()},
         expected=expected.view(shape),
         tolerance=tolerance,

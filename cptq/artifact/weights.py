@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cptq.artifact.atomic import write_bytes
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
 from cptq.layouts.safetensors_header import (
@@ -91,21 +92,6 @@ def _get_bytes(spec: TensorSpec, tensor: Tensor) -> memoryview:
     flat = tensor.detach().cpu().contiguous().reshape(-1)
     raw: memoryview = flat.view(torch.uint8).numpy().data
     return raw
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a small file and sync it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write {relative path: content} below a directory, each synced."""
-    for name, content in files.items():
-        write_bytes(directory / name, content)
 
 
 def compute_tensor_digests(paths: Iterable[Path]) -> dict[str, str]:

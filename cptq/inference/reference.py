@@ -18,6 +18,7 @@ from torch.nn import functional
 
 from cptq.inference.operations import Backend, PackedWeight
 from cptq.layouts.packed import TWO_OF_FOUR
+from cptq.numerics import grid
 from cptq.numerics.packing import unpack_rows, unpack_values
 from cptq.numerics.sparse import PATTERN_BITS, join_2_of_4, scatter_codes, unpack_range
 
@@ -61,7 +62,8 @@ def _iterate_tiles(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[i
         bits = weight.scheme.bits
         stored_N = _convert_to_signed(unpack_range(weight.codes, bits, used, used + count), bits)
         used += count
-        yield start, _compute_masked(scatter_codes(stored_N, mask_RI), mask_RI, part, dtype)
+        codes_RI = scatter_codes(stored_N, mask_RI)
+        yield start, _multiply_out(codes_RI, mask_RI, part, dtype)
 
 
 def _select_rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
@@ -86,28 +88,21 @@ def _unpack_dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Return all values of a weight without a bitmask."""
     bits, inputs = weight.scheme.bits, weight.shape[1]
     if weight.scheme.pattern != TWO_OF_FOUR:
-        return _compute_values(unpack_rows(weight.codes, bits, inputs), weight, dtype)
+        return _multiply_out(unpack_rows(weight.codes, bits, inputs), None, weight, dtype)
     assert weight.pattern is not None
     pattern_RB = unpack_values(weight.pattern, PATTERN_BITS, inputs // 4)
     codes_RI, mask_RI = join_2_of_4(pattern_RB, unpack_rows(weight.codes, bits, inputs // 2))
-    return _compute_masked(codes_RI, mask_RI, weight, dtype)
+    return _multiply_out(codes_RI, mask_RI, weight, dtype)
 
 
-def _compute_masked(
-    codes_RI: Tensor, mask_RI: Tensor, weight: PackedWeight, dtype: torch.dtype
+def _multiply_out(
+    codes_RI: Tensor, mask_RI: Tensor | None, weight: PackedWeight, dtype: torch.dtype
 ) -> Tensor:
-    """Return values where the mask is set and exact zeros elsewhere, also on asymmetric grids."""
-    return _compute_values(codes_RI, weight, dtype).masked_fill_(~mask_RI, 0.0)
-
-
-def _compute_values(codes_RI: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
-    """Return (codes - zero) * scale, as `CompressedLayer.dense` does, in one buffer of `dtype`."""
-    out, groups = weight.scale.shape
-    steps_RGK = codes_RI.to(dtype).view(out, groups, -1)
-    if weight.zero is not None:
-        zero_RG = unpack_rows(weight.zero, weight.scheme.bits, groups)
-        steps_RGK.sub_(zero_RG.to(dtype).unsqueeze(-1))
-    return steps_RGK.mul_(weight.scale.to(dtype).unsqueeze(-1)).view(out, -1)
+    """Return the values of codes; exact zeros outside the mask, also on an asymmetric grid."""
+    zero_RG = weight.zero
+    if zero_RG is not None:
+        zero_RG = unpack_rows(zero_RG, weight.scheme.bits, weight.scale.shape[1])
+    return grid.dequantize(codes_RI, weight.scale, zero_RG, mask_RI, dtype=dtype)
 
 
 def _convert_to_signed(values: Tensor, bits: int) -> Tensor:

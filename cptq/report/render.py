@@ -24,7 +24,7 @@ from cptq.report.formatting import (
 )
 from cptq.report.front import draw_front, make_standalone
 from cptq.report.plots import draw_figures
-from cptq.report.summary import Summary, group_notices, join_baseline
+from cptq.report.summary import Summary, group_notices
 from cptq.report.svg import Figure
 from cptq.report.tables import build_tables, describe_verification
 from cptq.report.validation import draw_scatter
@@ -178,7 +178,7 @@ def build_tiles(summary: Summary) -> list[Tile]:
     tiles = [Tile(label="parameters", value=format_count(model.parameters), more=model.family)]
     tiles += _build_size_tiles(summary)
     tasks = shorten_tasks(row.task for row in summary.evaluation)
-    for row in join_baseline(summary.evaluation, summary.baseline)[:3]:
+    for row in summary.comparison.rows[:3]:
         base = f"baseline {format_number(row.baseline.value)}" if row.baseline else row.result.unit
         label = f"{tasks[row.result.task]} {row.result.metric}"
         tiles.append(Tile(label=label, value=format_number(row.result.value), more=base))

@@ -7,7 +7,7 @@ compute counts and comparisons that all renderings and the command line share.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
@@ -18,6 +18,7 @@ from cptq.types import (
     Budget,
     CalibrationRecord,
     Candidate,
+    Comparison,
     EvalResult,
     LayerResult,
     LayerSpec,
@@ -94,26 +95,46 @@ class Summary:
     size: SizeReport | None = None
     results: tuple[LayerResult, ...] = ()
     verification: VerificationFacts | None = None
-    evaluation: tuple[EvalResult, ...] = ()
-    baseline: tuple[EvalResult, ...] = ()
+    comparison: Comparison = field(default_factory=Comparison)
     baseline_source: str | None = None
-    paired: tuple[PairedDifference, ...] = ()
     notices: tuple[Notice, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def evaluation(self) -> tuple[EvalResult, ...]:
+        """The model's results."""
+        return self.comparison.results
+
+    @property
+    def baseline(self) -> tuple[EvalResult, ...]:
+        """The baseline's results."""
+        return self.comparison.baseline
+
+    @property
+    def paired(self) -> tuple[PairedDifference, ...]:
+        """Differences to the baseline on the same samples."""
+        return self.comparison.paired
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for report.json, in the order of the fields.
 
-        Units list the names of their layers only. Numbers that JSON cannot hold become the texts
+        Units list the names of their layers only; results, the baseline's and paired differences
+        are lists of their own. Numbers that JSON cannot hold become the texts
         "nan", "inf" and "-inf", which `float()` reads back.
         """
-        data = {item.name: convert_to_plain(getattr(self, item.name)) for item in fields(self)}
+        data: dict[str, Any] = {}
+        for item in fields(self):
+            if item.name == "comparison":
+                data["evaluation"] = convert_to_plain(self.evaluation)
+                data["baseline"] = convert_to_plain(self.baseline)
+                continue
+            data[item.name] = convert_to_plain(getattr(self, item.name))
+            if item.name == "baseline_source":
+                data["paired"] = [_convert_pair(pair) for pair in self.paired]
         for unit in data["units"]:
             unit["layers"] = [layer["name"] for layer in unit["layers"]]
         if data["calibration"]:
             del data["calibration"]["sketch"]  # large, and stored in cptq.json
-        for row, pair in zip(data["paired"], self.paired, strict=True):
-            row |= {"at_most_worse": pair.at_most_worse, "verdict": pair.verdict}
         return {"schema": SCHEMA, **data}
 
 
@@ -156,29 +177,12 @@ class WidthCount:
     share: float
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ResultComparison:
-    """A result and the baseline's (None: not measured)."""
-
-    result: EvalResult
-    baseline: EvalResult | None
-    paired: PairedDifference | None = None
-
-    @property
-    def difference(self) -> float | None:
-        """Result minus baseline."""
-        return None if self.baseline is None else self.result.value - self.baseline.value
-
-    @property
-    def verdict(self) -> str:
-        """Verdict of the paired test, else "better", "worse" or "same"; "" without a baseline."""
-        if self.paired is not None:
-            return self.paired.verdict
-        if self.difference is None or self.difference != self.difference:
-            return ""
-        if self.difference == 0:
-            return "same"
-        return "better" if (self.difference > 0) == self.result.higher_is_better else "worse"
+def _convert_pair(pair: PairedDifference) -> dict[str, Any]:
+    return {
+        **convert_to_plain(pair),
+        "at_most_worse": pair.at_most_worse,
+        "verdict": pair.verdict,
+    }
 
 
 def convert_to_plain(value: Any) -> Any:
@@ -248,21 +252,6 @@ def rank_units(table: SensitivityTable, count: int) -> list[tuple[str, float]]:
     """Return the `count` units with the highest scores, highest first; ties in forward order."""
     ranked = [(unit, score) for unit, score in table.per_unit.items() if isfinite(score)]
     return sorted(ranked, key=lambda pair: -pair[1])[:count]
-
-
-def join_baseline(
-    results: Sequence[EvalResult],
-    baseline: Sequence[EvalResult],
-    paired: Sequence[PairedDifference] = (),
-) -> list[ResultComparison]:
-    """Join each result with the baseline's of the same task, version and metric."""
-    known = {(item.task, item.version, item.metric): item for item in baseline}
-    tested = {(item.task, item.version, item.metric): item for item in paired}
-    keys = [(item.task, item.version, item.metric) for item in results]
-    return [
-        ResultComparison(result=item, baseline=known.get(key), paired=tested.get(key))
-        for item, key in zip(results, keys, strict=True)
-    ]
 
 
 def group_notices(notices: Iterable[Notice]) -> Mapping[str, list[Notice]]:

@@ -24,13 +24,12 @@ from cptq.report.summary import (
     VerificationFacts,
     count_widths,
     group_notices,
-    join_baseline,
     list_unplanned_layers,
     map_layer_choices,
     rank_units,
 )
 from cptq.report.validation import build_validation_tables
-from cptq.types import LayerSpec, PairedDifference, SensitivityTable
+from cptq.types import LayerSpec, PairedDifference, SensitivityTable, SizeReport
 
 TOP = 10
 #: with more notices than this, kinds that changed no result are folded
@@ -66,7 +65,7 @@ def build_evaluation_table(summary: Summary) -> Table | None:
         return None
     compared = bool(summary.baseline)
     rows, tasks = [], shorten_tasks(row.task for row in summary.evaluation)
-    for row in join_baseline(summary.evaluation, summary.baseline, summary.paired):
+    for row in summary.comparison.rows:
         value = format_with_error(row.result.value, row.result.stderr)
         cells = [tasks[row.result.task], row.result.metric, value]
         if compared:
@@ -141,7 +140,7 @@ def build_size_table(summary: Summary) -> Table | None:
     rows = [
         ("weight file, dense", format_bytes_exact(size.dense_file_bytes)),
         ("weight file, compressed", f"{format_bytes_exact(size.file_bytes)}, {share} of dense"),
-        *_build_budget_rows(summary, size.file_bytes),
+        *_build_budget_rows(summary, size),
         ("nominal bits", f"{size.nominal_bits:.3f} (codes only)"),
         ("effective bits", f"{size.effective_bits:.3f} (compressible weights with their scales)"),
         ("whole-file bits", f"{size.file_bits:.3f} (whole file over all parameters)"),
@@ -150,13 +149,13 @@ def build_size_table(summary: Summary) -> Table | None:
     return tabulate_pairs("Size", rows, leading=True)
 
 
-def _build_budget_rows(summary: Summary, file_bytes: int) -> list[tuple[str, str]]:
-    if summary.budget is None:
+def _build_budget_rows(summary: Summary, size: SizeReport) -> list[tuple[str, str]]:
+    budget = summary.budget
+    if budget is None:
         return []
-    limit = summary.budget.limit_bytes
-    left = limit - file_bytes
+    left = budget.limit_bytes - size.count_bytes(budget.scope)
     rest = f"{left:,} bytes unused" if left >= 0 else f"{-left:,} bytes over"
-    return [("budget", f"{summary.budget.asked} = {limit:,} bytes, {rest}")]
+    return [("budget", f"{budget.asked} = {budget.limit_text}, {rest}")]
 
 
 def _build_plan_rows(summary: Summary) -> list[tuple[str, str]]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptq.types.model import LayerSpec
-from cptq.types.plan import Candidate
+from cptq.types.plan import Candidate, Scope
 from cptq.types.samples import PerSample, read_per_sample
 
 if TYPE_CHECKING:
@@ -17,13 +17,21 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeReport:
-    """Whole-file bytes and the three averages of bits that a reader may mean."""
+    """Bytes of the whole file and of the compressible weights in it, and three averages of bits.
+
+    `compressible_bytes` are those of the compressible weights as stored.
+    """
 
     file_bytes: int
+    compressible_bytes: int
     dense_file_bytes: int
     nominal_bits: float
     effective_bits: float
     file_bits: float
+
+    def count_bytes(self, scope: Scope) -> int:
+        """Return the bytes that a budget of this scope limits."""
+        return self.file_bytes if scope == "file" else self.compressible_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +59,7 @@ class CompressedLayer:
     codes: int8 (out, in), in [-2^(bits-1), 2^(bits-1) - 1]; scale: storage dtype (out, groups),
     never 0. The weight is codes * scale, groups being consecutive runs of inputs; on an asymmetric
     grid (codes - zero) * scale with zero int8 (out, groups). Where there is a mask, bool (out, in),
-    a weight that it leaves out is 0.
+    a weight that it leaves out is 0. `cptq.numerics.grid.dequantize_layer` multiplies it out.
     """
 
     spec: LayerSpec
@@ -60,24 +68,6 @@ class CompressedLayer:
     scale: torch.Tensor
     zero: torch.Tensor | None = None
     mask: torch.Tensor | None = None
-
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight (out, in), multiplied out in `dtype`.
-
-        An expert's is multiplied out in the type of its scales, as stock transformers does before
-        it stacks the experts.
-        """
-        if self.spec.expert:
-            return self._multiplied(self.scale.dtype).to(dtype)
-        return self._multiplied(dtype)
-
-    def _multiplied(self, dtype: torch.dtype) -> torch.Tensor:
-        out, groups = self.scale.shape
-        codes_OGK = self.codes.to(dtype).view(out, groups, -1)
-        if self.zero is not None:
-            codes_OGK = codes_OGK - self.zero.to(dtype).unsqueeze(-1)
-        weight_OI = (codes_OGK * self.scale.to(dtype).unsqueeze(-1)).view(out, -1)
-        return weight_OI if self.mask is None else weight_OI.masked_fill_(~self.mask, 0.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,7 +55,8 @@ class Agreement:
 class PlanTrial:
     """A whole model compressed by one plan. `metric` None: a plan that needs no scores.
 
-    `stderr` is the standard error of `divergence` over the output rows.
+    `limit_bytes` is the most that the whole file can take under the target. `stderr` is the
+    standard error of `divergence` over the rows of the answer.
     """
 
     target: str

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from cptq.allocation.cost import CostModel
-from cptq.artifact import verify
+from cptq.artifact import reload
 from cptq.artifact.content import build_content
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import Format, SafetensorsFormat
@@ -52,7 +52,7 @@ PAIRS = [(form, arch) for form in FORMATS for arch in RECIPES]
 
 @pytest.fixture(autouse=True)
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_run", run_here)
+    monkeypatch.setattr(reload, "_run", run_here)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +97,7 @@ def difference(
     sample = sample_of(model)
     files = form.write(content, out, lambda event: None)
     assert sum(files.values()) <= form.estimate_bytes(content)
-    found = form.verify(out, model.kind, sample, lambda event: None, path)
+    found = form.check_reload(out, model.kind, sample, lambda event: None, path)
     return found.max_abs_difference, float(sample.expected.abs().max()), len(layers)
 
 
@@ -154,5 +154,5 @@ def test_every_width_too(
     table: dict[tuple[str, str, str], str],
 ) -> None:
     if width == 16 and form == "compressed-tensors":
-        pytest.skip("nothing is packed: the plain copy is tested with the writer")
+        pytest.skip("nothing is packed: the plain copy is tested with the draft")
     check_pair(form, arch, (width, width), tiny_model, tmp_path / "out", table)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 import cptq
-from cptq.artifact import verify
+from cptq.artifact import reload
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.errors import PlanError, UsageError
 from cptq.inference.modules import find_packed_modules
@@ -23,7 +24,7 @@ from tests.unit.artifact.same_process import run_here
 
 @pytest.fixture(autouse=True)
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_run", run_here)
+    monkeypatch.setattr(reload, "_run", run_here)
 
 
 def settings(model: Path, out: Path, **options: Any) -> CompressSettings:
@@ -81,18 +82,14 @@ def test_a_plan_may_ask_for_sparse_layers(tiny_model: TinyModel, tmp_path: Path)
     assert found >= {"s50", "2:4", "asym-s60"}
     asked = settings(source, tmp_path / "refused", plan=file)
     with pytest.raises(PlanError, match="sparse"):
-        compress(CompressSettings(**{**_fields(asked), "runtime": "transformers"}), events.append)
-
-
-def _fields(asked: CompressSettings) -> dict[str, Any]:
-    return {name: getattr(asked, name) for name in CompressSettings.__slots__}
+        compress(replace(asked, runtime="transformers"), events.append)
 
 
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"asymmetric": True}, "--asymmetric makes what --runtime transformers does not load"),
-        ({"embedding_bits": 8}, "--embedding-bits makes what --runtime transformers"),
+        ({"asymmetric": True}, "transformers.*--asymmetric"),
+        ({"embedding_bits": 8}, "transformers.*--embedding-bits"),
         ({"embedding_bits": 4, "runtime": "cptq"}, "--embedding-bits is 4; allowed: 6, 7, 8"),
     ],
 )

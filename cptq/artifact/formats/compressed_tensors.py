@@ -20,10 +20,10 @@ from torch import Tensor
 from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
-from cptq.checkpoint.weights import storage_dtype
+from cptq.checkpoint.weights import get_storage_dtype
 from cptq.errors import ArtifactError
 from cptq.layouts.pack_quantized import PACK_QUANTIZED, packed_tensors
-from cptq.numerics.packing import pack_rows, packed_words, unpack_rows
+from cptq.numerics.packing import count_words, pack_rows, unpack_rows
 from cptq.types import CompressedLayer, LayerResult, LayerSpec, TensorSpec
 
 NAME = "compressed-tensors"
@@ -53,7 +53,7 @@ class CompressedTensors(SafetensorsFormat):
     ) -> CompressedLayer:
         packed, scale = (get(f"{spec.name}.{part}") for part in ("weight_packed", "weight_scale"))
         bits, (out, inputs) = result.candidate.bits, spec.shape
-        if packed.shape != (out, packed_words(inputs, bits)) or packed.dtype is not torch.int32:
+        if packed.shape != (out, count_words(inputs, bits)) or packed.dtype is not torch.int32:
             raise ArtifactError(f"the packed tensors of {spec.name} do not match the manifest")
         codes = unpack_rows(packed, bits, inputs)
         layer = CompressedLayer(spec=spec, result=result, codes=codes, scale=scale)
@@ -112,7 +112,7 @@ def check_layer(layer: CompressedLayer) -> None:
         raise ArtifactError(f"{name} has codes {layer.codes.dtype} {tuple(layer.codes.shape)}")
     if layer.scale.shape != (out, groups) or groups < 1 or inputs % groups:
         raise ArtifactError(f"{name} has scales {tuple(layer.scale.shape)} for {inputs} inputs")
-    if layer.scale.dtype is not storage_dtype(spec):
+    if layer.scale.dtype is not get_storage_dtype(spec):
         raise ArtifactError(f"{name} has {layer.scale.dtype} scales in a {spec.dtype} checkpoint")
     if not bool((torch.isfinite(layer.scale) & (layer.scale != 0)).all()):
         raise ArtifactError(f"{name} has a scale that is 0, infinite or not a number")

@@ -20,11 +20,12 @@ from cptq.artifact.companions import copy_companions, write_config
 from cptq.artifact.content import Content
 from cptq.artifact.formats.compressed_tensors import format_loading_code
 from cptq.artifact.formats.interface import CheckpointFormat
-from cptq.artifact.verify import Verification, VerificationSample
+from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.artifact.weights import write_weights
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.layouts.dense import DENSE_16BIT, dtype_16bit
 from cptq.layouts.safetensors_header import measure, total_bytes
+from cptq.numerics.grid import dequantize_layer
 from cptq.types import Emit, ModelKind, TensorSpec
 
 #: allowed difference of outputs due to 16-bit weights, as a share of the largest
@@ -56,16 +57,16 @@ class Dense(CheckpointFormat):
         copy_companions(content, place, emit)
         return files
 
-    def verify(
+    def check_reload(
         self,
         place: Path,
         kind: ModelKind,
-        sample: VerificationSample,
+        sample: ReloadSample,
         emit: Emit,
         source: Path | None = None,
-    ) -> Verification:
+    ) -> ReloadCheck:
         loose = replace(sample, tolerance=max(TOLERANCE, sample.tolerance))
-        return super().verify(place, kind, loose, emit, source)
+        return super().check_reload(place, kind, loose, emit, source)
 
     def describe_loading(self, content: Content) -> Sequence[str]:
         return format_loading_code(content)
@@ -91,7 +92,7 @@ def _get_float32(content: Content, spec: TensorSpec) -> Tensor:
     layer = content.compressed.get(spec.name)
     if layer is None:
         return content.get_dense(spec)
-    W_OI = layer.dense(torch.float32)
+    W_OI = dequantize_layer(layer, torch.float32)
     return W_OI.T if layer.spec.transposed else W_OI
 
 

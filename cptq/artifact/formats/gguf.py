@@ -39,9 +39,9 @@ from cptq.artifact.gguf.families import (
     order_rows,
     report_differences,
 )
-from cptq.artifact.gguf.reload import compute_gguf_digests, verify_in_llama_cpp
+from cptq.artifact.gguf.reload import compute_gguf_digests, reload_in_llama_cpp
 from cptq.artifact.gguf.vocabulary import add_vocabulary, find_tokenizer_model, read_tokenizer
-from cptq.artifact.verify import Verification, VerificationSample
+from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
 from cptq.layouts.gguf import (
@@ -51,7 +51,7 @@ from cptq.layouts.gguf import (
     type_of,
     type_refusal,
 )
-from cptq.numerics.gguf_blocks import fits_float16, minimum, pack_blocks
+from cptq.numerics.gguf_blocks import compute_minimum, fits_float16, pack_blocks
 from cptq.types import CompressedLayer, Emit, ModelKind, TensorSpec
 
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
@@ -114,16 +114,16 @@ class Gguf(Format):
         copy_companions(content, place, emit, only=LICENCE)
         return {path.name: path.stat().st_size}
 
-    def verify(
+    def check_reload(
         self,
         place: Path,
         kind: ModelKind,
-        sample: VerificationSample,
+        sample: ReloadSample,
         emit: Emit,
         source: Path | None = None,
-    ) -> Verification:
+    ) -> ReloadCheck:
         tokenizer = None if source is None else source / "tokenizer.json"
-        return verify_in_llama_cpp(find_only_file(place), kind, sample, emit, tokenizer)
+        return reload_in_llama_cpp(find_only_file(place), kind, sample, emit, tokenizer)
 
     def compute_digests(self, place: Path, files: Iterable[str]) -> dict[str, str]:
         return {n: d for name in files for n, d in compute_gguf_digests(place / name).items()}
@@ -195,7 +195,7 @@ def _explain_refusal(layer: CompressedLayer) -> str | None:
         return shape
     if not fits_float16(layer.scale):
         return "scales that are not exact in float16"
-    if layer.zero is not None and not fits_float16(minimum(layer.scale, layer.zero, kind)):
+    if layer.zero is not None and not fits_float16(compute_minimum(layer.scale, layer.zero, kind)):
         return "scales times zero points that are not exact in float16"
     return None
 

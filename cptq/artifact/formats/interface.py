@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cptq.artifact.companions import copy_companions, write_config
 from cptq.artifact.content import Content
-from cptq.artifact.verify import Verification, VerificationSample, verify_in_fresh_process
+from cptq.artifact.reload import ReloadCheck, ReloadSample, reload_in_fresh_process
 from cptq.artifact.weights import compute_tensor_digests, write_weights
 from cptq.errors import ArtifactError
 from cptq.layouts import Layout
@@ -59,14 +59,14 @@ class Format(ABC):
         """Read the weight files and return the sha256 (hex) of every tensor."""
 
     @abstractmethod
-    def verify(
+    def check_reload(
         self,
         place: Path,
         kind: ModelKind,
-        sample: VerificationSample,
+        sample: ReloadSample,
         emit: Emit,
         source: Path | None = None,
-    ) -> Verification:
+    ) -> ReloadCheck:
         """Load the written directory in a fresh process, as a user would, and compare outputs.
 
         Args:
@@ -100,15 +100,15 @@ class CheckpointFormat(Format):
     def compute_digests(self, place: Path, files: Iterable[str]) -> dict[str, str]:
         return compute_tensor_digests(place / name for name in files)
 
-    def verify(
+    def check_reload(
         self,
         place: Path,
         kind: ModelKind,
-        sample: VerificationSample,
+        sample: ReloadSample,
         emit: Emit,
         source: Path | None = None,
-    ) -> Verification:
-        return verify_in_fresh_process(
+    ) -> ReloadCheck:
+        return reload_in_fresh_process(
             place,
             kind,
             sample.inputs,

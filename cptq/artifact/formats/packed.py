@@ -19,7 +19,7 @@ from torch import Tensor
 from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
-from cptq.checkpoint.weights import storage_dtype
+from cptq.checkpoint.weights import get_storage_dtype
 from cptq.errors import ArtifactError
 from cptq.layouts.packed import (
     FORMAT_VERSION,
@@ -36,10 +36,10 @@ from cptq.layouts.safetensors_header import split_shards
 from cptq.numerics.packing import pack_rows, pack_values, unpack_rows, unpack_values
 from cptq.numerics.sparse import (
     PATTERN_BITS,
+    gather_codes,
     join_2_of_4,
     scatter_codes,
     split_2_of_4,
-    stored_codes,
 )
 from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec, TensorSpec
 
@@ -69,7 +69,7 @@ class Packed(SafetensorsFormat):
         tensors = {part.name.rpartition(".")[2]: part for part in PACKED_LAYOUT.tensors(spec, grid)}
         values = {part: get(tensor.name) for part, tensor in tensors.items()}
         for part, value in values.items():
-            wanted = torch.int32 if tensors[part].dtype == "I32" else storage_dtype(spec)
+            wanted = torch.int32 if tensors[part].dtype == "I32" else get_storage_dtype(spec)
             if tuple(value.shape) != tensors[part].shape or value.dtype is not wanted:
                 raise ArtifactError(f"{tensors[part].name} does not match the manifest")
         layer = _unpack_layer(spec, result, grid, values)
@@ -124,7 +124,7 @@ def check_layer(layer: CompressedLayer) -> None:
         raise ArtifactError(f"{name} cannot be packed as {grid.label}: {why}")
     places = (spec.shape[0], spec.shape[1] // (grid.group_size or spec.shape[1]))
     _check_part(name, "codes", layer.codes, spec.shape, torch.int8)
-    _check_part(name, "scales", layer.scale, places, storage_dtype(spec))
+    _check_part(name, "scales", layer.scale, places, get_storage_dtype(spec))
     if not grid.symmetric:
         _check_part(name, "zero points", layer.zero, places, torch.int8)
     if grid.sparsity:
@@ -164,7 +164,7 @@ def _pack_codes(layer: CompressedLayer) -> Tensor:
         return pack_rows(layer.codes, bits)
     if grid.pattern == TWO_OF_FOUR:
         return pack_rows(split_2_of_4(layer.codes, layer.mask)[1], bits)
-    return pack_rows(stored_codes(layer.codes, layer.mask).unsqueeze(0), bits)[0]
+    return pack_rows(gather_codes(layer.codes, layer.mask).unsqueeze(0), bits)[0]
 
 
 def _pack_zero(layer: CompressedLayer) -> Tensor:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cptq.artifact.gguf import llama_load
 from cptq.artifact.gguf.header import read_gguf
-from cptq.artifact.verify import Verification, VerificationSample
+from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.errors import ArtifactError
 from cptq.types import Emit, ModelKind, Notice
 
@@ -59,9 +59,9 @@ def compute_gguf_digests(path: Path) -> dict[str, str]:
     return dict(sorted(digests.items()))
 
 
-def verify_in_llama_cpp(
-    path: Path, kind: ModelKind, sample: VerificationSample, emit: Emit, tokenizer: Path | None
-) -> Verification:
+def reload_in_llama_cpp(
+    path: Path, kind: ModelKind, sample: ReloadSample, emit: Emit, tokenizer: Path | None
+) -> ReloadCheck:
     """Compute the sample in llama.cpp and compare; without llama.cpp, emit a warning.
 
     `tokenizer` is the tokenizer.json whose tokens llama.cpp should produce, if available.
@@ -74,7 +74,7 @@ def verify_in_llama_cpp(
     if importlib.util.find_spec("llama_cpp") is None:
         message = "llama-cpp-python is not installed: the file was read back but not run"
         emit(Notice(kind="warning", subject=path.name, message=message))
-        return _make_verification(None, start)
+        return _make_reload_check(None, start)
     report, answer = _compute(path, kind, sample)
     if report["cptq"]:
         raise ArtifactError(f"the reload check imported {report['cptq'][0]}")
@@ -87,17 +87,17 @@ def verify_in_llama_cpp(
         )
     known = ~expected.isnan() if sample.partial else torch.ones_like(expected, dtype=torch.bool)
     _check_outputs(answer[known], expected[known])
-    return _make_verification(float((answer - expected)[known].abs().max()), start)
+    return _make_reload_check(float((answer - expected)[known].abs().max()), start)
 
 
-def _make_verification(difference: float | None, start: float) -> Verification:
+def _make_reload_check(difference: float | None, start: float) -> ReloadCheck:
     seconds = time.perf_counter() - start
-    return Verification(
+    return ReloadCheck(
         missing=(), unexpected=(), mismatched=(), max_abs_difference=difference, seconds=seconds
     )
 
 
-def _select_expected(kind: ModelKind, sample: VerificationSample) -> Tensor:
+def _select_expected(kind: ModelKind, sample: ReloadSample) -> Tensor:
     """Return one row per real token, or per text for a classifier."""
     expected = sample.expected.detach().float().cpu()
     if kind == "classifier":
@@ -106,9 +106,7 @@ def _select_expected(kind: ModelKind, sample: VerificationSample) -> Tensor:
     return expected[kept.bool().cpu()]
 
 
-def _compute(
-    path: Path, kind: ModelKind, sample: VerificationSample
-) -> tuple[Mapping[str, Any], Tensor]:
+def _compute(path: Path, kind: ModelKind, sample: ReloadSample) -> tuple[Mapping[str, Any], Tensor]:
     ids = sample.inputs["input_ids"]
     mask = sample.inputs.get("attention_mask", torch.ones_like(ids)).bool()
     with tempfile.TemporaryDirectory(prefix="cptq-check-") as folder:

@@ -11,18 +11,17 @@ import numpy as np
 import torch
 
 from cptq.allocation.cost import CostModel
-from cptq.artifact.content import Content
+from cptq.artifact.content import Content, build_content
+from cptq.artifact.draft import Record, draft
+from cptq.artifact.formats import DEFAULT_FORMAT
 from cptq.artifact.formats.gguf import GGUF
-from cptq.artifact.verify import VerificationSample
-from cptq.artifact.writer import write_artifact
+from cptq.artifact.reload import ReloadSample
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
+from cptq.checkpoint.weights import get_storage_dtype, get_weight, set_weight
 from cptq.config import ModelSettings
 from cptq.layouts.groups import resolve_group
-from cptq.numerics.asymmetric import quantize_asymmetric
-from cptq.numerics.grid import quantize_nearest
-from cptq.numerics.half_offset import MOST_BITS
+from cptq.numerics.grid import MOST_BITS, dequantize_layer, quantize_nearest
 from cptq.types import (
     Artifact,
     Budget,
@@ -87,10 +86,14 @@ def quantized(
     W_OI: torch.Tensor, choice: Candidate, group: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes, scales, zero points; on asymmetric grids as llama.cpp wants them, where it can."""
-    if choice.symmetric:
-        return *quantize_nearest(W_OI, choice.bits, group, scale_dtype=dtype), None
-    half = choice.bits <= MOST_BITS
-    return quantize_asymmetric(W_OI, choice.bits, group, scale_dtype=dtype, half_offset=half)
+    return quantize_nearest(
+        W_OI,
+        choice.bits,
+        group,
+        symmetric=choice.symmetric,
+        scale_dtype=dtype,
+        float16_offset=choice.bits <= MOST_BITS,
+    )
 
 
 def compress_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> CompressedLayer:
@@ -98,7 +101,7 @@ def compress_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Co
     group = resolve_group(inputs, choice.group_size)
     module = model.linear(spec.name)
     W_OI = get_weight(module).float().contiguous()
-    codes, scale, zero = quantized(W_OI, choice, group, storage_dtype(spec))
+    codes, scale, zero = quantized(W_OI, choice, group, get_storage_dtype(spec))
     result = LayerResult(
         name=spec.name,
         candidate=choice,
@@ -109,7 +112,7 @@ def compress_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Co
         seconds=0.5,
     )
     layer = CompressedLayer(spec=spec, result=result, codes=codes, scale=scale, zero=zero)
-    set_weight(module, layer.dense(model.dtype))
+    set_weight(module, dequantize_layer(layer, model.dtype))
     return layer
 
 
@@ -119,11 +122,11 @@ def inputs_of(model: LoadedModel) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
-def sample_of(model: LoadedModel) -> VerificationSample:
+def sample_of(model: LoadedModel) -> ReloadSample:
     inputs = inputs_of(model)
     output = model.module(**inputs)
     logits = getattr(output, "logits", None)
-    return VerificationSample(
+    return ReloadSample(
         inputs=inputs, expected=output.last_hidden_state if logits is None else logits
     )
 
@@ -135,22 +138,17 @@ def write(
     out: Path,
     *,
     overwrite: bool = False,
-    sample: VerificationSample | None = None,
+    sample: ReloadSample | None = None,
     extras: dict[str, bytes] | None = None,
+    form: str = DEFAULT_FORMAT,
     events: list[Event] | None = None,
 ) -> Artifact:
-    return write_artifact(
-        model,
-        layers,
-        plan,
-        calibration=RECORD,
-        out=out,
-        overwrite=overwrite,
-        seed=0,
-        sample=sample,
-        extras=extras,
-        emit=(events if events is not None else []).append,
-    )
+    emit = (events if events is not None else []).append
+    content = build_content(model, layers, emit)
+    with draft(out, overwrite=overwrite, source=model.path, form=form, emit=emit) as d:
+        d.write(content, Record(plan=plan, calibration=RECORD, seed=0), extras)
+        d.verify(sample)
+    return d.artifact
 
 
 def write_gguf(content: Content, place: Path, events: list[Event] | None = None) -> gguf.GGUFReader:

@@ -1,4 +1,4 @@
-"""What the tests of the writer share."""
+"""What the tests of the draft share."""
 
 from __future__ import annotations
 

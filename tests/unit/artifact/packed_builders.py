@@ -8,14 +8,12 @@ from pathlib import Path
 
 import torch
 
-from cptq.artifact.writer import write_artifact
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight, set_weight, storage_dtype
+from cptq.checkpoint.weights import get_storage_dtype, get_weight, set_weight
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import PACKED_LAYOUT, TWO_OF_FOUR
-from cptq.numerics.asymmetric import quantize_asymmetric
-from cptq.numerics.grid import quantize_nearest
-from cptq.numerics.masks import magnitude_mask
+from cptq.numerics.grid import dequantize_layer, quantize_nearest
+from cptq.numerics.masks import build_magnitude_mask
 from cptq.types import (
     Artifact,
     Budget,
@@ -25,7 +23,7 @@ from cptq.types import (
     LayerSpec,
     Plan,
 )
-from tests.unit.artifact.builders import RECORD, load, sample_of
+from tests.unit.artifact.builders import load, sample_of, write
 
 SYMMETRIC = ("w2g16", "w3c", "w4g32", "w5g16", "w6c", "w7g24", "w8c")
 ASYMMETRIC = tuple(f"{label}-asym" for label in SYMMETRIC)
@@ -40,7 +38,7 @@ def mask_of(W_OI: torch.Tensor, choice: Candidate) -> torch.Tensor | None:
         blocks = W_OI.abs().view(-1, 4)
         mask = torch.zeros_like(blocks, dtype=torch.bool)
         return mask.scatter_(1, blocks.topk(2).indices, True).view(W_OI.shape)
-    return magnitude_mask(W_OI, choice.sparsity) if choice.sparsity else None
+    return build_magnitude_mask(W_OI, choice.sparsity) if choice.sparsity else None
 
 
 def pack_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> CompressedLayer:
@@ -52,15 +50,9 @@ def pack_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Compre
         W_OI if mask is None else W_OI * mask,
         resolve_group(spec.shape[1], choice.group_size),
     )
-    zero = None
-    if choice.symmetric:
-        codes, scale = quantize_nearest(
-            kept_OI, choice.bits, group, scale_dtype=storage_dtype(spec)
-        )
-    else:
-        codes, scale, zero = quantize_asymmetric(
-            kept_OI, choice.bits, group, scale_dtype=storage_dtype(spec)
-        )
+    codes, scale, zero = quantize_nearest(
+        kept_OI, choice.bits, group, symmetric=choice.symmetric, scale_dtype=get_storage_dtype(spec)
+    )
     result = LayerResult(
         name=spec.name,
         candidate=choice,
@@ -73,7 +65,7 @@ def pack_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Compre
     layer = CompressedLayer(
         spec=spec, result=result, codes=codes, scale=scale, zero=zero, mask=mask
     )
-    set_weight(module, layer.dense(model.dtype))
+    set_weight(module, dequantize_layer(layer, model.dtype))
     return layer
 
 
@@ -117,16 +109,5 @@ def write_packed(
     """Pack the checkpoint at `path`; the model in memory, its layers and what was written."""
     model = load(path)
     layers, plan = pack(model, labels)
-    artifact = write_artifact(
-        model,
-        layers,
-        plan,
-        calibration=RECORD,
-        out=out,
-        overwrite=False,
-        seed=0,
-        sample=sample_of(model) if verify else None,
-        form="packed",
-        emit=lambda event: None,
-    )
-    return model, layers, artifact
+    sample = sample_of(model) if verify else None
+    return model, layers, write(model, layers, plan, out, sample=sample, form="packed")

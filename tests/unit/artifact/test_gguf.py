@@ -100,7 +100,9 @@ def test_llama_cpp_cuts_text_into_the_same_tokens(stories: Path, tmp_path: Path)
     model, _, content = made(stories, widths=(16,))
     write_gguf(content, tmp_path / "out")
     events: list[Any] = []
-    found = GGUF.verify(tmp_path / "out", model.kind, sample_of(model), events.append, stories)
+    found = GGUF.check_reload(
+        tmp_path / "out", model.kind, sample_of(model), events.append, stories
+    )
     assert found.max_abs_difference is not None
     assert found.max_abs_difference < 1e-3
     assert [e for e in events if isinstance(e, Notice)] == []
@@ -116,7 +118,7 @@ def test_rows_in_the_wrong_order_are_found(
     monkeypatch.setattr("cptq.artifact.formats.gguf.row_order", lambda *_: None)
     write_gguf(content, tmp_path / "out")
     with pytest.raises(ArtifactError, match=r"llama\.cpp.*0\.1 is allowed"):
-        GGUF.verify(tmp_path / "out", model.kind, sample_of(model), lambda event: None)
+        GGUF.check_reload(tmp_path / "out", model.kind, sample_of(model), lambda event: None)
 
 
 def test_without_llama_cpp_it_is_said_that_nothing_ran(
@@ -126,7 +128,7 @@ def test_without_llama_cpp_it_is_said_that_nothing_ran(
     write_gguf(content, tmp_path / "out")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     events: list[Any] = []
-    found = GGUF.verify(tmp_path / "out", model.kind, sample_of(model), events.append)
+    found = GGUF.check_reload(tmp_path / "out", model.kind, sample_of(model), events.append)
     assert found.max_abs_difference is None
     assert events[0].kind == "warning"
     assert "llama-cpp-python" in events[0].message

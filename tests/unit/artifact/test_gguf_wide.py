@@ -17,6 +17,7 @@ from cptq.artifact.formats.gguf import GGUF
 from cptq.artifact.gguf.families import FAMILIES
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import ArtifactError
+from cptq.numerics.grid import dequantize_layer
 from cptq.types import Candidate, Event, Notice
 from tests.conftest import TinyModel
 from tests.unit.artifact.builders import (
@@ -72,7 +73,7 @@ def test_every_weight_is_exactly_that_of_the_artifact(
     for block in range(2):
         for ours, theirs in NAMES[arch].items():
             layer = content.compressed[f"{ours.format(block)}.weight"]
-            wanted = layer.dense(torch.float64).numpy()
+            wanted = dequantize_layer(layer, torch.float64).numpy()
             assert np.array_equal(read_gguf_weight(reader, f"blk.{block}.{theirs}.weight"), wanted)
 
 
@@ -86,7 +87,7 @@ def test_llama_cpp_answers_as_the_model_does(
     model, content = packed(path, labels)
     write_gguf(content, tmp_path / "out")
     sample = sample_of(model)
-    found = GGUF.verify(tmp_path / "out", model.kind, sample, lambda event: None, path)
+    found = GGUF.check_reload(tmp_path / "out", model.kind, sample, lambda event: None, path)
     assert found.max_abs_difference is not None
     assert 0 < found.max_abs_difference < 0.05 * float(sample.expected.abs().max())
 
@@ -100,7 +101,7 @@ def test_a_classifier_with_its_head_in_the_wrong_order_is_found(
     monkeypatch.setattr(type(family), "known_name", _swapped)
     write_gguf(content, tmp_path / "out")
     with pytest.raises(ArtifactError):
-        GGUF.verify(tmp_path / "out", model.kind, sample_of(model), lambda event: None)
+        GGUF.check_reload(tmp_path / "out", model.kind, sample_of(model), lambda event: None)
 
 
 def _swapped(family: Any, tensor: str) -> str:

@@ -15,14 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cptq.artifact.audit import audit
 from cptq.artifact.gguf.header import read_gguf
 from cptq.artifact.inspect import inspect
 from cptq.artifact.reader import open_artifact
+from cptq.artifact.verify import verify_artifact
 from cptq.checkpoint.files import read_header
 from cptq.errors import ArtifactError, CptqError
 from tests.tiny_models import build_tiny_model
-from tests.unit.artifact.builders import RECORD, compress, load, sample_of
+from tests.unit.artifact.builders import compress, load, sample_of, write
 
 QUICK, LONG = 60, 3000
 #: what reading a small damaged file may take beside the file itself
@@ -41,8 +41,6 @@ long = settings(quick, max_examples=LONG)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with an artifact (`ct`) and a GGUF file (`gguf`)."""
-    from cptq.artifact.writer import write_artifact
-
     place = tmp_path_factory.mktemp("hostile")
     source = build_tiny_model(
         place / "model",
@@ -56,18 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for form, name in (("compressed-tensors", "ct"), ("gguf", "gguf")):
         model = load(source)
         layers, plan = compress(model, bits=(4, 8, 16))
-        write_artifact(
-            model,
-            layers,
-            plan,
-            calibration=RECORD,
-            out=place / name,
-            overwrite=False,
-            seed=0,
-            sample=None,
-            form=form,
-            emit=lambda event: None,
-        )
+        write(model, layers, plan, place / name, form=form)
     return place
 
 
@@ -264,7 +251,7 @@ def test_a_foreign_or_hostile_manifest_is_refused(
     manifest = json.loads((copy / "cptq.json").read_text())
     (copy / "cptq.json").write_text(json.dumps(manifest | change))
     with pytest.raises(CptqError, match=words):
-        open_artifact(copy) if "inventory" in change else audit(copy, lambda event: None)
+        open_artifact(copy) if "inventory" in change else verify_artifact(copy, lambda event: None)
 
 
 def test_an_absurd_shape_is_refused_at_once(made: Path, tmp_path: Path) -> None:
@@ -287,7 +274,7 @@ def test_one_flipped_bit_of_a_weight_is_found(made: Path, tmp_path: Path) -> Non
         raw[-40] ^= 1
         path.write_bytes(raw)
         with pytest.raises(ArtifactError, match="is not what was written"):
-            audit(copy, lambda event: None)
+            verify_artifact(copy, lambda event: None)
 
 
 def test_a_config_that_the_weights_cannot_be_of_is_refused(made: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save
 
 from cptq.allocation.cost import CostModel
-from cptq.artifact import stock_load, verify
+from cptq.artifact import reload, stock_load
 from cptq.errors import ArtifactError
 from cptq.types import Artifact
 from tests.conftest import TinyModel
@@ -49,7 +49,7 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
         stock_load.main(str(folder / "job.json"))
         return json.loads(Path(job["report"]).read_text()) | {"cptq": []}
 
-    monkeypatch.setattr(verify, "_run", run)
+    monkeypatch.setattr(reload, "_run", run)
 
 
 def assert_round_trip(path: Path, groups: tuple[int, ...], out: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_directory_that_does_not_load_is_said(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     ids = {"input_ids": torch.ones(1, 2, dtype=torch.int64)}
     with pytest.raises(ArtifactError, match=r"cannot load what was written: \w+"):
-        verify.verify_in_fresh_process(tmp_path / "out", "encoder", ids, torch.zeros(1))
+        reload.reload_in_fresh_process(tmp_path / "out", "encoder", ids, torch.zeros(1))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
@@ -173,9 +173,9 @@ def test_a_config_of_no_known_method_is_found(
 
 def test_an_answer_that_is_no_number_is_no_match() -> None:
     ones = torch.ones(2)
-    assert verify._difference(ones * torch.nan, ones) == float("inf")
-    assert verify._difference(torch.ones(3), ones) == float("inf")
-    assert verify._difference(ones * 3, ones) == 2
+    assert reload._difference(ones * torch.nan, ones) == float("inf")
+    assert reload._difference(torch.ones(3), ones) == float("inf")
+    assert reload._difference(ones * 3, ones) == 2
 
 
 def test_without_a_sample_it_is_said_that_nothing_was_verified(

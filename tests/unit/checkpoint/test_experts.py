@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cptq.calibration.replay import forward
 from cptq.checkpoint.experts import UnstackedExperts, unstack_experts
-from cptq.checkpoint.files import checkpoint_tensors
+from cptq.checkpoint.files import read_tensor_specs
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import ModelSettings
@@ -41,7 +41,7 @@ def test_every_expert_is_a_unit_under_the_names_of_the_checkpoint(
     """Also those that the few tokens of the trace are not routed to."""
     path = tiny_model(arch)
     model = opened(path, experts=True)
-    stored = checkpoint_tensors(path)
+    stored = read_tensor_specs(path)
     experts = [layer for layer in model.layers if layer.expert]
     assert len(experts) == 2 * 6 * 3
     assert all(layer.compressible for layer in experts)

@@ -11,12 +11,12 @@ import torch
 from safetensors.torch import save_file
 
 from cptq.checkpoint.files import (
-    checkpoint_tensors,
-    fingerprint,
-    pickle_files,
+    compute_fingerprint,
+    find_pickle_files,
+    find_weight_files,
     read_config,
     read_header,
-    weight_files,
+    read_tensor_specs,
 )
 from cptq.errors import ModelError
 from cptq.types import TensorSpec
@@ -163,17 +163,17 @@ def test_shards_come_in_index_order_each_once(tmp_path: Path) -> None:
         write_raw(tmp_path / name, {f"t{i}": entry("F32", [1], 0, 4)}, bytes(4))
     weight_map = {"t0": names[0], "t1": names[1], "u": names[0]}
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert weight_files(tmp_path) == [tmp_path / name for name in names]
-    assert list(checkpoint_tensors(tmp_path)) == ["t0", "t1"]
+    assert find_weight_files(tmp_path) == [tmp_path / name for name in names]
+    assert list(read_tensor_specs(tmp_path)) == ["t0", "t1"]
 
 
 def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
     """As in transformers: the files that are checked must be those that are loaded."""
     write_raw(tmp_path / "part.safetensors", TWO, bytes(16))
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
-    assert weight_files(tmp_path) == [tmp_path / "part.safetensors"]
+    assert find_weight_files(tmp_path) == [tmp_path / "part.safetensors"]
     write_raw(tmp_path / "model.safetensors", TWO, bytes(16))
-    assert weight_files(tmp_path) == [tmp_path / "model.safetensors"]
+    assert find_weight_files(tmp_path) == [tmp_path / "model.safetensors"]
 
 
 def test_pickles_are_found_by_the_same_rules(tmp_path: Path) -> None:
@@ -181,24 +181,24 @@ def test_pickles_are_found_by_the_same_rules(tmp_path: Path) -> None:
     index = tmp_path / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1], "c": names[0]}}))
     with pytest.raises(ModelError, match=r"'pytorch_model-1\.bin', which is not there"):
-        pickle_files(tmp_path)
+        find_pickle_files(tmp_path)
     for name in names:
         (tmp_path / name).write_bytes(b"")
-    assert pickle_files(tmp_path) == [tmp_path / name for name in names]
-    assert weight_files(tmp_path) == []
+    assert find_pickle_files(tmp_path) == [tmp_path / name for name in names]
+    assert find_weight_files(tmp_path) == []
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
-    assert pickle_files(tmp_path) == [tmp_path / "pytorch_model.bin"]
+    assert find_pickle_files(tmp_path) == [tmp_path / "pytorch_model.bin"]
 
 
 def test_a_directory_without_weights_has_no_files(tmp_path: Path) -> None:
-    assert weight_files(tmp_path) == []
-    assert checkpoint_tensors(tmp_path) == {}
+    assert find_weight_files(tmp_path) == []
+    assert read_tensor_specs(tmp_path) == {}
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "gone-1.safetensors"}}))
     with pytest.raises(ModelError, match=r"'gone-1\.safetensors', which is not there"):
-        weight_files(tmp_path)
+        find_weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../x.safetensors", "sub/../../x.safetensors", "{outside}"])
@@ -210,7 +210,7 @@ def test_a_shard_outside_the_directory_is_refused(tmp_path: Path, name: str) -> 
     name = name.format(outside=outside)
     (inside / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ModelError, match="lies outside"):
-        weight_files(inside)
+        find_weight_files(inside)
 
 
 def test_a_shard_that_links_into_a_blob_store_is_accepted(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_a_shard_that_links_into_a_blob_store_is_accepted(tmp_path: Path) -> Non
     snapshot.mkdir()
     os.symlink(blob, snapshot / "part.safetensors")
     (snapshot / INDEX).write_text(json.dumps({"weight_map": {"a": "part.safetensors"}}))
-    assert list(checkpoint_tensors(snapshot)) == ["a", "b"]
+    assert list(read_tensor_specs(snapshot)) == ["a", "b"]
 
 
 @pytest.mark.parametrize("name", ["", ".", "sub"])
@@ -228,7 +228,7 @@ def test_a_shard_that_is_a_directory_is_refused(tmp_path: Path, name: str) -> No
     (tmp_path / "sub").mkdir()
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(ModelError, match="names the shard"):
-        checkpoint_tensors(tmp_path)
+        read_tensor_specs(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -239,26 +239,26 @@ def test_a_shard_that_is_a_directory_is_refused(tmp_path: Path, name: str) -> No
 def test_an_index_that_is_no_index_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_bytes(text.encode("utf-8", "surrogateescape"))
     with pytest.raises(ModelError, match="is no index of shards"):
-        weight_files(tmp_path)
+        find_weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("weight_map", [None, 3, "model.safetensors", ["a"], {"a": 1}, {"a": None}])
 def test_a_weight_map_that_is_no_table_is_refused(tmp_path: Path, weight_map: object) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(ModelError, match="weight_map that is not a table"):
-        weight_files(tmp_path)
+        find_weight_files(tmp_path)
 
 
 def test_the_fingerprint_depends_on_every_byte_and_on_the_order(tmp_path: Path) -> None:
     one, two = tmp_path / "one", tmp_path / "two"
     one.write_bytes(b"abc")
     two.write_bytes(b"abd")
-    prints = {fingerprint(paths) for paths in ([one], [two], [one, two], [two, one], [])}
+    prints = {compute_fingerprint(paths) for paths in ([one], [two], [one, two], [two, one], [])}
     assert len(prints) == 5
     assert all(len(value) == 64 for value in prints)
-    before = fingerprint([one])
+    before = compute_fingerprint([one])
     one.write_bytes(b"abe")
-    assert fingerprint([one]) != before
+    assert compute_fingerprint([one]) != before
 
 
 @pytest.mark.parametrize(

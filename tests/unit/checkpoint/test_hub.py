@@ -18,7 +18,7 @@ NAME = "somebody/some-model"
 
 
 def resolve(model: str, events: list[Event] | None = None, **options: Any) -> Path:
-    return hub.resolve(
+    return hub.resolve_checkpoint(
         ModelSettings(model=model, **options), (events if events is not None else []).append
     )
 

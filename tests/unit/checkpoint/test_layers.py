@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import ViTConfig, ViTModel
 
 from cptq.checkpoint.architectures import ARCHITECTURES, GENERIC
-from cptq.checkpoint.layers import Inventory, find_blocks, take_inventory, tied_names
+from cptq.checkpoint.inventory import Inventory, find_blocks, find_ties, take_inventory
 from cptq.errors import ModelError
 from cptq.types import Event, LayerSpec, Notice, TensorSpec
 from tests.unit.checkpoint.made import load
@@ -102,7 +102,7 @@ def test_linears_outside_the_blocks_are_dense() -> None:
 def test_linears_that_share_a_weight_are_dense() -> None:
     model = Toy()
     model.blocks[1].third.weight = model.blocks[0].third.weight
-    assert tied_names(model) == {"blocks.1.third.weight": "blocks.0.third.weight"}
+    assert find_ties(model) == {"blocks.1.third.weight": "blocks.0.third.weight"}
     specs = by_name(inventory(model))
     assert specs["blocks.1.third"].tied_to == "blocks.0.third"
     assert "shares its weight" in str(specs["blocks.1.third"].reason)

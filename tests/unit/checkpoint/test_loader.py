@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cptq.checkpoint.files import read_config
-from cptq.checkpoint.loader import model_kind, pick_device, pick_dtype
+from cptq.checkpoint.loader import detect_kind, pick_device, pick_dtype
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import ModelError, UsageError
 from cptq.types import Event, Notice, TensorSpec
@@ -239,7 +239,7 @@ def test_without_its_tokenizer_a_model_loads_and_says_so(
     ],
 )
 def test_the_kind_comes_from_the_class_that_wrote_it(name: str, kind: str) -> None:
-    assert model_kind({"architectures": [name, "Other"]}, Path()) == kind
+    assert detect_kind({"architectures": [name, "Other"]}, Path()) == kind
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_the_kind_comes_from_the_class_that_wrote_it(name: str, kind: str) -> No
 )
 def test_other_classes_are_refused(named: object) -> None:
     with pytest.raises(ModelError, match="which cptq does not handle"):
-        model_kind({"architectures": named}, Path("there"))
+        detect_kind({"architectures": named}, Path("there"))
 
 
 def test_auto_runs_in_float32_on_a_cpu_and_as_stored_on_a_gpu() -> None:

@@ -18,6 +18,7 @@ from cptq.report.comparison import CompareOutcome
 from cptq.types import Emit, Notice, Progress
 from tests.unit.report import synthetic
 
+Cptq = Callable[..., Result]
 OUTCOMES = {"analyze": AnalyzeOutcome, "compress": CompressOutcome, "eval": EvalOutcome}
 COMMANDS = {"analyze": "analyze", "compress": "compress", "evaluate": "eval", "compare": "compare"}
 
@@ -62,7 +63,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
 
 
 @pytest.fixture
-def cptq(pipeline: FakePipeline) -> Callable[..., Result]:
+def cptq(pipeline: FakePipeline) -> Cptq:
     """Run the command line in a directory of its own."""
     runner = CliRunner(env={"COLUMNS": "80"})
     return lambda *words: runner.invoke(app, [str(word) for word in words])

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import Result
 
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.types import Plan
-from tests.unit.cli.conftest import FakePipeline
+from tests.unit.cli.conftest import Cptq, FakePipeline
 from tests.unit.report import synthetic
-
-Cptq = Callable[..., Result]
 
 
 def test_compress_passes_the_defaults_and_a_default_place(

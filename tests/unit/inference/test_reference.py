@@ -14,6 +14,7 @@ from cptq.inference import operations, reference
 from cptq.inference.modules import PackedEmbedding, PackedLinear, PackedModule, make_packed_module
 from cptq.inference.operations import PackedWeight
 from cptq.layouts.packed import resolved
+from cptq.numerics.grid import dequantize_layer
 from cptq.types import Candidate, CompressedLayer, LayerSpec
 from tests.reference import packed as truth
 from tests.unit.artifact.packed_builders import mask_of
@@ -27,7 +28,7 @@ SHAPES = [(1, 8), (7, 24), (33, 40)]
 def compressed(out: int, inputs: int, label: str) -> CompressedLayer:
     """A random layer, float32 scales."""
     from cptq.compression import nearest
-    from cptq.compression.blockwise import compress_layer
+    from cptq.compression.layer import compress_layer
 
     choice = resolved(Candidate.parse(label), inputs)
     spec = LayerSpec(name="x", block=0, role="q", kind="linear", shape=(out, inputs), dtype="F32")
@@ -69,7 +70,7 @@ def test_every_weight_is_where_its_bits_say(
     module = module_of(layer, PackedLinear)
     weight = module.packed
     assert torch.equal(operations.dequantize(weight, torch.float64), expected)
-    assert torch.equal(layer.dense(torch.float64), expected)
+    assert torch.equal(dequantize_layer(layer, torch.float64), expected)
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(2, 3, inputs, generator=generator, dtype=torch.float64)
     bias = torch.randn(out, generator=generator, dtype=torch.float64)

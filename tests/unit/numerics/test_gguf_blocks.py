@@ -9,8 +9,7 @@ import torch
 
 from cptq.layouts.gguf import BLOCK_BYTES, type_of
 from cptq.numerics.gguf_blocks import fits_float16, pack_blocks
-from cptq.numerics.grid import code_range
-from cptq.numerics.half_offset import offset_precision, rounded_to
+from cptq.numerics.grid import code_range, count_scale_bits, round_to_precision
 from cptq.types import Candidate
 from tests.reference.gguf_blocks import unpack_block
 
@@ -35,7 +34,7 @@ def drawn_asymmetric(
     generator = torch.Generator().manual_seed(bits)
     zero = torch.randint(low, high + 1, scale.shape, generator=generator).to(torch.int8)
     zero[0, 0] = high
-    return codes, rounded_to(scale, offset_precision(zero, bits)), zero
+    return codes, round_to_precision(scale, count_scale_bits(zero, bits)), zero
 
 
 def weights(

@@ -8,7 +8,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import (
 )
 
 from cptq.numerics import packing
-from cptq.numerics.packing import pack_rows, packed_words, unpack_rows
+from cptq.numerics.packing import count_words, pack_rows, unpack_rows
 from tests.reference.packing import pack_row
 
 BITS = range(2, 9)
@@ -44,7 +44,7 @@ def test_equals_compressed_tensors(bits: int, inputs: int) -> None:
 def test_unpack_is_the_inverse(bits: int, inputs: int) -> None:
     codes = random_codes(4, inputs, bits)
     packed = pack_rows(codes, bits)
-    assert packed.shape == (4, packed_words(inputs, bits))
+    assert packed.shape == (4, count_words(inputs, bits))
     assert torch.equal(unpack_rows(packed, bits, inputs), codes)
 
 

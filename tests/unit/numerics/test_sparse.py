@@ -10,10 +10,10 @@ import torch
 from cptq.numerics.packing import pack_rows, pack_values, unpack_values
 from cptq.numerics.sparse import (
     PATTERNS,
+    gather_codes,
     join_2_of_4,
     scatter_codes,
     split_2_of_4,
-    stored_codes,
     unpack_range,
 )
 from tests.reference.asymmetric import bits_of
@@ -34,7 +34,7 @@ def random_mask(out: int, inputs: int, share: float = 0.4) -> torch.Tensor:
 @pytest.mark.parametrize(("out", "inputs"), SHAPES)
 def test_stored_codes_come_back_to_their_places(out: int, inputs: int) -> None:
     codes_OI, mask_OI = random_codes(out, inputs, 8), random_mask(out, inputs)
-    stored_N = stored_codes(codes_OI, mask_OI)
+    stored_N = gather_codes(codes_OI, mask_OI)
     places = [(i, j) for i in range(out) for j in range(inputs) if mask_OI[i, j]]
     assert stored_N.tolist() == [int(codes_OI[i, j]) for i, j in places]
     assert torch.equal(scatter_codes(stored_N, mask_OI), codes_OI * mask_OI)

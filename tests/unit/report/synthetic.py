@@ -21,6 +21,7 @@ from cptq.types import (
     SensitivityTable,
     SizeReport,
     Unit,
+    join_results,
 )
 
 ROLES = {
@@ -211,13 +212,12 @@ def make_summary(
             predicted_loss=0.1834,
         ),
         size=SizeReport(
-            file_bytes=111_998_320, dense_file_bytes=269_060_552, nominal_bits=4.0,
-            effective_bits=4.25, file_bits=6.66,
+            file_bytes=111_998_320, compressible_bytes=55_388_160,
+            dense_file_bytes=269_060_552, nominal_bits=4.0, effective_bits=4.25, file_bits=6.66,
         ),
         results=tuple(make_layer_result(spec, wide[spec.name], rng) for spec in linears),
         verification=VerificationFacts(max_abs_difference=0.0, seconds=6.2),
-        evaluation=make_results(1.18, 0.9048),
-        baseline=make_results(1.0, 0.9106),
+        comparison=join_results(make_results(1.18, 0.9048), make_results(1.0, 0.9106)),
         baseline_source=source,
         notices=make_notices(),
         timings={"load": 1.9, "calibrate": 0.7, "measure": 84.0, "compress": 190.0, "verify": 6.2},

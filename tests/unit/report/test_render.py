@@ -21,7 +21,7 @@ from cptq.report.render import (
     render_reports,
     render_table,
 )
-from cptq.types import Notice
+from cptq.types import Comparison, Notice, join_results
 from cptq.types.samples import build_ratios
 
 EVIL = "<script>alert(1)</script>\"'&|`\x1b[31m"
@@ -56,10 +56,10 @@ class Page(HTMLParser):
 def test_lists_of_numbers_take_one_line_and_mean_the_same(summary: Summary) -> None:
     scores = build_ratios([1.5, -2e-9, 3], [1, 2, 3])
     found = replace(summary.evaluation[0], per_sample=scores, notes=("[\n 1,\n 2\n]",))
-    text = render_json(replace(summary, evaluation=(found,)))
+    changed = replace(summary, comparison=join_results([found]))
+    text = render_json(changed)
     assert '"numerators": [1.5,-2e-09,3]' in text
-    expected = replace(summary, evaluation=(found,)).to_dict()
-    assert json.loads(text) == json.loads(json.dumps(expected))
+    assert json.loads(text) == json.loads(json.dumps(changed.to_dict()))
 
 
 def test_three_files_are_made(summary: Summary) -> None:
@@ -143,7 +143,7 @@ def test_hostile_names_stay_text(summary: Summary) -> None:
 def test_an_analysis_has_no_plan_and_no_results(summary: Summary) -> None:
     bare = replace(
         summary, command="analyze", plan=None, budget=None, size=None, results=(),
-        verification=None, evaluation=(), baseline=(),
+        verification=None, comparison=Comparison(),
     )  # fmt: skip
     text = " ".join(Page(render_html(bare)).words)
     assert "Sensitivity by output" in text
@@ -166,7 +166,7 @@ def test_many_notices_are_all_there(summary: Summary) -> None:
 def test_an_evaluation_alone(summary: Summary) -> None:
     bare = Summary(
         command="eval", command_line="cptq eval m", model=summary.model,
-        evaluation=summary.evaluation,
+        comparison=join_results(summary.evaluation),
     )  # fmt: skip
     page = Page(render_html(bare))
     assert page.open == []

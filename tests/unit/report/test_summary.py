@@ -14,12 +14,11 @@ from cptq.report.summary import (
     convert_to_plain,
     count_widths,
     group_notices,
-    join_baseline,
     list_unplanned_layers,
     map_layer_choices,
     rank_units,
 )
-from cptq.types import Candidate, EvalResult, Notice, Plan, SensitivityTable
+from cptq.types import Candidate, Notice, Plan, SensitivityTable
 from tests.unit.report import synthetic
 
 
@@ -90,40 +89,6 @@ def test_the_most_sensitive_are_the_highest(summary: Summary) -> None:
     assert [score for _, score in found] == sorted(table.per_unit.values(), reverse=True)[:4]
     odd = replace(table, per_unit={"a": float("nan"), "b": 1.0, "c": 1.0, "d": float("inf")})
     assert rank_units(odd, 9) == [("b", 1.0), ("c", 1.0)]
-
-
-def result(
-    value: float, *, higher: bool = False, metric: str = "m", version: int = 1
-) -> EvalResult:
-    return EvalResult(
-        task="t", version=version, metric=metric, value=value, unit="u", samples=1, seconds=1.0,
-        higher_is_better=higher,
-    )  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("own", "base", "higher", "verdict"),
-    [
-        (2.0, 1.0, False, "worse"),
-        (1.0, 2.0, False, "better"),
-        (2.0, 1.0, True, "better"),
-        (1.0, 2.0, True, "worse"),
-        (1.0, 1.0, True, "same"),
-        (float("nan"), 1.0, True, ""),
-    ],
-)
-def test_the_verdict_knows_the_direction(
-    own: float, base: float, higher: bool, verdict: str
-) -> None:
-    (row,) = join_baseline([result(own, higher=higher)], [result(base, higher=higher)])
-    assert row.verdict == verdict
-
-
-def test_only_the_same_number_is_compared() -> None:
-    own = [result(1.0, metric="a"), result(1.0, metric="b", version=2)]
-    rows = join_baseline(own, [result(3.0, metric="b"), result(4.0, metric="a")])
-    assert [row.difference for row in rows] == [-3.0, None]
-    assert rows[1].verdict == ""
 
 
 def test_notices_that_changed_the_result_come_first() -> None:

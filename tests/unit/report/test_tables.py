@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from cptq.cli.show import MANY, first_table
+from cptq.cli.output import MANY, make_leader_table
 from cptq.report import VerificationFacts
 from cptq.report.tables import build_pruning_tables, build_tables, describe_verification
 from cptq.types import SensitivityTable
@@ -54,13 +54,13 @@ def test_an_interrupted_measurement_shows_the_units_that_were_scored() -> None:
 def test_many_metrics_have_a_line_each() -> None:
     units = synthetic.make_units(2)
     tables = [synthetic.make_table(f"m{i}", units, 1.0, i) for i in range(MANY + 1)]
-    rows = first_table(tables).rows
+    rows = make_leader_table(tables).rows
     assert [row[0] for row in rows] == [table.metric for table in tables]
     for row, table in zip(rows, tables, strict=True):
         assert row[1] == max(table.per_unit, key=lambda name: table.per_unit[name])
     assert rows[3][2] == "24 s"
     nothing = replace(tables[0], per_unit={})
-    assert first_table([nothing]).rows[0][1] == "-"
+    assert make_leader_table([nothing]).rows[0][1] == "-"
 
 
 def test_verification_in_words() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,12 +12,11 @@ import torch
 
 from cptq.checkpoint.weights import get_weight
 from cptq.errors import CalibrationError, ModelError, UnknownNameError, UsageError
-from cptq.numerics.masks import magnitude_pruned
-from cptq.sensitivity import METRICS, SLOW, everyday
-from cptq.sensitivity.measure import measure
-from cptq.sensitivity.memo import Memo
-from cptq.sensitivity.partial import InterruptedMeasurementError
-from cptq.sensitivity.rounding import rounding_error
+from cptq.numerics.masks import prune_by_magnitude
+from cptq.sensitivity import METRICS, SLOW, list_default_metrics
+from cptq.sensitivity.measure import InterruptedMeasurementError, measure
+from cptq.sensitivity.metric import Memo
+from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Candidate, Notice, Progress, SensitivityTable
 from tests.reference.sensitivity import loaded, random_calibration
 
@@ -83,7 +81,7 @@ def test_output_error_agrees_with_the_measured_truth_in_nats(tiny_model: TinyMod
     assert 0.67 < sums[0] / sums[1] < 1.5
 
 
-def test_progress_and_times_are_told(tiny_model: TinyModel) -> None:
+def test_progress_and_shared_rows_are_reported(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("llama"))
     events: list[object] = []
     measure(
@@ -97,12 +95,11 @@ def test_progress_and_times_are_told(tiny_model: TinyModel) -> None:
     stages = [event for event in events if isinstance(event, Progress)]
     assert stages[-1].done == stages[-1].total == len(model.units)
     notices = {event.subject: event.message for event in events if isinstance(event, Notice)}
-    assert "shared steps: samples" in notices["seconds of sensitivity"]
     assert "held-out" in notices["sensitivity samples"]
 
 
 def test_all_is_every_metric_but_the_slow_ones() -> None:
-    assert [name for name in METRICS if name not in everyday()] == list(SLOW) == ["kl"]
+    assert [name for name in METRICS if name not in list_default_metrics()] == list(SLOW) == ["kl"]
 
 
 @pytest.mark.parametrize(
@@ -158,19 +155,21 @@ def test_an_interrupt_before_any_unit_stays_a_plain_one(tiny_model: TinyModel) -
     assert not isinstance(caught.value, InterruptedMeasurementError)
 
 
-def test_shared_work_is_charged_to_every_metric_that_uses_it() -> None:
+def test_shared_values_are_made_once_also_within_one_another() -> None:
     memo = Memo()
-    made = [memo.get("key", lambda: time.sleep(0.02)) for _ in range(3)]
-    assert made == [None] * 3
-    assert 0.04 <= memo.borrowed < 0.5
+    calls: list[str] = []
 
-    def nested() -> None:
-        memo.get("key", lambda: None)
+    def inner() -> None:
+        calls.append("inner")
 
-    owed = memo.borrowed
-    memo.get("outer", nested)
-    memo.get("outer", nested)
-    assert memo.borrowed - owed >= 0.04  # once while it was made, once when it was found
+    def outer() -> str:
+        calls.append("outer")
+        memo.get("inner", inner)
+        return "value"
+
+    assert [memo.get("outer", outer) for _ in range(3)] == ["value"] * 3
+    memo.get("inner", inner)  # None is a value, too
+    assert calls == ["outer", "inner"]
 
 
 def test_too_few_tokens_for_cca(tiny_model: TinyModel) -> None:
@@ -233,10 +232,12 @@ def test_sparse_candidates_lose_their_small_weights(tiny_model: TinyModel) -> No
     spec = model.units[0].layers[0]
     W = get_weight(model.linear(spec.name)).clone()
     sparse = Candidate(bits=8, group_size=16, sparsity=0.5, pattern="unstructured")
-    Q = W - rounding_error(W, spec, sparse)
+    Q = W - compute_rounding_error(W, spec, sparse)
     assert int((Q == 0).sum()) >= W.numel() // 2
     only = replace(sparse, bits=16)
-    torch.testing.assert_close(W - rounding_error(W, spec, only), magnitude_pruned(W, 0.5))
+    torch.testing.assert_close(
+        W - compute_rounding_error(W, spec, only), prune_by_magnitude(W, 0.5)
+    )
 
 
 @pytest.mark.slow

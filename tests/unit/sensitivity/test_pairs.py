@@ -6,7 +6,12 @@ from collections import Counter
 
 import pytest
 
-from cptq.sensitivity.validation.pairs import choose_pairs, deal, depth, ranked_depths
+from cptq.sensitivity.validation.pairs import (
+    choose_pairs,
+    classify_depth,
+    interleave_units,
+    rank_depths,
+)
 from cptq.types import Candidate
 from tests.unit.report import synthetic
 
@@ -15,10 +20,14 @@ UNITS = synthetic.make_units(30)
 
 
 def test_the_ends_are_three_tenths_of_the_blocks() -> None:
-    assert Counter(depth(b, 30) for b in range(30)) == {"first": 9, "middle": 12, "last": 9}
-    assert [depth(b, 5) for b in range(5)] == ["first", "first", "middle", "last", "last"]
-    assert depth(None, 5) == "outside"
-    assert depth(0, 1) == "first"
+    assert Counter(classify_depth(b, 30) for b in range(30)) == {
+        "first": 9,
+        "middle": 12,
+        "last": 9,
+    }
+    assert [classify_depth(b, 5) for b in range(5)] == ["first", "first", "middle", "last", "last"]
+    assert classify_depth(None, 5) == "outside"
+    assert classify_depth(0, 1) == "first"
 
 
 def test_every_width_gets_as_many_pairs_of_different_units_in_every_cell() -> None:
@@ -28,7 +37,7 @@ def test_every_width_gets_as_many_pairs_of_different_units_in_every_cell() -> No
     for candidate in CANDIDATES[:-1]:
         mine = [unit for unit, c in pairs if c == candidate]
         assert len({unit.name for unit in mine}) == 16
-        cells = Counter((depth(unit.block, 30), unit.role) for unit in mine)
+        cells = Counter((classify_depth(unit.block, 30), unit.role) for unit in mine)
         assert len(cells) == 12
         assert max(cells.values()) <= 2
 
@@ -46,8 +55,8 @@ def test_more_than_there_is_gives_all_there_is() -> None:
 
 def test_the_seed_decides() -> None:
     assert choose_pairs(UNITS, 30, CANDIDATES, 24, 1) == choose_pairs(UNITS, 30, CANDIDATES, 24, 1)
-    assert deal(UNITS, 30, 1) != deal(UNITS, 30, 2)
-    assert sorted(u.name for u in deal(UNITS, 30, 1)) == sorted(u.name for u in UNITS)
+    assert interleave_units(UNITS, 30, 1) != interleave_units(UNITS, 30, 2)
+    assert sorted(u.name for u in interleave_units(UNITS, 30, 1)) == sorted(u.name for u in UNITS)
 
 
 def test_depth_factors_are_relative_to_role_and_width() -> None:
@@ -58,4 +67,4 @@ def test_depth_factors_are_relative_to_role_and_width() -> None:
         ("last", "o", two, 5.0),  # nothing of its role and width elsewhere: says nothing
         ("middle", "down", two, 0.0),  # no logarithm
     ]  # fmt: skip
-    assert ranked_depths(rows) == pytest.approx({"first": 2.0, "middle": 0.5})
+    assert rank_depths(rows) == pytest.approx({"first": 2.0, "middle": 0.5})

@@ -6,7 +6,13 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from cptq.sensitivity.validation.ranks import agreement, kendall, resample, spearman, within
+from cptq.sensitivity.validation.ranks import (
+    average_within,
+    compute_kendall,
+    compute_spearman,
+    measure_agreement,
+    resample,
+)
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -15,26 +21,26 @@ def test_they_are_those_of_scipy_ties_included(seed: int, levels: int) -> None:
     draw = np.random.default_rng(seed)
     x = draw.integers(0, levels, 37).astype(float)
     y = x + draw.normal(0, levels / 2, 37).round()
-    assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
-    assert kendall(x, y) == pytest.approx(stats.kendalltau(x, y).statistic, abs=1e-12)
+    assert compute_spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert compute_kendall(x, y) == pytest.approx(stats.kendalltau(x, y).statistic, abs=1e-12)
 
 
 def test_a_case_counted_by_hand() -> None:
     x, y = np.array([1.0, 2.0, 3.0, 4.0]), np.array([1.0, 3.0, 2.0, 4.0])
-    assert kendall(x, y) == pytest.approx((5 - 1) / 6)
-    assert spearman(x, y) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert compute_kendall(x, y) == pytest.approx((5 - 1) / 6)
+    assert compute_spearman(x, y) == pytest.approx(1 - 6 * 2 / (4 * 15))
 
 
 def test_a_constant_score_ranks_nothing() -> None:
-    assert spearman(np.ones(5), np.arange(5.0)) == 0.0
-    assert kendall(np.ones(5), np.arange(5.0)) == 0.0
+    assert compute_spearman(np.ones(5), np.arange(5.0)) == 0.0
+    assert compute_kendall(np.ones(5), np.arange(5.0)) == 0.0
 
 
 def test_widths_alone_make_a_pooled_correlation_and_none_within() -> None:
     """A score that knows only the number of bits: high when pooled, nothing within."""
     bits = np.repeat([2, 3, 4, 8], 6)
     truth = 4.0**-bits * np.tile(np.linspace(1, 2, 6), 4)
-    found = agreement(
+    found = measure_agreement(
         "bits", [f"u{k}" for k in range(24)], bits.tolist(), (4.0**-bits).tolist(), truth.tolist(),
         seconds=0.0, seed=0, resamples=50,
     )  # fmt: skip
@@ -46,8 +52,8 @@ def test_within_is_the_mean_over_strata_by_their_size() -> None:
     strata = np.array([2] * 3 + [4] * 5 + [8] * 2)
     x = np.array([1.0, 2, 3, 1, 2, 3, 4, 5, 9, 1])
     y = np.array([1.0, 2, 3, 5, 4, 3, 2, 1, 1, 9])
-    assert within(kendall, strata, x, y) == pytest.approx((3 * 1 + 5 * -1) / 8)
-    assert within(kendall, strata[8:], x[8:], y[8:]) is None
+    assert average_within(compute_kendall, strata, x, y) == pytest.approx((3 * 1 + 5 * -1) / 8)
+    assert average_within(compute_kendall, strata[8:], x[8:], y[8:]) is None
 
 
 def test_a_draw_takes_a_unit_with_all_of_its_rows() -> None:
@@ -69,7 +75,7 @@ def test_an_interval_holds_its_value_and_narrows_with_more_pairs() -> None:
     def width(count: int) -> float:
         truth = draw.lognormal(0, 1, count)
         score = truth * draw.lognormal(0, 0.5, count)
-        found = agreement(
+        found = measure_agreement(
             "m", [str(k) for k in range(count)], [4] * count, score.tolist(), truth.tolist(),
             seconds=0.0, seed=0, resamples=200,
         )  # fmt: skip

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cptq.calibration.objective import objective_for
-from cptq.calibration.slices import held_out_tokens, split_held_out
+from cptq.calibration.batches import choose_held_out_tokens, split_held_out
+from cptq.calibration.objective import choose_objective
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
-from cptq.numerics.masks import magnitude_pruned, relative_error
+from cptq.numerics.masks import compute_relative_error, prune_by_magnitude
 from cptq.sensitivity import linearity, perturbation, pruning
 from cptq.sensitivity.measure import measure
-from cptq.sensitivity.rounding import rounding_error
+from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Candidate, SensitivityTable
 from tests.reference import gradients as truth
 from tests.reference.sensitivity import loaded, random_calibration
@@ -38,7 +38,7 @@ def scored(model: LoadedModel, metric: str) -> SensitivityTable:
 
 
 def held_out(model: LoadedModel) -> list[dict[str, Tensor]]:
-    tokens = held_out_tokens(model.parameters, on_cpu=True)
+    tokens = choose_held_out_tokens(model.parameters, on_cpu=True)
     return split_held_out(random_calibration(model).batches, model.kind, tokens).held_out
 
 
@@ -48,7 +48,9 @@ def follows_its_slope(table: SensitivityTable, model: LoadedModel) -> None:
         W = [get_weight(model.linear(s.name)) for s in unit.layers]
         for candidate in (W2, W4):
             layers = zip(W, unit.layers, strict=True)
-            t2 = relative_error([rounding_error(w, s, candidate) for w, s in layers], W)
+            t2 = compute_relative_error(
+                [compute_rounding_error(w, s, candidate) for w, s in layers], W
+            )
             expected = table.per_unit[unit.name] * t2
             assert table.scores[unit.name][candidate] == pytest.approx(expected, rel=0.02)
 
@@ -56,7 +58,7 @@ def follows_its_slope(table: SensitivityTable, model: LoadedModel) -> None:
 @pytest.mark.parametrize("arch", KINDS)
 def test_linearity_equals_its_definition(arch: str, tiny_model: TinyModel) -> None:
     model = loaded(tiny_model(arch))
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     table = scored(model, "linearity")
     follows_its_slope(table, model)
     for index in (0, len(model.units) - 1):
@@ -74,15 +76,15 @@ def test_linearity_equals_its_definition(arch: str, tiny_model: TinyModel) -> No
 
 def test_the_noise_has_the_size_asked_for() -> None:
     W = torch.randn(301, 205, generator=torch.Generator().manual_seed(0)) * 7
-    noisy = linearity.noisy(W, 0.02, torch.Generator().manual_seed(1))
-    assert relative_error([noisy - W], [W]) == pytest.approx(0.02, rel=0.03)
+    noisy = linearity.add_noise(W, 0.02, torch.Generator().manual_seed(1))
+    assert compute_relative_error([noisy - W], [W]) == pytest.approx(0.02, rel=0.03)
     assert float((noisy - W).mean()) == pytest.approx(0, abs=0.02)
 
 
 @pytest.mark.parametrize("arch", KINDS)
 def test_perturbation_equals_its_definition(arch: str, tiny_model: TinyModel) -> None:
     model = loaded(tiny_model(arch))
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     table = scored(model, "perturbation")
     follows_its_slope(table, model)
     rows = held_out(model)
@@ -110,14 +112,14 @@ def _shape(row: dict[str, Tensor], model: LoadedModel, role: str) -> tuple[int, 
 @pytest.mark.parametrize("arch", KINDS)
 def test_pruning_equals_its_definition(arch: str, tiny_model: TinyModel) -> None:
     model = loaded(tiny_model(arch))
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     table = scored(model, "pruning")
     follows_its_slope(table, model)
     unit = model.units[0]
     W = {s.name: get_weight(model.linear(s.name)).clone() for s in unit.layers}
     curve, slopes = [], []
     for sparsity in pruning.SPARSITIES:
-        pruned = {name: magnitude_pruned(w, sparsity) for name, w in W.items()}
+        pruned = {name: prune_by_magnitude(w, sparsity) for name, w in W.items()}
         curve.append(truth.trial(model, held_out(model), objective, pruned))
         lost = sum(float((W[n] - pruned[n]).double().square().sum()) for n in W)
         slopes.append(curve[-1] * sum(float(w.double().square().sum()) for w in W.values()) / lost)
@@ -136,11 +138,11 @@ def test_the_whole_model_is_pruned_for_its_essential_sparsity(
     table = scored(model, "pruning")
     curve = {float(p): loss for p, loss in table.details["whole_model_curve"].items()}
     found = table.details["essential_sparsity"]
-    assert set(pruning.WHOLE) <= set(curve)
-    assert found == pruning.essential_sparsity(curve)
+    assert set(pruning.WHOLE_MODEL_SPARSITIES) <= set(curve)
+    assert found == pruning.find_essential_sparsity(curve)
     if found is not None:
         assert {round(found - 0.1, 2), round(found - 0.05, 2)} & set(curve)
     layers = [spec.name for unit in model.units for spec in unit.layers]
-    pruned = {name: magnitude_pruned(get_weight(model.linear(name)), 0.3) for name in layers}
-    loss = truth.trial(model, held_out(model), objective_for(model.kind, model.config), pruned)
+    pruned = {name: prune_by_magnitude(get_weight(model.linear(name)), 0.3) for name in layers}
+    loss = truth.trial(model, held_out(model), choose_objective(model.kind, model.config), pruned)
     assert curve[0.3] == pytest.approx(loss, rel=1e-3)

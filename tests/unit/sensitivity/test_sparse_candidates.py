@@ -11,7 +11,7 @@ import torch
 
 from cptq.sensitivity import METRICS
 from cptq.sensitivity.measure import measure
-from cptq.sensitivity.rounding import rounding_error
+from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Candidate, LayerSpec
 from tests.reference.sensitivity import loaded, random_calibration
 
@@ -44,11 +44,11 @@ def test_the_error_is_that_of_the_pruned_weight_rounded(label: str, shape: tuple
     spec = LayerSpec(name="x", block=0, role="x", kind="linear", shape=shape, dtype="F32")
     candidate = Candidate.parse(label)
     mask = torch.tensor(kept(W.tolist(), candidate))
-    Q = W - rounding_error(W, spec, candidate)
+    Q = W - compute_rounding_error(W, spec, candidate)
     assert bool((Q[~mask] == 0).all())
     dense = replace(candidate, sparsity=0.0, pattern="none")
     pruned = W * mask
-    torch.testing.assert_close(Q, pruned - rounding_error(pruned, spec, dense))
+    torch.testing.assert_close(Q, pruned - compute_rounding_error(pruned, spec, dense))
 
 
 def test_every_metric_scores_them_and_worse_than_their_dense_width(tiny_model: TinyModel) -> None:

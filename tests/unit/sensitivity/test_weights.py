@@ -12,19 +12,23 @@ import torch
 
 from cptq.checkpoint.weights import get_weight
 from cptq.errors import CalibrationError
-from cptq.numerics.masks import relative_error
-from cptq.sensitivity.effective_rank import effective_rank
-from cptq.sensitivity.kurtosis import kurtosis
+from cptq.numerics.masks import compute_relative_error
+from cptq.sensitivity.effective_rank import compute_effective_rank
+from cptq.sensitivity.kurtosis import compute_kurtosis
 from cptq.sensitivity.measure import measure, needs_text
-from cptq.sensitivity.pq_index import evenness
-from cptq.sensitivity.rounding import rounding_error
+from cptq.sensitivity.pq_index import compute_evenness
+from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Candidate
 from tests.reference.sensitivity import loaded
 
 TinyModel = Callable[..., Path]
 SHAPES = [(1, 1), (1, 7), (5, 3), (13, 13), (9, 31)]
 W3 = Candidate(bits=3, group_size=16)
-METRICS = {"pq-index": evenness, "kurtosis": kurtosis, "effective-rank": effective_rank}
+METRICS = {
+    "pq-index": compute_evenness,
+    "kurtosis": compute_kurtosis,
+    "effective-rank": compute_effective_rank,
+}
 
 
 def matrix(shape: tuple[int, int]) -> torch.Tensor:
@@ -37,15 +41,15 @@ def test_pq_index_equals_the_ratio_of_norms(shape: tuple[int, int]) -> None:
     p, q = 0.5, 1.0
     norm_p, norm_q = (sum(x**r for x in w) ** (1 / r) for r in (p, q))
     index = 1 - len(w) ** (1 / q - 1 / p) * norm_p / norm_q
-    assert evenness(matrix(shape)) == pytest.approx(1 - index, rel=1e-5)
+    assert compute_evenness(matrix(shape)) == pytest.approx(1 - index, rel=1e-5)
 
 
 def test_pq_index_of_known_vectors() -> None:
-    assert evenness(torch.full((3, 5), -2.0)) == pytest.approx(1.0)
+    assert compute_evenness(torch.full((3, 5), -2.0)) == pytest.approx(1.0)
     one = torch.zeros(4, 5)
     one[2, 2] = 3.0
-    assert evenness(one) == pytest.approx(1 / 20)
-    assert evenness(torch.zeros(2, 2)) == 1.0
+    assert compute_evenness(one) == pytest.approx(1 / 20)
+    assert compute_evenness(torch.zeros(2, 2)) == 1.0
 
 
 @pytest.mark.parametrize("shape", SHAPES[1:])
@@ -53,13 +57,13 @@ def test_kurtosis_equals_the_moments(shape: tuple[int, int]) -> None:
     w = [float(x) for x in matrix(shape).flatten()]
     mean = sum(w) / len(w)
     second, fourth = (sum((x - mean) ** r for x in w) / len(w) for r in (2, 4))
-    assert kurtosis(matrix(shape)) == pytest.approx(fourth / second**2, rel=1e-6)
+    assert compute_kurtosis(matrix(shape)) == pytest.approx(fourth / second**2, rel=1e-6)
 
 
 def test_kurtosis_of_known_shapes() -> None:
-    assert kurtosis(torch.tensor([[-1.0, 1.0], [1.0, -1.0]])) == pytest.approx(1.0)
-    assert kurtosis(torch.ones(3, 3)) == 1.0
-    assert kurtosis(torch.linspace(-1, 1, 10001)[None]) == pytest.approx(1.8, rel=1e-3)
+    assert compute_kurtosis(torch.tensor([[-1.0, 1.0], [1.0, -1.0]])) == pytest.approx(1.0)
+    assert compute_kurtosis(torch.ones(3, 3)) == 1.0
+    assert compute_kurtosis(torch.linspace(-1, 1, 10001)[None]) == pytest.approx(1.8, rel=1e-3)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -68,14 +72,14 @@ def test_effective_rank_equals_the_entropy_of_the_spectrum(shape: tuple[int, int
     shares = [float(s) / float(sigma.sum()) for s in sigma]
     entropy = -sum(p * math.log(p) for p in shares)
     expected = math.exp(entropy) / min(shape)
-    assert effective_rank(matrix(shape)) == pytest.approx(expected, rel=1e-6)
+    assert compute_effective_rank(matrix(shape)) == pytest.approx(expected, rel=1e-6)
 
 
 def test_effective_rank_of_known_matrices() -> None:
-    assert effective_rank(torch.eye(7)[:, torch.randperm(7)]) == pytest.approx(1.0)
+    assert compute_effective_rank(torch.eye(7)[:, torch.randperm(7)]) == pytest.approx(1.0)
     outer = torch.outer(torch.arange(1.0, 9.0), torch.arange(1.0, 6.0))
-    assert effective_rank(outer) == pytest.approx(1 / 5, rel=1e-6)
-    assert effective_rank(torch.zeros(3, 4)) == 1.0
+    assert compute_effective_rank(outer) == pytest.approx(1 / 5, rel=1e-6)
+    assert compute_effective_rank(torch.zeros(3, 4)) == 1.0
 
 
 @pytest.mark.parametrize("arch", ["llama", "bert", "bert-encoder"])
@@ -93,7 +97,9 @@ def test_no_text_is_needed_and_scores_follow_the_form(arch: str, tiny_model: Tin
             s = sum(METRICS[name](w) * w.numel() for w in W) / unit.numel
             assert table.per_unit[unit.name] == pytest.approx(s)
             layers = zip(W, unit.layers, strict=True)
-            t2 = relative_error([rounding_error(w, spec, W3) for w, spec in layers], W)
+            t2 = compute_relative_error(
+                [compute_rounding_error(w, spec, W3) for w, spec in layers], W
+            )
             expected = s * unit.numel / total * t2
             assert table.scores[unit.name][W3] == pytest.approx(expected, rel=0.02)
 
