@@ -157,8 +157,8 @@ def check_plan(plan: Plan, cost: CostModel, model_fingerprint: str) -> None:
             allowed="every unit once, with a label such as w4g64, or w16 to keep it dense",
         )
     for unit, candidate in plan.choices.items():
-        cost.unit_tensors(unit, candidate)
-        why = cost.refusal(unit, candidate)
+        cost.list_unit_tensors(unit, candidate)
+        why = cost.explain_refusal(unit, candidate)
         if why is not None:
             raise PlanError(
                 f"the plan gives {unit} {candidate.label}: {why}",

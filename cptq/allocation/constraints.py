@@ -145,7 +145,7 @@ def apply_constraints(
         least, most = _find_range(constraints, unit)
         options[unit.name] = tuple(c for c in candidates if least <= c.bits <= most)
         if not options[unit.name]:
-            raise _nothing_left(constraints, unit, candidates)
+            raise _build_empty_error(constraints, unit, candidates)
     return options
 
 
@@ -193,7 +193,7 @@ def _list_bits(rows: Sequence[RoleBits], unit: Unit) -> list[int]:
     return own or [row.bits for row in rows if row.role is None]
 
 
-def _nothing_left(
+def _build_empty_error(
     constraints: Constraints, unit: Unit, candidates: Sequence[Candidate]
 ) -> BudgetError:
     least, most = _find_range(constraints, unit)
@@ -213,7 +213,7 @@ def _match_pins(
     for pin in pins:
         matched = [unit for unit in units if _matches(pin, unit)]
         if not matched:
-            raise _matches_nothing(pin, units, layers)
+            raise _build_unmatched_error(pin, units, layers)
         for unit in matched:
             other = found.setdefault(unit.name, pin)
             if other.bits != pin.bits:
@@ -248,7 +248,9 @@ def _report_fused(pin: Pin, matched: Sequence[Unit], emit: Emit) -> None:
         emit(Notice(kind="info", subject=f"--pin {pin.text}", message=message))
 
 
-def _matches_nothing(pin: Pin, units: Sequence[Unit], layers: Sequence[LayerSpec]) -> PlanError:
+def _build_unmatched_error(
+    pin: Pin, units: Sequence[Unit], layers: Sequence[LayerSpec]
+) -> PlanError:
     dense = [layer for layer in layers if re.search(pin.pattern, layer.name)]
     if dense:
         return PlanError(

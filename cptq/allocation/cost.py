@@ -19,7 +19,7 @@ from cptq.errors import PlanError
 from cptq.layouts import Layout
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
-from cptq.layouts.safetensors_header import Entry, measure, total_bytes
+from cptq.layouts.safetensors_header import Entry, measure, sum_bytes
 from cptq.types import DTYPE_BYTES, Candidate, LayerSpec, SizeReport, TensorSpec, Unit
 
 Choices = Mapping[str, Candidate]
@@ -67,7 +67,7 @@ class CostModel:
                 if layer.weight_name not in known:
                     raise PlanError(f"{layer.weight_name} is not among the checkpoint's tensors")
 
-    def unit_tensors(self, unit_name: str, candidate: Candidate) -> tuple[TensorSpec, ...]:
+    def list_unit_tensors(self, unit_name: str, candidate: Candidate) -> tuple[TensorSpec, ...]:
         """Return the tensors that a unit's weights become.
 
         Raises:
@@ -81,23 +81,23 @@ class CostModel:
         return known
 
     def _layer(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
-        return layer_tensors(layer, candidate, self.layout)
+        return list_layer_tensors(layer, candidate, self.layout)
 
-    def refusal(self, unit_name: str, candidate: Candidate) -> str | None:
+    def explain_refusal(self, unit_name: str, candidate: Candidate) -> str | None:
         """Return why format or runtime refuse a candidate for a unit; None if they accept it."""
         if candidate.dense:
             return None
         for layer in self._layers(unit_name):
             group = resolve_group(layer.shape[1], candidate.group_size)
-            why = self.layout.refusal(layer, candidate)
-            why = why or self.runtime.refusal(layer, candidate, group)
+            why = self.layout.explain_refusal(layer, candidate)
+            why = why or self.runtime.explain_refusal(layer, candidate, group)
             if why is not None:
                 return why
         return None
 
     def options(self, unit_name: str, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
         """Return the candidates that a unit can have; dense alone if it can have none of them."""
-        taken = tuple(c for c in candidates if self.refusal(unit_name, c) is None)
+        taken = tuple(c for c in candidates if self.explain_refusal(unit_name, c) is None)
         return taken or (Candidate(bits=16),)
 
     def check_pinned(self, options: Mapping[str, Sequence[Candidate]]) -> None:
@@ -107,7 +107,7 @@ class CostModel:
             PlanError: a unit cannot; the message gives the reason.
         """
         for unit, row in options.items():
-            why = self.refusal(unit, row[0]) if len(row) == 1 else None
+            why = self.explain_refusal(unit, row[0]) if len(row) == 1 else None
             if why is not None:
                 raise PlanError(
                     f"{unit} is pinned to {row[0].label}: {why}",
@@ -123,26 +123,28 @@ class CostModel:
             )
         return unit.layers
 
-    def unit_bytes(self, unit_name: str, candidate: Candidate) -> int:
+    def count_unit_bytes(self, unit_name: str, candidate: Candidate) -> int:
         """Return the bytes of a unit's tensors, without their entries in the header."""
-        return sum(entry.nbytes for entry in self.unit_entries(unit_name, candidate))
+        return sum(entry.nbytes for entry in self.list_unit_entries(unit_name, candidate))
 
-    def unit_entries(self, unit_name: str, candidate: Candidate) -> tuple[Entry, ...]:
+    def list_unit_entries(self, unit_name: str, candidate: Candidate) -> tuple[Entry, ...]:
         """Return `unit_tensors` as entries of the header."""
         known = self._entries.get((unit_name, candidate))
         if known is None:
-            known = tuple(map(measure, self.unit_tensors(unit_name, candidate)))
+            known = tuple(map(measure, self.list_unit_tensors(unit_name, candidate)))
             self._entries[unit_name, candidate] = known
         return known
 
-    def entries_besides(self, names: Collection[str]) -> list[Entry]:
+    def list_other_entries(self, names: Collection[str]) -> list[Entry]:
         """Return the entries of all tensors but the dense ones of these names."""
         rest = (row for name, row in self._dense_entries.items() if name not in names)
         return list(chain.from_iterable(rest))
 
     def weight_bytes(self, choices: Choices) -> int:
         """Return the stored bytes of the compressible weights; a unit without a choice is dense."""
-        return sum(self.unit_bytes(unit.name, _choice(choices, unit)) for unit in self.units)
+        return sum(
+            self.count_unit_bytes(unit.name, _get_choice(choices, unit)) for unit in self.units
+        )
 
     def file_bytes(self, choices: Choices) -> int:
         """Return the bytes of the safetensors file, or of all its shards if it exceeds 5 GB.
@@ -156,19 +158,23 @@ class CostModel:
         self._refuse_unknown(choices)
         entries = dict(self._dense_entries)
         for unit in self.units:
-            candidate = _choice(choices, unit)
+            candidate = _get_choice(choices, unit)
             if not candidate.dense:
-                packed = self.unit_entries(unit.name, candidate)
+                packed = self.list_unit_entries(unit.name, candidate)
                 each = len(packed) // len(unit.layers)  # one candidate: as many for every layer
                 for i, layer in enumerate(unit.layers):
                     entries[layer.weight_name] = packed[i * each : (i + 1) * each]
-        return total_bytes(chain.from_iterable(entries.values()))
+        return sum_bytes(chain.from_iterable(entries.values()))
 
-    def uniform_bytes(self, candidate: Candidate) -> int:
+    def count_uniform_bytes(self, candidate: Candidate) -> int:
         """Return `file_bytes` with one candidate for every unit that supports its group size."""
         usual = replace(candidate, bits=candidate.bits if candidate.dense else self._usual_bits)
         return self.file_bytes(
-            {unit.name: candidate for unit in self.units if not self.refusal(unit.name, usual)}
+            {
+                unit.name: candidate
+                for unit in self.units
+                if not self.explain_refusal(unit.name, usual)
+            }
         )
 
     @property
@@ -187,7 +193,7 @@ class CostModel:
         at_16_bits = [
             replace(spec, dtype="F16") if spec.dtype in _WIDE else spec for spec in self.tensors
         ]
-        return total_bytes(map(measure, at_16_bits))
+        return sum_bytes(map(measure, at_16_bits))
 
     @cached_property
     def compressible(self) -> int:
@@ -199,7 +205,7 @@ class CostModel:
         """Number of all stored elements."""
         return sum(spec.numel for spec in self.tensors)
 
-    def size_report(self, choices: Choices) -> SizeReport:
+    def make_size_report(self, choices: Choices) -> SizeReport:
         """Return the bytes of a choice and three averages of bits.
 
         `nominal_bits`: bits of a code, averaged over the compressible weights; a dense one counts
@@ -210,7 +216,7 @@ class CostModel:
         file_bytes, count = self.file_bytes(choices), max(1, self.compressible)
         compressible_bytes = self.weight_bytes(choices)
         nominal = sum(
-            layer.numel * _code_bits(layer, _choice(choices, unit))
+            layer.numel * _count_code_bits(layer, _get_choice(choices, unit))
             for unit in self.units
             for layer in unit.layers
         )
@@ -226,10 +232,10 @@ class CostModel:
     def _refuse_unknown(self, choices: Choices) -> None:
         for name, candidate in choices.items():
             if name not in self._unit:
-                self.unit_tensors(name, candidate)
+                self.list_unit_tensors(name, candidate)
 
 
-def layer_tensors(
+def list_layer_tensors(
     layer: LayerSpec, candidate: Candidate, layout: Layout = PACK_QUANTIZED
 ) -> tuple[TensorSpec, ...]:
     """Return the tensors of one layer's weight under a candidate.
@@ -240,7 +246,7 @@ def layer_tensors(
     if candidate.dense:
         shape = layer.shape[::-1] if layer.transposed else layer.shape
         return (TensorSpec(name=layer.weight_name, dtype=layer.dtype, shape=shape),)
-    why = layout.refusal(layer, candidate)
+    why = layout.explain_refusal(layer, candidate)
     if why is not None:
         raise PlanError(
             f"{candidate.label} for {layer.name} cannot be stored in {layout.name} ({why})",
@@ -251,9 +257,9 @@ def layer_tensors(
     return layout.tensors(layer, candidate)
 
 
-def _choice(choices: Choices, unit: Unit) -> Candidate:
+def _get_choice(choices: Choices, unit: Unit) -> Candidate:
     return choices.get(unit.name, Candidate(bits=16))
 
 
-def _code_bits(layer: LayerSpec, candidate: Candidate) -> int:
+def _count_code_bits(layer: LayerSpec, candidate: Candidate) -> int:
     return 8 * DTYPE_BYTES[layer.dtype] if candidate.dense else candidate.bits

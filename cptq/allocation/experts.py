@@ -54,9 +54,9 @@ def solve_tied(ledger: Ledger, solve: Solve, emit: Emit) -> Plan:
         BudgetError: no plan fits, whatever the experts get.
     """
     units = ledger.cost.units
-    found = _attempt(solve, ledger)
-    if not _are_tied(units, found[0].choices):
-        attempts = _attempt_each(ledger, solve)
+    found = _try(solve, ledger)
+    if not _is_tied(units, found[0].choices):
+        attempts = _try_each(ledger, solve)
         found = min(attempts, key=lambda attempt: _rank(attempt[0]))
     plan, events = found
     for event in events:
@@ -65,13 +65,13 @@ def solve_tied(ledger: Ledger, solve: Solve, emit: Emit) -> Plan:
     return plan
 
 
-def _attempt_each(ledger: Ledger, solve: Solve) -> list[Attempt]:
+def _try_each(ledger: Ledger, solve: Solve) -> list[Attempt]:
     """Make a plan for each candidate that the experts can be fixed to."""
     found = []
     failure: BudgetError | None = None
     for candidate in _list_common(list_experts(ledger.cost.units), ledger.bytes_of):
         try:
-            found.append(_attempt(solve, fix_experts(ledger, candidate)))
+            found.append(_try(solve, fix_experts(ledger, candidate)))
         except BudgetError as error:
             failure = failure or error
     if failure is not None and not found:
@@ -79,7 +79,7 @@ def _attempt_each(ledger: Ledger, solve: Solve) -> list[Attempt]:
     return found
 
 
-def _attempt(solve: Solve, ledger: Ledger) -> Attempt:
+def _try(solve: Solve, ledger: Ledger) -> Attempt:
     events: list[object] = []
     return solve(ledger, events.append), events
 
@@ -97,13 +97,13 @@ def check_tied(units: Sequence[Unit], choices: Mapping[str, Candidate]) -> None:
             f"the plan gives experts {labels}, and transformers loads one scheme for all of them",
             allowed="the same label for every unit of experts",
         )
-    if not _are_tied(units, choices):
-        raise _dense_experts()
+    if not _is_tied(units, choices):
+        raise _build_dense_error()
     for candidate in chosen:
         _check_group(units, candidate)
 
 
-def _are_tied(units: Sequence[Unit], choices: Mapping[str, Candidate]) -> bool:
+def _is_tied(units: Sequence[Unit], choices: Mapping[str, Candidate]) -> bool:
     chosen = {choices[name] for name in list_experts(units)}
     dense = any(candidate.dense for candidate in chosen)
     return len(chosen) < 2 and (not dense or all(c.dense for c in choices.values()))
@@ -118,7 +118,7 @@ def _list_common(experts: Sequence[str], options: Options) -> list[Candidate]:
     if common and all(c.dense for row in options.values() for c in row):
         return sorted(common)
     if common:
-        raise _dense_experts()
+        raise _build_dense_error()
     raise PlanError(
         "--pin, --min-bits or --max-bits leave experts no width in common, and transformers loads "
         "one scheme for all of them",
@@ -141,7 +141,7 @@ def _check_group(units: Sequence[Unit], candidate: Candidate) -> None:
         )
 
 
-def _dense_experts() -> PlanError:
+def _build_dense_error() -> PlanError:
     return PlanError(
         "transformers cannot load dense experts beside packed layers",
         allowed="one width below 16 bits for all experts, or 16 bits for the whole model",

@@ -133,15 +133,19 @@ def _build(budget: Budget, cost: CostModel, options: Options) -> Ledger:
 
 def _build_weights_ledger(budget: Budget, cost: CostModel, options: Options) -> Ledger:
     """Build the ledger of a limit on the compressible weights: tensors alone, an exact sum."""
-    bytes_of = {unit: {c: cost.unit_bytes(unit, c) for c in row} for unit, row in options.items()}
+    bytes_of = {
+        unit: {c: cost.count_unit_bytes(unit, c) for c in row} for unit, row in options.items()
+    }
     return Ledger(cost=cost, budget=budget, base=0, slack=0, bytes_of=bytes_of)
 
 
 def _build_file_ledger(budget: Budget, cost: CostModel, options: Options) -> Ledger:
     """Build the ledger of a limit on the whole file."""
-    units = {unit: {c: cost.unit_entries(unit, c) for c in row} for unit, row in options.items()}
+    units = {
+        unit: {c: cost.list_unit_entries(unit, c) for c in row} for unit, row in options.items()
+    }
     own = {layer.weight_name for unit in cost.units for layer in unit.layers}
-    rest = cost.entries_besides(own)
+    rest = cost.list_other_entries(own)
     offsets = _bound_offsets(rest, list(units.values()))
     bytes_of = {
         unit: {

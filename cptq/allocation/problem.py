@@ -164,7 +164,7 @@ def _report_refused(ledger: Ledger, candidates: Sequence[Candidate], emit: Emit)
     offered = [c for c in candidates if not c.dense]
     reasons: dict[str, list[str]] = {}
     for unit, sizes in ledger.bytes_of.items():
-        refused = {ledger.cost.refusal(unit, c): c for c in offered}
+        refused = {ledger.cost.explain_refusal(unit, c): c for c in offered}
         dense = all(c.dense for c in sizes)
         lead = "kept dense" if dense else "some --sparsity left out"
         for why, candidate in refused.items():

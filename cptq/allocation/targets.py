@@ -163,10 +163,10 @@ def check_target(target: Target, ledger: Ledger, group_size: int) -> None:
         )
     below_levels = target.kind == "bit" and target.value < LEVELS[0]
     if below_levels or ledger.count_bytes(ledger.find_smallest()) > ledger.limit:
-        raise _too_small(target, ledger, _spell_smallest(target, ledger, group_size))
+        raise _build_too_small_error(target, ledger, _spell_smallest(target, ledger, group_size))
 
 
-def _too_small(target: Target, ledger: Ledger, least: str) -> BudgetError:
+def _build_too_small_error(target: Target, ledger: Ledger, least: str) -> BudgetError:
     rows = list(ledger.bytes_of.values())
     bits = ", ".join(map(str, sorted({c.bits for row in rows for c in row})))
     differ = len(set(map(tuple, rows))) > 1
@@ -246,4 +246,4 @@ def _find_bits(need: int, cost: CostModel, group_size: int) -> Fraction:
 
 def _count_uniform(bits: int, cost: CostModel, group_size: int) -> int:
     dense = bits >= 16
-    return cost.uniform_bytes(Candidate(bits=bits, group_size=0 if dense else group_size))
+    return cost.count_uniform_bytes(Candidate(bits=bits, group_size=0 if dense else group_size))

@@ -67,7 +67,7 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def new_directory(out: Path, need: int = 0) -> Iterator[Path]:
+def create_directory(out: Path, need: int = 0) -> Iterator[Path]:
     """Yield a temporary directory that is renamed to `out` at the end of the with-block.
 
     Args:
@@ -77,7 +77,7 @@ def new_directory(out: Path, need: int = 0) -> Iterator[Path]:
     Raises:
         ArtifactError: the disk is or becomes full, or cannot be written to.
     """
-    with _errors_explained(out, need):
+    with _explain_errors(out, need):
         out.parent.mkdir(parents=True, exist_ok=True)
         if need:
             check_space(out.parent, need)
@@ -89,7 +89,7 @@ def new_directory(out: Path, need: int = 0) -> Iterator[Path]:
             shutil.rmtree(place, ignore_errors=True)
 
 
-def atomic_file(out: Path, content: str, *, overwrite: bool) -> None:
+def write_file(out: Path, content: str, *, overwrite: bool) -> None:
     """Write a text file whole or not at all.
 
     Raises:
@@ -98,7 +98,7 @@ def atomic_file(out: Path, content: str, *, overwrite: bool) -> None:
     """
     refuse_existing(out, overwrite=overwrite)
     raw = content.encode()
-    with _errors_explained(out, len(raw)):
+    with _explain_errors(out, len(raw)):
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
             draft = Path(place) / out.name
@@ -124,34 +124,34 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
 
 def check_space(directory: Path, need: int) -> None:
     """Raise ArtifactError where the disk of a directory (to be) has no room for `need` bytes."""
-    free = _free_bytes(directory)
+    free = _count_free_bytes(directory)
     if free < need + _MARGIN:
-        raise _full(directory, need + _MARGIN, free)
+        raise _build_full_error(directory, need + _MARGIN, free)
 
 
 def explain_error(error: OSError, out: Path, need: int) -> ArtifactError:
     """Return a system error as one sentence about the output, which needs `need` bytes."""
     if error.errno in _FULL:
-        return _full(out, need + _MARGIN, _free_bytes(out.parent))
+        return _build_full_error(out, need + _MARGIN, _count_free_bytes(out.parent))
     reason = error.strerror or str(error)
     return ArtifactError(f"{out} cannot be written: {reason}", hint="name another place with -o")
 
 
 @contextmanager
-def _errors_explained(out: Path, need: int) -> Iterator[None]:
+def _explain_errors(out: Path, need: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
         raise explain_error(error, out, need) from error
 
 
-def _free_bytes(directory: Path) -> int:
+def _count_free_bytes(directory: Path) -> int:
     """Return the free bytes of the disk that holds, or will hold, a directory."""
     existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     return shutil.disk_usage(existing).free
 
 
-def _full(path: Path, need: int, free: int) -> ArtifactError:
+def _build_full_error(path: Path, need: int, free: int) -> ArtifactError:
     return ArtifactError(
         f"the disk is full: {path} needs {need:,} bytes and {free:,} are free; nothing was kept",
         hint="make room, or name another place with -o",
@@ -160,7 +160,7 @@ def _full(path: Path, need: int, free: int) -> ArtifactError:
 
 def _settle(place: Path, out: Path) -> None:
     """Rename the temporary directory; an older one is moved aside first and removed last."""
-    place.chmod(0o777 & ~_umask())
+    place.chmod(0o777 & ~_read_umask())
     _sync(place)
     aside = place.with_suffix(".old")
     replaced = out.exists()
@@ -177,7 +177,7 @@ def _settle(place: Path, out: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def _umask() -> int:
+def _read_umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask

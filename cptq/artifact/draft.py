@@ -21,8 +21,8 @@ from typing import Any
 from cptq.artifact.atomic import (
     check_output,
     check_space,
+    create_directory,
     explain_error,
-    new_directory,
     write_bytes,
     write_files,
 )
@@ -75,7 +75,7 @@ def draft(
         ArtifactError: `out` may not be replaced, or the disk is full or cannot be written to.
     """
     place = check_output(out, overwrite=overwrite, source=source)
-    with new_directory(place) as folder:
+    with create_directory(place) as folder:
         made = Draft(out=place, folder=folder, form=FORMATS.get(form), emit=emit)
         try:
             yield made

@@ -180,7 +180,7 @@ def _check_tensors(
     form: SafetensorsFormat, spec: LayerSpec, result: LayerResult, stored: Mapping[str, TensorSpec]
 ) -> tuple[TensorSpec, ...]:
     """Return the tensors of a layer after checking that the files hold them as specified."""
-    why = form.layout.refusal(spec, result.candidate)
+    why = form.layout.explain_refusal(spec, result.candidate)
     if why is not None:
         raise ArtifactError(f"{spec.name} cannot be {result.candidate.label} in {form.name}: {why}")
     parts = form.layout.tensors(spec, result.candidate)

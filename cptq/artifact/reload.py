@@ -108,10 +108,10 @@ def reload_in_fresh_process(
         missing=tuple(report["missing"]),
         unexpected=tuple(report["unexpected"]),
         mismatched=tuple(report["mismatched"]),
-        max_abs_difference=_difference(answer, expected.detach().float().cpu(), partial),
+        max_abs_difference=_measure_difference(answer, expected.detach().float().cpu(), partial),
         seconds=time.perf_counter() - start,
     )
-    _check(found, [] if imports else report["cptq"], tolerance * _largest(expected))
+    _check(found, [] if imports else report["cptq"], tolerance * _find_largest(expected))
     return found
 
 
@@ -139,11 +139,11 @@ def _run(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     return report
 
 
-def _largest(expected: Tensor) -> float:
+def _find_largest(expected: Tensor) -> float:
     return float(expected.nan_to_num(0.0).abs().max())
 
 
-def _difference(answer: Tensor, expected: Tensor, partial: bool = False) -> float:
+def _measure_difference(answer: Tensor, expected: Tensor, partial: bool = False) -> float:
     """Largest absolute difference; infinite where shapes differ or a value is not a number."""
     if answer.shape != expected.shape:
         return float("inf")

@@ -20,9 +20,9 @@ from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
 from cptq.layouts.safetensors_header import (
     SHARD_BYTES,
-    header_bytes,
-    in_file_order,
-    shard_names,
+    encode_header,
+    name_shards,
+    sort_for_file,
     split_shards,
 )
 from cptq.types import TensorSpec
@@ -58,7 +58,7 @@ def write_weights(
         OSError: the disk is full, or another system error.
     """
     shards = split_shards(specs, most)
-    names = shard_names(len(shards), stem)
+    names = name_shards(len(shards), stem)
     for name, shard in zip(names, shards, strict=True):
         _write_file(directory / name, shard, fetch)
     if len(shards) > 1:
@@ -73,9 +73,9 @@ def write_weights(
 
 
 def _write_file(path: Path, specs: Iterable[TensorSpec], fetch: Fetch) -> None:
-    ordered = in_file_order(specs)
+    ordered = sort_for_file(specs)
     with path.open("wb") as stream:
-        stream.write(header_bytes(ordered))
+        stream.write(encode_header(ordered))
         for spec in ordered:
             stream.write(_get_bytes(spec, fetch(spec)))
         stream.flush()

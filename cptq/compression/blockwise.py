@@ -65,7 +65,7 @@ def compress_model(
         emit(Progress(stage="compress", done=block, total=total, message=f"block {block}"))
         units = [u for u in model.units if u.block == block and not plan.choices[u.name].dense]
         if units:
-            moments = _second_moments(model, replay, block, hidden, units)
+            moments = _collect_moments(model, replay, block, hidden, units)
             done += _compress_units(model, units, plan, moments, compress, emit)
         hidden = [replay.run(block, h, i) for i, h in enumerate(hidden)]
     emit(Progress(stage="compress", done=total, total=total))
@@ -79,7 +79,7 @@ class _SeenAll(Exception):
     """
 
 
-def _second_moments(
+def _collect_moments(
     model: LoadedModel, replay: BlockReplay, block: int, hidden: list[Tensor], units: list[Unit]
 ) -> dict[str, Tensor]:
     """{unit: H_II} of a block; the linears of a fused unit share their input."""
@@ -91,12 +91,12 @@ def _second_moments(
     calls: list[list[str]] = []
 
     def add(unit_name: str, x: Tensor) -> None:
-        moments[unit_name].add(real_rows(x, masks[len(calls) - 1]))
+        moments[unit_name].add(select_real_rows(x, masks[len(calls) - 1]))
         calls[-1].append(unit_name)
         if len(calls) > 1 and len(calls[0]) == len(firsts) == len(calls[-1]):
             raise _SeenAll
 
-    with _watching(firsts, add):
+    with _watch_inputs(firsts, add):
         for index, state in enumerate(hidden):
             calls.append([])
             with suppress(_SeenAll):
@@ -111,7 +111,7 @@ def _second_moments(
     return means
 
 
-def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+def select_real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
     """Activations (rows, tokens, in) as (real tokens, in), padding left out.
 
     Some families hand on (rows * tokens, in); what has no row per token is kept whole.
@@ -123,7 +123,7 @@ def real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _watching(
+def _watch_inputs(
     modules: Mapping[str, nn.Module], add: Callable[[str, Tensor], None]
 ) -> Iterator[None]:
     def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:

@@ -22,13 +22,13 @@ from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, CompressedLayer, Emit, LayerSpec, Notice, TensorSpec
 
 
-def embedding_tensors(
+def list_embedding_tensors(
     model: LoadedModel, candidate: Candidate | None, layout: Layout, runtime: Runtime, emit: Emit
 ) -> dict[str, tuple[TensorSpec, ...]]:
     """Return what the weights become, by the name of the dense tensor; report what stays dense."""
     if candidate is None:
         return {}
-    found = _layers(model, candidate, layout, runtime)
+    found = _list_layers(model, candidate, layout, runtime)
     for spec, why in found.items():
         if why is not None:
             emit(Notice(kind="skipped", subject=spec.name, message=f"kept dense: {why}"))
@@ -42,7 +42,7 @@ def compress_embeddings(
     """Round them in place: the model then computes with the compressed weights."""
     if candidate is None:
         return []
-    found = _layers(model, candidate, layout, runtime)
+    found = _list_layers(model, candidate, layout, runtime)
     return [
         compress_module(
             model.linear(spec.name),
@@ -59,7 +59,7 @@ def compress_embeddings(
     ]
 
 
-def _layers(
+def _list_layers(
     model: LoadedModel, candidate: Candidate, layout: Layout, runtime: Runtime
 ) -> Mapping[LayerSpec, str | None]:
     """Return the token embedding and an untied head, with the reason where one stays dense."""
@@ -71,6 +71,6 @@ def _layers(
             plain = type(module) in (nn.Embedding, nn.Linear)
             why = None if plain else f"a {type(module).__name__}, which does more than look up"
             group = resolve_group(spec.shape[1], candidate.group_size)
-            why = why or layout.refusal(spec, candidate)
-            found[spec] = why or runtime.refusal(spec, candidate, group)
+            why = why or layout.explain_refusal(spec, candidate)
+            found[spec] = why or runtime.explain_refusal(spec, candidate, group)
     return found

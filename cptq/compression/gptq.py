@@ -29,7 +29,7 @@ from torch import Tensor
 
 from cptq.compression import nearest
 from cptq.compression.layer import LayerProblem, LayerSolution
-from cptq.numerics.grid import Grid, code_range, count_scale_bits, fit_grid
+from cptq.numerics.grid import Grid, count_scale_bits, fit_grid, get_code_range
 from cptq.numerics.hessian import add_damping, factor_damped_inverse, find_dead_inputs
 from cptq.numerics.refit import refit_scales
 from cptq.numerics.sweep import sweep_columns
@@ -55,9 +55,9 @@ def compress(problem: LayerProblem) -> LayerSolution:
         return replace(solution, notes=(note,))
     notes = (f"damping raised from {DAMPING} to {used:g}",) if used != DAMPING else ()
     W_OI = W_OI.masked_fill(find_dead_inputs(H_II), 0.0)
-    scale_OG, zero_OG = _fit_grid(W_OI, _cost_of_error(U_II, order_I), problem)
+    scale_OG, zero_OG = _fit_grid(W_OI, _compute_error_cost(U_II, order_I), problem)
     codes_OI = _sweep(W_OI, U_II, order_I, scale_OG, zero_OG, problem)
-    steps_OI = codes_OI if zero_OG is None else _steps(codes_OI, zero_OG)
+    steps_OI = codes_OI if zero_OG is None else _count_steps(codes_OI, zero_OG)
     limited_OG = _limit_precision(zero_OG, problem)
     scale_OG = refit_scales(W_OI, add_damping(H_II, used), steps_OI, scale_OG, limited_OG)
     return LayerSolution(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, notes=notes)
@@ -83,14 +83,14 @@ def _limit_precision(zero_OG: Tensor | None, problem: LayerProblem) -> Tensor | 
     return count_scale_bits(zero_OG, problem.bits)
 
 
-def _steps(codes_OI: Tensor, zero_OG: Tensor) -> Tensor:
+def _count_steps(codes_OI: Tensor, zero_OG: Tensor) -> Tensor:
     """Return codes - zero (out, in), int16: how many scales a weight is away from 0."""
     out, groups = zero_OG.shape
     codes_OGK = codes_OI.to(torch.int16).view(out, groups, -1)
     return (codes_OGK - zero_OG.to(torch.int16).unsqueeze(-1)).view(out, -1)
 
 
-def _cost_of_error(U_II: Tensor, order_I: Tensor) -> Tensor:
+def _compute_error_cost(U_II: Tensor, order_I: Tensor) -> Tensor:
     """Return 1 / U_jj^2 per input (in,), in natural order: what a squared error there costs."""
     cost_I = torch.empty_like(U_II.diagonal())
     cost_I[order_I] = U_II.diagonal().reciprocal().square()
@@ -106,7 +106,7 @@ def _sweep(
     problem: LayerProblem,
 ) -> Tensor:
     """Return codes (out, in) int8 after one sweep in `order_I` on fixed grids."""
-    low, high = code_range(problem.bits)
+    low, high = get_code_range(problem.bits)
     codes_IO = torch.empty(W_OI.shape[::-1], dtype=torch.int8, device=W_OI.device)
     scale_GO = scale_OG.to(W_OI.dtype).T.contiguous()
     zero = torch.zeros_like(scale_OG) if zero_OG is None else zero_OG

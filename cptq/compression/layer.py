@@ -31,7 +31,7 @@ from cptq.checkpoint.weights import get_storage_dtype, get_weight, set_weight
 from cptq.layouts import Layout
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import TWO_OF_FOUR
-from cptq.numerics.grid import code_range, dequantize, dequantize_layer
+from cptq.numerics.grid import dequantize, dequantize_layer, get_code_range
 from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
 from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec
 
@@ -167,7 +167,7 @@ def _compress(
     solution = solve_layer_problem(problem, method, float16_scales=float16_scales)
     codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
     Q_OI = dequantize(codes_OI, scale_OG, zero_OG, problem.mask_OI, dtype=torch.float32)
-    weight_error, output_error = _errors(W_OI, Q_OI, H_II if measure_output else None)
+    weight_error, output_error = _measure_errors(W_OI, Q_OI, H_II if measure_output else None)
     result = LayerResult(
         name=spec.name,
         candidate=candidate,
@@ -230,25 +230,25 @@ def _bound_scales(solution: LayerSolution, bits: int) -> LayerSolution:
 def _rescale_codes(codes_OI: Tensor, ratio_OG: Tensor, bits: int) -> Tensor:
     out, groups = ratio_OG.shape
     codes_OGK = codes_OI.float().view(out, groups, -1) * ratio_OG.unsqueeze(-1)
-    low, high = code_range(bits)
+    low, high = get_code_range(bits)
     return codes_OGK.round().clamp(low, high).to(torch.int8).view(codes_OI.shape)
 
 
-def _errors(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor | None) -> tuple[float, float | None]:
+def _measure_errors(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor | None) -> tuple[float, float | None]:
     """Return the relative squared error of the weight, and of the output where H is given."""
     D_OI = W_OI - Q_OI
-    weight_error = _ratio(D_OI.square().sum(), W_OI.square().sum())
+    weight_error = _divide(D_OI.square().sum(), W_OI.square().sum())
     if H_II is None:
         return weight_error, None
-    return weight_error, _ratio(_energy(D_OI, H_II), _energy(W_OI, H_II))
+    return weight_error, _divide(_compute_energy(D_OI, H_II), _compute_energy(W_OI, H_II))
 
 
-def _energy(W_OI: Tensor, H_II: Tensor) -> Tensor:
+def _compute_energy(W_OI: Tensor, H_II: Tensor) -> Tensor:
     """Return E|x W^T|^2 for inputs with second moment H."""
     return ((W_OI @ H_II) * W_OI).sum()
 
 
-def _ratio(part: Tensor, whole: Tensor) -> float:
+def _divide(part: Tensor, whole: Tensor) -> float:
     return float(part) / float(whole) if float(whole) > 0 else 0.0
 
 

@@ -116,7 +116,7 @@ class Runtime:
                 allowed=self._spell_groups(),
             )
 
-    def refusal(self, layer: LayerSpec, candidate: Candidate, group: int) -> str | None:
+    def explain_refusal(self, layer: LayerSpec, candidate: Candidate, group: int) -> str | None:
         """Return why the runtime does not take a layer packed like this; None if it does.
 
         Args:

@@ -41,58 +41,60 @@ def is_constant(values: Values) -> bool:
     return bool((values == values[0]).all())
 
 
-def accuracy(labels: Values, predictions: Values) -> float:
+def compute_accuracy(labels: Values, predictions: Values) -> float:
     """Share of predictions that equal the label."""
     return float(accuracy_score(labels, predictions))
 
 
-def f1(labels: Values, predictions: Values) -> float:
+def compute_f1(labels: Values, predictions: Values) -> float:
     """Harmonic mean of precision and recall of the class 1; 0 where nothing of it is found."""
     return float(f1_score(labels, predictions, pos_label=1, average="binary", zero_division=0))
 
 
-def matthews(labels: Values, predictions: Values) -> float:
+def compute_matthews(labels: Values, predictions: Values) -> float:
     """Matthews correlation coefficient, in [-1, 1]."""
     return float(matthews_corrcoef(labels, predictions))
 
 
-def pearson(labels: Values, predictions: Values) -> float:
+def compute_pearson(labels: Values, predictions: Values) -> float:
     """Pearson's correlation coefficient, in [-1, 1]; 0 if a side is constant."""
-    return _correlation(pearsonr, labels, predictions)
+    return _compute_correlation(pearsonr, labels, predictions)
 
 
-def spearman(labels: Values, predictions: Values) -> float:
+def compute_spearman(labels: Values, predictions: Values) -> float:
     """Spearman's rank correlation coefficient, in [-1, 1]; 0 if a side is constant."""
-    return _correlation(spearmanr, labels, predictions)
+    return _compute_correlation(spearmanr, labels, predictions)
 
 
-def _correlation(function: Callable[..., Any], labels: Values, predictions: Values) -> float:
+def _compute_correlation(
+    function: Callable[..., Any], labels: Values, predictions: Values
+) -> float:
     if is_constant(labels) or is_constant(predictions):
         return 0.0
     return float(function(labels, predictions).statistic)
 
 
 METRICS: Mapping[str, Metric] = {
-    "accuracy": accuracy,
-    "f1": f1,
-    "matthews": matthews,
-    "pearson": pearson,
-    "spearman": spearman,
+    "accuracy": compute_accuracy,
+    "f1": compute_f1,
+    "matthews": compute_matthews,
+    "pearson": compute_pearson,
+    "spearman": compute_spearman,
 }
 
 
-def _accuracy_rows(labels: Values, predictions: Values) -> Values:
+def _compute_accuracy_rows(labels: Values, predictions: Values) -> Values:
     """Share of equal ones along the last axis."""
     return np.asarray((labels == predictions).mean(-1))
 
 
-def _f1_rows(labels: Values, predictions: Values) -> Values:
+def _compute_f1_rows(labels: Values, predictions: Values) -> Values:
     """2 TP / (2 TP + FP + FN) of the class 1; 0 where it neither is nor is predicted."""
     found, true = predictions == 1, labels == 1
     return _divide(2.0 * (found & true).sum(-1), found.sum(-1) + true.sum(-1))
 
 
-def _matthews_rows(labels: Values, predictions: Values) -> Values:
+def _compute_matthews_rows(labels: Values, predictions: Values) -> Values:
     """Gorodkin's R_K of any number of classes (2004, equation 8); 0 where a side is constant."""
     size = float(labels.shape[-1])
     correct = (labels == predictions).sum(-1)
@@ -103,7 +105,7 @@ def _matthews_rows(labels: Values, predictions: Values) -> Values:
     return _divide(correct * size - (true * found).sum(0), np.sqrt(spread))
 
 
-def _pearson_rows(labels: Values, predictions: Values) -> Values:
+def _compute_pearson_rows(labels: Values, predictions: Values) -> Values:
     """Pearson's correlation; 0 where a side is constant."""
     a = labels - labels.mean(-1, keepdims=True)
     b = predictions - predictions.mean(-1, keepdims=True)
@@ -112,9 +114,9 @@ def _pearson_rows(labels: Values, predictions: Values) -> Values:
     return np.where(constant, 0.0, found)
 
 
-def _spearman_rows(labels: Values, predictions: Values) -> Values:
+def _compute_spearman_rows(labels: Values, predictions: Values) -> Values:
     """Pearson's correlation of the ranks, equal values sharing their mean rank."""
-    return _pearson_rows(rankdata(labels, axis=-1), rankdata(predictions, axis=-1))
+    return _compute_pearson_rows(rankdata(labels, axis=-1), rankdata(predictions, axis=-1))
 
 
 def _divide(above: Any, below: Any) -> Values:
@@ -124,11 +126,11 @@ def _divide(above: Any, below: Any) -> Values:
 
 
 ROW_METRICS: Mapping[str, RowMetric] = {
-    "accuracy": _accuracy_rows,
-    "f1": _f1_rows,
-    "matthews": _matthews_rows,
-    "pearson": _pearson_rows,
-    "spearman": _spearman_rows,
+    "accuracy": _compute_accuracy_rows,
+    "f1": _compute_f1_rows,
+    "matthews": _compute_matthews_rows,
+    "pearson": _compute_pearson_rows,
+    "spearman": _compute_spearman_rows,
 }
 
 
@@ -156,7 +158,7 @@ def estimate_standard_error(
     if len(labels) < 2:
         return None
     if name == "accuracy":
-        share = accuracy(labels, predictions)
+        share = compute_accuracy(labels, predictions)
         return math.sqrt(share * (1 - share) / len(labels))
     return bootstrap_standard_error(name, labels, predictions, seed)
 

@@ -15,7 +15,7 @@ from torch import nn
 
 from cptq.errors import ArtifactError
 from cptq.inference.operations import PackedWeight
-from cptq.layouts.packed import FORMAT_VERSION, packed_specs, stored_count, unfit
+from cptq.layouts.packed import FORMAT_VERSION, count_stored, explain_misfit, list_packed_tensors
 from cptq.numerics.packing import unpack_values
 from cptq.numerics.sparse import PATTERN_BITS, PATTERNS
 from cptq.types import Candidate
@@ -64,7 +64,7 @@ def check_header(
         ArtifactError: names the first tensor that does not fit, with the reason.
     """
     for name, (shape, scheme) in modules.items():
-        why = unfit(shape, scheme)
+        why = explain_misfit(shape, scheme)
         if why is not None:
             raise ArtifactError(f"config.json packs {name!r} as {scheme.label}: {why}")
     found = _read_headers(files)
@@ -72,7 +72,7 @@ def check_header(
         return
     prefix = f"{model.base_model_prefix}."
     for name, (shape, scheme) in modules.items():
-        for spec in packed_specs(name, shape, "F32", scheme):
+        for spec in list_packed_tensors(name, shape, "F32", scheme):
             names = (spec.name, spec.name.removeprefix(prefix), prefix + spec.name)
             known = next((found[other] for other in names if other in found), None)
             allowed = _FLOATS if spec.name.endswith("_scale") else (spec.dtype,)
@@ -94,7 +94,7 @@ def check_positions(name: str, weight: PackedWeight) -> None:
     inputs, stored, wrong = weight.shape[1], 0, False
     if weight.mask is not None and not weight.mask.is_meta:
         stored = int(unpack_values(weight.mask, 1, inputs).sum())
-        wrong = stored != stored_count(weight.shape, weight.scheme)
+        wrong = stored != count_stored(weight.shape, weight.scheme)
     if weight.pattern is not None and not weight.pattern.is_meta:
         wrong = int(unpack_values(weight.pattern, PATTERN_BITS, inputs // 4).max()) >= len(PATTERNS)
     if wrong:

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cptq.inference import operations
 from cptq.inference.operations import PackedWeight
-from cptq.layouts.packed import packed_specs
+from cptq.layouts.packed import list_packed_tensors
 from cptq.types import Candidate
 
 #: field of a `PackedWeight` -> parameter of a module
@@ -34,7 +34,7 @@ class PackedModule(nn.Module):
     def __init__(self, shape: tuple[int, int], scheme: Candidate) -> None:
         super().__init__()
         self.shape, self.scheme = shape, scheme
-        specs = {spec.name[1:]: spec for spec in packed_specs("", shape, "F32", scheme)}
+        specs = {spec.name[1:]: spec for spec in list_packed_tensors("", shape, "F32", scheme)}
         for part in PARAMETERS.values():
             spec = specs.get(part)
             if spec is None:

@@ -10,17 +10,19 @@ class Dense16Layout:
 
     name = "dense"
 
-    def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
+    def explain_refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
         """Nothing is refused."""
         return None
 
     def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
         """The weight, in 16 bits."""
         shape = layer.shape[::-1] if layer.transposed else layer.shape
-        return (TensorSpec(name=layer.weight_name, dtype=dtype_16bit(layer.dtype), shape=shape),)
+        return (
+            TensorSpec(name=layer.weight_name, dtype=choose_16bit_dtype(layer.dtype), shape=shape),
+        )
 
 
-def dtype_16bit(dtype: str) -> str:
+def choose_16bit_dtype(dtype: str) -> str:
     """The 16-bit type for values of a storage type; what is no wider float stays."""
     return "F16" if dtype in ("F32", "F64") else dtype
 

@@ -24,7 +24,7 @@ TYPE_BITS: Mapping[str, int] = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8, "Q4_1": 4, "Q5_
 BLOCK_BYTES: Mapping[str, int] = {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34, "Q4_1": 20, "Q5_1": 24}
 
 
-def type_of(candidate: Candidate) -> str | None:
+def find_type(candidate: Candidate) -> str | None:
     """The type that holds a candidate's codes; None where there is none."""
     return None if candidate.sparsity else _TYPES[candidate.symmetric].get(candidate.bits)
 
@@ -34,22 +34,22 @@ class GgufLayout:
 
     name = "gguf"
 
-    def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
+    def explain_refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
         """Everything but codes that a type holds, in groups that are whole blocks."""
-        if type_of(candidate) is None:
-            return type_refusal(candidate)
-        return shape_refusal(layer.shape[1], resolve_group(layer.shape[1], candidate.group_size))
+        if find_type(candidate) is None:
+            return explain_type(candidate)
+        return explain_shape(layer.shape[1], resolve_group(layer.shape[1], candidate.group_size))
 
     def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
         """One tensor of (out, bytes of a row)."""
         out, inputs = layer.shape
-        kind = type_of(candidate)
+        kind = find_type(candidate)
         assert kind is not None
         row = inputs // BLOCK * BLOCK_BYTES[kind]
         return (TensorSpec(name=layer.weight_name, dtype="U8", shape=(out, row)),)
 
 
-def type_refusal(candidate: Candidate) -> str:
+def explain_type(candidate: Candidate) -> str:
     """Why no type holds a candidate."""
     if candidate.sparsity:
         return "sparse weights, for which it has no storage"
@@ -58,7 +58,7 @@ def type_refusal(candidate: Candidate) -> str:
     return f"{grid} codes of {candidate.bits} bits, but of {known}"
 
 
-def shape_refusal(inputs: int, group: int) -> str | None:
+def explain_shape(inputs: int, group: int) -> str | None:
     """Why rows of so many inputs in such groups are no whole blocks; None where they are."""
     if inputs % BLOCK:
         return f"{inputs} inputs, which blocks of {BLOCK} do not divide"

@@ -19,7 +19,7 @@ class Layout(Protocol):
     def name(self) -> str:
         """The format's name, as in `cptq.artifact.formats.FORMATS`."""
 
-    def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
+    def explain_refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
         """Why the format cannot hold a layer so compressed, as a clause; None where it can."""
 
     def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:

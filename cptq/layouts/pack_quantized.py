@@ -23,7 +23,7 @@ class PackQuantized:
 
     name = "compressed-tensors"
 
-    def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
+    def explain_refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
         """Everything but symmetric linears of 2 to 8 bits without sparsity."""
         if layer.transposed or layer.kind == "conv1d":
             return "a Conv1D, whose packed weights stock transformers replaces by random ones"
@@ -39,13 +39,13 @@ class PackQuantized:
         """See `packed_tensors`."""
         inputs = layer.shape[1]
         groups = inputs // resolve_group(inputs, candidate.group_size)
-        return packed_tensors(layer, candidate.bits, groups)
+        return list_packed_tensors(layer, candidate.bits, groups)
 
 
 PACK_QUANTIZED = PackQuantized()
 
 
-def packed_tensors(layer: LayerSpec, bits: int, groups: int) -> tuple[TensorSpec, ...]:
+def list_packed_tensors(layer: LayerSpec, bits: int, groups: int) -> tuple[TensorSpec, ...]:
     """The three tensors of a compressed layer; `groups` scales per output row."""
     out, inputs = layer.shape
     words = -(-inputs * bits // 32)

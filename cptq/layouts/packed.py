@@ -36,37 +36,37 @@ WEIGHT_FILES = (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
 UNSTRUCTURED, TWO_OF_FOUR = "unstructured", "2:4"
 
 
-def words(count: int, bits: int) -> int:
+def count_words(count: int, bits: int) -> int:
     """32-bit words of `count` values."""
     return -(-count * bits // 32)
 
 
-def stored_count(shape: tuple[int, int], scheme: Candidate) -> int:
+def count_stored(shape: tuple[int, int], scheme: Candidate) -> int:
     """How many weights an unstructured scheme stores: all but floor(sparsity * numel)."""
     numel = shape[0] * shape[1]
     return numel - int(scheme.sparsity * numel + 1e-9)  # 0.3 * 10 is 3, not 2.9999999999999996
 
 
-def resolved(candidate: Candidate, inputs: int) -> Candidate:
+def resolve_candidate(candidate: Candidate, inputs: int) -> Candidate:
     """The candidate with the group size that a layer of so many inputs really gets."""
     group = resolve_group(inputs, candidate.group_size)
     return replace(candidate, group_size=0 if group == inputs else group)
 
 
-def unfit(shape: tuple[int, int], scheme: Candidate) -> str | None:
+def explain_misfit(shape: tuple[int, int], scheme: Candidate) -> str | None:
     """Why the format cannot hold a weight of this shape under this scheme; None where it can."""
     if not 2 <= scheme.bits <= 8:
         return f"{scheme.bits} bits; 2 to 8 can be packed"
     if scheme.group_size and shape[1] % scheme.group_size:
         return f"groups of {scheme.group_size} do not divide {shape[1]} inputs"
-    if scheme.sparsity and stored_count(shape, scheme) < 1:
+    if scheme.sparsity and count_stored(shape, scheme) < 1:
         return f"a sparsity of {scheme.sparsity:g}, which stores no weight"
     if scheme.pattern == TWO_OF_FOUR and shape[1] % 4:
         return f"2:4 needs a multiple of 4 inputs, and there are {shape[1]}"
     return None
 
 
-def packed_specs(
+def list_packed_tensors(
     name: str, shape: tuple[int, int], scale_dtype: str, scheme: Candidate
 ) -> tuple[TensorSpec, ...]:
     """The tensors of one module.
@@ -79,16 +79,16 @@ def packed_specs(
     """
     out, inputs = shape
     groups = inputs // (scheme.group_size or inputs)
-    codes: tuple[int, ...] = (out, words(inputs, scheme.bits))
+    codes: tuple[int, ...] = (out, count_words(inputs, scheme.bits))
     more: list[tuple[str, int]] = []
     if scheme.pattern == TWO_OF_FOUR:
-        codes = (out, words(inputs // 2, scheme.bits))
-        more.append(("weight_pattern", words(inputs // 4, 3)))
+        codes = (out, count_words(inputs // 2, scheme.bits))
+        more.append(("weight_pattern", count_words(inputs // 4, 3)))
     elif scheme.sparsity:
-        codes = (words(stored_count(shape, scheme), scheme.bits),)
-        more.append(("weight_mask", words(inputs, 1)))
+        codes = (count_words(count_stored(shape, scheme), scheme.bits),)
+        more.append(("weight_mask", count_words(inputs, 1)))
     if not scheme.symmetric:
-        more.append(("weight_zero", words(groups, scheme.bits)))
+        more.append(("weight_zero", count_words(groups, scheme.bits)))
     return (
         TensorSpec(name=f"{name}.weight", dtype="I32", shape=codes),
         TensorSpec(name=f"{name}.weight_scale", dtype=scale_dtype, shape=(out, groups)),
@@ -101,18 +101,18 @@ class PackedLayout:
 
     name = "packed"
 
-    def refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
+    def explain_refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
         """What cannot be packed, or not in this kind of layer."""
         if layer.kind == "embedding" and candidate.sparsity:
             return "a sparse embedding, whose rows would have no fixed place"
         if layer.expert:
             return "an expert, which transformers stacks with others when it loads them"
-        return unfit(layer.shape, resolved(candidate, layer.shape[1]))
+        return explain_misfit(layer.shape, resolve_candidate(candidate, layer.shape[1]))
 
     def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
         """See `packed_specs`."""
-        scheme = resolved(candidate, layer.shape[1])
-        return packed_specs(layer.name, layer.shape, layer.dtype, scheme)
+        scheme = resolve_candidate(candidate, layer.shape[1])
+        return list_packed_tensors(layer.name, layer.shape, layer.dtype, scheme)
 
 
 PACKED_LAYOUT = PackedLayout()

@@ -41,16 +41,16 @@ FRAME = len(json.dumps({"__metadata__": dict(METADATA)}, separators=(",", ":")))
 SHARD_BYTES = 5_000_000_000
 
 
-def in_file_order(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
+def sort_for_file(specs: Iterable[TensorSpec]) -> list[TensorSpec]:
     """The tensors in the order in which they lie in the file."""
     return sorted(specs, key=lambda spec: (_RANK[spec.dtype], spec.name))
 
 
-def header_bytes(specs: Iterable[TensorSpec]) -> bytes:
+def encode_header(specs: Iterable[TensorSpec]) -> bytes:
     """Everything before the first tensor: the length, the JSON, its padding."""
-    ordered, entries, start = in_file_order(specs), [], 0
+    ordered, entries, start = sort_for_file(specs), [], 0
     for spec in ordered:
-        entries.append(_entry(spec, start))
+        entries.append(_encode_entry(spec, start))
         start += spec.nbytes
     metadata = json.dumps(dict(METADATA), separators=(",", ":"))
     text = "{" + ",".join([f'"__metadata__":{metadata}', *entries]) + "}"
@@ -59,7 +59,7 @@ def header_bytes(specs: Iterable[TensorSpec]) -> bytes:
     return len(raw).to_bytes(8, "little") + raw
 
 
-def _entry(spec: TensorSpec, start: int) -> str:
+def _encode_entry(spec: TensorSpec, start: int) -> str:
     name = json.dumps(spec.name, ensure_ascii=False)
     shape = ",".join(map(str, spec.shape))
     offsets = f"{start},{start + spec.nbytes}"
@@ -84,12 +84,12 @@ class Entry(NamedTuple):
 
 def measure(spec: TensorSpec) -> Entry:
     """A tensor as an `Entry`."""
-    at_zero, nbytes = len(_entry(spec, 0).encode()), spec.nbytes
+    at_zero, nbytes = len(_encode_entry(spec, 0).encode()), spec.nbytes
     fixed = at_zero - len("0") - len(str(nbytes)) + len(",")
     return Entry(rank=_RANK[spec.dtype], name=spec.name, nbytes=nbytes, fixed=fixed)
 
 
-def header_length(entries: Iterable[Entry]) -> int:
+def count_header_bytes(entries: Iterable[Entry]) -> int:
     """`len(header_bytes(...))` of measured tensors, many times as fast."""
     start, length = 0, FRAME
     for entry in sorted(entries):
@@ -120,16 +120,16 @@ def split_shards(tensors: Iterable[_T], most: int = SHARD_BYTES) -> list[list[_T
     return shards
 
 
-def shard_names(count: int, stem: str = "model") -> list[str]:
+def name_shards(count: int, stem: str = "model") -> list[str]:
     """File names of `count` shards as transformers names them."""
     if count == 1:
         return [f"{stem}.safetensors"]
     return [f"{stem}-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
 
 
-def total_bytes(entries: Iterable[Entry], most: int = SHARD_BYTES) -> int:
+def sum_bytes(entries: Iterable[Entry], most: int = SHARD_BYTES) -> int:
     """Bytes of the file or of all shards together (not of the JSON index beside shards)."""
     return sum(
-        header_length(shard) + sum(entry.nbytes for entry in shard)
+        count_header_bytes(shard) + sum(entry.nbytes for entry in shard)
         for shard in split_shards(entries, most)
     )

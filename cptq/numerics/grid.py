@@ -82,14 +82,14 @@ SIGNIFICANT, SMALLEST, LARGEST = 11, -24, 2.0**11
 MOST_BITS = 5
 
 
-def code_range(bits: int) -> tuple[int, int]:
+def get_code_range(bits: int) -> tuple[int, int]:
     """Return the smallest and largest code of a signed grid of `bits` bits."""
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
 def encode(W_OGK: Tensor, bits: int, scale_OG: Tensor, zero_OG: Tensor | None = None) -> Tensor:
     """Return the nearest codes (as floats) of grouped weights on given grids; shape of `W_OGK`."""
-    low, high = code_range(bits)
+    low, high = get_code_range(bits)
     steps_OGK = (W_OGK / scale_OG.unsqueeze(-1)).round_()
     if zero_OG is not None:
         steps_OGK.add_(zero_OG.to(W_OGK.dtype).unsqueeze(-1))
@@ -276,7 +276,7 @@ class _AsymmetricTrials:
     def __init__(self, W_OGK: Tensor, bits: int) -> None:
         self._below_OG = W_OGK.amin(-1).clamp(max=0)
         self._above_OG = W_OGK.amax(-1).clamp(min=0)
-        self._low, self._high = code_range(bits)
+        self._low, self._high = get_code_range(bits)
 
     def plain(self) -> Grid:
         """Return the grid of the whole range."""
@@ -320,7 +320,7 @@ def _fit_chunk(W_OGK: Tensor, bits: int, symmetric: bool, clip: bool, h_GK: Tens
     plain = trials.plain()
     if not clip:
         return plain
-    best = plain, _error(W_OGK, plain, bits, h_GK)
+    best = plain, _compute_error(W_OGK, plain, bits, h_GK)
     for trial in trials.coarse():
         best = _keep_better(W_OGK, trial, *best, bits, h_GK)
     for trial in trials.around(best[0]):
@@ -332,7 +332,7 @@ def _keep_better(
     W_OGK: Tensor, trial: Grid, best: Grid, least_OG: Tensor, bits: int, h_GK: Tensor | None
 ) -> tuple[Grid, Tensor]:
     """Return grids and their errors, each group's trial taken where it lowers the error."""
-    error_OG = _error(W_OGK, trial, bits, h_GK)
+    error_OG = _compute_error(W_OGK, trial, bits, h_GK)
     smaller_OG = error_OG < least_OG
     scale_OG = torch.where(smaller_OG, trial[0], best[0])
     zero_OG = best[1]
@@ -341,14 +341,14 @@ def _keep_better(
     return (scale_OG, zero_OG), torch.where(smaller_OG, error_OG, least_OG)
 
 
-def _error(W_OGK: Tensor, grid: Grid, bits: int, h_GK: Tensor | None) -> Tensor:
+def _compute_error(W_OGK: Tensor, grid: Grid, bits: int, h_GK: Tensor | None) -> Tensor:
     """Return the weighted squared error of each group (out, groups)."""
-    difference_OGK = _steps(W_OGK, grid, bits).mul_(grid[0].unsqueeze(-1)).sub_(W_OGK)
+    difference_OGK = _count_steps(W_OGK, grid, bits).mul_(grid[0].unsqueeze(-1)).sub_(W_OGK)
     squared_OGK = difference_OGK.square_()
     return (squared_OGK if h_GK is None else squared_OGK.mul_(h_GK)).sum(-1)
 
 
-def _steps(W_OGK: Tensor, grid: Grid, bits: int) -> Tensor:
+def _count_steps(W_OGK: Tensor, grid: Grid, bits: int) -> Tensor:
     """Return code minus zero point: how many scales the rounded weights are away from 0."""
     codes_OGK = encode(W_OGK, bits, *grid)
     return codes_OGK if grid[1] is None else codes_OGK.sub_(grid[1].unsqueeze(-1))
@@ -357,11 +357,11 @@ def _steps(W_OGK: Tensor, grid: Grid, bits: int) -> Tensor:
 def _refit(W_OGK: Tensor, best: Grid, least_OG: Tensor, bits: int, h_GK: Tensor | None) -> Grid:
     """Take one closed-form step of the scale at fixed codes where it lowers the error."""
     scale_OG, zero_OG = best
-    q_OGK = _steps(W_OGK, best, bits)
+    q_OGK = _count_steps(W_OGK, best, bits)
     hq_OGK = q_OGK if h_GK is None else q_OGK * h_GK
     fitted_OG = (hq_OGK * W_OGK).sum(-1) / (hq_OGK * q_OGK).sum(-1).clamp_min(1e-30)
     # a scale is never 0, and beside a zero point always positive
     usable_OG = fitted_OG != 0 if zero_OG is None else fitted_OG > 0
     fitted_OG = torch.where(usable_OG, fitted_OG, scale_OG)
-    better_OG = _error(W_OGK, (fitted_OG, zero_OG), bits, h_GK) < least_OG
+    better_OG = _compute_error(W_OGK, (fitted_OG, zero_OG), bits, h_GK) < least_OG
     return torch.where(better_OG, fitted_OG, scale_OG), zero_OG

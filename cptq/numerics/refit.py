@@ -51,7 +51,7 @@ def refit_scales(
     return torch.cat([_refit_rows(*part, H_II, next(limits)) for part in parts])
 
 
-def output_error(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
+def compute_output_error(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
     """Squared output error per row (out,), E |x (w - q)|^2."""
     D_OI = W_OI - dequantize(codes_OI, scale_OG, dtype=W_OI.dtype)
     return ((D_OI @ H_II) * D_OI).sum(1)
@@ -61,14 +61,14 @@ def _refit_rows(
     W_OI: Tensor, codes_OI: Tensor, scale_OG: Tensor, H_II: Tensor, precision_OG: Tensor | None
 ) -> Tensor:
     present_OG = scale_OG.to(W_OI.dtype)
-    change_OG = _best_change(W_OI, H_II, codes_OI, present_OG)
+    change_OG = _solve_change(W_OI, H_II, codes_OI, present_OG)
     fitted_OG = round_scales(present_OG + change_OG, scale_OG.dtype, precision_OG)
-    before_O = output_error(W_OI, H_II, codes_OI, scale_OG)
-    better_O = output_error(W_OI, H_II, codes_OI, fitted_OG) < before_O
+    before_O = compute_output_error(W_OI, H_II, codes_OI, scale_OG)
+    better_O = compute_output_error(W_OI, H_II, codes_OI, fitted_OG) < before_O
     return torch.where(better_O.unsqueeze(1), fitted_OG, scale_OG)
 
 
-def _best_change(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
+def _solve_change(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
     """What to add to the scales (out, groups): solves A d = q^T H (w - s q) row by row."""
     out, groups = scale_OG.shape
     q_OGK = codes_OI.to(W_OI.dtype).view(out, groups, -1)

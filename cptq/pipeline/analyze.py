@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cptq.allocation.ledger import Ledger
-from cptq.artifact.atomic import check_output, new_directory, write_files
+from cptq.artifact.atomic import check_output, create_directory, write_files
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import RUNTIMES, AnalyzeSettings, find_runtime
@@ -15,7 +15,7 @@ from cptq.errors import UsageError
 from cptq.pipeline.files import encode_stage_files, read_tables
 from cptq.pipeline.inputs import build_candidates, calibrate, load_dense
 from cptq.pipeline.recorder import Recorder
-from cptq.pipeline.summarize import summary
+from cptq.pipeline.summarize import summarize
 from cptq.pipeline.validate import build_ledgers, validate
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import AnalyzeOutcome, Summary
@@ -135,7 +135,7 @@ def _write_analysis(
 ) -> Summary:
     """Write all files of an analysis, whole or not at all, and return its summary."""
     record = inputs.calibration.record if inputs.calibration else None
-    report = summary(
+    report = summarize(
         "analyze",
         inputs.settings,
         inputs.model,
@@ -148,7 +148,7 @@ def _write_analysis(
     )
     files = encode_stage_files(inputs.model, record, tables, None, validation)
     files |= render_files(report)
-    with new_directory(inputs.place, sum(map(len, files.values()))) as folder:
+    with create_directory(inputs.place, sum(map(len, files.values()))) as folder:
         write_files(folder, files)
     return report
 

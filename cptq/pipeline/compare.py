@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cptq.artifact.atomic import check_output, new_directory, write_files
+from cptq.artifact.atomic import check_output, create_directory, write_files
 from cptq.config import CompareSettings, EvalSettings, command_line
 from cptq.errors import EvaluationError
 from cptq.evaluation.baseline import add_paired_differences
@@ -21,7 +21,7 @@ from cptq.pipeline.evaluate import (
     report_mismatches,
 )
 from cptq.pipeline.recorder import Recorder
-from cptq.pipeline.summarize import versions
+from cptq.pipeline.summarize import collect_versions
 from cptq.report.comparison import (
     ComparedModel,
     CompareOutcome,
@@ -52,7 +52,7 @@ def compare(settings: CompareSettings, emit: Emit) -> CompareOutcome:
     if place is None:
         return CompareOutcome(comparison=found)
     files = render_comparison_files(found)
-    with new_directory(place, sum(map(len, files.values()))) as draft:
+    with create_directory(place, sum(map(len, files.values()))) as draft:
         write_files(draft, files)
     reports = {kind: place / name for kind, name in COMPARISON_FILES.items() if name in files}
     return CompareOutcome(comparison=found, out=settings.out, reports=reports)
@@ -79,7 +79,7 @@ def _put_side_by_side(
         command_line=command_line(settings),
         models=tuple(paired),
         quality=quality,
-        versions=versions(),
+        versions=collect_versions(),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         notices=tuple(recorder.notices),
         timings=dict(recorder.timings),

@@ -27,7 +27,7 @@ from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
-from cptq.pipeline.summarize import summary, verification_facts
+from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.uniform_check import BASELINE, keep_better_plan
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
@@ -239,7 +239,7 @@ def _summarize(
 ) -> Summary:
     """Return everything that is known once the files are written and verified."""
     plan = compressed.plan
-    return summary(
+    return summarize(
         "compress",
         inputs.settings,
         inputs.model,
@@ -250,9 +250,9 @@ def _summarize(
         sensitivity=tables,
         budget=plan.budget,
         plan=plan,
-        size=inputs.space.cost.size_report(plan.choices),
+        size=inputs.space.cost.make_size_report(plan.choices),
         results=tuple(layer.result for layer in compressed.layers),
-        verification=verification_facts(check),
+        verification=describe_check(check),
     )
 
 

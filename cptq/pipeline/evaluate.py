@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cptq.artifact.atomic import atomic_file, refuse_existing
+from cptq.artifact.atomic import refuse_existing, write_file
 from cptq.artifact.manifest import try_read_manifest
 from cptq.checkpoint.loader import load_model, read_spec
 from cptq.checkpoint.model import LoadedModel
@@ -23,7 +23,7 @@ from cptq.evaluation.leak_check import CalibrationText, check_leaks
 from cptq.evaluation.task import EvalOptions, Observer, PreparedTask, prepare_task
 from cptq.evaluation.tasks.harness import prepare_harness, resolve_tasks
 from cptq.pipeline.recorder import Recorder
-from cptq.pipeline.summarize import summary
+from cptq.pipeline.summarize import summarize
 from cptq.report.render import render_json
 from cptq.report.summary import EvalOutcome
 from cptq.types import Comparison, Emit, EvalResult, Notice, Progress, join_results
@@ -55,7 +55,7 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
         joined = add_flips(join_results(results, baseline))
         joined = add_paired_differences(joined, settings.seed)
     report_mismatches(joined, "baseline", recorder)
-    report = summary(
+    report = summarize(
         "eval",
         settings,
         model,
@@ -65,7 +65,7 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
         baseline_source=settings.baseline,
     )
     if settings.out is not None:
-        atomic_file(settings.out, render_json(report), overwrite=settings.overwrite)
+        write_file(settings.out, render_json(report), overwrite=settings.overwrite)
     return EvalOutcome(summary=report, out=settings.out)
 
 

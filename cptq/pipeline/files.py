@@ -45,7 +45,7 @@ def encode_stage_files(
         files["calibration.json"] = convert_to_plain(calibration)
     for name, table in tables.items():
         partial = ".partial" if PARTIAL in table.details else ""
-        files[f"sensitivity/{name}{partial}.json"] = _table_data(table)
+        files[f"sensitivity/{name}{partial}.json"] = _encode_table(table)
     if plan is not None:
         files["plan.json"] = plan.to_dict()
     if validation is not None:
@@ -53,10 +53,10 @@ def encode_stage_files(
             "model_fingerprint": model.fingerprint,
             **convert_to_plain(validation),
         }
-    return {name: _json(content) for name, content in files.items()}
+    return {name: _encode_json(content) for name, content in files.items()}
 
 
-def _table_data(table: SensitivityTable) -> dict[str, Any]:
+def _encode_table(table: SensitivityTable) -> dict[str, Any]:
     data: dict[str, Any] = convert_to_plain(table)
     return {"schema": TABLE_SCHEMA, **data}
 
@@ -179,5 +179,5 @@ def check_covers(
             )
 
 
-def _json(content: Any) -> bytes:
+def _encode_json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()

@@ -24,7 +24,7 @@ from cptq.calibration.holdout import count_part_rows, split_parts
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
-from cptq.compression.embeddings import embedding_tensors
+from cptq.compression.embeddings import list_embedding_tensors
 from cptq.config import (
     AnalyzeSettings,
     CompressSettings,
@@ -154,8 +154,8 @@ def _build_search_space(
     emit: Emit,
 ) -> SearchSpace:
     """Find the file format and the candidates; a `plan` that is given decides on embeddings."""
-    asymmetric = asymmetric_widths(settings)
-    embedding = plan.embedding if plan is not None else _embedding_candidate(settings, asymmetric)
+    asymmetric = list_asymmetric_widths(settings)
+    embedding = plan.embedding if plan is not None else _choose_embedding(settings, asymmetric)
     choices = plan.choices.values() if plan is not None else ()
     form = runtime.format_for(
         model.layers,
@@ -166,20 +166,18 @@ def _build_search_space(
     candidates = build_candidates(settings)
     if settings.asymmetric:
         _report_symmetric(candidates, runtime, emit)
-    embeddings = embedding_tensors(model, embedding, layout, runtime, emit)
+    embeddings = list_embedding_tensors(model, embedding, layout, runtime, emit)
     cost = CostModel(model.units, model.tensors, layout, runtime, embeddings)
     return SearchSpace(
         candidates=candidates,
-        options=_constrain(settings, model, candidates, cost, emit),
+        options=_apply_constraints(settings, model, candidates, cost, emit),
         embedding=embedding,
         form=form,
         cost=cost,
     )
 
 
-def _embedding_candidate(
-    settings: CompressSettings, asymmetric: Collection[int]
-) -> Candidate | None:
+def _choose_embedding(settings: CompressSettings, asymmetric: Collection[int]) -> Candidate | None:
     """Return what --embedding-bits gives to embeddings."""
     bits = settings.embedding_bits
     if bits is None:
@@ -195,7 +193,7 @@ def _report_symmetric(candidates: Sequence[Candidate], runtime: Runtime, emit: E
         emit(Notice(kind="info", subject="--asymmetric", message=message))
 
 
-def _constrain(
+def _apply_constraints(
     settings: CompressSettings,
     model: LoadedModel,
     candidates: Sequence[Candidate],
@@ -209,7 +207,7 @@ def _constrain(
         model.units,
         candidates,
         group_size=settings.group_size,
-        asymmetric=asymmetric_widths(settings),
+        asymmetric=list_asymmetric_widths(settings),
         layers=model.layers,
         emit=emit,
     )
@@ -301,14 +299,14 @@ def calibrate(
         )
 
 
-def cost_model(model: LoadedModel, settings: AnalyzeSettings) -> CostModel:
+def build_cost_model(model: LoadedModel, settings: AnalyzeSettings) -> CostModel:
     """Return the cost model of the file that the runtime loads."""
     runtime = find_runtime(settings.runtime)
     form = runtime.format_for(model.layers, asymmetric=settings.asymmetric)
     return CostModel(model.units, model.tensors, FORMATS.get(form).layout, runtime)
 
 
-def asymmetric_widths(settings: AnalyzeSettings | CompressSettings) -> tuple[int, ...]:
+def list_asymmetric_widths(settings: AnalyzeSettings | CompressSettings) -> tuple[int, ...]:
     """Return the widths that --asymmetric puts on asymmetric grids, by what the runtime takes."""
     return find_runtime(settings.runtime).asymmetric if settings.asymmetric else ()
 
@@ -318,7 +316,7 @@ def build_candidates(settings: AnalyzeSettings | CompressSettings) -> tuple[Cand
     return list_candidates(
         settings.bits,
         settings.group_size,
-        asymmetric=asymmetric_widths(settings),
+        asymmetric=list_asymmetric_widths(settings),
         sparsity=settings.sparsity,
     )
 

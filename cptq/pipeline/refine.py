@@ -17,10 +17,10 @@ from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
-from cptq.compression.workbench import Workbench
+from cptq.compression.trial_model import TrialModel
 from cptq.config import CompressSettings
-from cptq.pipeline.bench import workbench
 from cptq.pipeline.inputs import HeldOutText
+from cptq.pipeline.trial_model import build_trial_model
 from cptq.report.formatting import format_number
 from cptq.types import Emit, Event, Notice, Plan, SensitivityTable
 
@@ -44,7 +44,7 @@ def refine_plan(
     objective = choose_objective(model.kind, model.config)
     candidates = sorted({candidate for row in ledger.bytes_of.values() for candidate in row})
     seed, sparse = settings.calibration.seed, any(c.sparsity for c in candidates)
-    bench = workbench(
+    bench = build_trial_model(
         model,
         calibration,
         objective,
@@ -57,8 +57,8 @@ def refine_plan(
     )
     search = DivergenceFromDense(model, held_out.search, objective)
     guard = DivergenceFromDense(model, held_out.guard, objective)
-    problem = build_problem(table, ledger, candidates, _silent)
-    with bench.trying():
+    problem = build_problem(table, ledger, candidates, _ignore)
+    with bench.restore_after():
         found = refine(
             problem,
             plan.choices,
@@ -68,7 +68,7 @@ def refine_plan(
             seed=seed,
             emit=emit,
         )
-    note = _told(found, objective.unit)
+    note = _describe_result(found, objective.unit)
     emit(Notice(kind="info", subject="--refine", message=note))
     return replace(
         plan,
@@ -79,19 +79,19 @@ def refine_plan(
     )
 
 
-def _measure(bench: Workbench, probe: DivergenceFromDense) -> Callable[[Choices], float]:
+def _measure(bench: TrialModel, probe: DivergenceFromDense) -> Callable[[Choices], float]:
     def measure(choices: Choices) -> float:
-        bench.settle(choices)
+        bench.apply_choices(choices)
         return float(probe.measure_rows().mean())
 
     return measure
 
 
-def _silent(_event: Event) -> None:
+def _ignore(_event: Event) -> None:
     """What is to be said about the scores was said when the plan was made."""
 
 
-def _told(found: Refined, unit: str) -> str:
+def _describe_result(found: Refined, unit: str) -> str:
     if not found.kept:
         return (
             f"none of {found.tried} plans held on both texts; the plan stays "

@@ -19,7 +19,7 @@ from cptq.report.summary import ModelFacts, Summary, VerificationFacts
 PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors", "tokenizers", "scipy")
 
 
-def versions() -> dict[str, str]:
+def collect_versions() -> dict[str, str]:
     """Versions of cptq, Python and the packages that numbers depend on."""
     found = {"cptq": __version__, "python": platform.python_version()}
     for package in PACKAGES:
@@ -30,7 +30,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def model_facts(model: LoadedModel) -> ModelFacts:
+def describe_model(model: LoadedModel) -> ModelFacts:
     """The model as a report names it; `dense_bytes` is its file at 16 bits a weight."""
     dtypes = Counter[str]()
     for spec in model.tensors:
@@ -48,15 +48,15 @@ def model_facts(model: LoadedModel) -> ModelFacts:
     )
 
 
-def summary(
+def summarize(
     command: str, settings: Settings, model: LoadedModel, recorder: Recorder, **found: Any
 ) -> Summary:
     """A summary of `command`; `found` fills the fields that this command has."""
     return Summary(
         command=command,
         command_line=command_line(settings),
-        model=model_facts(model),
-        versions=versions(),
+        model=describe_model(model),
+        versions=collect_versions(),
         settings=describe(settings),
         device=str(model.device),
         dtype=str(model.dtype).removeprefix("torch."),
@@ -69,7 +69,7 @@ def summary(
     )
 
 
-def verification_facts(found: ReloadCheck | None) -> VerificationFacts | None:
+def describe_check(found: ReloadCheck | None) -> VerificationFacts | None:
     """What the fresh process found, as a report tells it."""
     if found is None:
         return None

@@ -29,10 +29,10 @@ from cptq.calibration.holdout import split_parts
 from cptq.calibration.objective import choose_objective
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
-from cptq.compression.workbench import Workbench
+from cptq.compression.trial_model import TrialModel
 from cptq.config import AnalyzeSettings
-from cptq.pipeline.bench import workbench
-from cptq.pipeline.inputs import cost_model
+from cptq.pipeline.inputs import build_cost_model
+from cptq.pipeline.trial_model import build_trial_model
 from cptq.report.formatting import format_seconds as spoken
 from cptq.sensitivity.validation.pairs import choose_pairs, classify_depth, rank_depths
 from cptq.sensitivity.validation.ranks import RESAMPLES, measure_agreement
@@ -75,12 +75,12 @@ def validate(
     Raises:
         CalibrationError: no rows to judge with, or an output that is not finite.
     """
-    _tell_foreign_texts(tables, calibration, emit)
+    _warn_of_foreign_texts(tables, calibration, emit)
     seed = settings.calibration.seed
-    cost = cost_model(model, settings)
+    cost = build_cost_model(model, settings)
     objective = choose_objective(model.kind, model.config)
     sparse = any(candidate.sparsity for candidate in candidates)
-    bench = workbench(
+    bench = build_trial_model(
         model,
         calibration,
         objective,
@@ -93,9 +93,9 @@ def validate(
     )
     probe = DivergenceFromDense(model, split_parts(model, calibration.held_out, 1)[0], objective)
     dealt = choose_pairs(model.units, len(model.block_names), candidates, settings.pairs, seed)
-    chosen = [(unit, c) for unit, c in dealt if cost.refusal(unit.name, c) is None]
+    chosen = [(unit, c) for unit, c in dealt if cost.explain_refusal(unit.name, c) is None]
     trials = _Trials(model=model, probe=probe, bench=bench, emit=emit)
-    _tell_cost(probe, len(chosen), len(ledgers), tables, settings, candidates, model, emit)
+    _report_cost(probe, len(chosen), len(ledgers), tables, settings, candidates, model, emit)
     clock = time.perf_counter()
     pairs = _measure_pairs(model, probe, bench, chosen, tables, emit)
     paired = time.perf_counter()
@@ -106,7 +106,7 @@ def validate(
         seed=seed,
         judge_tokens=probe.tokens,
         resamples=RESAMPLES,
-        texts=_texts(model, calibration, probe),
+        texts=_describe_texts(model, calibration, probe),
         reference=REFERENCE if REFERENCE in tables else None,
         pairs=tuple(pairs),
         agreements=tuple(
@@ -121,7 +121,7 @@ def validate(
             )
             for name, table in tables.items()
         ),
-        depths=_depths(pairs, list(tables)),
+        depths=_rank_depths(pairs, list(tables)),
         trials=tuple(found),
         seconds={"pairs": paired - clock, "plans": time.perf_counter() - paired},
     )
@@ -136,7 +136,7 @@ def build_ledgers(
         BudgetError: no plan reaches a target, or only plans with sparse weights do: the baseline
             plan has none.
     """
-    cost, ledgers = cost_model(model, settings), []
+    cost, ledgers = build_cost_model(model, settings), []
     for text in settings.targets:
         target = parse_target(text)
         ledger = build_ledger(resolve_budget(target, cost, settings.group_size), cost, candidates)
@@ -148,7 +148,7 @@ def build_ledgers(
     return ledgers
 
 
-def _tell_foreign_texts(
+def _warn_of_foreign_texts(
     tables: Mapping[str, SensitivityTable], calibration: Calibration, emit: Emit
 ) -> None:
     """A word where a table of an earlier analysis may have seen what judges."""
@@ -165,7 +165,7 @@ def _tell_foreign_texts(
 def _measure_pairs(
     model: LoadedModel,
     probe: DivergenceFromDense,
-    bench: Workbench,
+    bench: TrialModel,
     chosen: Sequence[tuple[Unit, Candidate]],
     tables: Mapping[str, SensitivityTable],
     emit: Emit,
@@ -187,7 +187,7 @@ def _measure_pairs(
     return found
 
 
-def _depths(pairs: Sequence[Pair], metrics: Sequence[str]) -> dict[str, Mapping[str, float]]:
+def _rank_depths(pairs: Sequence[Pair], metrics: Sequence[str]) -> dict[str, Mapping[str, float]]:
     found = {TRUTH: rank_depths([(p.depth, p.role, p.candidate, p.truth) for p in pairs])}
     for metric in metrics:
         rows = [(p.depth, p.role, p.candidate, p.scores[metric]) for p in pairs]
@@ -201,7 +201,7 @@ class _Trials:
 
     model: LoadedModel
     probe: DivergenceFromDense
-    bench: Workbench
+    bench: TrialModel
     emit: Emit
     known: dict[tuple[Candidate, ...], torch.Tensor] = field(default_factory=dict)
 
@@ -217,7 +217,7 @@ class _Trials:
         ways += [(name, table) for table in tables.values() for name in allocators]
         total = len(ledgers) * len(ways)
         found: list[PlanTrial] = []
-        with self.bench.trying():
+        with self.bench.restore_after():
             for ledger in ledgers:
                 for name, table in ways:
                     words = f"{ledger.budget.asked} {table.metric if table else ''} {name}"
@@ -239,10 +239,10 @@ class _Trials:
             ledger,
             candidates,
             model_fingerprint=self.model.fingerprint,
-            emit=self._but_for_details,
+            emit=self._pass_warnings,
         )
         rows = self._judge(plan)
-        size = ledger.cost.size_report(plan.choices)
+        size = ledger.cost.make_size_report(plan.choices)
         return PlanTrial(
             target=ledger.budget.asked,
             metric=plan.metric,
@@ -260,17 +260,17 @@ class _Trials:
         """Divergence of each row; equal plans are measured once."""
         key = tuple(plan.choices[unit.name] for unit in self.model.units)
         if key not in self.known:
-            self.bench.settle(plan.choices)
+            self.bench.apply_choices(plan.choices)
             self.known[key] = self.probe.measure_rows()
         return self.known[key]
 
-    def _but_for_details(self, event: Event) -> None:
+    def _pass_warnings(self, event: Event) -> None:
         """Pass on what is a warning; what a plan is like stands with its trial."""
         if not (isinstance(event, Notice) and event.kind == "info"):
             self.emit(event)
 
 
-def _texts(
+def _describe_texts(
     model: LoadedModel, calibration: Calibration, probe: DivergenceFromDense
 ) -> dict[str, str]:
     record = calibration.record
@@ -286,7 +286,7 @@ def _texts(
     }
 
 
-def _tell_cost(
+def _report_cost(
     probe: DivergenceFromDense,
     pairs: int,
     budgets: int,

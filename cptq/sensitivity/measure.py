@@ -137,7 +137,7 @@ class _Scoring:
             context.emit(
                 Progress(stage="sensitivity", done=index, total=len(units), message=unit.name)
             )
-            if _never_ran(unit, context.samples):
+            if _build_never_ran_error(unit, context.samples):
                 self._skip(unit)
             else:
                 self._score(_build_view(unit, context))
@@ -238,7 +238,7 @@ def _build_view(unit: Unit, context: Context) -> UnitView:
     return UnitView(unit=unit, weights=weights, samples=tuple(moved))
 
 
-def _never_ran(unit: Unit, samples: Samples | None) -> bool:
+def _build_never_ran_error(unit: Unit, samples: Samples | None) -> bool:
     return samples is not None and any(s.name not in samples.layers for s in unit.layers)
 
 

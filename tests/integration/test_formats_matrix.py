@@ -76,11 +76,11 @@ def compressed(
     for number, unit in enumerate(model.units):
         choice = candidate(next(each), group)
         asymmetric = replace(choice, symmetric=choice.dense)
-        if number % 2 and cost.refusal(unit.name, asymmetric) is None:
+        if number % 2 and cost.explain_refusal(unit.name, asymmetric) is None:
             choice = asymmetric
         if any(spec.expert for spec in unit.layers):  # they have one scheme, or none
             choice = candidate(next(width for width in widths if width < 16), group)
-        if not choice.dense and cost.refusal(unit.name, choice) is None:
+        if not choice.dense and cost.explain_refusal(unit.name, choice) is None:
             layers += [compress_layer(model, spec, choice) for spec in unit.layers]
     return layers
 

@@ -13,7 +13,7 @@ import torch
 
 from cptq.artifact import reload
 from cptq.artifact.reader import open_artifact
-from cptq.compression import workbench
+from cptq.compression import trial_model
 from cptq.config import (
     AnalyzeSettings,
     CalibrationSettings,
@@ -131,13 +131,13 @@ def test_plans_are_tried_with_the_scales_that_are_shipped(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     flags: list[bool] = []
-    real = workbench.compress_layer
+    real = trial_model.compress_layer
 
     def recording(*args: Any, float16_scales: bool, **more: Any) -> CompressedLayer:
         flags.append(float16_scales)
         return real(*args, float16_scales=float16_scales, **more)
 
-    monkeypatch.setattr(workbench, "compress_layer", recording)
+    monkeypatch.setattr(trial_model, "compress_layer", recording)
     source = tiny_model("llama", **SIZES["llama"])
     if command == "compress --refine":
         compressed(source, tmp_path / "out", refine=2)

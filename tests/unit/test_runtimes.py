@@ -81,7 +81,7 @@ def test_every_allocator_obeys_every_runtime(name: str, allocator: str) -> None:
         choice = plan.choices[unit.name]
         for layer in unit.layers:
             group = resolve_group(layer.shape[1], choice.group_size)
-            assert runtime.refusal(layer, choice, group) is None
+            assert runtime.explain_refusal(layer, choice, group) is None
             assert choice.dense or (
                 choice.bits in runtime.bits
                 and layer.shape[0] % runtime.out_multiple == 0
@@ -125,12 +125,12 @@ def test_options_that_a_runtime_does_not_take_are_refused(
 
 def test_asymmetric_grids_are_for_the_widths_that_have_a_block() -> None:
     layer = cost_for("llamacpp").units[0].layers[0]
-    refusal = RUNTIMES["llamacpp"].refusal
+    explain_refusal = RUNTIMES["llamacpp"].explain_refusal
     for label, taken in {"w4g32-asym": True, "w5g32-asym": True, "w8g32-asym": False}.items():
-        assert (refusal(layer, Candidate.parse(label), 32) is None) == taken
-    why = str(refusal(layer, Candidate.parse("w8g32-asym"), 32))
+        assert (explain_refusal(layer, Candidate.parse(label), 32) is None) == taken
+    why = str(explain_refusal(layer, Candidate.parse("w8g32-asym"), 32))
     assert all(word in why for word in ("llamacpp", "asymmetric", "4, 5", "8"))
-    sparse = str(refusal(layer, Candidate.parse("w4g32-s50"), 32))
+    sparse = str(explain_refusal(layer, Candidate.parse("w4g32-s50"), 32))
     assert "llamacpp" in sparse
     assert "sparse" in sparse
     asked = settings(runtime="llamacpp", asymmetric=True, bits=(4, 8), group_size=32)

@@ -22,7 +22,7 @@ from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.checkpoint.weights import get_storage_dtype
 from cptq.errors import ArtifactError
-from cptq.layouts.pack_quantized import PACK_QUANTIZED, packed_tensors
+from cptq.layouts.pack_quantized import PACK_QUANTIZED, list_packed_tensors
 from cptq.numerics.packing import count_words, pack_rows, unpack_rows
 from cptq.types import CompressedLayer, LayerResult, LayerSpec, TensorSpec
 
@@ -120,7 +120,7 @@ def check_layer(layer: CompressedLayer) -> None:
 
 def list_layer_tensors(layer: CompressedLayer) -> tuple[TensorSpec, ...]:
     """List the tensors of a layer as shapes and types."""
-    return packed_tensors(layer.spec, layer.result.candidate.bits, layer.scale.shape[1])
+    return list_packed_tensors(layer.spec, layer.result.candidate.bits, layer.scale.shape[1])
 
 
 def pack_layer_tensor(layer: CompressedLayer, spec: TensorSpec) -> Tensor:

@@ -23,8 +23,8 @@ from cptq.artifact.formats.interface import CheckpointFormat
 from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.artifact.weights import write_weights
 from cptq.checkpoint.weights import TORCH_DTYPES
-from cptq.layouts.dense import DENSE_16BIT, dtype_16bit
-from cptq.layouts.safetensors_header import measure, total_bytes
+from cptq.layouts.dense import DENSE_16BIT, choose_16bit_dtype
+from cptq.layouts.safetensors_header import measure, sum_bytes
 from cptq.numerics.grid import dequantize_layer
 from cptq.types import Emit, ModelKind, TensorSpec
 
@@ -43,7 +43,7 @@ class Dense(CheckpointFormat):
         """Accept everything: every layer can be dequantized."""
 
     def estimate_bytes(self, content: Content) -> int:
-        return total_bytes(map(measure, _list_tensors(content)))
+        return sum_bytes(map(measure, _list_tensors(content)))
 
     def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
         specs = _list_tensors(content)
@@ -76,7 +76,7 @@ def _list_tensors(content: Content) -> list[TensorSpec]:
     """List all tensors at 16 bits; float32 becomes bfloat16 where float16 would overflow."""
     narrow = []
     for spec in content.tensors:
-        dtype = dtype_16bit(spec.dtype)
+        dtype = choose_16bit_dtype(spec.dtype)
         if dtype != spec.dtype and not _fit_float16(_get_float32(content, spec)):
             dtype = "BF16"
         narrow.append(replace(spec, dtype=dtype))

@@ -47,9 +47,9 @@ from cptq.errors import ArtifactError
 from cptq.layouts.gguf import (
     BLOCK_BYTES,
     GGUF_LAYOUT,
-    shape_refusal,
-    type_of,
-    type_refusal,
+    explain_shape,
+    explain_type,
+    find_type,
 )
 from cptq.numerics.gguf_blocks import compute_minimum, fits_float16, pack_blocks
 from cptq.types import CompressedLayer, Emit, ModelKind, TensorSpec
@@ -187,10 +187,10 @@ def _refuse_layers(layers: Sequence[CompressedLayer]) -> None:
 
 def _explain_refusal(layer: CompressedLayer) -> str | None:
     inputs, candidate = layer.spec.shape[1], layer.result.candidate
-    kind = type_of(candidate)
+    kind = find_type(candidate)
     if kind is None:
-        return type_refusal(candidate)
-    shape = shape_refusal(inputs, inputs // layer.scale.shape[1])
+        return explain_type(candidate)
+    shape = explain_shape(inputs, inputs // layer.scale.shape[1])
     if shape is not None:
         return shape
     if not fits_float16(layer.scale):
@@ -215,7 +215,7 @@ def _list_entries(content: Content, family: Family, config: Config) -> Iterator[
             )
         layer = content.compressed.get(spec.name)
         if layer is not None:
-            kind = type_of(layer.result.candidate)
+            kind = find_type(layer.result.candidate)
             assert kind is not None
         else:
             kind = _choose_dense_type(content, spec, family)

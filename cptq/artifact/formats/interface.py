@@ -21,7 +21,7 @@ from cptq.artifact.weights import compute_tensor_digests, write_weights
 from cptq.errors import ArtifactError
 from cptq.layouts import Layout
 from cptq.layouts.interface import replace_tensors
-from cptq.layouts.safetensors_header import measure, total_bytes
+from cptq.layouts.safetensors_header import measure, sum_bytes
 from cptq.types import CompressedLayer, Emit, LayerResult, LayerSpec, ModelKind, TensorSpec
 
 
@@ -158,7 +158,7 @@ class SafetensorsFormat(CheckpointFormat):
             self.check_layer(layer)
 
     def estimate_bytes(self, content: Content) -> int:
-        return total_bytes(map(measure, self._list_tensors(content)))
+        return sum_bytes(map(measure, self._list_tensors(content)))
 
     def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
         packed = {

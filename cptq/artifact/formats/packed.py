@@ -29,8 +29,8 @@ from cptq.layouts.packed import (
     STEM,
     TWO_OF_FOUR,
     WEIGHT_FILES,
-    resolved,
-    stored_count,
+    count_stored,
+    resolve_candidate,
 )
 from cptq.layouts.safetensors_header import split_shards
 from cptq.numerics.packing import pack_rows, pack_values, unpack_rows, unpack_values
@@ -65,7 +65,7 @@ class Packed(SafetensorsFormat):
     def read_layer(
         self, spec: LayerSpec, result: LayerResult, get: Callable[[str], Tensor]
     ) -> CompressedLayer:
-        grid = resolved(result.candidate, spec.shape[1])
+        grid = resolve_candidate(result.candidate, spec.shape[1])
         tensors = {part.name.rpartition(".")[2]: part for part in PACKED_LAYOUT.tensors(spec, grid)}
         values = {part: get(tensor.name) for part, tensor in tensors.items()}
         for part, value in values.items():
@@ -109,7 +109,7 @@ class Packed(SafetensorsFormat):
 
 def get_scheme(layer: CompressedLayer) -> Candidate:
     """Return the candidate with the group size that was used."""
-    return resolved(layer.result.candidate, layer.spec.shape[1])
+    return resolve_candidate(layer.result.candidate, layer.spec.shape[1])
 
 
 def check_layer(layer: CompressedLayer) -> None:
@@ -119,7 +119,7 @@ def check_layer(layer: CompressedLayer) -> None:
         ArtifactError: names the layer and the reason.
     """
     spec, name, grid = layer.spec, layer.spec.name, get_scheme(layer)
-    why = PACKED_LAYOUT.refusal(spec, grid)
+    why = PACKED_LAYOUT.explain_refusal(spec, grid)
     if why is not None:
         raise ArtifactError(f"{name} cannot be packed as {grid.label}: {why}")
     places = (spec.shape[0], spec.shape[1] // (grid.group_size or spec.shape[1]))
@@ -151,10 +151,10 @@ def _check_mask(name: str, mask_OI: Tensor, shape: tuple[int, int], grid: Candid
     if grid.pattern == TWO_OF_FOUR:
         if not bool((mask_OI.view(-1, 4).sum(1) == 2).all()):
             raise ArtifactError(f"{name} does not keep exactly 2 of every 4 weights")
-    elif int(mask_OI.sum()) != stored_count(shape, grid):
+    elif int(mask_OI.sum()) != count_stored(shape, grid):
         raise ArtifactError(
             f"{name} keeps {int(mask_OI.sum()):,} weights, but {grid.label} stores "
-            f"{stored_count(shape, grid):,}"
+            f"{count_stored(shape, grid):,}"
         )
 
 
@@ -219,7 +219,7 @@ def _unpack_sparse_codes(
             return join_2_of_4(pattern, unpack_rows(values["weight"], grid.bits, inputs // 2))
         if grid.sparsity:
             mask = unpack_values(values["weight_mask"], 1, inputs).bool()
-            count = stored_count(spec.shape, grid)
+            count = count_stored(spec.shape, grid)
             stored = unpack_rows(values["weight"].unsqueeze(0), grid.bits, count)[0]
             return scatter_codes(stored, mask), mask
     except ValueError as error:

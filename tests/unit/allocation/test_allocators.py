@@ -32,7 +32,7 @@ def assert_full(cost: CostModel, plan: Plan, candidates: tuple[Candidate, ...]) 
     used = ledger.count_bytes(plan.choices)
     for unit, chosen in plan.choices.items():
         for candidate in candidates:
-            if cost.unit_bytes(unit, candidate) > cost.unit_bytes(unit, chosen):
+            if cost.count_unit_bytes(unit, candidate) > cost.count_unit_bytes(unit, chosen):
                 larger = ledger.count_bytes({**plan.choices, unit: candidate})
                 assert larger > ledger.limit or larger <= used
 

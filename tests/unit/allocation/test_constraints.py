@@ -191,7 +191,7 @@ def test_a_budget_that_the_pins_do_not_leave_is_refused_with_the_nearest_that_wo
         resolve_target("2bit", cost, 64, rows)
     nearest = str(caught.value.hint).removeprefix("type --target ")
     ledger = resolve_target(nearest, cost, 64, rows)
-    least = {u: min(row, key=lambda c: cost.unit_bytes(u, c)) for u, row in rows.items()}
+    least = {u: min(row, key=lambda c: cost.count_unit_bytes(u, c)) for u, row in rows.items()}
     assert cost.file_bytes(least) <= ledger.limit
 
 
@@ -223,9 +223,9 @@ def test_even_is_uniform_where_that_fits_exactly_and_two_neighbours_between() ->
     four, three = FEW[2], FEW[1]
     table = random_table(cost, 3, FEW)
     rows = {unit.name: FEW for unit in cost.units}
-    exact = solved("even", table, cost, cost.uniform_bytes(four), rows)
+    exact = solved("even", table, cost, cost.count_uniform_bytes(four), rows)
     assert set(exact.choices.values()) == {four}
-    limit = (cost.uniform_bytes(three) + cost.uniform_bytes(four)) // 2
+    limit = (cost.count_uniform_bytes(three) + cost.count_uniform_bytes(four)) // 2
     between = solved("even", table, cost, limit, rows)
     assert set(between.choices.values()) == {three, four}
     smallest = min(

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from cptq.allocation.cost import CostModel, layer_tensors
+from cptq.allocation.cost import CostModel, list_layer_tensors
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import PlanError
 from cptq.layouts import safetensors_header
@@ -25,7 +25,7 @@ def file_of(cost: CostModel, choices: dict[str, Candidate]) -> bytes:
     for u in cost.units:
         for x in u.layers:
             del specs[x.weight_name]
-        specs |= {spec.name: spec for spec in cost.unit_tensors(u.name, choices[u.name])}
+        specs |= {spec.name: spec for spec in cost.list_unit_tensors(u.name, choices[u.name])}
     tensors = {n: torch.zeros(s.shape).to(TORCH_DTYPES[s.dtype]) for n, s in specs.items()}
     return save(tensors, {"format": "pt"})
 
@@ -39,7 +39,7 @@ def test_file_bytes_are_those_of_the_library(dtype: str, seed: int) -> None:
 
 
 def test_tensors_of_a_layer() -> None:
-    specs = layer_tensors(layer("a", (5, 96), "BF16"), Candidate(bits=3, group_size=32))
+    specs = list_layer_tensors(layer("a", (5, 96), "BF16"), Candidate(bits=3, group_size=32))
     assert [(s.name, s.dtype, s.shape) for s in specs] == [
         ("a.weight_packed", "I32", (5, 9)),
         ("a.weight_scale", "BF16", (5, 3)),
@@ -50,21 +50,23 @@ def test_tensors_of_a_layer() -> None:
 @pytest.mark.parametrize("inputs", [7, 48, 130, 192])
 @pytest.mark.parametrize("bits", [2, 3, 5, 7, 8])
 def test_odd_inputs_and_resolved_groups(inputs: int, bits: int) -> None:
-    packed, scale, _ = layer_tensors(layer("a", (3, inputs)), Candidate(bits=bits, group_size=64))
+    packed, scale, _ = list_layer_tensors(
+        layer("a", (3, inputs)), Candidate(bits=bits, group_size=64)
+    )
     assert packed.shape == (3, -(-inputs * bits // 32))
     assert scale.shape == (3, inputs // resolve_group(inputs, 64))
 
 
 def test_a_unit_without_a_choice_is_dense() -> None:
     cost = model(3)
-    assert cost.file_bytes({}) == cost.uniform_bytes(DENSE) == cost.dense_bytes
+    assert cost.file_bytes({}) == cost.count_uniform_bytes(DENSE) == cost.dense_bytes
 
 
 def test_unit_bytes_of_a_fused_unit_are_those_of_its_layers() -> None:
     cost = model(3)
-    expected = sum(s.nbytes for x in cost.units[2].layers for s in layer_tensors(x, W4))
+    expected = sum(s.nbytes for x in cost.units[2].layers for s in list_layer_tensors(x, W4))
     assert len(cost.units[2].layers) == 2
-    assert cost.unit_bytes(cost.units[2].name, W4) == expected
+    assert cost.count_unit_bytes(cost.units[2].name, W4) == expected
 
 
 def test_size_report() -> None:
@@ -73,7 +75,7 @@ def test_size_report() -> None:
     rest = TensorSpec(name="norm", dtype="F32", shape=(128,))
     tensors = [TensorSpec(name=z.weight_name, dtype="F16", shape=z.shape) for z in (x, y)]
     cost = CostModel([unit("a", x), unit("b", y)], [*tensors, rest])
-    report = cost.size_report({"a": W4, "b": DENSE})
+    report = cost.make_size_report({"a": W4, "b": DENSE})
     assert report.nominal_bits == 10
     # 4 bits of codes, 16 bits of scale per 64 weights, 16 bytes of shape; and 16 bits
     assert report.effective_bits == (4 + 16 / 64 + 8 * 16 / x.numel + 16) / 2
@@ -88,14 +90,14 @@ def test_size_report() -> None:
 
 
 def test_size_report_without_units() -> None:
-    report = CostModel([], [TensorSpec(name="a", dtype="F16", shape=(4,))]).size_report({})
+    report = CostModel([], [TensorSpec(name="a", dtype="F16", shape=(4,))]).make_size_report({})
     assert (report.nominal_bits, report.effective_bits) == (0, 0)
 
 
 def test_a_file_above_the_shard_size_is_counted_by_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     cost = model(6)
     one = cost.file_bytes({})
-    monkeypatch.setattr(safetensors_header.total_bytes, "__defaults__", (30_000,))
+    monkeypatch.setattr(safetensors_header.sum_bytes, "__defaults__", (30_000,))
     assert cost.file_bytes({}) > one
 
 

@@ -32,7 +32,7 @@ def test_the_sum_bounds_the_file_from_both_sides(seed: int, candidates: list) ->
 
 
 def test_the_bounds_hold_for_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_header.total_bytes, "__defaults__", (20_000,))
+    monkeypatch.setattr(safetensors_header.sum_bytes, "__defaults__", (20_000,))
     monkeypatch.setattr(ledgers, "SHARD_BYTES", 20_000)
     cost, draw = model(9), random.Random(0)
     ledger = ledger_for(cost)

@@ -14,7 +14,7 @@ from cptq.allocation.cost import CostModel
 from cptq.allocation.ledger import build_ledger
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import PlanError
-from cptq.layouts.packed import packed_specs
+from cptq.layouts.packed import list_packed_tensors
 from cptq.types import Budget, Candidate
 from tests.unit.allocation.synthetic import packed_model
 
@@ -25,7 +25,7 @@ CANDIDATES = tuple(map(Candidate.parse, LABELS))
 def packed(seed: int = 0, *, embedding: str | None = None) -> CostModel:
     fixed = {}
     if embedding is not None:
-        specs = packed_specs("model.embed", (97, 48), "F16", Candidate.parse(embedding))
+        specs = list_packed_tensors("model.embed", (97, 48), "F16", Candidate.parse(embedding))
         fixed = {"model.embed.weight": specs}
     return packed_model(9, seed=seed, fixed=fixed)
 
@@ -36,13 +36,13 @@ def test_counts_what_the_library_writes(seed: int, embedding: str | None) -> Non
     cost, draw = packed(seed, embedding=embedding), random.Random(seed)
     plan = {unit.name: draw.choice(CANDIDATES) for unit in cost.units}
     tensors = [
-        spec for unit in cost.units for spec in cost.unit_tensors(unit.name, plan[unit.name])
+        spec for unit in cost.units for spec in cost.list_unit_tensors(unit.name, plan[unit.name])
     ]
     mine = {layer.weight_name for unit in cost.units for layer in unit.layers}
     tensors += [s for s in cost.tensors if s.name not in mine and s.name != "model.embed.weight"]
     shape = (97, 48)
     tensors += (
-        packed_specs("model.embed", shape, "F16", Candidate.parse(embedding))
+        list_packed_tensors("model.embed", shape, "F16", Candidate.parse(embedding))
         if embedding
         else cost.tensors[:1]
     )
@@ -76,4 +76,4 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     odd = replace(unit.layers[0], shape=(7, 7))
     cost = CostModel([replace(unit, layers=(odd,))], cost.tensors, cost.layout, cost.runtime)
     with pytest.raises(PlanError, match=r"w4c-2:4.* 7"):
-        cost.unit_tensors(unit.name, Candidate.parse("w4c-2:4"))
+        cost.list_unit_tensors(unit.name, Candidate.parse("w4c-2:4"))

@@ -24,7 +24,7 @@ def cost(runtime: str) -> CostModel:
 def test_a_pin_beyond_the_runtime_is_refused() -> None:
     with pytest.raises(PlanError) as refused:
         cost("vllm").check_pinned({NAME: (W3,)})
-    why = cost("vllm").refusal(NAME, W3)
+    why = cost("vllm").explain_refusal(NAME, W3)
     assert why
     for value in (NAME, "w3g64", why):
         assert value in refused.value.problem

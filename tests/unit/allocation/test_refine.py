@@ -20,7 +20,7 @@ from tests.unit.allocation.synthetic import FEW, ignore, model, random_table
 
 def problem_of(count: int, seed: int = 0, bits: float = 3.0) -> AllocationProblem:
     cost = model(count, seed=seed)
-    limit = round(cost.uniform_bytes(FEW[1]) + (bits - 3) * cost.compressible / 8) + 40
+    limit = round(cost.count_uniform_bytes(FEW[1]) + (bits - 3) * cost.compressible / 8) + 40
     ledger = build_ledger(Budget(limit_bytes=limit, asked="by hand"), cost, FEW)
     return build_problem(random_table(cost, seed, FEW), ledger, FEW, ignore)
 

@@ -81,7 +81,7 @@ def test_a_budget_below_everything(scope: Scope) -> None:
     cost = model(2)
     budget = Budget(limit_bytes=1000, scope=scope, asked="by hand")
     smallest = dict.fromkeys((unit.name for unit in cost.units), CANDIDATES[0])
-    need = cost.size_report(smallest).count_bytes(scope)
+    need = cost.make_size_report(smallest).count_bytes(scope)
     with pytest.raises(BudgetError, match=rf"1,000 bytes.* \(by hand\).*{need:,}"):
         run("uniform", None, cost, budget)
 
@@ -140,7 +140,9 @@ def test_a_plan_of_before_scopes_bounds_the_whole_file(target: str) -> None:
     old = Plan.from_dict(data)
     assert old.budget == Budget(limit_bytes=ledger.bound_file_bytes(), scope="file", asked=target)
     check_plan(old, cost, FINGERPRINT)
-    assert cost.size_report(old.choices).count_bytes(old.budget.scope) <= old.budget.limit_bytes
+    assert (
+        cost.make_size_report(old.choices).count_bytes(old.budget.scope) <= old.budget.limit_bytes
+    )
     assert build_ledger(old.budget, cost, CANDIDATES).budget == old.budget
 
 

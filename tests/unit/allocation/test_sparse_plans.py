@@ -62,7 +62,10 @@ def test_the_knapsack_finds_the_best_mixture(seed: int, target: str) -> None:
     raw = math.fsum(known.scores[unit][choice] for unit, choice in plan.choices.items())
     assert raw == pytest.approx(plan.predicted_loss) == pytest.approx(best(cost, known, plan))
     assert cost.file_bytes(plan.choices) == plan.predicted_bytes
-    assert cost.size_report(plan.choices).count_bytes(plan.budget.scope) <= plan.budget.limit_bytes
+    assert (
+        cost.make_size_report(plan.choices).count_bytes(plan.budget.scope)
+        <= plan.budget.limit_bytes
+    )
 
 
 @pytest.mark.parametrize("allocator", ["knapsack", "greedy", "cluster"])
@@ -99,7 +102,9 @@ def test_a_unit_whose_inputs_four_does_not_divide_has_no_2_4(events: list[Event]
 
     def score(name: str, candidate: Candidate) -> float:
         return (
-            1.0 / cost.unit_bytes(name, candidate) if cost.refusal(name, candidate) is None else 9
+            1.0 / cost.count_unit_bytes(name, candidate)
+            if cost.explain_refusal(name, candidate) is None
+            else 9
         )
 
     known = table(cost, score, offered)
@@ -109,4 +114,4 @@ def test_a_unit_whose_inputs_four_does_not_divide_has_no_2_4(events: list[Event]
     (told,) = [e for e in events if isinstance(e, Notice) and e.kind == "skipped"]
     assert sorted(ragged)[0] in told.subject
     assert "--sparsity" in told.message
-    assert cost.refusal(sorted(ragged)[0], Candidate.parse("w4g64-2:4")) in told.message
+    assert cost.explain_refusal(sorted(ragged)[0], Candidate.parse("w4g64-2:4")) in told.message

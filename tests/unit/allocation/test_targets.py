@@ -23,7 +23,7 @@ def limit(text: str, cost: CostModel = COST) -> int:
 
 
 def uniform(bits: int) -> int:
-    return COST.uniform_bytes(Candidate(bits=bits, group_size=64 if bits < 16 else 0))
+    return COST.count_uniform_bytes(Candidate(bits=bits, group_size=64 if bits < 16 else 0))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7, 8, 16])

@@ -87,7 +87,7 @@ def pack(
     turn, layers = cycle(labels), []
     for spec in packable(model):
         choices = (Candidate.parse(next(turn)) for _ in labels)
-        choice = next((c for c in choices if PACKED_LAYOUT.refusal(spec, c) is None), None)
+        choice = next((c for c in choices if PACKED_LAYOUT.explain_refusal(spec, c) is None), None)
         if choice is not None:
             layers.append(pack_layer(model, spec, choice))
     plan = Plan(

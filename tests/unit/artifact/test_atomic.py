@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from cptq.artifact import atomic
-from cptq.artifact.atomic import atomic_file, new_directory, write_files
+from cptq.artifact.atomic import create_directory, write_file, write_files
 from cptq.errors import ArtifactError, OutputExistsError
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
@@ -24,18 +24,18 @@ def failing(error: BaseException) -> Any:
 
 def test_a_file_is_written_with_its_directories(tmp_path: Path) -> None:
     out = tmp_path / "a" / "b" / "eval.json"
-    atomic_file(out, "größer\n", overwrite=False)
+    write_file(out, "größer\n", overwrite=False)
     assert out.read_bytes() == "größer\n".encode()
     assert [p.name for p in out.parent.iterdir()] == ["eval.json"]
 
 
 def test_an_existing_file_is_replaced_only_by_overwrite(tmp_path: Path) -> None:
     out = tmp_path / "eval.json"
-    atomic_file(out, "old", overwrite=False)
+    write_file(out, "old", overwrite=False)
     with pytest.raises(OutputExistsError):
-        atomic_file(out, "new", overwrite=False)
+        write_file(out, "new", overwrite=False)
     assert out.read_text() == "old"
-    atomic_file(out, "new", overwrite=True)
+    write_file(out, "new", overwrite=True)
     assert out.read_text() == "new"
 
 
@@ -62,7 +62,7 @@ def test_nothing_of_a_file_stays_after_an_error(
     out.write_text("old")
     monkeypatch.setattr(atomic, "write_bytes", failing(error))
     with pytest.raises(raised, match=words):
-        atomic_file(out, "new", overwrite=True)
+        write_file(out, "new", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["eval.json"]
     assert out.read_text() == "old"
 
@@ -70,13 +70,13 @@ def test_nothing_of_a_file_stays_after_an_error(
 def test_a_file_is_not_written_over_a_directory(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     with pytest.raises(ArtifactError, match=r"out .*: \w+"):
-        atomic_file(tmp_path / "out", "new", overwrite=True)
+        write_file(tmp_path / "out", "new", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_directory_appears_at_the_end_of_the_block(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with new_directory(out, 2) as folder:
+    with create_directory(out, 2) as folder:
         write_files(folder, {"a.json": b"1", "b/c.json": b"2"})
         assert not out.exists()
     assert (out / "b" / "c.json").read_bytes() == b"2"
@@ -86,11 +86,11 @@ def test_a_directory_appears_at_the_end_of_the_block(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [FULL, ValueError(), KeyboardInterrupt()])
 def test_nothing_of_a_directory_stays_after_an_error(tmp_path: Path, error: BaseException) -> None:
     out = tmp_path / "out"
-    with new_directory(out) as folder:
+    with create_directory(out) as folder:
         write_files(folder, {"a.json": b"old"})
 
     def fail() -> None:
-        with new_directory(out) as folder:
+        with create_directory(out) as folder:
             write_files(folder, {"a.json": b"new"})
             raise error
 

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import cptq
-from cptq.allocation.cost import CostModel, layer_tensors
+from cptq.allocation.cost import CostModel, list_layer_tensors
 from cptq.artifact.formats.packed import PACKED, check_layer
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.errors import ArtifactError
@@ -92,7 +92,7 @@ def test_the_bytes_are_those_that_are_counted(tiny_model: TinyModel, tmp_path: P
     with safe_open(artifact.path / "cptq.safetensors", "pt") as opened:
         found = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118
     for layer in layers:
-        for spec in layer_tensors(layer.spec, layer.result.candidate, PACKED_LAYOUT):
+        for spec in list_layer_tensors(layer.spec, layer.result.candidate, PACKED_LAYOUT):
             assert tuple(found[spec.name]) == spec.shape
     assert artifact.weight_bytes == (artifact.path / "cptq.safetensors").stat().st_size
     linear = {layer.spec.name for layer in layers} & {s.name for u in model.units for s in u.layers}

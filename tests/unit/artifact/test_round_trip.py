@@ -173,9 +173,9 @@ def test_a_config_of_no_known_method_is_found(
 
 def test_an_answer_that_is_no_number_is_no_match() -> None:
     ones = torch.ones(2)
-    assert reload._difference(ones * torch.nan, ones) == float("inf")
-    assert reload._difference(torch.ones(3), ones) == float("inf")
-    assert reload._difference(ones * 3, ones) == 2
+    assert reload._measure_difference(ones * torch.nan, ones) == float("inf")
+    assert reload._measure_difference(torch.ones(3), ones) == float("inf")
+    assert reload._measure_difference(ones * 3, ones) == 2
 
 
 def test_without_a_sample_it_is_said_that_nothing_was_verified(

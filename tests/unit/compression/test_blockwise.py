@@ -16,11 +16,11 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import blockwise, gptq, nearest
-from cptq.compression.blockwise import compress_model, real_rows
+from cptq.compression.blockwise import compress_model, select_real_rows
 from cptq.compression.layer import LayerProblem, LayerSolution
 from cptq.errors import CalibrationError, UnknownNameError
 from cptq.layouts.groups import resolve_group
-from cptq.layouts.pack_quantized import packed_tensors
+from cptq.layouts.pack_quantized import list_packed_tensors
 from cptq.numerics.grid import dequantize_layer
 from cptq.types import Budget, Candidate, CompressedLayer, Event, Notice, Plan, Progress
 from tests.conftest import TinyModel
@@ -146,7 +146,7 @@ def test_results_say_what_was_done(
         assert (problem.bits, problem.group) == (candidate.bits, group)
         assert layer.scale.dtype is problem.scale_dtype is dtype
         assert layer.scale.shape == (layer.spec.shape[0], inputs // group)
-        specs = packed_tensors(layer.spec, candidate.bits, inputs // group)
+        specs = list_packed_tensors(layer.spec, candidate.bits, inputs // group)
         assert result.nbytes == sum(spec.nbytes for spec in specs)
         W_OI = problem.W_OI.double()
         D_OI, H_II = W_OI - dequantize_layer(layer, torch.float64), problem.H_II.double()
@@ -244,10 +244,10 @@ def test_padding_is_left_out_however_a_family_shapes_its_tokens() -> None:
     x = torch.arange(2 * 3 * 4.0).view(2, 3, 4)
     mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
     kept = [x[0, 0].tolist(), x[0, 1].tolist(), x[1, 0].tolist()]
-    assert real_rows(x, mask).tolist() == kept
-    assert real_rows(x.view(6, 4), mask).tolist() == kept
-    assert real_rows(x, None).tolist() == x.view(6, 4).tolist()
-    assert real_rows(x[:, 0], mask).tolist() == x[:, 0].tolist()  # one row per sentence
+    assert select_real_rows(x, mask).tolist() == kept
+    assert select_real_rows(x.view(6, 4), mask).tolist() == kept
+    assert select_real_rows(x, None).tolist() == x.view(6, 4).tolist()
+    assert select_real_rows(x[:, 0], mask).tolist() == x[:, 0].tolist()  # one row per sentence
 
 
 def test_the_method_is_taken_from_the_registry(

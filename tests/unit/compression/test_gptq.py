@@ -12,7 +12,7 @@ from cptq.compression import COMPRESSORS, gptq, nearest
 from cptq.compression.gptq import DAMPING
 from cptq.compression.layer import LayerProblem, LayerSolution
 from cptq.errors import UnknownNameError
-from cptq.numerics.grid import code_range, dequantize, fit_grid, quantize_nearest
+from cptq.numerics.grid import dequantize, fit_grid, get_code_range, quantize_nearest
 from tests.reference import gptq as truth
 
 BITS = range(2, 9)
@@ -89,7 +89,7 @@ def test_equals_brain_surgery_by_elimination(
     agree(asked, found, reference(asked))
     assert found.notes == ()
     assert found.codes_OI.dtype is torch.int8
-    low, high = code_range(bits)
+    low, high = get_code_range(bits)
     assert low <= int(found.codes_OI.min()) <= int(found.codes_OI.max()) <= high
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cptq.compression import gptq, nearest
-from cptq.compression.embeddings import compress_embeddings, embedding_tensors
+from cptq.compression.embeddings import compress_embeddings, list_embedding_tensors
 from cptq.compression.gptq import DAMPING
 from cptq.compression.layer import LayerProblem, LayerSolution, compress_layer
 from cptq.config import RUNTIMES
@@ -126,7 +126,7 @@ def test_embeddings_and_heads_are_rounded(
     model, events = load(tiny_model(arch, **options)), []
     before = {name: model.linear(name).weight.clone() for name in names}
     choice = Candidate(bits=8, group_size=16, symmetric=False)
-    tensors = embedding_tensors(model, choice, PACKED_LAYOUT, RUNTIMES["cptq"], events.append)
+    tensors = list_embedding_tensors(model, choice, PACKED_LAYOUT, RUNTIMES["cptq"], events.append)
     layers = compress_embeddings(model, choice, PACKED_LAYOUT, RUNTIMES["cptq"])
     assert [layer.spec.name for layer in layers] == names
     assert set(tensors) == {f"{name}.weight" for name in names}
@@ -152,6 +152,6 @@ def test_an_embedding_that_does_more_is_left_alone(tiny_model: TinyModel, tmp_pa
     model.module.set_input_embeddings(scaled)  # type: ignore[operator]
     events: list[Event] = []
     choice = Candidate(bits=8, group_size=16)
-    tensors = embedding_tensors(model, choice, PACKED_LAYOUT, RUNTIMES["cptq"], events.append)
+    tensors = list_embedding_tensors(model, choice, PACKED_LAYOUT, RUNTIMES["cptq"], events.append)
     assert "model.embed_tokens.weight" not in tensors
     assert "a Scaled, which does more than look up" in str(events[0])

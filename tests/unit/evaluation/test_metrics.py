@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 from cptq.evaluation.metrics import (
     METRICS,
-    accuracy,
     bootstrap_standard_error,
+    compute_accuracy,
+    compute_matthews,
+    compute_pearson,
+    compute_spearman,
     estimate_standard_error,
     is_constant,
-    matthews,
-    pearson,
-    spearman,
 )
 
 
@@ -31,7 +31,7 @@ def naive_pearson(a: list[float], b: list[float]) -> float:
 
 
 def test_accuracy_by_hand() -> None:
-    assert accuracy(np.array([1.0, 0, 1, 1]), np.array([1.0, 1, 1, 1])) == 0.75
+    assert compute_accuracy(np.array([1.0, 0, 1, 1]), np.array([1.0, 1, 1, 1])) == 0.75
 
 
 def test_matthews_by_hand() -> None:
@@ -39,26 +39,32 @@ def test_matthews_by_hand() -> None:
     labels = np.array([1.0] * 6 + [0.0] * 3 + [0.0] + [1.0] * 2)
     predictions = np.array([1.0] * 6 + [0.0] * 3 + [1.0] + [0.0] * 2)
     expected = (6 * 3 - 1 * 2) / math.sqrt((6 + 1) * (6 + 2) * (3 + 1) * (3 + 2))
-    assert matthews(labels, predictions) == pytest.approx(expected)
-    assert matthews(labels, np.ones(12)) == 0
+    assert compute_matthews(labels, predictions) == pytest.approx(expected)
+    assert compute_matthews(labels, np.ones(12)) == 0
 
 
 def test_correlations_by_hand_with_ties() -> None:
     a, b = [0.0, 1.0, 1.0, 4.0, 5.0, 2.5], [0.1, 0.3, 0.2, 0.9, 0.2, 0.2]
-    assert pearson(np.array(a), np.array(b)) == pytest.approx(naive_pearson(a, b))
-    assert spearman(np.array(a), np.array(b)) == pytest.approx(naive_pearson(ranks(a), ranks(b)))
-    assert spearman(np.array([1.0, 2, 3]), np.array([1.0, 10, 100])) == pytest.approx(1)
+    assert compute_pearson(np.array(a), np.array(b)) == pytest.approx(naive_pearson(a, b))
+    assert compute_spearman(np.array(a), np.array(b)) == pytest.approx(
+        naive_pearson(ranks(a), ranks(b))
+    )
+    assert compute_spearman(np.array([1.0, 2, 3]), np.array([1.0, 10, 100])) == pytest.approx(1)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=2, max_size=20))
 def test_correlations_equal_the_definition(pairs: list[tuple[int, int]]) -> None:
     a, b = [float(x) for x, _ in pairs], [float(y) for _, y in pairs]
     if len(set(a)) == 1 or len(set(b)) == 1:
-        assert pearson(np.array(a), np.array(b)) == spearman(np.array(a), np.array(b)) == 0
+        assert (
+            compute_pearson(np.array(a), np.array(b))
+            == compute_spearman(np.array(a), np.array(b))
+            == 0
+        )
         return
-    assert pearson(np.array(a), np.array(b)) == pytest.approx(naive_pearson(a, b), abs=1e-9)
+    assert compute_pearson(np.array(a), np.array(b)) == pytest.approx(naive_pearson(a, b), abs=1e-9)
     expected = naive_pearson(ranks(a), ranks(b))
-    assert spearman(np.array(a), np.array(b)) == pytest.approx(expected, abs=1e-9)
+    assert compute_spearman(np.array(a), np.array(b)) == pytest.approx(expected, abs=1e-9)
 
 
 def test_a_constant_side_is_told() -> None:
@@ -91,5 +97,5 @@ def test_the_error_of_a_correlation_is_near_its_theory() -> None:
     draw = np.random.default_rng(2)
     a = draw.normal(size=400)
     b = a + draw.normal(size=400)
-    expected = (1 - pearson(a, b) ** 2) / math.sqrt(400)
+    expected = (1 - compute_pearson(a, b) ** 2) / math.sqrt(400)
     assert estimate_standard_error("pearson", a, b, 0) == pytest.approx(expected, rel=0.2)

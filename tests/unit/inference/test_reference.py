@@ -13,7 +13,7 @@ from cptq.artifact.formats.packed import PACKED
 from cptq.inference import operations, reference
 from cptq.inference.modules import PackedEmbedding, PackedLinear, PackedModule, make_packed_module
 from cptq.inference.operations import PackedWeight
-from cptq.layouts.packed import resolved
+from cptq.layouts.packed import resolve_candidate
 from cptq.numerics.grid import dequantize_layer
 from cptq.types import Candidate, CompressedLayer, LayerSpec
 from tests.reference import packed as truth
@@ -30,7 +30,7 @@ def compressed(out: int, inputs: int, label: str) -> CompressedLayer:
     from cptq.compression import nearest
     from cptq.compression.layer import compress_layer
 
-    choice = resolved(Candidate.parse(label), inputs)
+    choice = resolve_candidate(Candidate.parse(label), inputs)
     spec = LayerSpec(name="x", block=0, role="q", kind="linear", shape=(out, inputs), dtype="F32")
     asked = problem(out, inputs, inputs, 4)
     return compress_layer(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cptq.layouts.interface import replace_tensors
-from cptq.layouts.pack_quantized import PACKED_TENSORS, packed_tensors
+from cptq.layouts.pack_quantized import PACKED_TENSORS, list_packed_tensors
 from cptq.numerics.packing import pack_rows
 from cptq.types import LayerSpec, TensorSpec
 
@@ -20,7 +20,7 @@ def layer(out: int, inputs: int, dtype: str = "BF16") -> LayerSpec:
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(("out", "inputs"), [(1, 1), (3, 11), (5, 32), (2, 33), (7, 80)])
 def test_shapes_are_those_of_the_packed_codes(bits: int, out: int, inputs: int) -> None:
-    packed, scale, shape = packed_tensors(layer(out, inputs), bits, groups=3)
+    packed, scale, shape = list_packed_tensors(layer(out, inputs), bits, groups=3)
     words = pack_rows(torch.zeros(out, inputs, dtype=torch.int8), bits)
     assert packed == TensorSpec(name="model.x.weight_packed", dtype="I32", shape=tuple(words.shape))
     assert packed.nbytes == words.nbytes
@@ -32,7 +32,7 @@ def test_shapes_are_those_of_the_packed_codes(bits: int, out: int, inputs: int) 
 
 @pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
 def test_scales_have_the_type_of_the_weight(dtype: str) -> None:
-    assert packed_tensors(layer(2, 8, dtype), 4, groups=2)[1].dtype == dtype
+    assert list_packed_tensors(layer(2, 8, dtype), 4, groups=2)[1].dtype == dtype
 
 
 def test_a_weight_is_replaced_in_its_place() -> None:
@@ -40,7 +40,7 @@ def test_a_weight_is_replaced_in_its_place() -> None:
         TensorSpec(name=f"{name}.weight", dtype="F32", shape=(2, 8))
         for name in ("before", "model.x", "after")
     ]
-    packed = packed_tensors(layer(2, 8, "F32"), 4, groups=1)
+    packed = list_packed_tensors(layer(2, 8, "F32"), 4, groups=1)
     found = replace_tensors(dense, {"model.x.weight": packed, "not.there": packed})
     assert [spec.name for spec in found] == [
         "before.weight",

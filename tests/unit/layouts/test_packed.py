@@ -7,10 +7,10 @@ import torch
 
 from cptq.layouts.packed import (
     PACKED_LAYOUT,
-    packed_specs,
-    resolved,
-    stored_count,
-    unfit,
+    count_stored,
+    explain_misfit,
+    list_packed_tensors,
+    resolve_candidate,
 )
 from cptq.numerics.masks import build_magnitude_mask
 from cptq.types import Candidate, LayerKind, LayerSpec
@@ -41,7 +41,7 @@ def test_as_many_weights_are_stored_as_a_mask_keeps(
 ) -> None:
     W_OI = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     scheme = Candidate(bits=4, sparsity=sparsity, pattern="unstructured")
-    assert stored_count(shape, scheme) == int(build_magnitude_mask(W_OI, sparsity).sum())
+    assert count_stored(shape, scheme) == int(build_magnitude_mask(W_OI, sparsity).sum())
 
 
 @pytest.mark.parametrize(
@@ -56,26 +56,26 @@ def test_as_many_weights_are_stored_as_a_mask_keeps(
 )
 def test_bits_a_weight_without_scales(label: str, bits: float) -> None:
     shape = (512, 4096)
-    specs = packed_specs("x", shape, "F16", Candidate.parse(label))
+    specs = list_packed_tensors("x", shape, "F16", Candidate.parse(label))
     nbytes = sum(spec.nbytes for spec in specs if not spec.name.endswith("_scale"))
     assert 8 * nbytes / (512 * 4096) == pytest.approx(bits, rel=1e-6)
 
 
 def test_what_cannot_be_packed_is_said() -> None:
     parse = Candidate.parse
-    assert unfit((3, 6), parse("w4g4")) == "groups of 4 do not divide 6 inputs"
-    assert "multiple of 4" in str(unfit((3, 6), parse("w4c-2:4")))
-    assert "stores no weight" in str(unfit((3, 6), parse("w4c-s100")))
-    assert "16 bits" in str(unfit((3, 6), parse("w16")))
-    sparse = PACKED_LAYOUT.refusal(layer(8, 8, "embedding"), parse("w4c-s50"))
+    assert explain_misfit((3, 6), parse("w4g4")) == "groups of 4 do not divide 6 inputs"
+    assert "multiple of 4" in str(explain_misfit((3, 6), parse("w4c-2:4")))
+    assert "stores no weight" in str(explain_misfit((3, 6), parse("w4c-s100")))
+    assert "16 bits" in str(explain_misfit((3, 6), parse("w16")))
+    sparse = PACKED_LAYOUT.explain_refusal(layer(8, 8, "embedding"), parse("w4c-s50"))
     assert sparse is not None
-    assert PACKED_LAYOUT.refusal(layer(8, 8, "embedding"), parse("w4c-asym")) is None
-    assert PACKED_LAYOUT.refusal(layer(8, 8, "conv1d"), parse("w4g64")) is None
+    assert PACKED_LAYOUT.explain_refusal(layer(8, 8, "embedding"), parse("w4c-asym")) is None
+    assert PACKED_LAYOUT.explain_refusal(layer(8, 8, "conv1d"), parse("w4g64")) is None
 
 
 def test_a_group_that_does_not_divide_is_resolved_first() -> None:
-    assert resolved(Candidate.parse("w4g64"), 80).label == "w4g40"
-    assert resolved(Candidate.parse("w4g64"), 64).label == "w4c"
+    assert resolve_candidate(Candidate.parse("w4g64"), 80).label == "w4g40"
+    assert resolve_candidate(Candidate.parse("w4g64"), 64).label == "w4c"
     specs = PACKED_LAYOUT.tensors(layer(3, 80), Candidate.parse("w4g64"))
     assert [(spec.name, spec.shape) for spec in specs] == [
         ("x.weight", (3, 10)),

@@ -11,12 +11,12 @@ from safetensors.torch import save, save_file
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.layouts.safetensors_header import (
     DTYPE_ORDER,
-    header_bytes,
-    header_length,
+    count_header_bytes,
+    encode_header,
     measure,
-    shard_names,
+    name_shards,
     split_shards,
-    total_bytes,
+    sum_bytes,
 )
 from cptq.types import DTYPE_BYTES, TensorSpec
 
@@ -39,9 +39,9 @@ def test_equals_the_library_for_all_types_and_odd_shapes() -> None:
         for shape in ((), (3,), (0, 2), (5, 7))
     ]
     written = library_file(specs)
-    header = header_bytes(specs)
+    header = encode_header(specs)
     assert written[: len(header)] == header
-    assert len(written) == total_bytes(map(measure, specs))
+    assert len(written) == sum_bytes(map(measure, specs))
 
 
 names = st.text(min_size=1, max_size=8).filter(lambda n: n != "__metadata__")
@@ -58,22 +58,22 @@ names = st.text(min_size=1, max_size=8).filter(lambda n: n != "__metadata__")
 def test_equals_the_library(table: dict[str, tuple[str, list[int]]]) -> None:
     specs = [TensorSpec(name=n, dtype=d, shape=tuple(s)) for n, (d, s) in table.items()]
     written = library_file(specs)
-    assert written[: len(header_bytes(specs))] == header_bytes(specs)
-    assert header_length(map(measure, specs)) == len(header_bytes(specs))
+    assert written[: len(encode_header(specs))] == encode_header(specs)
+    assert count_header_bytes(map(measure, specs)) == len(encode_header(specs))
 
 
 def test_equals_a_file_on_disk(tmp_path: Path) -> None:
     specs = [TensorSpec(name=f"layer.{i}", dtype="F16", shape=(i, 5)) for i in range(40)]
     tensors = {spec.name: torch.zeros(spec.shape, dtype=torch.float16) for spec in specs}
     save_file(tensors, tmp_path / "a.safetensors", METADATA)
-    assert (tmp_path / "a.safetensors").stat().st_size == total_bytes(map(measure, specs))
+    assert (tmp_path / "a.safetensors").stat().st_size == sum_bytes(map(measure, specs))
 
 
 def test_an_entry_counts_what_an_entry_adds() -> None:
     one = TensorSpec(name="a", dtype="F16", shape=(64,))
     two = TensorSpec(name="bé", dtype="F16", shape=(1000, 3))
-    grown = header_bytes([one, two]).rstrip(b" ")[8:]
-    before = header_bytes([one]).rstrip(b" ")[8:]
+    grown = encode_header([one, two]).rstrip(b" ")[8:]
+    before = encode_header([one]).rstrip(b" ")[8:]
     assert len(grown) - len(before) == measure(two).length(128)
 
 
@@ -95,5 +95,5 @@ def test_shards_are_filled_in_order() -> None:
     ("count", "first"), [(1, "model.safetensors"), (3, "model-00001-of-00003.safetensors")]
 )
 def test_shard_names(count: int, first: str) -> None:
-    assert shard_names(count)[0] == first
-    assert len(shard_names(count)) == count
+    assert name_shards(count)[0] == first
+    assert len(name_shards(count)) == count

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from cptq.layouts.gguf import BLOCK_BYTES, type_of
+from cptq.layouts.gguf import BLOCK_BYTES, find_type
 from cptq.numerics.gguf_blocks import fits_float16, pack_blocks
-from cptq.numerics.grid import code_range, count_scale_bits, round_to_precision
+from cptq.numerics.grid import count_scale_bits, get_code_range, round_to_precision
 from cptq.types import Candidate
 from tests.reference.gguf_blocks import unpack_block
 
@@ -18,7 +18,7 @@ def drawn(
     bits: int, out: int, inputs: int, group: int, dtype: torch.dtype = torch.float32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(bits * 1000 + out)
-    low, high = code_range(bits)
+    low, high = get_code_range(bits)
     codes = torch.randint(low, high + 1, (out, inputs), generator=generator).to(torch.int8)
     codes[0, 0], codes[-1, -1] = low, high
     scale = torch.randn(out, inputs // group, generator=generator).to(torch.float16)
@@ -30,7 +30,7 @@ def drawn_asymmetric(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """As `drawn`, with zero points and scales to go with them."""
     codes, scale = drawn(bits, out, inputs, group)
-    low, high = code_range(bits)
+    low, high = get_code_range(bits)
     generator = torch.Generator().manual_seed(bits)
     zero = torch.randint(low, high + 1, scale.shape, generator=generator).to(torch.int8)
     zero[0, 0] = high
@@ -48,7 +48,7 @@ def weights(
 
 
 def kind_of(bits: int, symmetric: bool = True) -> str:
-    kind = type_of(Candidate(bits=bits, group_size=32, symmetric=symmetric))
+    kind = find_type(Candidate(bits=bits, group_size=32, symmetric=symmetric))
     assert kind is not None
     return kind
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cptq.numerics import grid
-from cptq.numerics.grid import code_range, dequantize, fit_grid, quantize_nearest
+from cptq.numerics.grid import dequantize, fit_grid, get_code_range, quantize_nearest
 from tests.reference import grid as truth
 
 BITS = range(2, 9)
@@ -105,13 +105,13 @@ def test_without_a_search_the_largest_weight_fixes_the_scale(bits: int) -> None:
     W_OI = weights(4, 20)
     codes_OI, scale_OG, _ = quantize_nearest(W_OI, bits, 5, clip=False, scale_dtype=torch.float64)
     largest_OG = W_OI.view(4, 4, 5).abs().amax(-1)
-    torch.testing.assert_close(scale_OG, largest_OG / code_range(bits)[1])
-    assert bool((codes_OI.view(4, 4, 5).abs().amax(-1) == code_range(bits)[1]).all())
+    torch.testing.assert_close(scale_OG, largest_OG / get_code_range(bits)[1])
+    assert bool((codes_OI.view(4, 4, 5).abs().amax(-1) == get_code_range(bits)[1]).all())
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_codes_fill_their_range_and_do_not_leave_it(bits: int) -> None:
-    low, high = code_range(bits)
+    low, high = get_code_range(bits)
     assert (low, high) == (truth.all_codes(bits)[0], truth.all_codes(bits)[-1])
     codes_OI, scale_OG, _ = quantize_nearest(weights(30, 64), bits, 32)
     assert low <= int(codes_OI.min()) <= int(codes_OI.max()) <= high
@@ -136,7 +136,7 @@ def test_scales_of_any_size_are_finite_and_not_zero(
     codes_OI, scale_OG, _ = quantize_nearest(W_OI, bits, 8, clip=clip, scale_dtype=scale_dtype)
     assert bool(torch.isfinite(scale_OG).all())
     assert bool((scale_OG != 0).all())
-    low, high = code_range(bits)
+    low, high = get_code_range(bits)
     assert low <= int(codes_OI.min()) <= int(codes_OI.max()) <= high
     assert bool(torch.isfinite(dequantize(codes_OI, scale_OG, dtype=torch.float64)).all())
     alone_OI, alone_OG, _ = quantize_nearest(

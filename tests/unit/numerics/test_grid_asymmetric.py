@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cptq.numerics import grid
-from cptq.numerics.grid import code_range, dequantize, fit_grid, quantize_nearest
+from cptq.numerics.grid import dequantize, fit_grid, get_code_range, quantize_nearest
 from tests.reference import asymmetric as truth
 
 BITS = range(2, 9)
@@ -33,7 +33,7 @@ def test_every_code_is_the_nearest_on_the_stored_grid(
     assert codes_OI.dtype is zero_OG.dtype is torch.int8
     assert scale_OG.dtype is scale_dtype
     assert scale_OG.shape == zero_OG.shape == (out, features // group)
-    low, high = code_range(bits)
+    low, high = get_code_range(bits)
     assert low <= int(zero_OG.min()) <= int(zero_OG.max()) <= high
     assert bool((scale_OG > 0).all())
     rows = zip(
@@ -86,7 +86,7 @@ def test_never_worse_than_the_plain_range(bits: int) -> None:
         W_OI, bits, 8, symmetric=False, scale_dtype=torch.float64
     )
     found = (W_OI - dequantize(codes_OI, scale_OG, zero_OG, dtype=torch.float64)).square()
-    low, high = code_range(bits)
+    low, high = get_code_range(bits)
     for w_K, error in zip(W_OI.view(-1, 8), found.view(-1, 8).sum(1), strict=True):
         bottom, top = min(0.0, float(w_K.min())), max(0.0, float(w_K.max()))
         scale = (top - bottom) / (high - low)

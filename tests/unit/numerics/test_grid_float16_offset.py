@@ -9,9 +9,9 @@ import torch
 
 from cptq.numerics.grid import (
     LARGEST,
-    code_range,
     count_scale_bits,
     dequantize,
+    get_code_range,
     quantize_nearest,
     round_to_precision,
 )
@@ -19,7 +19,7 @@ from tests.reference import float16_offset as truth
 
 
 def zeros(bits: int) -> torch.Tensor:
-    low, high = code_range(bits)
+    low, high = get_code_range(bits)
     return torch.arange(low, high + 1, dtype=torch.int8)[None]
 
 

@@ -32,7 +32,7 @@ from cptq.types import Candidate, CompressedLayer, Emit, LayerSpec, Progress, Un
 MANY = 8
 
 
-class Workbench:
+class TrialModel:
     """Weights of units at candidates, and the model in which they are tried.
 
     Args:
@@ -65,7 +65,7 @@ class Workbench:
         self._now: dict[str, Candidate] = {}
 
     @contextmanager
-    def trying(self) -> Iterator[None]:
+    def restore_after(self) -> Iterator[None]:
         """Allow `settle` inside; afterwards the model is dense again, to the bit."""
         self._dense = {
             spec.name: get_weight(self.model.linear(spec.name)).clone()
@@ -79,7 +79,7 @@ class Workbench:
                 set_weight(self.model.linear(name), W_OI)
             self._dense, self._now = {}, {}
 
-    def settle(self, choices: Mapping[str, Candidate]) -> None:
+    def apply_choices(self, choices: Mapping[str, Candidate]) -> None:
         """Set the model to a choice; only units that differ from now are touched."""
         self._prepare(choices)
         for name, candidate in choices.items():

@@ -14,11 +14,11 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import blockwise
 from cptq.compression.blockwise import compress_model
-from cptq.compression.workbench import Workbench
+from cptq.compression.trial_model import TrialModel
 from cptq.config import RUNTIMES, CalibrationSettings, ModelSettings, Runtime
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.layouts.packed import PACKED_LAYOUT
-from cptq.pipeline.bench import workbench
+from cptq.pipeline.trial_model import build_trial_model
 from cptq.types import Budget, Candidate, Event, LayerSpec, Plan, Progress
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import random_calibration
@@ -115,9 +115,9 @@ def test_the_weights_tried_are_those_shipped_for_every_runtime(
         set_weight(model.linear(name), W_OI)
     hessians = {unit.name: used[unit.layers[0].name] for unit in model.units}
     given = hessians if compressor == "gptq" else None
-    bench = Workbench(model, compressor, quiet, given, **options)
-    with bench.trying():
-        bench.settle(choices)
+    bench = TrialModel(model, compressor, quiet, given, **options)
+    with bench.restore_after():
+        bench.apply_choices(choices)
         tried = weights(model)
     assert set(tried) == set(shipped)
     assert [name for name in tried if not torch.equal(tried[name], shipped[name])] == []
@@ -129,9 +129,9 @@ def test_without_activations_it_is_compress_model_to_the_bit(
 ) -> None:
     model, calibration = loaded(tiny_model, arch)
     choices, dense = mixed(model), weights(model)
-    bench = Workbench(model, "nearest", quiet, **USUAL)
-    with bench.trying():
-        bench.settle(choices)
+    bench = TrialModel(model, "nearest", quiet, **USUAL)
+    with bench.restore_after():
+        bench.apply_choices(choices)
         tried = weights(model)
     back = weights(model)
     assert all(torch.equal(back[name], dense[name]) for name in dense)
@@ -144,19 +144,19 @@ def test_the_way_to_a_choice_does_not_matter_and_errors_leave_a_dense_model(
 ) -> None:
     model, _ = loaded(tiny_model, "llama")
     dense, names = weights(model), [unit.name for unit in model.units]
-    bench = Workbench(model, "nearest", quiet, **USUAL)
-    with bench.trying():
+    bench = TrialModel(model, "nearest", quiet, **USUAL)
+    with bench.restore_after():
         for candidate in WIDTHS:
-            bench.settle(dict.fromkeys(names, candidate))
+            bench.apply_choices(dict.fromkeys(names, candidate))
         again = weights(model)
         assert all(torch.equal(again[name], dense[name]) for name in dense)  # the last is dense
-        bench.settle(mixed(model))
+        bench.apply_choices(mixed(model))
         by_a_detour = weights(model)
-    with bench.trying():
-        bench.settle(mixed(model))
+    with bench.restore_after():
+        bench.apply_choices(mixed(model))
         assert all(torch.equal(by_a_detour[n], w) for n, w in weights(model).items())
-    with pytest.raises(KeyError), bench.trying():
-        bench.settle(mixed(model) | {"no such unit": WIDTHS[0]})
+    with pytest.raises(KeyError), bench.restore_after():
+        bench.apply_choices(mixed(model) | {"no such unit": WIDTHS[0]})
     assert all(torch.equal(dense[n], w) for n, w in weights(model).items())
 
 
@@ -165,9 +165,9 @@ def test_with_activations_the_first_block_is_that_of_compress_model(tiny_model: 
     model, calibration = loaded(tiny_model, "llama")
     choices = dict.fromkeys((unit.name for unit in model.units), Candidate(bits=3, group_size=16))
     objective = choose_objective(model.kind, model.config)
-    bench = workbench(model, calibration, objective, "gptq", seed=0, emit=quiet, **USUAL)
-    with bench.trying():
-        bench.settle(choices)
+    bench = build_trial_model(model, calibration, objective, "gptq", seed=0, emit=quiet, **USUAL)
+    with bench.restore_after():
+        bench.apply_choices(choices)
         tried = weights(model)
     done = carried_out(model, calibration, choices, "gptq")
     first = "model.layers.0.self_attn.q_proj"
@@ -179,16 +179,16 @@ def test_with_activations_the_first_block_is_that_of_compress_model(tiny_model: 
 def test_long_work_is_told_and_done_once(
     tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cptq.compression.workbench.MANY", 3)
+    monkeypatch.setattr("cptq.compression.trial_model.MANY", 3)
     model, _ = loaded(tiny_model, "llama")
     heard: list[Event] = []
-    bench = Workbench(model, "nearest", heard.append, **USUAL)
+    bench = TrialModel(model, "nearest", heard.append, **USUAL)
     every = dict.fromkeys((unit.name for unit in model.units), WIDTHS[0])
-    with bench.trying():
-        bench.settle(every)
+    with bench.restore_after():
+        bench.apply_choices(every)
         told = len(heard)
-        bench.settle(dict.fromkeys(every, WIDTHS[-1]))
-        bench.settle(every)
+        bench.apply_choices(dict.fromkeys(every, WIDTHS[-1]))
+        bench.apply_choices(every)
     assert told == len(model.units) + 1
     assert len(heard) == told
     assert all(isinstance(event, Progress) for event in heard)

@@ -11,7 +11,7 @@ from cptq.calibration.samples import SampleRequest, collect_samples
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
-from cptq.compression.workbench import Workbench
+from cptq.compression.trial_model import TrialModel
 from cptq.layouts import Layout
 from cptq.types import Emit, Notice
 
@@ -19,7 +19,7 @@ from cptq.types import Emit, Notice
 HESSIAN_BYTES = 8 << 30
 
 
-def workbench(
+def build_trial_model(
     model: LoadedModel,
     calibration: Calibration,
     objective: Objective,
@@ -30,13 +30,13 @@ def workbench(
     sparse: bool = False,
     seed: int,
     emit: Emit,
-) -> Workbench:
+) -> TrialModel:
     """Make a workbench for `compressor`; where that uses activations, one pass gathers them.
 
     `layout` and `float16_scales` are those of the file and the runtime that the weights are meant
     for. `sparse`: sparse candidates will be tried, whose masks use activations as well.
     """
-    bench = partial(Workbench, layout=layout, float16_scales=float16_scales)
+    bench = partial(TrialModel, layout=layout, float16_scales=float16_scales)
     if compressor in WITHOUT_ACTIVATIONS and not sparse:
         return bench(model, compressor, emit)
     need = sum(4 * unit.layers[0].shape[1] ** 2 for unit in model.units)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from cptq.calibration.objective import choose_objective
-from cptq.compression.workbench import Workbench
+from cptq.compression.trial_model import TrialModel
 from cptq.numerics.masks import build_magnitude_mask
-from cptq.pipeline.bench import workbench
+from cptq.pipeline.trial_model import build_trial_model
 from cptq.types import Candidate
 from tests.conftest import TinyModel
-from tests.unit.compression.test_workbench import USUAL, carried_out, loaded, quiet, weights
+from tests.unit.compression.test_trial_model import USUAL, carried_out, loaded, quiet, weights
 
 DENSE = Candidate(bits=16)
 
@@ -22,13 +22,13 @@ def test_the_inputs_decide_what_stays(tiny_model: TinyModel, compressor: str, la
     objective, first = choose_objective(model.kind, model.config), model.units[0]
     before = weights(model)
     choices = {unit.name: DENSE for unit in model.units} | {first.name: Candidate.parse(label)}
-    bench = workbench(
+    bench = build_trial_model(
         model, calibration, objective, compressor, sparse=True, seed=0, emit=quiet, **USUAL
     )
-    blind = Workbench(model, compressor, quiet, **USUAL)
+    blind = TrialModel(model, compressor, quiet, **USUAL)
     for each in (bench, blind):
-        with each.trying():
-            each.settle(choices)
+        with each.restore_after():
+            each.apply_choices(choices)
             gone = {spec.name: weights(model)[spec.name] == 0 for spec in first.layers}
             if each is bench:
                 tried = gone
