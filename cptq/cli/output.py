@@ -252,7 +252,7 @@ def _spell_difference(difference: float | None) -> str:
 
 
 def make_leader_table(tables: Sequence[SensitivityTable]) -> Table:
-    """Return the most sensitive unit by each metric, and the time that the metric takes alone."""
+    """Return the most sensitive unit by each metric, and the time of the run that measured it."""
     leaders = [next((unit for unit, _ in rank_units(table, 1)), "-") for table in tables]
     rows = tuple(
         (table.metric, leader, format_seconds(table.seconds))
@@ -260,9 +260,9 @@ def make_leader_table(tables: Sequence[SensitivityTable]) -> Table:
     )
     return Table(
         title="Most sensitive by each metric",
-        columns=("metric", "unit", "time alone"),
+        columns=("metric", "unit", "run time"),
         rows=rows,
-        right=("time alone",),
+        right=("run time",),
         note="the report lists more units, with their scores",
     )
 

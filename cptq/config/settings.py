@@ -121,7 +121,7 @@ class CandidateSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnalyzeSettings(CandidateSettings):
-    """`cptq analyze`. `inference` restricts the candidates; layers of any runtime are measured."""
+    """`cptq analyze`. `runtime` restricts the candidates; layers of any runtime are measured."""
 
     metrics: tuple[str, ...] = option(
         ("output",),

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,10 +133,7 @@ def test_metrics_of_the_weights_alone_read_no_text(tiny_model: TinyModel, tmp_pa
     model, out = tiny_model("bert"), tmp_path / "out"
     missing = CalibrationSettings(calibration=str(tmp_path / "absent.txt"))
     found = settings(model, out, "kurtosis", "pq-index")
-    found = AnalyzeSettings(
-        **{name: getattr(found, name) for name in found.__slots__} | {"calibration": missing}
-    )
-    outcome = analyze(found, quiet)
+    outcome = analyze(replace(found, calibration=missing), quiet)
     assert outcome.summary.calibration is None
     assert not (out / "calibration.json").exists()
     assert "weights only" in (out / "report.md").read_text()
