@@ -1,18 +1,18 @@
-"""One error tree. A message says what is wrong, what is allowed and what to type next.
+"""All errors of cptq. A message names the problem, the allowed values and the next step.
 
-Everything a user can cause is a `CptqError`; the command line prints it in one sentence and exits
-with its `exit_code`. Anything else that escapes is a defect of cptq and is shown as one.
+Every error that a user can cause is a `CptqError`; the command line prints it in one sentence and
+exits with its `exit_code`. Any other exception is a bug in cptq and is reported as one.
 """
 
 from __future__ import annotations
 
 
 class CptqError(Exception):
-    """Base of every error that cptq raises on purpose.
+    """Base class of all errors that cptq raises deliberately.
 
     Args:
         problem: what is wrong, one clause without a final full stop.
-        allowed: what would be accepted instead.
+        allowed: what is accepted instead.
         hint: what to type or do next.
     """
 
@@ -36,7 +36,7 @@ class CptqError(Exception):
 
 
 class UsageError(CptqError):
-    """An option, name or value on the command line or in a config file is not acceptable."""
+    """An option, name or value on the command line or in a config file is invalid."""
 
     exit_code = 2
 
@@ -46,7 +46,7 @@ class UnknownNameError(UsageError):
 
 
 class ModelError(CptqError):
-    """The checkpoint cannot be found, read or understood."""
+    """The checkpoint is missing, unreadable or unsupported."""
 
 
 class DataError(CptqError):
@@ -54,15 +54,15 @@ class DataError(CptqError):
 
 
 class CalibrationError(CptqError):
-    """The calibration data cannot support what was asked (too few tokens, for example)."""
+    """The calibration data is insufficient, for example because it has too few tokens."""
 
 
 class BudgetError(UsageError):
-    """A target cannot be read or cannot be met by any plan."""
+    """A target is invalid, or no plan meets it."""
 
 
 class PlanError(CptqError):
-    """A plan or a measurement does not belong to this model, or is out of date."""
+    """A plan or a sensitivity table belongs to another model or is outdated."""
 
 
 class CompressionError(CptqError):
@@ -74,7 +74,7 @@ class ArtifactError(CptqError):
 
 
 class OutputExistsError(ArtifactError):
-    """The output is already there and `--overwrite` was not given."""
+    """The output exists and `--overwrite` was not given."""
 
     exit_code = 2
 

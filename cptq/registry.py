@@ -1,7 +1,7 @@
-"""Names to implementations, loaded when first asked for.
+"""Registries: named implementations, imported on first use.
 
-An entry is `"module:attribute"`, so that listing names (for `--help` and for "did you mean")
-imports nothing heavy.
+An entry is `"module:attribute"`, so listing names (for `--help` and "did you mean") imports nothing
+heavy.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from cptq.errors import UnknownNameError
 T = TypeVar("T")
 
 
-def closest(name: str, names: list[str]) -> str | None:
-    """The most similar of `names`, or None when nothing is near."""
+def find_closest(name: str, names: list[str]) -> str | None:
+    """Return the most similar of `names`, or None if none is similar."""
     matches = get_close_matches(name.lower(), names, n=1, cutoff=0.5)
     return matches[0] if matches else None
 
@@ -26,8 +26,8 @@ class Registry(Generic[T]):
     """A fixed, ordered table of named implementations of one kind.
 
     Args:
-        kind: what an entry is, in the singular ("metric"); used in error messages.
-        entries: name -> "module:attribute".
+        kind: the kind of entry in the singular, such as "metric", for error messages.
+        entries: {name: "module:attribute"}.
     """
 
     def __init__(self, kind: str, entries: Mapping[str, str]) -> None:
@@ -40,18 +40,18 @@ class Registry(Generic[T]):
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
-    def names(self) -> list[str]:
-        """All names, in the order of registration."""
+    def list_names(self) -> list[str]:
+        """Return all names in registration order."""
         return list(self._entries)
 
     def check(self, name: str) -> str:
-        """`name` if it is registered.
+        """Return `name` if it is registered.
 
         Raises:
-            UnknownNameError: it is not; the message lists the names and the nearest one.
+            UnknownNameError: it is not; the message lists all names and the most similar one.
         """
         if name not in self._entries:
-            near = closest(name, self.names())
+            near = find_closest(name, self.list_names())
             raise UnknownNameError(
                 f"unknown {self.kind} {name!r}",
                 allowed=", ".join(self._entries),
@@ -60,7 +60,7 @@ class Registry(Generic[T]):
         return name
 
     def get(self, name: str) -> T:
-        """Import and return the implementation called `name`.
+        """Import and return the implementation of a name.
 
         Raises:
             UnknownNameError: as `check`.

@@ -56,15 +56,15 @@ class Plain:
     passes: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        from cptq.calibration.batches import choose_held_out_tokens, split_batches, split_held_out
         from cptq.calibration.replay import BlockReplay
-        from cptq.calibration.samples import PASS_TOKENS, first_rows
-        from cptq.calibration.slices import held_out_tokens, micro_batches, split_held_out
+        from cptq.calibration.samples import PASS_TOKENS, take_batches
 
         on_cpu = self.model.device.type == "cpu"
-        tokens = held_out_tokens(self.model.parameters, on_cpu)
+        tokens = choose_held_out_tokens(self.model.parameters, on_cpu)
         split = split_held_out(self.calibration.batches, self.model.kind, tokens)
         self.held_out = split.held_out
-        self.pass_rows = micro_batches(first_rows(split.fit, PASS_TOKENS))
+        self.pass_rows = split_batches(take_batches(split.fit, PASS_TOKENS))
         self.replay = BlockReplay(self.model, self.held_out)
         self.hidden = [self.replay.embed(index) for index in range(len(self.held_out))]
 
@@ -101,7 +101,7 @@ def child(
     from cptq.calibration.tokens import build_calibration
     from cptq.checkpoint.loader import load_model
     from cptq.config import DEFAULT_BITS, CalibrationSettings, ModelSettings
-    from cptq.pipeline.dense import candidates
+    from cptq.pipeline.inputs import list_candidates
     from cptq.sensitivity import METRICS
     from cptq.sensitivity.measure import measure
     from cptq.types import Progress
@@ -117,10 +117,10 @@ def child(
     plain = None
     if beside and needs and forward_only(needs):
         plain = Plain(loaded, text)
-        warm(plain, probe=needs.probe)
+        warm(plain, probe=needs.divergence)
 
     def listen(event: object) -> None:
-        if not isinstance(event, Progress) or plain is None or not needs.probe:
+        if not isinstance(event, Progress) or plain is None or not needs.divergence:
             return
         if event.stage == "sensitivity" and event.done < len(loaded.units):
             plain.trial(loaded.units[event.done].block)
@@ -131,12 +131,12 @@ def child(
     def run() -> None:
         tables.update(
             measure(
-                loaded, text, metrics=metrics, candidates=candidates(DEFAULT_BITS, 64), seed=0,
+                loaded, text, metrics=metrics, candidates=list_candidates(DEFAULT_BITS, 64), seed=0,
                 emit=listen,
             )
         )  # fmt: skip
 
-    if plain is not None and not needs.probe:
+    if plain is not None and not needs.divergence:
         return turn_by_turn(plain, run)
     spent.of(run)
     found = {"wall": spent.wall, "cpu": spent.cpu, "peak": peak()}
@@ -158,7 +158,9 @@ def turn_by_turn(plain: Plain, run: Callable[[], None]) -> dict[str, Any]:
 
 def forward_only(needs: Any) -> bool:
     """Whether a metric runs the model forward and in no other way."""
-    return not needs.path and bool(needs.probe or (needs.samples and not needs.samples.backward))
+    return not needs.path and bool(
+        needs.divergence or (needs.samples and not needs.samples.backward)
+    )
 
 
 def warm(plain: Plain, *, probe: bool) -> None:
@@ -252,9 +254,9 @@ def main() -> None:
         return
     if given.model is None:
         parser.error("name a model")
-    from cptq.sensitivity import METRICS, everyday
+    from cptq.sensitivity import METRICS, list_default_metrics
 
-    metrics = [METRICS.check(name) for name in given.metric or everyday()]
+    metrics = [METRICS.check(name) for name in given.metric or list_default_metrics()]
     model = (given.caller / given.model).resolve()
     text = {"calibration": given.calibration, "samples": given.samples, "seqlen": given.seqlen}
     show(model, metrics, text, together=len(metrics) > 1 and not given.alone_only)

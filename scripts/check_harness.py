@@ -29,8 +29,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.config import ModelSettings
 from cptq.data import load_glue, load_text
 from cptq.data.corpora import C4_FILE
-from cptq.evaluation.options import EvalOptions
-from cptq.evaluation.run import evaluate
+from cptq.evaluation.task import EvalOptions, evaluate
 
 TOLERANCE = 1e-4
 TASKS = Path(lm_eval.__file__).parent / "tasks"

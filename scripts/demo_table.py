@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cptq.data import load_text
-from cptq.report.words import number
+from cptq.report.formatting import format_number
 
 Row = tuple[str, str, str, str]
 
@@ -35,7 +35,7 @@ def weight_bytes(directory: Path) -> int:
 def row(label: str, before: float, after: float) -> Row:
     """One line of the table, with the ratio of after to before."""
     ratio = f"{after / before:.3f}x" if before else "-"
-    return label, number(before), number(after), ratio
+    return label, format_number(before), format_number(after), ratio
 
 
 def rows(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> list[Row]:

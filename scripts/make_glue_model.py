@@ -31,8 +31,7 @@ from cptq.config import ModelSettings
 from cptq.data import GlueSet, load_glue
 from cptq.data.glue_layouts import TRAINED
 from cptq.errors import CptqError
-from cptq.evaluation.options import EvalOptions
-from cptq.evaluation.run import evaluate
+from cptq.evaluation.task import EvalOptions, evaluate
 from cptq.types import EvalResult
 
 BATCH, LENGTH, WARM_UP, LOG_EVERY = 32, 128, 0.06, 25

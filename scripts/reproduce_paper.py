@@ -119,7 +119,8 @@ def plan_data(report: dict[str, Any], trial: dict[str, Any]) -> dict[str, Any]:
     """A plan that `cptq compress --plan` carries out."""
     return {
         "model_fingerprint": report["model"]["fingerprint"],
-        "budget": {"limit_bytes": trial["limit_bytes"], "asked": trial["target"]},
+        # a trial's limit is that of the whole file, whatever the target
+        "budget": {"limit_bytes": trial["limit_bytes"], "asked": trial["target"], "scope": "file"},
         "allocator": trial["allocator"],
         "metric": trial["metric"],
         "table_digest": None,

@@ -44,7 +44,7 @@ from transformers import AutoModelForCausalLM
 from transformers import logging as transformers_logging
 
 from cptq.errors import CptqError
-from cptq.evaluation.perplexity import cut_windows, exponential, ratio, window_nll
+from cptq.evaluation.perplexity import cut_windows, estimate_ratio, exponentiate, measure_nll
 
 LOG_EVERY = 50
 WARM_UP, FLOOR = 0.03, 0.1
@@ -119,8 +119,8 @@ def held_out_perplexity(model: Any, ids: Tensor, size: Size) -> dict[str, float]
     """What `cptq eval --task text:OUT/heldout.txt` finds on a CPU."""
     windows_NT = cut_windows(ids, size.context)
     device = next(model.parameters()).device
-    nll_N = window_nll(model.eval(), windows_NT, batch_size=16, device=device).numpy()
-    found = exponential(ratio(nll_N, torch.full((len(nll_N),), size.context - 1).numpy()))
+    nll_N = measure_nll(model.eval(), windows_NT, batch_size=16, device=device).numpy()
+    found = exponentiate(estimate_ratio(nll_N, torch.full((len(nll_N),), size.context - 1).numpy()))
     stderr = None if found.stderr is None else round(found.stderr, 4)
     return {
         "perplexity": round(found.value, 4),

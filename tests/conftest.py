@@ -14,10 +14,34 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as `cptq` itself sets it
 import pytest
 import torch
 
+from cptq.types import Event, Notice, Progress
 from tests.tiny_models import build_tiny_model
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TinyModel = Callable[..., Path]
+
+
+class Heard(list[Event]):
+    """An `emit` that keeps the events it gets."""
+
+    def __call__(self, event: Event) -> None:
+        self.append(event)
+
+    @property
+    def notices(self) -> list[str]:
+        """The messages of the notices."""
+        return [event.message for event in self if isinstance(event, Notice)]
+
+    @property
+    def stages(self) -> set[str]:
+        """The stages of which progress was reported."""
+        return {event.stage for event in self if isinstance(event, Progress)}
+
+
+@pytest.fixture
+def heard() -> Heard:
+    """An `emit` to pass on, and to read afterwards."""
+    return Heard()
 
 
 def pytest_configure() -> None:

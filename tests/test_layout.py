@@ -31,7 +31,7 @@ DOCUMENTS = "".join(
     )
 )
 COMMANDS = ("analyze", "compress", "eval", "compare", "export", "inspect", "verify")
-MOST_LINES = 350
+MOST_LINES = 500
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 
 

@@ -1,4 +1,4 @@
-"""From scores and a budget to one choice per unit. No torch here."""
+"""Allocation: from scores and a budget to one candidate per unit. Free of torch."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 ALLOCATORS: Registry[Allocator] = Registry(
     "allocator",
     {
-        "knapsack": "cptq.allocation.knapsack:knapsack",
-        "cluster": "cptq.allocation.cluster:cluster",
-        "greedy": "cptq.allocation.greedy:greedy",
-        "uniform": "cptq.allocation.uniform:uniform",
-        "even": "cptq.allocation.even:even",
+        "knapsack": "cptq.allocation.knapsack:solve_knapsack",
+        "cluster": "cptq.allocation.cluster:solve_by_clusters",
+        "greedy": "cptq.allocation.greedy:solve_greedily",
+        "uniform": "cptq.allocation.uniform:solve_uniform",
+        "even": "cptq.allocation.even:solve_even",
     },
 )
-#: allocators that look at no score, and so need no measurement
+#: allocators that need no scores, and so no measurement
 BLIND = ("uniform", "even")

@@ -1,115 +1,98 @@
-"""From a budget to a plan, by any registered allocator; and whether a plan fits a model."""
+"""From a ledger to a plan, by any registered allocator; and checks of a plan against a model."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 
 from cptq.allocation import ALLOCATORS, BLIND
 from cptq.allocation.cost import CostModel
-from cptq.allocation.experts import Options, check_tied, expert_units, solve_tied
+from cptq.allocation.experts import check_tied, list_experts, solve_tied
 from cptq.allocation.ledger import Ledger
-from cptq.allocation.problem import Solution, build_problem
-from cptq.allocation.targets import ledger_of, smallest_plan
+from cptq.allocation.problem import AllocationSolution, build_problem
 from cptq.errors import BudgetError, PlanError
-from cptq.types import Budget, Candidate, Emit, Notice, Plan, SensitivityTable
+from cptq.types import Candidate, Emit, Notice, Plan, SensitivityTable
 
 
 def allocate(
     name: str,
     table: SensitivityTable | None,
-    cost: CostModel,
-    budget: Budget,
+    ledger: Ledger,
     candidates: Sequence[Candidate],
     *,
     model_fingerprint: str,
     emit: Emit,
-    options: Mapping[str, Sequence[Candidate]] | None = None,
 ) -> Plan:
     """Give every unit a candidate.
 
     Args:
         name: a name of `ALLOCATORS`.
-        table: the scores; only those of `BLIND` do without.
-        cost: the model's bytes.
-        budget: what the file may take; never exceeded. All but `uniform` also leave less than the
-            smallest step that is still possible.
-        candidates: what a unit can get.
-        model_fingerprint: of the model the plan is for.
-        emit: receives what must be said.
-        options: the candidates of each unit, where pins or limits make them differ.
+        table: the scores; only the allocators of `BLIND` work without.
+        ledger: the budget, and the candidates of each unit. The budget is never exceeded. All
+            allocators but `uniform` leave less than the smallest step that is still possible.
+        candidates: those offered to all units, of which the ledger lists what each can have.
+        model_fingerprint: of the model that the plan is for.
+        emit: receives notices.
 
     Returns:
         The plan; `predicted_bytes` is the exact size of the file, `predicted_loss` the sum of the
         (monotone) scores, None without a table.
 
     Raises:
-        UnknownNameError: no such allocator.
+        UnknownNameError: there is no such allocator.
         PlanError: the table is of another model, or lacks a unit or a candidate.
         BudgetError: no plan fits.
     """
     ALLOCATORS.get(name)
-    _check(name, table, candidates, model_fingerprint)
+    _check_inputs(name, table, candidates, model_fingerprint)
 
-    def solve(options: Options, emit: Emit) -> Plan:
-        return _solve(name, table, cost, budget, candidates, options, model_fingerprint, emit)
+    def solve(ledger: Ledger, emit: Emit) -> Plan:
+        return _solve(name, table, ledger, candidates, model_fingerprint, emit)
 
-    if not expert_units(cost.units):
-        return solve(options or {}, emit)
-    rows = {
-        u.name: cost.options(u.name, (options or {}).get(u.name, candidates)) for u in cost.units
-    }
-    return solve_tied(cost.units, rows, solve, emit)
+    if list_experts(ledger.cost.units):
+        return solve_tied(ledger, solve, emit)
+    return solve(ledger, emit)
 
 
 def _solve(
     name: str,
     table: SensitivityTable | None,
-    cost: CostModel,
-    budget: Budget,
+    ledger: Ledger,
     candidates: Sequence[Candidate],
-    options: Options,
     model_fingerprint: str,
     emit: Emit,
 ) -> Plan:
-    """As `allocate`, every unit for itself."""
+    """Allocate with every unit free."""
     if name in BLIND and any(candidate.sparsity for candidate in candidates):
-        message = "asks no score, which could weigh sparsity against bits: nothing becomes sparse"
+        message = "uses no scores and cannot weigh sparsity against bits: no unit becomes sparse"
         emit(Notice(kind="warning", subject=name, message=message))
-        options = {unit: without_sparse(row) for unit, row in options.items()}
-        candidates = without_sparse(candidates)
-    ledger = ledger_of(budget, cost, options or candidates)
-    least = smallest_plan(ledger)
-    if not ledger.fits(least, ledger.total(least)):
-        raise BudgetError(
-            f"the budget of {budget.limit_bytes:,} bytes ({budget.asked}) is below the smallest "
-            f"plan, which takes {cost.file_bytes(least):,}",
-            allowed="a larger target, smaller --bits, or looser --pin and --min-bits",
-        )
+        ledger = ledger.restrict({u: drop_sparse(row) for u, row in ledger.bytes_of.items()})
+        candidates = drop_sparse(candidates)
+    _check_reachable(ledger)
     problem = build_problem(table, ledger, candidates, emit)
     solution = ALLOCATORS.get(name)(problem, emit)
-    loss = None if table is None else problem.predicted_loss(solution.choices)
-    notes = (*solution.notes, *_unused(ledger, solution))
+    loss = None if table is None else problem.predict_loss(solution.choices)
+    notes = (*solution.notes, *_describe_unused(ledger, solution))
     for note in notes:
         emit(Notice(kind="info", subject=name, message=note))
     return Plan(
         model_fingerprint=model_fingerprint,
-        budget=budget,
+        budget=ledger.budget,
         allocator=name,
         metric=None if table is None else table.metric,
         table_digest=None if table is None else table.digest,
         choices=dict(solution.choices),
-        predicted_bytes=cost.file_bytes(solution.choices),
+        predicted_bytes=ledger.cost.file_bytes(solution.choices),
         predicted_loss=loss,
         notes=notes,
     )
 
 
-def without_sparse(candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-    """Those that keep every weight; all of them where none does."""
+def drop_sparse(candidates: Collection[Candidate]) -> tuple[Candidate, ...]:
+    """Return the candidates without sparsity; all of them if every one is sparse."""
     return tuple(c for c in candidates if not c.sparsity) or tuple(candidates)
 
 
-def _check(
+def _check_inputs(
     name: str,
     table: SensitivityTable | None,
     candidates: Sequence[Candidate],
@@ -120,7 +103,7 @@ def _check(
     if table is None and name not in BLIND:
         raise PlanError(
             f"the allocator {name} needs the scores of a metric",
-            hint="name one with --metric, or take --allocator uniform",
+            hint="name one with --metric, or use --allocator uniform",
         )
     if table is not None and table.model_fingerprint != model_fingerprint:
         raise PlanError(
@@ -130,24 +113,35 @@ def _check(
         )
 
 
-def _unused(ledger: Ledger, solution: Solution) -> tuple[str, ...]:
-    """A word where the budget is more than the candidates can use."""
-    largest = all(
+def _check_reachable(ledger: Ledger) -> None:
+    least = ledger.find_smallest()
+    if not ledger.fits(least, ledger.sum_bytes(least)):
+        budget = ledger.budget
+        raise BudgetError(
+            f"the budget of {budget.limit_text} ({budget.asked}) is below the smallest plan, which "
+            f"takes {ledger.count_bytes(least):,}",
+            allowed="a larger target, smaller --bits, or looser --pin and --min-bits",
+        )
+
+
+def _describe_unused(ledger: Ledger, solution: AllocationSolution) -> tuple[str, ...]:
+    """Return a note if the budget is more than the candidates can use."""
+    at_largest = all(
         ledger.bytes_of[unit][candidate] == max(ledger.bytes_of[unit].values())
         for unit, candidate in solution.choices.items()
     )
-    left = ledger.limit - ledger.exact(solution.choices)
-    if not largest or not left or solution.notes:
+    left = ledger.limit - ledger.count_bytes(solution.choices)
+    if not at_largest or not left or solution.notes:
         return ()
-    return (f"every unit has its largest candidate; {left:,} bytes of the budget are left",)
+    return (f"every unit has its largest candidate; {left:,} bytes of the budget are unused",)
 
 
 def check_plan(plan: Plan, cost: CostModel, model_fingerprint: str) -> None:
-    """Whether a plan, perhaps edited by hand, can be carried out on a model.
+    """Check that a plan, possibly edited by hand, can be carried out on a model.
 
     Raises:
-        PlanError: it is of another model, lacks a unit, names one that is not there, wants what
-            the format cannot hold, or gives experts more than one scheme.
+        PlanError: the plan is of another model, lacks a unit, names an unknown one, contains a
+            candidate that the format or runtime cannot hold, or gives experts more than one scheme.
     """
     if plan.model_fingerprint != model_fingerprint:
         raise PlanError(
@@ -158,7 +152,7 @@ def check_plan(plan: Plan, cost: CostModel, model_fingerprint: str) -> None:
     missing = [unit.name for unit in cost.units if unit.name not in plan.choices]
     if missing:
         raise PlanError(
-            f"the plan says nothing about {missing[0]!r}"
+            f"the plan has no choice for {missing[0]!r}"
             + (f" and {len(missing) - 1} other units" if len(missing) > 1 else ""),
             allowed="every unit once, with a label such as w4g64, or w16 to keep it dense",
         )
@@ -168,7 +162,7 @@ def check_plan(plan: Plan, cost: CostModel, model_fingerprint: str) -> None:
         if why is not None:
             raise PlanError(
                 f"the plan gives {unit} {candidate.label}: {why}",
-                allowed="what the runtime takes, or w16 to keep it dense",
+                allowed="a candidate that the runtime supports, or w16 to keep it dense",
                 hint="edit the plan, or name another --runtime",
             )
     check_tied(cost.units, plan.choices)

@@ -1,9 +1,10 @@
-"""The only place that counts bytes: what any choice takes on disk, to the byte.
+"""The cost model: the exact bytes on disk of any choice of candidates. Nothing else counts bytes.
 
-A checkpoint is its safetensors file (or shards): 8 bytes of length, a JSON header, the tensors. The
-header is counted as well, and it depends on the choice: a packed layer has three entries where a
-dense one has one, and offsets have more or fewer digits. So a whole-file size is no sum over units,
-and is computed exactly, in the writer's own code (`cptq.layouts.safetensors_header`).
+A checkpoint is a safetensors file (or shards): 8 bytes of header length, a JSON header, the
+tensors. The header counts too, and its size depends on the choice: a packed layer has three entries
+where a dense one has one, and offsets have more or fewer digits. So the size of a whole file is not
+a sum over units. It is computed exactly, by the code that the writer uses
+(`cptq.layouts.safetensors_header`); `ledger` encloses it in sums.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from cptq.types import DTYPE_BYTES, Candidate, LayerSpec, SizeReport, TensorSpec
 
 Choices = Mapping[str, Candidate]
 
-#: floating types wider than the 16 bits that sizes are compared with
+#: floating-point dtypes of more than the 16 bits that sizes are compared with
 _WIDE = ("F32", "F64")
 
 
 class CostModel:
-    """Bytes of the choices for one model.
+    """The bytes of every choice for one model.
 
     Args:
         units: the compressible units.
-        tensors: everything a dense artifact holds, tied duplicates dropped.
-        layout: how the file's format stores a compressed layer.
-        runtime: what the program that will load the file takes.
-        fixed: what weights outside the units become, by the name of the dense tensor.
+        tensors: all tensors of a dense artifact, without tied duplicates.
+        layout: how the file format stores a compressed layer.
+        runtime: what the program that will load the file supports.
+        fixed: the tensors that weights outside the units become, by the name of the dense tensor.
 
     Raises:
         PlanError: a unit has a layer whose weight is not among the tensors.
@@ -67,10 +68,10 @@ class CostModel:
                     raise PlanError(f"{layer.weight_name} is not among the checkpoint's tensors")
 
     def unit_tensors(self, unit_name: str, candidate: Candidate) -> tuple[TensorSpec, ...]:
-        """The tensors that a unit's weights become.
+        """Return the tensors that a unit's weights become.
 
         Raises:
-            PlanError: no such unit, or a candidate that the format cannot hold.
+            PlanError: there is no such unit, or the format cannot hold the candidate.
         """
         known = self._specs.get((unit_name, candidate))
         if known is None:
@@ -83,7 +84,7 @@ class CostModel:
         return layer_tensors(layer, candidate, self.layout)
 
     def refusal(self, unit_name: str, candidate: Candidate) -> str | None:
-        """Why a unit cannot have a candidate, by the format or the runtime; None where it can."""
+        """Return why format or runtime refuse a candidate for a unit; None if they accept it."""
         if candidate.dense:
             return None
         for layer in self._layers(unit_name):
@@ -95,22 +96,22 @@ class CostModel:
         return None
 
     def options(self, unit_name: str, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
-        """Those of the candidates that a unit can have; dense alone where it can have none."""
+        """Return the candidates that a unit can have; dense alone if it can have none of them."""
         taken = tuple(c for c in candidates if self.refusal(unit_name, c) is None)
         return taken or (Candidate(bits=16),)
 
     def check_pinned(self, options: Mapping[str, Sequence[Candidate]]) -> None:
-        """Refuse a unit that is left with one candidate, which it cannot have.
+        """Check that every unit left with a single candidate can have it.
 
         Raises:
-            PlanError: says why.
+            PlanError: a unit cannot; the message gives the reason.
         """
         for unit, row in options.items():
             why = self.refusal(unit, row[0]) if len(row) == 1 else None
             if why is not None:
                 raise PlanError(
                     f"{unit} is pinned to {row[0].label}: {why}",
-                    hint="pin it to a width that the runtime takes, or name another --runtime",
+                    hint="pin it to a width that the runtime supports, or name another --runtime",
                 )
 
     def _layers(self, unit_name: str) -> tuple[LayerSpec, ...]:
@@ -123,11 +124,11 @@ class CostModel:
         return unit.layers
 
     def unit_bytes(self, unit_name: str, candidate: Candidate) -> int:
-        """Bytes of a unit's tensors (data only; their header entries are in `file_bytes`)."""
+        """Return the bytes of a unit's tensors, without their entries in the header."""
         return sum(entry.nbytes for entry in self.unit_entries(unit_name, candidate))
 
     def unit_entries(self, unit_name: str, candidate: Candidate) -> tuple[Entry, ...]:
-        """`unit_tensors`, measured."""
+        """Return `unit_tensors` as entries of the header."""
         known = self._entries.get((unit_name, candidate))
         if known is None:
             known = tuple(map(measure, self.unit_tensors(unit_name, candidate)))
@@ -135,16 +136,16 @@ class CostModel:
         return known
 
     def entries_besides(self, names: Collection[str]) -> list[Entry]:
-        """What the file holds in any case: all tensors but the dense ones so named."""
+        """Return the entries of all tensors but the dense ones of these names."""
         rest = (row for name, row in self._dense_entries.items() if name not in names)
         return list(chain.from_iterable(rest))
 
     def weight_bytes(self, choices: Choices) -> int:
-        """Bytes of the compressible weights' tensors; a unit without a choice is dense."""
+        """Return the stored bytes of the compressible weights; a unit without a choice is dense."""
         return sum(self.unit_bytes(unit.name, _choice(choices, unit)) for unit in self.units)
 
     def file_bytes(self, choices: Choices) -> int:
-        """Bytes of the safetensors file, or of all shards of one above 5 GB.
+        """Return the bytes of the safetensors file, or of all its shards if it exceeds 5 GB.
 
         A unit without a choice is dense, so `file_bytes({})` is the uncompressed checkpoint. The
         JSON index beside shards is not counted: it holds no weights.
@@ -164,7 +165,7 @@ class CostModel:
         return total_bytes(chain.from_iterable(entries.values()))
 
     def uniform_bytes(self, candidate: Candidate) -> int:
-        """`file_bytes` with one candidate for every unit that can have one of its group size."""
+        """Return `file_bytes` with one candidate for every unit that supports its group size."""
         usual = replace(candidate, bits=candidate.bits if candidate.dense else self._usual_bits)
         return self.file_bytes(
             {unit.name: candidate for unit in self.units if not self.refusal(unit.name, usual)}
@@ -172,21 +173,21 @@ class CostModel:
 
     @property
     def _usual_bits(self) -> int:
-        """A width that the runtime takes, to ask about the rest of a candidate."""
+        """A width that the runtime supports, for questions about the rest of a candidate."""
         return 4 if 4 in self.runtime.bits else self.runtime.bits[0]
 
     @cached_property
     def dense_bytes(self) -> int:
-        """Bytes of the file with nothing compressed, in the checkpoint's own types."""
+        """Bytes of the uncompressed file in the checkpoint's own dtypes."""
         return self.file_bytes({})
 
     @cached_property
     def dense_file_bytes(self) -> int:
-        """Bytes of the uncompressed file with 16 bits per weight, whatever it is stored in."""
-        half = [
+        """Bytes of the uncompressed file at 16 bits per weight, whatever its dtype."""
+        at_16_bits = [
             replace(spec, dtype="F16") if spec.dtype in _WIDE else spec for spec in self.tensors
         ]
-        return total_bytes(map(measure, half))
+        return total_bytes(map(measure, at_16_bits))
 
     @cached_property
     def compressible(self) -> int:
@@ -199,7 +200,7 @@ class CostModel:
         return sum(spec.numel for spec in self.tensors)
 
     def size_report(self, choices: Choices) -> SizeReport:
-        """Bytes, and the averages of bits that a reader may mean.
+        """Return the bytes of a choice and three averages of bits.
 
         `nominal_bits`: bits of a code, averaged over the compressible weights; a dense one counts
         with its storage type. `effective_bits`: all bytes of the compressible weights (codes,
@@ -207,6 +208,7 @@ class CostModel:
         elements. Without a compressible weight the first two are 0.
         """
         file_bytes, count = self.file_bytes(choices), max(1, self.compressible)
+        compressible_bytes = self.weight_bytes(choices)
         nominal = sum(
             layer.numel * _code_bits(layer, _choice(choices, unit))
             for unit in self.units
@@ -214,9 +216,10 @@ class CostModel:
         )
         return SizeReport(
             file_bytes=file_bytes,
+            compressible_bytes=compressible_bytes,
             dense_file_bytes=self.dense_file_bytes,
             nominal_bits=nominal / count,
-            effective_bits=8 * self.weight_bytes(choices) / count,
+            effective_bits=8 * compressible_bytes / count,
             file_bits=8 * file_bytes / max(1, self.parameters),
         )
 
@@ -229,10 +232,10 @@ class CostModel:
 def layer_tensors(
     layer: LayerSpec, candidate: Candidate, layout: Layout = PACK_QUANTIZED
 ) -> tuple[TensorSpec, ...]:
-    """The tensors of one layer's weight under a candidate.
+    """Return the tensors of one layer's weight under a candidate.
 
     Raises:
-        PlanError: a candidate that the format cannot hold.
+        PlanError: the format cannot hold the candidate.
     """
     if candidate.dense:
         shape = layer.shape[::-1] if layer.transposed else layer.shape

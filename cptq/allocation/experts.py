@@ -1,15 +1,16 @@
-"""One scheme for all experts of a mixture: what stock transformers loads, and no plan may break.
+"""One candidate for all experts of a mixture-of-experts model, as stock transformers requires.
 
-It unpacks experts while it stacks them, all by the one scheme that it finds for experts; with two
-schemes it loads random weights in silence, and dense experts beside packed attention not at all
-(transformers 5.23). So the units of experts are tied. Where a plan made without regard to that
-gives all of them the same, it stands; else the problem is solved once for each candidate that all
-may have, with the experts fixed to it, and the best plan is taken: the smallest predicted loss, or
-without scores the plan whose smallest width is largest, then the largest.
+transformers stacks the experts of a block into one tensor, and unpacks all of them by the one
+scheme that it finds for experts. With two schemes it silently loads random weights, and dense
+experts beside packed attention do not load at all (transformers 5.23). So the units of experts are
+tied. If a plan made without that rule gives all experts one candidate, it stands. Otherwise the
+problem is solved once per candidate that all experts can have, with the experts fixed to it, and
+the best plan is taken: least predicted loss, or without scores the plan whose smallest width is
+largest, then the largest plan.
 
-One scheme also means one group size: one that divides the inputs of all experts' layers.
+One scheme also means one group size: it must divide the inputs of all expert layers.
 
-Cost: as many allocations as candidates, each with as many units free as lie outside the experts.
+Cost: as many allocations as candidates, each with the units outside the experts free.
 """
 
 from __future__ import annotations
@@ -17,31 +18,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from cptq.allocation.ledger import Ledger, Options
 from cptq.errors import BudgetError, PlanError
 from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, Emit, Plan, Unit
 
-Options = Mapping[str, Sequence[Candidate]]
-Solve = Callable[[Options, Emit], Plan]
-#: a plan, and what making it had to say
+Solve = Callable[[Ledger, Emit], Plan]
+#: a plan, and the events that making it emitted
 Attempt = tuple[Plan, list[object]]
 
 
-def expert_units(units: Sequence[Unit]) -> list[str]:
-    """The names of the units that are experts."""
+def list_experts(units: Sequence[Unit]) -> list[str]:
+    """Return the names of the units that belong to experts."""
     return [unit.name for unit in units if any(layer.expert for layer in unit.layers)]
 
 
-def solve_tied(units: Sequence[Unit], options: Options, solve: Solve, emit: Emit) -> Plan:
-    """The best plan that gives all experts among the units one candidate.
+def fix_experts(ledger: Ledger, candidate: Candidate) -> Ledger:
+    """Return the ledger with all experts fixed to one candidate; the same without experts."""
+    experts = list_experts(ledger.cost.units)
+    if not experts:
+        return ledger
+    return ledger.restrict({**ledger.bytes_of, **dict.fromkeys(experts, (candidate,))})
+
+
+def solve_tied(ledger: Ledger, solve: Solve, emit: Emit) -> Plan:
+    """Find the best plan that gives all experts one candidate.
+
+    Args:
+        ledger: the budget and the options of a model that has experts.
+        solve: makes a plan in which every unit is free.
+        emit: receives the events of the plan that is returned.
 
     Raises:
-        PlanError: there is no width below 16 bits that all of them may have.
-        BudgetError: with none of them a plan fits.
+        PlanError: there is no width below 16 bits that all experts can have.
+        BudgetError: no plan fits, whatever the experts get.
     """
-    found = _attempt(solve, options)
-    if not _tied(units, found[0].choices):
-        found = min(_each(units, options, solve), key=lambda attempt: _rank(attempt[0]))
+    units = ledger.cost.units
+    found = _attempt(solve, ledger)
+    if not _are_tied(units, found[0].choices):
+        attempts = _attempt_each(ledger, solve)
+        found = min(attempts, key=lambda attempt: _rank(attempt[0]))
     plan, events = found
     for event in events:
         emit(event)  # type: ignore[arg-type]
@@ -49,13 +65,13 @@ def solve_tied(units: Sequence[Unit], options: Options, solve: Solve, emit: Emit
     return plan
 
 
-def _each(units: Sequence[Unit], options: Options, solve: Solve) -> list[Attempt]:
-    """A plan for each candidate that the experts can be fixed to."""
-    experts, found = expert_units(units), []
+def _attempt_each(ledger: Ledger, solve: Solve) -> list[Attempt]:
+    """Make a plan for each candidate that the experts can be fixed to."""
+    found = []
     failure: BudgetError | None = None
-    for candidate in _common(experts, options):
+    for candidate in _list_common(list_experts(ledger.cost.units), ledger.bytes_of):
         try:
-            found.append(_attempt(solve, fixed(experts, options, candidate)))
+            found.append(_attempt(solve, fix_experts(ledger, candidate)))
         except BudgetError as error:
             failure = failure or error
     if failure is not None and not found:
@@ -63,43 +79,38 @@ def _each(units: Sequence[Unit], options: Options, solve: Solve) -> list[Attempt
     return found
 
 
-def _attempt(solve: Solve, options: Options) -> Attempt:
+def _attempt(solve: Solve, ledger: Ledger) -> Attempt:
     events: list[object] = []
-    return solve(options, events.append), events
-
-
-def fixed(experts: Sequence[str], options: Options, candidate: Candidate) -> Options:
-    """The options with one left to the experts."""
-    return {**options, **dict.fromkeys(experts, (candidate,))}
+    return solve(ledger, events.append), events
 
 
 def check_tied(units: Sequence[Unit], choices: Mapping[str, Candidate]) -> None:
-    """Whether a plan gives all experts one candidate, and none that is dense beside packed layers.
+    """Check that a plan gives all experts one candidate, not dense if other units are packed.
 
     Raises:
         PlanError: it does not.
     """
-    chosen = {choices[name] for name in expert_units(units)}
+    chosen = {choices[name] for name in list_experts(units)}
     if len(chosen) > 1:
         labels = ", ".join(sorted(candidate.label for candidate in chosen))
         raise PlanError(
             f"the plan gives experts {labels}, and transformers loads one scheme for all of them",
             allowed="the same label for every unit of experts",
         )
-    if not _tied(units, choices):
+    if not _are_tied(units, choices):
         raise _dense_experts()
     for candidate in chosen:
         _check_group(units, candidate)
 
 
-def _tied(units: Sequence[Unit], choices: Mapping[str, Candidate]) -> bool:
-    chosen = {choices[name] for name in expert_units(units)}
+def _are_tied(units: Sequence[Unit], choices: Mapping[str, Candidate]) -> bool:
+    chosen = {choices[name] for name in list_experts(units)}
     dense = any(candidate.dense for candidate in chosen)
     return len(chosen) < 2 and (not dense or all(c.dense for c in choices.values()))
 
 
-def _common(experts: Sequence[str], options: Options) -> list[Candidate]:
-    """Candidates below 16 bits that all experts may have, smallest first."""
+def _list_common(experts: Sequence[str], options: Options) -> list[Candidate]:
+    """Return the candidates below 16 bits that all experts can have, smallest first."""
     common = set.intersection(*(set(options[name]) for name in experts))
     packed = sorted(candidate for candidate in common if not candidate.dense)
     if packed:
@@ -120,10 +131,10 @@ def _check_group(units: Sequence[Unit], candidate: Candidate) -> None:
     widths = sorted({layer.shape[1] for layer in layers})
     groups = {width: resolve_group(width, candidate.group_size) for width in widths}
     sizes = sorted(set(groups.values()))
-    channels = all(width == group for width, group in groups.items())
-    if not candidate.dense and len(sizes) > 1 and not channels:
+    per_channel = all(width == group for width, group in groups.items())
+    if not candidate.dense and len(sizes) > 1 and not per_channel:
         raise PlanError(
-            f"experts have layers of {' and '.join(map(str, widths))} inputs, on which "
+            f"experts have layers of {' and '.join(map(str, widths))} inputs, for which "
             f"{candidate.label} has groups of {' and '.join(map(str, sizes))}; "
             "transformers loads one scheme for all experts",
             allowed=f"--group-size that divides {math.gcd(*widths)}, or 0 (per channel)",
@@ -132,7 +143,7 @@ def _check_group(units: Sequence[Unit], candidate: Candidate) -> None:
 
 def _dense_experts() -> PlanError:
     return PlanError(
-        "experts that stay dense beside packed layers do not load in transformers",
+        "transformers cannot load dense experts beside packed layers",
         allowed="one width below 16 bits for all experts, or 16 bits for the whole model",
     )
 

@@ -1,8 +1,9 @@
-"""Optimal clusters on a line.
+"""Optimal k-means clusters of numbers.
 
-k-means on sorted numbers has contiguous clusters, so the optimum is found exactly by dynamic
-programming over the cut points (Wang and Song, "Ckmeans.1d.dp", The R Journal 3/2, 2011): no random
-start, no local optimum, the same answer always. Cost O(k n^2) for n numbers, n in the hundreds.
+In one dimension the clusters of the optimum are contiguous runs of the sorted numbers, so it is
+found exactly by dynamic programming over the cut points (Wang and Song, "Ckmeans.1d.dp", The R
+Journal 3/2, 2011): deterministic, without random starts or local optima. Cost O(k n^2) for n
+numbers, n in the hundreds.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ _Floats = npt.NDArray[np.float64]
 
 
 def cluster_line(values: list[float], clusters: int) -> list[int]:
-    """Cluster numbers of the values, 0 for the cluster of smallest centre.
+    """Return the cluster of every value, 0 for the cluster of smallest centre.
 
     Args:
         values: finite numbers.
-        clusters: how many at most; equal values are never separated.
+        clusters: the most clusters; equal values are never separated.
 
     Returns:
         One number per value, in 0 .. clusters - 1, increasing with the value.
@@ -27,14 +28,14 @@ def cluster_line(values: list[float], clusters: int) -> list[int]:
     groups = min(clusters, len(distinct))
     if not groups:
         return []
-    cuts = _cuts(_within(distinct.astype(np.float64), counts.astype(np.float64)), groups)
+    cuts = _find_cuts(_measure_runs(distinct.astype(np.float64), counts.astype(np.float64)), groups)
     labels = np.searchsorted(cuts, np.arange(len(distinct)), side="right")
     return [int(label) for label in labels[places]]
 
 
-def _within(values: _Floats, counts: _Floats) -> _Floats:
-    """cost[i, j]: squared distances of values i .. j - 1 (with their counts) from their mean."""
-    # centred first: the difference of large sums would lose what tells the clusters apart
+def _measure_runs(values: _Floats, counts: _Floats) -> _Floats:
+    """Return cost[i, j]: the squared distances of values i .. j - 1 from their mean, by counts."""
+    # centred first: a difference of large sums would lose the digits that separate the clusters
     centred = values - np.average(values, weights=counts)
     weight, first, second = (
         np.concatenate([[0.0], np.cumsum(counts * centred**power)]) for power in (0, 1, 2)
@@ -44,8 +45,8 @@ def _within(values: _Floats, counts: _Floats) -> _Floats:
     return np.maximum(cost, 0.0)
 
 
-def _cuts(cost: _Floats, groups: int) -> list[int]:
-    """First value of each cluster but the first, at the least total cost."""
+def _find_cuts(cost: _Floats, groups: int) -> list[int]:
+    """Return the first value of each cluster but the first, at the least total cost."""
     best, choices = cost[0], []
     for _ in range(groups - 1):
         totals = best[:, None] + cost

@@ -1,20 +1,35 @@
-"""Bytes as sums over units, with a bound on what the sum overstates.
+"""The ledger: a budget, and what every option of every unit costs of it, as a sum.
 
-`CostModel.file_bytes` is exact and no sum: offsets in the header gain digits as the file grows, and
-its padding rounds up. A search over millions of plans needs a sum. So each unit's option gets an
-upper bound of all it adds (tensors and header entries with as many offset digits as they can ever
-have), and the ledger knows `slack`, the most by which a sum can overstate:
+`CostModel.file_bytes` is exact, but it is not a sum over units. The header of a safetensors file
+lists the offset of every tensor, and an offset has more digits the more bytes lie before it; the
+header is also padded to a multiple of 8. A search over millions of plans needs a sum, since only a
+sum can be updated by one addition when one unit changes. So the ledger holds upper bounds:
 
-    total(plan) - slack <= file_bytes(plan) <= total(plan)
+* `bytes_of[unit][candidate]` is the most that an option can add: its tensors, and their header
+  entries with as many offset digits as they can have in any plan.
+* `base` is the most that all the rest takes: the other tensors, their entries, and the frames. A
+  frame is what a file holds beside tensors and entries: 8 bytes of header length, the brackets and
+  metadata of the JSON, and the padding. A model above 5 GB has one file, and so one frame, per
+  shard.
+* `slack` is the most by which the sum can exceed the exact bytes: all digits that entries can lose
+  because a tensor starts at a smaller offset, the padding, and the frames of shards that a smaller
+  plan does not need.
 
-Above the limit plus slack a plan cannot fit, below the limit it must, and between the two the exact
-bytes decide. For a target of bits per weight the limit is on the units' tensors alone, which is a
-sum: slack 0.
+Together they enclose the exact size of every plan:
+
+    sum_bytes(plan) - slack <= file_bytes(plan) <= sum_bytes(plan)
+
+A plan whose sum is within the limit fits; one whose sum exceeds the limit by more than the slack
+does not; only between the two the exact bytes are counted. With fewer candidates per unit the
+offsets vary less, and the slack is smaller.
+
+A budget on the compressible weights alone ("weights", a target in bpw) has no header in it. There
+the sum is exact: `base` and `slack` are 0.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cptq.allocation.cost import Choices, CostModel
@@ -24,165 +39,213 @@ from cptq.layouts.safetensors_header import (
     SHARD_BYTES,
     Entry,
 )
-from cptq.types import Candidate
+from cptq.types import Budget, Candidate
 
-#: the most that a file takes beside its tensors and their entries
+#: the candidates of every unit: one list for all units, or {unit: its list}
+Candidates = Sequence[Candidate] | Mapping[str, Sequence[Candidate]]
+#: {unit: the candidates that it can have}
+Options = Mapping[str, Collection[Candidate]]
+
+#: most bytes of one file beside its tensors and their header entries
 _FRAME = 8 + FRAME + ALIGNMENT - 1
 
 
 @dataclass(frozen=True, kw_only=True)
 class Ledger:
-    """Additive bytes of a model's options; see the head of this module.
+    """A budget and the additive bytes of a model's options; see the head of this module.
 
     `base` is what every plan takes, `bytes_of[unit][candidate]` what an option adds at most.
     """
 
     cost: CostModel
-    limit: int
-    weights_only: bool
+    budget: Budget
     base: int
     slack: int
     bytes_of: Mapping[str, Mapping[Candidate, int]]
 
-    def total(self, choices: Choices) -> int:
-        """The sum for a plan that names every unit."""
+    @property
+    def limit(self) -> int:
+        """The bytes that a plan may take, counted as `count_bytes` does."""
+        return self.budget.limit_bytes
+
+    def sum_bytes(self, choices: Choices) -> int:
+        """Return the upper bound of the bytes of a plan that names every unit."""
         return self.base + sum(self.bytes_of[unit][choices[unit]] for unit in self.bytes_of)
 
-    def exact(self, choices: Choices) -> int:
-        """The bytes that the limit is about."""
-        cost = self.cost
-        return cost.weight_bytes(choices) if self.weights_only else cost.file_bytes(choices)
+    def count_bytes(self, choices: Choices) -> int:
+        """Return the exact bytes that the budget limits."""
+        if self.budget.scope == "weights":
+            return self.cost.weight_bytes(choices)
+        return self.cost.file_bytes(choices)
 
-    def fits(self, choices: Choices, total: int) -> bool:
-        """Whether a plan, whose sum is `total`, keeps the limit exactly."""
-        if total <= self.limit:
+    def fits(self, choices: Choices, upper_bound: int) -> bool:
+        """Return whether a plan keeps the limit exactly; `upper_bound` is its `sum_bytes`."""
+        if upper_bound <= self.limit:
             return True
-        return total - self.slack <= self.limit and self.exact(choices) <= self.limit
+        return upper_bound - self.slack <= self.limit and self.count_bytes(choices) <= self.limit
 
-    def restricted(self, candidates: Mapping[str, Sequence[Candidate]]) -> Ledger:
-        """The same limit for fewer candidates per unit; its slack is smaller."""
-        build = weights_ledger if self.weights_only else file_ledger
-        return build(self.cost, candidates, self.limit)
+    def find_smallest(self) -> dict[str, Candidate]:
+        """Return the plan of fewest bytes: every unit at its smallest option."""
+        return {
+            unit: min(options, key=lambda c: (options[c], c))
+            for unit, options in self.bytes_of.items()
+        }
+
+    def bound_file_bytes(self) -> int:
+        """Return the most bytes that the file of a plan within the limit can take."""
+        if self.budget.scope == "file":
+            return self.limit
+        file = _build_file_ledger(self.budget, self.cost, self.bytes_of)
+        # what the file can hold beside the compressible weights: other tensors and headers
+        headers = sum(
+            max(most - self.bytes_of[unit][candidate] for candidate, most in options.items())
+            for unit, options in file.bytes_of.items()
+        )
+        return self.limit + file.base + headers
+
+    def restrict(self, options: Options) -> Ledger:
+        """Return the ledger of the same budget with fewer candidates per unit; its slack is less.
+
+        Args:
+            options: for every unit, some of the candidates in `bytes_of`.
+        """
+        return _build(self.budget, self.cost, options)
 
 
-def per_unit(
-    cost: CostModel, candidates: Sequence[Candidate] | Mapping[str, Sequence[Candidate]]
-) -> Mapping[str, Sequence[Candidate]]:
-    """{unit: its candidates}, as far as format and runtime take them.
+def build_ledger(budget: Budget, cost: CostModel, candidates: Candidates) -> Ledger:
+    """Build the ledger of a budget.
 
-    A plain list of candidates is the same for every unit. One that can have none of its own stays
-    dense.
+    Args:
+        budget: the limit.
+        cost: the bytes of the model.
+        candidates: the candidates of all units, or {unit: its candidates}. Those that the format
+            or the runtime refuses for a unit are left out; a unit left with none stays dense.
     """
     names = [unit.name for unit in cost.units]
     rows = candidates if isinstance(candidates, Mapping) else dict.fromkeys(names, candidates)
-    return {name: cost.options(name, rows[name]) for name in names}
+    return _build(budget, cost, {name: cost.options(name, rows[name]) for name in names})
 
 
-def weights_ledger(
-    cost: CostModel, candidates: Mapping[str, Sequence[Candidate]], limit: int
-) -> Ledger:
-    """A limit on the bytes of the compressible weights."""
+def _build(budget: Budget, cost: CostModel, options: Options) -> Ledger:
+    build = _build_weights_ledger if budget.scope == "weights" else _build_file_ledger
+    return build(budget, cost, options)
+
+
+def _build_weights_ledger(budget: Budget, cost: CostModel, options: Options) -> Ledger:
+    """Build the ledger of a limit on the compressible weights: tensors alone, an exact sum."""
+    bytes_of = {unit: {c: cost.unit_bytes(unit, c) for c in row} for unit, row in options.items()}
+    return Ledger(cost=cost, budget=budget, base=0, slack=0, bytes_of=bytes_of)
+
+
+def _build_file_ledger(budget: Budget, cost: CostModel, options: Options) -> Ledger:
+    """Build the ledger of a limit on the whole file."""
+    units = {unit: {c: cost.unit_entries(unit, c) for c in row} for unit, row in options.items()}
+    own = {layer.weight_name for unit in cost.units for layer in unit.layers}
+    rest = cost.entries_besides(own)
+    offsets = _bound_offsets(rest, list(units.values()))
     bytes_of = {
-        unit: {c: cost.unit_bytes(unit, c) for c in row} for unit, row in candidates.items()
+        unit: {
+            candidate: sum(_bound_bytes(entry, offsets) for entry in entries)
+            for candidate, entries in rows.items()
+        }
+        for unit, rows in units.items()
     }
-    return Ledger(cost=cost, limit=limit, weights_only=True, base=0, slack=0, bytes_of=bytes_of)
-
-
-def file_ledger(
-    cost: CostModel, candidates: Mapping[str, Sequence[Candidate]], limit: int
-) -> Ledger:
-    """A limit on the bytes of the whole file."""
-    units = {unit: {c: cost.unit_entries(unit, c) for c in row} for unit, row in candidates.items()}
-    mine = {layer.weight_name for unit in cost.units for layer in unit.layers}
-    rest = cost.entries_besides(mine)
-    reach = _reach(rest, list(units.values()))
-    most = {
-        unit: {c: sum(_most(entry, reach) for entry in entries) for c, entries in options.items()}
-        for unit, options in units.items()
-    }
-    frames, frame_slack = _frames(rest, units)
+    frames, frame_slack = _bound_frames(rest, units)
     return Ledger(
         cost=cost,
-        limit=limit,
-        weights_only=False,
-        base=frames + sum(_most(entry, reach) for entry in rest),
+        budget=budget,
+        base=frames + sum(_bound_bytes(entry, offsets) for entry in rest),
         slack=frame_slack
-        + sum(_spread(entry, reach) for entry in rest)
-        + sum(max(_sum_spread(s, reach) for s in options.values()) for options in units.values()),
-        bytes_of=most,
+        + sum(_count_spare_digits(entry, offsets) for entry in rest)
+        # a plan holds one option of a unit, so only the option of most spare digits counts
+        + sum(
+            max(
+                sum(_count_spare_digits(entry, offsets) for entry in entries)
+                for entries in rows.values()
+            )
+            for rows in units.values()
+        ),
+        bytes_of=bytes_of,
     )
 
 
-#: a name can come with two types, which lie in two places: dense, and packed under the same name
+#: (rank of the dtype, name), which is where a tensor lies in the file. The name alone is not
+#: enough: a format may keep the name of a dense weight for its packed codes, of another dtype.
 _Place = tuple[int, str]
-_Reach = Mapping[_Place, tuple[int, int]]
+#: smallest and largest offset at which a tensor can start
+_Offsets = Mapping[_Place, tuple[int, int]]
 
 
 def _place(entry: Entry) -> _Place:
     return entry.rank, entry.name
 
 
-def _reach(
-    rest: Sequence[Entry],
-    units: Sequence[Mapping[Candidate, Sequence[Entry]]],
-) -> _Reach:
-    """Smallest and largest offset at which each tensor can start, over all plans."""
-    least: dict[_Place, int] = {}
-    most: dict[_Place, Entry] = {}
+def _bound_offsets(
+    rest: Sequence[Entry], units: Sequence[Mapping[Candidate, Sequence[Entry]]]
+) -> _Offsets:
+    """Return the smallest and largest offset of every tensor that any plan can have.
+
+    Tensors lie in a fixed order. So a tensor starts latest where all before it are as large as any
+    option makes them, and earliest where they are as small (0 bytes where an option lacks them).
+    In a sharded model every tensor may be the first of its shard and start at 0.
+    """
+    smallest: dict[_Place, int] = {}
+    largest: dict[_Place, Entry] = {}
     for entry in rest:
-        least[_place(entry)], most[_place(entry)] = entry.nbytes, entry
+        smallest[_place(entry)], largest[_place(entry)] = entry.nbytes, entry
     for options in units:
-        _add_option_sizes(options, least, most)
-    sharded = sum(entry.nbytes for entry in most.values()) > SHARD_BYTES
-    reach, low, high = {}, 0, 0
-    for entry in sorted(most.values()):
-        reach[_place(entry)] = (0 if sharded else low, high)
-        low, high = low + least[_place(entry)], high + entry.nbytes
-    return reach
+        _add_tensor_sizes(options, smallest, largest)
+    sharded = sum(entry.nbytes for entry in largest.values()) > SHARD_BYTES
+    offsets, low, high = {}, 0, 0
+    for entry in sorted(largest.values()):
+        offsets[_place(entry)] = (0 if sharded else low, high)
+        low, high = low + smallest[_place(entry)], high + entry.nbytes
+    return offsets
 
 
-def _add_option_sizes(
+def _add_tensor_sizes(
     options: Mapping[Candidate, Sequence[Entry]],
-    least: dict[_Place, int],
-    most: dict[_Place, Entry],
+    smallest: dict[_Place, int],
+    largest: dict[_Place, Entry],
 ) -> None:
-    """A tensor that some option does not have can take 0 bytes."""
+    """Add a unit's tensors: their bytes in the option where they are smallest, and largest."""
     counts: dict[_Place, int] = {}
     for entries in options.values():
         for entry in entries:
             place = _place(entry)
             counts[place] = counts.get(place, 0) + 1
-            least[place] = min(entry.nbytes, least.get(place, entry.nbytes))
-            if place not in most or most[place].nbytes < entry.nbytes:
-                most[place] = entry
+            smallest[place] = min(entry.nbytes, smallest.get(place, entry.nbytes))
+            if place not in largest or largest[place].nbytes < entry.nbytes:
+                largest[place] = entry
     for place, count in counts.items():
-        if count < len(options):
-            least[place] = 0
+        if count < len(options):  # some option does not have this tensor
+            smallest[place] = 0
 
 
-def _most(entry: Entry, reach: _Reach) -> int:
-    """Bytes of a tensor and its header entry at the largest offset."""
-    return entry.nbytes + entry.length(reach[_place(entry)][1])
+def _bound_bytes(entry: Entry, offsets: _Offsets) -> int:
+    """Return the bytes of a tensor and of its header entry at the largest offset."""
+    return entry.nbytes + entry.length(offsets[_place(entry)][1])
 
 
-def _spread(entry: Entry, reach: _Reach) -> int:
-    """How many digits an entry can lose where the tensor starts earlier."""
-    low, high = reach[_place(entry)]
+def _count_spare_digits(entry: Entry, offsets: _Offsets) -> int:
+    """Return how many digits a header entry loses where its tensor starts at the least offset."""
+    low, high = offsets[_place(entry)]
     return entry.length(high) - entry.length(low)
 
 
-def _sum_spread(entries: Sequence[Entry], reach: _Reach) -> int:
-    return sum(_spread(entry, reach) for entry in entries)
-
-
-def _frames(
+def _bound_frames(
     rest: Sequence[Entry], units: Mapping[str, Mapping[Candidate, Sequence[Entry]]]
 ) -> tuple[int, int]:
-    """Most bytes of the headers' frames (one per shard), and how many of them may be missing."""
+    """Return the most bytes of the frames, and how many of those a plan may not need.
+
+    There is one frame per shard. The most shards are needed where every unit has its largest
+    option; any plan has at least one frame, and of that frame only the padding varies.
+    """
     data = sum(entry.nbytes for entry in rest) + sum(
         max(sum(entry.nbytes for entry in entries) for entries in options.values())
         for options in units.values()
     )
-    # two neighbouring shards together hold more than one shard's bytes
+    # A shard is closed when the next tensor would exceed SHARD_BYTES, so any two neighbours hold
+    # more than that together: n shards hold more than (n - 1) / 2 times SHARD_BYTES.
     shards = 1 if data <= SHARD_BYTES else 2 * data // SHARD_BYTES + 1
     return shards * _FRAME, (shards - 1) * _FRAME + ALIGNMENT - 1

@@ -1,9 +1,9 @@
-"""An allocation problem, checked: units, options with bytes and scores, a limit.
+"""An allocation problem, checked: units, options with bytes and scores, a budget.
 
-Scores of a metric are noisy, and now and then a smaller option scores better than a larger one of
-the same unit. All allocators assume that more bytes are never worse, so scores are first replaced
-by their running minimum over bytes, and that this happened is said. Between bits and sparsity there
-is no such order: an option that loses to a smaller one of another kind is left out instead.
+Scores of a metric are noisy, and sometimes a smaller option scores better than a larger one of the
+same unit. All allocators assume that more bytes are never worse, so scores are first replaced by
+their running minimum over bytes, and a notice reports it. Between bits and sparsity there is no
+such order: an option that loses to a smaller one of another kind is left out instead.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from cptq.allocation.ledger import Ledger
 from cptq.errors import PlanError
 from cptq.types import Candidate, Emit, Notice, SensitivityTable
 
-#: relative excess over a smaller option's score that is rounding and not worth a word
+#: an excess over a smaller option's score, relative to it, that is rounding and not reported
 _NOISE = 1e-9
 
 
@@ -30,11 +30,13 @@ class Option:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Problem:
-    """What an allocator sees.
+class AllocationProblem:
+    """The input of an allocator.
 
-    `options` of a unit have increasing bytes and scores that never increase. `per_unit` is the
-    metric's candidate-free number; empty where there is no table.
+    `options` of a unit have increasing bytes and scores that never increase. `candidates` are
+    those offered to all units. `per_unit` is the metric's number of a unit, independent of the
+    candidate; empty without a table. A plan is written either as choices, {unit: candidate}, or
+    as picks, {unit: index of its option}.
     """
 
     ledger: Ledger
@@ -42,26 +44,26 @@ class Problem:
     options: Mapping[str, tuple[Option, ...]]
     per_unit: Mapping[str, float] = field(default_factory=dict)
 
-    def smallest(self) -> dict[str, int]:
-        """Every unit at its first option."""
+    def pick_smallest(self) -> dict[str, int]:
+        """Return the picks of the smallest plan: every unit at its first option."""
         return dict.fromkeys(self.options, 0)
 
-    def candidates_of(self, picks: Mapping[str, int]) -> dict[str, Candidate]:
-        """Option numbers as candidates."""
+    def to_choices(self, picks: Mapping[str, int]) -> dict[str, Candidate]:
+        """Convert picks to choices."""
         return {unit: self.options[unit][pick].candidate for unit, pick in picks.items()}
 
-    def picks_of(self, choices: Mapping[str, Candidate]) -> dict[str, int]:
-        """Candidates as option numbers; one that takes equal bytes stands for another."""
+    def to_picks(self, choices: Mapping[str, Candidate]) -> dict[str, int]:
+        """Convert choices to picks; of candidates that take equal bytes one is an option."""
         sizes = self.ledger.bytes_of
         return {
             unit: next(i for i, o in enumerate(row) if o.nbytes == sizes[unit][choices[unit]])
             for unit, row in self.options.items()
         }
 
-    def level(self, unit: str, candidate: Candidate) -> int:
-        """The option number of a candidate, or of the nearest below that the unit may have.
+    def find_level(self, unit: str, candidate: Candidate) -> int:
+        """Return the pick of a candidate, or of the nearest below that the unit can have.
 
-        A unit that may have nothing as small gets its smallest.
+        A unit that can have nothing as small gets its smallest option.
         """
         size = self.ledger.bytes_of[unit].get(candidate)
         row = self.options[unit]
@@ -71,36 +73,36 @@ class Problem:
             below = [i for i, option in enumerate(row) if option.candidate.bits <= candidate.bits]
         return max(below, default=0)
 
-    def at_level(self, candidate: Candidate) -> dict[str, Candidate]:
-        """Every unit at one candidate, or at the nearest it may have."""
+    def assign_all(self, candidate: Candidate) -> dict[str, Candidate]:
+        """Return the choices with every unit at one candidate, or at the nearest it can have."""
         return {
             unit: candidate
             if candidate in self.ledger.bytes_of[unit]
-            else row[self.level(unit, candidate)].candidate
+            else row[self.find_level(unit, candidate)].candidate
             for unit, row in self.options.items()
         }
 
-    def total(self, picks: Mapping[str, int]) -> int:
-        """Upper bound of a plan's bytes."""
+    def sum_bytes(self, picks: Mapping[str, int]) -> int:
+        """Return the upper bound of a plan's bytes."""
         chosen = sum(self.options[unit][pick].nbytes for unit, pick in picks.items())
         return self.ledger.base + chosen
 
     def fits(self, picks: Mapping[str, int]) -> bool:
-        """Whether a plan keeps the limit, exactly."""
-        return self.ledger.fits(self.candidates_of(picks), self.total(picks))
+        """Return whether a plan keeps the limit, exactly."""
+        return self.ledger.fits(self.to_choices(picks), self.sum_bytes(picks))
 
-    def loss(self, picks: Mapping[str, int]) -> float:
-        """Sum of the scores, free of rounding."""
+    def sum_scores(self, picks: Mapping[str, int]) -> float:
+        """Return the sum of the scores, free of rounding errors."""
         return math.fsum(self.options[unit][pick].score for unit, pick in picks.items())
 
-    def predicted_loss(self, choices: Mapping[str, Candidate]) -> float:
-        """As `loss`, for candidates; of two that take equal bytes the better score counts."""
-        return self.loss(self.picks_of(choices))
+    def predict_loss(self, choices: Mapping[str, Candidate]) -> float:
+        """Return `sum_scores` of choices; of candidates of equal bytes the better score counts."""
+        return self.sum_scores(self.to_picks(choices))
 
-    def restricted(self, kept: Mapping[str, Sequence[int]]) -> Problem:
-        """The problem with only some options of each unit, and a ledger that is tighter for it."""
+    def restrict(self, kept: Mapping[str, Sequence[int]]) -> AllocationProblem:
+        """Return the problem with some of each unit's options, and a ledger of less slack."""
         options = {unit: [self.options[unit][i] for i in rows] for unit, rows in kept.items()}
-        ledger = self.ledger.restricted(
+        ledger = self.ledger.restrict(
             {unit: [option.candidate for option in row] for unit, row in options.items()}
         )
         sizes = ledger.bytes_of
@@ -115,41 +117,41 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Solution:
-    """What an allocator returns: a candidate for every unit, and what to say about it."""
+class AllocationSolution:
+    """The output of an allocator: a candidate for every unit, and notes for the reader."""
 
     choices: Mapping[str, Candidate]
     notes: tuple[str, ...] = ()
 
 
-Allocator = Callable[[Problem, Emit], Solution]
+Allocator = Callable[[AllocationProblem, Emit], AllocationSolution]
 
 
 def build_problem(
     table: SensitivityTable | None, ledger: Ledger, candidates: Sequence[Candidate], emit: Emit
-) -> Problem:
+) -> AllocationProblem:
     """Check a table against the units and candidates, and make its scores monotone.
 
-    A unit's options are those that the ledger has bytes of. One with a single option has nothing
-    to choose: where the table knows no score of it, it counts as 0, and that is said.
+    A unit's options are those that the ledger lists. A unit with a single option needs no score:
+    where the table has none it counts as 0, and a notice reports it.
 
     Raises:
-        PlanError: a unit or a candidate has no score, or one that is not finite.
+        PlanError: a unit or a candidate has no score, or a score is not finite.
     """
-    options, mended = {}, {}
+    options, corrected = {}, {}
     for unit, sizes in ledger.bytes_of.items():
-        scores = _scores(table, unit, list(sizes), emit)
+        scores = _read_scores(table, unit, list(sizes), emit)
         raw = sorted(
             (Option(candidate=c, nbytes=sizes[c], score=scores[c]) for c in sizes),
             key=lambda option: (option.nbytes, option.score, option.candidate),
         )
-        options[unit], excess = _monotone(raw)
+        options[unit], excess = _make_monotone(raw)
         if excess > 0:
-            mended[unit] = excess
+            corrected[unit] = excess
     _report_refused(ledger, candidates, emit)
-    if table is not None and mended:
-        _report_mended(table.metric, mended, len(options), emit)
-    return Problem(
+    if table is not None and corrected:
+        _report_corrected(table.metric, corrected, len(options), emit)
+    return AllocationProblem(
         ledger=ledger,
         candidates=tuple(candidates),
         options=options,
@@ -158,28 +160,28 @@ def build_problem(
 
 
 def _report_refused(ledger: Ledger, candidates: Sequence[Candidate], emit: Emit) -> None:
-    """Units that can have less than was offered, by reason."""
+    """Report the units for which candidates were refused, by reason."""
     offered = [c for c in candidates if not c.dense]
     reasons: dict[str, list[str]] = {}
     for unit, sizes in ledger.bytes_of.items():
         refused = {ledger.cost.refusal(unit, c): c for c in offered}
         dense = all(c.dense for c in sizes)
-        lead = "kept dense" if dense else "without one of --sparsity"
+        lead = "kept dense" if dense else "some --sparsity left out"
         for why, candidate in refused.items():
             if why is not None and (dense or candidate.sparsity):
                 reasons.setdefault(f"{lead}: {why}", []).append(unit)
     for why, units in reasons.items():
-        some = ", ".join(units[:3]) + (f" and {len(units) - 3} more" if len(units) > 3 else "")
-        emit(Notice(kind="skipped", subject=some, message=why))
+        names = ", ".join(units[:3]) + (f" and {len(units) - 3} more" if len(units) > 3 else "")
+        emit(Notice(kind="skipped", subject=names, message=why))
 
 
-def _scores(
+def _read_scores(
     table: SensitivityTable | None, unit: str, candidates: Sequence[Candidate], emit: Emit
 ) -> Mapping[Candidate, float]:
     if table is None:
         return dict.fromkeys(candidates, 0.0)
     if len(candidates) == 1 and candidates[0] not in table.scores.get(unit, {}):
-        message = f"has no score at {candidates[0].label}, so it is not in the predicted loss"
+        message = f"has no score at {candidates[0].label}; the predicted loss does not count it"
         emit(Notice(kind="info", subject=unit, message=message))
         return {candidates[0]: 0.0}
     row = table.scores.get(unit)
@@ -203,8 +205,15 @@ def _check_score(metric: str, unit: str, candidate: Candidate, score: float | No
         raise PlanError(f"the {metric} score of {unit!r} at {candidate.label} is {score}")
 
 
-def _monotone(raw: Sequence[Option]) -> tuple[tuple[Option, ...], float]:
-    """The running minimum of the scores; of equal bytes only the best. And the largest excess."""
+def _make_monotone(raw: Sequence[Option]) -> tuple[tuple[Option, ...], float]:
+    """Replace scores by their running minimum; of equal bytes keep only the best.
+
+    Args:
+        raw: one unit's options by increasing bytes.
+
+    Returns:
+        The options kept, and the largest amount by which a score was lowered.
+    """
     kept: list[Option] = []
     excess = 0.0
     for option in raw:
@@ -212,30 +221,30 @@ def _monotone(raw: Sequence[Option]) -> tuple[tuple[Option, ...], float]:
             continue
         best = min(option.score, kept[-1].score) if kept else option.score
         if option.score - best > _NOISE * max(abs(best), abs(option.score)):
-            if not _coarser(kept[-1].candidate, option.candidate):
+            if not _is_coarser(kept[-1].candidate, option.candidate):
                 continue
             excess = max(excess, option.score - best)
         kept.append(Option(candidate=option.candidate, nbytes=option.nbytes, score=best))
     return tuple(kept), excess
 
 
-def _coarser(smaller: Candidate, larger: Candidate) -> bool:
-    """Whether all that the smaller can hold the larger can too, whatever a score says.
+def _is_coarser(smaller: Candidate, larger: Candidate) -> bool:
+    """Return whether `larger` can represent everything that `smaller` can.
 
-    A share of zeros anywhere may be such as 2:4 cannot have, and not the other way round.
+    Unstructured zeros are not always representable as 2:4, while the reverse holds.
     """
     freer = not larger.sparsity or ":" in smaller.pattern or smaller.pattern == larger.pattern
     return smaller.bits <= larger.bits and smaller.sparsity >= larger.sparsity and freer
 
 
-def _report_mended(metric: str, mended: Mapping[str, float], units: int, emit: Emit) -> None:
-    worst = max(mended, key=lambda unit: mended[unit])
+def _report_corrected(metric: str, corrected: Mapping[str, float], units: int, emit: Emit) -> None:
+    worst = max(corrected, key=lambda unit: corrected[unit])
     emit(
         Notice(
             kind="warning",
             subject=metric,
-            message=f"{len(mended)} of {units} units scored worse with more bytes somewhere (most "
-            f"in {worst}, by {mended[worst]:.3g}); there the better score of the smaller option "
-            "is used",
+            message=f"{len(corrected)} of {units} units scored worse with more bytes (most in "
+            f"{worst}, by {corrected[worst]:.3g}); the better score of the smaller option is used "
+            "there",
         )
     )

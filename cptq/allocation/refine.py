@@ -1,18 +1,18 @@
-"""`--refine N`: swap bits between units by what the whole model says, within the same bytes.
+"""`--refine N`: swap bits between units within the same bytes, judged on the whole model.
 
-An allocator adds up scores of single units. Below 3 bits their errors interact and the sum
-misleads (EvoPress, arXiv 2410.14649, section 3). So from its plan on: give one unit a level more,
-take levels from others until the bytes fit again ("level switch" of EvoPress), spend what is left
-by score, and measure the whole model; keep the change if the measured divergence falls.
+An allocator adds up scores of single units. Below 3 bits the errors of units interact and the sum
+misleads (EvoPress, arXiv 2410.14649, section 3). So, starting from the allocator's plan: raise one
+unit by a level, lower others until the bytes fit again (the "level switch" of EvoPress), spend what
+is left by score, and measure the whole model. Keep the change if the measured divergence falls.
 
-Departures: one child a generation instead of many on growing samples, as every measurement is said
-to cost; of `TRIES` random swaps the one whose predicted loss rises least is measured, since a swap
-that every score calls absurd rarely helps.
+Departures from EvoPress: one child per generation instead of many on growing samples, since every
+measurement costs; and of `TRIES` random swaps only the one whose predicted loss rises least is
+measured, since a swap that every score disfavours rarely helps.
 
-Never worse than it began: only a fall of the measured divergence is kept, and at the end the plan
-must hold on a second text as well, or the way is walked back to the last plan that does (the start,
-if need be). Cost: N measurements, plus one and as many as were kept. No torch here: what measures
-is passed in.
+The result is never worse than the start: a change is kept only if the measured divergence falls,
+and at the end the plan must hold on a second text (`guard`) as well. If it does not, the search
+goes back to the last plan that does, if need be the start. Cost: N measurements, plus one, plus as
+many as changes were kept. Free of torch: the function that measures is an argument.
 """
 
 from __future__ import annotations
@@ -21,22 +21,26 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from cptq.allocation.climb import climb
-from cptq.allocation.problem import Problem
+from cptq.allocation.greedy import raise_units
+from cptq.allocation.problem import AllocationProblem
 from cptq.types import Candidate, Emit, Progress
 
 Choices = Mapping[str, Candidate]
 Measure = Callable[[Choices], float]
 
-#: random swaps of which the most plausible is measured
+#: random swaps per measurement; the one of least predicted loss is measured
 TRIES = 12
-#: levels that others may lose for one that a unit gains
+#: most levels that other units lose for one level that a unit gains
 MOST_LOWERED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Refined:
-    """The plan at the end, and the measured divergences: first text, then second text."""
+    """The plan at the end, and its divergences on the two texts.
+
+    `before` and `after` are those on the text that chooses, `guard_before` and `guard_after` those
+    on the second text. `tried` plans were measured, `kept` of them became the current plan.
+    """
 
     choices: dict[str, Candidate]
     before: float
@@ -48,7 +52,7 @@ class Refined:
 
 
 def refine(
-    problem: Problem,
+    problem: AllocationProblem,
     start: Choices,
     *,
     measure: Measure,
@@ -57,47 +61,47 @@ def refine(
     seed: int,
     emit: Emit,
 ) -> Refined:
-    """Search for a better plan of the same budget.
+    """Search for a better plan within the same budget.
 
     Args:
         problem: the units' options and the budget.
-        start: an allocator's plan; it fits.
-        measure: the divergence of a plan on the text that chooses.
-        guard: the same on a second text.
-        evaluations: how many plans may be measured beside the start.
-        seed: of the swaps.
-        emit: takes progress.
+        start: an allocator's plan, which fits.
+        measure: returns the divergence of a plan on the text that chooses.
+        guard: returns it on the second text.
+        evaluations: the most plans that are measured, beside the start.
+        seed: of the random swaps.
+        emit: receives progress.
     """
     draw = random.Random(seed)
-    picks = problem.picks_of(start)
+    picks = problem.to_picks(start)
     kept = [(picks, measure(start))]
-    seen = {_key(picks)}
+    seen = {_to_key(picks)}
     tried = 0
     for index in range(evaluations):
-        words = f"divergence {kept[-1][1]:.4g}"
-        emit(Progress(stage="refine", done=index, total=evaluations, message=words))
+        message = f"divergence {kept[-1][1]:.4g}"
+        emit(Progress(stage="refine", done=index, total=evaluations, message=message))
         child = _propose(problem, kept[-1][0], seen, draw)
         if child is None:
             break
-        seen.add(_key(child))
-        value, tried = measure(problem.candidates_of(child)), tried + 1
+        seen.add(_to_key(child))
+        value, tried = measure(problem.to_choices(child)), tried + 1
         if value < kept[-1][1]:
             kept.append((child, value))
     emit(Progress(stage="refine", done=evaluations, total=evaluations))
-    return _guarded(problem, start, kept, guard, tried)
+    return _confirm_plan(problem, start, kept, guard, tried)
 
 
-def _guarded(
-    problem: Problem,
+def _confirm_plan(
+    problem: AllocationProblem,
     start: Choices,
     kept: list[tuple[dict[str, int], float]],
     guard: Measure,
     tried: int,
 ) -> Refined:
-    """The last plan on the way that is no worse than the start on the second text."""
+    """Return the last plan kept that is no worse than the start on the second text."""
     base = guard(start)
     for index in range(len(kept) - 1, 0, -1):
-        choices = problem.candidates_of(kept[index][0])
+        choices = problem.to_choices(kept[index][0])
         value = guard(choices)
         if value <= base:
             return Refined(
@@ -120,21 +124,30 @@ def _guarded(
     )
 
 
-def _key(picks: Mapping[str, int]) -> tuple[int, ...]:
+def _to_key(picks: Mapping[str, int]) -> tuple[int, ...]:
     return tuple(picks.values())
 
 
 def _propose(
-    problem: Problem, picks: Mapping[str, int], seen: set[tuple[int, ...]], draw: random.Random
+    problem: AllocationProblem,
+    picks: Mapping[str, int],
+    seen: set[tuple[int, ...]],
+    draw: random.Random,
 ) -> dict[str, int] | None:
-    """The most plausible of some random swaps that have not been measured; None where none is."""
-    found = [swap(problem, picks, draw) for _ in range(TRIES)]
-    fresh = [child for child in found if child is not None and _key(child) not in seen]
-    return min(fresh, key=problem.loss) if fresh else None
+    """Return the swap of least predicted loss that was not measured yet; None if there is none."""
+    found = [swap_levels(problem, picks, draw) for _ in range(TRIES)]
+    fresh = [child for child in found if child is not None and _to_key(child) not in seen]
+    return min(fresh, key=problem.sum_scores) if fresh else None
 
 
-def swap(problem: Problem, picks: Mapping[str, int], draw: random.Random) -> dict[str, int] | None:
-    """One unit a level up, others down until it fits, the rest spent by score; None: in vain."""
+def swap_levels(
+    problem: AllocationProblem, picks: Mapping[str, int], draw: random.Random
+) -> dict[str, int] | None:
+    """Raise a random unit by a level, lower others until it fits, and spend the rest by score.
+
+    Returns:
+        The picks; None if the unit is at its largest option or the plan does not fit.
+    """
     units = list(problem.options)
     risen = draw.choice(units)
     if picks[risen] + 1 >= len(problem.options[risen]):
@@ -142,10 +155,10 @@ def swap(problem: Problem, picks: Mapping[str, int], draw: random.Random) -> dic
     child = dict(picks) | {risen: picks[risen] + 1}
     for _ in range(MOST_LOWERED):
         if problem.fits(child):
-            return climb(problem, child)
+            return raise_units(problem, child)
         lower = [unit for unit in units if unit != risen and child[unit] > 0]
         if not lower:
             return None
         fallen = draw.choice(lower)
         child[fallen] -= 1
-    return climb(problem, child) if problem.fits(child) else None
+    return raise_units(problem, child) if problem.fits(child) else None

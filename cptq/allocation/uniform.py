@@ -1,48 +1,46 @@
 """`uniform`: the largest single candidate that fits, for every unit that can have it.
 
-Nothing is mixed to fill the rest of the budget; how much of it stays is said. A unit that may not
-have the candidate (a pin, a least or largest number of bits, a runtime that does not take it) gets
-the nearest that it may.
+Bits are not mixed to fill the rest of the budget; a note states how much is left. A unit that
+cannot have the candidate (because of --pin, --min-bits, --max-bits or the runtime) gets the nearest
+one that it can have.
 """
 
 from __future__ import annotations
 
-from cptq.allocation.problem import Problem, Solution
+from cptq.allocation.problem import AllocationProblem, AllocationSolution
 from cptq.errors import BudgetError
 from cptq.types import Candidate, Emit
 
 
-def uniform(problem: Problem, emit: Emit) -> Solution:
-    """One candidate for all.
+def solve_uniform(problem: AllocationProblem, emit: Emit) -> AllocationSolution:
+    """Give all units the largest candidate that fits everywhere.
 
     Raises:
         BudgetError: not even the smallest candidate fits everywhere.
     """
     ledger = problem.ledger
-    best = largest_level(problem)
-    choices = problem.at_level(best)
-    left = ledger.limit - ledger.exact(choices)
-    note = (
-        f"uniform {best.label} leaves {left:,} bytes of the budget; nothing is mixed to fill them"
-    )
-    return Solution(choices=choices, notes=(note,) if left else ())
+    best = find_largest_level(problem)
+    choices = problem.assign_all(best)
+    left = ledger.limit - ledger.count_bytes(choices)
+    note = f"uniform {best.label} leaves {left:,} bytes of the budget unused"
+    return AllocationSolution(choices=choices, notes=(note,) if left else ())
 
 
-def largest_level(problem: Problem) -> Candidate:
-    """The candidate of most bytes that fits when every unit gets it, or the nearest it may have.
+def find_largest_level(problem: AllocationProblem) -> Candidate:
+    """Return the candidate of most bytes that fits as a uniform plan.
 
     Raises:
         BudgetError: none fits.
     """
     ledger = problem.ledger
-    taken: dict[Candidate, int] = {}
+    sizes: dict[Candidate, int] = {}
     for candidate in problem.candidates:
-        plan = problem.at_level(candidate)
-        if ledger.fits(plan, ledger.total(plan)):
-            taken[candidate] = ledger.exact(plan)
-    if not taken:
+        plan = problem.assign_all(candidate)
+        if ledger.fits(plan, ledger.sum_bytes(plan)):
+            sizes[candidate] = ledger.count_bytes(plan)
+    if not sizes:
         raise BudgetError(
-            f"no uniform plan fits into {ledger.limit:,} bytes",
+            f"no uniform plan fits into {ledger.budget.limit_text}",
             allowed="a larger target, or smaller --bits",
         )
-    return max(taken, key=lambda candidate: (taken[candidate], candidate))
+    return max(sizes, key=lambda candidate: (sizes[candidate], candidate))

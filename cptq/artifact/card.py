@@ -1,4 +1,4 @@
-"""README.md of an artifact: the model card."""
+"""Build the model card of an artifact: its README.md."""
 
 from __future__ import annotations
 
@@ -22,63 +22,63 @@ PIPELINES: Mapping[ModelKind, str] = {
 _LICENCE_LINES = re.compile(r"^(?:license|license_name|license_link):.*$", re.MULTILINE)
 
 
-def model_card(
+def build_card(
     model: Content,
     form: Format,
     plan: Plan,
     calibration: CalibrationRecord,
     weight_bytes: int,
 ) -> str:
-    """Base model, how to load it, what was done to it; Markdown with a Hub's front matter."""
+    """Build the card: base model, loading, compression, results; Markdown with front matter."""
     layers = list(model.compressed.values())
-    licence = next((x.split(":", 1)[1].strip() for x in _licence_lines(model.path / CARD)), "")
+    licence = next((x.split(":", 1)[1].strip() for x in _read_licence(model.path / CARD)), "")
     return "\n".join(
         [
-            *_front_matter(model, form),
+            *_build_front_matter(model, form),
             f"# {model.base_name}, compressed by cptq",
             "",
             f"Made from `{model.base_name}` ({model.parameters:,} weights, sha256 "
             f"`{model.fingerprint[:16]}`).",
             "",
-            *_how_to_load(model, form),
-            "## What was done",
+            *_describe_loading(model, form),
+            "## Compression",
             "",
-            *_what_was_done(layers, plan, calibration, weight_bytes),
+            *_describe_compression(layers, plan, calibration, weight_bytes),
             "",
             "## Results",
             "",
-            *_results(model, layers, plan, weight_bytes),
+            *_describe_results(model, layers, plan, weight_bytes),
             "",
-            "Everything else (the plan, versions, errors per layer, a sha256 per tensor) is in "
-            "`cptq.json`; `cptq verify` checks a copy against it.",
+            "`cptq.json` contains everything else: the plan, versions, errors per layer and the "
+            "sha256 of every tensor. `cptq verify` checks a copy against it.",
             "",
             "## Licence",
             "",
-            "That of the base model" + (f": {licence}." if licence else ", see there."),
+            "The licence of the base model" + (f": {licence}." if licence else " applies."),
             "",
         ]
     )
 
 
-def _front_matter(model: Content, form: Format) -> list[str]:
+def _build_front_matter(model: Content, form: Format) -> list[str]:
     lines = ["---", *([f"library_name: {form.library}"] if form.library else [])]
-    lines.append(f"pipeline_tag: {_pipeline_tag(model)}")
+    lines.append(f"pipeline_tag: {_find_pipeline_tag(model)}")
     if model.hub_id is not None:
         lines += [f"base_model: {model.hub_id}", "base_model_relation: quantized"]
-    lines += _licence_lines(model.path / CARD)
-    lines += ["tags:", "- cptq", *(f"- {tag}" for tag in _tags(model, form)), "---", ""]
+    lines += _read_licence(model.path / CARD)
+    lines += ["tags:", "- cptq", *(f"- {tag}" for tag in _list_tags(model, form)), "---", ""]
     return lines
 
 
-def _pipeline_tag(model: Content) -> str:
-    """The Hub's name for what the model does."""
+def _find_pipeline_tag(model: Content) -> str:
+    """Return the Hub's name of the model's task."""
     if (model.path / MODULES).exists():
         return "sentence-similarity"
     return PIPELINES[model.kind]
 
 
-def _licence_lines(card: Path) -> list[str]:
-    """The licence as the base model's own card states it."""
+def _read_licence(card: Path) -> list[str]:
+    """Read the licence lines of the base model's card."""
     if not card.is_file():
         return []
     text = card.read_text(encoding="utf-8", errors="replace")
@@ -86,18 +86,18 @@ def _licence_lines(card: Path) -> list[str]:
     return _LICENCE_LINES.findall(parts[1]) if text.startswith("---") and len(parts) == 3 else []
 
 
-def _tags(model: Content, form: Format) -> Sequence[str]:
+def _list_tags(model: Content, form: Format) -> Sequence[str]:
     return form.tags if model.compressed else ()
 
 
-def _how_to_load(model: Content, form: Format) -> list[str]:
-    lines = ["## How to load it", "", *form.how_to_load(model)]
+def _describe_loading(model: Content, form: Format) -> list[str]:
+    lines = ["## Loading", "", *form.describe_loading(model)]
     if (model.path / MODULES).exists():
         lines += ['With sentence-transformers: `SentenceTransformer("PATH")`.', ""]
     return lines
 
 
-def _what_was_done(
+def _describe_compression(
     layers: Sequence[CompressedLayer],
     plan: Plan,
     calibration: CalibrationRecord,
@@ -105,33 +105,33 @@ def _what_was_done(
 ) -> list[str]:
     bits = Counter(layer.result.candidate.bits for layer in layers)
     spread = ", ".join(f"{bits[b]} at {b} bits" for b in sorted(bits)) or "none"
-    scores = f" on the scores of `{plan.metric}`" if plan.metric else ""
+    scores = f" from the scores of `{plan.metric}`" if plan.metric else ""
     return [
-        f"- Target `{plan.budget.asked}`: {plan.budget.limit_bytes:,} bytes; the weights take "
-        f"{weight_bytes:,}.",
-        f"- Linears compressed: {spread}; the rest is stored as in the base model.",
+        f"- Target `{plan.budget.asked}`: {plan.budget.limit_text}; the weight files take "
+        f"{weight_bytes:,} bytes.",
+        f"- Compressed layers: {spread}; all others are stored as in the base model.",
         f"- Bits were chosen by `{plan.allocator}`{scores}.",
         f"- Calibration: {calibration.source}, {calibration.samples} samples, "
         f"{calibration.tokens:,} tokens, seed {calibration.seed}.",
     ]
 
 
-def _results(
+def _describe_results(
     model: Content, layers: Sequence[CompressedLayer], plan: Plan, weight_bytes: int
 ) -> list[str]:
-    """What is known when the card is written; quality on a task is what `cptq eval` measures."""
-    half = 2 * model.parameters
+    """Describe size, errors and predicted loss; `cptq eval` measures quality on tasks."""
+    share, bits = weight_bytes / (2 * model.parameters), 8 * weight_bytes / model.parameters
     lines = [
-        f"- Weight files: {weight_bytes:,} bytes, {weight_bytes / half:.1%} of 16 bits a weight; "
-        f"{8 * weight_bytes / model.parameters:.2f} bits a weight over everything."
+        f"- Weight files: {weight_bytes:,} bytes, {share:.1%} of the size with 16 bits per weight; "
+        f"{bits:.2f} bits per weight over the whole file."
     ]
     errors = [x.result.output_error for x in layers if x.result.output_error is not None]
     if errors:
         mean = sum(errors) / len(errors)
         lines.append(
-            f"- Error of a layer's outputs on the calibration text: {mean:.2%} of their energy on "
+            f"- Relative squared error of layer outputs on the calibration text: {mean:.2%} on "
             f"average, {max(errors):.2%} at most."
         )
     if plan.predicted_loss is not None:
-        lines.append(f"- Predicted loss, the sum of the layers' scores: {plan.predicted_loss:.4g}.")
+        lines.append(f"- Predicted loss (sum of the units' scores): {plan.predicted_loss:.4g}.")
     return lines

@@ -1,6 +1,6 @@
-"""What is to be written, whatever the format and wherever it comes from.
+"""The content of an artifact to be written, independent of format and source.
 
-`compress` fills it from a model in memory, `export` from an artifact on the disk.
+`compress` builds it from a model in memory, `export` from an artifact on disk.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
 from cptq.types import CompressedLayer, Emit, LayerSpec, ModelKind, Notice, TensorSpec
 
-#: run types that hold every value of a storage type
-_HOLDS = {
+#: {type in memory: storage types whose values it holds exactly}
+_EXACT_IN = {
     torch.float64: ("F64", "F32", "F16", "BF16"),
     torch.float32: ("F32", "F16", "BF16"),
     torch.float16: ("F16",),
@@ -29,13 +29,13 @@ _HOLDS = {
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Content:
-    """A model as weights and the files around them.
+    """A model as weights and their companion files.
 
-    `path` is the directory with config.json and the tokenizer, `tensors` what a dense artifact
-    holds (ties once, in storage types), `layers` all weight matrices in forward order,
-    `compressed` those that are compressed, by the name of their weight tensor. `fetch` gives a
-    dense tensor by name, in any floating type that holds it, or None where there is none.
-    `hub_id` is the base model's name on the Hub, if it came from there.
+    `path` is the directory with config.json and the tokenizer, `tensors` are those of a dense
+    artifact (ties once, in storage types), `layers` all weight matrices in forward order and
+    `compressed` the compressed ones by the name of their weight tensor. `fetch` returns a dense
+    tensor by name, in any floating type that holds it, or None if there is none. `hub_id` is the
+    base model's name on the Hub, if it came from there.
     """
 
     source: str
@@ -53,7 +53,7 @@ class Content:
 
     @property
     def parameters(self) -> int:
-        """Number of stored weights, tied ones once."""
+        """Number of stored weights, tied ones counted once."""
         return sum(spec.numel for spec in self.tensors)
 
     @property
@@ -61,23 +61,23 @@ class Content:
         """The Hub id, or the name of a local directory (never its path)."""
         return self.path.name if Path(self.source).expanduser().is_dir() else self.source
 
-    def dense(self, spec: TensorSpec) -> Tensor:
-        """The value of a tensor that is stored dense, in its storage type.
+    def get_dense(self, spec: TensorSpec) -> Tensor:
+        """Return the value of a dense tensor in its storage type.
 
         Raises:
             ArtifactError: there is no such tensor.
         """
         value = self.fetch(spec.name)
         if value is None:
-            raise ArtifactError(f"{spec.name} is in the checkpoint and not in the loaded model")
+            raise ArtifactError(f"{spec.name} is in the checkpoint but not in the loaded model")
         return value.to(TORCH_DTYPES[spec.dtype])
 
 
-def content_of(model: LoadedModel, layers: Sequence[CompressedLayer], emit: Emit) -> Content:
-    """A model in memory and its compressed layers.
+def build_content(model: LoadedModel, layers: Sequence[CompressedLayer], emit: Emit) -> Content:
+    """Build the content from a model in memory and its compressed layers.
 
     Raises:
-        ArtifactError: the model is compressed already; a layer comes twice or is not in it.
+        ArtifactError: the model is already compressed; a layer occurs twice or is not in it.
     """
     if model.quantized:
         raise ArtifactError(
@@ -93,7 +93,7 @@ def content_of(model: LoadedModel, layers: Sequence[CompressedLayer], emit: Emit
         fingerprint=model.fingerprint,
         tensors=model.tensors,
         layers=model.layers,
-        compressed=by_weight_name(layers, model.tensors),
+        compressed=index_by_weight(layers, model.tensors),
         fetch=state.get,
         tokenizer=model.tokenizer,
         attention=getattr(model.config, "_attn_implementation", None),
@@ -101,13 +101,13 @@ def content_of(model: LoadedModel, layers: Sequence[CompressedLayer], emit: Emit
     )
 
 
-def by_weight_name(
+def index_by_weight(
     layers: Sequence[CompressedLayer], tensors: Sequence[TensorSpec]
 ) -> dict[str, CompressedLayer]:
-    """Layers by the name of the tensor that they replace.
+    """Index layers by the name of the tensor that they replace.
 
     Raises:
-        ArtifactError: a layer comes twice or its weight is not among the tensors.
+        ArtifactError: a layer occurs twice or its weight is not among the tensors.
     """
     known = {spec.name for spec in tensors}
     found: dict[str, CompressedLayer] = {}
@@ -120,16 +120,16 @@ def by_weight_name(
 
 
 def _report_rounded(model: LoadedModel, state: Mapping[str, Tensor], emit: Emit) -> None:
-    """Dense values that the type in which the model ran has rounded."""
+    """Emit a warning for dense values that were rounded by the type that the model ran in."""
     rounded = [
         spec.name
         for spec in model.tensors
         if spec.name in state
-        and spec.dtype not in _HOLDS.get(state[spec.name].dtype, (spec.dtype,))
+        and spec.dtype not in _EXACT_IN.get(state[spec.name].dtype, (spec.dtype,))
     ]
     if rounded:
         message = (
-            f"{len(rounded)} tensors ran in a narrower type than they are stored in and are "
-            "written rounded; run in float32 (--dtype float32) to keep them exact"
+            f"{len(rounded)} tensors ran in a narrower type than the checkpoint's and are written "
+            "rounded; run in float32 (--dtype float32) to keep them exact"
         )
         emit(Notice(kind="warning", subject=rounded[0], message=message))

@@ -1,7 +1,7 @@
-"""Uploading an artifact to the Hugging Face Hub.
+"""Upload an artifact to the Hugging Face Hub.
 
-Everything in the directory goes up but the reports and measurements, which name paths of this
-machine; cptq.json holds what others need. A repository that exists is added to, not replaced.
+All files are uploaded except reports and measurements, which contain local paths; cptq.json holds
+what others need. Files are added to an existing repository, which is not replaced.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ from huggingface_hub import HfApi, constants, get_token
 from cptq.errors import ArtifactError
 from cptq.types import Emit, Progress
 
-#: what stays here
+#: patterns of files that are not uploaded
 KEPT_BACK = ["report.*", "sensitivity/*", "layers.json"]
 
 
 def check_push(repository: str, token: str | None) -> None:
-    """Refuse an upload that cannot work, before any work is done.
+    """Check that an upload can work, before any other work is done.
 
     Raises:
-        ArtifactError: the Hub is switched off, or there is no token.
+        ArtifactError: the Hub is disabled, or there is no token.
     """
     if constants.HF_HUB_OFFLINE:
         raise ArtifactError(
@@ -36,13 +36,13 @@ def check_push(repository: str, token: str | None) -> None:
 
 
 def push(directory: Path, repository: str, *, token: str | None, emit: Emit) -> str:
-    """Create the repository if need be and upload the directory in one commit.
+    """Create the repository if necessary and upload the directory in one commit.
 
     Returns:
-        The address of the repository.
+        The URL of the repository.
 
     Raises:
-        ArtifactError: the Hub refuses; what was written stays where it is.
+        ArtifactError: the upload failed; the local directory is kept.
     """
     emit(Progress(stage="upload", done=0, total=1, message=repository))
     api = HfApi(token=token)
@@ -54,7 +54,7 @@ def push(directory: Path, repository: str, *, token: str | None, emit: Emit) -> 
             commit_message="Upload a model compressed by cptq",
             ignore_patterns=KEPT_BACK,
         )
-    except Exception as error:  # the HTTP library's own errors share no base with the Hub's
+    except Exception as error:  # HTTP errors and the Hub's share no base class
         words = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ArtifactError(
             f"{repository} could not be uploaded: {words}",

@@ -1,11 +1,13 @@
-"""`cptq inspect`: what is in a checkpoint or a GGUF file, from its headers alone.
+"""`cptq inspect`: describe a checkpoint or a GGUF file from its headers alone.
 
-No weight is read, so it takes a moment and no memory whatever the size. Bits per weight of a layer
-are all its bytes, scales and shapes included, over its number of weights.
+No weights are read, so it is fast and needs little memory at any size. Bits per weight of a layer
+are all its bytes, including scales and shapes, divided by its number of weights. Damaged settings
+files are ignored here; `cptq verify` reports them.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,20 +15,21 @@ from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
+from cptq.artifact.formats.compressed_tensors import EXPERTS
 from cptq.artifact.gguf.header import GgufTensor, read_gguf
 from cptq.artifact.manifest import MANIFEST
-from cptq.artifact.schemes import own_schemes, schemes
-from cptq.checkpoint.files import open_tensors, read_header, weight_files
+from cptq.checkpoint.files import UNREADABLE, find_weight_files, open_tensors, read_header
 from cptq.errors import ArtifactError, ModelError
-from cptq.types import TensorSpec
+from cptq.types import Budget, TensorSpec, is_expert
 
+_DAMAGED = (OSError, *UNREADABLE)
 _BLOCK = re.compile(r"\.\d+\.")
 _PACKED = ("weight_packed", "weight_scale", "weight_shape")
-#: of the packed format; its codes are a `weight` of 32-bit words
-_PLACES = ("weight_zero", "weight_mask", "weight_pattern")
-#: types of ggml that are not packed
+#: tensors of the packed format; its codes are a `weight` of 32-bit words
+_OWN_PARTS = ("weight_zero", "weight_mask", "weight_pattern")
+#: dense types of ggml
 FLOATS = ("F64", "F32", "F16", "BF16")
-#: parts in the order in which they are told
+#: parts of a file in the order shown
 PARTS = (
     "packed weights",
     "scales and shapes",
@@ -39,7 +42,7 @@ PARTS = (
 
 @dataclass(frozen=True, kw_only=True)
 class LayerFacts:
-    """One matrix: how it is stored, `shape` (out, in) where it is known, bits with all it takes."""
+    """One matrix: how it is stored, `shape` (out, in) if known, and bits including scales."""
 
     name: str
     stored: str
@@ -50,9 +53,9 @@ class LayerFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class Inspection:
-    """`parts`: {part: (tensors, bytes)}; `provenance`: words to show, in order.
+    """Content of a file: `parts` is {part: (tensors, bytes)}, `provenance` its origin as text.
 
-    `weights` is None where the shape of a packed layer is not known.
+    `weights` is None if the shape of a packed layer is not known.
     """
 
     path: Path
@@ -65,38 +68,42 @@ class Inspection:
 
     @property
     def bits(self) -> float:
-        """Bits of the whole file per weight; NaN where nobody says how many there are."""
+        """Bits of the whole file per weight; NaN if their number is not known."""
         return float("nan") if self.weights is None else 8 * self.nbytes / max(1, self.weights)
 
 
 def inspect(path: Path) -> Inspection:
-    """Look into a directory, a safetensors file or a GGUF file.
+    """Inspect a directory, a safetensors file or a GGUF file.
 
     Raises:
-        ArtifactError, ModelError: nothing that can be read, or damaged.
+        ArtifactError, ModelError: the path is not one of these, or is damaged.
     """
     path = path.expanduser()
     if path.is_file():
-        return _gguf(path, {}) if path.suffix == ".gguf" else _safetensors(path, [path])
+        return (
+            _inspect_gguf(path, {})
+            if path.suffix == ".gguf"
+            else _inspect_safetensors(path, [path])
+        )
     if not path.is_dir():
         raise ArtifactError(
-            f"{path} is not there", allowed="a directory, a .safetensors or a .gguf file"
+            f"{path} does not exist", allowed="a directory, a .safetensors or a .gguf file"
         )
-    files, ggufs = weight_files(path), sorted(path.glob("*.gguf"))
+    files, ggufs = find_weight_files(path), sorted(path.glob("*.gguf"))
     if files:
-        return _safetensors(path, files)
+        return _inspect_safetensors(path, files)
     if len(ggufs) == 1:
-        return _gguf(ggufs[0], _manifest_words(path))
+        return _inspect_gguf(ggufs[0], _read_provenance(path))
     raise ArtifactError(
-        f"{path} holds no safetensors and {len(ggufs)} GGUF files",
+        f"{path} contains no safetensors and {len(ggufs)} GGUF files",
         allowed="a checkpoint, an artifact, or a directory with one GGUF file",
     )
 
 
-def _safetensors(path: Path, files: list[Path]) -> Inspection:
+def _inspect_safetensors(path: Path, files: list[Path]) -> Inspection:
     specs = [spec for file in files for spec in read_header(file).values()]
     size = sum(file.stat().st_size for file in files)
-    layers = tuple(_layers(specs, _shapes(files), path if path.is_dir() else path.parent))
+    layers = tuple(_list_layers(specs, _read_shapes(files), path if path.is_dir() else path.parent))
     loose = sum(s.numel for s in specs if not _is_packed(s) and len(s.shape) < 2)
     known = all(isfinite(layer.bits) for layer in layers)
     return Inspection(
@@ -104,48 +111,48 @@ def _safetensors(path: Path, files: list[Path]) -> Inspection:
         form="safetensors",
         nbytes=size,
         weights=loose + sum(prod(layer.shape) for layer in layers) if known else None,
-        parts=_parts(((_told(s), s.shape, s.nbytes) for s in specs), size),
+        parts=_sum_parts(((_normalize_name(s), s.shape, s.nbytes) for s in specs), size),
         layers=layers,
-        provenance=_manifest_words(path if path.is_dir() else path.parent),
+        provenance=_read_provenance(path if path.is_dir() else path.parent),
     )
 
 
 def _is_packed(spec: TensorSpec) -> bool:
-    return spec.name.endswith((*_PACKED, *_PLACES)) or _is_own(spec)
+    return spec.name.endswith((*_PACKED, *_OWN_PARTS)) or _is_own(spec)
 
 
 def _is_own(spec: TensorSpec) -> bool:
     return spec.dtype == "I32" and spec.name.endswith(".weight")
 
 
-def _told(spec: TensorSpec) -> str:
-    """The name, packed codes by that of the other format."""
+def _normalize_name(spec: TensorSpec) -> str:
+    """Return the tensor's name, for codes of the packed format as in compressed-tensors."""
     return f"{spec.name}_packed" if _is_own(spec) else spec.name
 
 
-def _parts(
+def _sum_parts(
     rows: Iterable[tuple[str, tuple[int, ...], int]], size: int
 ) -> dict[str, tuple[int, int]]:
     found = {part: [0, 0] for part in PARTS}
     for name, shape, nbytes in rows:
-        part = found[_part(name, shape)]
+        part = found[_find_part(name, shape)]
         part[0], part[1] = part[0] + 1, part[1] + nbytes
     found[PARTS[5]] = [0, size - sum(nbytes for _, nbytes in found.values())]
     return {part: (count, nbytes) for part, (count, nbytes) in found.items() if count or nbytes}
 
 
-def _part(name: str, shape: tuple[int, ...]) -> str:
+def _find_part(name: str, shape: tuple[int, ...]) -> str:
     if name.endswith("weight_packed"):
         return PARTS[0]
-    if name.endswith(("weight_scale", "weight_shape", *_PLACES)):
+    if name.endswith(("weight_scale", "weight_shape", *_OWN_PARTS)):
         return PARTS[1]
     if len(shape) < 2:
         return PARTS[4]
     return PARTS[2] if _BLOCK.search(name) else PARTS[3]
 
 
-def _shapes(files: list[Path]) -> dict[str, tuple[int, int]]:
-    """{layer: (out, in)} of packed layers, whose two numbers are read."""
+def _read_shapes(files: list[Path]) -> dict[str, tuple[int, int]]:
+    """Read {layer: (out, in)} of packed layers from their shape tensors."""
     found = {}
     for file in files:
         names = [n for n, s in read_header(file).items() if s.name.endswith("weight_shape")]
@@ -157,21 +164,21 @@ def _shapes(files: list[Path]) -> dict[str, tuple[int, int]]:
     return found
 
 
-def _layers(
+def _list_layers(
     specs: list[TensorSpec], shapes: Mapping[str, tuple[int, int]], directory: Path
 ) -> Iterable[LayerFacts]:
-    """Every matrix, packed ones as what they stand for."""
+    """Yield every matrix, packed ones as the layers they encode."""
     sizes = {s.name: s for s in specs}
-    grids = schemes(directory, [name.rpartition(".")[0] for name in sizes])
-    own = own_schemes(directory)
+    grids = _read_config_schemes(directory, [name.rpartition(".")[0] for name in sizes])
+    own = _read_packed_schemes(directory)
     for spec in specs:
         layer, _, end = spec.name.rpartition(".")
         if layer in own and end == "weight":
-            yield _own_packed(layer, specs, *own[layer])
+            yield _describe_own_packed(layer, specs, *own[layer])
         elif layer in own and end != "bias":
             continue
         elif end == "weight_packed":
-            yield _packed(layer, sizes, shapes.get(layer), grids.get(layer, {}))
+            yield _describe_packed(layer, sizes, shapes.get(layer), grids.get(layer, {}))
         elif len(spec.shape) >= 2 and not _is_packed(spec):
             bits = 8 * spec.nbytes / max(1, spec.numel)
             yield LayerFacts(
@@ -183,13 +190,13 @@ def _layers(
             )
 
 
-def _packed(
+def _describe_packed(
     layer: str,
     sizes: Mapping[str, TensorSpec],
     shape: tuple[int, int] | None,
     weights: Mapping[str, Any],
 ) -> LayerFacts:
-    """A layer of compressed-tensors."""
+    """Describe a layer of compressed-tensors."""
     parts = [sizes[f"{layer}.{end}"] for end in _PACKED if f"{layer}.{end}" in sizes]
     nbytes, group = sum(part.nbytes for part in parts), weights.get("group_size")
     groups = f"groups of {group}" if group else "per channel"
@@ -200,10 +207,10 @@ def _packed(
     )
 
 
-def _own_packed(
+def _describe_own_packed(
     layer: str, specs: list[TensorSpec], label: str, shape: tuple[int, int] | None
 ) -> LayerFacts:
-    """A layer of the packed format."""
+    """Describe a layer of the packed format."""
     mine = [s for s in specs if s.name.startswith(f"{layer}.weight")]
     nbytes = sum(spec.nbytes for spec in mine)
     bits = 8 * nbytes / prod(shape) if shape else float("nan")
@@ -212,7 +219,7 @@ def _own_packed(
     )
 
 
-def _gguf(path: Path, provenance: Mapping[str, str]) -> Inspection:
+def _inspect_gguf(path: Path, provenance: Mapping[str, str]) -> Inspection:
     header, size = read_gguf(path), path.stat().st_size
     words = {
         key.rpartition(".")[2] if key.startswith("general.") else key: str(value)
@@ -235,39 +242,82 @@ def _gguf(path: Path, provenance: Mapping[str, str]) -> Inspection:
         form=f"GGUF, version {header.version}",
         nbytes=size,
         weights=sum(tensor.numel for tensor in header.tensors),
-        parts=_parts(((_as_packed(t), t.shape, t.nbytes) for t in header.tensors), size),
+        parts=_sum_parts(
+            ((_normalize_gguf_name(t), t.shape, t.nbytes) for t in header.tensors), size
+        ),
         layers=layers,
         provenance={**words, **provenance},
     )
 
 
-def _as_packed(tensor: GgufTensor) -> str:
-    """The name of a tensor, that of a quantized one as it would be in safetensors."""
+def _normalize_gguf_name(tensor: GgufTensor) -> str:
+    """Return the tensor's name, for quantized ones as in compressed-tensors."""
     return tensor.name if tensor.kind in FLOATS else f"{tensor.name}_packed"
 
 
-def _manifest_words(directory: Path) -> dict[str, str]:
-    """What cptq.json says of how it came to be; nothing where there is none."""
+def _read_provenance(directory: Path) -> dict[str, str]:
+    """Read the provenance from cptq.json; empty if there is none."""
     from cptq.artifact.reader import read_manifest
 
     if not (directory / MANIFEST).is_file():
         return {}
     manifest = read_manifest(directory)
     try:
-        return _words(manifest)
+        return _describe_manifest(manifest)
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ModelError(f"{directory / MANIFEST} is damaged ({error!r})") from error
 
 
-def _words(manifest: Mapping[str, Any]) -> dict[str, str]:
+def _describe_manifest(manifest: Mapping[str, Any]) -> dict[str, str]:
     model, plan, text = manifest["model"], manifest["plan"], manifest["calibration"]
-    budget = plan["budget"]
+    budget = Budget.from_dict(plan["budget"])
     return {
         "base model": f"{model['source']} (sha256 {str(model['fingerprint'])[:16]})",
         "format": str(manifest["format"]),
-        "target": f"{budget['asked']}, at most {int(budget['limit_bytes']):,} bytes",
-        "bits by": f"{plan['allocator']}" + (f" on {plan['metric']}" if plan["metric"] else ""),
+        "target": f"{budget.asked}, at most {budget.limit_text}",
+        "plan": f"{plan['allocator']}"
+        + (f" with {plan['metric']} scores" if plan["metric"] else ""),
         "calibration": f"{text['source']}, {text['samples']} samples, {text['tokens']} tokens",
         "seed": str(manifest["seed"]),
         "written by": ", ".join(f"{n} {v}" for n, v in manifest["versions"].items()),
     }
+
+
+def _read_packed_schemes(directory: Path) -> dict[str, tuple[str, tuple[int, int] | None]]:
+    """Return {layer: (label, shape)} of a packed model; empty if its files are damaged.
+
+    config.json has the labels and the manifest the shapes; without a manifest they are None.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        modules = config["quantization_config"]["modules"]
+        shapes = _read_layer_shapes(directory)
+        return {str(name): (str(label), shapes.get(name)) for name, label in modules.items()}
+    except _DAMAGED:
+        return {}
+
+
+def _read_layer_shapes(directory: Path) -> dict[str, tuple[int, int]]:
+    """Return {layer: (out, in)} of the manifest; empty if it is missing or damaged."""
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        rows = {str(item["name"]): item["shape"] for item in manifest["inventory"]}
+        return {name: (int(row[0]), int(row[1])) for name, row in rows.items() if min(row) > 0}
+    except _DAMAGED:
+        return {}
+
+
+def _read_config_schemes(directory: Path, layers: Iterable[str]) -> dict[str, Mapping[str, Any]]:
+    """Return {layer: its weights entry in config.json}; empty if the file is damaged.
+
+    Experts among `layers` have the entry of the expression `EXPERTS`.
+    """
+    try:
+        config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+        groups = config["quantization_config"]["config_groups"].values()
+        entries = {str(name): group["weights"] for group in groups for name in group["targets"]}
+        if EXPERTS in entries:
+            entries |= dict.fromkeys(filter(is_expert, layers), entries[EXPERTS])
+        return entries
+    except _DAMAGED:
+        return {}

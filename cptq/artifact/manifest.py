@@ -1,6 +1,6 @@
-"""`cptq.json`: what was done, from what, with what, and how the result can be checked.
+"""The manifest `cptq.json`: source, plan, versions, results per layer, and digests for checking.
 
-No times and no dates: the same run writes the same bytes.
+It contains no times or dates, so the same run writes the same bytes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from cptq.types import CalibrationRecord, LayerResult, Plan
 
 MANIFEST = "cptq.json"
 FORMAT_VERSION = 1
-#: endings of the files beside the weights that a loader reads
+#: suffixes of the other files that a loader reads
 LOADED = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 _PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors")
 
@@ -35,16 +35,16 @@ def build_manifest(
     weight_files: Mapping[str, int],
     digests: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Everything but what verification adds, as plain data.
+    """Build the manifest as plain data, without the fields that verification adds.
 
-    `form` is the name of the format in `FORMATS`, `weight_format` what a reader should call it.
+    `form` is the name of the format in `FORMATS`, `weight_format` its name for readers.
     """
     packed = {layer.spec.name: layer for layer in model.compressed.values()}
     return {
         "format_version": FORMAT_VERSION,
         "form": form,
         "format": weight_format,
-        "versions": _versions(),
+        "versions": _list_versions(),
         "model": {
             "source": model.base_name,
             "hub_id": model.hub_id,
@@ -55,7 +55,7 @@ def build_manifest(
         "seed": seed,
         "plan": plan.to_dict(),
         "calibration": asdict(calibration),
-        "layers": [_layer(layer.result) for layer in packed.values()],
+        "layers": [_record_layer(layer.result) for layer in packed.values()],
         "dense": {
             spec.name: spec.reason or "kept at 16 bits by the plan"
             for spec in model.layers
@@ -69,7 +69,7 @@ def build_manifest(
     }
 
 
-def _versions() -> dict[str, str]:
+def _list_versions() -> dict[str, str]:
     found = {"cptq": __version__}
     for package in _PACKAGES:
         try:
@@ -79,7 +79,7 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _layer(result: LayerResult) -> dict[str, Any]:
+def _record_layer(result: LayerResult) -> dict[str, Any]:
     return {
         "name": result.name,
         "candidate": result.candidate.label,
@@ -92,13 +92,13 @@ def _layer(result: LayerResult) -> dict[str, Any]:
     }
 
 
-def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
-    """The manifest as it is written."""
+def encode_manifest(manifest: Mapping[str, Any]) -> bytes:
+    """Encode the manifest as JSON."""
     return (json.dumps(dict(manifest), indent=1, ensure_ascii=False) + "\n").encode()
 
 
-def file_digests(place: Path, weight_files: Iterable[str]) -> dict[str, str]:
-    """sha256 (hex) of the files that say what the weights mean: settings, tokenizer, code."""
+def compute_file_digests(place: Path, weight_files: Iterable[str]) -> dict[str, str]:
+    """Return the sha256 (hex) of settings, tokenizer and code: the loaded files except weights."""
     weights = set(weight_files)
     found = {}
     for path in sorted(place.rglob("*")):
@@ -108,8 +108,8 @@ def file_digests(place: Path, weight_files: Iterable[str]) -> dict[str, str]:
     return found
 
 
-def read_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of an artifact; empty where the directory is none, or its file is no JSON."""
+def try_read_manifest(directory: Path) -> dict[str, Any]:
+    """Read the manifest of an artifact; empty if there is none or it is not a JSON object."""
     try:
         found = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,7 +1,7 @@
-"""An artifact on the disk, read back: manifest, layers as integers, dense tensors one at a time.
+"""Read an artifact from disk: manifest, layers as integers, dense tensors one at a time.
 
-Nothing of it is trusted. The manifest's layers must be the tensors that the weight files really
-hold, in type and shape, before one byte of them is loaded.
+Its content is not trusted: the tensors of the weight files must match the layers of the manifest in
+type and shape before any of them is loaded.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from cptq.artifact.content import Content
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import Format, SafetensorsFormat
 from cptq.artifact.manifest import FORMAT_VERSION, MANIFEST
+from cptq.artifact.reload import ReloadSample
 from cptq.artifact.sample import read_sample
-from cptq.artifact.verify import VerificationSample
-from cptq.checkpoint.files import open_tensors, read_header, weight_files
+from cptq.checkpoint.files import find_weight_files, open_tensors, read_header
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.errors import ArtifactError
 from cptq.types import (
@@ -33,13 +33,13 @@ from cptq.types import (
     TensorSpec,
 )
 
-#: more inputs than any layer has; what a manifest claims beyond is not worked with
+#: more inputs than any layer has; larger claims in a manifest are refused
 MOST_INPUTS = 1 << 24
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class StoredArtifact:
-    """What an artifact's manifest says, checked, and its content."""
+    """An artifact's validated manifest and its content."""
 
     path: Path
     manifest: Mapping[str, Any]
@@ -48,19 +48,19 @@ class StoredArtifact:
     plan: Plan
     calibration: CalibrationRecord
     seed: int
-    sample: VerificationSample | None
+    sample: ReloadSample | None
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """cptq.json as plain data, of a version that this cptq reads.
+    """Read cptq.json as plain data, in the format version of this cptq.
 
     Raises:
-        ArtifactError: there is none, it is no JSON object, or of another version.
+        ArtifactError: it is missing, not a JSON object, or has another format version.
     """
     path = directory / MANIFEST
     if not path.is_file():
         raise ArtifactError(
-            f"{directory} has no {MANIFEST}, so it is no artifact of cptq",
+            f"{directory} has no {MANIFEST}, so it is not an artifact of cptq",
             allowed="a directory that cptq compress or cptq export wrote",
         )
     try:
@@ -70,18 +70,18 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     version = manifest.get("format_version") if isinstance(manifest, dict) else None
     if version != FORMAT_VERSION:
         raise ArtifactError(
-            f"{path} is of version {version!r}, and this cptq reads {FORMAT_VERSION}",
+            f"{path} has version {version!r}; this cptq reads {FORMAT_VERSION}",
             hint="read it with the cptq that wrote it, or compress the model again",
         )
     found: dict[str, Any] = manifest
     return found
 
 
-def form_of(manifest: Mapping[str, Any]) -> Format:
-    """The format that a manifest names.
+def find_format(manifest: Mapping[str, Any]) -> Format:
+    """Return the format that a manifest names.
 
     Raises:
-        UnknownNameError: this cptq does not know it.
+        UnknownNameError: this cptq does not have it.
     """
     return FORMATS.get(str(manifest.get("form")))
 
@@ -90,21 +90,21 @@ def open_artifact(directory: Path, *, trust_remote_code: bool = False) -> Stored
     """Read an artifact back.
 
     Raises:
-        ArtifactError: it is no artifact, is damaged, or is of a format that is not read back.
+        ArtifactError: it is not an artifact, is damaged, or has a format that cannot be read.
         ModelError: a weight file is truncated, corrupt or hostile.
     """
     directory = directory.expanduser()
     manifest = read_manifest(directory)
-    form = form_of(manifest)
+    form = find_format(manifest)
     if not isinstance(form, SafetensorsFormat):
         raise ArtifactError(
-            f"{directory} is in the format {form.name}, which is not read back",
+            f"{directory} has the format {form.name}, which cannot be read back",
             hint="export the artifact that it was made from",
         )
     try:
         plan = Plan.from_dict(manifest["plan"])
-        calibration = _calibration(manifest["calibration"])
-        content = _content(directory, manifest, form)
+        calibration = _parse_calibration(manifest["calibration"])
+        content = _read_content(directory, manifest, form)
         seed, sample = int(manifest["seed"]), manifest["sample"]
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ArtifactError(
@@ -123,19 +123,19 @@ def open_artifact(directory: Path, *, trust_remote_code: bool = False) -> Stored
     )
 
 
-def _calibration(data: Mapping[str, Any]) -> CalibrationRecord:
+def _parse_calibration(data: Mapping[str, Any]) -> CalibrationRecord:
     return CalibrationRecord(**{**data, "notes": tuple(data.get("notes", ()))})
 
 
-def _content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsFormat) -> Content:
-    places = {name: path for path in weight_files(directory) for name in read_header(path)}
+def _read_content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsFormat) -> Content:
+    places = {name: path for path in find_weight_files(directory) for name in read_header(path)}
     stored = {
         s.name: s for path in dict.fromkeys(places.values()) for s in read_header(path).values()
     }
-    inventory = {item["name"]: _spec(item) for item in manifest["inventory"]}
-    results = {item["name"]: _result(item) for item in manifest["layers"]}
-    parts = {name: _parts(form, inventory[name], r, stored) for name, r in results.items()}
-    get = _getter(places)
+    inventory = {item["name"]: _parse_spec(item) for item in manifest["inventory"]}
+    results = {item["name"]: _parse_result(item) for item in manifest["layers"]}
+    parts = {name: _check_tensors(form, inventory[name], r, stored) for name, r in results.items()}
+    get = _make_getter(places)
     model = manifest["model"]
     if model["kind"] not in AUTO_CLASSES:
         raise ValueError(f"a model of kind {model['kind']!r}")
@@ -148,7 +148,7 @@ def _content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsForm
         kind=model["kind"],
         family=str(model["family"]),
         fingerprint=str(model["fingerprint"]),
-        tensors=_dense_view(stored, parts, inventory),
+        tensors=_view_as_dense(stored, parts, inventory),
         layers=tuple(inventory.values()),
         compressed=layers,
         fetch=lambda name: get(name) if name in places else None,
@@ -156,14 +156,14 @@ def _content(directory: Path, manifest: Mapping[str, Any], form: SafetensorsForm
     )
 
 
-def _spec(item: Mapping[str, Any]) -> LayerSpec:
+def _parse_spec(item: Mapping[str, Any]) -> LayerSpec:
     out, inputs = (int(n) for n in item["shape"])
     if min(out, inputs) < 1 or inputs > MOST_INPUTS:
         raise ValueError(f"{item.get('name')} has the shape {out} x {inputs}")
     return LayerSpec(**{**item, "shape": (out, inputs)})
 
 
-def _result(item: Mapping[str, Any]) -> LayerResult:
+def _parse_result(item: Mapping[str, Any]) -> LayerResult:
     return LayerResult(
         name=str(item["name"]),
         candidate=Candidate.parse(item["candidate"]),
@@ -176,10 +176,10 @@ def _result(item: Mapping[str, Any]) -> LayerResult:
     )
 
 
-def _parts(
+def _check_tensors(
     form: SafetensorsFormat, spec: LayerSpec, result: LayerResult, stored: Mapping[str, TensorSpec]
 ) -> tuple[TensorSpec, ...]:
-    """The tensors of a layer, which the files must hold as the format counts them."""
+    """Return the tensors of a layer after checking that the files hold them as specified."""
     why = form.layout.refusal(spec, result.candidate)
     if why is not None:
         raise ArtifactError(f"{spec.name} cannot be {result.candidate.label} in {form.name}: {why}")
@@ -187,19 +187,19 @@ def _parts(
     for part in parts:
         if stored.get(part.name) != part:
             raise ArtifactError(
-                f"the weight files do not hold {part.name} as the manifest says "
-                f"({part.dtype} {part.shape})",
+                f"the weight files do not contain {part.name} as {part.dtype} {part.shape}, as the "
+                "manifest requires",
                 hint="copy the artifact again",
             )
     return parts
 
 
-def _dense_view(
+def _view_as_dense(
     stored: Mapping[str, TensorSpec],
     parts: Mapping[str, tuple[TensorSpec, ...]],
     inventory: Mapping[str, LayerSpec],
 ) -> tuple[TensorSpec, ...]:
-    """The tensors as a dense artifact has them, each weight where its first part lies."""
+    """List the tensors of a dense artifact, each weight in place of its first part."""
     owner = {part.name: name for name, found in parts.items() for part in found}
     view: dict[str, TensorSpec] = {}
     for name, spec in stored.items():
@@ -213,8 +213,8 @@ def _dense_view(
     return tuple(view.values())
 
 
-def _getter(places: Mapping[str, Path]) -> Callable[[str], Tensor]:
-    """A tensor by name, each file opened once and mapped, not read."""
+def _make_getter(places: Mapping[str, Path]) -> Callable[[str], Tensor]:
+    """Return a function that gets a tensor by name; each file is opened once and mapped."""
     stack, opened = ExitStack(), dict[Path, Any]()
 
     def get(name: str) -> Tensor:

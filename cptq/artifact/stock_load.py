@@ -1,9 +1,9 @@
-"""Run as a script in a fresh process: load a directory with transformers alone and report.
+"""Load a directory with stock transformers in a fresh process and report. Run as a script.
 
-`python -P stock_load.py JOB.json`: the job names the directory, the auto class, a safetensors
-file of inputs, and where the answer goes. It must not import cptq: the point is that nothing of it
-is needed (unless the job names modules to import first, without which its format does not load).
-Not part of the package's interface.
+`python -P stock_load.py JOB.json`: the job gives the directory, the auto class, a safetensors file
+of inputs, and the paths of the results. The script must not import cptq, to prove that loading does
+not need it, except where the job lists modules that the format requires. Not part of the package's
+interface.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def main(job_file: str) -> None:
-    """Do what the job says; write {missing, unexpected, mismatched, cptq} and the output."""
+    """Run the job; write {missing, unexpected, mismatched, cptq} and the output."""
     with open(job_file, encoding="utf-8") as stream:
         job = json.load(stream)
 

@@ -1,169 +1,108 @@
-"""Does a stock loader make of the files what is in memory?
+"""`cptq verify`: check that an artifact is what was written, and that it computes the same.
 
-A fresh Python process that knows nothing of cptq loads the directory with transformers alone. No
-key may be missing, unexpected or of another shape, and the output for a sample must be that of the
-compressed model in memory. Two of the ways in which such a directory can be wrong (a Conv1D,
-experts of mixed bits) load without an error and with random weights; only comparing finds them.
+First the digests, which cost reading the files once: an error names the first file or tensor that
+is missing, new or different from cptq.json. Only then is the artifact reloaded in a fresh process,
+which computes the manifest's sample.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from cptq.artifact import stock_load
+from cptq.artifact.manifest import MANIFEST, compute_file_digests
+from cptq.artifact.reader import find_format, read_manifest
+from cptq.artifact.reload import ReloadCheck
+from cptq.artifact.sample import read_sample
+from cptq.checkpoint.files import read_header
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.errors import ArtifactError
-from cptq.types import ModelKind
-
-#: largest difference, as a share of the largest expected value, between two float32 runs of the
-#: same weights (other kernels and other orders of summation; on one CPU it is 0)
-TOLERANCE = 1e-4
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class VerificationSample:
-    """Inputs of the model, and what the compressed model in memory answers (float32).
-
-    `tolerance` is relative to the largest expected value. `attention` is the implementation that
-    the model in memory uses (None: transformers' default). Where `partial` is set, only the
-    expected values that are numbers are known.
-    """
-
-    inputs: Mapping[str, Tensor]
-    expected: Tensor
-    tolerance: float = TOLERANCE
-    attention: str | None = None
-    trust_remote_code: bool = False
-    partial: bool = False
+from cptq.types import Emit, Notice
 
 
 @dataclass(frozen=True, kw_only=True)
-class Verification:
-    """What the fresh process found; no difference where nothing could be computed."""
+class VerifiedArtifact:
+    """An artifact that passed: numbers of files and tensors, and the reload check, if one ran."""
 
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    mismatched: tuple[str, ...]
-    max_abs_difference: float | None
-    seconds: float
+    path: Path
+    form: str
+    files: int
+    tensors: int
+    reload: ReloadCheck | None
 
 
-def verify_in_fresh_process(
-    path: Path,
-    kind: ModelKind,
-    sample_inputs: Mapping[str, Tensor],
-    expected: Tensor,
-    *,
-    tolerance: float = TOLERANCE,
-    attention: str | None = None,
-    trust_remote_code: bool = False,
-    imports: Sequence[str] = (),
-    partial: bool = False,
-) -> Verification:
-    """Load `path` in another process and compare.
-
-    Args:
-        path: the artifact.
-        kind: of model; names the auto class.
-        sample_inputs: keyword arguments of the model's forward, integers or masks.
-        expected: logits, or the last hidden state of an encoder.
-        tolerance: see `VerificationSample`.
-        attention: as there.
-        trust_remote_code: let the model's own code run.
-        imports: modules that are imported before it is loaded; none means stock transformers.
-        partial: only the expected values that are numbers are known.
+def verify_artifact(
+    directory: Path, emit: Emit, *, trust_remote_code: bool = False
+) -> VerifiedArtifact:
+    """Check an artifact against its own manifest.
 
     Raises:
-        ArtifactError: it does not load, keys are missing, unexpected or mismatched, or the outputs
-            differ; says which and by how much.
+        ArtifactError: it is not what was written, does not load, or computes something else.
+        ModelError: a weight file is truncated, corrupt or hostile.
     """
-    start, path = time.perf_counter(), path.resolve()
-    with tempfile.TemporaryDirectory(prefix=f"{path.name}-check-", dir=path.parent) as folder:
-        job: dict[str, Any] = {
-            "directory": str(path),
-            "auto_class": AUTO_CLASSES[kind],
-            "attention": attention,
-            "trust_remote_code": trust_remote_code,
-            "imports": list(imports),
-            "threads": torch.get_num_threads(),
-        } | {name: str(Path(folder) / name) for name in ("inputs", "answer", "report")}
-        values = {name: x.detach().cpu().contiguous() for name, x in sample_inputs.items()}
-        save_file(values, job["inputs"])
-        report = _run(Path(folder), job)
-        answer = load_file(job["answer"])["answer"]
-    found = Verification(
-        missing=tuple(report["missing"]),
-        unexpected=tuple(report["unexpected"]),
-        mismatched=tuple(report["mismatched"]),
-        max_abs_difference=_difference(answer, expected.detach().float().cpu(), partial),
-        seconds=time.perf_counter() - start,
-    )
-    _judge(found, [] if imports else report["cptq"], tolerance * _largest(expected))
-    return found
-
-
-def _run(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
-    """Start the process and read its report."""
-    job_file = folder / "job.json"
-    job_file.write_text(json.dumps(job), encoding="utf-8")
-    # -P: the script's own directory must not come before the packages
-    done = subprocess.run(
-        [sys.executable, "-P", str(stock_load.__file__), str(job_file)],
-        cwd=folder,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
+    directory = directory.expanduser().resolve()
+    manifest = read_manifest(directory)
+    try:
+        return _verify(directory, manifest, emit, trust_remote_code)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ArtifactError(
-            "stock transformers cannot load what was written: "
-            + (lines[-1].strip() if lines else f"the process ended with {done.returncode}")
+            f"{directory / MANIFEST} is damaged ({type(error).__name__}: {error})",
+            hint="copy the artifact again",
+        ) from error
+
+
+def _verify(
+    directory: Path, manifest: Mapping[str, Any], emit: Emit, trusted: bool
+) -> VerifiedArtifact:
+    form, sizes = find_format(manifest), manifest["weight_files"]
+    for name, size in sizes.items():
+        _check_file(directory, name, size)
+    known_files = manifest["files_sha256"]
+    found_files = compute_file_digests(directory, sizes)
+    _compare("file", {n: found_files.get(n) for n in known_files}, known_files)
+    _compare("tensor", form.compute_digests(directory, sizes), manifest["tensors_sha256"])
+    kind = manifest["model"]["kind"]
+    if kind not in AUTO_CLASSES:
+        raise ValueError(f"a model of kind {kind!r}")
+    found = None
+    if manifest["sample"] is None:
+        message = "holds no sample, so its answers were not compared"
+        emit(Notice(kind="warning", subject=MANIFEST, message=message))
+    else:
+        sample = read_sample(manifest["sample"], trust_remote_code=trusted)
+        found = form.check_reload(directory, kind, sample, emit)
+    return VerifiedArtifact(
+        path=directory,
+        form=str(manifest["format"]),
+        files=len(known_files) + len(sizes),
+        tensors=len(manifest["tensors_sha256"]),
+        reload=found,
+    )
+
+
+def _check_file(directory: Path, name: str, size: int) -> None:
+    path = directory / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ArtifactError(f"{MANIFEST} names the file {name!r}, which lies outside {directory}")
+    if not path.is_file():
+        raise ArtifactError(f"{path} is missing", hint="copy the artifact again")
+    if path.stat().st_size != size:
+        raise ArtifactError(
+            f"{path} has {path.stat().st_size:,} bytes and had {size:,} when it was written",
+            hint="copy the artifact again",
         )
-    report: dict[str, Any] = json.loads(Path(job["report"]).read_text(encoding="utf-8"))
-    return report
+    if path.suffix == ".safetensors":
+        read_header(path)
 
 
-def _largest(expected: Tensor) -> float:
-    return float(expected.nan_to_num(0.0).abs().max())
-
-
-def _difference(answer: Tensor, expected: Tensor, partial: bool = False) -> float:
-    """Largest absolute difference; infinite where shapes differ or a value is not a number."""
-    if answer.shape != expected.shape:
-        return float("inf")
-    known = ~expected.isnan() if partial else torch.ones_like(expected, dtype=torch.bool)
-    difference = float((answer - expected)[known].abs().max())
-    return difference if difference == difference else float("inf")
-
-
-def _judge(found: Verification, imported: list[str], allowed: float) -> None:
-    for what in ("missing", "unexpected", "mismatched"):
-        names: tuple[str, ...] = getattr(found, what)
-        if names:
-            raise ArtifactError(
-                f"stock transformers finds {len(names)} {what} keys in what was written, first "
-                f"{names[0]}"
-            )
-    if imported:
-        raise ArtifactError(f"the check was not independent: {imported[0]} was imported in it")
-    if found.max_abs_difference is None or not found.max_abs_difference <= allowed:
+def _compare(what: str, found: Mapping[str, str | None], known: Mapping[str, str]) -> None:
+    """Digests by name against those of the manifest."""
+    wrong = [n for n in known if found.get(n) != known[n]] + [n for n in found if n not in known]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise ArtifactError(
-            f"the written model answers differently from the one in memory: by "
-            f"{found.max_abs_difference:.3g}, where {allowed:.3g} is allowed"
+            f"the {what} {wrong[0]}{more} is not what was written (its sha256 differs)",
+            hint="copy the artifact again",
         )

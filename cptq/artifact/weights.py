@@ -1,7 +1,7 @@
-"""Weights to safetensors files, one tensor in memory at a time; and their digests, read back.
+"""Write weights to safetensors files, one tensor in memory at a time, and hash them.
 
 The bytes are those that the safetensors library would write (tested), but each tensor is fetched,
-written and dropped, every file is synced to the disk, and a full disk is an `OSError` that says so.
+written and released, every file is synced to disk, and a full disk raises a proper `OSError`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cptq.artifact.atomic import write_bytes
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
 from cptq.layouts.safetensors_header import (
@@ -29,7 +30,7 @@ from cptq.types import TensorSpec
 _CHUNK = 1 << 22
 
 Fetch = Callable[[TensorSpec], Tensor]
-"""The value of a tensor, in its storage type, on any device."""
+"""Returns the value of a tensor in its storage type, on any device."""
 
 
 def write_weights(
@@ -43,18 +44,18 @@ def write_weights(
     """Write `model.safetensors`, or shards and their index.
 
     Args:
-        directory: where to.
+        directory: the output directory.
         specs: all tensors, in the order in which shards are filled.
-        fetch: gives each value.
-        most: bytes of tensors per file.
-        stem: what the files are called in place of "model".
+        fetch: returns each value.
+        most: maximum bytes of tensors per file.
+        stem: name of the files in place of "model".
 
     Returns:
         {file name: bytes} of the weight files.
 
     Raises:
-        ArtifactError: a value is not what its spec says.
-        OSError: the disk is full, or anything else the system says.
+        ArtifactError: a value does not match its spec.
+        OSError: the disk is full, or another system error.
     """
     shards = split_shards(specs, most)
     names = shard_names(len(shards), stem)
@@ -76,16 +77,16 @@ def _write_file(path: Path, specs: Iterable[TensorSpec], fetch: Fetch) -> None:
     with path.open("wb") as stream:
         stream.write(header_bytes(ordered))
         for spec in ordered:
-            stream.write(_raw(spec, fetch(spec)))
+            stream.write(_get_bytes(spec, fetch(spec)))
         stream.flush()
         os.fsync(stream.fileno())
 
 
-def _raw(spec: TensorSpec, tensor: Tensor) -> memoryview:
-    """The bytes of a tensor that is what its spec says."""
+def _get_bytes(spec: TensorSpec, tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor after checking it against its spec."""
     if tuple(tensor.shape) != spec.shape or tensor.dtype is not TORCH_DTYPES[spec.dtype]:
         raise ArtifactError(
-            f"{spec.name} is {tensor.dtype} {tuple(tensor.shape)} in memory and "
+            f"{spec.name} is {tensor.dtype} {tuple(tensor.shape)} in memory but "
             f"{spec.dtype} {spec.shape} in the checkpoint"
         )
     flat = tensor.detach().cpu().contiguous().reshape(-1)
@@ -93,23 +94,8 @@ def _raw(spec: TensorSpec, tensor: Tensor) -> memoryview:
     return raw
 
 
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a small file and sync it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
-    """Write {relative path: content} below a directory, each synced."""
-    for name, content in files.items():
-        write_bytes(directory / name, content)
-
-
-def tensor_digests(paths: Iterable[Path]) -> dict[str, str]:
-    """sha256 (hex) of the bytes of every tensor, as they lie on the disk, sorted by name."""
+def compute_tensor_digests(paths: Iterable[Path]) -> dict[str, str]:
+    """Return the sha256 (hex) of the stored bytes of every tensor, sorted by name."""
     digests: dict[str, str] = {}
     for path in paths:
         with path.open("rb") as stream:
@@ -117,16 +103,16 @@ def tensor_digests(paths: Iterable[Path]) -> dict[str, str]:
             header.pop("__metadata__", None)
             for name in sorted(header, key=lambda n: header[n]["data_offsets"]):
                 start, end = header[name]["data_offsets"]
-                digests[name] = _digest(stream.read, end - start)
+                digests[name] = _hash_bytes(stream.read, end - start)
     return dict(sorted(digests.items()))
 
 
-def _digest(read: Callable[[int], bytes], left: int) -> str:
+def _hash_bytes(read: Callable[[int], bytes], left: int) -> str:
     digest = hashlib.sha256()
     while left:
         chunk = read(min(left, _CHUNK))
         if not chunk:
-            raise ArtifactError("a weight file ends before its last tensor does")
+            raise ArtifactError("a weight file is truncated")
         digest.update(chunk)
         left -= len(chunk)
     return digest.hexdigest()

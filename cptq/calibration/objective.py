@@ -1,6 +1,6 @@
-"""What a model says, how far another answer is from it, and the gradient that measures the Fisher.
+"""Measure how far a model's output is from the dense model's, and draw the Fisher's directions.
 
-For each row of an answer (a token, an example, a sentence) with dense answer z and answer z':
+For each output row (a token, an example, a sentence) with dense output z and changed output z':
 
 - classes (language models, classifiers): z are logits, the distance is KL(p || p'), in nats;
 - values (sentence embeddings, regressors): z are numbers, the distance is |z - z'|^2 / 2.
@@ -8,18 +8,20 @@ For each row of an answer (a token, an example, a sentence) with dense answer z 
 To second order either is 1/2 dz^T A dz with A the Hessian at z' = z: diag(p) - p p^T for classes
 (which is also the Fisher information of the logits) and the identity for values. Through the
 Jacobian J of z by a layer's weights that becomes 1/2 dW^T F dW with F = J^T A J, the TRUE Fisher,
-not the empirical one: it needs no labels, it is the Hessian of the very divergence that quantizing
-is judged by, and the first-order term is exactly zero (Kunstner et al., arXiv 1905.12558).
+not the empirical one: it needs no labels, it is the Hessian of the very divergence by which
+quantization is judged, and the first-order term is exactly zero (Kunstner et al.,
+arXiv 1905.12558).
 
 F is measured with a random direction d per row that has covariance A: back-propagating d gives
 gradients g with E[g g^T] = F. Drawing a label from p does that too (d = p - onehot), but where a
-model is sure it is almost always 0 and now and then huge. Instead, with independent signs e,
+model is confident that d is almost always 0 and rarely very large. Instead, with independent
+signs e,
 
     d = sqrt(p) * e - p (sqrt(p) . e),        E[d d^T] = diag(p) - p p^T,
 
 every row counts with about its expected size (Hutchinson's estimator; with two classes |d|^2 is
 its mean times 1 +- 2 sqrt(p q), with a label it is 2 p^2 or 2 q^2). Rows are summed, never
-averaged, so that each gradient is that of its own row's answer; signs of different rows are
+averaged, so that each gradient is that of its own output row; signs of different rows are
 independent, so that in a causal model the influence of a position on all later tokens adds up in
 expectation.
 
@@ -40,13 +42,13 @@ from transformers import PretrainedConfig
 from cptq.types import ModelKind
 
 Form = Literal["classes", "values"]
-#: numbers of an answer handled at once by the divergence: what a core's cache holds
+#: numbers of an output that the divergence handles at once: what a core's cache holds
 CHUNK = 1 << 18
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Objective:
-    """How one kind of model is judged. `row` names what a row of the answer is."""
+    """How one kind of model is judged. `row` names what an output row is."""
 
     kind: ModelKind
     form: Form
@@ -54,73 +56,73 @@ class Objective:
 
     @property
     def unit(self) -> str:
-        """What a divergence is measured in."""
+        """Return what a divergence is measured in."""
         return ("nats" if self.form == "classes" else "half squared distance") + f" per {self.row}"
 
-    def answer(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
-        """The rows (rows, width) that a model output says about a batch, in the model's type.
+    def select_rows(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+        """Return the rows (rows, width) of a model's output that count, in the model's type.
 
         Language models: logits at the tokens that are not padding; classifiers: logits per
         example; encoders: the mean-pooled embedding per sentence, of length 1.
         """
         if self.kind == "encoder":
-            return pooled(output.last_hidden_state, real_tokens(batch))
+            return pool_mean(output.last_hidden_state, mask_real_tokens(batch))
         if self.kind == "classifier":
-            return _tensor(output.logits)
-        logits_BTV, mask_BT = _tensor(output.logits), real_tokens(batch)
+            return _as_tensor(output.logits)
+        logits_BTV, mask_BT = _as_tensor(output.logits), mask_real_tokens(batch)
         # picking every row would copy the largest tensor there is
         return logits_BTV.flatten(0, 1) if bool(mask_BT.all()) else logits_BTV[mask_BT]
 
-    def reference(self, answer_RV: Tensor) -> Tensor:
-        """What `divergence` compares with: log-probabilities or values, float32."""
-        return answer_RV.float().log_softmax(-1) if self.form == "classes" else answer_RV.float()
+    def compute_reference(self, z_RV: Tensor) -> Tensor:
+        """Return what a divergence is measured from: log-probabilities or values, float32."""
+        return z_RV.float().log_softmax(-1) if self.form == "classes" else z_RV.float()
 
-    def divergence(self, reference_RV: Tensor, answer_RV: Tensor) -> Tensor:
-        """Distance of each row (rows,) from the dense model's, float64, never negative."""
-        rows = max(1, CHUNK // answer_RV.shape[1])
-        parts = zip(reference_RV.split(rows), answer_RV.split(rows), strict=True)
-        measure = kl_rows if self.form == "classes" else half_squared_distance
+    def compute_divergence(self, reference_RV: Tensor, z_RV: Tensor) -> Tensor:
+        """Return the distance of each row (rows,) from the dense one, float64, never negative."""
+        rows = max(1, CHUNK // z_RV.shape[1])
+        parts = zip(reference_RV.split(rows), z_RV.split(rows), strict=True)
+        measure = compute_kl if self.form == "classes" else compute_half_squared_distance
         return torch.cat([measure(dense, other.float()) for dense, other in parts])
 
-    def slope(self, reference_RV: Tensor, answer_RV: Tensor) -> Tensor:
-        """Gradient of the divergence of each row by the answer, float32, away from the dense one.
+    def compute_gradient(self, reference_RV: Tensor, z_RV: Tensor) -> Tensor:
+        """Return the gradient of each row's divergence by the changed output, float32.
 
-        q - p for classes, z' - z for values; 0 where the answer is the dense model's.
+        q - p for classes, z' - z for values; 0 where the output is the dense model's.
         """
-        other_RV = answer_RV.detach().float()
+        other_RV = z_RV.detach().float()
         if self.form == "values":
             return other_RV - reference_RV
         return other_RV.softmax(-1).sub_(reference_RV.exp())
 
-    def direction(self, answer_RV: Tensor, generator: torch.Generator) -> Tensor:
-        """Random rows d of the answer's shape, float32, with covariance A (see above)."""
-        signs_RV = torch.randint(0, 2, answer_RV.shape, generator=generator, dtype=torch.int8)
-        e_RV = signs_RV.to(answer_RV.device).float().mul_(2).sub_(1)
+    def draw_direction(self, z_RV: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw random rows d of the output's shape, float32, with covariance A (see above)."""
+        signs_RV = torch.randint(0, 2, z_RV.shape, generator=generator, dtype=torch.int8)
+        e_RV = signs_RV.to(z_RV.device).float().mul_(2).sub_(1)
         if self.form == "values":
             return e_RV
-        p_RV = answer_RV.detach().float().softmax(-1)
+        p_RV = z_RV.detach().float().softmax(-1)
         e_RV *= p_RV.sqrt()
         return e_RV.sub_(p_RV * e_RV.sum(-1, keepdim=True))
 
-    def label_direction(self, answer_RV: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Gradient of the negative log-likelihood of the next tokens, p - onehot, float32.
+    def compute_label_gradient(self, z_RV: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """Return the gradient of the next tokens' negative log-likelihood, p - onehot, float32.
 
         Rows without a next token are 0. None where calibration text has no labels (all kinds but
         causal language models).
         """
         if self.kind != "causal-lm":
             return None
-        mask_BT = real_tokens(batch)
+        mask_BT = mask_real_tokens(batch)
         next_BT = batch["input_ids"].roll(-1, 1)
         known_BT = mask_BT & mask_BT.roll(-1, 1)
         known_BT[:, -1] = False
-        d_RV = answer_RV.detach().float().softmax(-1)
+        d_RV = z_RV.detach().float().softmax(-1)
         d_RV[torch.arange(len(d_RV), device=d_RV.device), next_BT[mask_BT]] -= 1.0
         return d_RV * known_BT[mask_BT].unsqueeze(1)
 
 
-def objective_for(kind: ModelKind, config: PretrainedConfig) -> Objective:
-    """The objective of a model: classes unless the head gives plain numbers."""
+def choose_objective(kind: ModelKind, config: PretrainedConfig) -> Objective:
+    """Return the objective of a model: classes unless the head gives plain numbers."""
     if kind == "encoder":
         return Objective(kind=kind, form="values", row="sentence")
     if kind != "classifier":
@@ -129,37 +131,37 @@ def objective_for(kind: ModelKind, config: PretrainedConfig) -> Objective:
     return Objective(kind=kind, form="values" if plain else "classes", row="example")
 
 
-def real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
-    """Mask (batch, positions), True where a token is not padding."""
+def mask_real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
+    """Return a mask (batch, positions), True where a token is not padding."""
     mask_BT = batch.get("attention_mask")
     if mask_BT is None:
         return torch.ones_like(batch["input_ids"], dtype=torch.bool)
     return mask_BT.bool()
 
 
-def pooled(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-    """Mean over the real tokens, scaled to length 1, (batch, width)."""
+def pool_mean(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return the mean over the real tokens, scaled to length 1, (batch, width)."""
     weight_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTD.dtype)
     sum_BD = (hidden_BTD * weight_BT1).sum(1)
     return torch.nn.functional.normalize(sum_BD / weight_BT1.sum(1).clamp_min(1.0), dim=-1)
 
 
-def kl_rows(logp_RV: Tensor, logits_RV: Tensor) -> Tensor:
-    """KL(p || q) of each row in nats, float64.
+def compute_kl(logp_RV: Tensor, logits_RV: Tensor) -> Tensor:
+    """Return KL(p || q) of each row in nats, float64.
 
-    Summed as p (e^d - 1 - d) with d = log q - log p, whose terms are none of them negative: the
-    plain form loses a KL of 1e-7 in the rounding of float32.
+    Summed as p (e^d - 1 - d) with d = log q - log p, of which no term is negative: the plain form
+    loses a KL of 1e-7 in the rounding of float32.
     """
     d_RV = logits_RV.log_softmax(-1).sub_(logp_RV)
     terms_RV = torch.expm1(d_RV).sub_(d_RV).mul_(logp_RV.exp())
     return terms_RV.sum(-1, dtype=torch.float64).clamp_min(0.0)
 
 
-def half_squared_distance(dense_RV: Tensor, other_RV: Tensor) -> Tensor:
-    """|z - z'|^2 / 2 of each row, float64."""
+def compute_half_squared_distance(dense_RV: Tensor, other_RV: Tensor) -> Tensor:
+    """Return |z - z'|^2 / 2 of each row, float64."""
     return (dense_RV - other_RV).double().square().sum(-1) / 2
 
 
-def _tensor(value: Any) -> Tensor:
+def _as_tensor(value: Any) -> Tensor:
     assert isinstance(value, Tensor)
     return value

@@ -1,10 +1,10 @@
-"""Running a model from the middle: one block alone, or everything after a given hidden state.
+"""Run part of a model: one block alone, or everything after a given hidden state.
 
 Nothing is assumed about how a family calls its blocks (masks, rotary tables, caches, extra
-arguments): the model's own forward runs, but blocks that are not wanted are short-circuited. They
-hand on what they are given, the first wanted block is handed the hidden state that the caller
-holds, and a forward that has given what was asked for is stopped by an exception. What is paid for
-beyond the wanted blocks is the embedding lookup and the masks.
+arguments): the model's own forward runs, but blocks that are not needed are short-circuited. They
+return their input, the first needed block receives the hidden state that the caller provides, and
+an exception stops the forward once the result is there. The overhead beyond the needed blocks is
+the embedding lookup and the masks.
 
 Limits: a block's first argument and first result are the hidden state, of one shape for all
 blocks, which holds for every family in `checkpoint.architectures`.
@@ -19,16 +19,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from cptq.calibration.tokens import Batch
+from cptq.calibration.batches import Batch
 from cptq.checkpoint.model import LoadedModel
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
-#: replaces a block's forward: gets the arguments and the real forward
-Stand = Callable[[Arguments, Callable[..., Any]], Any]
+#: replaces a block's forward: receives the arguments and the real forward
+Replacement = Callable[[Arguments, Callable[..., Any]], Any]
 
 
-class _Stop(Exception):
-    """The forward pass has given what was asked for."""
+class _StopForward(Exception):
+    """The forward pass has produced the requested value."""
 
 
 class BlockReplay:
@@ -37,101 +37,101 @@ class BlockReplay:
     def __init__(self, model: LoadedModel, batches: list[Batch]) -> None:
         self.model = model
         self.batches = batches
-        self._rest = self._results_beside_hidden()
+        self._extra = self._get_extra_results()
 
     @torch.no_grad()
     def embed(self, batch_index: int) -> Tensor:
-        """The input of block 0, (rows, tokens, width)."""
+        """Return the input of block 0, (rows, tokens, width)."""
 
-        def catch(arguments: Arguments, _run: Callable[..., Any]) -> Tensor:
-            return _hidden_in(arguments)
+        def take_input(arguments: Arguments, _run: Callable[..., Any]) -> Tensor:
+            return _get_hidden_input(arguments)
 
-        return self._caught(0, catch, batch_index)
+        return self._capture(0, take_input, batch_index)
 
     @torch.no_grad()
     def run(self, block: int, hidden: Tensor, batch_index: int) -> Tensor:
-        """Block `block` alone: hidden state in, hidden state out."""
+        """Run one block alone; return its output hidden state."""
 
-        def only(arguments: Arguments, run: Callable[..., Any]) -> Tensor:
-            args, kwargs = _with_hidden(arguments, hidden)
-            return _hidden_out(run(*args, **kwargs))
+        def run_block(arguments: Arguments, run: Callable[..., Any]) -> Tensor:
+            args, kwargs = _replace_hidden(arguments, hidden)
+            return _get_hidden_output(run(*args, **kwargs))
 
-        return self._caught(block, only, batch_index)
+        return self._capture(block, run_block, batch_index)
 
     def run_from(self, block: int, hidden: Tensor, batch_index: int) -> Any:
-        """The model's output, given the input of `block`.
+        """Return the model's output, given the input of `block`.
 
-        `block` equal to the number of blocks runs only what follows the last one. Gradients flow
-        unless the caller has disabled them.
+        With `block` equal to the number of blocks only what follows the last one runs. Gradients
+        flow unless the caller has disabled them.
         """
         last = len(self.model.blocks) - 1
 
         def enter(arguments: Arguments, run: Callable[..., Any]) -> Any:
             if block > last:
-                return self._result(hidden)
-            args, kwargs = _with_hidden(arguments, hidden)
+                return self._wrap_hidden(hidden)
+            args, kwargs = _replace_hidden(arguments, hidden)
             return run(*args, **kwargs)
 
         entry = min(block, last)
-        return self._forward(self._skips(entry) | {entry: enter}, batch_index)
+        return self._forward(self._make_skips(entry) | {entry: enter}, batch_index)
 
     def finish(self, hidden: Tensor, batch_index: int) -> Any:
-        """The model's output from the last block's output."""
+        """Return the model's output, given the last block's output."""
         return self.run_from(len(self.model.blocks), hidden, batch_index)
 
     @torch.no_grad()
-    def _results_beside_hidden(self) -> tuple[Any, ...] | None:
-        """What a block returns after its hidden state; None where it returns a bare tensor."""
+    def _get_extra_results(self) -> tuple[Any, ...] | None:
+        """Return what a block returns beside its hidden state; None if it returns a bare tensor."""
         rest: list[tuple[Any, ...] | None] = []
 
         def look(arguments: Arguments, run: Callable[..., Any]) -> Tensor:
             args, kwargs = arguments
             output = run(*args, **kwargs)
             rest.append(output[1:] if isinstance(output, tuple) else None)
-            return _hidden_out(output)
+            return _get_hidden_output(output)
 
-        self._caught(0, look, 0)
+        self._capture(0, look, 0)
         return rest[0]
 
-    def _result(self, hidden: Tensor) -> Any:
-        return hidden if self._rest is None else (hidden, *self._rest)
+    def _wrap_hidden(self, hidden: Tensor) -> Any:
+        return hidden if self._extra is None else (hidden, *self._extra)
 
-    def _skips(self, before: int) -> dict[int, Stand]:
+    def _make_skips(self, before: int) -> dict[int, Replacement]:
         def skip(arguments: Arguments, _run: Callable[..., Any]) -> Any:
-            return self._result(_hidden_in(arguments))
+            return self._wrap_hidden(_get_hidden_input(arguments))
 
         return dict.fromkeys(range(before), skip)
 
-    def _caught(self, block: int, stand: Stand, batch_index: int) -> Tensor:
-        """What `stand` gives at `block`; the forward ends there."""
-        caught: list[Tensor] = []
+    def _capture(self, block: int, replacement: Replacement, batch_index: int) -> Tensor:
+        """Return what `replacement` returns at `block`; the forward ends there."""
+        captured: list[Tensor] = []
 
         def stop(arguments: Arguments, run: Callable[..., Any]) -> Any:
-            caught.append(stand(arguments, run))
-            raise _Stop
+            captured.append(replacement(arguments, run))
+            raise _StopForward
 
-        skips = self._skips(block) if block else {}
+        skips = self._make_skips(block) if block else {}
         try:
             self._forward(skips | {block: stop}, batch_index)
-        except _Stop:
-            return caught[0]
+        except _StopForward:
+            return captured[0]
         raise AssertionError(f"block {block} was never called")
 
-    def _forward(self, stands: Mapping[int, Stand], batch_index: int) -> Any:
-        with _standing_in(self.model.blocks, stands):
+    def _forward(self, replacements: Mapping[int, Replacement], batch_index: int) -> Any:
+        with _replace_forwards(self.model.blocks, replacements):
             return forward(self.model, self.batches[batch_index])
 
 
 def forward(model: LoadedModel, batch: Batch) -> Any:
-    """The model's output for a batch, without a key-value cache."""
+    """Return the model's output for a batch, without a key-value cache."""
     extra = {"use_cache": False} if model.kind == "causal-lm" else {}
     return model.module(**batch, **extra)
 
 
-def body(model: LoadedModel, batch: Batch) -> Tensor:
-    """Run the model for what hooks see of its units; what comes out last.
+def run_body(model: LoadedModel, batch: Batch) -> Tensor:
+    """Run the model for the hooks on its units; return the last output.
 
-    An output head that holds no unit is left out: of a language model it is a fifth of the work
+    An output head that holds no unit is skipped: in a language model it is a fifth of the work
     (smollm2-135m).
     """
     prefix = f"{model.module.base_model_prefix}."
@@ -142,12 +142,14 @@ def body(model: LoadedModel, batch: Batch) -> Tensor:
 
 
 @contextmanager
-def _standing_in(blocks: list[nn.Module], stands: Mapping[int, Stand]) -> Iterator[None]:
-    """Each block in `stands` runs its stand-in instead of its own forward."""
-    # a forward on the instance is somebody's hook (accelerate's, say) and comes back as well
-    own = {index: vars(blocks[index]).get("forward") for index in stands}
-    for index, stand in stands.items():
-        blocks[index].forward = _bound(stand, blocks[index].forward)
+def _replace_forwards(
+    blocks: list[nn.Module], replacements: Mapping[int, Replacement]
+) -> Iterator[None]:
+    """Run each block's replacement instead of its own forward."""
+    # a forward on the instance is a hook of another library (accelerate's, say): restore it as well
+    own = {index: vars(blocks[index]).get("forward") for index in replacements}
+    for index, replacement in replacements.items():
+        blocks[index].forward = _bind(replacement, blocks[index].forward)
     try:
         yield
     finally:
@@ -158,26 +160,26 @@ def _standing_in(blocks: list[nn.Module], stands: Mapping[int, Stand]) -> Iterat
                 blocks[index].forward = before
 
 
-def _bound(stand: Stand, run: Callable[..., Any]) -> Callable[..., Any]:
+def _bind(replacement: Replacement, run: Callable[..., Any]) -> Callable[..., Any]:
     def forward(*args: Any, **kwargs: Any) -> Any:
-        return stand((args, kwargs), run)
+        return replacement((args, kwargs), run)
 
     return forward
 
 
-def _hidden_in(arguments: Arguments) -> Tensor:
+def _get_hidden_input(arguments: Arguments) -> Tensor:
     args, kwargs = arguments
     hidden = args[0] if args else kwargs["hidden_states"]
     assert isinstance(hidden, Tensor)
     return hidden
 
 
-def _hidden_out(output: Any) -> Tensor:
+def _get_hidden_output(output: Any) -> Tensor:
     hidden = output[0] if isinstance(output, tuple) else output
     assert isinstance(hidden, Tensor)
     return hidden
 
 
-def _with_hidden(arguments: Arguments, hidden: Tensor) -> Arguments:
+def _replace_hidden(arguments: Arguments, hidden: Tensor) -> Arguments:
     args, kwargs = arguments
     return ((hidden, *args[1:]), kwargs) if args else ((), kwargs | {"hidden_states": hidden})

@@ -1,8 +1,8 @@
-"""Text to token batches, with a record that says exactly which tokens they are.
+"""Turn text into token batches, with a record that identifies the tokens exactly.
 
-A causal LM gets windows of `seqlen` consecutive tokens of the tokenised text, no padding and no
-special tokens (GPTQ's protocol), drawn without overlap by a seeded permutation. Every other kind
-gets one document a row, cut at `seqlen` tokens and padded; its attention mask marks what is real.
+For a causal LM: windows of `seqlen` consecutive tokens of the tokenized text, no padding and no
+special tokens (GPTQ's protocol), drawn without overlap by a seeded permutation. For other kinds:
+one document per row, truncated at `seqlen` tokens and padded; the attention mask marks real tokens.
 """
 
 from __future__ import annotations
@@ -16,26 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cptq.calibration.batches import Batch
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import CalibrationSettings, ModelSettings
-from cptq.data.overlap import encode_sketch, sketch
+from cptq.data.overlap import build_sketch, encode_sketch
 from cptq.data.text import Text, load_text
 from cptq.errors import CalibrationError
 from cptq.types import CalibrationRecord, Emit, Notice
-
-Batch = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Calibration:
     """Token batches on the model's device, and what they are.
 
-    `spare` are rows of the same text that calibrate nothing, as batches of one row each.
+    `held_out` are rows of the same text that do not calibrate, as batches of one row each.
     """
 
     batches: list[Batch]
     record: CalibrationRecord
-    spare: list[Batch] = field(default_factory=list)
+    held_out: list[Batch] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -49,15 +48,16 @@ def build_calibration(
     model_settings: ModelSettings,
     emit: Emit,
     *,
-    spare: int = 0,
+    held_out: int = 0,
     reserve: bool = True,
 ) -> Calibration:
     """Load, tokenise and batch the calibration text.
 
     Args:
-        spare: rows to keep apart, for judging. They come after the `samples` in the same seeded
-            order, so that where there is text enough they change nothing about what calibrates.
-        reserve: where it is not, fewer samples calibrate; else fewer rows are spare, or none.
+        held_out: rows to hold out. They come after the `samples` in the same seeded order, so that
+            with enough text they do not change which rows calibrate.
+        reserve: where the text is short, let fewer samples calibrate; otherwise fewer rows are
+            held out, or none.
 
     Raises:
         DataError: the text is missing or empty.
@@ -77,12 +77,12 @@ def build_calibration(
     )
     for note in text.notes:
         emit(Notice(kind="info", subject="calibration", message=note))
-    seqlen = _allowed_seqlen(model, settings.seqlen, emit)
-    wanted = replace(settings, samples=settings.samples + spare)
-    rows = (_windows if model.kind == "causal-lm" else _documents)(
+    seqlen = _limit_seqlen(model, settings.seqlen, emit)
+    wanted = replace(settings, samples=settings.samples + held_out)
+    rows = (_cut_windows if model.kind == "causal-lm" else _tokenize_documents)(
         model, text, wanted, seqlen, emit
     )
-    count = calibrating(len(rows), settings.samples, spare if reserve else 0)
+    count = count_calibrating(len(rows), settings.samples, held_out if reserve else 0)
     if count < min(settings.samples, len(rows)):
         message = (
             f"the text has {len(rows)} samples: {len(rows) - count} of them are kept apart to "
@@ -90,45 +90,45 @@ def build_calibration(
         )
         emit(Notice(kind="warning", subject="--samples", message=message))
     calibration = _assemble(model, text, settings, seqlen, rows[:count])
-    return replace(calibration, spare=_unseen(model, rows[:count], rows[count:]))
+    return replace(calibration, held_out=_drop_seen(model, rows[:count], rows[count:]))
 
 
-def calibrating(rows: int, samples: int, spare: int) -> int:
-    """How many of the rows calibrate; where text is short, a quarter at least is kept apart.
+def count_calibrating(rows: int, samples: int, held_out: int) -> int:
+    """Return how many rows calibrate; where text is short, at least a quarter is held out.
 
     Raises:
-        CalibrationError: spare rows are wanted and there are not two rows.
+        CalibrationError: rows are to be held out and there are not two rows.
     """
-    if not spare:
+    if not held_out:
         return min(rows, samples)
     if rows < 2:
         raise CalibrationError(
             "the text gives one sample, and none is left to judge with",
             hint="pass a smaller --seqlen or a longer text",
         )
-    kept = min(spare, max(rows - samples, rows // 4, 1))
+    kept = min(held_out, max(rows - samples, rows // 4, 1))
     return min(samples, rows - kept)
 
 
-def _unseen(model: LoadedModel, seen: Iterable[Tensor], rows: Iterable[Tensor]) -> list[Batch]:
-    """Rows, one a batch, without those that repeat one that calibrates."""
+def _drop_seen(model: LoadedModel, seen: Iterable[Tensor], rows: Iterable[Tensor]) -> list[Batch]:
+    """Return the rows, one per batch, without those that repeat a calibrating row."""
     known = {tuple(row.tolist()) for row in seen}
-    return [_padded(model, [row]) for row in rows if tuple(row.tolist()) not in known]
+    return [_pad_rows(model, [row]) for row in rows if tuple(row.tolist()) not in known]
 
 
-def _allowed_seqlen(model: LoadedModel, asked: int, emit: Emit) -> int:
+def _limit_seqlen(model: LoadedModel, asked: int, emit: Emit) -> int:
     most = model.max_positions
     if most is None or asked <= most:
         return asked
-    message = f"{asked} tokens asked, the model takes {most}: using {most}"
+    message = f"{asked} tokens requested, the model allows {most}: using {most}"
     emit(Notice(kind="warning", subject="--seqlen", message=message))
     return most
 
 
-def _windows(
+def _cut_windows(
     model: LoadedModel, text: Text, settings: CalibrationSettings, seqlen: int, emit: Emit
 ) -> list[Tensor]:
-    """Non-overlapping windows in seeded order, each (seqlen,)."""
+    """Return non-overlapping windows in seeded order, each (seqlen,)."""
     ids = _encode(model.tokenizer, text.text)
     windows = list(ids[: len(ids) // seqlen * seqlen].view(-1, seqlen))
     if not windows:
@@ -136,21 +136,21 @@ def _windows(
             f"{text.origin} gives {len(ids)} tokens, fewer than one sample of {seqlen}",
             hint="pass a smaller --seqlen or a longer text",
         )
-    return _drawn(windows, settings, emit)
+    return _draw(windows, settings, emit)
 
 
-def _documents(
+def _tokenize_documents(
     model: LoadedModel, text: Text, settings: CalibrationSettings, seqlen: int, emit: Emit
 ) -> list[Tensor]:
-    """One document a row, cut at `seqlen`, in seeded order."""
+    """Return one document per row, truncated at `seqlen`, in seeded order."""
     assert model.tokenizer is not None
     specials = model.tokenizer.num_special_tokens_to_add()
-    if seqlen <= specials:  # the tokenizer would not cut at all
+    if seqlen <= specials:  # the tokenizer would not truncate at all
         raise CalibrationError(
-            f"a row of {seqlen} tokens has no room for text beside {specials} special tokens",
+            f"a row of {seqlen} tokens leaves no room for text beside {specials} special tokens",
             hint=f"pass a --seqlen of at least {specials + 1}",
         )
-    chosen = _drawn(list(text.rows), settings, emit)
+    chosen = _draw(list(text.rows), settings, emit)
     rows = [model.tokenizer(document, verbose=False)["input_ids"] for document in chosen]
     long = sum(len(row) > seqlen for row in rows)
     if long:
@@ -160,9 +160,9 @@ def _documents(
     return [torch.tensor(row) for row in cut]
 
 
-def _drawn(items: list[Any], settings: CalibrationSettings, emit: Emit) -> list[Any]:
+def _draw(items: list[Any], settings: CalibrationSettings, emit: Emit) -> list[Any]:
     if len(items) < settings.samples:
-        message = f"{settings.samples} samples asked, the text has {len(items)}: all are used"
+        message = f"{settings.samples} samples requested, the text has {len(items)}: all are used"
         emit(Notice(kind="warning", subject="--samples", message=message))
     generator = torch.Generator().manual_seed(settings.seed)
     order = torch.randperm(len(items), generator=generator)[: settings.samples]
@@ -170,7 +170,7 @@ def _drawn(items: list[Any], settings: CalibrationSettings, emit: Emit) -> list[
 
 
 def _encode(tokenizer: Any, text: str) -> Tensor:
-    # the whole text is one sequence on purpose: windows are cut from it afterwards
+    # the whole text is one sequence on purpose: windows are cut from it later
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids, dtype=torch.long)
 
@@ -190,23 +190,23 @@ def _assemble(
         seqlen=seqlen,
         tokens=sum(len(row) for row in rows),
         seed=settings.seed,
-        fingerprint=token_digest(rows),
+        fingerprint=digest_tokens(rows),
         text_sha256=text.sha256,
         notes=tuple(text.notes),
-        sketch=encode_sketch(sketch(_texts(model, rows))),
+        sketch=encode_sketch(build_sketch(_decode_rows(model, rows))),
     )
-    return Calibration(batches=[_padded(model, part) for part in parts], record=record)
+    return Calibration(batches=[_pad_rows(model, part) for part in parts], record=record)
 
 
-def _texts(model: LoadedModel, rows: list[Tensor]) -> list[str]:
-    """What the samples say."""
+def _decode_rows(model: LoadedModel, rows: list[Tensor]) -> list[str]:
+    """Return the samples as text."""
     assert model.tokenizer is not None
     decode = model.tokenizer.decode
     return [str(decode(row.tolist(), skip_special_tokens=True)) for row in rows]
 
 
-def _padded(model: LoadedModel, rows: list[Tensor]) -> Batch:
-    """Rows of any length as one batch, padded on the right, on the model's device."""
+def _pad_rows(model: LoadedModel, rows: list[Tensor]) -> Batch:
+    """Return rows of any length as one batch, right-padded, on the model's device."""
     longest = max(len(row) for row in rows)
     pad = getattr(model.tokenizer, "pad_token_id", None) or 0
     ids = torch.full((len(rows), longest), pad, dtype=torch.long)
@@ -217,8 +217,8 @@ def _padded(model: LoadedModel, rows: list[Tensor]) -> Batch:
     return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
 
 
-def token_digest(rows: Iterable[Tensor]) -> str:
-    """sha256 (hex) of rows of token ids and their lengths."""
+def digest_tokens(rows: Iterable[Tensor]) -> str:
+    """Return the sha256 (hex) of rows of token ids and their lengths."""
     total = hashlib.sha256()
     for row in rows:
         total.update(len(row).to_bytes(8, "little"))

@@ -1,1 +1,1 @@
-"""What is in a checkpoint: its files, its layers in forward order, its decision units."""
+"""Read checkpoints: their files, their layers in forward order, their decision units."""

@@ -1,9 +1,9 @@
-"""What cptq knows of model families: where the blocks are, what a layer does, what is fused.
+"""Describe model families: where the blocks are, which role a layer has, which layers are fused.
 
 One value per family. A layer's role and fused group come from the end of its name; everything
 else (order, shapes, ties) is observed on the model itself. A family that is not listed gets
 `GENERIC`: blocks are the longest `ModuleList` of equal modules, the role is the last part of the
-name, and linears of one parent module that are handed the very same input form a fused group.
+name, and linears of one parent module that receive the very same input form a fused group.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Architecture:
     roles: Mapping[str, str] = field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
-    def role(self, name: str) -> str:
-        """The role of a linear inside a block, by the longest matching end of its name."""
+    def get_role(self, name: str) -> str:
+        """Return the role of a linear inside a block, by the longest matching end of its name."""
         ends = [end for end in self.roles if name == end or name.endswith(f".{end}")]
         return self.roles[max(ends, key=len)] if ends else name.rsplit(".", 1)[-1]
 
-    def group(self, role: str) -> str | None:
-        """The fused group that a role belongs to, or None."""
+    def get_group(self, role: str) -> str | None:
+        """Return the fused group that a role belongs to, or None."""
         return next((group for group, roles in self.fused.items() if role in roles), None)
 
 
@@ -57,24 +57,24 @@ _BERT_ROLES = {
 }
 
 
-def _llama_like(family: str) -> Architecture:
+def _make_llama_like(family: str) -> Architecture:
     return Architecture(family=family, blocks="model.layers", roles=_LLAMA_ROLES, fused=QKV_GATE_UP)
 
 
-def _bert_like(family: str) -> Architecture:
+def _make_bert_like(family: str) -> Architecture:
     return Architecture(family=family, blocks="encoder.layer", roles=_BERT_ROLES, fused=QKV)
 
 
 GENERIC = Architecture(family="generic")
 
 ARCHITECTURES: Mapping[str, Architecture] = {
-    "llama": _llama_like("llama"),
-    "mistral": _llama_like("mistral"),
-    "qwen2": _llama_like("qwen2"),
-    "qwen3": _llama_like("qwen3"),
-    "qwen2_moe": _llama_like("qwen2_moe"),
-    "qwen3_moe": _llama_like("qwen3_moe"),
-    "olmoe": _llama_like("olmoe"),
+    "llama": _make_llama_like("llama"),
+    "mistral": _make_llama_like("mistral"),
+    "qwen2": _make_llama_like("qwen2"),
+    "qwen3": _make_llama_like("qwen3"),
+    "qwen2_moe": _make_llama_like("qwen2_moe"),
+    "qwen3_moe": _make_llama_like("qwen3_moe"),
+    "olmoe": _make_llama_like("olmoe"),
     "opt": Architecture(
         family="opt",
         blocks="decoder.layers",
@@ -93,8 +93,8 @@ ARCHITECTURES: Mapping[str, Architecture] = {
         roles={"query_key_value": "qkv", "attention.dense": "o"}
         | {"dense_h_to_4h": "fc1", "dense_4h_to_h": "fc2"},
     ),
-    "bert": _bert_like("bert"),
-    "roberta": _bert_like("roberta"),
+    "bert": _make_bert_like("bert"),
+    "roberta": _make_bert_like("roberta"),
     "distilbert": Architecture(
         family="distilbert",
         blocks="transformer.layer",
@@ -112,6 +112,6 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 }
 
 
-def architecture(model_type: str) -> Architecture:
-    """The family of a `config.model_type`, or `GENERIC`."""
+def get_architecture(model_type: str) -> Architecture:
+    """Return the family of a `config.model_type`, or `GENERIC`."""
     return ARCHITECTURES.get(model_type, GENERIC)

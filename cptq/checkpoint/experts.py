@@ -1,22 +1,22 @@
-"""A mixture of experts as linear layers: each expert's matrices apart, as the checkpoint has them.
+"""Split a mixture of experts into linear layers: each expert's matrices as in the checkpoint.
 
 transformers 5 stacks the experts of a block into two parameters when it loads them,
 
     gate_up_proj (E, 2 I, H),  down_proj (E, H, I),
 
-which no hook sees and nothing compresses. Here they become E modules of three linears,
+which have no hooks and cannot be compressed. Here they become E modules of three linears,
 
     y = sum over the experts e chosen for x of  p_e down_e(act(gate_e(x)) * up_e(x)),
 
-that share the stack's memory and are called by the names that the tensors have on the disk
-(`mlp.experts.7.up_proj`). Every expert is called in every pass, if need be with no rows, so that
-what watches the layers finds all of them.
+that share the stack's memory and have the names of the tensors on disk
+(`mlp.experts.7.up_proj`). Every expert is called in every pass, possibly with no rows, so that the
+hooks on the layers reach all of them.
 
-Only stacks of that form are taken apart, and only where the checkpoint has the experts' own names
-and the result agrees with the original on random rows; any other stays as it is, and the runtime
-refuses it in words (`cptq.config.runtimes`). Mixtral is one: its blocks have another name on disk.
+Only stacks of that form are split, and only if the checkpoint has the experts' own names and the
+result agrees with the original on random rows. Any other stays stacked, and the runtime refuses it
+with an error (`cptq.config.runtimes`). Mixtral is one: its blocks have another name on disk.
 
-Limits: rows of padding reach experts too, and count there; calibration text of language models has
+Limits: rows of padding reach experts, too, and are counted; calibration text of language models has
 none. Cost: a loop over all experts in Python, where the stock model groups them.
 """
 
@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 _ENDS = ("gate_proj", "up_proj", "down_proj")
-#: rows on which the two forms are compared, and how far apart they may be, of the largest value
+#: rows on which the two forms are compared, and the tolerance relative to the largest value
 _ROWS, _CLOSE = 16, 1e-2
 
 
@@ -38,7 +38,7 @@ class Expert(nn.Module):
 
     def __init__(self, gate: Tensor, up: Tensor, down: Tensor, act: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = map(_linear, (gate, up, down))
+        self.gate_proj, self.up_proj, self.down_proj = map(_make_linear, (gate, up, down))
         self._act = act
 
     def forward(self, x: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ class Expert(nn.Module):
 
 
 class UnstackedExperts(nn.Module):
-    """Stands in for a stack; the experts are its children `0`, `1`, ..."""
+    """Replaces a stack; the experts are its children `0`, `1`, ..."""
 
     def __init__(self, stack: nn.Module) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class UnstackedExperts(nn.Module):
             self.add_module(str(index), Expert(gate, up, last, stack.act_fn))  # type: ignore[arg-type]
 
     def forward(self, x_TH: Tensor, chosen_TK: Tensor, weight_TK: Tensor) -> Tensor:
-        """Rows x, the experts chosen for each and their weights; the weighted sum per row."""
+        """Return the weighted sum, per row, of the experts chosen for it."""
         result_TH = torch.zeros_like(x_TH)
         for index, expert in enumerate(self.children()):
             token, place = torch.where(chosen_TK == index)
@@ -66,16 +66,16 @@ class UnstackedExperts(nn.Module):
 
 
 def unstack_experts(module: nn.Module, stored: Collection[str]) -> None:
-    """Take every stack of experts apart whose experts are `stored` one by one, in place."""
+    """Split, in place, every stack of experts whose experts are `stored` one by one."""
     for name, part in list(module.named_modules()):
         if _is_stack(part) and all(f"{name}.0.{end}.weight" in stored for end in _ENDS):
             apart = UnstackedExperts(part)
-            if _agree(part, apart):
+            if _agrees(part, apart):
                 parent, _, own = name.rpartition(".")
                 setattr(module.get_submodule(parent), own, apart.eval())
 
 
-def _linear(W_OI: Tensor) -> nn.Linear:
+def _make_linear(W_OI: Tensor) -> nn.Linear:
     with torch.device("meta"):
         linear = nn.Linear(W_OI.shape[1], W_OI.shape[0], bias=False)
     linear.weight = nn.Parameter(W_OI.detach(), requires_grad=False)
@@ -93,8 +93,8 @@ def _is_stack(part: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _agree(stack: nn.Module, apart: nn.Module) -> bool:
-    """Whether both do the same; a family may clamp, or weigh, in a way of its own."""
+def _agrees(stack: nn.Module, apart: nn.Module) -> bool:
+    """Return whether both compute the same; a family may clamp or weight in its own way."""
     down = cast(Tensor, stack.down_proj)
     draw = torch.Generator().manual_seed(0)
     x_TH = torch.randn(_ROWS, down.shape[1], generator=draw).to(down)
@@ -102,7 +102,7 @@ def _agree(stack: nn.Module, apart: nn.Module) -> bool:
     weight_TK = torch.rand(chosen_TK.shape, generator=draw).to(down)
     try:
         theirs, ours = (part(x_TH, chosen_TK, weight_TK) for part in (stack, apart))
-    except (TypeError, RuntimeError, ValueError, IndexError):  # it is called in another way
+    except (TypeError, RuntimeError, ValueError, IndexError):  # it has another signature
         return False
     furthest = (theirs - ours).abs().max()
     return theirs.shape == ours.shape and bool(furthest <= _CLOSE * theirs.abs().max())

@@ -1,7 +1,7 @@
-"""The files of a checkpoint, checked before anything is allocated.
+"""Check the files of a checkpoint before anything is allocated.
 
-Only the headers are read: that a shard exists, lies inside the directory, is as long as its header
-says, and that its tensors do not overlap. Format: 8 bytes little-endian header length, a JSON
+Only the headers are read: a shard must exist, lie inside the directory and be as long as its header
+says, and its tensors must not overlap. Format: 8 bytes little-endian header length, a JSON
 header, the data (safetensors' own description). Pickles are never opened here.
 """
 
@@ -21,11 +21,11 @@ from cptq.types import DTYPE_BYTES, TensorSpec
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-#: the same of a packed artifact
+#: the same for a packed artifact
 PACKED_SINGLE, PACKED_INDEX = WEIGHT_FILES
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 PICKLE_SINGLE = "pytorch_model.bin"
-#: what reading a header that holds anything at all can raise
+#: what reading an arbitrary header can raise
 UNREADABLE = (
     ValueError,
     KeyError,
@@ -38,37 +38,37 @@ UNREADABLE = (
 MOST_HEADER = 100_000_000
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in index order; empty where there are none.
+def find_weight_files(directory: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint, in index order; empty if there are none.
 
     Raises:
         ModelError: the index is unreadable, or names a missing file or one outside `directory`.
     """
-    found = _files(directory, SINGLE, INDEX)
-    return found or _files(directory, PACKED_SINGLE, PACKED_INDEX)
+    found = _find_files(directory, SINGLE, INDEX)
+    return found or _find_files(directory, PACKED_SINGLE, PACKED_INDEX)
 
 
-def pickle_files(directory: Path) -> list[Path]:
-    """The pickled weight files of a checkpoint; raises as `weight_files`."""
-    return _files(directory, PICKLE_SINGLE, PICKLE_INDEX)
+def find_pickle_files(directory: Path) -> list[Path]:
+    """Return the pickled weight files of a checkpoint; raise as `find_weight_files`."""
+    return _find_files(directory, PICKLE_SINGLE, PICKLE_INDEX)
 
 
-def _files(directory: Path, single: str, index: str) -> list[Path]:
-    # transformers, too, takes the single file where both are there
+def _find_files(directory: Path, single: str, index: str) -> list[Path]:
+    # transformers, too, takes the single file if both exist
     if (directory / single).is_file():
         return [directory / single]
     if not (directory / index).exists():
         return []
-    names = dict.fromkeys(_weight_map(directory / index).values())
-    return [_shard(directory / index, name) for name in names]
+    names = dict.fromkeys(_read_weight_map(directory / index).values())
+    return [_find_shard(directory / index, name) for name in names]
 
 
-def _weight_map(index: Path) -> dict[str, str]:
+def _read_weight_map(index: Path) -> dict[str, str]:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
     except (ValueError, KeyError, TypeError, OSError, RecursionError) as error:
         raise ModelError(
-            f"{index} is no index of shards ({type(error).__name__})",
+            f"{index} is not an index of shards ({type(error).__name__})",
             hint="download the checkpoint again",
         ) from error
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -76,7 +76,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _shard(index: Path, name: str) -> Path:
+def _find_shard(index: Path, name: str) -> Path:
     directory, path = index.parent, index.parent / name
     # a Hub snapshot links its files into a blob store: judge the name, not what it links to
     if Path(name).is_absolute() or ".." in Path(name).parts:
@@ -86,37 +86,41 @@ def _shard(index: Path, name: str) -> Path:
         )
     if not path.is_file():
         raise ModelError(
-            f"{index} names the shard {name!r}, which is not there",
+            f"{index} names the shard {name!r}, which is missing",
             hint="download the checkpoint again; all shards are needed",
         )
     return path
 
 
 def read_header(path: Path) -> dict[str, TensorSpec]:
-    """The tensors of one safetensors file, in file order.
+    """Return the tensors of one safetensors file, in file order.
 
     Raises:
-        ModelError: the file is truncated, corrupt or hostile; says how.
+        ModelError: the file is truncated, corrupt or hostile.
     """
     size = path.stat().st_size
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(MOST_HEADER, size - 8):
-            raise _corrupt(path, f"its header claims {length:,} bytes and the file has {size:,}")
+            raise _build_corrupt_error(
+                path, f"its header claims {length:,} bytes and the file has {size:,}"
+            )
         raw = stream.read(length)
     try:
         header = json.loads(raw)
         if not all(isinstance(v, str) for v in header.pop("__metadata__", {}).values()):
-            raise ValueError("metadata that is no text")
+            raise ValueError("metadata that is not text")
         entries = dict(header)
         ordered = sorted(entries.items(), key=lambda item: item[1]["data_offsets"])
-        return _checked(path, ordered, size - 8 - length)
+        return _check_entries(path, ordered, size - 8 - length)
     except UNREADABLE as error:
-        raise _corrupt(path, f"its header cannot be read ({type(error).__name__})") from error
+        raise _build_corrupt_error(
+            path, f"its header cannot be read ({type(error).__name__})"
+        ) from error
 
 
 def open_tensors(path: Path, framework: str) -> Any:
-    """The safetensors library's handle on a file, a context that maps it and reads nothing yet.
+    """Return the safetensors library's handle on a file, a context that maps it without reading.
 
     Raises:
         ModelError: the library refuses it.
@@ -124,44 +128,48 @@ def open_tensors(path: Path, framework: str) -> Any:
     try:
         return safe_open(path, framework=framework)
     except (SafetensorError, OSError) as error:
-        raise _corrupt(path, str(error)[:200]) from error
+        raise _build_corrupt_error(path, str(error)[:200]) from error
 
 
-def _checked(path: Path, entries: list[tuple[str, Any]], data_bytes: int) -> dict[str, TensorSpec]:
+def _check_entries(
+    path: Path, entries: list[tuple[str, Any]], data_bytes: int
+) -> dict[str, TensorSpec]:
     specs: dict[str, TensorSpec] = {}
     end_before = 0
     for name, entry in entries:
         start, end = entry["data_offsets"]
         dtype, shape = entry["dtype"], tuple(entry["shape"])
         if not all(type(n) is int for n in (start, end, *shape)):
-            raise _corrupt(path, f"the place of {name!r} in it is no place")
+            raise _build_corrupt_error(path, f"{name!r} has invalid offsets")
         if dtype not in DTYPE_BYTES:
             raise ModelError(f"{path} holds {name!r} as {dtype}, which cptq does not know")
         spec = TensorSpec(name=name, dtype=dtype, shape=shape)
         if min(shape, default=0) < 0 or start != end_before or end - start != spec.nbytes:
-            raise _corrupt(path, f"the place of {name!r} in it does not fit its shape")
+            raise _build_corrupt_error(path, f"the offsets of {name!r} do not match its shape")
         specs[name], end_before = spec, end
     if end_before != data_bytes:
-        raise _corrupt(path, f"{end_before:,} bytes of weights expected, {data_bytes:,} there")
+        raise _build_corrupt_error(
+            path, f"{end_before:,} bytes of weights expected, {data_bytes:,} found"
+        )
     return specs
 
 
-def _corrupt(path: Path, why: str) -> ModelError:
+def _build_corrupt_error(path: Path, why: str) -> ModelError:
     return ModelError(
         f"{path} is corrupt or truncated: {why}", hint="download or copy the file again"
     )
 
 
-def checkpoint_tensors(directory: Path) -> dict[str, TensorSpec]:
-    """All tensors of a checkpoint by name; see `weight_files` and `read_header` for errors."""
+def read_tensor_specs(directory: Path) -> dict[str, TensorSpec]:
+    """Return all tensors by name; raise as `find_weight_files` and `read_header`."""
     specs: dict[str, TensorSpec] = {}
-    for path in weight_files(directory):
+    for path in find_weight_files(directory):
         specs |= read_header(path)
     return specs
 
 
-def fingerprint(paths: list[Path]) -> str:
-    """sha256 of the weight files' contents, in order."""
+def compute_fingerprint(paths: list[Path]) -> str:
+    """Return the sha256 of the weight files' contents, in order."""
     total = hashlib.sha256()
     for path in paths:
         with path.open("rb") as stream:
@@ -170,15 +178,15 @@ def fingerprint(paths: list[Path]) -> str:
 
 
 def read_config(directory: Path) -> Mapping[str, Any]:
-    """config.json as plain data.
+    """Return config.json as plain data.
 
     Raises:
-        ModelError: there is none, or it is no JSON object.
+        ModelError: it is missing, or not a JSON object.
     """
     path = directory / "config.json"
     if not path.exists():
         raise ModelError(
-            f"{directory} has no config.json, so it is no Hugging Face checkpoint",
+            f"{directory} has no config.json, so it is not a Hugging Face checkpoint",
             allowed="a directory written by save_pretrained, or a Hub id such as facebook/opt-125m",
         )
     try:
@@ -198,7 +206,7 @@ _COUNTS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
 def check_sizes(
     directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorSpec]
 ) -> None:
-    """Refuse settings that the weights cannot be of, before a model of that size is made.
+    """Refuse settings that the weights cannot match, before a model of that size is built.
 
     Raises:
         ModelError: a dimension larger than all stored numbers, or more blocks than tensors.

@@ -1,4 +1,4 @@
-"""A Hub id or a directory, turned into a directory."""
+"""Resolve a Hub id or a directory to a local directory."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from cptq.config import ModelSettings
 from cptq.errors import ModelError
 from cptq.types import Emit, Progress
 
-#: what a model needs to run and an artifact to be complete
+#: files that a model needs to run and an artifact to be complete
 WANTED = [
     *("*.json", "*.safetensors", "*.txt", "*.model", "*.tiktoken", "*.jinja"),
     *("LICEN[CS]E*", "COPYING*", "NOTICE*", "USE_POLICY*"),
@@ -20,8 +20,8 @@ WANTED = [
 _TYPE_NEXT = "a local directory, or a Hub id such as facebook/opt-125m"
 
 
-def resolve(settings: ModelSettings, emit: Emit) -> Path:
-    """The local directory of a checkpoint, downloaded if need be.
+def resolve_checkpoint(settings: ModelSettings, emit: Emit) -> Path:
+    """Return the local directory of a checkpoint, downloaded if necessary.
 
     Raises:
         ModelError: no such directory, no such model, no access, or offline and not cached.
@@ -54,18 +54,18 @@ def _download(settings: ModelSettings, emit: Emit) -> Path:
             )
         )
     except Exception as error:  # the HTTP library's own errors share no base with the Hub's
-        if _of_this_machine(error):
+        if _is_local_failure(error):
             raise
-        raise _explained(settings, error) from error
+        raise _explain(settings, error) from error
 
 
-def _of_this_machine(error: Exception) -> bool:
-    """No memory, no space, or a path that cannot be used: not the Hub's doing."""
+def _is_local_failure(error: Exception) -> bool:
+    """Return whether memory, disk space or a path failed on this machine, and not the Hub."""
     full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
     return full or isinstance(error, MemoryError) or getattr(error, "filename", None) is not None
 
 
-def _explained(settings: ModelSettings, error: Exception) -> ModelError:
+def _explain(settings: ModelSettings, error: Exception) -> ModelError:
     model = settings.model
     if isinstance(error, errors.GatedRepoError):
         return ModelError(f"{model} is gated", hint="accept its licence and pass --token")

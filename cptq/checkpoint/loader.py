@@ -1,37 +1,46 @@
-"""From what a user typed to a `LoadedModel`, with one clear sentence where that fails."""
+"""Load a checkpoint or an artifact from a directory or a Hub id, behind checks of its files.
+
+`load` is the public `cptq.load`: transformers' own `from_pretrained` with the auto class that
+config.json names, except that weights which it would initialize randomly are an error.
+"""
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
-from cptq.checkpoint.architectures import GENERIC, architecture
+from cptq.checkpoint.architectures import GENERIC, get_architecture
 from cptq.checkpoint.experts import unstack_experts
 from cptq.checkpoint.files import (
     PICKLE_INDEX,
     PICKLE_SINGLE,
     check_sizes,
-    checkpoint_tensors,
-    fingerprint,
-    pickle_files,
+    compute_fingerprint,
+    find_pickle_files,
+    find_weight_files,
     read_config,
-    weight_files,
+    read_tensor_specs,
 )
-from cptq.checkpoint.hub import resolve
-from cptq.checkpoint.layers import Inventory, take_inventory, tied_names
-from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.hub import resolve_checkpoint
+from cptq.checkpoint.inventory import Inventory, find_ties, take_inventory
+from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
 from cptq.errors import CptqError, ModelError, UsageError
-from cptq.runtime.modules import packed_modules
-from cptq.types import Emit, ModelKind, Notice, Progress, TensorSpec
+from cptq.inference.modules import find_packed_modules
+from cptq.types import Emit, Event, ModelKind, Notice, Progress, TensorSpec
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 AUTO_CLASSES: Mapping[ModelKind, str] = {
     "causal-lm": "AutoModelForCausalLM",
@@ -49,36 +58,86 @@ _ENDINGS: tuple[tuple[str, ModelKind], ...] = (
 )
 
 
+def load(
+    path: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: str = "auto",
+    revision: str | None = None,
+    token: str | None = None,
+    trust_remote_code: bool = False,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> PreTrainedModel:
+    """Load a transformers model in evaluation mode: packed, compressed-tensors or dense.
+
+    Args:
+        path: a directory, or a Hub id.
+        device: "auto" (the first GPU if there is one, else the CPU), "cpu", "cuda", "cuda:N",
+            "mps".
+        dtype: the type it computes in: "auto" (float32 on a CPU, the checkpoint's on a GPU),
+            "float32", "bfloat16", "float16". Packed codes stay packed; their scales and all dense
+            weights are converted.
+        revision: branch, tag or commit on the Hub.
+        token: access token for the Hub.
+        trust_remote_code: allow Python code that comes with the model to run.
+        cache_dir: where downloads are kept.
+
+    Raises:
+        CptqError: not found, not readable, not a text model, or a file that does not match; the
+            message says which and what to do.
+
+    Warns:
+        UserWarning: what `cptq` would print as a warning.
+    """
+    settings = ModelSettings(
+        model=os.fspath(path),
+        device=device,
+        dtype=dtype,
+        revision=revision,
+        token=token,
+        trust_remote_code=trust_remote_code,
+        cache_dir=None if cache_dir is None else Path(cache_dir),
+    )
+    return cast("PreTrainedModel", load_model(settings, _warn).module)
+
+
+def _warn(event: Event) -> None:
+    if isinstance(event, Notice) and event.kind == "warning":
+        warnings.warn(f"{event.subject}: {event.message}", stacklevel=4)
+
+
 def load_model(
     settings: ModelSettings, emit: Emit, *, conv1d: bool = False, experts: bool = False
 ) -> LoadedModel:
     """Load a dense checkpoint or a compressed artifact.
 
-    `conv1d` counts the Conv1D layers of GPT-2 among the compressible, `experts` takes stacks of
-    experts apart (`cptq.checkpoint.experts`).
+    `conv1d` counts the Conv1D layers of GPT-2 as compressible, `experts` splits stacks of experts
+    (`cptq.checkpoint.experts`).
 
     Raises:
         ModelError: not found, not readable, not a text model, NaN weights, random weights.
         UsageError: unknown device or dtype.
     """
-    device, path = pick_device(settings.device), resolve(settings, emit)
+    device, path = pick_device(settings.device), resolve_checkpoint(settings, emit)
     config = read_config(path)
-    kind = model_kind(config, path)
-    files = _weight_paths(path, settings)
-    stored = _stored_types(path, files, settings)
+    kind = detect_kind(config, path)
+    files = _find_weights(path, settings)
+    stored = _read_stored_tensors(path, files, settings)
     check_sizes(path, config, stored)
     dtype = pick_dtype(settings.dtype, device, stored)
     emit(Progress(stage="load", done=0, total=None, message=settings.model))
-    with _hub_errors_explained(settings.model):
-        module = _from_pretrained(path, kind, dtype, settings, emit).to(device).eval()
+    with _explain_load_errors(settings.model):
+        module = _load_module(path, kind, dtype, settings, emit).to(device).eval()
     module.requires_grad_(False)
     quantized = config.get("quantization_config") is not None
     if not quantized:
         _refuse_not_finite(module)
     if experts and not quantized:
         unstack_experts(module, stored)
-    tensors = unpacked_view(module, stored) if quantized else stored_tensors(module, stored)
-    family = architecture(str(config.get("model_type")))
+    tensors = (
+        list_unpacked_tensors(module, stored) if quantized else list_stored_tensors(module, stored)
+    )
+    family = get_architecture(str(config.get("model_type")))
     return LoadedModel(
         source=settings.model,
         path=path,
@@ -88,15 +147,39 @@ def load_model(
         kind=kind,
         family=family.family,
         tensors=tensors,
-        fingerprint=fingerprint(files),
+        fingerprint=compute_fingerprint(files),
         quantized=quantized,
         device=device,
         dtype=dtype,
-        **_inventory(module, family, tensors, quantized, emit, conv1d),
+        **_take_inventory(module, family, tensors, quantized, emit, conv1d),
     )
 
 
-def _inventory(
+def read_spec(settings: ModelSettings, emit: Emit) -> ModelSpec:
+    """Read a model's config and tokenizer, and none of its weights.
+
+    Raises:
+        ModelError: not found, not readable, not a text model, or a directory without weight files.
+    """
+    path = resolve_checkpoint(settings, emit)
+    config = read_config(path)
+    kind = detect_kind(config, path)
+    _find_weights(path, settings)
+    with _explain_load_errors(settings.model):
+        loaded = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=settings.trust_remote_code
+        )
+    return ModelSpec(
+        source=settings.model,
+        path=path,
+        tokenizer=_load_tokenizer(path, settings, emit),
+        config=loaded,
+        kind=kind,
+        family=get_architecture(str(config.get("model_type"))).family,
+    )
+
+
+def _take_inventory(
     module: nn.Module,
     family: Any,
     tensors: tuple[TensorSpec, ...],
@@ -112,7 +195,7 @@ def _inventory(
                 Notice(
                     kind="info",
                     subject=type(module).__name__,
-                    message="no known family; blocks, roles and fused groups were inferred",
+                    message="unknown family; blocks, roles and fused groups were inferred",
                 )
             )
         named = {spec.name: spec for spec in tensors}
@@ -120,22 +203,22 @@ def _inventory(
     return {"block_names": found.block_names, "layers": found.layers, "units": found.units}
 
 
-def model_kind(config: Mapping[str, Any], path: Path) -> ModelKind:
-    """Which of the four kinds a checkpoint is, by the class that wrote it."""
+def detect_kind(config: Mapping[str, Any], path: Path) -> ModelKind:
+    """Return which of the four kinds a checkpoint is, by the class that wrote it."""
     named = config.get("architectures")
     name = str(named[0]) if isinstance(named, list) and named else ""
     for ending, kind in _ENDINGS:
         if name.endswith(ending):
             return kind
     raise ModelError(
-        f"{path} holds a {name or 'model that names no architecture'}, which cptq does not handle",
+        f"{path} holds a {name or 'model that names no architecture'}, which cptq does not support",
         allowed="...ForCausalLM, ...LMHeadModel, ...ForMaskedLM, ...ForSequenceClassification, "
         "...Model in config.json's architectures",
     )
 
 
 def pick_device(name: str) -> torch.device:
-    """`auto` is the first GPU where there is one, else the CPU."""
+    """Return the device called `name`; `auto` is the first GPU if there is one, else the CPU."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -143,22 +226,22 @@ def pick_device(name: str) -> torch.device:
     except RuntimeError as error:
         raise UsageError(f"unknown device {name!r}", allowed="auto, cpu, cuda, cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"--device {name} needs a GPU and torch sees none", allowed="auto, cpu")
+        raise UsageError(f"--device {name} needs a GPU, but torch finds none", allowed="auto, cpu")
     return device
 
 
 def pick_dtype(name: str, device: torch.device, stored: Mapping[str, TensorSpec]) -> torch.dtype:
-    """The type the model runs in; `auto` is float32 on a CPU, the checkpoint's on a GPU."""
+    """Return the type the model runs in; `auto` is float32 on a CPU, the stored one on a GPU."""
     if name not in RUN_DTYPES:
         raise UsageError(f"unknown dtype {name!r}", allowed=", ".join(RUN_DTYPES))
     if name != "auto":
         chosen: torch.dtype = getattr(torch, name)
         return chosen
-    return torch.float32 if device.type == "cpu" else TORCH_DTYPES[_main_dtype(stored)]
+    return torch.float32 if device.type == "cpu" else TORCH_DTYPES[_find_main_dtype(stored)]
 
 
-def _main_dtype(stored: Mapping[str, TensorSpec]) -> str:
-    """The floating type that holds most of the bytes."""
+def _find_main_dtype(stored: Mapping[str, TensorSpec]) -> str:
+    """Return the floating type that holds most of the bytes."""
     bytes_by: dict[str, int] = {}
     for spec in stored.values():
         if spec.dtype in ("F16", "BF16", "F32", "F64"):
@@ -166,23 +249,27 @@ def _main_dtype(stored: Mapping[str, TensorSpec]) -> str:
     return max(bytes_by, key=lambda dtype: bytes_by[dtype], default="F32")
 
 
-def stored_tensors(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The model's tensors as a dense artifact holds them: once each, in their storage types."""
-    ties, usual = tied_names(module), _main_dtype(stored)
+def list_stored_tensors(
+    module: nn.Module, stored: Mapping[str, TensorSpec]
+) -> tuple[TensorSpec, ...]:
+    """Return the model's tensors as a dense artifact holds them: once each, in storage types."""
+    ties, usual = find_ties(module), _find_main_dtype(stored)
     specs = []
     for name, tensor in module.state_dict().items():
         if name in ties:
             continue
         known = stored.get(name)
         floating = tensor.is_floating_point()
-        dtype = known.dtype if known else (usual if floating else _dtype_name(tensor.dtype))
+        dtype = known.dtype if known else (usual if floating else _get_dtype_name(tensor.dtype))
         specs.append(TensorSpec(name=name, dtype=dtype, shape=tuple(tensor.shape)))
     return tuple(specs)
 
 
-def unpacked_view(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple[TensorSpec, ...]:
-    """The tensors of an artifact with each packed weight as it is dense."""
-    state, packed, specs = module.state_dict(), packed_modules(module), []
+def list_unpacked_tensors(
+    module: nn.Module, stored: Mapping[str, TensorSpec]
+) -> tuple[TensorSpec, ...]:
+    """Return the tensors of an artifact, each packed weight in its dense shape."""
+    state, packed, specs = module.state_dict(), find_packed_modules(module), []
     for name, spec in stored.items():
         layer, _, part = name.rpartition(".")
         shape = state.get(f"{layer}.weight_shape")
@@ -197,12 +284,12 @@ def unpacked_view(module: nn.Module, stored: Mapping[str, TensorSpec]) -> tuple[
     return tuple(specs)
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def _get_dtype_name(dtype: torch.dtype) -> str:
     return next(name for name, known in TORCH_DTYPES.items() if known is dtype)
 
 
-def _weight_paths(path: Path, settings: ModelSettings) -> list[Path]:
-    files = weight_files(path) or (pickle_files(path) if settings.allow_pickle else [])
+def _find_weights(path: Path, settings: ModelSettings) -> list[Path]:
+    files = find_weight_files(path) or (find_pickle_files(path) if settings.allow_pickle else [])
     if files:
         return files
     pickles = [name for name in (PICKLE_SINGLE, PICKLE_INDEX) if (path / name).exists()]
@@ -215,22 +302,24 @@ def _weight_paths(path: Path, settings: ModelSettings) -> list[Path]:
     raise ModelError(f"{path} has no model.safetensors and no index of shards")
 
 
-def _stored_types(path: Path, files: list[Path], settings: ModelSettings) -> dict[str, TensorSpec]:
-    """The tensors as the checkpoint stores them; of pickles everything but the data is read."""
-    if weight_files(path):
-        return checkpoint_tensors(path)
+def _read_stored_tensors(
+    path: Path, files: list[Path], settings: ModelSettings
+) -> dict[str, TensorSpec]:
+    """Return the tensors as the checkpoint stores them; of pickles all but the data is read."""
+    if find_weight_files(path):
+        return read_tensor_specs(path)
     specs = {}
-    with _hub_errors_explained(settings.model):
+    with _explain_load_errors(settings.model):
         for file in files:
             loaded = torch.load(file, map_location="meta", weights_only=True)
             for name, value in loaded.items():
                 if isinstance(value, torch.Tensor):
-                    dtype, shape = _dtype_name(value.dtype), tuple(value.shape)
+                    dtype, shape = _get_dtype_name(value.dtype), tuple(value.shape)
                     specs[name] = TensorSpec(name=name, dtype=dtype, shape=shape)
     return specs
 
 
-def _from_pretrained(
+def _load_module(
     path: Path, kind: ModelKind, dtype: torch.dtype, settings: ModelSettings, emit: Emit
 ) -> nn.Module:
     auto = getattr(transformers, AUTO_CLASSES[kind])
@@ -240,14 +329,14 @@ def _from_pretrained(
         output_loading_info=True,
         ignore_mismatched_sizes=True,  # refused below, by name
         trust_remote_code=settings.trust_remote_code,
-        use_safetensors=False if settings.allow_pickle and not weight_files(path) else None,
+        use_safetensors=False if settings.allow_pickle and not find_weight_files(path) else None,
     )
     bad = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys")}
     for key, names in bad.items():
         if names:
             raise ModelError(
                 f"{path} does not fill the model: {len(names)} {key.replace('_', ' ')}, "
-                f"first {names[0]}; stock transformers would invent these weights",
+                f"first {names[0]}; transformers would initialize these weights randomly",
                 hint="check that config.json's architectures belongs to these weights",
             )
     if info["unexpected_keys"]:
@@ -258,17 +347,17 @@ def _from_pretrained(
 
 
 @contextmanager
-def _hub_errors_explained(source: str) -> Iterator[None]:
+def _explain_load_errors(source: str) -> Iterator[None]:
     try:
         yield
     except (CptqError, MemoryError):
         raise
-    except Exception as error:  # there is no telling what a damaged file makes transformers raise
-        raise ModelError(f"transformers cannot load {source}: {_reason(error)}") from error
+    except Exception as error:  # a damaged file can make transformers raise anything
+        raise ModelError(f"transformers cannot load {source}: {_extract_reason(error)}") from error
 
 
-def _reason(error: Exception) -> str:
-    """The first line of a message, and the second where the first announces it."""
+def _extract_reason(error: Exception) -> str:
+    """Return the first line of a message, and the second if the first ends in a colon."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
@@ -279,8 +368,7 @@ def _refuse_not_finite(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if not bool(torch.isfinite(parameter).all()):
             raise ModelError(
-                f"the weight {name} holds NaN or infinity, so nothing measured on it would mean "
-                "anything",
+                f"the weight {name} holds NaN or infinity, so no measurement would be meaningful",
                 hint="use a checkpoint whose weights are finite",
             )
 
@@ -290,7 +378,7 @@ def _load_tokenizer(path: Path, settings: ModelSettings, emit: Emit) -> Any:
         return transformers.AutoTokenizer.from_pretrained(
             path, trust_remote_code=settings.trust_remote_code
         )
-    except Exception as error:  # a damaged tokenizer.json raises no less general an error
-        message = f"cannot be loaded: {_reason(error)}"
+    except Exception as error:  # a damaged tokenizer.json raises errors of any type
+        message = f"cannot be loaded: {_extract_reason(error)}"
         emit(Notice(kind="warning", subject="tokenizer", message=message))
         return None

@@ -1,4 +1,4 @@
-"""A loaded model with everything the later stages ask of it."""
+"""A model before and after its weights are loaded, with all that later stages read from it."""
 
 from __future__ import annotations
 
@@ -14,20 +14,40 @@ from cptq.types import LayerSpec, ModelKind, TensorSpec, Unit
 
 
 @dataclass(kw_only=True, eq=False)
-class LoadedModel:
+class ModelSpec:
+    """A model without its weights: its directory, config and tokenizer.
+
+    Enough to prepare what the model will be run on (`cptq.checkpoint.loader.read_spec`).
+    """
+
+    source: str
+    path: Path
+    tokenizer: PreTrainedTokenizerBase | None
+    config: PretrainedConfig
+    kind: ModelKind
+    family: str
+
+    @property
+    def max_positions(self) -> int | None:
+        """Longest input the model's positions allow, or None if its config does not say."""
+        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            value = getattr(self.config.get_text_config(), name, None)
+            if isinstance(value, int):
+                # RoBERTa and MPNet count positions from padding_idx + 1
+                offset = 2 if self.family in ("roberta", "mpnet") else 0
+                return value - offset
+        return None
+
+
+@dataclass(kw_only=True, eq=False)
+class LoadedModel(ModelSpec):
     """A model in evaluation mode on one device, with its inventory.
 
     `tensors` is what a dense artifact holds: tied duplicates dropped, types as in the checkpoint.
     `layers` are all weight matrices in forward order, `units` the compressible decisions.
     """
 
-    source: str
-    path: Path
     module: nn.Module
-    tokenizer: PreTrainedTokenizerBase | None
-    config: PretrainedConfig
-    kind: ModelKind
-    family: str
     block_names: tuple[str, ...]
     layers: tuple[LayerSpec, ...]
     units: tuple[Unit, ...]
@@ -50,14 +70,3 @@ class LoadedModel:
     def parameters(self) -> int:
         """Number of stored weights, tied ones once."""
         return sum(spec.numel for spec in self.tensors)
-
-    @property
-    def max_positions(self) -> int | None:
-        """Longest input the model's positions allow, or None if its config does not say."""
-        for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
-            value = getattr(self.config.get_text_config(), name, None)
-            if isinstance(value, int):
-                # RoBERTa and MPNet count positions from padding_idx + 1
-                offset = 2 if self.family in ("roberta", "mpnet") else 0
-                return value - offset
-        return None

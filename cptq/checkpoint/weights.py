@@ -1,4 +1,4 @@
-"""Reading and replacing a weight as (out, in), whatever the module keeps it as."""
+"""Read and replace a weight as (out, in), whatever the module's own layout."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
 }
 
 
-def storage_dtype(spec: LayerSpec) -> torch.dtype:
-    """The torch type in which the checkpoint stores a layer's weight."""
+def get_storage_dtype(spec: LayerSpec) -> torch.dtype:
+    """Return the torch type in which the checkpoint stores a layer's weight."""
     return TORCH_DTYPES[spec.dtype]
 
 
 def get_weight(module: nn.Module) -> Tensor:
-    """The weight as an (out, in) view; a Conv1D stores it the other way round."""
+    """Return the weight as an (out, in) view; a Conv1D stores the transpose."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
@@ -45,8 +45,8 @@ def set_weight(module: nn.Module, W_OI: Tensor) -> None:
 
 
 @contextmanager
-def replaced(module: nn.Module, W_OI: Tensor) -> Iterator[None]:
-    """The module computes with `W_OI` inside the context and as before after it."""
+def replace_weight(module: nn.Module, W_OI: Tensor) -> Iterator[None]:
+    """Replace the weight by `W_OI` inside the context and restore it afterwards."""
     before = get_weight(module).clone()
     set_weight(module, W_OI)
     try:

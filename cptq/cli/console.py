@@ -1,131 +1,134 @@
-"""What a person sees: data on stdout, talk on stderr.
+"""What a person or a program sees: data on stdout, messages on stderr.
 
 `human`: tables on stdout; progress and notices on stderr. `json`: one document on stdout, errors
-too. `quiet`: the path or the number on stdout, and nothing on stderr but errors.
+included. `quiet`: the path or the number on stdout, and only errors on stderr.
 """
 
 from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable
 from traceback import format_exception
 from typing import Any, Literal
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.console import Console as RichConsole
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from cptq.cli.format import Format
-from cptq.cli.progress import Bars, Display, Lines, Nothing
-from cptq.report.table import Table
+from cptq.cli.parameters import OutputFormat
+from cptq.cli.progress import NoProgress, ProgressBars, ProgressDisplay, ProgressLog
+from cptq.report.formatting import Table
 from cptq.types import Event, Notice, Progress
 
-#: notices of a kind that are printed while running; the report holds all of them
+#: how many notices of a kind are printed while running; the report lists all of them
 SHOWN = {"skipped": 6, "info": 6}
 STYLES = {"warning": "bold yellow", "fallback": "yellow", "skipped": "dim", "info": "dim"}
 
 
-def printable(text: str) -> str:
-    """`text` without what would steer a terminal."""
+def make_printable(text: str) -> str:
+    """Return `text` with control characters of a terminal replaced."""
     kept = (c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
     return "".join(kept)
 
 
-class Talk:
-    """One command's two streams."""
+class Console:
+    """The two output streams of one command."""
 
-    def __init__(self, shape: Format = "human") -> None:
-        self.shape = shape
-        self.out = Console(markup=False, highlight=False, emoji=False)
-        self.err = Console(stderr=True, markup=False, highlight=False, emoji=False)
+    def __init__(self, output_format: OutputFormat = "human") -> None:
+        self.output_format = output_format
+        self.out = RichConsole(markup=False, highlight=False, emoji=False)
+        self.err = RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
         self.counts: Counter[str] = Counter()
-        self.display = self._display()
+        self.progress = self._choose_progress()
 
-    def _display(self) -> Display:
-        if self.shape == "quiet":
-            return Nothing()
-        return Bars(self.err) if self.err.is_terminal else Lines(self.say)
+    def _choose_progress(self) -> ProgressDisplay:
+        if self.output_format == "quiet":
+            return NoProgress()
+        terminal = self.err.is_terminal
+        return ProgressBars(self.err) if terminal else ProgressLog(self.print_message)
 
     def close(self) -> None:
-        """End the display of progress; nothing happens the second time."""
-        self.display.close()
+        """End the display of progress; a second call has no effect."""
+        self.progress.close()
 
     def emit(self, event: Event) -> None:
         """Show an event of the pipeline."""
         if isinstance(event, Progress):
-            self.display.update(event)
+            self.progress.update(event)
         else:
-            self._notice(event)
+            self._print_notice(event)
 
-    def _notice(self, notice: Notice) -> None:
+    def _print_notice(self, notice: Notice) -> None:
         self.counts[notice.kind] += 1
         limit = SHOWN.get(notice.kind)
         if limit is None or self.counts[notice.kind] <= limit:
-            self.say(f"{notice.kind}: {notice.subject}: {notice.message}", STYLES[notice.kind])
+            text = f"{notice.kind}: {notice.subject}: {notice.message}"
+            self.print_message(text, STYLES[notice.kind])
         elif self.counts[notice.kind] == limit + 1:
-            self.say(f"{notice.kind}: more of these follow; the report lists all", "dim")
+            self.print_message(f"{notice.kind}: more of these follow; the report lists all", "dim")
 
-    def say(self, words: str, style: str = "") -> None:
-        """A line on stderr; quiet says nothing."""
-        if self.shape != "quiet":
-            self.err.print(Text(printable(words), style=style), soft_wrap=True)
+    def print_message(self, text: str, style: str = "") -> None:
+        """Print a line on stderr, unless the output is quiet."""
+        if self.output_format != "quiet":
+            self.err.print(Text(make_printable(text), style=style), soft_wrap=True)
 
-    def fail(self, sentence: str, document: dict[str, Any]) -> None:
-        """An error: one sentence on stderr and, for json, a document on stdout."""
-        self.err.print(Text.assemble(("Error: ", "bold red"), printable(sentence)), soft_wrap=True)
-        if self.shape == "json":
-            self.document(document)
+    def print_error(self, sentence: str, document: dict[str, Any]) -> None:
+        """Print an error: one sentence on stderr and, for json, a document on stdout."""
+        text = Text.assemble(("Error: ", "bold red"), make_printable(sentence))
+        self.err.print(text, soft_wrap=True)
+        if self.output_format == "json":
+            self.print_document(document)
 
-    def traceback(self, error: BaseException) -> None:
-        """The whole traceback on stderr."""
+    def print_traceback(self, error: BaseException) -> None:
+        """Print the whole traceback on stderr."""
         self.err.print(Text("".join(format_exception(error))), soft_wrap=True)
 
-    def document(self, data: dict[str, Any]) -> None:
-        """The one JSON document on stdout."""
-        self.line(json.dumps(data, indent=1, allow_nan=False))
+    def print_document(self, data: dict[str, Any]) -> None:
+        """Print the one JSON document on stdout."""
+        self.print_line(json.dumps(data, indent=1, allow_nan=False))
 
-    def line(self, words: str) -> None:
-        """A line of data on stdout, as it stands."""
-        typer.echo(words)
+    def print_line(self, text: str) -> None:
+        """Print a line of data on stdout, unchanged."""
+        typer.echo(text)
 
-    def table(self, table: Table) -> None:
-        """A table of the report on stdout, folded to the terminal's width."""
+    def print_table(self, table: Table) -> None:
+        """Print a table of the report on stdout, folded to the width of the terminal."""
         self.out.print(Text(table.title, style="bold"))
-        self.out.print(_rich(table, self.out.width))
+        self.out.print(_make_rich_table(table, self.out.width))
         if table.note:
-            self.out.print(Text(printable(table.note), style="dim"))
+            self.out.print(Text(make_printable(table.note), style="dim"))
         self.out.print()
 
-    def tables(self, tables: Sequence[Table | None]) -> None:
-        """The tables that have something to show."""
+    def print_tables(self, tables: Iterable[Table | None]) -> None:
+        """Print the tables that have rows."""
         for table in tables:
             if table is not None and table.rows:
-                self.table(table)
+                self.print_table(table)
 
 
-def _rich(table: Table, width: int) -> RichTable:
-    """The table for a terminal; columns move closer where that keeps it from folding."""
+def _make_rich_table(table: Table, width: int) -> RichTable:
+    """Return the table for a terminal, its columns closer where that avoids folding."""
     headed = bool(table.columns[0])
     lengths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
-    roomy = sum(lengths) + 2 * (len(lengths) - 1) <= width
+    fits = sum(lengths) + 2 * (len(lengths) - 1) <= width
     rich = RichTable(
         box=box.SIMPLE_HEAD if headed else None,
         show_header=headed,
         show_edge=False,
-        padding=(0, int(roomy) if headed else 2, 0, 0),
+        padding=(0, int(fits) if headed else 2, 0, 0),
     )
     for name in table.columns:
         justify: Literal["right", "left"] = "right" if name in table.right else "left"
         rich.add_column(name, justify=justify, overflow="fold", no_wrap=name in table.right)
     for row in table.rows:
         named = zip(table.columns, row, strict=True)
-        rich.add_row(*(Text(printable(_spoken(name, value))) for name, value in named))
+        rich.add_row(*(Text(make_printable(_separate(name, value))) for name, value in named))
     return rich
 
 
-def _spoken(column: str, value: str) -> str:
-    """A metric's name in words, so that it folds between them and not within one."""
+def _separate(column: str, value: str) -> str:
+    """Return a metric's name as separate words, so that it folds between and not within them."""
     return value.replace("_", " ") if column == "metric" else value

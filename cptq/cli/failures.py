@@ -1,11 +1,11 @@
-"""From an exception to one sentence, an exit code and, on demand, a traceback.
+"""From an exception to one sentence, an exit code and, on request, a traceback.
 
-| exit | when                                             |
-|------|--------------------------------------------------|
-| 1, 2 | a `CptqError`, by its own `exit_code` (2: usage) |
-| 1    | no memory, no space, a path that cannot be used  |
-| 70   | a defect of cptq                                 |
-| 130  | interrupted                                      |
+| exit | when                                                |
+|------|-----------------------------------------------------|
+| 1, 2 | a `CptqError`, by its own `exit_code` (2: usage)    |
+| 1    | out of memory, disk full, a path that is not usable |
+| 70   | an internal error: a defect of cptq                 |
+| 130  | interrupted                                         |
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from typing import Any
 
 import typer
 
-from cptq.cli.console import Talk
-from cptq.cli.environment import debugging
+from cptq.cli.console import Console
+from cptq.cli.environment import is_debugging
 from cptq.errors import CptqError
 
 INTERNAL, INTERRUPTED = 70, 130
-_FULL = {errno.ENOSPC, errno.EDQUOT}
-_PATHS = (
+_DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
+_PATH_ERRORS = (
     FileNotFoundError,
     NotADirectoryError,
     IsADirectoryError,
@@ -37,7 +37,7 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """What to tell about an exception."""
+    """What to print about an exception."""
 
     kind: str
     problem: str
@@ -53,13 +53,29 @@ class Failure:
         return " ".join("; ".join(parts).split())
 
     def to_dict(self) -> dict[str, Any]:
-        """The document that `--format json` prints."""
+        """Return the document that `--format json` prints."""
         error = {name: getattr(self, name) for name in self.__slots__}
         return {"error": {**error, "message": self.sentence}}
 
 
-def explain(error: BaseException) -> Failure:
-    """The failure behind an exception and what caused it."""
+@contextmanager
+def report_failures(console: Console) -> Iterator[None]:
+    """Run a command; print any exception as one sentence and exit with its code."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        console.close()
+        failure = describe_failure(error)
+        console.print_error(failure.sentence, failure.to_dict())
+        if is_debugging(os.environ):
+            console.print_traceback(error)
+        raise typer.Exit(failure.exit_code) from None
+
+
+def describe_failure(error: BaseException) -> Failure:
+    """Return the failure behind an exception and its causes."""
     kind = type(error).__name__
     if isinstance(error, CptqError):
         return Failure(
@@ -71,34 +87,34 @@ def explain(error: BaseException) -> Failure:
         )
     if isinstance(error, KeyboardInterrupt):
         return Failure(kind=kind, problem=str(error) or "interrupted", exit_code=INTERRUPTED)
-    return _of_the_machine(error) or Failure(
+    return _describe_system_failure(error) or Failure(
         kind=kind,
         problem=f"internal error: {kind}: {error}" if str(error) else f"internal error: {kind}",
-        hint="this is a defect of cptq; set CPTQ_DEBUG=1 for the traceback",
+        hint="this is a defect of cptq; set CPTQ_DEBUG=1 to see the traceback",
         exit_code=INTERNAL,
     )
 
 
-def _of_the_machine(error: BaseException) -> Failure | None:
-    chain = list(_chain(error))
+def _describe_system_failure(error: BaseException) -> Failure | None:
+    chain = list(_follow_causes(error))
     kind = type(error).__name__
-    if any(_is_full(link) for link in chain):
+    if any(_is_disk_full(link) for link in chain):
         where = next((str(link.filename) for link in chain if getattr(link, "filename", None)), "")
-        problem = f"no space is left on the disk{f' for {where}' if where else ''}"
-        hint = "nothing unfinished is kept; free some space, or choose another place with -o"
+        problem = f"no space left on the disk{f' for {where}' if where else ''}"
+        hint = "incomplete files were removed; free some space, or choose another place with -o"
         return Failure(kind=kind, problem=problem, hint=hint, exit_code=1)
-    if any(_is_memory(link) for link in chain):
+    if any(_is_out_of_memory(link) for link in chain):
         hint = (
             "try fewer --samples, a shorter --seqlen, a smaller --batch-size, or --dtype bfloat16"
         )
-        return Failure(kind=kind, problem="the memory is not enough", hint=hint, exit_code=1)
-    if isinstance(error, _PATHS) and error.filename:
+        return Failure(kind=kind, problem="out of memory", hint=hint, exit_code=1)
+    if isinstance(error, _PATH_ERRORS) and error.filename:
         problem = f"{error.filename}: {(error.strerror or kind).lower()}"
         return Failure(kind=kind, problem=problem, exit_code=1)
     return None
 
 
-def _chain(error: BaseException | None) -> Iterator[Any]:
+def _follow_causes(error: BaseException | None) -> Iterator[Any]:
     seen: list[BaseException] = []
     while error is not None and error not in seen:
         seen.append(error)
@@ -106,30 +122,14 @@ def _chain(error: BaseException | None) -> Iterator[Any]:
         error = error.__cause__ or error.__context__
 
 
-def _is_full(error: BaseException) -> bool:
-    """Also where a library in another language passes the system's words on as text."""
+def _is_disk_full(error: BaseException) -> bool:
+    """Return whether the disk is full, also where a library reports it only as text."""
     code = error.errno if isinstance(error, OSError) else None
-    return code in _FULL or "No space left on device" in str(error)
+    return code in _DISK_FULL or "No space left on device" in str(error)
 
 
-def _is_memory(error: BaseException) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     text = str(error).lower()
     return isinstance(error, MemoryError) or (
         isinstance(error, RuntimeError | OSError) and any(words in text for words in _NO_MEMORY)
     )
-
-
-@contextmanager
-def guarded(talk: Talk) -> Iterator[None]:
-    """Run a command; whatever it raises is told in a sentence and becomes the exit code."""
-    try:
-        yield
-    except typer.Exit:
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        talk.close()
-        failure = explain(error)
-        talk.fail(failure.sentence, failure.to_dict())
-        if debugging(os.environ):
-            talk.traceback(error)
-        raise typer.Exit(failure.exit_code) from None

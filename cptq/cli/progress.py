@@ -1,4 +1,4 @@
-"""Progress events on stderr: bars on a terminal, now and then a line in a log."""
+"""Progress on stderr: bars on a terminal, a line from time to time in a log."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
+from rich.progress import Progress as RichProgress
 from rich.table import Column
 
-from cptq.report.words import seconds
+from cptq.report.formatting import format_seconds
 from cptq.types import Progress
 
 #: seconds between two lines of one stage in a log
-EVERY = 30.0
+LOG_INTERVAL = 30.0
 
 
-class Display(Protocol):
+class ProgressDisplay(Protocol):
     """Where progress is shown."""
 
     def update(self, event: Progress) -> None:
         """Show one event."""
 
     def close(self) -> None:
-        """Nothing more comes."""
+        """End the display."""
 
 
-class Nothing:
-    """For `--format quiet`."""
+class NoProgress:
+    """No display, for `--format quiet`."""
 
     def update(self, event: Progress) -> None:
         """Show nothing."""
 
     def close(self) -> None:
-        """Nothing was open."""
+        """Do nothing."""
 
 
-class Bars:
-    """One bar a stage, with the remaining time, then with the time it took."""
+class ProgressBars:
+    """One bar per stage, with the remaining time and at the end with the time it took."""
 
     def __init__(self, console: Console) -> None:
-        self.bar = Bar(
+        self.bars = RichProgress(
             TextColumn(
                 "{task.description}",
                 table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"),
@@ -59,70 +59,70 @@ class Bars:
         self.current: str | None = None
 
     def update(self, event: Progress) -> None:
-        """Move the stage's bar; a new stage ends the one before."""
+        """Advance the bar of the stage; a new stage ends the previous one."""
         if event.stage != self.current:
-            self._finish()
-            self.bar.start()
+            self._finish_stage()
+            self.bars.start()
             self.current = event.stage
         if event.stage not in self.tasks:
-            self.tasks[event.stage] = self.bar.add_task(event.stage, total=event.total)
+            self.tasks[event.stage] = self.bars.add_task(event.stage, total=event.total)
         words = f"{event.stage}: {event.message}" if event.message else event.stage
         task = self.tasks[event.stage]
-        self.bar.update(task, completed=event.done, total=event.total, description=words)
+        self.bars.update(task, completed=event.done, total=event.total, description=words)
 
-    def _finish(self) -> None:
-        """Stop the clock of a stage when the next begins; one of unknown length is then whole."""
+    def _finish_stage(self) -> None:
+        """Stop the clock of the current stage; one of unknown length is then complete."""
         if self.current is None:
             return
         task = self.tasks[self.current]
-        row = next(row for row in self.bar.tasks if row.id == task)
+        row = next(row for row in self.bars.tasks if row.id == task)
         if row.total is None:
             whole = max(row.completed, 1)
-            self.bar.update(task, total=whole, completed=whole)
-        self.bar.update(task, description=self.current)
-        self.bar.stop_task(task)
+            self.bars.update(task, total=whole, completed=whole)
+        self.bars.update(task, description=self.current)
+        self.bars.stop_task(task)
 
     def close(self) -> None:
-        """Leave the bars as they are."""
-        self._finish()
-        self.bar.stop()
+        """Stop the bars and leave them on the screen."""
+        self._finish_stage()
+        self.bars.stop()
 
 
-class Lines:
-    """For a log: a line when a stage begins and ends, and every half minute between."""
+class ProgressLog:
+    """A line when a stage begins, when it ends, and every half minute in between."""
 
     def __init__(
         self, write: Callable[[str], None], clock: Callable[[], float] = monotonic
     ) -> None:
         self.write, self.clock = write, clock
         self.stage: str | None = None
-        self.started = self.told = 0.0
+        self.started = self.logged = 0.0
         self.ended = False
 
     def update(self, event: Progress) -> None:
-        """Tell what is new about it."""
+        """Write a line if the stage begins or ends, or if the last line is old."""
         now = self.clock()
         if event.stage != self.stage:
-            self.stage, self.started, self.told, self.ended = event.stage, now, now, False
+            self.stage, self.started, self.logged, self.ended = event.stage, now, now, False
             self.write(
                 f"{event.stage} ..." if not event.message else f"{event.stage}: {event.message}"
             )
         if event.total is not None and event.done >= event.total:
-            self._end(now)
-        elif now - self.told >= EVERY:
-            self.told = now
-            self.write(f"{event.stage} {event.done}" + self._rest(event, now))
+            self._end_stage(now)
+        elif now - self.logged >= LOG_INTERVAL:
+            self.logged = now
+            self.write(f"{event.stage} {event.done}" + self._estimate_rest(event, now))
 
-    def _end(self, now: float) -> None:
+    def _end_stage(self, now: float) -> None:
         if not self.ended:
             self.ended = True
-            self.write(f"{self.stage} done in {seconds(now - self.started)}")
+            self.write(f"{self.stage} done in {format_seconds(now - self.started)}")
 
-    def _rest(self, event: Progress, now: float) -> str:
+    def _estimate_rest(self, event: Progress, now: float) -> str:
         if not event.total or not event.done:
             return ""
         left = (now - self.started) * (event.total - event.done) / event.done
-        return f"/{event.total}, about {seconds(left)} left"
+        return f"/{event.total}, about {format_seconds(left)} left"
 
     def close(self) -> None:
-        """Lines need no end."""
+        """Do nothing."""

@@ -1,4 +1,4 @@
-"""Turning dense weights into codes and scales, block by block."""
+"""Compressors, and the drivers that apply them to a layer, a block and a whole model."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from cptq.registry import Registry
 
 if TYPE_CHECKING:
-    from cptq.compression.problem import Compressor
+    from cptq.compression.layer import Compressor
 
 #: --compressor
 COMPRESSORS: Registry[Compressor] = Registry(
@@ -17,5 +17,5 @@ COMPRESSORS: Registry[Compressor] = Registry(
         "nearest": "cptq.compression.nearest:compress",
     },
 )
-#: those that look at weights alone, so that nothing need flow through the model for them
+#: those that use weights alone and need no forward pass of the model
 WITHOUT_ACTIVATIONS = ("nearest",)

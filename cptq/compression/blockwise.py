@@ -9,9 +9,9 @@ first without what follows the last linear's input.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -19,27 +19,13 @@ from torch import Tensor, nn
 from cptq.calibration.replay import BlockReplay
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import COMPRESSORS
-from cptq.compression.half import in_half
-from cptq.compression.problem import Compressor, Solution, layer_problem
+from cptq.compression.layer import compress_module
 from cptq.errors import CalibrationError
 from cptq.layouts import Layout
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
-from cptq.numerics.asymmetric import dequantize_asymmetric
-from cptq.numerics.grid import dequantize
 from cptq.numerics.hessian import SecondMoment
-from cptq.types import (
-    Candidate,
-    CompressedLayer,
-    Emit,
-    LayerResult,
-    LayerSpec,
-    Notice,
-    Plan,
-    Progress,
-    Unit,
-)
+from cptq.types import CompressedLayer, Emit, Notice, Plan, Progress, Unit
 
 
 def compress_model(
@@ -48,13 +34,13 @@ def compress_model(
     plan: Plan,
     *,
     compressor: str,
-    half_scales: bool = False,
+    float16_scales: bool = False,
     layout: Layout = PACK_QUANTIZED,
     emit: Emit,
 ) -> list[CompressedLayer]:
     """Carry out a plan; afterwards `model.module` computes with the compressed weights.
 
-    `layout` counts the bytes of a layer. `half_scales` makes every scale one that float16 holds,
+    `layout` counts the bytes of a layer. `float16_scales` makes every scale one that float16 holds,
     whatever the checkpoint's type.
 
     Returns:
@@ -64,8 +50,13 @@ def compress_model(
         CalibrationError: an activation is NaN or infinite, naming the layer.
         UnknownNameError: no such compressor.
     """
-    method = COMPRESSORS.get(compressor)
-    method = in_half(method) if half_scales else method
+    compress = partial(
+        compress_module,
+        method=COMPRESSORS.get(compressor),
+        layout=layout,
+        dtype=model.dtype,
+        float16_scales=float16_scales,
+    )
     replay = BlockReplay(model, calibration.batches)
     hidden = [replay.embed(i) for i in range(len(calibration.batches))]
     done: list[CompressedLayer] = []
@@ -75,7 +66,7 @@ def compress_model(
         units = [u for u in model.units if u.block == block and not plan.choices[u.name].dense]
         if units:
             moments = _second_moments(model, replay, block, hidden, units)
-            done += _compress_block(model, units, plan, moments, method, layout, emit)
+            done += _compress_units(model, units, plan, moments, compress, emit)
         hidden = [replay.run(block, h, i) for i, h in enumerate(hidden)]
     emit(Progress(stage="compress", done=total, total=total))
     return done
@@ -146,92 +137,24 @@ def _watching(
             handle.remove()
 
 
-def _compress_block(
+def _compress_units(
     model: LoadedModel,
     units: list[Unit],
     plan: Plan,
     moments: Mapping[str, Tensor],
-    method: Compressor,
-    layout: Layout,
+    compress: Callable[..., CompressedLayer],
     emit: Emit,
 ) -> list[CompressedLayer]:
+    """Compress the layers of some units in place, and report their notes."""
     done = []
     for unit in units:
         for spec in unit.layers:
-            module = model.linear(spec.name)
-            layer = compress_layer(
-                spec,
-                get_weight(module).float(),
-                moments[unit.name],
-                plan.choices[unit.name],
-                method,
-                layout,
-            )
-            set_weight(module, layer.dense(model.dtype))
-            _tell(layer, emit)
-            done.append(layer)
+            module, candidate = model.linear(spec.name), plan.choices[unit.name]
+            done.append(compress(module, spec, moments[unit.name], candidate))
+            _emit_notes(done[-1], emit)
     return done
 
 
-def compress_layer(
-    spec: LayerSpec,
-    W_OI: Tensor,
-    H_II: Tensor,
-    candidate: Candidate,
-    method: Compressor,
-    layout: Layout = PACK_QUANTIZED,
-) -> CompressedLayer:
-    """Compress one linear and measure what it cost."""
-    began = time.perf_counter()
-    problem = layer_problem(W_OI, H_II, spec, candidate)
-    solution, group = method(problem), problem.group
-    Q_OI = _values(solution)
-    per_channel = group == spec.shape[1]
-    result = LayerResult(
-        name=spec.name,
-        candidate=candidate,
-        group_size=0 if per_channel else group,
-        nbytes=sum(tensor.nbytes for tensor in layout.tensors(spec, candidate)),
-        weight_error=_ratio((W_OI - Q_OI).square().sum(), W_OI.square().sum()),
-        output_error=_ratio(_energy(W_OI - Q_OI, H_II), _energy(W_OI, H_II)),
-        seconds=time.perf_counter() - began,
-        notes=_group_note(candidate, group, spec) + solution.notes,
-    )
-    return CompressedLayer(
-        spec=spec,
-        result=result,
-        codes=solution.codes_OI,
-        scale=solution.scale_OG,
-        zero=solution.zero_OG,
-        mask=problem.mask_OI,
-    )
-
-
-def _values(solution: Solution) -> Tensor:
-    """The weight (out, in) that a solution stands for, float32."""
-    codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
-    if zero_OG is None:
-        return dequantize(codes_OI, scale_OG, torch.float32)
-    return dequantize_asymmetric(codes_OI, scale_OG, zero_OG, torch.float32)
-
-
-def _energy(W_OI: Tensor, H_II: Tensor) -> Tensor:
-    """E|x W^T|^2 for inputs with second moment H."""
-    return ((W_OI @ H_II) * W_OI).sum()
-
-
-def _ratio(part: Tensor, whole: Tensor) -> float:
-    return float(part) / float(whole) if float(whole) > 0 else 0.0
-
-
-def _group_note(candidate: Candidate, group: int, spec: LayerSpec) -> tuple[str, ...]:
-    asked = candidate.group_size
-    if group == asked or not asked or (group == spec.shape[1] and asked >= spec.shape[1]):
-        return ()
-    got = "one scale per channel" if group == spec.shape[1] else f"groups of {group}"
-    return (f"groups of {asked} do not divide {spec.shape[1]} inputs: {got}",)
-
-
-def _tell(layer: CompressedLayer, emit: Emit) -> None:
+def _emit_notes(layer: CompressedLayer, emit: Emit) -> None:
     for note in layer.result.notes:
         emit(Notice(kind="fallback", subject=layer.spec.name, message=note))

@@ -16,7 +16,8 @@ leaves out are projected onto 0 and the others make up for it: SparseGPT's updat
 with the mask chosen beforehand.
 
 Cost: three factorisations of in^3 / 3 and the sweep, out * in^2. Limit: memory for H, in^2 floats.
-Where H cannot be factored even with full damping, the layer is rounded to nearest, and says so.
+Where H cannot be factored even with full damping, the layer is rounded to nearest, with a note.
+Without H the inputs count as independent and equal.
 """
 
 from __future__ import annotations
@@ -27,13 +28,11 @@ import torch
 from torch import Tensor
 
 from cptq.compression import nearest
-from cptq.compression.problem import Problem, Solution
-from cptq.numerics.asymmetric import fit_asymmetric
-from cptq.numerics.grid import code_range, fit_scales
-from cptq.numerics.half_offset import offset_precision
-from cptq.numerics.hessian import damped, damped_factor, dead_inputs
+from cptq.compression.layer import LayerProblem, LayerSolution
+from cptq.numerics.grid import Grid, code_range, count_scale_bits, fit_grid
+from cptq.numerics.hessian import add_damping, factor_damped_inverse, find_dead_inputs
 from cptq.numerics.refit import refit_scales
-from cptq.numerics.sweep import column_sweep
+from cptq.numerics.sweep import sweep_columns
 
 #: share of the mean diagonal added to H
 DAMPING = 0.01
@@ -41,73 +40,72 @@ DAMPING = 0.01
 UNSEEN = "no calibration token reaches it: rounded to nearest"
 
 
-def compress(problem: Problem) -> Solution:
-    """Round with error compensation; falls back to nearest, with a note, if H is unusable."""
-    if bool(dead_inputs(problem.H_II).all()):
+def compress(problem: LayerProblem) -> LayerSolution:
+    """Round with error compensation; fall back to nearest, with a note, if H is unusable."""
+    W_OI, H_II = problem.W_OI, problem.H_II
+    if H_II is None:
+        H_II = torch.eye(W_OI.shape[1], dtype=W_OI.dtype, device=W_OI.device)
+    if bool(find_dead_inputs(H_II).all()):
         return replace(nearest.compress(problem), notes=(UNSEEN,))
-    order_I = problem.H_II.diagonal().argsort(descending=True, stable=True)
-    U_II, used = damped_factor(problem.H_II[order_I][:, order_I], DAMPING)
+    order_I = H_II.diagonal().argsort(descending=True, stable=True)
+    U_II, used = factor_damped_inverse(H_II[order_I][:, order_I], DAMPING)
     if U_II is None:
         solution = nearest.compress(problem)
         note = "the Hessian could not be factored even with full damping: rounded to nearest"
         return replace(solution, notes=(note,))
     notes = (f"damping raised from {DAMPING} to {used:g}",) if used != DAMPING else ()
-    W_OI = problem.W_OI.masked_fill(dead_inputs(problem.H_II), 0.0)
-    scale_OG, zero_OG = _grid(W_OI, _cost_of_error(U_II, order_I), problem)
-    codes_OI = _swept(W_OI, U_II, order_I, scale_OG, zero_OG, problem)
+    W_OI = W_OI.masked_fill(find_dead_inputs(H_II), 0.0)
+    scale_OG, zero_OG = _fit_grid(W_OI, _cost_of_error(U_II, order_I), problem)
+    codes_OI = _sweep(W_OI, U_II, order_I, scale_OG, zero_OG, problem)
     steps_OI = codes_OI if zero_OG is None else _steps(codes_OI, zero_OG)
-    precision_OG = _precision(zero_OG, problem)
-    scale_OG = refit_scales(W_OI, damped(problem.H_II, used), steps_OI, scale_OG, precision_OG)
-    return Solution(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, notes=notes)
+    limited_OG = _limit_precision(zero_OG, problem)
+    scale_OG = refit_scales(W_OI, add_damping(H_II, used), steps_OI, scale_OG, limited_OG)
+    return LayerSolution(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, notes=notes)
 
 
-def _grid(W_OI: Tensor, cost_I: Tensor, problem: Problem) -> tuple[Tensor, Tensor | None]:
-    """Scales, and zero points of an asymmetric grid, fitted to what the mask keeps."""
-    kept_OI = W_OI if problem.mask_OI is None else W_OI * problem.mask_OI
-    bits, group, dtype = problem.bits, problem.group, problem.scale_dtype
-    if problem.symmetric:
-        scale_OG = fit_scales(kept_OI, bits, group, scale_dtype=dtype, importance_I=cost_I)
-        return scale_OG, None
-    return fit_asymmetric(
-        kept_OI,
-        bits,
-        group,
-        scale_dtype=dtype,
+def _fit_grid(W_OI: Tensor, cost_I: Tensor, problem: LayerProblem) -> Grid:
+    """Fit scales, and zero points of an asymmetric grid, to what the mask keeps."""
+    return fit_grid(
+        W_OI if problem.mask_OI is None else W_OI * problem.mask_OI,
+        problem.bits,
+        problem.group,
+        symmetric=problem.symmetric,
+        scale_dtype=problem.scale_dtype,
         importance_I=cost_I,
-        half_offset=problem.half_offset,
+        float16_offset=problem.float16_offset,
     )
 
 
-def _precision(zero_OG: Tensor | None, problem: Problem) -> Tensor | None:
-    """Significant bits that a scale may have, where they are limited."""
-    if zero_OG is None or not problem.half_offset:
+def _limit_precision(zero_OG: Tensor | None, problem: LayerProblem) -> Tensor | None:
+    """Return the significant bits that each scale may have, where they are limited."""
+    if zero_OG is None or not problem.float16_offset:
         return None
-    return offset_precision(zero_OG, problem.bits)
+    return count_scale_bits(zero_OG, problem.bits)
 
 
 def _steps(codes_OI: Tensor, zero_OG: Tensor) -> Tensor:
-    """codes - zero (out, in), int16: how many scales a weight is away from 0."""
+    """Return codes - zero (out, in), int16: how many scales a weight is away from 0."""
     out, groups = zero_OG.shape
     codes_OGK = codes_OI.to(torch.int16).view(out, groups, -1)
     return (codes_OGK - zero_OG.to(torch.int16).unsqueeze(-1)).view(out, -1)
 
 
 def _cost_of_error(U_II: Tensor, order_I: Tensor) -> Tensor:
-    """1 / U_jj^2 per input (in,), in natural order: the squared error's price after the sweep."""
+    """Return 1 / U_jj^2 per input (in,), in natural order: what a squared error there costs."""
     cost_I = torch.empty_like(U_II.diagonal())
     cost_I[order_I] = U_II.diagonal().reciprocal().square()
     return cost_I
 
 
-def _swept(
+def _sweep(
     W_OI: Tensor,
     U_II: Tensor,
     order_I: Tensor,
     scale_OG: Tensor,
     zero_OG: Tensor | None,
-    problem: Problem,
+    problem: LayerProblem,
 ) -> Tensor:
-    """Codes (out, in) int8 after one sweep in `order_I` on fixed grids."""
+    """Return codes (out, in) int8 after one sweep in `order_I` on fixed grids."""
     low, high = code_range(problem.bits)
     codes_IO = torch.empty(W_OI.shape[::-1], dtype=torch.int8, device=W_OI.device)
     scale_GO = scale_OG.to(W_OI.dtype).T.contiguous()
@@ -124,7 +122,7 @@ def _swept(
         codes_IO[position] = code_O
         return code_O.sub_(zero_O).mul_(scale_O)
 
-    column_sweep(W_OI.T[order_I].contiguous(), U_II, project)
+    sweep_columns(W_OI.T[order_I].contiguous(), U_II, project)
     restored_IO = torch.empty_like(codes_IO)
     restored_IO[order_I] = codes_IO
     return restored_IO.T.contiguous()

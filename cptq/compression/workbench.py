@@ -1,14 +1,15 @@
-"""A model under any choice of candidates, changed unit by unit and dense again at the end.
+"""A trial model: any choice of candidates, set unit by unit, and dense again at the end.
 
-To compare plans, units are compressed one by one on the DENSE model's activations and kept; a
-choice is then only a matter of putting kept weights in place. For a compressor that looks at no
-activations that is exactly what `compress_model` makes. For one that does (GPTQ, and the masks of
-sparse candidates) it differs in one thing: a block does not see the errors of those before it. So
-a search can use it, and what is written is compressed anew.
+To compare plans, units are compressed one by one on the DENSE model's activations and kept; trying
+a choice then only puts kept weights in place. A layer is compressed by the same `compress_layer` as
+in `compress_model`, so the weights are those that are shipped wherever the Hessian is the same:
+always for a compressor that uses no activations. For others (GPTQ, and the masks of sparse
+candidates) one thing differs: a block does not see the errors of the blocks before it. So a search
+uses the trial model, and what is written is compressed anew.
 
-Cost: each (unit, candidate) once, when it is first asked for. Memory: the dense weights, the
-Hessians (in^2 floats per unit, only for compressors that look at activations), the codes of what
-was tried (1 byte a weight).
+Cost: each (unit, candidate) once, when it is first needed. Memory: the dense weights, the Hessians
+(in^2 floats per unit, only for compressors that use activations), the codes of everything tried
+(1 byte a weight, and another for the mask of a sparse candidate).
 """
 
 from __future__ import annotations
@@ -22,17 +23,17 @@ from torch import Tensor
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import COMPRESSORS
-from cptq.compression.problem import Solution, layer_problem
-from cptq.numerics.asymmetric import dequantize_asymmetric
-from cptq.numerics.grid import dequantize
-from cptq.types import Candidate, Emit, LayerSpec, Progress, Unit
+from cptq.compression.layer import compress_layer
+from cptq.layouts import Layout
+from cptq.numerics.grid import dequantize_layer
+from cptq.types import Candidate, CompressedLayer, Emit, LayerSpec, Progress, Unit
 
-#: units compressed for one choice from which on their progress is told
+#: fewest units compressed for one choice whose progress is reported
 MANY = 8
 
 
 class Workbench:
-    """Weights of units at candidates, and the model that they are tried in.
+    """Weights of units at candidates, and the model in which they are tried.
 
     Args:
         model: dense now; `trying` leaves it so.
@@ -40,6 +41,7 @@ class Workbench:
         emit: takes progress.
         hessians: {unit name: H_II} on the dense model's activations; a unit without one is
             compressed as if its inputs were independent and equal.
+        layout, float16_scales: as `compress_model` takes them; the weights tried are those shipped.
     """
 
     def __init__(
@@ -48,19 +50,23 @@ class Workbench:
         compressor: str,
         emit: Emit,
         hessians: Mapping[str, Tensor] | None = None,
+        *,
+        layout: Layout,
+        float16_scales: bool,
     ) -> None:
         self.model = model
+        self._layout, self._float16_scales = layout, float16_scales
         self._emit = emit
         self._method = COMPRESSORS.get(compressor)
         self._hessians = hessians or {}
         self._units = {unit.name: unit for unit in model.units}
-        self._made: dict[tuple[str, Candidate], list[Solution]] = {}
+        self._made: dict[tuple[str, Candidate], list[CompressedLayer]] = {}
         self._dense: dict[str, Tensor] = {}
         self._now: dict[str, Candidate] = {}
 
     @contextmanager
     def trying(self) -> Iterator[None]:
-        """`settle` may be called inside; afterwards the model is dense, to the bit."""
+        """Allow `settle` inside; afterwards the model is dense again, to the bit."""
         self._dense = {
             spec.name: get_weight(self.model.linear(spec.name)).clone()
             for unit in self.model.units
@@ -74,7 +80,7 @@ class Workbench:
             self._dense, self._now = {}, {}
 
     def settle(self, choices: Mapping[str, Candidate]) -> None:
-        """Put the model into the state of a choice; only what differs from now is touched."""
+        """Set the model to a choice; only units that differ from now are touched."""
         self._prepare(choices)
         for name, candidate in choices.items():
             if self._now.get(name, Candidate(bits=16)) != candidate:
@@ -83,7 +89,7 @@ class Workbench:
                 self._now[name] = candidate
 
     def _prepare(self, choices: Mapping[str, Candidate]) -> None:
-        """Compress what a choice has and no one before; says so where it takes a while."""
+        """Compress what no choice before needed; report progress where it takes a while."""
         new = [
             (name, candidate)
             for name, candidate in choices.items()
@@ -98,31 +104,29 @@ class Workbench:
 
     @torch.no_grad()
     def weights(self, unit: Unit, candidate: Candidate) -> dict[str, Tensor]:
-        """{layer name: W_OI} of a unit at a candidate, in the model's type."""
+        """Return {layer name: W_OI} of a unit at a candidate, in the model's type."""
         if candidate.dense:
             return {spec.name: self._source(spec) for spec in unit.layers}
         key = (unit.name, candidate)
         if key not in self._made:
             self._made[key] = [self._compress(unit, spec, candidate) for spec in unit.layers]
         return {
-            spec.name: _multiplied_out(made, self.model.dtype)
-            for spec, made in zip(unit.layers, self._made[key], strict=True)
+            layer.spec.name: dequantize_layer(layer, self.model.dtype) for layer in self._made[key]
         }
 
     def _source(self, spec: LayerSpec) -> Tensor:
-        """The dense weight, whatever the module holds now."""
+        """Return the dense weight, whatever the module holds now."""
         known = self._dense.get(spec.name)
         return get_weight(self.model.linear(spec.name)) if known is None else known
 
-    def _compress(self, unit: Unit, spec: LayerSpec, candidate: Candidate) -> Solution:
-        W_OI = self._source(spec).float()
-        H_II = self._hessians.get(unit.name)
-        H_II = torch.eye(spec.shape[1], device=W_OI.device) if H_II is None else H_II
-        return self._method(layer_problem(W_OI, H_II, spec, candidate))
-
-
-def _multiplied_out(made: Solution, dtype: torch.dtype) -> Tensor:
-    """The weight (out, in) of codes on a grid with or without zero points."""
-    if made.zero_OG is None:
-        return dequantize(made.codes_OI, made.scale_OG, dtype)
-    return dequantize_asymmetric(made.codes_OI, made.scale_OG, made.zero_OG, dtype)
+    def _compress(self, unit: Unit, spec: LayerSpec, candidate: Candidate) -> CompressedLayer:
+        return compress_layer(
+            spec,
+            self._source(spec).float(),
+            self._hessians.get(unit.name),
+            candidate,
+            self._method,
+            self._layout,
+            float16_scales=self._float16_scales,
+            measure_output=False,
+        )

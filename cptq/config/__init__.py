@@ -1,24 +1,33 @@
-"""The settings of a run: immutable values, filled by the command line and by strict YAML."""
+"""The settings of a run: immutable values, filled by the command line, YAML files or programs."""
 
-from cptq.config.checks import ALLOWED_BITS, check_repository, option, parse_sparsity
-from cptq.config.file import read_file, settings_from
+from cptq.config.checks import ALLOWED_BITS, check_repository, parse_sparsity
+from cptq.config.inputs import DTYPES, CalibrationSettings, ModelSettings
+from cptq.config.options import Option, find_flag, list_options
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.config.settings import (
     DEFAULT_BITS,
     DEFAULT_GROUP_SIZE,
     DEFAULT_PAIRS,
     DEFAULT_TARGETS,
-    DTYPES,
     AnalyzeSettings,
-    CalibrationSettings,
+    AnySettings,
     CompareSettings,
     CompressSettings,
     EvalSettings,
     ExportSettings,
-    ModelSettings,
+    InspectSettings,
     Settings,
+    VerifySettings,
 )
-from cptq.config.values import build, command_line, convert, describe, flat_fields
+from cptq.config.values import (
+    build,
+    command_line,
+    convert,
+    describe,
+    flat_fields,
+    read_file,
+    settings_from,
+)
 
 __all__ = [
     "ALLOWED_BITS",
@@ -30,22 +39,27 @@ __all__ = [
     "DTYPES",
     "RUNTIMES",
     "AnalyzeSettings",
+    "AnySettings",
     "CalibrationSettings",
     "CompareSettings",
     "CompressSettings",
     "EvalSettings",
     "ExportSettings",
+    "InspectSettings",
     "ModelSettings",
+    "Option",
     "Runtime",
     "Settings",
+    "VerifySettings",
     "build",
     "check_repository",
     "command_line",
     "convert",
     "describe",
+    "find_flag",
     "find_runtime",
     "flat_fields",
-    "option",
+    "list_options",
     "parse_sparsity",
     "read_file",
     "settings_from",

@@ -1,7 +1,4 @@
-"""What needs no model to be seen wrong: numbers and names out of their range.
-
-Each raises `UsageError`, which says what is allowed.
-"""
+"""Checks of values that need no model. Each raises `UsageError`, which says what is allowed."""
 
 from __future__ import annotations
 
@@ -9,31 +6,18 @@ import re
 
 from cptq.errors import UsageError
 
-#: fields whose option, and whose key in a file, is spelled in the singular
-SINGULAR = {
-    "metrics": "metric",
-    "tasks": "task",
-    "targets": "target",
-    "allocators": "allocator",
-    "pins": "pin",
-}
 ALLOWED_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
+DEVICES = "auto, cpu, cuda, cuda:N, xpu, mps"
 
 
-def option(name: str) -> str:
-    """The spelling of a field on the command line: `--batch-size` for `batch_size`."""
-    return "--" + SINGULAR.get(name, name).replace("_", "-")
-
-
-def at_least(least: int, **values: int | None) -> None:
-    for name, value in values.items():
-        if value is not None and value < least:
-            raise UsageError(
-                f"{option(name)} is {value}", allowed=f"a whole number of at least {least}"
-            )
+def check_device(name: str) -> None:
+    """Refuse a device that torch has no name for."""
+    if not re.fullmatch(r"auto|cpu|mps|(?:cuda|xpu)(?::\d+)?", name):
+        raise UsageError(f"--device is {name!r}", allowed=DEVICES)
 
 
 def check_bits(bits: tuple[int, ...]) -> None:
+    """Refuse an empty list of bit widths, and widths outside `ALLOWED_BITS`."""
     wrong = [width for width in bits if width not in ALLOWED_BITS]
     if wrong or not bits:
         what = f"holds {', '.join(map(str, wrong))}" if wrong else "is empty"
@@ -41,7 +25,7 @@ def check_bits(bits: tuple[int, ...]) -> None:
 
 
 def parse_sparsity(word: str) -> tuple[float, str]:
-    """The share of weights that are 0, and their pattern: `2:4`, or `50%` of a matrix anywhere.
+    """Return the share of zeros and their pattern: `2:4`, or `50%` of a matrix anywhere.
 
     Raises:
         UsageError: it is neither.
@@ -57,6 +41,7 @@ def parse_sparsity(word: str) -> tuple[float, str]:
 
 
 def check_limit(limit: float | None) -> None:
+    """Refuse a limit that is neither a share of the samples nor a number of them."""
     if limit is not None and not (0 < limit <= 1 or (limit > 1 and limit == int(limit))):
         raise UsageError(
             f"--limit is {limit:g}", allowed="a share in (0, 1] or a whole number of samples"
@@ -64,7 +49,7 @@ def check_limit(limit: float | None) -> None:
 
 
 def check_repository(name: str | None) -> None:
-    """Refuse what is no `owner/name` (or `name`) of a repository on the Hub."""
+    """Refuse what is not `owner/name` (or `name`) of a repository on the Hub."""
     if name is not None and not re.fullmatch(r"(?:[\w.-]{1,96}/)?[\w.-]{1,96}", name):
         raise UsageError(
             f"--push-to-hub is {name!r}", allowed="a repository such as your-name/model-4bit"

@@ -1,6 +1,6 @@
-"""Constraint sets: what the program that will run the model loads, so that no plan asks for more.
+"""Constraint sets: what each runtime loads, so that plans contain nothing else.
 
-One table, from what was measured on stock tools (transformers 5.23 with compressed-tensors 0.20,
+The table is measured on the unmodified tools (transformers 5.23 with compressed-tensors 0.20,
 llama.cpp) and from vLLM's source (0.33; not run here):
 
 | runtime      | bits     | groups                    | dimensions            | scales  |
@@ -10,18 +10,18 @@ llama.cpp) and from vLLM's source (0.33; not run here):
 | llamacpp     | 4, 5, 8  | 32                        | inputs divisible by 32| float16 |
 | cptq         | 2 to 8   | any that divide, channel  | any                   | any     |
 
-All may keep any layer at 16 bits. Only `cptq`, which is cptq's own (`cptq.runtime`), and `llamacpp`
-take packed embeddings and output heads (llama.cpp at 8 bits: its Q8_0), asymmetric grids (llama.cpp
-at 4 and 5 bits: its Q4_1 and Q5_1) and the Conv1D of GPT-2; the file that goes to llama.cpp is made
-from an artifact, which is `packed` where one of these is in it and `compressed-tensors` elsewhere.
-Query, key and value, and gate and up, are one decision in every plan, which is what vLLM asks of
-the matrices that it fuses. vLLM also takes 2, 3, 5 and 6 bits by a fallback kernel that is not
-verified; that is `transformers`, at one's own risk.
+All runtimes take any layer at 16 bits. Only `cptq`, which is cptq's own (`cptq.inference`), and
+`llamacpp` take packed embeddings and output heads (llama.cpp at 8 bits: its Q8_0), asymmetric grids
+(llama.cpp at 4 and 5 bits: its Q4_1 and Q5_1) and the Conv1D of GPT-2. The GGUF file for llama.cpp
+is exported from an artifact: `packed` if it has one of these, else `compressed-tensors`.
+Query, key and value, and gate and up, are one decision in every plan, as vLLM requires for the
+matrices that it fuses. vLLM also takes 2, 3, 5 and 6 bits by a fallback kernel, which is not
+verified here; `--runtime transformers` plans for it.
 
-`transformers` takes a mixture of experts, all of them in one scheme (`allocation.experts`), where
-cptq takes its stack of experts apart (`checkpoint.experts`); a stack would stay dense, and dense
-experts beside quantized attention do not load. The others refuse it: vLLM's experts are not
-verified, and cptq's own modules and llama.cpp's files are made for one linear at a time.
+`transformers` takes a mixture of experts, all of them in one scheme (`allocation.experts`), if cptq
+can split its stacked experts (`checkpoint.experts`): a stack would stay dense, and dense experts
+beside quantized attention do not load. The other runtimes refuse it: vLLM's experts are not
+verified, and cptq's own modules and llama.cpp's files hold single linear layers.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cptq.errors import ModelError, UnknownNameError, UsageError
-from cptq.registry import closest
+from cptq.registry import find_closest
 from cptq.types import Candidate, LayerSpec, is_expert
 
 
@@ -42,7 +42,7 @@ class Runtime:
     an asymmetric grid or a Conv1D. `bits` and `groups` are what a packed layer may have (16 bits is
     always allowed; group 0: per channel; no `groups`: any), `asymmetric` those of the bits that it
     may have on an asymmetric grid; `group_size` is the default. `out_multiple` and `in_multiple`
-    must divide a packed layer's dimensions, `half_scales` asks for scales that float16 holds
+    must divide a packed layer's dimensions, `float16_scales` asks for scales that float16 holds
     exactly, `experts` whether a mixture of experts in one scheme is taken. `conv1d` says that it
     takes the Conv1D of GPT-2, `embeddings` which widths it takes embeddings and output heads in (an
     output head, which most models share with the embedding, suffers from fewer), `sparse` that it
@@ -57,7 +57,7 @@ class Runtime:
     groups: tuple[int, ...] = ()
     out_multiple: int = 1
     in_multiple: int = 1
-    half_scales: bool = False
+    float16_scales: bool = False
     experts: bool = False
     wide_format: str | None = None
     asymmetric: tuple[int, ...] = ()
@@ -67,16 +67,16 @@ class Runtime:
     next_step: str | None = None
 
     def check_wider(self, *options: str) -> None:
-        """Refuse options, of those that were given, that only other runtimes take.
+        """Refuse given options that only other runtimes take.
 
         Raises:
-            UsageError: names one, and the runtimes that take it.
+            UsageError: names the option and the runtimes that take it.
         """
         for option in options:
             if not self._takes(option):
                 others = [name for name, known in RUNTIMES.items() if known._takes(option)]
                 raise UsageError(
-                    f"{option} makes what --runtime {self.name} does not load",
+                    f"--runtime {self.name} does not take {option}",
                     allowed=f"--runtime {' or '.join(others)}",
                 )
 
@@ -91,17 +91,17 @@ class Runtime:
     def format_for(
         self, layers: Iterable[LayerSpec], *, asymmetric: bool, embedding: bool = False
     ) -> str:
-        """The file format that holds these layers, some on asymmetric grids or not, and the
-        embedding packed or not."""
+        """Return the file format that holds these layers, with asymmetric grids or a packed
+        embedding if so."""
         conv1d = any(layer.compressible and layer.kind == "conv1d" for layer in layers)
         wide = asymmetric or conv1d or embedding
         return self.wide_format if self.wide_format and wide else self.format
 
     def check(self, bits: Sequence[int], group_size: int) -> None:
-        """Refuse options that the runtime does not take.
+        """Refuse bit widths and a group size that the runtime does not take.
 
         Raises:
-            UsageError: says what it takes.
+            UsageError: names what it takes.
         """
         wrong = [width for width in bits if width not in (*self.bits, 16)]
         if wrong:
@@ -113,16 +113,16 @@ class Runtime:
         if self.groups and group_size not in self.groups:
             raise UsageError(
                 f"--group-size is {group_size}, which --runtime {self.name} does not take",
-                allowed=self._group_words(),
+                allowed=self._spell_groups(),
             )
 
     def refusal(self, layer: LayerSpec, candidate: Candidate, group: int) -> str | None:
-        """Why it does not take a layer so packed; None where it does.
+        """Return why the runtime does not take a layer packed like this; None if it does.
 
         Args:
             layer: the layer.
-            candidate: what it would get; a dense one is always taken.
-            group: the group size that the layer would really have; `in_features` is per channel.
+            candidate: how it is stored; a dense one is always taken.
+            group: the group size that the layer really has; `in_features` is per channel.
         """
         if candidate.dense:
             return None
@@ -133,7 +133,7 @@ class Runtime:
             return f"{self.name} takes no sparse weights"
         if not candidate.symmetric and candidate.bits not in self.asymmetric:
             taken = ", ".join(map(str, self.asymmetric)) or "none"
-            return f"of asymmetric grids {self.name} takes {taken}, not {candidate.bits} bits"
+            return f"{self.name} takes asymmetric grids of {taken} bits, not {candidate.bits}"
         if out % self.out_multiple or inputs % self.in_multiple:
             least = f"inputs that {self.in_multiple} divides"
             both = f"outputs and {least}" if self.out_multiple > 1 else least
@@ -141,11 +141,11 @@ class Runtime:
         real = 0 if group == inputs and group not in self.groups else group
         if self.groups and real not in self.groups:
             what = f"groups of {group}" if real else "one scale per channel"
-            return f"{self.name} takes {self._group_words()}, not {what}"
+            return f"{self.name} takes {self._spell_groups()}, not {what}"
         return None
 
     def check_tensors(self, names: Iterable[str]) -> None:
-        """Refuse a mixture of experts where the runtime, or cptq, cannot take one.
+        """Refuse a mixture of experts that the runtime or cptq cannot take.
 
         Raises:
             ModelError: a tensor belongs to an expert.
@@ -160,14 +160,13 @@ class Runtime:
             )
         if stacked:
             raise ModelError(
-                f"the experts lie in one stacked tensor ({stacked[0]}) that cptq does not take "
-                "apart: they would stay dense, and dense experts beside quantized attention do not "
-                "load",
+                f"the experts are in one stacked tensor ({stacked[0]}) that cptq cannot split: "
+                "they would stay dense, and dense experts beside quantized attention do not load",
                 allowed="experts whose checkpoint holds gate_proj, up_proj and down_proj of each, "
                 "such as Qwen's",
             )
 
-    def _group_words(self) -> str:
+    def _spell_groups(self) -> str:
         sizes = [str(size) for size in self.groups if size]
         per_channel = ["0 (per channel)"] if 0 in self.groups else []
         return "groups of " + ", ".join(sizes + per_channel)
@@ -200,7 +199,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         group_size=32,
         groups=(32,),
         in_multiple=32,
-        half_scales=True,
+        float16_scales=True,
         wide_format="packed",
         asymmetric=(4, 5),
         conv1d=True,
@@ -223,13 +222,13 @@ DEFAULT_RUNTIME = "transformers"
 
 
 def find_runtime(name: str) -> Runtime:
-    """The constraint set called `name`.
+    """Return the constraint set called `name`.
 
     Raises:
-        UnknownNameError: there is none; the message lists them.
+        UnknownNameError: it does not exist; the message lists those that do.
     """
     if name not in RUNTIMES:
-        near = closest(name, list(RUNTIMES))
+        near = find_closest(name, list(RUNTIMES))
         raise UnknownNameError(
             f"unknown runtime {name!r}",
             allowed=", ".join(RUNTIMES),

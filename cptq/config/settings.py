@@ -1,291 +1,472 @@
-"""The settings of a run, as immutable values.
+"""The settings of each command, as immutable values.
 
-Every field has a default that works. A settings value that exists is acceptable: the constructors
-check what needs no model.
+Every option stands here (those that commands share, in `cptq.config.inputs`) once: its name, type,
+default, help and section. The command line, `--help`, YAML files and programs use these fields, see
+`cptq.config.options`. A settings value that exists is acceptable: the constructors check what needs
+no model.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
-from cptq.config.checks import (
-    at_least,
-    check_bits,
-    check_limit,
-    check_repository,
-    option,
-    parse_sparsity,
+from cptq.config.checks import check_bits, check_limit, check_repository, parse_sparsity
+from cptq.config.inputs import (
+    CalibrationSettings,
+    ModelSettings,
+    batch_size_option,
+    data_dir_option,
+    out_option,
+    overwrite_option,
+    push_to_hub_option,
+    seed_option,
+    token_option,
+    trust_remote_code_option,
 )
-from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
+from cptq.config.options import (
+    ARGUMENTS,
+    CANDIDATES,
+    CONSTRAINTS,
+    EVALUATION,
+    OUTPUT,
+    PLAN,
+    SENSITIVITY,
+    VALIDATION,
+    check_options,
+    describe_option,
+    find_flag,
+    option,
+)
+from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, find_runtime
 from cptq.errors import UsageError
-from cptq.registry import closest
 
 DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
 DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
 DEFAULT_TASKS = ("wikitext",)
-#: whether a mixed plan must beat the uniform one of the same bytes before it is shipped
-CHECK_UNIFORM = True
-#: pairs of unit and candidate whose truth --validate measures, and the sizes that it plans for
 DEFAULT_PAIRS = 96
 DEFAULT_TARGETS = ("2.5bit", "3bit", "4bit")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-#: what a file already says; given beside it they would be ignored, so they are refused
-FIXED_BY = {
-    "plan": (
-        "target",
-        "metric",
-        "allocator",
-        "bits",
-        "group_size",
-        "sparsity",
-        "asymmetric",
-        "embedding_bits",
-        "sensitivity",
-        "pins",
-        "min_bits",
-        "max_bits",
-        "refine",
-    ),
-    "sensitivity": ("metric",),
-}
+METRICS, ALLOCATORS = "cptq.sensitivity:METRICS", "cptq.allocation:ALLOCATORS"
+COMPRESSORS, FORMATS = "cptq.compression:COMPRESSORS", "cptq.artifact.formats:FORMATS"
+TASKS = "cptq.evaluation:TASKS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ModelSettings:
-    """Where the model comes from and how it runs."""
-
-    model: str
-    device: str = "auto"
-    dtype: str = "auto"  # the type it runs in; auto = float32 on a CPU, the checkpoint's on a GPU
-    revision: str | None = None
-    token: str | None = field(default=None, repr=False)
-    trust_remote_code: bool = False
-    cache_dir: Path | None = None
-    allow_pickle: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.model.strip():
-            raise UsageError("the name of the model is empty", allowed="a Hub id or a directory")
-        if self.dtype not in DTYPES:
-            near = closest(self.dtype, list(DTYPES))
-            hint = f"did you mean {near!r}?" if near else None
-            raise UsageError(f"--dtype is {self.dtype!r}", allowed=", ".join(DTYPES), hint=hint)
-        if not re.fullmatch(r"auto|cpu|mps|(?:cuda|xpu)(?::\d+)?", self.device):
-            raise UsageError(f"--device is {self.device!r}", allowed="auto, cpu, cuda, cuda:N, mps")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CalibrationSettings:
-    """Which text flows through the model while it is measured and compressed."""
-
-    calibration: str = "auto"  # auto | wikitext | pydoc | glue/<task> | path of a .txt or .tsv file
-    data_dir: Path | None = None
-    samples: int = 64
-    seqlen: int = 512
-    batch_size: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least(1, samples=self.samples, seqlen=self.seqlen, batch_size=self.batch_size)
-        at_least(0, seed=self.seed)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AnalyzeSettings:
-    """`cptq analyze`."""
+class CandidateSettings:
+    """What `analyze` and `compress` share: a dense model, its calibration and its candidates."""
 
     model: ModelSettings
     calibration: CalibrationSettings
-    metrics: tuple[str, ...] = ("output",)
-    sensitivity: tuple[Path, ...] = ()  # tables, or directories of them, that need no measuring
-    runtime: str = DEFAULT_RUNTIME  # of the candidates; every layer that some runtime takes counts
-    bits: tuple[int, ...] = DEFAULT_BITS
-    group_size: int = DEFAULT_GROUP_SIZE
-    asymmetric: bool = False
-    sparsity: tuple[str, ...] = ()  # each `2:4`, or a share such as `50%`
-    validate: bool = False
-    pairs: int = DEFAULT_PAIRS
-    targets: tuple[str, ...] = DEFAULT_TARGETS
-    allocators: tuple[str, ...] = ("knapsack",)
-    compressor: str = "nearest"
-    out: Path | None = None
-    overwrite: bool = False
+    runtime: str = option(
+        DEFAULT_RUNTIME,
+        "Use only what this runtime loads.",
+        CANDIDATES,
+        "NAME",
+        allowed=", ".join(RUNTIMES),
+    )
+    bits: tuple[int, ...] = option(
+        DEFAULT_BITS,
+        "Choose from these bit widths, separated by commas: 2 to 8, or 16 for a dense layer.",
+        CANDIDATES,
+        "LIST",
+        commas=True,
+        fixed_by=("plan",),
+        usual=f"{','.join(map(str, DEFAULT_BITS))}, or those of them that --runtime takes",
+    )
+    group_size: int = option(
+        DEFAULT_GROUP_SIZE,
+        "Share one scale among N inputs. 0: one scale per output channel.",
+        CANDIDATES,
+        "N",
+        minimum=0,
+        fixed_by=("plan",),
+        usual=f"{DEFAULT_GROUP_SIZE}, or {RUNTIMES['llamacpp'].group_size} for llamacpp",
+    )
+    asymmetric: bool = option(
+        False,
+        "Use grids with a zero point. Needs --runtime cptq or llamacpp.",
+        CANDIDATES,
+        fixed_by=("plan",),
+    )
+    sparsity: tuple[str, ...] = option(
+        (),
+        "Offer each bit width with a share of zeros too: 2:4, 50%, or both, separated by a comma. "
+        "Needs --runtime cptq.",
+        CANDIDATES,
+        "LIST",
+        commas=True,
+        fixed_by=("plan",),
+        usual="none, as it gains little at most sizes",
+    )
 
     def __post_init__(self) -> None:
+        check_options(self)
         runtime = find_runtime(self.runtime)
         check_bits(self.bits)
-        at_least(0, group_size=self.group_size)
         runtime.check(self.bits, self.group_size)
-        _check_wider(runtime, self)
-        at_least(1, pairs=self.pairs)
+        restricted = ("asymmetric", "sparsity", "embedding_bits")
+        given = [name for name in restricted if getattr(self, name, None)]
+        runtime.check_wider(*(find_flag(type(self), name) for name in given))
+        if self.asymmetric and not set(self.bits) & set(runtime.asymmetric):
+            raise UsageError(
+                f"--asymmetric has no effect at --bits {','.join(map(str, self.bits))}",
+                allowed=f"--bits with one of {', '.join(map(str, runtime.asymmetric))}",
+            )
+        for word in self.sparsity:
+            parse_sparsity(word)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnalyzeSettings(CandidateSettings):
+    """`cptq analyze`. `inference` restricts the candidates; layers of any runtime are measured."""
+
+    metrics: tuple[str, ...] = option(
+        ("output",),
+        "Score the layers by this metric. all: every metric except kl.",
+        SENSITIVITY,
+        "NAME",
+        flags=("--metric",),
+        registry=METRICS,
+        allowed="all",
+    )
+    sensitivity: tuple[Path, ...] = option(
+        (),
+        "Use the scores of this earlier analysis (its directory, or one of its "
+        "sensitivity/METRIC.json) instead of measuring them again.",
+        SENSITIVITY,
+        "PATH",
+    )
+    validate: bool = option(
+        False,
+        "Measure the true damage of a sample of layers and of whole plans, and report how well the "
+        "scores predict it.",
+        VALIDATION,
+    )
+    pairs: int = option(
+        DEFAULT_PAIRS,
+        "Measure N pairs of a layer and a bit width. Needs --validate.",
+        VALIDATION,
+        "N",
+        minimum=1,
+    )
+    targets: tuple[str, ...] = option(
+        DEFAULT_TARGETS,
+        "Compare plans of this size. Needs --validate.",
+        VALIDATION,
+        "SIZE",
+        flags=("--target",),
+    )
+    allocators: tuple[str, ...] = option(
+        ("knapsack",),
+        "Compare plans of this allocator. Needs --validate.",
+        VALIDATION,
+        "NAME",
+        flags=("--allocator",),
+        registry=ALLOCATORS,
+    )
+    compressor: str = option(
+        "nearest",
+        "Carry out the plans by this method; nearest is faster. Needs --validate.",
+        VALIDATION,
+        "NAME",
+        registry=COMPRESSORS,
+    )
+    out: Path | None = out_option(
+        "Write scores and reports to this directory.", "DIR", "MODEL-analysis"
+    )
+    overwrite: bool = overwrite_option()
+
+    #: options that have no effect without `validate`, and their defaults
+    _OF_VALIDATION: ClassVar[Mapping[str, object]] = {
+        "pairs": DEFAULT_PAIRS,
+        "targets": DEFAULT_TARGETS,
+        "allocators": ("knapsack",),
+        "compressor": "nearest",
+    }
+
+    def __post_init__(self) -> None:
+        CandidateSettings.__post_init__(self)  # `super()` fails in a dataclass with slots
         if not self.metrics:
-            raise UsageError("no metric is given", hint="--metric output")
-        if not self.validate:
-            self._refuse_words_of_validation()
-
-    def _refuse_words_of_validation(self) -> None:
-        """An option that would do nothing is a mistake."""
-        usual = {
-            "pairs": DEFAULT_PAIRS,
-            "targets": DEFAULT_TARGETS,
-            "allocators": ("knapsack",),
-            "compressor": "nearest",
-        }
-        for name, value in usual.items():
-            if getattr(self, name) != value:
-                raise UsageError(
-                    f"{option(name)} does nothing without --validate", hint="add --validate"
-                )
+            raise UsageError("no metric is given", hint="type for example --metric output")
+        for name, usual in self._OF_VALIDATION.items():
+            if not self.validate and getattr(self, name) != usual:
+                flag = find_flag(type(self), name)
+                raise UsageError(f"{flag} has no effect without --validate", hint="add --validate")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompressSettings:
+class CompressSettings(CandidateSettings):
     """`cptq compress`. With a `plan`, `target` is None: the plan holds its own budget. With
-    `sensitivity`, a table that `analyze` wrote, its metric counts and nothing is measured."""
+    `sensitivity`, a table that `analyze` wrote, its metric is used and nothing is measured."""
 
-    model: ModelSettings
-    calibration: CalibrationSettings
-    target: str | None = "4bit"
-    metric: str = "output"
-    allocator: str = "knapsack"
-    compressor: str = "gptq"
-    runtime: str = DEFAULT_RUNTIME
-    bits: tuple[int, ...] = DEFAULT_BITS
-    group_size: int = DEFAULT_GROUP_SIZE
-    asymmetric: bool = False
-    sparsity: tuple[str, ...] = ()  # each `2:4`, or a share such as `50%`
-    embedding_bits: int | None = None  # also of an output head; None keeps them dense
-    plan: Path | None = None
-    sensitivity: Path | None = None
-    push_to_hub: str | None = None
-    pins: tuple[str, ...] = ()  # each `regex=8bit`
-    min_bits: tuple[str, ...] = ()  # each a number, or `role=number`
-    max_bits: tuple[str, ...] = ()
-    refine: int = 0  # how many whole-model measurements a search for a better plan may take
-    check_uniform: bool = CHECK_UNIFORM
-    out: Path | None = None
-    overwrite: bool = False
+    target: str | None = option(
+        "4bit",
+        "Set the target size: 4bit, 3.5bit, 3.5bpw, 25% or 120MB. The file is never larger.",
+        PLAN,
+        "SIZE",
+        flags=("--target", "-t"),
+        fixed_by=("plan",),
+    )
+    metric: str = option(
+        "output",
+        "Score the layers by this metric.",
+        PLAN,
+        "NAME",
+        registry=METRICS,
+        fixed_by=("plan", "sensitivity"),
+    )
+    allocator: str = option(
+        "knapsack",
+        "Choose the bit widths by this method. uniform and even need no scores.",
+        PLAN,
+        "NAME",
+        registry=ALLOCATORS,
+        fixed_by=("plan",),
+    )
+    compressor: str = option("gptq", "Quantize by this method.", PLAN, "NAME", registry=COMPRESSORS)
+    embedding_bits: int | None = option(
+        None,
+        "Pack the token embeddings and the output head in N bits: 6, 7 or 8 with --runtime cptq, "
+        "8 with --runtime llamacpp.",
+        CANDIDATES,
+        "N",
+        usual="16 (not packed)",
+        fixed_by=("plan",),
+    )
+    plan: Path | None = option(
+        None, "Compress by this plan.json instead of planning for --target.", PLAN, "FILE"
+    )
+    sensitivity: Path | None = option(
+        None,
+        "Use the scores in this sensitivity/METRIC.json of cptq analyze instead of measuring them.",
+        PLAN,
+        "FILE",
+        fixed_by=("plan",),
+    )
+    pins: tuple[str, ...] = option(
+        (),
+        "Give the layers whose name matches REGEX exactly this width, as in 'down_proj=8bit'.",
+        CONSTRAINTS,
+        "REGEX=BITS",
+        flags=("--pin",),
+        fixed_by=("plan",),
+    )
+    min_bits: tuple[str, ...] = option(
+        (),
+        "Give all layers, or those of a role as in down=4, at least N bits.",
+        CONSTRAINTS,
+        "[ROLE=]N",
+        fixed_by=("plan",),
+    )
+    max_bits: tuple[str, ...] = option(
+        (),
+        "Give all layers, or those of a role as in down=4, at most N bits.",
+        CONSTRAINTS,
+        "[ROLE=]N",
+        fixed_by=("plan",),
+    )
+    refine: int = option(
+        0,
+        "Try N swaps of bits between layers on the whole model and keep those that help.",
+        PLAN,
+        "N",
+        minimum=0,
+        fixed_by=("plan",),
+    )
+    check_uniform: bool = option(
+        True,
+        "Compress by the uniform baseline plan of the same size too, and keep the better result.",
+        PLAN,
+    )
+    out: Path | None = out_option(
+        "Write the artifact to this directory.", "DIR", "MODEL-cptq-TARGET"
+    )
+    overwrite: bool = overwrite_option()
+    push_to_hub: str | None = push_to_hub_option()
 
     def __post_init__(self) -> None:
-        runtime = find_runtime(self.runtime)
-        check_bits(self.bits)
-        at_least(0, group_size=self.group_size)
-        runtime.check(self.bits, self.group_size)
-        _check_wider(runtime, self)
-        at_least(0, refine=self.refine)
+        CandidateSettings.__post_init__(self)
         check_repository(self.push_to_hub)
-        if self.embedding_bits is not None and self.embedding_bits not in runtime.embeddings:
+        widths = find_runtime(self.runtime).embeddings
+        if self.embedding_bits is not None and self.embedding_bits not in widths:
             raise UsageError(
                 f"--embedding-bits is {self.embedding_bits}",
-                allowed=f"{', '.join(map(str, runtime.embeddings))} (an output head, which most "
-                "models share with the embedding, suffers from fewer)",
+                allowed=f"{', '.join(map(str, widths))} (fewer bits damage the output head, which "
+                "most models share with the embedding)",
             )
 
 
-def _check_wider(runtime: Runtime, settings: AnalyzeSettings | CompressSettings) -> None:
-    """Options that only some runtimes take, and the words of --sparsity."""
-    names = ("asymmetric", "sparsity", "embedding_bits")
-    runtime.check_wider(*(option(name) for name in names if getattr(settings, name, None)))
-    if settings.asymmetric and not set(settings.bits) & set(runtime.asymmetric):
-        raise UsageError(
-            f"--asymmetric does nothing at --bits {','.join(map(str, settings.bits))}",
-            allowed=f"with one of {', '.join(map(str, runtime.asymmetric))} among them",
-        )
-    for word in settings.sparsity:
-        parse_sparsity(word)
+def _tasks_option(default: tuple[str, ...]) -> tuple[str, ...]:
+    return option(
+        default,
+        "Run this task.",
+        EVALUATION,
+        "NAME",
+        flags=("--task",),
+        registry=TASKS,
+        allowed="text:PATH",
+        usual=", ".join(DEFAULT_TASKS),
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class EvalSettings:
-    """`cptq eval`. `limit` <= 1 is a share of the samples, above 1 a count.
-
-    Where no task is given it is wikitext, unless `lm_eval` names tasks of lm-evaluation-harness.
-    """
+class EvaluationSettings:
+    """What `eval` and `compare` share: a model, and tasks with their data."""
 
     model: ModelSettings
-    tasks: tuple[str, ...] = ()
-    lm_eval: tuple[str, ...] = ()
-    baseline: str | None = None
-    limit: float | None = None
-    seqlen: int | None = None
-    stride: int | None = None  # windows roll over a text, each predicting this many tokens
-    batch_size: int = 8
-    data_dir: Path | None = None
-    seed: int = 0
-    strict: bool = False  # text that calibrated and is evaluated is an error, not a warning
-    out: Path | None = None
-    overwrite: bool = False
+    tasks: tuple[str, ...] = _tasks_option(DEFAULT_TASKS)
+    limit: float | None = option(
+        None,
+        "Evaluate N samples per task, or a share of them if N is at most 1.",
+        EVALUATION,
+        "N",
+        usual="all samples",
+    )
+    seqlen: int | None = option(
+        None,
+        "Measure perplexity in windows of N tokens.",
+        EVALUATION,
+        "N",
+        minimum=2,
+        usual="2048, or what the model takes",
+    )
+    batch_size: int = batch_size_option()
+    data_dir: Path | None = data_dir_option()
+    seed: int = seed_option()
+    strict: bool = option(
+        False,
+        "Refuse to evaluate an artifact on its own calibration text, instead of warning.",
+        EVALUATION,
+    )
 
     def __post_init__(self) -> None:
-        at_least(1, batch_size=self.batch_size)
-        at_least(2, seqlen=self.seqlen)
-        at_least(1, stride=self.stride)
-        at_least(0, seed=self.seed)
+        check_options(self)
+        check_limit(self.limit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSettings(EvaluationSettings):
+    """`cptq eval`. Without tasks it runs wikitext, unless `lm_eval` names tasks."""
+
+    tasks: tuple[str, ...] = _tasks_option(())
+    lm_eval: tuple[str, ...] = option(
+        (),
+        "Run these tasks by lm-evaluation-harness: its names or YAML files, separated by commas.",
+        EVALUATION,
+        "TASKS",
+        commas=True,
+    )
+    baseline: str | None = option(
+        None, "Evaluate this model too and report the differences.", EVALUATION, "MODEL"
+    )
+    stride: int | None = option(
+        None,
+        "Move the windows of perplexity by N tokens and score only those.",
+        EVALUATION,
+        "N",
+        minimum=1,
+        usual="windows side by side",
+    )
+    out: Path | None = out_option("Write the results to this JSON file.", "FILE")
+    overwrite: bool = overwrite_option()
+
+    def __post_init__(self) -> None:
+        EvaluationSettings.__post_init__(self)
         if not self.tasks and not self.lm_eval:
             object.__setattr__(self, "tasks", DEFAULT_TASKS)
-        check_limit(self.limit)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompareSettings:
-    """`cptq compare`: `model` is the first, which the `others` are held to; each is a model, an
-    artifact, or the eval.json of one. `tasks` are for those that must still be measured."""
+class CompareSettings(EvaluationSettings):
+    """`cptq compare`: the `others` are compared with the first, `model`."""
 
-    model: ModelSettings
-    others: tuple[str, ...] = ()
-    tasks: tuple[str, ...] = DEFAULT_TASKS
-    limit: float | None = None
-    no_footprint: bool = False
-    seqlen: int | None = None
-    batch_size: int = 8
-    data_dir: Path | None = None
-    seed: int = 0
-    strict: bool = False
-    out: Path | None = None
-    overwrite: bool = False
+    others: tuple[str, ...] = option(
+        (),
+        "The models to compare with it. Each model may also be an artifact, or the JSON file of "
+        "cptq eval -o, which is not measured again.",
+        ARGUMENTS,
+        "MODEL...",
+    )
+    no_footprint: bool = option(False, "Do not measure speed and memory.", EVALUATION)
+    out: Path | None = out_option(
+        "Write a web page, a plot of size against quality, and the numbers to this directory."
+    )
+    overwrite: bool = overwrite_option()
 
     def __post_init__(self) -> None:
-        at_least(1, batch_size=self.batch_size)
-        at_least(2, seqlen=self.seqlen)
-        at_least(0, seed=self.seed)
-        check_limit(self.limit)
+        EvaluationSettings.__post_init__(self)
         if not self.tasks:
-            raise UsageError("no task is given", hint="--task wikitext")
+            raise UsageError("no task is given", hint="type for example --task wikitext")
         if not self.others:
-            raise UsageError("there is one model, and nothing to compare it with", hint="name two")
+            raise UsageError("only one model is given", hint="name two models or more")
         if len(set(self.sources)) < len(self.sources):
-            raise UsageError("a model is named twice", hint="name each once")
+            raise UsageError("a model is given twice", hint="name each model once")
 
     @property
     def sources(self) -> tuple[str, ...]:
-        """All models, the first first."""
+        """All models, the first one first."""
         return (self.model.model, *self.others)
+
+
+_ARTIFACT = describe_option(
+    "The artifact.", ARGUMENTS, "ARTIFACT", allowed="a directory that cptq wrote"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportSettings:
-    """`cptq export`: an artifact in another file format."""
+    """`cptq export`: write an artifact in another file format."""
 
-    artifact: Path
-    format: str
-    out: Path | None = None
-    overwrite: bool = False
-    push_to_hub: str | None = None
-    token: str | None = field(default=None, repr=False)
-    trust_remote_code: bool = False
+    artifact: Path = field(metadata=_ARTIFACT)
+    format: str = field(
+        metadata=describe_option("Write this file format.", OUTPUT, "NAME", registry=FORMATS)
+    )
+    out: Path | None = out_option("Write to this directory.", "DIR", "ARTIFACT-FORMAT")
+    overwrite: bool = overwrite_option()
+    push_to_hub: str | None = push_to_hub_option()
+    token: str | None = token_option()
+    trust_remote_code: bool = trust_remote_code_option()
 
     def __post_init__(self) -> None:
         check_repository(self.push_to_hub)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class InspectSettings:
+    """`cptq inspect`: show what a checkpoint, an artifact or a GGUF file holds."""
+
+    path: Path = field(
+        metadata=describe_option(
+            "The weights to look into.",
+            ARGUMENTS,
+            "PATH",
+            allowed="a directory, a .safetensors file or a .gguf file",
+        )
+    )
+    all_layers: bool = option(
+        False, "List every layer, instead of counting equal ones.", OUTPUT, flags=("--all",)
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class VerifySettings:
+    """`cptq verify`: check an artifact against its manifest."""
+
+    artifact: Path = field(metadata=_ARTIFACT)
+    trust_remote_code: bool = trust_remote_code_option()
+
+
 Settings = AnalyzeSettings | CompressSettings | EvalSettings | CompareSettings
+AnySettings = Settings | ExportSettings | InspectSettings | VerifySettings
 COMMANDS: Mapping[type, str] = {
     AnalyzeSettings: "analyze",
     CompressSettings: "compress",
     EvalSettings: "eval",
+    ExportSettings: "export",
+    InspectSettings: "inspect",
+    VerifySettings: "verify",
     CompareSettings: "compare",
 }

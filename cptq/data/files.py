@@ -1,46 +1,47 @@
-"""Reading files that people made: bytes to text, tables to rows, and where data is looked for."""
+"""Find and read data files: bytes to text, tables to rows."""
 
 from __future__ import annotations
 
 import csv
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from cptq.errors import DataError
 
-#: the ways to supply missing data, said at the end of every "not found"
+#: how to supply missing data, the hint of every "not found"
 WAYS = "name a directory in the original layout with --data-dir or CPTQ_DATA"
 
 
 class MissingDataError(DataError):
-    """The data is nowhere to be had; what is there but malformed is a plain `DataError`."""
+    """The data is not found; data that is found but malformed is a plain `DataError`."""
 
 
-def data_directory(data_dir: Path | None) -> Path | None:
-    """`--data-dir` if it was given, else CPTQ_DATA if it is set, else None.
+def find_data_directory(data_dir: Path | None) -> Path | None:
+    """Return `--data-dir` if it is given, else CPTQ_DATA if it is set, else None.
 
     Raises:
-        DataError: the directory that was named is not there.
+        DataError: the directory does not exist.
     """
     named, by = (data_dir, "--data-dir") if data_dir else (os.environ.get("CPTQ_DATA"), "CPTQ_DATA")
     if not named:
         return None
     path = Path(named).expanduser()
     if not path.is_dir():
-        raise DataError(f"{by} names {str(path)!r}, which is no directory", hint=WAYS)
+        raise DataError(f"{by} names {str(path)!r}, which is not a directory", hint=WAYS)
     return path
 
 
-def first_existing(root: Path | None, candidates: Iterable[str]) -> Path | None:
-    """The first of `candidates` (relative to `root`) that is a file."""
+def find_first(root: Path | None, candidates: Iterable[str]) -> Path | None:
+    """Find the first of `candidates` (relative to `root`) that is a file."""
     if root is None:
         return None
     return next((root / name for name in candidates if (root / name).is_file()), None)
 
 
 def read_text(path: Path) -> str:
-    """The text of a UTF-8 file, line ends as "\\n", without a byte order mark.
+    """Read a UTF-8 file, line ends as "\\n", without a byte order mark.
 
     Raises:
         DataError: unreadable, not UTF-8 (with the offset of the first bad byte), or empty.
@@ -61,9 +62,9 @@ def read_text(path: Path) -> str:
 
 
 def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
-    """(line number from 1, fields) of every line; quotes are ordinary characters.
+    """Read (line number from 1, fields) of every line; quotes are ordinary characters.
 
-    GLUE's files are not quoted: a sentence may begin with a quotation mark, which a usual CSV
+    GLUE's files are not quoted: a sentence may begin with a quotation mark, which an ordinary CSV
     reader would take for a field over many lines.
 
     Raises:
@@ -77,8 +78,13 @@ def read_tsv(path: Path) -> Iterator[tuple[int, list[str]]]:
         raise DataError(f"{path} cannot be read as TSV: {error}") from error
 
 
-def looked_in(root: Path | None, candidates: Iterable[str]) -> str:
-    """Words for where a file was looked for in vain."""
-    if root is None:
-        return "neither --data-dir nor CPTQ_DATA is given"
-    return f"no {' or '.join(candidates)} in {root}"
+@contextmanager
+def explain_missing(what: str, root: Path | None, candidates: Iterable[str]) -> Iterator[None]:
+    """Add to a `MissingDataError` what is missing and which files were looked for in `root`."""
+    try:
+        yield
+    except MissingDataError as error:
+        looked = "neither --data-dir nor CPTQ_DATA is given"
+        if root is not None:
+            looked = f"no {' or '.join(candidates)} in {root}"
+        raise MissingDataError(f"no {what}: {looked}; {error.problem}", hint=WAYS) from error

@@ -1,6 +1,6 @@
 """Labelled sentences of GLUE's tasks, from the original TSV files or from the Hub.
 
-How each task lies in its files is a table of its own, `cptq.data.glue_layouts`.
+The files and columns of each task are a table of its own, `cptq.data.glue_layouts`.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from cptq.data.files import (
-    WAYS,
-    MissingDataError,
-    data_directory,
-    first_existing,
-    looked_in,
+    explain_missing,
+    find_data_directory,
+    find_first,
     read_tsv,
 )
 from cptq.data.glue_layouts import GLUE_TASKS, STSB_TEST, GlueSplit, Layout
-from cptq.data.hub import hub_rows
+from cptq.data.hub import load_hub_rows
 from cptq.errors import DataError, UnknownNameError
-from cptq.registry import closest
+from cptq.registry import find_closest
 from cptq.types import digest
 
 REPOSITORY = "nyu-mll/glue"
@@ -33,7 +31,7 @@ class GlueSet:
     """Sentences and labels in the order of the file.
 
     `sentences[i]` holds one or two sentences, `labels[i]` a class (0, 1, 2) or a score in [0, 5].
-    `label_names` is empty for a score; `notes` say what was left out.
+    `label_names` is empty for a score; `notes` state what was left out.
     """
 
     task: str
@@ -48,7 +46,7 @@ class GlueSet:
         return len(self.labels)
 
     def first(self, count: int) -> GlueSet:
-        """The first `count` samples."""
+        """Take the first `count` samples."""
         return replace(self, sentences=self.sentences[:count], labels=self.labels[:count])
 
     @cached_property
@@ -65,35 +63,30 @@ def load_glue(
     cache_dir: Path | None = None,
     token: str | None = None,
 ) -> GlueSet:
-    """One part of a task: cola, sst2, mrpc, stsb, qqp, mnli, mnli-mm, qnli, rte, wnli or ax.
+    """Load one part of a task: cola, sst2, mrpc, stsb, qqp, mnli, mnli-mm, qnli, rte, wnli or ax.
 
     Raises:
         UnknownNameError: another task.
-        DataError: missing (says where was looked), empty, not UTF-8, columns missing, a label out
-            of range, or a part that the task does not have with labels.
+        DataError: missing, empty, not UTF-8, columns missing, a label out of range, or a part that
+            the task does not have with labels.
     """
-    layout = _layout(task, split)
-    root = data_directory(data_dir)
+    layout = _find_layout(task, split)
+    root = find_data_directory(data_dir)
     candidates = [f"{parent}{name}" for name in layout.files[split] for parent in ("glue/", "")]
-    path = first_existing(root, candidates)
+    path = find_first(root, candidates)
     if path is not None:
         rows, notes = _read(path, layout)
         return _build(task, split, layout, rows, str(path), notes)
     part = layout.hub_splits[split]
-    try:
-        found = hub_rows(REPOSITORY, layout.hub, part, cache_dir=cache_dir, token=token)
-    except MissingDataError as error:
-        looked = looked_in(root, candidates[:1])
-        raise MissingDataError(
-            f"no GLUE {task} {split}: {looked}; {error.problem}", hint=WAYS
-        ) from error
-    rows = [(number, _hub_fields(row, layout)) for number, row in enumerate(found, start=1)]
-    return _from_hub(task, split, layout, rows, f"{REPOSITORY} {layout.hub} {part} (Hub)")
+    with explain_missing(f"GLUE {task} {split}", root, candidates[:1]):
+        found = load_hub_rows(REPOSITORY, layout.hub, part, cache_dir=cache_dir, token=token)
+    rows = [(number, _read_hub_row(row, layout)) for number, row in enumerate(found, start=1)]
+    return _build_hub_set(task, split, layout, rows, f"{REPOSITORY} {layout.hub} {part} (Hub)")
 
 
-def _layout(task: str, split: GlueSplit) -> Layout:
+def _find_layout(task: str, split: GlueSplit) -> Layout:
     if task not in GLUE_TASKS:
-        near = closest(task, list(GLUE_TASKS))
+        near = find_closest(task, list(GLUE_TASKS))
         raise UnknownNameError(
             f"unknown GLUE task {task!r}",
             allowed=", ".join(GLUE_TASKS),
@@ -111,30 +104,30 @@ Row = tuple[int, Fields]
 
 
 def _read(path: Path, layout: Layout) -> tuple[list[Row], tuple[str, ...]]:
-    """(line number, (sentences, label)) of every line of a TSV file, and what was left out."""
+    """Read (line number, (sentences, label)) of every line of a TSV, and what was left out."""
     lines = list(read_tsv(path))
-    places = [int(column) for column in _columns(layout)] if not layout.header else []
+    places = [int(column) for column in _list_columns(layout)] if not layout.header else []
     if layout.header:
         _, header = lines.pop(0)
-        missing = [str(name) for name in _columns(layout) if name not in header]
+        missing = [str(name) for name in _list_columns(layout) if name not in header]
         if missing:
             raise DataError(
                 f"{path} lacks the columns {', '.join(missing)}; it has {', '.join(header)}"
             )
-        places = [header.index(str(name)) for name in _columns(layout)]
+        places = [header.index(str(name)) for name in _list_columns(layout)]
     kept = lines
     if layout.has_broken_rows:
         kept = [line for line in lines if len(line[1]) > max(places)]
     lost = len(lines) - len(kept)
     notes = (f"{lost} lines of {path.name} with too few columns were left out",) if lost else ()
-    return [(number, _fields(path, number, fields, places)) for number, fields in kept], notes
+    return [(number, _pick_fields(path, number, fields, places)) for number, fields in kept], notes
 
 
-def _columns(layout: Layout) -> tuple[str | int, ...]:
+def _list_columns(layout: Layout) -> tuple[str | int, ...]:
     return (*layout.sentences, layout.label)
 
 
-def _fields(path: Path, number: int, fields: list[str], places: list[int]) -> Fields:
+def _pick_fields(path: Path, number: int, fields: list[str], places: list[int]) -> Fields:
     if len(fields) <= max(places):
         raise DataError(
             f"{path} line {number} has {len(fields)} columns, at least {max(places) + 1} needed"
@@ -143,11 +136,13 @@ def _fields(path: Path, number: int, fields: list[str], places: list[int]) -> Fi
     return tuple(sentences), label
 
 
-def _hub_fields(row: Mapping[str, Any], layout: Layout) -> Fields:
+def _read_hub_row(row: Mapping[str, Any], layout: Layout) -> Fields:
     return tuple(str(row[name]) for name in layout.hub_sentences), str(row["label"])
 
 
-def _from_hub(task: str, split: GlueSplit, layout: Layout, rows: list[Row], origin: str) -> GlueSet:
+def _build_hub_set(
+    task: str, split: GlueSplit, layout: Layout, rows: list[Row], origin: str
+) -> GlueSet:
     if rows and all(label == "-1" for _, (_, label) in rows):
         files = " or ".join(f"glue/{name}" for name in layout.files[split])
         raise DataError(f"{origin} has no labels", hint=f"put {files} below --data-dir")
@@ -168,19 +163,19 @@ def _build(
         task=task,
         split=split,
         sentences=tuple(sentences for _, (sentences, _) in rows),
-        labels=tuple(_label(label, layout, origin, number) for number, (_, label) in rows),
+        labels=tuple(_parse_label(label, layout, origin, number) for number, (_, label) in rows),
         label_names=layout.label_names,
         origin=origin,
         notes=notes,
     )
 
 
-def _label(text: str, layout: Layout, origin: str, number: int) -> float:
+def _parse_label(text: str, layout: Layout, origin: str, number: int) -> float:
     known = layout.label_names if layout.named else tuple(map(str, range(len(layout.label_names))))
     if known:
         if text.strip() in known:
             return known.index(text.strip())
-    elif (score := _score(text)) is not None:
+    elif (score := _parse_score(text)) is not None:
         return score
     raise DataError(
         f"{origin} line {number} has the label {text!r}",
@@ -188,7 +183,7 @@ def _label(text: str, layout: Layout, origin: str, number: int) -> float:
     )
 
 
-def _score(text: str) -> float | None:
+def _parse_score(text: str) -> float | None:
     try:
         value = float(text)
     except ValueError:

@@ -1,8 +1,8 @@
-"""How each task of GLUE lies on disk and on the Hub: a table, nothing else.
+"""The files, columns and labels of each GLUE task, on disk and on the Hub: a table.
 
 The original TSV files (Wang et al. 2018, gluebenchmark.com) differ from task to task: CoLA has no
-header, MRPC and QQP and the inference tasks name their columns each in their own way, and labels
-are numbers in some and words in others. None is quoted. The Hub's copy (`nyu-mll/glue`) has numbers
+header, MRPC, QQP and the inference tasks each name their columns differently, and labels are
+numbers in some and words in others. None is quoted. The Hub's copy (`nyu-mll/glue`) has numbers
 everywhere; `label_names` stand in the order of those numbers.
 
 AX, the diagnostic set, is the full file with labels (`diagnostic-full.tsv`, 1,104 pairs): the copy
@@ -23,7 +23,7 @@ class Layout:
     """One task. Columns are names, or positions in a file without a header.
 
     `files` are the names to try for each part, below a folder of GLUE; `hub` is the configuration
-    and `hub_splits` its parts; `named` says that the file's labels are words. In a file that
+    and `hub_splits` its parts; `named`: the file's labels are words. In a file that
     `has_broken_rows` lines with too few columns are left out and counted.
     """
 
@@ -45,7 +45,7 @@ class Layout:
         return isinstance(self.label, str)
 
 
-def _usual(folder: str) -> dict[GlueSplit, tuple[str, ...]]:
+def _name_files(folder: str) -> dict[GlueSplit, tuple[str, ...]]:
     return {"train": (f"{folder}/train.tsv",), "dev": (f"{folder}/dev.tsv",)}
 
 
@@ -54,7 +54,7 @@ _NLI = ("entailment", "neutral", "contradiction")
 _TWO_WAY = ("entailment", "not_entailment")
 
 
-def _mnli(matched: str) -> Layout:
+def _describe_mnli(matched: str) -> Layout:
     return Layout(
         files={"train": ("MNLI/train.tsv",), "dev": (f"MNLI/dev_{matched}.tsv",)},
         sentences=_PAIR,
@@ -67,9 +67,9 @@ def _mnli(matched: str) -> Layout:
     )
 
 
-def _stsb() -> Layout:
+def _describe_stsb() -> Layout:
     return Layout(
-        files=_usual("STS-B"),
+        files=_name_files("STS-B"),
         sentences=_PAIR,
         label="score",
         label_names=(),
@@ -80,7 +80,7 @@ def _stsb() -> Layout:
 
 GLUE_TASKS: Mapping[str, Layout] = {
     "cola": Layout(
-        files=_usual("CoLA"),
+        files=_name_files("CoLA"),
         sentences=(3,),
         label=1,
         label_names=("unacceptable", "acceptable"),
@@ -88,7 +88,7 @@ GLUE_TASKS: Mapping[str, Layout] = {
         hub_sentences=("sentence",),
     ),
     "sst2": Layout(
-        files=_usual("SST-2"),
+        files=_name_files("SST-2"),
         sentences=("sentence",),
         label="label",
         label_names=("negative", "positive"),
@@ -96,16 +96,16 @@ GLUE_TASKS: Mapping[str, Layout] = {
         hub_sentences=("sentence",),
     ),
     "mrpc": Layout(
-        files=_usual("MRPC"),
+        files=_name_files("MRPC"),
         sentences=("#1 String", "#2 String"),
         label="Quality",
         label_names=("not_equivalent", "equivalent"),
         hub="mrpc",
         hub_sentences=_PAIR,
     ),
-    "stsb": _stsb(),
+    "stsb": _describe_stsb(),
     "qqp": Layout(
-        files=_usual("QQP"),
+        files=_name_files("QQP"),
         sentences=("question1", "question2"),
         label="is_duplicate",
         label_names=("not_duplicate", "duplicate"),
@@ -113,10 +113,10 @@ GLUE_TASKS: Mapping[str, Layout] = {
         hub_sentences=("question1", "question2"),
         has_broken_rows=True,
     ),
-    "mnli": _mnli("matched"),
-    "mnli-mm": _mnli("mismatched"),
+    "mnli": _describe_mnli("matched"),
+    "mnli-mm": _describe_mnli("mismatched"),
     "qnli": Layout(
-        files=_usual("QNLI"),
+        files=_name_files("QNLI"),
         sentences=("question", "sentence"),
         label="label",
         label_names=_TWO_WAY,
@@ -125,7 +125,7 @@ GLUE_TASKS: Mapping[str, Layout] = {
         hub_sentences=("question", "sentence"),
     ),
     "rte": Layout(
-        files=_usual("RTE"),
+        files=_name_files("RTE"),
         sentences=_PAIR,
         label="label",
         label_names=_TWO_WAY,
@@ -134,7 +134,7 @@ GLUE_TASKS: Mapping[str, Layout] = {
         hub_sentences=_PAIR,
     ),
     "wnli": Layout(
-        files=_usual("WNLI"),
+        files=_name_files("WNLI"),
         sentences=_PAIR,
         label="label",
         label_names=("not_entailment", "entailment"),

@@ -1,7 +1,7 @@
 """Data sets from the Hub, or from the cache of an earlier download, through `datasets`.
 
-`datasets` tries an unreachable Hub for half a minute and more. So the Hub is asked for a sign of
-life first, within seconds; with HF_HUB_OFFLINE set only the cache is read.
+`datasets` retries an unreachable Hub for half a minute and more. So whether the Hub can be reached
+is checked first, within seconds; with HF_HUB_OFFLINE set only the cache is read.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ REACH_SECONDS = 5.0
 _FALSE = ("", "0", "false", "no", "off")
 
 
-def offline() -> bool:
-    """Whether the environment forbids asking the Hub."""
+def is_offline() -> bool:
+    """Whether the environment forbids using the Hub."""
     names = ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE")
     return any(os.environ.get(name, "").lower() not in _FALSE for name in names)
 
 
-def hub_rows(
+def load_hub_rows(
     repository: str,
     config: str | None,
     split: str,
@@ -35,12 +35,12 @@ def hub_rows(
     revision: str | None = None,
     data_files: Mapping[str, str] | None = None,
 ) -> list[dict[str, Any]]:
-    """All rows of one split; `data_files` name single files instead of the whole configuration.
+    """Load all rows of one split; `data_files` name single files, not the whole configuration.
 
     Raises:
         MissingDataError: offline and not cached, unreachable, no access, or no such data set.
     """
-    cached = _cached(repository, "" if data_files else config or "", cache_dir)
+    cached = _is_cached(repository, "" if data_files else config or "", cache_dir)
     if not cached:
         _require_hub(repository)
     try:
@@ -53,7 +53,7 @@ def hub_rows(
             None if data_files else config,
             split=split,
             token=token,
-            cache_dir=_text(cache_dir),
+            cache_dir=None if cache_dir is None else str(cache_dir),
             revision=revision,
             data_files=dict(data_files) if data_files else None,
         )
@@ -65,12 +65,8 @@ def hub_rows(
         ) from error
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
-def _cached(repository: str, config: str, cache_dir: Path | None) -> bool:
-    """Whether an earlier run of `datasets` left this configuration in its cache."""
+def _is_cached(repository: str, config: str, cache_dir: Path | None) -> bool:
+    """Whether `datasets` has this configuration in its cache."""
     home = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     cache = Path(os.environ.get("HF_DATASETS_CACHE", home / "datasets")).expanduser()
     folder = (cache_dir or cache) / repository.replace("/", "___").lower() / config
@@ -79,9 +75,9 @@ def _cached(repository: str, config: str, cache_dir: Path | None) -> bool:
 
 
 def _require_hub(repository: str) -> None:
-    if offline():
+    if is_offline():
         raise MissingDataError(
-            f"{repository} is not in the cache of datasets, and HF_HUB_OFFLINE forbids asking "
+            f"{repository} is not in the cache of datasets, and HF_HUB_OFFLINE forbids using "
             "the Hub",
             hint=f"{WAYS}, or unset HF_HUB_OFFLINE",
         )
@@ -90,7 +86,7 @@ def _require_hub(repository: str) -> None:
     try:
         urllib.request.urlopen(request, timeout=REACH_SECONDS).close()
     except urllib.error.HTTPError:
-        return  # it answers
+        return  # the Hub can be reached
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise MissingDataError(

@@ -1,4 +1,4 @@
-"""Rows of the multiple-choice sets, under the field names that the Hub's data sets have.
+"""Rows of the multiple-choice sets, with the field names of the Hub's data sets.
 
 Looked for as JSON lines in the data directory (`hellaswag/validation.jsonl`, one object a line with
 the Hub's own fields), then on the Hub or in the cache of `datasets`. The parts are those that
@@ -15,14 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from cptq.data.files import (
-    WAYS,
-    MissingDataError,
-    data_directory,
-    first_existing,
-    looked_in,
+    explain_missing,
+    find_data_directory,
+    find_first,
     read_text,
 )
-from cptq.data.hub import hub_rows
+from cptq.data.hub import load_hub_rows
 from cptq.errors import DataError
 from cptq.types import digest
 
@@ -31,7 +29,7 @@ Row = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """Where a set lies: on the Hub, and in a data directory as `name/part.jsonl`."""
+    """Where a set is stored: on the Hub, and in a data directory as `name/part.jsonl`."""
 
     repository: str
     config: str | None
@@ -114,18 +112,18 @@ def load_questions(
     cache_dir: Path | None = None,
     token: str | None = None,
 ) -> QuestionSet:
-    """The rows of a set in `SOURCES`.
+    """Load the rows of a set in `SOURCES`.
 
     Raises:
-        DataError: missing (says where was looked), empty, not UTF-8, no JSON, or a field missing.
+        DataError: missing, empty, not UTF-8, not JSON, or a field missing.
     """
-    source, root = SOURCES[name], data_directory(data_dir)
+    source, root = SOURCES[name], find_data_directory(data_dir)
     candidates = [f"{name}/{source.part}.jsonl"]
-    path = first_existing(root, candidates)
+    path = find_first(root, candidates)
     if path is not None:
         rows, origin = _read(path), str(path)
     else:
-        rows, origin = _from_hub(name, source, root, candidates, cache_dir, token)
+        rows, origin = _load_from_hub(name, source, root, candidates, cache_dir, token)
     for number, row in enumerate(rows, start=1):
         missing = [field for field in source.fields if field not in row]
         if missing:
@@ -138,7 +136,7 @@ def load_questions(
     return QuestionSet(name=name, rows=tuple(rows), origin=origin)
 
 
-def _from_hub(
+def _load_from_hub(
     name: str,
     source: Source,
     root: Path | None,
@@ -146,13 +144,10 @@ def _from_hub(
     cache_dir: Path | None,
     token: str | None,
 ) -> tuple[list[dict[str, Any]], str]:
-    try:
-        found = hub_rows(
+    with explain_missing(name, root, candidates):
+        found = load_hub_rows(
             source.repository, source.config, source.part, cache_dir=cache_dir, token=token
         )
-    except MissingDataError as error:
-        looked = looked_in(root, candidates)
-        raise MissingDataError(f"no {name}: {looked}; {error.problem}", hint=WAYS) from error
     words = filter(None, (source.repository, source.config, source.part))
     return found, f"{' '.join(words)} (Hub)"
 
@@ -161,15 +156,15 @@ def _read(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
-            rows.append(_object(path, number, line))
+            rows.append(_parse_row(path, number, line))
     return rows
 
 
-def _object(path: Path, number: int, line: str) -> dict[str, Any]:
+def _parse_row(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise DataError(f"{path} line {number} is not JSON: {error.msg}") from error
     if not isinstance(row, dict):
-        raise DataError(f"{path} line {number} is no JSON object", allowed="one object a line")
+        raise DataError(f"{path} line {number} is not a JSON object", allowed="one object a line")
     return row

@@ -1,4 +1,4 @@
-"""Text by name: `load_text("wikitext", "calibration")` and its kin. Needs no torch."""
+"""Text by name: `load_text("wikitext", "calibration")` and others. Needs no torch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from typing import Literal
 from cptq.data.files import MissingDataError, read_text, read_tsv
 from cptq.data.glue import load_glue
 from cptq.data.glue_layouts import TRAINED
-from cptq.data.topics import is_evaluation, load_topics, without_repeats
+from cptq.data.pydoc_text import drop_repeats, is_evaluation, load_topics
 from cptq.data.wikitext import SEPARATOR, load_wikitext
 from cptq.errors import DataError, UnknownNameError
-from cptq.registry import closest
+from cptq.registry import find_closest
 
 Split = Literal["calibration", "evaluation"]
 SOURCES = ("auto", "wikitext", "pydoc", *(f"glue/{task}" for task in TRAINED))
@@ -56,17 +56,17 @@ class Text:
 
 
 def check_source(source: str) -> str:
-    """`source` if it names a source or a file of a readable kind.
+    """Return `source` if it names a source or a file of a readable kind.
 
     Raises:
-        UnknownNameError: it does neither; the message lists the names and the nearest one.
-        DataError: it is a path, and no such file is there, or its kind is not read.
+        UnknownNameError: it is neither; the message lists the names and the nearest one.
+        DataError: it is the path of a file that does not exist, or of a kind that is not read.
     """
     if source in SOURCES:
         return source
     path = Path(source).expanduser()
     if path.suffix.lower() not in SUFFIXES and not path.exists():
-        near = closest(source, list(SOURCES))
+        near = find_closest(source, list(SOURCES))
         raise UnknownNameError(
             f"unknown text source {source!r}",
             allowed=f"{', '.join(SOURCES)}, or the path of a file ({', '.join(SUFFIXES)})",
@@ -76,7 +76,7 @@ def check_source(source: str) -> str:
         raise DataError(f"no file {source!r}", hint="check the path of the text")
     if path.suffix.lower() not in SUFFIXES:
         raise DataError(
-            f"{source} is not a kind of text that cptq reads", allowed=_listed(SUFFIXES)
+            f"{source} is not a kind of text file that cptq reads", allowed=_join(SUFFIXES)
         )
     return source
 
@@ -89,13 +89,13 @@ def load_text(
     cache_dir: Path | None = None,
     token: str | None = None,
 ) -> Text:
-    """The text called `source`.
+    """Load the text called `source`.
 
     Args:
         source: "wikitext"; "pydoc", the embedded text; "glue/sst2" and the like (one
             sentence a document: the training part to calibrate, dev to evaluate); the path of a
             .txt (or .raw, .tokens), .tsv or .jsonl file, the same for both splits; "auto":
-            wikitext if it is to be had, else pydoc with a note.
+            wikitext if it is available, else pydoc with a note.
         data_dir: as `--data-dir`; None means CPTQ_DATA.
         cache_dir, token: for `datasets`.
 
@@ -110,7 +110,7 @@ def load_text(
         documents, origin, notes = load_wikitext(
             split, data_dir=data_dir, cache_dir=cache_dir, token=token
         )
-        return _text("wikitext", split, documents, SEPARATOR, origin, notes)
+        return _build_text("wikitext", split, documents, SEPARATOR, origin, notes)
     if source == "pydoc":
         return _load_pydoc(split)
     if source.startswith("glue/"):
@@ -119,24 +119,24 @@ def load_text(
 
 
 def load_file(path: Path, split: Split) -> Text:
-    """A file as text: .tsv and .jsonl a document a row, anything else a document a line.
+    """Load a file as text: .tsv and .jsonl one document per row, others one document per line.
 
     A TSV needs a header with one of the columns sentence, text, content, or sentence1 and
     sentence2 (a document each). A JSON line is a string or an object with such a key.
 
     Raises:
-        DataError: empty, not UTF-8, no such column or key, a line that is no JSON.
+        DataError: empty, not UTF-8, no such column or key, a line that is not JSON.
     """
-    readers = {".tsv": _tsv_documents, ".jsonl": _jsonl_documents}
+    readers = {".tsv": _read_tsv_documents, ".jsonl": _read_jsonl_documents}
     reader = readers.get(path.suffix.lower())
     notes: tuple[str, ...] = ()
     if split == "calibration" and "test" in path.stem.lower().replace("_", ".").split("."):
         notes = (f"{path.name} looks like a test part; results on the same text mean nothing",)
     documents = reader(path) if reader else tuple(read_text(path).split("\n"))
-    return _text(path.name, split, documents, "\n\n" if reader else "\n", str(path), notes)
+    return _build_text(path.name, split, documents, "\n\n" if reader else "\n", str(path), notes)
 
 
-def _text(
+def _build_text(
     source: str,
     split: Split,
     documents: tuple[str, ...],
@@ -164,16 +164,16 @@ def _load_auto(
     except MissingDataError as error:
         text = _load_pydoc(split)
         note = f"the embedded text pydoc stands in for wikitext ({error})"
-        return _text("pydoc", split, text.documents, text.separator, text.origin, (note,))
+        return _build_text("pydoc", split, text.documents, text.separator, text.origin, (note,))
 
 
 def _load_pydoc(split: Split) -> Text:
     topics, origin = load_topics()
     wanted = split == "evaluation"
     documents = tuple(
-        text for name, text in without_repeats(topics).items() if is_evaluation(name) is wanted
+        text for name, text in drop_repeats(topics).items() if is_evaluation(name) is wanted
     )
-    return _text("pydoc", split, documents, "\n\n", origin)
+    return _build_text("pydoc", split, documents, "\n\n", origin)
 
 
 def _load_sentences(
@@ -184,17 +184,17 @@ def _load_sentences(
         source.removeprefix("glue/"), part, data_dir=data_dir, cache_dir=cache_dir, token=token
     )
     documents = tuple(sentence for pair in found.sentences for sentence in pair)
-    return _text(source, split, documents, "\n", found.origin, found.notes)
+    return _build_text(source, split, documents, "\n", found.origin, found.notes)
 
 
-def _tsv_documents(path: Path) -> tuple[str, ...]:
+def _read_tsv_documents(path: Path) -> tuple[str, ...]:
     lines = read_tsv(path)
     _, header = next(lines)
     columns = [header.index(name) for name in TEXT_COLUMNS if name in header]
     if not columns:
         raise DataError(
-            f"{path} has no text column in its first line ({_listed(header)})",
-            allowed=_listed(TEXT_COLUMNS),
+            f"{path} has no text column in its first line ({_join(header)})",
+            allowed=_join(TEXT_COLUMNS),
             hint="add a header line",
         )
     documents = []
@@ -207,12 +207,12 @@ def _tsv_documents(path: Path) -> tuple[str, ...]:
     return tuple(documents)
 
 
-def _jsonl_documents(path: Path) -> tuple[str, ...]:
+def _read_jsonl_documents(path: Path) -> tuple[str, ...]:
     lines = enumerate(read_text(path).split("\n"), start=1)
-    return tuple(_json_text(path, number, line) for number, line in lines if line.strip())
+    return tuple(_parse_json_text(path, number, line) for number, line in lines if line.strip())
 
 
-def _json_text(path: Path, number: int, line: str) -> str:
+def _parse_json_text(path: Path, number: int, line: str) -> str:
     try:
         value = json.loads(line)
     except json.JSONDecodeError as error:
@@ -224,10 +224,10 @@ def _json_text(path: Path, number: int, line: str) -> str:
     if not texts:
         raise DataError(
             f"{path} line {number} has no text",
-            allowed=f"a string, or a key {_listed(TEXT_COLUMNS)}",
+            allowed=f"a string, or a key {_join(TEXT_COLUMNS)}",
         )
     return "\n\n".join(texts)
 
 
-def _listed(names: list[str] | tuple[str, ...]) -> str:
+def _join(names: list[str] | tuple[str, ...]) -> str:
     return ", ".join(names)

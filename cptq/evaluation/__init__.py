@@ -1,6 +1,7 @@
 """What can be measured on a model, by name. Importing this loads no torch.
 
-`cptq.evaluation.run.evaluate` runs a task; a text file is the task `text:PATH`, or just its path.
+`cptq.evaluation.task` prepares and measures a task; a text file is the task `text:PATH`, or just
+its path.
 """
 
 from __future__ import annotations
@@ -11,16 +12,16 @@ from typing import Any
 
 from cptq.data import SUFFIXES, check_source
 from cptq.errors import EvaluationError, UnknownNameError
-from cptq.registry import Registry, closest
+from cptq.registry import Registry, find_closest
 from cptq.types import ModelKind
 
-#: GLUE's tasks -> the function that measures them
-_GLUE = {
-    **dict.fromkeys(("glue/cola", "glue/sst2", "glue/mrpc"), "classes"),
-    **dict.fromkeys(("glue/stsb", "glue/stsb-test"), "stsb"),
-    **dict.fromkeys(("glue/qqp", "glue/mnli", "glue/mnli-mm", "glue/qnli"), "classes"),
-    **dict.fromkeys(("glue/rte", "glue/wnli", "glue/ax"), "classes"),
-}
+_GLUE = tuple(
+    f"glue/{task}"
+    for task in (
+        *("cola", "sst2", "mrpc", "stsb", "stsb-test", "qqp"),
+        *("mnli", "mnli-mm", "qnli", "rte", "wnli", "ax"),
+    )
+)
 #: sets of questions for language models, by the names that lm-evaluation-harness gives them
 _CHOICES = (
     *("hellaswag", "piqa", "arc_easy", "arc_challenge", "winogrande", "boolq", "openbookqa"),
@@ -29,28 +30,24 @@ _CHOICES = (
 #: GLUE by log-likelihood, by those names too (`glue/sst2` is for classifiers, `sst2` for LMs)
 _ASKED_GLUE = ("cola", "sst2", "mrpc", "qqp", "mnli", "mnli_mismatch", "qnli", "rte", "wnli")
 _LM_TASKS = {
-    "wikitext": "wikitext:wikitext",
-    **dict.fromkeys(("wikitext103", "ptb", "c4"), "corpora:corpus"),
-    "pydoc": "text:pydoc",
-    **dict.fromkeys(("wikitext-rolling", "c4-rolling"), "rolling:rolling"),
+    **dict.fromkeys(("wikitext", "wikitext103", "ptb", "c4", "pydoc"), "text:prepare_text"),
+    **dict.fromkeys(("wikitext-rolling", "c4-rolling"), "rolling:prepare_rolling"),
 }
 _ASKED = {
-    **dict.fromkeys(_CHOICES, "zeroshot:choices"),
-    **dict.fromkeys(_ASKED_GLUE, "zeroshot:glue"),
+    **dict.fromkeys(_CHOICES, "zeroshot:prepare_choices"),
+    **dict.fromkeys(_ASKED_GLUE, "zeroshot:prepare_glue_questions"),
 }
-#: name -> a `cptq.evaluation.options.Task`
+_PLACES = {
+    **_LM_TASKS,
+    **dict.fromkeys(_GLUE, "glue:prepare_glue"),
+    **_ASKED,
+    "footprint": "footprint:prepare_footprint",
+}
+#: name -> a `cptq.evaluation.task.Prepare`
 TASKS: Registry[Any] = Registry(
-    "task",
-    {
-        **{name: f"cptq.evaluation.tasks.{place}" for name, place in _LM_TASKS.items()},
-        **{name: f"cptq.evaluation.tasks.glue:{function}" for name, function in _GLUE.items()},
-        **{name: f"cptq.evaluation.tasks.{place}" for name, place in _ASKED.items()},
-        "footprint": "cptq.evaluation.footprint:footprint",
-    },
+    "task", {name: f"cptq.evaluation.tasks.{place}" for name, place in _PLACES.items()}
 )
 TEXT_PREFIX = "text:"
-#: tasks that read no text
-TEXTLESS = ("footprint",)
 _ALL_KINDS: tuple[ModelKind, ...] = ("causal-lm", "masked-lm", "classifier", "encoder")
 #: which kinds of model a task can be run on; a text file is as wikitext
 TASK_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
@@ -63,11 +60,11 @@ TASK_KINDS: Mapping[str, tuple[ModelKind, ...]] = {
 
 
 def check_task(name: str) -> str:
-    """The task meant by `name`: a registered name as it is, the path of a text as `text:PATH`.
+    """Return the task's name: a registered name as it is, the path of a text as `text:PATH`.
 
     Raises:
         UnknownNameError: no such task; the message lists the names and the nearest one.
-        DataError: the path of a text, and no such file is there or its kind is not read.
+        DataError: the path of a text that does not exist, or of a kind that is not read.
     """
     if name in TASKS:
         return name
@@ -75,7 +72,7 @@ def check_task(name: str) -> str:
     if name.startswith(TEXT_PREFIX) or Path(path).suffix.lower() in SUFFIXES:
         # "./" keeps a file called "wikitext" from being taken for the source of that name
         return TEXT_PREFIX + check_source(path if "/" in path or "." in path else f"./{path}")
-    near = closest(name, TASKS.names())
+    near = find_closest(name, TASKS.list_names())
     raise UnknownNameError(
         f"unknown task {name!r}",
         allowed=f"{', '.join(TASKS)}, or text:PATH for a file ({', '.join(SUFFIXES)})",
@@ -83,8 +80,8 @@ def check_task(name: str) -> str:
     )
 
 
-def tasks_for(kind: ModelKind) -> list[str]:
-    """The names of the tasks that a model of this kind can be measured by."""
+def list_tasks(kind: ModelKind) -> list[str]:
+    """List the tasks that a model of this kind can be measured by."""
     names = [name for name in TASKS if kind in TASK_KINDS[name]]
     return [*names, "text:PATH"] if kind == "causal-lm" else names
 
@@ -93,7 +90,7 @@ def check_task_kind(name: str, kind: ModelKind) -> None:
     """Refuse a task that a model of this kind cannot do.
 
     Raises:
-        EvaluationError: it cannot; the message lists the tasks that it can.
+        EvaluationError: it cannot; the message lists the tasks that it can do.
         UnknownNameError, DataError: as `check_task`.
     """
     known = check_task(name)
@@ -101,15 +98,15 @@ def check_task_kind(name: str, kind: ModelKind) -> None:
     if kind not in kinds:
         raise EvaluationError(
             f"the task {name} is for a {' or '.join(kinds)}, and this model is a {kind}",
-            allowed=f"{', '.join(tasks_for(kind))} for a {kind}",
-            hint=_other_way(known, kind),
+            allowed=f"{', '.join(list_tasks(kind))} for a {kind}",
+            hint=_suggest_counterpart(known, kind),
         )
 
 
-def _other_way(name: str, kind: ModelKind) -> str | None:
-    """The same data asked in the way of this kind of model, if there is one."""
+def _suggest_counterpart(name: str, kind: ModelKind) -> str | None:
+    """Name the task with the same data for this kind of model, if there is one."""
     short = name.removeprefix("glue/").replace("mnli-mm", "mnli_mismatch")
     long = f"glue/{name}".replace("mnli_mismatch", "mnli-mm")
     other = short if kind == "causal-lm" else long
     same = other != name and other in TASKS and kind in TASK_KINDS[other]
-    return f"for a {kind} it is the task {other}" if same else None
+    return f"use the task {other} for a {kind}" if same else None

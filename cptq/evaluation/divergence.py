@@ -1,22 +1,32 @@
-"""How far a model's predictions are from a baseline's, token by token on the same text.
+"""Divergence of a model's predictions from a baseline's, token by token on the same text.
 
-Perplexity can stay the same while half the answers change; these see it. At every predicted token,
-with p the baseline's distribution and q the model's over the vocabulary,
+Perplexity can stay the same while half the answers change; these measures detect that. At every
+predicted token, with p the baseline's distribution and q the model's over the vocabulary,
 
     KL(p || q) = sum p (ln p - ln q)        nats, 0 where the two agree
 
 and two yes-or-no questions: do both find the same token likeliest (top-1 agreement); and is exactly
-one of them right about the token that comes (a flip, as Dutta et al. 2024, "Accuracy is not all you
+one of them right about the next token (a flip, as Dutta et al. 2024, "Accuracy is not all you
 need", count flips of answers: right to wrong and wrong to right)? Reported are the mean KL, its
-percentiles 99 and 99.9 over tokens, the share of agreement and the share of flips. Standard errors
-take windows as the independent samples, as those of perplexity do (`cptq.evaluation.tails` for the
-percentiles).
+percentiles 99 and 99.9 over tokens, the share of agreement and the share of flips.
+
+Standard errors take windows as the independent samples, as those of perplexity do. A percentile is
+no mean; Woodruff's method (1952, "Confidence intervals for medians and other position measures")
+makes one of it. Let q be the sample's quantile at the level p. The share of tokens up to q is a
+ratio of sums over windows, whose standard error s is that of `cptq.evaluation.perplexity`; carried
+back through the sample's own quantiles it is one of q:
+
+    stderr(q) = ( Q(p + s) - Q(p - s) ) / 2
+
+It takes no resampling and no estimate of a density. Where p + s exceeds 1 the windows are too few
+to estimate how heavy the tail is, and there is no error (None) rather than one that is too small. A
+maximum would have none at all: it grows with the number of tokens, and depends on one of them.
 
 Memory: never two models, never the logits of a text. While the baseline is measured, its last
 hidden states go to a temporary file (float32, a few kB a token) and its head stays; the logits of
 both are then made from hidden states, a few hundred positions at a time, when the model is
 measured. A model that has no head of its own keeps its logits instead. Where the disk has no room
-for the file, nothing is compared, and that is said.
+for the file, nothing is compared, and a notice says so.
 """
 
 from __future__ import annotations
@@ -30,23 +40,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cptq.calibration.tokens import token_digest
-from cptq.evaluation.halves import LOGIT_ELEMENTS, positions_at_once
-from cptq.evaluation.perplexity import Estimate, Witness, ratio
-from cptq.evaluation.tails import quantile
+from cptq.evaluation.perplexity import BatchHook, Estimate, estimate_ratio
+from cptq.evaluation.split_model import LOGIT_ELEMENTS, count_positions
 from cptq.types import Emit, EvalResult, Notice
-from cptq.types.samples import ratios
+from cptq.types.samples import build_ratios
 
 #: of the free disk, how much the hidden states of one text may take
 DISK_SHARE = 0.5
 #: metric -> the quantile of the KL over tokens
-TAILS = {"kl_p99": 0.99, "kl_p99.9": 0.999}
+QUANTILES = {"kl_p99": 0.99, "kl_p99.9": 0.999}
 
 Numbers = np.ndarray[Any, Any]
 
 
 @dataclass(kw_only=True)
-class Kept:
+class RecordedStates:
     """A baseline's last hidden states on the windows of one text, and its head."""
 
     fingerprint: str
@@ -59,7 +67,7 @@ class Kept:
     done: int = 0
 
     def __call__(self, head: nn.Module, hidden_BTC: Tensor, labels_BT: Tensor) -> None:
-        """Keep one batch."""
+        """Record one batch."""
         if self.done == 0 and not self._make_room(hidden_BTC.shape[-1]):
             self.done = -1
         if self.done < 0 or self.states is None:
@@ -75,7 +83,7 @@ class Kept:
         if needed > DISK_SHARE * free:
             message = (
                 f"no KL to the baseline: its outputs take {needed:,} bytes of temporary disk, and "
-                f"{free:,} are free; --limit asks for less text"
+                f"{free:,} are free; --limit takes less text"
             )
             self.emit(Notice(kind="skipped", subject=self.name, message=message))
             return False
@@ -84,59 +92,65 @@ class Kept:
 
 
 @dataclass(kw_only=True)
-class Keeper:
-    """Stands beside the baseline; `folder` is a temporary directory."""
+class StateRecorder:
+    """Observes the baseline and records its hidden states; `folder` is a temporary directory."""
 
     folder: Path
-    kept: dict[str, Kept] = field(default_factory=dict)
+    recorded: dict[str, RecordedStates] = field(default_factory=dict)
 
-    def open(self, name: str, windows_NT: Tensor, emit: Emit) -> Witness | None:
-        """Keep what the baseline makes of this text."""
-        windows, seqlen = windows_NT.shape
-        self.kept[name] = Kept(
-            fingerprint=token_digest(windows_NT),
-            path=self.folder / f"{len(self.kept)}.float32",
+    def start(
+        self, name: str, fingerprint: str, shape: tuple[int, int], emit: Emit
+    ) -> BatchHook | None:
+        """Record the baseline's states on this text."""
+        windows, seqlen = shape
+        self.recorded[name] = RecordedStates(
+            fingerprint=fingerprint,
+            path=self.folder / f"{len(self.recorded)}.float32",
             shape=(windows, seqlen - 1),
             emit=emit,
             name=name,
         )
-        return self.kept[name]
+        return self.recorded[name]
 
-    def results(self, like: EvalResult) -> list[EvalResult]:
-        """None: the baseline is not compared with itself."""
+    def read_results(self, like: EvalResult) -> list[EvalResult]:
+        """Return none: the baseline is not compared with itself."""
         return []
 
 
 @dataclass(kw_only=True)
-class Comparer:
-    """Stands beside the model, with what the baseline's keeper has."""
+class StateComparer:
+    """Observes the model and compares it with the baseline's recorded states."""
 
-    kept: dict[str, Kept]
-    found: Compared | None = None
+    recorded: dict[str, RecordedStates]
+    found: TokenComparison | None = None
 
-    def open(self, name: str, windows_NT: Tensor, emit: Emit) -> Witness | None:
-        """Compare on this text, if the baseline saw the same tokens."""
+    def start(
+        self, name: str, fingerprint: str, shape: tuple[int, int], emit: Emit
+    ) -> BatchHook | None:
+        """Compare on this text, if the baseline got the same tokens."""
         self.found = None
-        kept = self.kept.get(name)
-        if kept is None or kept.done < 0:
+        base = self.recorded.get(name)
+        if base is None or base.done < 0:
             return None
-        if kept.fingerprint != token_digest(windows_NT):
-            message = "no KL to the baseline: the two models do not see the same tokens"
+        if base.fingerprint != fingerprint:
+            message = "no KL to the baseline: the two models get different tokens"
             emit(Notice(kind="skipped", subject=name, message=message))
             return None
-        self.found = Compared(kept=kept, emit=emit)
+        self.found = TokenComparison(base=base, emit=emit)
         return self.found
 
-    def results(self, like: EvalResult) -> list[EvalResult]:
-        """KL, agreement and flips on the text opened last; none where nothing was compared."""
-        return self.found.results(like) if self.found is not None and self.found.kl else []
+    def read_results(self, like: EvalResult) -> list[EvalResult]:
+        """Return KL, agreement and flips on the text started last; none where none was compared."""
+        if self.found is None or not self.found.kl:
+            return []
+        return self.found.summarize(like)
 
 
 @dataclass(kw_only=True)
-class Compared:
-    """Of every predicted token: the KL, and whether the two agree and flip."""
+class TokenComparison:
+    """Per predicted token: the KL, whether the two agree, and whether one flips."""
 
-    kept: Kept
+    base: RecordedStates
     emit: Emit
     kl: list[Tensor] = field(default_factory=list)
     same: list[Tensor] = field(default_factory=list)
@@ -145,50 +159,50 @@ class Compared:
 
     def __call__(self, head: nn.Module, hidden_BTC: Tensor, labels_BT: Tensor) -> None:
         """Compare one batch of windows."""
-        states, base = self.kept.states, self.kept.head
+        states, base_head = self.base.states, self.base.head
         assert states is not None
-        assert base is not None
-        if self.rows == 0 and not self._same_vocabulary(head, hidden_BTC):
+        assert base_head is not None
+        if self.rows == 0 and not self._has_same_vocabulary(head, hidden_BTC):
             self.rows = -1
         if self.rows < 0:
             return
         end = self.rows + len(hidden_BTC)
         base_BTC = torch.from_numpy(states[self.rows : end].copy()).to(hidden_BTC)
         self.rows = end
-        kl, same, flip = compare_tokens(base, base_BTC, head, hidden_BTC, labels_BT)
+        kl, same, flip = compare_tokens(base_head, base_BTC, head, hidden_BTC, labels_BT)
         self.kl.append(kl)
         self.same.append(same)
         self.flip.append(flip)
 
-    def _same_vocabulary(self, head: nn.Module, hidden_BTC: Tensor) -> bool:
-        assert self.kept.states is not None
-        assert self.kept.head is not None
-        first = torch.from_numpy(self.kept.states[:1, :1].copy()).to(hidden_BTC)
-        sizes = self.kept.head(first).shape[-1], head(hidden_BTC[:1, :1]).shape[-1]
+    def _has_same_vocabulary(self, head: nn.Module, hidden_BTC: Tensor) -> bool:
+        assert self.base.states is not None
+        assert self.base.head is not None
+        first = torch.from_numpy(self.base.states[:1, :1].copy()).to(hidden_BTC)
+        sizes = self.base.head(first).shape[-1], head(hidden_BTC[:1, :1]).shape[-1]
         if sizes[0] != sizes[1]:
             message = f"no KL to the baseline: vocabularies of {sizes[1]:,} and {sizes[0]:,} tokens"
-            self.emit(Notice(kind="skipped", subject=self.kept.name, message=message))
+            self.emit(Notice(kind="skipped", subject=self.base.name, message=message))
         return bool(sizes[0] == sizes[1])
 
-    def results(self, like: EvalResult) -> list[EvalResult]:
-        """The five numbers, described as the perplexity `like` is."""
+    def summarize(self, like: EvalResult) -> list[EvalResult]:
+        """Summarise all tokens in five results, described as the perplexity `like` is."""
         kl_NT = torch.cat(self.kl).numpy()
         whole = np.full(len(kl_NT), kl_NT.shape[1])
         sums = [torch.cat(part).double().sum(1).numpy() for part in (self.kl, self.same, self.flip)]
         agreement = (("kl", "nats", False), ("top1_agree", "of tokens", True))
         kinds = (*agreement, ("flips", "of tokens", False))
         means = [
-            _described(like, metric, unit, higher, ratio(sum_N, whole), sum_N, whole)
+            _describe(like, metric, unit, higher, estimate_ratio(sum_N, whole), sum_N, whole)
             for (metric, unit, higher), sum_N in zip(kinds, sums, strict=True)
         ]
-        tails = [
-            _described(like, metric, "nats", False, quantile(kl_NT, level))
-            for metric, level in TAILS.items()
+        quantiles = [
+            _describe(like, metric, "nats", False, estimate_quantile(kl_NT, level))
+            for metric, level in QUANTILES.items()
         ]
-        return [means[0], *tails, *means[1:]]
+        return [means[0], *quantiles, *means[1:]]
 
 
-def _described(
+def _describe(
     like: EvalResult,
     metric: str,
     unit: str,
@@ -206,7 +220,7 @@ def _described(
         higher_is_better=higher,
         value=estimate.value,
         stderr=estimate.stderr,
-        per_sample=ratios(sum_N, count_N) if both else None,  # type: ignore[arg-type]
+        per_sample=build_ratios(sum_N, count_N) if both else None,  # type: ignore[arg-type]
         notes=like.notes + short,
     )
 
@@ -218,13 +232,13 @@ def compare_tokens(
     hidden_BTC: Tensor,
     labels_BT: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(KL in nats float64, same likeliest token, exactly one right), each (batch, tokens), on CPU.
+    """Return (KL in nats float64, same likeliest token, exactly one right), each (batch, tokens).
 
-    Both heads give logits over the same vocabulary.
+    On the CPU; both heads give logits over the same vocabulary.
     """
-    size = positions_at_once(head, hidden_BTC, LOGIT_ELEMENTS // 2)
+    size = count_positions(head, hidden_BTC, LOGIT_ELEMENTS // 2)
     parts = [
-        _compare_piece(base_head(base).float(), head(own).float(), labels)
+        _compare_chunk(base_head(base).float(), head(own).float(), labels)
         for base, own, labels in zip(
             base_BTC.split(size, 1),
             hidden_BTC.split(size, 1),
@@ -236,7 +250,7 @@ def compare_tokens(
     return kl, same, flip
 
 
-def _compare_piece(
+def _compare_chunk(
     base_BTV: Tensor, own_BTV: Tensor, labels_BT: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     base, own = base_BTV.log_softmax(-1), own_BTV.log_softmax(-1)
@@ -244,3 +258,14 @@ def _compare_piece(
     base_top, own_top = base_BTV.argmax(-1), own_BTV.argmax(-1)
     flip = (base_top == labels_BT) != (own_top == labels_BT)
     return kl_BT, base_top == own_top, flip
+
+
+def estimate_quantile(values_NT: Numbers, level: float) -> Estimate:
+    """Estimate the quantile of all values, N windows of T tokens; no error where N is too small."""
+    found = float(np.quantile(values_NT, level))
+    windows, tokens = values_NT.shape
+    below = estimate_ratio((values_NT <= found).sum(1), np.full(windows, tokens))
+    if below.stderr is None or level + below.stderr > 1:
+        return Estimate(value=found, stderr=None)
+    low, high = np.quantile(values_NT, [max(level - below.stderr, 0.0), level + below.stderr])
+    return Estimate(value=found, stderr=float(high - low) / 2)

@@ -1,4 +1,4 @@
-"""Perplexity by the protocol of the GPTQ repository, and two numbers that tokenizers share.
+"""Perplexity by the protocol of the GPTQ repository, and two numbers that compare tokenizers.
 
 The whole text is tokenised once, with the special tokens that the tokenizer adds by itself (OPT's
 and Llama's begin with a BOS, so only the first window has one). It is cut into windows of `seqlen`
@@ -15,7 +15,7 @@ lm-evaluation-harness, by words and UTF-8 bytes of the text itself; the words an
 those of the predicted tokens (a word where its last character is). They compare models of different
 vocabularies. The harness's task `wikitext` removes the corpus's spacing, predicts every token and
 counts empty strings at the ends of a page as words, so its digits differ: those are the task
-`wikitext-rolling` (cptq.evaluation.rolling).
+`wikitext-rolling` (cptq.evaluation.tasks.rolling).
 
 Standard errors take windows as the independent samples (a ratio estimate: delta method); they are
 None for a single window.
@@ -37,21 +37,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cptq.evaluation.halves import LOGIT_ELEMENTS, halves, positions_at_once
+from cptq.evaluation.split_model import LOGIT_ELEMENTS, count_positions, split_model
 from cptq.types.samples import Link
 
 #: tokens of one forward, whatever the batch size (one window is always taken)
 FORWARD_TOKENS = 4096
 
 #: (head, hidden states (batch, tokens, width), labels (batch, tokens)) of one batch of windows
-Witness = Callable[[nn.Module, Tensor, Tensor], None]
+BatchHook = Callable[[nn.Module, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tokens:
     """A tokenised text: ids (tokens,) int64 and where in the text each token ends.
 
-    `ends` (tokens,) are character positions, never decreasing; None if the tokenizer does not say.
+    `ends` (tokens,) are character positions, never decreasing; None if the tokenizer gives none.
     """
 
     text: str
@@ -68,7 +68,7 @@ class Estimate:
 
 
 def tokenize(tokenizer: Any, text: str) -> Tokens:
-    """The text as one sequence, with the tokenizer's own special tokens."""
+    """Tokenise the text as one sequence, with the tokenizer's own special tokens."""
     fast = bool(getattr(tokenizer, "is_fast", False))
     found = tokenizer(text, verbose=False, truncation=False, return_offsets_mapping=fast)
     ends = None
@@ -79,18 +79,18 @@ def tokenize(tokenizer: Any, text: str) -> Tokens:
 
 
 def cut_windows(ids: Tensor, seqlen: int) -> Tensor:
-    """(windows, seqlen): consecutive windows, the rest dropped."""
+    """Cut (windows, seqlen) consecutive windows, the rest dropped."""
     windows = ids.numel() // seqlen
     return ids[: windows * seqlen].view(windows, seqlen)
 
 
-def counts_between(
+def count_words_and_bytes(
     tokens: Tokens, first_N: np.ndarray[Any, Any], last_N: np.ndarray[Any, Any]
 ) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]] | None:
-    """(words, bytes), each (windows,), of the tokens after token `first` up to token `last`.
+    """Count (words, bytes), each (windows,), of the tokens after token `first` up to token `last`.
 
     A token's text reaches from the end of the token before to its own end, so that spaces between
-    tokens count. None if the tokenizer does not say where tokens end.
+    tokens count. None if the tokenizer gives no offsets.
     """
     if tokens.ends is None:
         return None
@@ -104,49 +104,49 @@ def counts_between(
 
 
 def sum_nll(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """(batch,) float64: the summed negative log-likelihood in nats, float32 inside."""
+    """Sum the negative log-likelihood in nats: (batch,) float64, float32 inside."""
     losses = nn.functional.cross_entropy(
         logits_BTV.float().flatten(0, 1), labels_BT.flatten(), reduction="none"
     )
     return losses.view(labels_BT.shape).double().sum(1)
 
 
-def nll_in_pieces(head: nn.Module, hidden_BTC: Tensor, labels_BT: Tensor) -> Tensor:
-    """(batch,) float64: the summed nll of labels from hidden states, a piece at a time."""
-    size = positions_at_once(head, hidden_BTC, LOGIT_ELEMENTS)
-    pieces = zip(hidden_BTC.split(size, 1), labels_BT.split(size, 1), strict=True)
-    return torch.stack([sum_nll(head(hidden), labels) for hidden, labels in pieces]).sum(0)
+def _sum_nll_in_chunks(head: nn.Module, hidden_BTC: Tensor, labels_BT: Tensor) -> Tensor:
+    """Sum the nll of labels, a chunk of positions at a time: (batch,) float64."""
+    size = count_positions(head, hidden_BTC, LOGIT_ELEMENTS)
+    chunks = zip(hidden_BTC.split(size, 1), labels_BT.split(size, 1), strict=True)
+    return torch.stack([sum_nll(head(hidden), labels) for hidden, labels in chunks]).sum(0)
 
 
-def window_nll(
+def measure_nll(
     module: nn.Module,
     windows_NT: Tensor,
     *,
     batch_size: int,
     device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
-    witness: Witness | None = None,
+    hook: BatchHook | None = None,
 ) -> Tensor:
-    """(windows,) float64 on the CPU: each window's summed nll of its seqlen - 1 predictions.
+    """Measure each window's summed nll of its seqlen - 1 predictions: (windows,) float64, CPU.
 
-    `witness` is shown every batch's hidden states, head and labels.
+    `hook` is called with every batch's head, hidden states and labels.
     """
     rows = max(1, min(batch_size, FORWARD_TOKENS // windows_NT.shape[1]))
     sums: list[Tensor] = []
     with torch.inference_mode():
-        model = halves(module, windows_NT[:1].to(device))
+        model = split_model(module, windows_NT[:1].to(device))
         for batch in windows_NT.split(rows):
             ids_BT = batch.to(device)
-            hidden_BTC, labels_BT = model.hidden(ids_BT)[:, :-1], ids_BT[:, 1:]
-            sums.append(nll_in_pieces(model.head, hidden_BTC, labels_BT).cpu())
-            if witness is not None:
-                witness(model.head, hidden_BTC, labels_BT)
+            hidden_BTC, labels_BT = model.compute_hidden(ids_BT)[:, :-1], ids_BT[:, 1:]
+            sums.append(_sum_nll_in_chunks(model.head, hidden_BTC, labels_BT).cpu())
+            if hook is not None:
+                hook(model.head, hidden_BTC, labels_BT)
             progress(sum(part.numel() for part in sums))
     return torch.cat(sums)
 
 
-def ratio(nll_N: np.ndarray[Any, Any], count_N: np.ndarray[Any, Any]) -> Estimate:
-    """Sum of nll over sum of counts, with the standard error of a ratio of sums."""
+def estimate_ratio(nll_N: np.ndarray[Any, Any], count_N: np.ndarray[Any, Any]) -> Estimate:
+    """Divide the sum of nll by the sum of counts, with the standard error of a ratio of sums."""
     value, windows = float(nll_N.sum() / count_N.sum()), len(nll_N)
     if windows < 2:
         return Estimate(value=value, stderr=None)
@@ -155,21 +155,21 @@ def ratio(nll_N: np.ndarray[Any, Any], count_N: np.ndarray[Any, Any]) -> Estimat
     return Estimate(value=value, stderr=spread)
 
 
-def exponential(rate: Estimate) -> Estimate:
-    """exp of an estimate in nats; infinite where a float cannot hold it."""
+def exponentiate(rate: Estimate) -> Estimate:
+    """Take exp of an estimate in nats; infinite where a float cannot hold it."""
     value = math.exp(rate.value) if rate.value < 709 else math.inf
     finite = rate.stderr is not None and math.isfinite(value)
     return Estimate(value=value, stderr=value * (rate.stderr or 0.0) if finite else None)
 
 
-def bits(rate: Estimate) -> Estimate:
-    """An estimate in nats, in bits."""
+def convert_to_bits(rate: Estimate) -> Estimate:
+    """Convert an estimate from nats to bits."""
     stderr = None if rate.stderr is None else rate.stderr / math.log(2)
     return Estimate(value=rate.value / math.log(2), stderr=stderr)
 
 
-def linked(rate: Estimate, link: Link) -> Estimate:
-    """An estimate of a ratio of sums, as the value that is reported."""
+def apply_link(rate: Estimate, link: Link) -> Estimate:
+    """Turn an estimate of a ratio of sums into the value that is reported."""
     if link == "mean":
         return rate
-    return exponential(rate) if link == "exp" else bits(rate)
+    return exponentiate(rate) if link == "exp" else convert_to_bits(rate)

@@ -1,9 +1,9 @@
-"""Tasks as text to continue, word for word as lm-evaluation-harness 0.4 asks them without examples.
+"""Tasks as text to continue, word for word as lm-evaluation-harness 0.4 words them zero-shot.
 
 A question has one context and one continuation per choice (a space and the choice). Winogrande
-turns that round: the choice fills the blank in the context, and all choices share the continuation.
+reverses that: the choice fills the blank in the context, and all choices share the continuation.
 Lambada has one continuation, the last word. The texts, the order of the choices and the versions
-are those of the harness's task files (`lm_eval/tasks/...`), whose names the tasks bear.
+are those of the harness's task files (`lm_eval/tasks/...`), whose names the tasks have.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Question:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Format:
-    """How rows of a data set become questions, and what is reported of the answers."""
+    """How rows of a data set become questions, and which metrics are reported."""
 
     ask: Callable[[Row], Question]
     metrics: tuple[str, ...]
@@ -47,8 +47,8 @@ class GlueFormat:
     version: int = 1
 
 
-def choose(context: str, choices: tuple[str, ...] | list[str], gold: int) -> Question:
-    """One context, a space and each choice after it."""
+def build_question(context: str, choices: tuple[str, ...] | list[str], gold: int) -> Question:
+    """Build a question of one context, with a space and each choice after it."""
     return Question(
         pairs=tuple((context, f" {choice}") for choice in choices),
         lengths=tuple(len(choice) for choice in choices),
@@ -56,37 +56,39 @@ def choose(context: str, choices: tuple[str, ...] | list[str], gold: int) -> Que
     )
 
 
-def _hellaswag(row: Row) -> Question:
+def _ask_hellaswag(row: Row) -> Question:
     context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    endings = [_without_brackets(ending) for ending in row["endings"]]
-    return choose(_without_brackets(context), endings, int(row["label"]))
+    endings = [_strip_brackets(ending) for ending in row["endings"]]
+    return build_question(_strip_brackets(context), endings, int(row["label"]))
 
 
-def _without_brackets(text: str) -> str:
-    """WikiHow's marks taken out."""
+def _strip_brackets(text: str) -> str:
+    """Remove WikiHow's marks."""
     text = text.strip().replace(" [title]", ". ")
     return re.sub(r"\[.*?\]", "", text).replace("  ", " ")
 
 
-def _piqa(row: Row) -> Question:
+def _ask_piqa(row: Row) -> Question:
     context = f"Question: {row['goal']}\nAnswer:"
-    return choose(context, [row["sol1"], row["sol2"]], int(row["label"]))
+    return build_question(context, [row["sol1"], row["sol2"]], int(row["label"]))
 
 
-def _arc(row: Row) -> Question:
-    return _lettered(f"Question: {row['question']}\nAnswer:", row)
+def _ask_arc(row: Row) -> Question:
+    return _ask_lettered(f"Question: {row['question']}\nAnswer:", row)
 
 
-def _openbookqa(row: Row) -> Question:
-    return _lettered(row["question_stem"], row)
+def _ask_openbookqa(row: Row) -> Question:
+    return _ask_lettered(row["question_stem"], row)
 
 
-def _lettered(context: str, row: Row) -> Question:
+def _ask_lettered(context: str, row: Row) -> Question:
     choices = row["choices"]
-    return choose(context, choices["text"], choices["label"].index(row["answerKey"].lstrip()))
+    return build_question(
+        context, choices["text"], choices["label"].index(row["answerKey"].lstrip())
+    )
 
 
-def _winogrande(row: Row) -> Question:
+def _ask_winogrande(row: Row) -> Question:
     before, _, after = row["sentence"].partition("_")
     options = (row["option1"], row["option2"])
     # the harness divides by the lengths of the choices, which are the contexts here
@@ -97,37 +99,37 @@ def _winogrande(row: Row) -> Question:
     )
 
 
-def _boolq(row: Row) -> Question:
+def _ask_boolq(row: Row) -> Question:
     context = f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:"
-    return choose(context, ("no", "yes"), int(row["label"]))
+    return build_question(context, ("no", "yes"), int(row["label"]))
 
 
-def _lambada(row: Row) -> Question:
+def _ask_lambada(row: Row) -> Question:
     *words, last = row["text"].split(" ")
     return Question(pairs=((" ".join(words), f" {last}"),), lengths=(len(last),), gold=0)
 
 
 _BOTH = ("acc", "acc_norm")
 FORMATS: Mapping[str, Format] = {
-    "hellaswag": Format(ask=_hellaswag, metrics=_BOTH),
-    "piqa": Format(ask=_piqa, metrics=_BOTH),
-    "arc_easy": Format(ask=_arc, metrics=_BOTH),
-    "arc_challenge": Format(ask=_arc, metrics=_BOTH),
-    "winogrande": Format(ask=_winogrande, metrics=("acc",)),
-    "boolq": Format(ask=_boolq, metrics=("acc",), version=2),
-    "openbookqa": Format(ask=_openbookqa, metrics=_BOTH),
-    "lambada_openai": Format(ask=_lambada, metrics=("acc", "perplexity")),
-    "lambada_standard": Format(ask=_lambada, metrics=("acc", "perplexity")),
+    "hellaswag": Format(ask=_ask_hellaswag, metrics=_BOTH),
+    "piqa": Format(ask=_ask_piqa, metrics=_BOTH),
+    "arc_easy": Format(ask=_ask_arc, metrics=_BOTH),
+    "arc_challenge": Format(ask=_ask_arc, metrics=_BOTH),
+    "winogrande": Format(ask=_ask_winogrande, metrics=("acc",)),
+    "boolq": Format(ask=_ask_boolq, metrics=("acc",), version=2),
+    "openbookqa": Format(ask=_ask_openbookqa, metrics=_BOTH),
+    "lambada_openai": Format(ask=_ask_lambada, metrics=("acc", "perplexity")),
+    "lambada_standard": Format(ask=_ask_lambada, metrics=("acc", "perplexity")),
 }
 
 
-def _mnli(pair: Sentences) -> str:
+def _ask_mnli(pair: Sentences) -> str:
     premise, hypothesis = pair[0], pair[1].strip()
     stop = "" if hypothesis.endswith(".") else "."
     return f"{premise}\nQuestion: {hypothesis}{stop} True, False or Neither?\nAnswer:"
 
 
-def _true_or_false(pair: Sentences) -> str:
+def _ask_true_or_false(pair: Sentences) -> str:
     return f"{pair[0]}\nQuestion: {pair[1]} True or False?\nAnswer:"
 
 
@@ -163,8 +165,8 @@ GLUE_FORMATS: Mapping[str, GlueFormat] = {
         metrics=("acc", "f1"),
         version=2,
     ),
-    "mnli": GlueFormat(task="mnli", context=_mnli, choices=_MNLI_CHOICES),
-    "mnli_mismatch": GlueFormat(task="mnli-mm", context=_mnli, choices=_MNLI_CHOICES),
+    "mnli": GlueFormat(task="mnli", context=_ask_mnli, choices=_MNLI_CHOICES),
+    "mnli_mismatch": GlueFormat(task="mnli-mm", context=_ask_mnli, choices=_MNLI_CHOICES),
     "qnli": GlueFormat(
         task="qnli",
         context=lambda s: (
@@ -172,11 +174,13 @@ GLUE_FORMATS: Mapping[str, GlueFormat] = {
         ),
         choices=("yes", "no"),
     ),
-    "rte": GlueFormat(task="rte", context=_true_or_false, choices=("True", "False")),
-    "wnli": GlueFormat(task="wnli", context=_true_or_false, choices=("False", "True"), version=2),
+    "rte": GlueFormat(task="rte", context=_ask_true_or_false, choices=("True", "False")),
+    "wnli": GlueFormat(
+        task="wnli", context=_ask_true_or_false, choices=("False", "True"), version=2
+    ),
 }
 
 
-def glue_question(form: GlueFormat, sentences: Sentences, label: int) -> Question:
-    """A labelled sentence or pair as a question."""
-    return choose(form.context(sentences), form.choices, label)
+def build_glue_question(form: GlueFormat, sentences: Sentences, label: int) -> Question:
+    """Build a question from a labelled sentence or pair."""
+    return build_question(form.context(sentences), form.choices, label)

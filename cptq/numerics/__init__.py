@@ -1,1 +1,1 @@
-"""Pure tensors: grids, sweeps, subspaces, packing. Knows only torch."""
+"""Pure functions of tensors: grids, sweeps, subspaces, packing."""

@@ -16,7 +16,7 @@ What fits: codes of fewer bits fit into the next wider block (2, 3 -> Q4_0; 6, 7
 a multiple of 32 are that many blocks of equal d, and d may be negative. So a layer is held exactly
 if 32 divides its inputs and its group, and float16 holds its scales. An asymmetric weight is
 d * (q - z), so u = q + half and m = -d * (z + half), half being 2^(bits of the type - 1): float16
-must hold that product, which `numerics.half_offset` sees to. Nothing is rounded here.
+must hold that product, which `float16_offset` in `numerics.grid` sees to. Nothing is rounded here.
 
 Cost: O(out * in). Shapes: codes_OI int8 (out, in), scale_OG and zero_OG (out, groups), bytes
 (out, bytes).
@@ -28,18 +28,18 @@ import torch
 from torch import Tensor
 
 from cptq.layouts.gguf import BLOCK, BLOCK_BYTES, TYPE_BITS
-from cptq.numerics.half_offset import offset_of
+from cptq.numerics.grid import to_unsigned
 
 
-def half_holds(scale_OG: Tensor) -> bool:
+def fits_float16(scale_OG: Tensor) -> bool:
     """Whether float16 holds every scale exactly."""
     half = scale_OG.to(torch.float16)
     return bool((torch.isfinite(half) & (half.to(scale_OG.dtype) == scale_OG)).all())
 
 
-def minimum(scale_OG: Tensor, zero_OG: Tensor, kind: str) -> Tensor:
+def compute_minimum(scale_OG: Tensor, zero_OG: Tensor, kind: str) -> Tensor:
     """m, the weight of the smallest code, float64 and exact; shape of the scales."""
-    return scale_OG.double() * -offset_of(zero_OG, TYPE_BITS[kind])
+    return scale_OG.double() * -to_unsigned(zero_OG, TYPE_BITS[kind])
 
 
 def pack_blocks(
@@ -62,16 +62,18 @@ def pack_blocks(
         raise ValueError(f"{inputs} inputs in {scale_OG.shape[1]} groups are no blocks of {BLOCK}")
     if (zero_OG is not None) != (kind in _WITH_MINIMUM):
         raise ValueError(f"{kind} holds {'a' if kind in _WITH_MINIMUM else 'no'} minimum")
-    numbers = [scale_OG] if zero_OG is None else [scale_OG, minimum(scale_OG, zero_OG, kind)]
+    numbers = (
+        [scale_OG] if zero_OG is None else [scale_OG, compute_minimum(scale_OG, zero_OG, kind)]
+    )
     _check_range(codes_OI, TYPE_BITS[kind])
-    heads_OBD = [_half_bytes(x_OG, blocks) for x_OG in numbers]
+    heads_OBD = [_encode_float16(x_OG, blocks) for x_OG in numbers]
     body_OBD = _BODIES[kind](codes_OI.view(out, blocks, BLOCK))
     return torch.cat([*heads_OBD, body_OBD], dim=-1).view(out, blocks * BLOCK_BYTES[kind])
 
 
-def _half_bytes(x_OG: Tensor, blocks: int) -> Tensor:
+def _encode_float16(x_OG: Tensor, blocks: int) -> Tensor:
     """Numbers per group as the two bytes of a float16 in each block, (out, blocks, 2)."""
-    if not half_holds(x_OG):
+    if not fits_float16(x_OG):
         raise ValueError("a scale or a minimum is not exact in float16")
     x_OB = x_OG.to(torch.float16).repeat_interleave(blocks // x_OG.shape[1], dim=1)
     return x_OB.contiguous().view(torch.uint8).view(len(x_OG), blocks, 2)
@@ -83,27 +85,33 @@ def _check_range(codes_OI: Tensor, bits: int) -> None:
         raise ValueError(f"a code lies outside [{-half}, {half - 1}]")
 
 
-def _nibbles(u_OBK: Tensor) -> Tensor:
+def _pack_nibbles(u_OBK: Tensor) -> Tensor:
     """The low four bits of values j and j + 16 in byte j."""
     low_OBK = u_OBK & 0xF
     return low_OBK[..., :16] | (low_OBK[..., 16:] << 4)
 
 
-def _body4(codes_OBK: Tensor) -> Tensor:
-    return _nibbles((codes_OBK + 8).to(torch.uint8))
+def _pack_4bit(codes_OBK: Tensor) -> Tensor:
+    return _pack_nibbles((codes_OBK + 8).to(torch.uint8))
 
 
-def _body5(codes_OBK: Tensor) -> Tensor:
+def _pack_5bit(codes_OBK: Tensor) -> Tensor:
     u_OBK = (codes_OBK + 16).to(torch.uint8)
     fifth_OBK = (u_OBK >> 4).view(*u_OBK.shape[:-1], 4, 8)
     places = torch.arange(8, device=u_OBK.device, dtype=torch.uint8)
     high_OBD = (fifth_OBK << places).sum(-1).to(torch.uint8)  # little-endian uint32
-    return torch.cat([high_OBD, _nibbles(u_OBK)], dim=-1)
+    return torch.cat([high_OBD, _pack_nibbles(u_OBK)], dim=-1)
 
 
-def _body8(codes_OBK: Tensor) -> Tensor:
+def _pack_8bit(codes_OBK: Tensor) -> Tensor:
     return codes_OBK.contiguous().view(torch.uint8)
 
 
-_BODIES = {"Q4_0": _body4, "Q5_0": _body5, "Q8_0": _body8, "Q4_1": _body4, "Q5_1": _body5}
+_BODIES = {
+    "Q4_0": _pack_4bit,
+    "Q5_0": _pack_5bit,
+    "Q8_0": _pack_8bit,
+    "Q4_1": _pack_4bit,
+    "Q5_1": _pack_5bit,
+}
 _WITH_MINIMUM = ("Q4_1", "Q5_1")

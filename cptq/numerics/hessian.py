@@ -1,17 +1,17 @@
-"""The layer Hessian H = 2/n X^T X and the factor that the column sweep needs.
+"""Compute the layer Hessian H = 2/n X^T X and the factor that the column sweep needs.
 
 For one linear y = x W^T the squared output error of a change dW is tr(dW H dW^T) / 2 per token,
 whatever the layer (Hassibi & Stork 1992; GPTQ, arXiv 2210.17323, section 3.1). The sweep needs U,
-the upper Cholesky factor of H^-1 = U^T U: row j of U / U_jj is how an error in column j is best
-made up for by the columns that follow.
+the upper Cholesky factor of H^-1 = U^T U: row j of U / U_jj is how the columns
+that follow best compensate for an error in column j.
 
-Here H is X^T X / n, without the factor 2, which no result depends on. Dead inputs (H_jj = 0) get
+Here H is X^T X / n, without the factor 2, on which no result depends. Dead inputs (H_jj = 0) get
 the mean diagonal of the others (GPTQ's code: 1, which ties the damping to the activations' scale):
 they then neither compensate nor need compensation. Damping adds a share of that mean; if the
-factorisation fails it grows tenfold up to `MOST_DAMPING`, and `damped_factor` says what was used,
-so that a report can.
+factorization fails it grows tenfold up to `MOST_DAMPING`, and `factor_damped_inverse` returns the
+damping used, for the report.
 
-Cost: n * in^2 multiply-adds per batch, then three in^3 / 3 factorisations. float32 throughout;
+Cost: n * in^2 multiply-adds per batch, then three in^3 / 3 factorizations. float32 throughout;
 products of float16 activations are never summed in float16.
 """
 
@@ -20,7 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: damping beyond which the sweep is given up
+#: largest damping that is tried
 MOST_DAMPING = 1.0
 
 
@@ -42,29 +42,29 @@ class SecondMoment:
         return self._sum_II / max(self.tokens, 1)
 
 
-def dead_inputs(H_II: Tensor) -> Tensor:
-    """Mask (in,) of inputs that are zero in every token."""
+def find_dead_inputs(H_II: Tensor) -> Tensor:
+    """Return a mask (in,) of inputs that are zero in every token."""
     return H_II.diagonal() == 0
 
 
-def damped(H_II: Tensor, damping: float) -> Tensor:
-    """H with dead inputs made inert and `damping` times its mean live diagonal added."""
-    mean = live_mean(H_II)
+def add_damping(H_II: Tensor, damping: float) -> Tensor:
+    """Return H with dead inputs made inert and `damping` times its mean live diagonal added."""
+    mean = compute_live_mean(H_II)
     H_II = H_II.clone()
     diagonal_I = H_II.diagonal()
-    diagonal_I[dead_inputs(H_II)] = mean
+    diagonal_I[find_dead_inputs(H_II)] = mean
     diagonal_I += damping * mean
     return H_II
 
 
-def live_mean(H_II: Tensor) -> Tensor:
-    """Mean diagonal (scalar) over the inputs that are not dead; 1 where all are."""
-    dead_I = dead_inputs(H_II)
+def compute_live_mean(H_II: Tensor) -> Tensor:
+    """Return the mean diagonal (scalar) over the inputs that are not dead; 1 if all are."""
+    dead_I = find_dead_inputs(H_II)
     return torch.where(dead_I.all(), 1.0, H_II.diagonal().sum() / (~dead_I).sum().clamp_min(1))
 
 
-def inverse_factor(H_II: Tensor) -> Tensor | None:
-    """U upper triangular with H^-1 = U^T U, or None where H is not positive definite.
+def factor_inverse(H_II: Tensor) -> Tensor | None:
+    """Return U upper triangular with H^-1 = U^T U, or None if H is not positive definite.
 
     H^-1 = U^T U with U upper means H = L' L'^T reversed: factor the flipped matrix once, invert
     the triangle, and flip back, which is cheaper and more exact than inverting H first.
@@ -78,15 +78,15 @@ def inverse_factor(H_II: Tensor) -> Tensor | None:
     return U_II
 
 
-def damped_factor(H_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
-    """The factor with the least damping that works.
+def factor_damped_inverse(H_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
+    """Return the factor with the least damping that works.
 
     Returns:
         (U, damping used); U is None when even `MOST_DAMPING` does not help.
     """
     used = damping
     while used <= MOST_DAMPING:
-        U_II = inverse_factor(damped(H_II, used))
+        U_II = factor_inverse(add_damping(H_II, used))
         if U_II is not None:
             return U_II, used
         used *= 10

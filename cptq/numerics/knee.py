@@ -1,4 +1,4 @@
-"""Where a rising curve bends: the point farthest below its chord.
+"""Find the knee of a rising curve: the point farthest below its chord.
 
     knee = argmax_p (p - p_0) / (p_n - p_0) - (s(p) - s(p_0)) / (s(p_n) - s(p_0))
 
@@ -7,7 +7,7 @@ deepest below the straight line from its first to its last point, which is where
 that of the line. Source: Satopää et al., "Finding a 'Kneedle' in a Haystack" (ICDCS workshops,
 2011), for convex rising curves; without its smoothing and threshold, as the curve is not a stream.
 
-Cost: one pass. Limits: the place depends on the ends of the range (that of p^n on [0, 1] lies at
+Cost: one pass. Limits: the knee depends on the ends of the range (that of p^n on [0, 1] lies at
 n^(-1/(n-1)): 0.5, 0.58, 0.63 for n = 2, 3, 4); a straight or concave curve has no knee.
 """
 
@@ -20,14 +20,14 @@ from itertools import pairwise
 FLAT = 1e-6
 
 
-def knee(places: Sequence[float], values: Sequence[float]) -> int | None:
-    """Index of the knee; None where there is none. The first of equal ones.
+def find_knee(places: Sequence[float], values: Sequence[float]) -> int | None:
+    """Return the index of the knee; None if there is none. The first of equal ones.
 
     Raises:
         ValueError: fewer than two points, or places that do not rise.
     """
     if len(places) < 2 or len(places) != len(values):
-        raise ValueError("a curve needs two points at least, and a value at each place")
+        raise ValueError("a curve needs at least two points, and a value at each place")
     if any(b <= a for a, b in pairwise(places)):
         raise ValueError("the places of a curve must rise")
     width, height = places[-1] - places[0], values[-1] - values[0]

@@ -21,7 +21,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from cptq.numerics.grid import dequantize, storable
+from cptq.numerics.grid import dequantize, round_scales
 
 RIDGE = 1e-6
 #: floats of the largest intermediate, rows x in x groups
@@ -42,7 +42,7 @@ def refit_scales(
         H_II: second moment of the inputs.
         codes_OI: int8 codes, not changed.
         scale_OG: present scales (out, groups), in storage type.
-        precision_OG: significant bits that each may have, as in `numerics.grid.storable`.
+        precision_OG: significant bits that each may have, as in `numerics.grid.round_scales`.
     """
     features, groups = W_OI.shape[1], scale_OG.shape[1]
     rows = max(1, CHUNK // (features * groups))
@@ -53,7 +53,7 @@ def refit_scales(
 
 def output_error(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
     """Squared output error per row (out,), E |x (w - q)|^2."""
-    D_OI = W_OI - dequantize(codes_OI, scale_OG, W_OI.dtype)
+    D_OI = W_OI - dequantize(codes_OI, scale_OG, dtype=W_OI.dtype)
     return ((D_OI @ H_II) * D_OI).sum(1)
 
 
@@ -62,7 +62,7 @@ def _refit_rows(
 ) -> Tensor:
     present_OG = scale_OG.to(W_OI.dtype)
     change_OG = _best_change(W_OI, H_II, codes_OI, present_OG)
-    fitted_OG = storable(present_OG + change_OG, scale_OG.dtype, precision_OG)
+    fitted_OG = round_scales(present_OG + change_OG, scale_OG.dtype, precision_OG)
     before_O = output_error(W_OI, H_II, codes_OI, scale_OG)
     better_O = output_error(W_OI, H_II, codes_OI, fitted_OG) < before_O
     return torch.where(better_O.unsqueeze(1), fitted_OG, scale_OG)
@@ -76,7 +76,7 @@ def _best_change(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor)
     H_GKHL = H_II.view(groups, size, groups, size)
     Hq_OGKH = torch.einsum("gkhl,ohl->ogkh", H_GKHL, q_OGK)
     A_OGH = torch.einsum("ogk,ogkh->ogh", q_OGK, Hq_OGKH)
-    gap_OI = W_OI - dequantize(codes_OI, scale_OG, W_OI.dtype)
+    gap_OI = W_OI - dequantize(codes_OI, scale_OG, dtype=W_OI.dtype)
     b_OG = (q_OGK * (gap_OI @ H_II).view_as(q_OGK)).sum(-1)
     ridge_O = RIDGE * A_OGH.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     eye_GG = torch.eye(groups, dtype=W_OI.dtype, device=W_OI.device)

@@ -1,6 +1,6 @@
-"""Sparse matrices of small integers: which weights are stored, and only their codes.
+"""Pack sparse matrices of small integers: which weights are stored, and only their codes.
 
-Two ways to say which:
+Two ways to encode which:
 
 - `unstructured`: one bit per weight, 1 where it is stored (a bitmask, out x in), and one bitstream
   of the stored codes of the whole matrix, row after row. 1 + (1 - s) b bits a weight at sparsity s,
@@ -29,13 +29,13 @@ BLOCK, KEPT = 4, 2
 PATTERN_BITS = 3
 
 
-def stored_codes(codes_OI: Tensor, mask_OI: Tensor) -> Tensor:
-    """The codes where the mask is True, row after row (count,)."""
+def gather_codes(codes_OI: Tensor, mask_OI: Tensor) -> Tensor:
+    """Return the codes where the mask is True, row after row (count,)."""
     return codes_OI[mask_OI]
 
 
 def scatter_codes(codes_N: Tensor, mask_OI: Tensor) -> Tensor:
-    """The inverse of `stored_codes`: (out, in) of the codes' type, 0 elsewhere.
+    """Invert `gather_codes`: return (out, in) of the codes' type, 0 elsewhere.
 
     Raises:
         ValueError: there are more or fewer codes than places.
@@ -48,7 +48,7 @@ def scatter_codes(codes_N: Tensor, mask_OI: Tensor) -> Tensor:
 
 
 def unpack_range(stream_P: Tensor, bits: int, start: int, stop: int) -> Tensor:
-    """Values start..stop (uint8) of one long bitstream, without unpacking what is before them."""
+    """Return values start..stop (uint8) of one long bitstream without unpacking those before."""
     first = start // RUN
     words_P = stream_P[first * bits : -(-stop * bits // 32)]
     values = unpack_values(words_P.unsqueeze(0), bits, stop - first * RUN)[0]
@@ -56,27 +56,27 @@ def unpack_range(stream_P: Tensor, bits: int, start: int, stop: int) -> Tensor:
 
 
 def split_2_of_4(codes_OI: Tensor, mask_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """Pattern indices (out, in / 4) uint8, and the stored codes (out, in / 2).
+    """Return pattern indices (out, in / 4) uint8, and the stored codes (out, in / 2).
 
     Raises:
         ValueError: the inputs do not divide by 4, or a block does not store exactly two.
     """
     out, inputs = mask_OI.shape
     if inputs % BLOCK:
-        raise ValueError(f"{inputs} inputs are no whole number of blocks of {BLOCK}")
+        raise ValueError(f"{inputs} inputs do not divide into blocks of {BLOCK}")
     mask_OBK = mask_OI.view(out, -1, BLOCK)
     if not bool((mask_OBK.sum(-1) == KEPT).all()):
         raise ValueError(f"a block of {BLOCK} does not store exactly {KEPT} weights")
     weight_K = torch.tensor([1 << place for place in range(BLOCK)], device=mask_OI.device)
-    pattern_OB = _index_of_bits(mask_OI.device)[(mask_OBK * weight_K).sum(-1)]
+    pattern_OB = _tabulate_patterns(mask_OI.device)[(mask_OBK * weight_K).sum(-1)]
     return pattern_OB, codes_OI[mask_OI].view(out, inputs // BLOCK * KEPT)
 
 
 def join_2_of_4(pattern_OB: Tensor, kept_OK: Tensor) -> tuple[Tensor, Tensor]:
-    """The inverse of `split_2_of_4`: codes (out, in), 0 where none is stored, and the mask.
+    """Invert `split_2_of_4`: return codes (out, in), 0 where none is stored, and the mask.
 
     Raises:
-        ValueError: an index names no pattern.
+        ValueError: an index is not that of a pattern.
     """
     if pattern_OB.numel() and int(pattern_OB.max()) >= len(PATTERNS):
         raise ValueError(f"a pattern index is above {len(PATTERNS) - 1}")
@@ -89,8 +89,8 @@ def join_2_of_4(pattern_OB: Tensor, kept_OK: Tensor) -> tuple[Tensor, Tensor]:
     return codes_OBK.view(out, -1), mask_OBK.view(out, -1)
 
 
-def _index_of_bits(device: torch.device) -> Tensor:
-    """Pattern index by the mask's four bits read as a number."""
+def _tabulate_patterns(device: torch.device) -> Tensor:
+    """Return the pattern index by the mask's four bits read as a number."""
     index = torch.zeros(1 << BLOCK, dtype=torch.uint8, device=device)
     for number, (first, second) in enumerate(PATTERNS):
         index[(1 << first) | (1 << second)] = number

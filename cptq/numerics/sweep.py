@@ -1,7 +1,7 @@
-"""The column sweep of optimal brain surgery: GPTQ's and SparseGPT's shared recursion.
+"""Sweep over columns, the recursion of optimal brain surgery that GPTQ and SparseGPT share.
 
 For one linear with Hessian H (inputs x inputs) and U upper triangular, H^-1 = U^T U, columns are
-visited in order. Column j is projected onto what may be stored, p(w_j), and its error is spread
+visited in order. Column j is projected onto the storable values, p(w_j), and its error is spread
 over the columns not yet visited:
 
     e_j = (w_j - p(w_j)) / U_jj,      w_k <- w_k - e_j U_jk     for k > j
@@ -15,11 +15,11 @@ one matrix product. It is the same sum in another order: `tests/reference/sweep.
 remaining sub-matrix at every column, and the two agree for any block size.
 
 The weight is kept transposed (inputs first), so that a column is a contiguous row. Only one frame
-of indices is used: positions in the visited order. Whoever permutes inputs permutes H, the weight
-and the projection alike, and permutes the result back.
+of indices is used: positions in the visited order. A caller that permutes inputs must permute H,
+the weight and the projection alike, and permute the result back.
 
 Cost: out * in^2 multiply-adds and `in` calls of the projection. Limits: H must be positive
-definite (see `hessian.damped_factor`).
+definite (see `hessian.factor_damped_inverse`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-#: gets (position, the current column (out,)) and returns the column as it will be stored
+#: maps (position, current column (out,)) to the column as it will be stored
 Project = Callable[[int, Tensor], Tensor]
 
 BLOCK = 128
@@ -37,7 +37,7 @@ BLOCK = 128
 INNER = 32
 
 
-def column_sweep(
+def sweep_columns(
     W_IO: Tensor, U_II: Tensor, project: Project, *, block: int = BLOCK
 ) -> tuple[Tensor, Tensor]:
     """Visit every input in order, project it and compensate.
@@ -45,7 +45,7 @@ def column_sweep(
     Args:
         W_IO: weight, inputs first (in, out); not changed.
         U_II: upper factor of the inverse Hessian, in the same order of inputs.
-        project: what a column becomes, given its position and its current value.
+        project: returns a stored column, given its position and its current value.
         block: how many columns are finished before the rest is updated.
 
     Returns:
@@ -65,7 +65,7 @@ def column_sweep(
 def _finish_block(
     W_IO: Tensor, Q_IO: Tensor, U_II: Tensor, start: int, stop: int, project: Project
 ) -> Tensor:
-    """Project positions start..stop in place; the errors (stop - start, out)."""
+    """Project positions start..stop in place; return the errors (stop - start, out)."""
     E_BO = W_IO.new_empty(stop - start, W_IO.shape[1])
     for left in range(start, stop, INNER):
         right = min(left + INNER, stop)

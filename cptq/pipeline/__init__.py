@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from cptq.pipeline.analyze import analyze
 from cptq.pipeline.compare import compare
-from cptq.pipeline.compress import compress
+from cptq.pipeline.compress import compress, plan
 from cptq.pipeline.evaluate import evaluate
 from cptq.pipeline.export import export
 
-__all__ = ["analyze", "compare", "compress", "evaluate", "export"]
+__all__ = ["analyze", "compare", "compress", "evaluate", "export", "plan"]

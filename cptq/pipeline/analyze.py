@@ -1,4 +1,4 @@
-"""`cptq analyze`: measure and report."""
+"""`cptq analyze`: load the inputs, measure, validate, write."""
 
 from __future__ import annotations
 
@@ -6,127 +6,166 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cptq.artifact.place import check_output, new_directory
-from cptq.artifact.weights import write_files
+from cptq.allocation.ledger import Ledger
+from cptq.artifact.atomic import check_output, new_directory, write_files
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import RUNTIMES, AnalyzeSettings, find_runtime
 from cptq.errors import UsageError
-from cptq.pipeline.dense import asked_for, calibrate, load_dense
-from cptq.pipeline.facts import summary
-from cptq.pipeline.files import read_tables, stage_files
+from cptq.pipeline.files import encode_stage_files, read_tables
+from cptq.pipeline.inputs import build_candidates, calibrate, load_dense
 from cptq.pipeline.recorder import Recorder
-from cptq.pipeline.validate import budgets, validate
-from cptq.report.render import FILES, report_files
+from cptq.pipeline.summarize import summary
+from cptq.pipeline.validate import build_ledgers, validate
+from cptq.report.render import FILES, render_files
 from cptq.report.summary import AnalyzeOutcome, Summary
-from cptq.sensitivity import SLOW, everyday
-from cptq.sensitivity.measure import measure, needs_text
-from cptq.sensitivity.partial import InterruptedMeasurementError
+from cptq.sensitivity import SLOW, list_default_metrics
+from cptq.sensitivity.measure import InterruptedMeasurementError, measure, needs_text
 from cptq.types import Candidate, Emit, Notice, SensitivityTable, Validation
 
 
-def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
-    """Measure how much each unit may be squeezed, and report it.
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class AnalyzeInputs:
+    """What `analyze` works on.
 
-    Raises:
-        KeyboardInterrupt: Ctrl-C; its text says where the units that were measured lie, if any.
+    `known` are the tables of --sensitivity, `missing` the metrics that remain to be measured;
+    `calibration` is None where nothing needs text. `out` is the output directory as it was typed,
+    `place` its absolute path.
     """
-    recorder = Recorder(emit)
-    model = load_dense(settings.model, recorder, conv1d=True)
-    _name_what_stays_dense(model, settings, recorder)
-    out = settings.out or Path(f"{model.path.name}-analysis")
-    place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])
-    choices = asked_for(settings)
-    if settings.validate:
-        budgets(model, choices, settings)  # a target out of reach is refused before the work
-    known = read_tables(
-        settings.sensitivity, model.fingerprint, {unit.name: choices for unit in model.units}
-    )
-    wanted = tuple(name for name in settings.metrics if name not in known)
-    text = settings.validate or (bool(wanted) and needs_text(wanted))
-    judging = int(settings.validate)
-    calibration = calibrate(model, settings, recorder, judging=judging) if text else None
-    run = _Run(settings, model, calibration, choices, recorder)
-    _name_what_all_leaves_out(settings.metrics, recorder)
-    try:
-        tables = known | run.measure(wanted)
-    except InterruptedMeasurementError as stop:
-        raise run.keep(stop, place, out) from stop
-    return AnalyzeOutcome(
-        summary=run.write(tables, place, run.validate(tables)),
-        out=out,
-        reports={kind: out / name for kind, name in FILES.items()},
-    )
-
-
-@dataclass(frozen=True, slots=True)
-class _Run:
-    """What a report is made from beside the tables."""
 
     settings: AnalyzeSettings
     model: LoadedModel
+    candidates: tuple[Candidate, ...]
+    known: Mapping[str, SensitivityTable]
+    missing: tuple[str, ...]
     calibration: Calibration | None
-    choices: tuple[Candidate, ...]
-    recorder: Recorder
+    ledgers: Sequence[Ledger]
+    out: Path
+    place: Path
 
-    def measure(self, metrics: Sequence[str]) -> dict[str, SensitivityTable]:
-        """The tables of metrics that no earlier analysis has."""
-        if not metrics:
-            return {}
-        with self.recorder.stage("sensitivity"):
-            return measure(
-                self.model,
-                self.calibration,
-                metrics=metrics,
-                candidates=self.choices,
-                seed=self.settings.calibration.seed,
-                emit=self.recorder,
-            )
 
-    def validate(self, tables: Mapping[str, SensitivityTable]) -> Validation | None:
-        """What the tables are worth, where that is asked for."""
-        if not self.settings.validate or self.calibration is None:
-            return None
-        with self.recorder.stage("validation"):
-            return validate(
-                self.model, self.calibration, tables, self.choices, self.settings, self.recorder
-            )
+def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
+    """Measure how sensitive each unit is to compression, and report it.
 
-    def write(
-        self,
-        tables: Mapping[str, SensitivityTable],
-        place: Path,
-        validation: Validation | None = None,
-    ) -> Summary:
-        """All files of an analysis, whole or not at all; the report that is among them."""
-        record = self.calibration.record if self.calibration else None
-        report = summary(
-            "analyze",
-            self.settings,
-            self.model,
-            self.recorder,
-            seed=self.settings.calibration.seed,
-            candidates=self.choices,
-            calibration=record,
-            sensitivity=tables,
-            validation=validation,
+    Raises:
+        KeyboardInterrupt: Ctrl-C; its text says where the units that were measured are kept.
+    """
+    recorder = Recorder(emit)
+    inputs = _load_inputs(settings, recorder)
+    try:
+        tables = {**inputs.known, **_measure_missing(inputs, recorder)}
+    except InterruptedMeasurementError as stop:
+        raise _keep_partial(inputs, stop, recorder) from stop
+    validation = _validate_tables(inputs, tables, recorder)
+    return AnalyzeOutcome(
+        summary=_write_analysis(inputs, tables, validation, recorder),
+        out=inputs.out,
+        reports={kind: inputs.out / name for kind, name in FILES.items()},
+    )
+
+
+def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs:
+    """Load the model, the tables and the text, and check them before anything is measured."""
+    model = load_dense(settings.model, recorder, conv1d=True)
+    _report_dense_layers(model, settings, recorder)
+    out = settings.out or Path(f"{model.path.name}-analysis")
+    place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])
+    candidates = build_candidates(settings)
+    # before the work, so that an unreachable target is refused at once
+    ledgers = build_ledgers(model, candidates, settings) if settings.validate else []
+    known = read_tables(
+        settings.sensitivity, model.fingerprint, {unit.name: candidates for unit in model.units}
+    )
+    missing = tuple(name for name in settings.metrics if name not in known)
+    text = settings.validate or (bool(missing) and needs_text(missing))
+    parts = int(settings.validate)
+    calibration = calibrate(model, settings, recorder, parts=parts) if text else None
+    _report_slow_metrics(settings.metrics, recorder)
+    return AnalyzeInputs(
+        settings=settings,
+        model=model,
+        candidates=candidates,
+        ledgers=ledgers,
+        known=known,
+        missing=missing,
+        calibration=calibration,
+        out=out,
+        place=place,
+    )
+
+
+def _measure_missing(inputs: AnalyzeInputs, recorder: Recorder) -> dict[str, SensitivityTable]:
+    """Measure the metrics that no earlier analysis measured."""
+    if not inputs.missing:
+        return {}
+    with recorder.stage("sensitivity"):
+        return measure(
+            inputs.model,
+            inputs.calibration,
+            metrics=inputs.missing,
+            candidates=inputs.candidates,
+            seed=inputs.settings.calibration.seed,
+            emit=recorder,
         )
-        files = stage_files(self.model, record, tables, None, validation) | report_files(report)
-        with new_directory(place, sum(map(len, files.values()))) as draft:
-            write_files(draft, files)
-        return report
-
-    def keep(self, stop: InterruptedMeasurementError, place: Path, out: Path) -> KeyboardInterrupt:
-        """Write what an interrupted measurement has; the interrupt that says so."""
-        what = f"{stop.done} of {stop.total} units were measured"
-        message = f"interrupted: {what}; these tables are for reading, no plan is made from them"
-        self.recorder(Notice(kind="warning", subject="sensitivity", message=message))
-        self.write(stop.tables, place)
-        return KeyboardInterrupt(f"interrupted; {what} and are kept in {out}")
 
 
-def _name_what_stays_dense(model: LoadedModel, settings: AnalyzeSettings, emit: Emit) -> None:
-    """A word on Conv1D layers, which are measured for whatever runtime and taken by few.
+def _validate_tables(
+    inputs: AnalyzeInputs, tables: Mapping[str, SensitivityTable], recorder: Recorder
+) -> Validation | None:
+    """Compare the scores with measured divergences where --validate is given."""
+    if not inputs.settings.validate or inputs.calibration is None:
+        return None
+    with recorder.stage("validation"):
+        return validate(
+            inputs.model,
+            inputs.calibration,
+            tables,
+            inputs.candidates,
+            inputs.ledgers,
+            inputs.settings,
+            recorder,
+        )
+
+
+def _write_analysis(
+    inputs: AnalyzeInputs,
+    tables: Mapping[str, SensitivityTable],
+    validation: Validation | None,
+    recorder: Recorder,
+) -> Summary:
+    """Write all files of an analysis, whole or not at all, and return its summary."""
+    record = inputs.calibration.record if inputs.calibration else None
+    report = summary(
+        "analyze",
+        inputs.settings,
+        inputs.model,
+        recorder,
+        seed=inputs.settings.calibration.seed,
+        candidates=inputs.candidates,
+        calibration=record,
+        sensitivity=tables,
+        validation=validation,
+    )
+    files = encode_stage_files(inputs.model, record, tables, None, validation)
+    files |= render_files(report)
+    with new_directory(inputs.place, sum(map(len, files.values()))) as folder:
+        write_files(folder, files)
+    return report
+
+
+def _keep_partial(
+    inputs: AnalyzeInputs, stop: InterruptedMeasurementError, recorder: Recorder
+) -> KeyboardInterrupt:
+    """Write what an interrupted measurement has, and return the interrupt that says so."""
+    what = f"{stop.done} of {stop.total} units were measured"
+    message = f"interrupted: {what}; these tables are for reading, no plan is made from them"
+    recorder(Notice(kind="warning", subject="sensitivity", message=message))
+    _write_analysis(inputs, stop.tables, None, recorder)
+    return KeyboardInterrupt(f"interrupted; {what} and are kept in {inputs.out}")
+
+
+def _report_dense_layers(model: LoadedModel, settings: AnalyzeSettings, emit: Emit) -> None:
+    """Emit a notice about Conv1D layers, which are measured always and compressed by few runtimes.
 
     Raises:
         UsageError: plans are to be compared, and the runtime compresses none of the layers.
@@ -147,10 +186,10 @@ def _name_what_stays_dense(model: LoadedModel, settings: AnalyzeSettings, emit: 
     emit(Notice(kind="info", subject=f"--runtime {runtime.name}", message=message))
 
 
-def _name_what_all_leaves_out(metrics: tuple[str, ...], emit: Emit) -> None:
-    """`all` stands for the everyday metrics: name the others once where all of those are there."""
+def _report_slow_metrics(metrics: tuple[str, ...], emit: Emit) -> None:
+    """Emit a notice about the slow metrics, which `--metric all` leaves out."""
     left_out = [name for name in SLOW if name not in metrics]
-    if left_out and set(everyday()) <= set(metrics):
+    if left_out and set(list_default_metrics()) <= set(metrics):
         names = " ".join(f"--metric {name}" for name in left_out)
         message = (
             f"without {', '.join(left_out)}, which runs half the model on the held-out text for "

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import Tensor
 
 from cptq.calibration.objective import Objective
-from cptq.calibration.samples import Wants, collect_samples
+from cptq.calibration.samples import SampleRequest, collect_samples
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
 from cptq.compression.workbench import Workbench
+from cptq.layouts import Layout
 from cptq.types import Emit, Notice
 
 #: bytes that the Hessians of all units together may take
@@ -22,16 +25,20 @@ def workbench(
     objective: Objective,
     compressor: str,
     *,
+    layout: Layout,
+    float16_scales: bool,
     sparse: bool = False,
     seed: int,
     emit: Emit,
 ) -> Workbench:
-    """A workbench for `compressor`; where that looks at activations, one pass gathers them.
+    """Make a workbench for `compressor`; where that uses activations, one pass gathers them.
 
-    So do the masks of sparse candidates; `sparse`: some will be asked for.
+    `layout` and `float16_scales` are those of the file and the runtime that the weights are meant
+    for. `sparse`: sparse candidates will be tried, whose masks use activations as well.
     """
+    bench = partial(Workbench, layout=layout, float16_scales=float16_scales)
     if compressor in WITHOUT_ACTIVATIONS and not sparse:
-        return Workbench(model, compressor, emit)
+        return bench(model, compressor, emit)
     need = sum(4 * unit.layers[0].shape[1] ** 2 for unit in model.units)
     if need > HESSIAN_BYTES:
         message = (
@@ -39,8 +46,8 @@ def workbench(
             "if their inputs were independent"
         )
         emit(Notice(kind="fallback", subject=compressor, message=message))
-        return Workbench(model, compressor, emit)
-    wants = Wants(moments=True)
+        return bench(model, compressor, emit)
+    wants = SampleRequest(moments=True)
     samples = collect_samples(
         model, calibration.batches, objective, wants, seed=seed, emit=emit, keep=1
     )
@@ -52,4 +59,4 @@ def workbench(
         else:
             message = "too wide for a Hessian here: compared as if its inputs were independent"
             emit(Notice(kind="fallback", subject=unit.name, message=message))
-    return Workbench(model, compressor, emit, hessians)
+    return bench(model, compressor, emit, hessians)

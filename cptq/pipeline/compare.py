@@ -9,25 +9,28 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from cptq.artifact.place import check_output, new_directory
-from cptq.artifact.weights import write_files
+from cptq.artifact.atomic import check_output, new_directory, write_files
 from cptq.config import CompareSettings, EvalSettings, command_line
 from cptq.errors import EvaluationError
-from cptq.evaluation.footprint import weight_bytes
-from cptq.evaluation.paired import compare_results
-from cptq.pipeline.evaluate import run_tasks
-from cptq.pipeline.facts import versions
-from cptq.pipeline.guard import refuse_leaks
+from cptq.evaluation.baseline import add_paired_differences
+from cptq.evaluation.tasks.footprint import count_weight_bytes
+from cptq.pipeline.evaluate import (
+    PreparedModel,
+    measure_model,
+    prepare_models,
+    report_mismatches,
+)
 from cptq.pipeline.recorder import Recorder
-from cptq.report.names import short_names
-from cptq.report.side_by_side import (
+from cptq.pipeline.summarize import versions
+from cptq.report.comparison import (
     ComparedModel,
     CompareOutcome,
-    SideBySide,
-    shared_quality,
+    ModelComparison,
+    find_shared_quality,
 )
-from cptq.report.side_html import FILES, side_files
-from cptq.types import Emit, EvalResult, Notice
+from cptq.report.formatting import shorten_names
+from cptq.report.render import COMPARISON_FILES, render_comparison_files
+from cptq.types import Emit, EvalResult, Notice, join_results
 
 _MEASURE = "`cptq eval MODEL -o eval.json` writes one"
 
@@ -40,40 +43,39 @@ def compare(settings: CompareSettings, emit: Emit) -> CompareOutcome:
             settings.out,
             overwrite=settings.overwrite,
             source=Path(settings.model.model),
-            marker=FILES["json"],
+            marker=COMPARISON_FILES["json"],
         )
-    loaded = [source for source in settings.sources if not source.endswith(".json")]
-    refuse_leaks(_eval_settings(settings), loaded, recorder)
-    models = [_model(settings, source, recorder) for source in settings.sources]
-    names = short_names(settings.sources)
+    models = _collect_models(settings, recorder)
+    names = shorten_names(settings.sources)
     named = [replace(model, name=name) for model, name in zip(models, names, strict=True)]
-    found = _side_by_side(settings, named, recorder)
+    found = _put_side_by_side(settings, named, recorder)
     if place is None:
-        return CompareOutcome(side_by_side=found)
-    files = side_files(found)
+        return CompareOutcome(comparison=found)
+    files = render_comparison_files(found)
     with new_directory(place, sum(map(len, files.values()))) as draft:
         write_files(draft, files)
-    reports = {kind: place / name for kind, name in FILES.items() if name in files}
-    return CompareOutcome(side_by_side=found, out=settings.out, reports=reports)
+    reports = {kind: place / name for kind, name in COMPARISON_FILES.items() if name in files}
+    return CompareOutcome(comparison=found, out=settings.out, reports=reports)
 
 
-def _side_by_side(
+def _put_side_by_side(
     settings: CompareSettings, models: Sequence[ComparedModel], recorder: Recorder
-) -> SideBySide:
-    quality = shared_quality([model.results for model in models])
+) -> ModelComparison:
+    quality = find_shared_quality([model.results for model in models])
     if quality is None:
-        told = "; ".join(f"{m.name}: {_tasks(m)}" for m in models)
+        listed = "; ".join(f"{m.name}: {_list_tasks(m)}" for m in models)
         raise EvaluationError(
-            f"there is no task that all were measured by ({told})",
-            hint="measure them by the same --task",
+            f"no task was measured on all models ({listed})",
+            hint="measure them with the same --task",
         )
     with recorder.stage("comparison"):
-        paired = [models[0], *(_paired(m, models[0], settings, recorder) for m in models[1:])]
+        others = (_pair(m, models[0], settings, recorder) for m in models[1:])
+        paired = [models[0], *others]
     for model in models:
         if model.weight_bytes is None:
             message = "its size is not known, so it is not on the front"
             recorder(Notice(kind="skipped", subject=model.name, message=message))
-    return SideBySide(
+    return ModelComparison(
         command_line=command_line(settings),
         models=tuple(paired),
         quality=quality,
@@ -84,44 +86,57 @@ def _side_by_side(
     )
 
 
-def _tasks(model: ComparedModel) -> str:
+def _list_tasks(model: ComparedModel) -> str:
     return ", ".join(dict.fromkeys(result.task for result in model.results)) or "nothing"
 
 
-def _paired(
+def _pair(
     model: ComparedModel, first: ComparedModel, settings: CompareSettings, recorder: Recorder
 ) -> ComparedModel:
-    found, reasons = compare_results(model.results, first.results, settings.seed)
-    for reason in reasons:
-        message = f"no paired comparison of {reason}"
-        recorder(Notice(kind="skipped", subject=model.name, message=message))
-    return replace(model, paired=tuple(found))
+    joined = join_results(model.results, first.results)
+    joined = add_paired_differences(joined, settings.seed)
+    report_mismatches(joined, model.name, recorder)
+    return replace(model, paired=joined.paired)
 
 
-def _model(settings: CompareSettings, source: str, recorder: Recorder) -> ComparedModel:
-    if source.endswith(".json"):
-        return _from_file(Path(source).expanduser())
-    model, results = run_tasks(_eval_settings(settings), source, f"evaluate {source}", recorder)
+def _collect_models(settings: CompareSettings, recorder: Recorder) -> list[ComparedModel]:
+    """Read each eval.json, prepare all tasks of the models, then measure one model at a time."""
+    sources = settings.sources
+    read = {s: _read_results(Path(s).expanduser()) for s in sources if s.endswith(".json")}
+    measured = [source for source in sources if source not in read]
+    prepared = prepare_models(_build_eval_settings(settings), measured, recorder)
+    models = {
+        source: _measure(settings, source, tasks, recorder)
+        for source, tasks in zip(measured, prepared, strict=True)
+    }
+    return [{**read, **models}[source] for source in sources]
+
+
+def _measure(
+    settings: CompareSettings, source: str, prepared: PreparedModel, recorder: Recorder
+) -> ComparedModel:
+    eval_settings = _build_eval_settings(settings)
+    model, results = measure_model(eval_settings, prepared, f"evaluate {source}", recorder)
     return ComparedModel(
         name=source,
         source=source,
         kind=model.kind,
         parameters=model.parameters,
-        weight_bytes=weight_bytes(model.path),
-        effective_bits=_effective_bits(model.path),
+        weight_bytes=count_weight_bytes(model.path),
+        effective_bits=_read_effective_bits(model.path),
         results=results,
     )
 
 
-def _eval_settings(settings: CompareSettings) -> EvalSettings:
+def _build_eval_settings(settings: CompareSettings) -> EvalSettings:
     shared = ("model", "limit", "seqlen", "batch_size", "data_dir", "seed", "strict")
     costs = () if settings.no_footprint else ("footprint",)
     tasks = tuple(dict.fromkeys((*settings.tasks, *costs)))
     return EvalSettings(tasks=tasks, **{name: getattr(settings, name) for name in shared})
 
 
-def _from_file(path: Path) -> ComparedModel:
-    """A model from what `cptq eval -o` wrote about it.
+def _read_results(path: Path) -> ComparedModel:
+    """Read what `cptq eval -o` wrote about a model.
 
     Raises:
         EvaluationError: it cannot be read, or holds something else.
@@ -137,8 +152,8 @@ def _from_file(path: Path) -> ComparedModel:
             source=str(facts["source"]),
             kind=str(facts["kind"]),
             parameters=int(facts["parameters"]),
-            weight_bytes=_known_bytes(facts["source"], results),
-            effective_bits=_effective_bits(Path(facts["source"])),
+            weight_bytes=_find_weight_bytes(facts["source"], results),
+            effective_bits=_read_effective_bits(Path(facts["source"])),
             results=results,
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -146,15 +161,17 @@ def _from_file(path: Path) -> ComparedModel:
         raise EvaluationError(f"{path} holds no results: {reason}", hint=_MEASURE) from error
 
 
-def _known_bytes(source: str, results: Sequence[EvalResult]) -> int | None:
-    """As measured, else as they are on the disk now; None: neither."""
+def _find_weight_bytes(source: str, results: Sequence[EvalResult]) -> int | None:
+    """Find the bytes as measured, else as they are on the disk now; None: neither."""
     measured = [int(r.value) for r in results if (r.task, r.metric) == ("size", "weight_bytes")]
     there = Path(source).is_dir()
-    return measured[0] if measured else (weight_bytes(Path(source)) if there else None) or None
+    return (
+        measured[0] if measured else (count_weight_bytes(Path(source)) if there else None) or None
+    )
 
 
-def _effective_bits(path: Path) -> float | None:
-    """Bits of the compressed weights with their scales, from an artifact's report."""
+def _read_effective_bits(path: Path) -> float | None:
+    """Read the bits of the compressed weights with their scales from an artifact's report."""
     try:
         report: dict[str, Any] = json.loads((path / "report.json").read_text(encoding="utf-8"))
         return float(report["size"]["effective_bits"])

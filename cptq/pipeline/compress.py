@@ -1,34 +1,44 @@
-"""`cptq compress`: plan, compress, write and verify, report."""
+"""`cptq compress`: load the inputs, measure, make a plan, compress, write."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
+from cptq.allocation import BLIND
+from cptq.allocation.allocate import allocate
+from cptq.allocation.experts import fix_experts, list_experts
+from cptq.allocation.ledger import Ledger
+from cptq.artifact.content import build_content
+from cptq.artifact.draft import Record, draft
 from cptq.artifact.hub import push
-from cptq.artifact.verify import TOLERANCE, Verification
-from cptq.artifact.writer import VerificationSample, write_artifact
+from cptq.artifact.reload import TOLERANCE, ReloadCheck, ReloadSample
+from cptq.calibration.batches import Batch
 from cptq.calibration.replay import forward
-from cptq.calibration.tokens import Batch, Calibration
-from cptq.checkpoint.model import LoadedModel
 from cptq.compression.blockwise import compress_model
 from cptq.compression.embeddings import compress_embeddings
 from cptq.config import CompressSettings
-from cptq.pipeline.duel import ship_the_better
-from cptq.pipeline.facts import summary, verification_facts
-from cptq.pipeline.files import stage_files
-from cptq.pipeline.planning import Planning
+from cptq.errors import BudgetError
+from cptq.pipeline.files import encode_stage_files
+from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.recorder import Recorder
-from cptq.report.render import FILES, report_files
+from cptq.pipeline.refine import refine_plan
+from cptq.pipeline.summarize import summary, verification_facts
+from cptq.pipeline.uniform_check import BASELINE, keep_better_plan
+from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
+from cptq.sensitivity.measure import measure
 from cptq.types import (
-    Artifact,
     CompressedLayer,
     Emit,
+    Event,
     Notice,
     Plan,
+    SensitivityTable,
 )
 
 #: tokens of the input on which a written artifact is compared with the model in memory
@@ -38,118 +48,245 @@ SAMPLE_TOKENS = 64
 NARROW_TOLERANCE = 0.05
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CompressedModel:
+    """A plan and the layers that carry it out, embeddings included."""
+
+    plan: Plan
+    layers: tuple[CompressedLayer, ...]
+
+
 def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
-    """Plan, compress, write and verify an artifact."""
-    run = _Run(settings=settings, recorder=Recorder(emit))
-    with run.recorder.stage("plan"):
-        budget = run.read_budget_or_plan()
-    run.prepare_text()
-    if run.plan is None:
-        run.plan = run.refined(run.make_plan(budget))
-    plan, layers = run.carry_out(run.plan)
-    artifact, report = run.write(layers, plan)
-    if run.runtime.next_step is not None:
-        message = f"to run it there: {run.runtime.next_step.format(out=run.out)}"
-        emit(Notice(kind="info", subject=run.runtime.name, message=message))
-    if settings.push_to_hub is not None:
-        push(artifact.path, settings.push_to_hub, token=settings.model.token, emit=run.recorder)
-    return CompressOutcome(
-        summary=report,
-        out=run.out,
-        reports={kind: artifact.path / name for kind, name in FILES.items()},
-        artifact=artifact,
+    """Compress a model into an artifact that is verified and reported on."""
+    recorder = Recorder(emit)
+    inputs = load_inputs(settings, recorder)
+    tables = measure_sensitivity(inputs, recorder)
+    plan = make_plan(inputs, tables, recorder)
+    compressed = compress_layers(inputs, plan, recorder)
+    outcome = write_artifact(inputs, tables, compressed, recorder)
+    _report_next_step(inputs, emit)
+    _push_artifact(inputs, outcome, recorder)
+    return outcome
+
+
+def plan(settings: CompressSettings, emit: Emit) -> Plan:
+    """Make the plan that `compress` would carry out, before --check-uniform; write nothing."""
+    recorder = Recorder(emit)
+    inputs = load_inputs(settings, recorder, writes=False)
+    return make_plan(inputs, measure_sensitivity(inputs, recorder), recorder)
+
+
+def measure_sensitivity(
+    inputs: CompressInputs, recorder: Recorder
+) -> Mapping[str, SensitivityTable]:
+    """Return {metric: table}: that of --sensitivity, else measured where the plan needs scores."""
+    settings = inputs.settings
+    if inputs.plan is not None or settings.sensitivity is not None or settings.allocator in BLIND:
+        return inputs.tables
+    with recorder.stage("sensitivity"):
+        return measure(
+            inputs.model,
+            inputs.calibration,
+            metrics=[settings.metric],
+            candidates=inputs.space.candidates,
+            seed=settings.calibration.seed,
+            emit=recorder,
+        )
+
+
+def make_plan(
+    inputs: CompressInputs, tables: Mapping[str, SensitivityTable], recorder: Recorder
+) -> Plan:
+    """Return the plan of --plan, else allocate one from the scores and refine it by --refine."""
+    if inputs.plan is not None:
+        return inputs.plan
+    table = next(iter(tables.values()), None)
+    with recorder.stage("allocation"):
+        plan = _allocate(inputs, inputs.settings.allocator, table, recorder)
+    if not inputs.settings.refine:
+        return plan
+    with recorder.stage("refinement"):
+        return refine_plan(
+            inputs.model,
+            inputs.calibration,
+            inputs.held_out,
+            plan,
+            table,
+            _restrict_to_refinable(inputs, plan),
+            inputs.settings,
+            recorder,
+        )
+
+
+def _allocate(
+    inputs: CompressInputs, allocator: str, table: SensitivityTable | None, emit: Emit
+) -> Plan:
+    space = inputs.space
+    assert inputs.ledger is not None  # a plan of --plan is not allocated
+    plan = allocate(
+        allocator,
+        table,
+        inputs.ledger,
+        space.candidates,
+        model_fingerprint=inputs.model.fingerprint,
+        emit=emit,
+    )
+    return replace(plan, embedding=space.embedding)
+
+
+def _restrict_to_refinable(inputs: CompressInputs, plan: Plan) -> Ledger:
+    """Return the ledger of what --refine may change: everything but the one scheme of experts."""
+    assert inputs.ledger is not None
+    experts = list_experts(inputs.model.units)
+    return fix_experts(inputs.ledger, plan.choices[experts[0]]) if experts else inputs.ledger
+
+
+def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> CompressedModel:
+    """Carry out the plan, or the baseline plan where --check-uniform finds that better.
+
+    The model in memory then computes with the compressed weights.
+    """
+    model, space = inputs.model, inputs.space
+    with recorder.stage("compression"):
+        rest = compress_embeddings(model, space.embedding, space.layout, inputs.runtime)
+        baseline = _make_baseline_plan(inputs, plan, recorder)
+        carry_out = partial(_carry_out, inputs)
+        if baseline is None:
+            layers = carry_out(plan, recorder)
+        else:
+            held_out = inputs.held_out.uniform_check
+            plan, layers = keep_better_plan(model, plan, baseline, carry_out, held_out, recorder)
+        return CompressedModel(plan=plan, layers=(*rest, *layers))
+
+
+def _carry_out(inputs: CompressInputs, plan: Plan, emit: Emit) -> list[CompressedLayer]:
+    return compress_model(
+        inputs.model,
+        inputs.calibration,
+        plan,
+        compressor=inputs.settings.compressor,
+        float16_scales=inputs.runtime.float16_scales,
+        layout=inputs.space.layout,
+        emit=emit,
     )
 
 
-class _Run(Planning):
-    """The steps from a plan to a written artifact."""
-
-    def carry_out(self, plan: Plan) -> tuple[Plan, list[CompressedLayer]]:
-        """Compress; beside a plan that asks no score where --check-uniform wants it."""
-        with self.recorder.stage("compression"):
-            rest = compress_embeddings(self.model, self.embedding, self.layout, self.runtime)
-            rival = self.rival(plan)
-            if rival is None:
-                return plan, rest + self.compress(plan, self.recorder)
-            plan, layers = ship_the_better(
-                self.model, plan, rival, self.compress, self.judging[-1], self.recorder
-            )
-            return plan, rest + layers
-
-    def compress(self, plan: Plan, emit: Emit) -> list[CompressedLayer]:
-        """Carry a plan out on the dense model."""
-        return compress_model(
-            self.model,
-            self.calibration,
-            plan,
-            compressor=self.settings.compressor,
-            half_scales=self.runtime.half_scales,
-            layout=self.layout,
-            emit=emit,
+def _make_baseline_plan(inputs: CompressInputs, plan: Plan, emit: Emit) -> Plan | None:
+    """Return the plan to compare with; None where none is needed, or none can be compared."""
+    if not inputs.compare_with_baseline:
+        return None
+    try:
+        baseline = _allocate(inputs, BASELINE, None, _ignore)
+    except BudgetError:  # of the candidates only sparse ones are small enough
+        message = "no plan without sparse weights is so small: nothing to compare with"
+        emit(Notice(kind="warning", subject="--check-uniform", message=message))
+        return None
+    if baseline.choices == plan.choices:
+        return None
+    if not inputs.held_out.uniform_check:
+        message = (
+            "no text is left beside what calibrates: the plan is not compared with a uniform "
+            "one; fewer --samples or a longer text would leave some"
         )
+        emit(Notice(kind="warning", subject="--check-uniform", message=message))
+        return None
+    return baseline
 
-    def write(self, layers: list[CompressedLayer], plan: Plan) -> tuple[Artifact, Summary]:
-        """The artifact, and in it the report."""
-        made: list[Summary] = []
 
-        def reports(found: Verification | None) -> Mapping[str, bytes]:
-            made.append(self.report(layers, plan, found))
-            return report_files(made[0])
+def _ignore(_event: Event) -> None:
+    """Drop notices about allocating the baseline plan, which may not be kept."""
 
-        with self.recorder.stage("artifact"):
-            artifact = write_artifact(
-                self.model,
-                layers,
-                plan,
-                calibration=self.calibration.record,
-                out=self.out,
-                overwrite=self.settings.overwrite,
-                seed=self.settings.calibration.seed,
-                sample=_verification_sample(self.model, self.calibration, self.settings),
-                extras=stage_files(self.model, self.calibration.record, self.tables, plan),
-                reports=reports,
-                form=self.form,
-                emit=self.recorder,
-            )
-        return artifact, made[0]
 
-    def report(
-        self, layers: list[CompressedLayer], plan: Plan, found: Verification | None
-    ) -> Summary:
-        """Everything that is known when the files are written and verified."""
-        return summary(
-            "compress",
-            self.settings,
-            self.model,
-            self.recorder,
-            seed=self.settings.calibration.seed,
-            candidates=self.choices,
-            calibration=self.calibration.record,
-            sensitivity=self.tables,
-            budget=plan.budget,
-            plan=plan,
-            size=self.cost.size_report(plan.choices),
-            results=tuple(layer.result for layer in layers),
-            verification=verification_facts(found),
-        )
+def write_artifact(
+    inputs: CompressInputs,
+    tables: Mapping[str, SensitivityTable],
+    compressed: CompressedModel,
+    recorder: Recorder,
+) -> CompressOutcome:
+    """Write the artifact, verify it by reloading it, and add the report."""
+    settings, model, plan = inputs.settings, inputs.model, compressed.plan
+    record = Record(
+        plan=plan, calibration=inputs.calibration.record, seed=settings.calibration.seed
+    )
+    with recorder.stage("artifact"):
+        sample = _build_sample(inputs)
+        content = build_content(model, compressed.layers, recorder)
+        with draft(
+            inputs.out,
+            overwrite=settings.overwrite,
+            source=model.path,
+            form=inputs.space.form,
+            emit=recorder,
+        ) as d:
+            d.write(content, record, encode_stage_files(model, record.calibration, tables, plan))
+            check = d.verify(sample)
+            report = _summarize(inputs, tables, compressed, check, recorder)
+            d.add(render_files(report))
+    return CompressOutcome(
+        summary=report,
+        out=inputs.out,
+        reports={kind: d.artifact.path / name for kind, name in FILES.items()},
+        artifact=d.artifact,
+    )
+
+
+def _summarize(
+    inputs: CompressInputs,
+    tables: Mapping[str, SensitivityTable],
+    compressed: CompressedModel,
+    check: ReloadCheck | None,
+    recorder: Recorder,
+) -> Summary:
+    """Return everything that is known once the files are written and verified."""
+    plan = compressed.plan
+    return summary(
+        "compress",
+        inputs.settings,
+        inputs.model,
+        recorder,
+        seed=inputs.settings.calibration.seed,
+        candidates=inputs.space.candidates,
+        calibration=inputs.calibration.record,
+        sensitivity=tables,
+        budget=plan.budget,
+        plan=plan,
+        size=inputs.space.cost.size_report(plan.choices),
+        results=tuple(layer.result for layer in compressed.layers),
+        verification=verification_facts(check),
+    )
 
 
 @torch.no_grad()
-def _verification_sample(
-    model: LoadedModel, calibration: Calibration, settings: CompressSettings
-) -> VerificationSample:
-    """A short input and what the compressed model in memory makes of it."""
-    batch: Batch = {name: x[:1, :SAMPLE_TOKENS] for name, x in calibration.batches[0].items()}
+def _build_sample(inputs: CompressInputs) -> ReloadSample:
+    """Return a short input and the outputs of the compressed model in memory for it."""
+    model, batches = inputs.model, inputs.calibration.batches
+    batch: Batch = {name: x[:1, :SAMPLE_TOKENS] for name, x in batches[0].items()}
     exact = model.device.type == "cpu" and model.dtype == torch.float32
-    return VerificationSample(
+    return ReloadSample(
         inputs=batch,
-        expected=_answer(forward(model, batch)),
+        expected=_select_output(forward(model, batch)),
         tolerance=TOLERANCE if exact else NARROW_TOLERANCE,
-        trust_remote_code=settings.model.trust_remote_code,
+        trust_remote_code=inputs.settings.model.trust_remote_code,
     )
 
 
-def _answer(output: Any) -> torch.Tensor:
+def _select_output(output: Any) -> torch.Tensor:
     answer = output.logits if hasattr(output, "logits") else output.last_hidden_state
     assert isinstance(answer, torch.Tensor)
     return answer.float().cpu()
+
+
+def _report_next_step(inputs: CompressInputs, emit: Emit) -> None:
+    """Emit a notice about what remains to be done for the runtime."""
+    runtime = inputs.runtime
+    if runtime.next_step is not None:
+        message = f"to run it there: {runtime.next_step.format(out=inputs.out)}"
+        emit(Notice(kind="info", subject=runtime.name, message=message))
+
+
+def _push_artifact(inputs: CompressInputs, outcome: CompressOutcome, emit: Emit) -> None:
+    """Upload the artifact where --push-to-hub is given."""
+    settings = inputs.settings
+    if settings.push_to_hub is not None and outcome.artifact is not None:
+        path, token = outcome.artifact.path, settings.model.token
+        push(path, settings.push_to_hub, token=token, emit=emit)

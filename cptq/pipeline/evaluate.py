@@ -1,28 +1,42 @@
-"""`cptq eval`: run tasks on a model or artifact, and on a baseline beside it."""
+"""`cptq eval`: run tasks on a model or artifact, and on a baseline beside it.
+
+All tasks of all models are prepared and checked for leaks first; then each model is loaded and
+measured, the baseline first, so that two models are never in memory at once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from cptq.checkpoint.loader import load_model
+from cptq.artifact.atomic import atomic_file, refuse_existing
+from cptq.artifact.manifest import try_read_manifest
+from cptq.checkpoint.loader import load_model, read_spec
 from cptq.checkpoint.model import LoadedModel
-from cptq.config import EvalSettings
-from cptq.evaluation import check_task_kind
-from cptq.evaluation.divergence import Comparer, Keeper
-from cptq.evaluation.flips import with_flips
-from cptq.evaluation.harness import resolve_tasks, run_harness, show_documents
-from cptq.evaluation.options import Beside
-from cptq.evaluation.paired import compare_results
-from cptq.evaluation.run import evaluate as run_task
-from cptq.pipeline.facts import summary
-from cptq.pipeline.files import atomic_file, refuse_existing
-from cptq.pipeline.guard import eval_options, guard, refuse_leaks
+from cptq.config import EvalSettings, ModelSettings
+from cptq.data.overlap import decode_sketch
+from cptq.evaluation.baseline import add_flips, add_paired_differences
+from cptq.evaluation.divergence import StateComparer, StateRecorder
+from cptq.evaluation.leak_check import CalibrationText, check_leaks
+from cptq.evaluation.task import EvalOptions, Observer, PreparedTask, prepare_task
+from cptq.evaluation.tasks.harness import prepare_harness, resolve_tasks
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.summarize import summary
 from cptq.report.render import render_json
 from cptq.report.summary import EvalOutcome
-from cptq.types import Emit, EvalResult, Notice, PairedDifference
+from cptq.types import Comparison, Emit, EvalResult, Notice, Progress, join_results
+
+Results = tuple[EvalResult, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PreparedModel:
+    """A model that is not loaded yet, and the tasks that are prepared for it."""
+
+    settings: ModelSettings
+    tasks: tuple[PreparedTask, ...]
 
 
 def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
@@ -30,76 +44,128 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
     recorder = Recorder(emit)
     if settings.out is not None:
         refuse_existing(settings.out, overwrite=settings.overwrite)
-    if settings.lm_eval:
-        resolve_tasks(settings.lm_eval)
-    refuse_leaks(settings, (settings.model.model, settings.baseline), recorder)
-    model, results, baseline = _both(settings, recorder)
+    sources = [source for source in (settings.baseline, settings.model.model) if source]
+    *baselines, prepared = prepare_models(settings, sources, recorder)
+    if baselines:
+        model, results, baseline = _measure_both(settings, baselines[0], prepared, recorder)
+    else:
+        model, results = measure_model(settings, prepared, "evaluation", recorder)
+        baseline = ()
+    with recorder.stage("comparison"):
+        joined = add_flips(join_results(results, baseline))
+        joined = add_paired_differences(joined, settings.seed)
+    report_mismatches(joined, "baseline", recorder)
     report = summary(
         "eval",
         settings,
         model,
         recorder,
         seed=settings.seed,
-        evaluation=results,
-        baseline=baseline,
+        comparison=joined,
         baseline_source=settings.baseline,
-        paired=_paired(results, baseline, settings.seed, recorder),
     )
     if settings.out is not None:
         atomic_file(settings.out, render_json(report), overwrite=settings.overwrite)
     return EvalOutcome(summary=report, out=settings.out)
 
 
-def _both(
-    settings: EvalSettings, recorder: Recorder
-) -> tuple[LoadedModel, tuple[EvalResult, ...], tuple[EvalResult, ...]]:
-    """The model, its results, the baseline's: measured first, and gone when the model is loaded."""
-    source = settings.model.model
-    if settings.baseline is None:
-        return *run_tasks(settings, source, "evaluation", recorder, None), ()
-    with TemporaryDirectory(prefix="cptq-baseline-") as folder:
-        keeper = Keeper(folder=Path(folder))
-        baseline = run_tasks(settings, settings.baseline, "baseline", recorder, keeper)[1]
-        comparer = Comparer(kept=keeper.kept)
-        model, results = run_tasks(settings, source, "evaluation", recorder, comparer)
-    return model, with_flips(results, baseline), baseline
+def prepare_models(
+    settings: EvalSettings, sources: Sequence[str], recorder: Recorder
+) -> list[PreparedModel]:
+    """Prepare all tasks for each model, without loading one, and check them for leaks.
+
+    Raises:
+        ModelError: a model is not found, or is not a text model.
+        EvaluationError: a model cannot do a task; with --strict, a task is measured on text that
+            calibrated the model.
+        DataError: the data of a task is missing or malformed.
+        UnknownNameError: no such task.
+    """
+    if settings.lm_eval:
+        resolve_tasks(settings.lm_eval)
+    with recorder.stage("prepare"):
+        return [_prepare_model(settings, source, recorder) for source in sources]
 
 
-def run_tasks(
+def _prepare_model(settings: EvalSettings, source: str, recorder: Recorder) -> PreparedModel:
+    model_settings, options = replace(settings.model, model=source), _build_options(settings)
+    spec = read_spec(model_settings, recorder)
+    tasks: list[PreparedTask] = []
+    total = len(settings.tasks) + bool(settings.lm_eval)
+    for done, name in enumerate(settings.tasks):
+        recorder(Progress(stage="prepare", done=done, total=total, message=name))
+        tasks.append(prepare_task(spec, name, options, recorder))
+    if settings.lm_eval:
+        recorder(Progress(stage="prepare", done=total - 1, total=total, message="lm-eval"))
+        tasks.append(prepare_harness(spec, settings.lm_eval, options, recorder))
+    recorder(Progress(stage="prepare", done=total, total=total))
+    calibration = _read_calibration(spec.path, recorder)
+    if calibration is not None:
+        for task in tasks:
+            check_leaks(task, calibration, strict=settings.strict, emit=recorder)
+    return PreparedModel(settings=model_settings, tasks=tuple(tasks))
+
+
+def _build_options(settings: EvalSettings) -> EvalOptions:
+    return EvalOptions(
+        batch_size=settings.batch_size,
+        limit=settings.limit,
+        seqlen=settings.seqlen,
+        stride=settings.stride,
+        data_dir=settings.data_dir,
+        cache_dir=settings.model.cache_dir,
+        token=settings.model.token,
+        seed=settings.seed,
+        trust_remote_code=settings.model.trust_remote_code,
+    )
+
+
+def _read_calibration(path: Path, emit: Emit) -> CalibrationText | None:
+    """Read which text calibrated an artifact; None of other models, or if it was not recorded."""
+    calibration = try_read_manifest(path).get("calibration")
+    if not isinstance(calibration, dict):
+        return None
+    if not calibration.get("sketch"):
+        message = "its manifest has no fingerprints of the calibration text to look for"
+        emit(Notice(kind="skipped", subject=path.name, message=message))
+        return None
+    name = str(calibration.get("origin", calibration.get("source", "")))
+    return CalibrationText(name=name, sketch=decode_sketch(calibration["sketch"]))
+
+
+def measure_model(
     settings: EvalSettings,
-    source: str,
+    prepared: PreparedModel,
     stage: str,
     recorder: Recorder,
-    beside: Beside | None = None,
-) -> tuple[LoadedModel, tuple[EvalResult, ...]]:
-    """Load `source` and measure it by each task; a task that it cannot do stops all at once."""
+    observer: Observer | None = None,
+) -> tuple[LoadedModel, Results]:
+    """Load the model and measure it by each of its tasks."""
     with recorder.stage("load"):
-        model = load_model(replace(settings.model, model=source), recorder)
-    for task in settings.tasks:
-        check_task_kind(task, model.kind)
-    watch = guard(model, settings, recorder)
-    options = replace(eval_options(settings), watch=watch, beside=beside)
-    if settings.lm_eval:
-        show_documents(model, settings.lm_eval, options, recorder)
+        model = load_model(prepared.settings, recorder)
+    options = replace(_build_options(settings), observer=observer)
     results: list[EvalResult] = []
     with recorder.stage(stage):
-        for task in settings.tasks:
-            results += run_task(model, task, options, recorder)
-        if settings.lm_eval:
-            results += run_harness(model, settings.lm_eval, options, recorder)
+        for task in prepared.tasks:
+            results += task.measure(model, options, recorder)
     return model, tuple(results)
 
 
-def _paired(
-    results: tuple[EvalResult, ...],
-    baseline: tuple[EvalResult, ...],
-    seed: int,
-    recorder: Recorder,
-) -> tuple[PairedDifference, ...]:
-    """How sure each difference is; what cannot be paired is said."""
-    with recorder.stage("comparison"):
-        found, reasons = compare_results(results, baseline, seed)
-    for reason in reasons:
-        message = f"no paired comparison of {reason}"
-        recorder(Notice(kind="skipped", subject="baseline", message=message))
-    return tuple(found)
+def _measure_both(
+    settings: EvalSettings, baseline: PreparedModel, model: PreparedModel, recorder: Recorder
+) -> tuple[LoadedModel, Results, Results]:
+    """Measure the baseline, and once it is no longer in memory the model."""
+    with TemporaryDirectory(prefix="cptq-baseline-") as folder:
+        states = StateRecorder(folder=Path(folder))
+        theirs = measure_model(settings, baseline, "baseline", recorder, states)[1]
+        comparer = StateComparer(recorded=states.recorded)
+        loaded, mine = measure_model(settings, model, "evaluation", recorder, comparer)
+    return loaded, mine, theirs
+
+
+def report_mismatches(joined: Comparison, subject: str, emit: Emit) -> None:
+    """Emit a Notice for every result that cannot be paired with the baseline's."""
+    for row in joined.rows:
+        if row.mismatch is not None:
+            what = f"{row.result.task} {row.result.metric}: {row.mismatch}"
+            emit(Notice(kind="skipped", subject=subject, message=f"no paired comparison of {what}"))

@@ -6,19 +6,18 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from cptq.artifact.draft import Record, draft
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.hub import check_push, push
 from cptq.artifact.manifest import MANIFEST
-from cptq.artifact.place import check_output
 from cptq.artifact.reader import StoredArtifact, open_artifact
-from cptq.artifact.writer import Record, write_content
 from cptq.config import ExportSettings
 from cptq.types import Artifact, Emit, Notice
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExportOutcome:
-    """What `export` hands back: what was written, its size before, and where it was uploaded."""
+    """The result of `export`: what was written, its size before, and where it was uploaded."""
 
     artifact: Artifact
     bytes_before: int
@@ -40,23 +39,20 @@ def export(settings: ExportSettings, emit: Emit) -> ExportOutcome:
     if stored.sample is None:
         message = "holds no sample of outputs, so what is written cannot be compared"
         emit(Notice(kind="warning", subject=str(stored.path), message=message))
-    artifact = write_content(
-        stored.content,
-        _record(stored),
-        form=form.name,
-        out=check_output(out, overwrite=settings.overwrite, source=stored.path),
-        sample=stored.sample,
-        emit=emit,
-    )
+    with draft(
+        out, overwrite=settings.overwrite, source=stored.path, form=form.name, emit=emit
+    ) as d:
+        d.write(stored.content, _record(stored))
+        d.verify(stored.sample)
     repository = None
     if settings.push_to_hub is not None:
-        repository = push(artifact.path, settings.push_to_hub, token=settings.token, emit=emit)
+        repository = push(d.artifact.path, settings.push_to_hub, token=settings.token, emit=emit)
     before = sum(stored.manifest["weight_files"].values())
-    return ExportOutcome(artifact=artifact, bytes_before=before, repository=repository)
+    return ExportOutcome(artifact=d.artifact, bytes_before=before, repository=repository)
 
 
 def _record(stored: StoredArtifact) -> Record:
-    """The artifact's own history, and which artifact it was."""
+    """Return the artifact's own history, and the digest of its manifest."""
     digest = hashlib.sha256((stored.path / MANIFEST).read_bytes()).hexdigest()
     origin = {"format": stored.manifest["format"], "manifest_sha256": digest}
     return Record(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +12,10 @@ from cptq.allocation.allocate import check_plan
 from cptq.allocation.cost import CostModel
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import Runtime
-from cptq.errors import OutputExistsError, PlanError
-from cptq.report.summary import plain
+from cptq.errors import PlanError
+from cptq.report.summary import convert_to_plain
 from cptq.sensitivity import METRICS
-from cptq.sensitivity.partial import PARTIAL
+from cptq.sensitivity.measure import PARTIAL
 from cptq.types import CalibrationRecord, Candidate, Plan, SensitivityTable, Validation
 
 #: version of the layout of sensitivity/*.json; grows when a field or a score changes its meaning
@@ -24,43 +23,46 @@ TABLE_SCHEMA = 1
 _MEASURE = "measure this model with cptq analyze"
 
 
-def stage_files(
+def encode_stage_files(
     model: LoadedModel,
     calibration: CalibrationRecord | None,
     tables: Mapping[str, SensitivityTable],
     plan: Plan | None,
     validation: Validation | None = None,
 ) -> dict[str, bytes]:
-    """{relative path: content} of layers, calibration, sensitivity tables, plan and validation.
+    """Return {relative path: content} of layers, calibration, tables, plan and validation.
 
     Without a `calibration` there is no file of it. Partial tables are named so.
     """
     layers = {
         "model_fingerprint": model.fingerprint,
         "blocks": list(model.block_names),
-        "layers": [plain(layer) for layer in model.layers],
+        "layers": [convert_to_plain(layer) for layer in model.layers],
         "units": {unit.name: [layer.name for layer in unit.layers] for unit in model.units},
     }
     files = {"layers.json": layers}
     if calibration is not None:
-        files["calibration.json"] = plain(calibration)
+        files["calibration.json"] = convert_to_plain(calibration)
     for name, table in tables.items():
         partial = ".partial" if PARTIAL in table.details else ""
         files[f"sensitivity/{name}{partial}.json"] = _table_data(table)
     if plan is not None:
         files["plan.json"] = plan.to_dict()
     if validation is not None:
-        files["validation.json"] = {"model_fingerprint": model.fingerprint, **plain(validation)}
+        files["validation.json"] = {
+            "model_fingerprint": model.fingerprint,
+            **convert_to_plain(validation),
+        }
     return {name: _json(content) for name, content in files.items()}
 
 
 def _table_data(table: SensitivityTable) -> dict[str, Any]:
-    data: dict[str, Any] = plain(table)
+    data: dict[str, Any] = convert_to_plain(table)
     return {"schema": TABLE_SCHEMA, **data}
 
 
 def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
-    """The measurement in a file that `analyze` wrote.
+    """Read the measurement in a file that `analyze` wrote.
 
     Raises:
         PlanError: it cannot be read, lacks units, or is of another model or version of cptq.
@@ -97,7 +99,7 @@ def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
 def read_tables(
     paths: Sequence[Path], model_fingerprint: str, options: Mapping[str, Sequence[Candidate]]
 ) -> dict[str, SensitivityTable]:
-    """{metric: table} of files and of directories that `analyze` wrote.
+    """Read {metric: table} from files and directories that `analyze` wrote.
 
     Raises:
         PlanError: as `read_table` and `check_covers`; a directory has no tables.
@@ -116,7 +118,7 @@ def read_tables(
 
 
 def read_plan(path: Path, runtime: Runtime) -> Plan:
-    """The plan of `--plan`; whether it fits a model, `fitting` says.
+    """Read the plan of `--plan`; `fit_plan` checks it against a model.
 
     Raises:
         PlanError: it cannot be read, or packs embeddings as the runtime or cptq does not.
@@ -145,8 +147,8 @@ def read_plan(path: Path, runtime: Runtime) -> Plan:
     return plan
 
 
-def fitting(plan: Plan, model: LoadedModel, cost: CostModel) -> Plan:
-    """The plan, checked against this model, its bytes counted anew."""
+def fit_plan(plan: Plan, model: LoadedModel, cost: CostModel) -> Plan:
+    """Check a plan against this model, and return it with its bytes counted anew."""
     check_plan(plan, cost, model.fingerprint)
     return replace(plan, predicted_bytes=cost.file_bytes(plan.choices))
 
@@ -154,7 +156,7 @@ def fitting(plan: Plan, model: LoadedModel, cost: CostModel) -> Plan:
 def check_covers(
     table: SensitivityTable, path: Path, options: Mapping[str, Sequence[Candidate]]
 ) -> None:
-    """Whether a measurement has a score for all that is to be chosen from.
+    """Check that a measurement has a score for everything that can be chosen.
 
     Raises:
         PlanError: a candidate that a unit may have was not measured, or a unit was not.
@@ -179,23 +181,3 @@ def check_covers(
 
 def _json(content: Any) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def atomic_file(out: Path, content: str, *, overwrite: bool) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        OutputExistsError: `out` is there and may not be replaced.
-    """
-    refuse_existing(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as place:
-        draft = Path(place) / out.name
-        draft.write_text(content, encoding="utf-8")
-        draft.replace(out)
-
-
-def refuse_existing(out: Path, *, overwrite: bool) -> None:
-    """Raise OutputExistsError where `out` is there and may not be replaced."""
-    if out.exists() and not overwrite:
-        raise OutputExistsError(f"{out} is there already", hint="pass --overwrite to replace it")

@@ -1,4 +1,4 @@
-"""`compress --refine N`: a plan improved by measuring the whole model, on two texts of its own.
+"""`compress --refine N`: improve a plan by measuring the whole model on held-out text.
 
 Plans are tried on a workbench: units compressed by the run's own compressor on the dense model's
 activations, each (unit, candidate) once. That is exact for rounding to nearest; for GPTQ it leaves
@@ -7,54 +7,62 @@ out that blocks see the errors of those before them, which the final compression
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
-from cptq.allocation.cost import CostModel
+from cptq.allocation.ledger import Ledger
 from cptq.allocation.problem import build_problem
 from cptq.allocation.refine import Choices, Refined, refine
-from cptq.allocation.targets import ledger_of
-from cptq.calibration.objective import objective_for
-from cptq.calibration.probe import Probe
-from cptq.calibration.slices import Rows
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression.workbench import Workbench
 from cptq.config import CompressSettings
 from cptq.pipeline.bench import workbench
-from cptq.report.words import number
-from cptq.types import Candidate, Emit, Event, Notice, Plan, SensitivityTable
+from cptq.pipeline.inputs import HeldOutText
+from cptq.report.formatting import format_number
+from cptq.types import Emit, Event, Notice, Plan, SensitivityTable
 
 
 def refine_plan(
     model: LoadedModel,
     calibration: Calibration,
-    texts: Sequence[list[Rows]],
+    held_out: HeldOutText,
     plan: Plan,
     table: SensitivityTable | None,
-    cost: CostModel,
-    options: Mapping[str, Sequence[Candidate]],
+    ledger: Ledger,
     settings: CompressSettings,
     emit: Emit,
 ) -> Plan:
-    """The plan after `settings.refine` measurements; the model is left as it was.
+    """Return the plan after `settings.refine` measurements; the model is left as it was.
 
     Args:
-        texts: two parts of text that calibrate nothing: one to choose by, one to guard.
+        held_out: text to search by, and to guard the result with.
+        ledger: the budget of the plan, and what the search can give each unit.
     """
-    objective = objective_for(model.kind, model.config)
-    seed, sparse = settings.calibration.seed, any(c.sparsity for c in _candidates(options))
+    objective = choose_objective(model.kind, model.config)
+    candidates = sorted({candidate for row in ledger.bytes_of.values() for candidate in row})
+    seed, sparse = settings.calibration.seed, any(c.sparsity for c in candidates)
     bench = workbench(
-        model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
+        model,
+        calibration,
+        objective,
+        settings.compressor,
+        layout=ledger.cost.layout,
+        float16_scales=ledger.cost.runtime.float16_scales,
+        sparse=sparse,
+        seed=seed,
+        emit=emit,
     )
-    choose, guard = (Probe(model, rows, objective) for rows in texts)
-    ledger = ledger_of(plan.budget, cost, options)
-    problem = build_problem(table, ledger, _candidates(options), _silent)
+    search = DivergenceFromDense(model, held_out.search, objective)
+    guard = DivergenceFromDense(model, held_out.guard, objective)
+    problem = build_problem(table, ledger, candidates, _silent)
     with bench.trying():
         found = refine(
             problem,
             plan.choices,
-            measure=_measure(bench, choose),
+            measure=_measure(bench, search),
             guard=_measure(bench, guard),
             evaluations=settings.refine,
             seed=seed,
@@ -65,22 +73,18 @@ def refine_plan(
     return replace(
         plan,
         choices=found.choices,
-        predicted_bytes=cost.file_bytes(found.choices),
-        predicted_loss=None if table is None else problem.predicted_loss(found.choices),
+        predicted_bytes=ledger.cost.file_bytes(found.choices),
+        predicted_loss=None if table is None else problem.predict_loss(found.choices),
         notes=(*plan.notes, f"refined: {note}"),
     )
 
 
-def _measure(bench: Workbench, probe: Probe) -> Callable[[Choices], float]:
+def _measure(bench: Workbench, probe: DivergenceFromDense) -> Callable[[Choices], float]:
     def measure(choices: Choices) -> float:
         bench.settle(choices)
-        return float(probe.rows_now().mean())
+        return float(probe.measure_rows().mean())
 
     return measure
-
-
-def _candidates(options: Mapping[str, Sequence[Candidate]]) -> list[Candidate]:
-    return sorted({candidate for row in options.values() for candidate in row})
 
 
 def _silent(_event: Event) -> None:
@@ -91,10 +95,10 @@ def _told(found: Refined, unit: str) -> str:
     if not found.kept:
         return (
             f"none of {found.tried} plans held on both texts; the plan stays "
-            f"({number(found.before)} {unit})"
+            f"({format_number(found.before)} {unit})"
         )
     return (
-        f"{found.kept} of {found.tried} swaps kept: {number(found.before)} to "
-        f"{number(found.after)} {unit} on the text that chose, {number(found.guard_before)} to "
-        f"{number(found.guard_after)} on a second"
+        f"{found.kept} of {found.tried} swaps kept: {format_number(found.before)} to "
+        f"{format_number(found.after)} {unit} on the text that chose, "
+        f"{format_number(found.guard_before)} to {format_number(found.guard_after)} on a second"
     )

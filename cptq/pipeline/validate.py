@@ -20,24 +20,23 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cptq.allocation.allocate import allocate, without_sparse
-from cptq.allocation.cost import CostModel
-from cptq.allocation.targets import resolve_budget
-from cptq.calibration.judges import parts
-from cptq.calibration.objective import objective_for
-from cptq.calibration.probe import Probe
-from cptq.calibration.slices import held_out_tokens, split_held_out, token_count
+from cptq.allocation.allocate import allocate, drop_sparse
+from cptq.allocation.ledger import Ledger, build_ledger
+from cptq.allocation.targets import check_target, parse_target, resolve_budget
+from cptq.calibration.batches import choose_held_out_tokens, count_tokens, split_held_out
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.holdout import split_parts
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression.workbench import Workbench
 from cptq.config import AnalyzeSettings
 from cptq.pipeline.bench import workbench
-from cptq.pipeline.dense import cost_model
-from cptq.report.words import seconds as spoken
-from cptq.sensitivity.validation.pairs import choose_pairs, depth, ranked_depths
-from cptq.sensitivity.validation.ranks import RESAMPLES, agreement
+from cptq.pipeline.inputs import cost_model
+from cptq.report.formatting import format_seconds as spoken
+from cptq.sensitivity.validation.pairs import choose_pairs, classify_depth, rank_depths
+from cptq.sensitivity.validation.ranks import RESAMPLES, measure_agreement
 from cptq.types import (
-    Budget,
     Candidate,
     Emit,
     Event,
@@ -64,32 +63,43 @@ def validate(
     calibration: Calibration,
     tables: Mapping[str, SensitivityTable],
     candidates: Sequence[Candidate],
+    ledgers: Sequence[Ledger],
     settings: AnalyzeSettings,
     emit: Emit,
 ) -> Validation:
     """Judge the tables; the model is left as it was.
 
+    Args:
+        ledgers: one per target, from `build_ledgers`.
+
     Raises:
-        BudgetError: a target that no plan reaches.
         CalibrationError: no rows to judge with, or an output that is not finite.
     """
     _tell_foreign_texts(tables, calibration, emit)
     seed = settings.calibration.seed
-    cost, limits = cost_model(model, settings), budgets(model, candidates, settings)
-    objective = objective_for(model.kind, model.config)
+    cost = cost_model(model, settings)
+    objective = choose_objective(model.kind, model.config)
     sparse = any(candidate.sparsity for candidate in candidates)
     bench = workbench(
-        model, calibration, objective, settings.compressor, sparse=sparse, seed=seed, emit=emit
+        model,
+        calibration,
+        objective,
+        settings.compressor,
+        layout=cost.layout,
+        float16_scales=cost.runtime.float16_scales,
+        sparse=sparse,
+        seed=seed,
+        emit=emit,
     )
-    probe = Probe(model, parts(model, calibration.spare, 1)[0], objective)
+    probe = DivergenceFromDense(model, split_parts(model, calibration.held_out, 1)[0], objective)
     dealt = choose_pairs(model.units, len(model.block_names), candidates, settings.pairs, seed)
     chosen = [(unit, c) for unit, c in dealt if cost.refusal(unit.name, c) is None]
-    trials = _Trials(model=model, cost=cost, probe=probe, bench=bench, emit=emit)
-    _tell_cost(probe, len(chosen), len(limits), tables, settings, candidates, model, emit)
+    trials = _Trials(model=model, probe=probe, bench=bench, emit=emit)
+    _tell_cost(probe, len(chosen), len(ledgers), tables, settings, candidates, model, emit)
     clock = time.perf_counter()
     pairs = _measure_pairs(model, probe, bench, chosen, tables, emit)
     paired = time.perf_counter()
-    found = trials.run(limits, tables, candidates, settings.allocators)
+    found = trials.run(ledgers, tables, candidates, settings.allocators)
     return Validation(
         unit=objective.unit,
         compressor=settings.compressor,
@@ -100,7 +110,7 @@ def validate(
         reference=REFERENCE if REFERENCE in tables else None,
         pairs=tuple(pairs),
         agreements=tuple(
-            agreement(
+            measure_agreement(
                 name,
                 [pair.unit for pair in pairs],
                 [candidates.index(pair.candidate) for pair in pairs],
@@ -117,16 +127,25 @@ def validate(
     )
 
 
-def budgets(
+def build_ledgers(
     model: LoadedModel, candidates: Sequence[Candidate], settings: AnalyzeSettings
-) -> list[Budget]:
-    """The bytes of every target, which the plan that asks no score must reach as well.
+) -> list[Ledger]:
+    """Build the ledger of every target.
 
     Raises:
-        BudgetError: a target that no plan reaches.
+        BudgetError: no plan reaches a target, or only plans with sparse weights do: the baseline
+            plan has none.
     """
-    cost, plain = cost_model(model, settings), without_sparse(candidates)
-    return [resolve_budget(t, cost, settings.group_size, plain) for t in settings.targets]
+    cost, ledgers = cost_model(model, settings), []
+    for text in settings.targets:
+        target = parse_target(text)
+        ledger = build_ledger(resolve_budget(target, cost, settings.group_size), cost, candidates)
+        plain = ledger
+        if any(candidate.sparsity for candidate in candidates):
+            plain = ledger.restrict({u: drop_sparse(row) for u, row in ledger.bytes_of.items()})
+        check_target(target, plain, settings.group_size)
+        ledgers.append(ledger)
+    return ledgers
 
 
 def _tell_foreign_texts(
@@ -145,7 +164,7 @@ def _tell_foreign_texts(
 
 def _measure_pairs(
     model: LoadedModel,
-    probe: Probe,
+    probe: DivergenceFromDense,
     bench: Workbench,
     chosen: Sequence[tuple[Unit, Candidate]],
     tables: Mapping[str, SensitivityTable],
@@ -158,9 +177,9 @@ def _measure_pairs(
             Pair(
                 unit=unit.name,
                 candidate=candidate,
-                depth=depth(unit.block, len(model.block_names)),
+                depth=classify_depth(unit.block, len(model.block_names)),
                 role=unit.role,
-                truth=probe.divergence(unit, bench.weights(unit, candidate)),
+                truth=probe.measure_unit(unit, bench.weights(unit, candidate)),
                 scores={metric: t.scores[unit.name][candidate] for metric, t in tables.items()},
             )
         )
@@ -169,10 +188,10 @@ def _measure_pairs(
 
 
 def _depths(pairs: Sequence[Pair], metrics: Sequence[str]) -> dict[str, Mapping[str, float]]:
-    found = {TRUTH: ranked_depths([(p.depth, p.role, p.candidate, p.truth) for p in pairs])}
+    found = {TRUTH: rank_depths([(p.depth, p.role, p.candidate, p.truth) for p in pairs])}
     for metric in metrics:
         rows = [(p.depth, p.role, p.candidate, p.scores[metric]) for p in pairs]
-        found[metric] = ranked_depths(rows)
+        found[metric] = rank_depths(rows)
     return found
 
 
@@ -181,30 +200,29 @@ class _Trials:
     """Plans, carried out one after the other on one model."""
 
     model: LoadedModel
-    cost: CostModel
-    probe: Probe
+    probe: DivergenceFromDense
     bench: Workbench
     emit: Emit
     known: dict[tuple[Candidate, ...], torch.Tensor] = field(default_factory=dict)
 
     def run(
         self,
-        budgets: Sequence[Budget],
+        ledgers: Sequence[Ledger],
         tables: Mapping[str, SensitivityTable],
         candidates: Sequence[Candidate],
         allocators: Sequence[str],
     ) -> list[PlanTrial]:
-        """Every allocator on every table at every budget, after the one that asks no score."""
+        """Every allocator on every table at every target, after the one that asks no score."""
         ways: list[tuple[str, SensitivityTable | None]] = [(BLIND_ALLOCATOR, None)]
         ways += [(name, table) for table in tables.values() for name in allocators]
-        total = len(budgets) * len(ways)
+        total = len(ledgers) * len(ways)
         found: list[PlanTrial] = []
         with self.bench.trying():
-            for budget in budgets:
+            for ledger in ledgers:
                 for name, table in ways:
-                    words = f"{budget.asked} {table.metric if table else ''} {name}"
+                    words = f"{ledger.budget.asked} {table.metric if table else ''} {name}"
                     self.emit(Progress(stage="plans", done=len(found), total=total, message=words))
-                    found.append(self._trial(name, table, budget, candidates))
+                    found.append(self._trial(name, table, ledger, candidates))
         self.emit(Progress(stage="plans", done=total, total=total))
         return found
 
@@ -212,25 +230,24 @@ class _Trials:
         self,
         allocator: str,
         table: SensitivityTable | None,
-        budget: Budget,
+        ledger: Ledger,
         candidates: Sequence[Candidate],
     ) -> PlanTrial:
         plan = allocate(
             allocator,
             table,
-            self.cost,
-            budget,
+            ledger,
             candidates,
             model_fingerprint=self.model.fingerprint,
             emit=self._but_for_details,
         )
         rows = self._judge(plan)
-        size = self.cost.size_report(plan.choices)
+        size = ledger.cost.size_report(plan.choices)
         return PlanTrial(
-            target=budget.asked,
+            target=ledger.budget.asked,
             metric=plan.metric,
             allocator=allocator,
-            limit_bytes=budget.limit_bytes,
+            limit_bytes=ledger.bound_file_bytes(),
             file_bytes=size.file_bytes,
             effective_bits=size.effective_bits,
             divergence=float(rows.mean()),
@@ -244,7 +261,7 @@ class _Trials:
         key = tuple(plan.choices[unit.name] for unit in self.model.units)
         if key not in self.known:
             self.bench.settle(plan.choices)
-            self.known[key] = self.probe.rows_now()
+            self.known[key] = self.probe.measure_rows()
         return self.known[key]
 
     def _but_for_details(self, event: Event) -> None:
@@ -253,22 +270,24 @@ class _Trials:
             self.emit(event)
 
 
-def _texts(model: LoadedModel, calibration: Calibration, probe: Probe) -> dict[str, str]:
+def _texts(
+    model: LoadedModel, calibration: Calibration, probe: DivergenceFromDense
+) -> dict[str, str]:
     record = calibration.record
-    tokens = held_out_tokens(model.parameters, model.device.type == "cpu")
+    tokens = choose_held_out_tokens(model.parameters, model.device.type == "cpu")
     split = split_held_out(calibration.batches, model.kind, tokens)
     shared = " (too short a text: they are fitted on as well)" if split.overlap else ""
     return {
-        "fit": f"{token_count(split.fit):,} tokens of {record.source}, {record.samples} samples",
-        "choose": f"{token_count(split.held_out):,} tokens from the end of those samples, for "
+        "fit": f"{count_tokens(split.fit):,} tokens of {record.source}, {record.samples} samples",
+        "choose": f"{count_tokens(split.held_out):,} tokens from the end of those samples, for "
         f"metrics that measure{shared}",
-        "judge": f"{probe.tokens:,} tokens of {len(calibration.spare)} further samples of "
+        "judge": f"{probe.tokens:,} tokens of {len(calibration.held_out)} further samples of "
         f"{record.source}",
     }
 
 
 def _tell_cost(
-    probe: Probe,
+    probe: DivergenceFromDense,
     pairs: int,
     budgets: int,
     tables: Mapping[str, SensitivityTable],
@@ -279,7 +298,7 @@ def _tell_cost(
 ) -> None:
     """How long it will take, and what the reference would cost where it was not asked for."""
     began = time.perf_counter()
-    probe.rows_now()
+    probe.measure_rows()
     one = time.perf_counter() - began
     plans = budgets * (1 + len(tables) * len(settings.allocators))
     message = (
@@ -288,7 +307,7 @@ def _tell_cost(
     )
     emit(Notice(kind="info", subject="--validate", message=message))
     if REFERENCE not in tables:
-        held = held_out_tokens(model.parameters, model.device.type == "cpu")
+        held = choose_held_out_tokens(model.parameters, model.device.type == "cpu")
         each = one / 2 * held / max(probe.tokens, 1)
         whole = spoken(each * len(model.units) * len(candidates))
         message = (

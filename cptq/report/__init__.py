@@ -1,4 +1,4 @@
-"""One summary of a run (`summary`) and its renderings (`render`): JSON, Markdown, HTML."""
+"""Reports: the `Summary` of a run or a `ModelComparison`, rendered as JSON, Markdown and HTML."""
 
 from cptq.report.summary import (
     AnalyzeOutcome,

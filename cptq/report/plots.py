@@ -1,7 +1,7 @@
-"""The drawings of a report: one mark per layer in forward order, blocks set apart.
+"""Figures over the layers of a model: one mark per layer in forward order, blocks set apart.
 
-Each is a `Figure`: an SVG that carries its own title and description for those who cannot see it,
-a tooltip per mark, and a legend for the page to lay out.
+Each is a `Figure`: an SVG with its own title and description for screen readers, a tooltip per
+mark, and a legend that the page lays out.
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isfinite
 
-from cptq.report.summary import Summary
-from cptq.report.svg import Scale, choose_scale, tag, text, tick_label
-from cptq.report.tally import layer_choices, widths
-from cptq.report.words import number, plural
+from cptq.report.formatting import format_number, format_plural
+from cptq.report.summary import Summary, count_widths, map_layer_choices
+from cptq.report.svg import Figure, Scale, choose_scale, draw_levels, escape_text, tag, wrap_svg
 from cptq.types import LayerSpec, SensitivityTable, Unit
 
 WIDTH, HEIGHT = 960.0, 250.0
@@ -26,19 +25,8 @@ LABEL_PIXELS = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """A drawing with what stands around it; legend entries are (css class, words)."""
-
-    ident: str
-    title: str
-    caption: str
-    svg: str
-    legend: tuple[tuple[str, str], ...] = ()
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """One value: where it belongs, how it is coloured, what a tooltip says."""
+    """One value of a layer, with its block, colour class, tooltip and series."""
 
     name: str
     block: int | None
@@ -49,7 +37,7 @@ class Mark:
 
 
 class Columns:
-    """Horizontal pixels of the marks: even steps, a gap wherever the block changes."""
+    """Horizontal pixels of the marks: even steps with a gap between blocks."""
 
     def __init__(self, blocks: Sequence[int | None]) -> None:
         self.blocks = blocks
@@ -62,8 +50,8 @@ class Columns:
         self.step = (WIDTH - LEFT - RIGHT) / max(at, 1.0)
         self.centers = [LEFT + (offset + 0.5) * self.step for offset in offsets]
 
-    def spans(self) -> Iterator[tuple[int | None, float, float]]:
-        """(block, left, right) of each run of marks of one block."""
+    def iterate_spans(self) -> Iterator[tuple[int | None, float, float]]:
+        """Yield (block, left, right) for each run of marks of one block."""
         first = 0
         for index in range(1, len(self.blocks) + 1):
             if index == len(self.blocks) or self.blocks[index] != self.blocks[first]:
@@ -72,13 +60,22 @@ class Columns:
                 first = index
 
 
-def role_classes(roles: Sequence[str]) -> dict[str, str]:
-    """Role -> css class, in order of appearance; all beyond `MAX_ROLES` share the last."""
+def draw_figures(summary: Summary) -> list[Figure]:
+    """Draw all figures that the summary has numbers for."""
+    figures: list[Figure | None] = [draw_bits(summary)]
+    for index, table in enumerate(summary.sensitivity.values()):
+        figures.append(draw_sensitivity(table, summary.units, f"sensitivity-{index}"))
+    figures.append(draw_errors(summary))
+    return [figure for figure in figures if figure is not None]
+
+
+def assign_role_classes(roles: Sequence[str]) -> dict[str, str]:
+    """Map roles to css classes in order of appearance; all beyond `MAX_ROLES` share the last."""
     distinct = list(dict.fromkeys(roles))
     return {role: f"r{min(index, MAX_ROLES - 1)}" for index, role in enumerate(distinct)}
 
 
-def _legend(classes: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+def _build_legend(classes: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     shared = [role for role, css in classes.items() if css == f"r{MAX_ROLES - 1}"]
     own = [(css, role) for role, css in classes.items() if role not in shared]
     if len(shared) > 1:
@@ -86,34 +83,36 @@ def _legend(classes: Mapping[str, str]) -> tuple[tuple[str, str], ...]:
     return (*own, *((f"r{MAX_ROLES - 1}", role) for role in shared))
 
 
-def sensitivity_figure(table: SensitivityTable, units: Sequence[Unit], ident: str) -> Figure:
-    """One dot per unit: its own score of the metric, the units of a role joined by a line."""
+def draw_sensitivity(table: SensitivityTable, units: Sequence[Unit], ident: str) -> Figure:
+    """Draw one dot per unit, its score; a line joins the units of each role."""
     shown = [unit for unit in units if unit.name in table.per_unit]
-    classes = role_classes([unit.role for unit in shown])
+    classes = assign_role_classes([unit.role for unit in shown])
     marks = [
         Mark(
             name=unit.name,
             block=unit.block,
             value=table.per_unit[unit.name],
             css=classes[unit.role],
-            tip=f"{unit.name} ({unit.role}): {number(table.per_unit[unit.name])}",
+            tip=f"{unit.name} ({unit.role}): {format_number(table.per_unit[unit.name])}",
             series=unit.role,
         )
         for unit in shown
     ]
     title = f"Sensitivity by {table.metric}"
-    svg, remarks = dots(marks, ident, title, table.score_unit)
+    svg, remarks = draw_dots(marks, ident, title, table.score_unit)
     return Figure(
         ident=ident,
         title=title,
-        caption="; ".join([f"Higher = worse if compressed. Unit: {table.score_unit}", *remarks]),
+        caption="; ".join(
+            [f"Higher: more sensitive to compression. Unit: {table.score_unit}", *remarks]
+        ),
         svg=svg,
-        legend=_legend(classes),
+        legend=_build_legend(classes),
     )
 
 
-def error_figure(summary: Summary, ident: str = "errors") -> Figure | None:
-    """Relative output and weight error of every compressed layer; None without results."""
+def draw_errors(summary: Summary, ident: str = "errors") -> Figure | None:
+    """Draw relative output and weight error of each compressed layer; None without results."""
     specs = {layer.name: layer for layer in summary.layers}
     kinds = (("output error", "e0"), ("weight error", "e1"))
     marks = [
@@ -122,7 +121,7 @@ def error_figure(summary: Summary, ident: str = "errors") -> Figure | None:
             block=specs[row.name].block if row.name in specs else None,
             value=value,
             css=css,
-            tip=f"{row.name} ({row.candidate.label}): {kind} {number(value)}",
+            tip=f"{row.name} ({row.candidate.label}): {kind} {format_number(value)}",
             series=kind,
         )
         for row in summary.results
@@ -132,7 +131,7 @@ def error_figure(summary: Summary, ident: str = "errors") -> Figure | None:
     if not marks:
         return None
     title = "Error per layer"
-    svg, remarks = dots(marks, ident, title, "share of the squared norm", joined=False)
+    svg, remarks = draw_dots(marks, ident, title, "share of the squared norm", joined=False)
     caption = (
         "Output error: E|x(W-Q)|² / E|xW|² on the calibration inputs; weight error: |W-Q|² / |W|²"
     )
@@ -142,13 +141,13 @@ def error_figure(summary: Summary, ident: str = "errors") -> Figure | None:
     )
 
 
-def dots(
+def draw_dots(
     marks: Sequence[Mark], ident: str, title: str, unit: str, *, joined: bool = True
 ) -> tuple[str, list[str]]:
-    """The drawing, and what a reader must know about its axis.
+    """Return the drawing and remarks about its axis.
 
-    Marks of the same name share a column. What is not finite is left out and said; on a log axis
-    zero and below lie on the bottom line, hollow, and that is said too.
+    Marks of the same name share a column. Values that are not finite are omitted; on a log axis
+    zero and negative values are hollow dots on the bottom line. Remarks mention both.
     """
     names = list(dict.fromkeys(mark.name for mark in marks))
     first = {mark.name: mark for mark in reversed(marks)}
@@ -157,51 +156,55 @@ def dots(
     drawn = [mark for mark in marks if isfinite(mark.value)]
     scale = choose_scale([mark.value for mark in drawn], top=TOP, bottom=HEIGHT - BOTTOM)
     radius = min(3.6, max(2.0, columns.step * 0.42))
-    body = _bands(columns) + _grid(scale)
+    body = _draw_bands(columns) + draw_levels(scale, left=LEFT, right=WIDTH - RIGHT)
     if joined:
-        body += "".join(_lines(drawn, at, scale))
-    body += "".join(_dot(mark, at[mark.name], scale, radius) for mark in drawn)
-    remarks = _remarks(marks, drawn, scale)
-    described = f"{plural(len(names), 'layer')} in forward order; {unit}; " + _range(drawn, remarks)
-    return _frame(body, ident, title, described), remarks
+        body += "".join(_draw_lines(drawn, at, scale))
+    body += "".join(_draw_dot(mark, at[mark.name], scale, radius) for mark in drawn)
+    remarks = _list_remarks(marks, drawn, scale)
+    description = (
+        f"{format_plural(len(names), 'layer')} in forward order; {unit}; "
+        f"{_describe_range(drawn, remarks)}"
+    )
+    return wrap_svg(body, ident, title, description, (WIDTH, HEIGHT)), remarks
 
 
-def _dot(mark: Mark, x: float, scale: Scale, radius: float) -> str:
+def _draw_dot(mark: Mark, x: float, scale: Scale, radius: float) -> str:
     hollow = " hollow" if scale.log and mark.value <= 0 else ""
-    tip = tag("title", text(mark.tip))
+    tip = tag("title", escape_text(mark.tip))
     return tag(
-        "circle", tip, class_=f"dot {mark.css}{hollow}", cx=x, cy=scale.at(mark.value), r=radius
+        "circle", tip, class_=f"dot {mark.css}{hollow}", cx=x, cy=scale.locate(mark.value), r=radius
     )
 
 
-def _lines(marks: Sequence[Mark], at: Mapping[str, float], scale: Scale) -> Iterator[str]:
+def _draw_lines(marks: Sequence[Mark], at: Mapping[str, float], scale: Scale) -> Iterator[str]:
     for series in dict.fromkeys(mark.series for mark in marks):
         own = [mark for mark in marks if mark.series == series]
-        points = " ".join(f"{at[mark.name]:.1f},{scale.at(mark.value):.1f}" for mark in own)
+        points = " ".join(f"{at[mark.name]:.1f},{scale.locate(mark.value):.1f}" for mark in own)
         yield tag("polyline", class_=f"line {own[0].css}", points=points)
 
 
-def _remarks(marks: Sequence[Mark], drawn: Sequence[Mark], scale: Scale) -> list[str]:
+def _list_remarks(marks: Sequence[Mark], drawn: Sequence[Mark], scale: Scale) -> list[str]:
     lost, low = len(marks) - len(drawn), sum(mark.value <= 0 for mark in drawn)
     remarks = ["log scale"] if scale.log else []
     if lost:
-        remarks.append(f"{plural(lost, 'value')} not finite, not drawn")
+        remarks.append(f"{format_plural(lost, 'value')} not finite, not drawn")
     if scale.log and low:
-        remarks.append(f"{plural(low, 'value')} of zero or below, hollow on the bottom line")
+        remarks.append(f"{format_plural(low, 'value')} of zero or below, hollow on the bottom line")
     return remarks
 
 
-def _range(marks: Sequence[Mark], remarks: Sequence[str]) -> str:
+def _describe_range(marks: Sequence[Mark], remarks: Sequence[str]) -> str:
     if not marks:
         return "nothing to draw"
     low, high = min(marks, key=lambda m: m.value), max(marks, key=lambda m: m.value)
-    ends = f"lowest {low.name} {number(low.value)}, highest {high.name} {number(high.value)}"
-    return "; ".join([ends, *remarks])
+    lowest = f"lowest {low.name} {format_number(low.value)}"
+    highest = f"highest {high.name} {format_number(high.value)}"
+    return "; ".join([f"{lowest}, {highest}", *remarks])
 
 
-def bits_figure(summary: Summary, ident: str = "bits") -> Figure | None:
-    """One bar per planned layer, as high and coloured as it has bits; None without a plan."""
-    choices = layer_choices(summary)
+def draw_bits(summary: Summary, ident: str = "bits") -> Figure | None:
+    """Draw one bar per planned layer, its bits; None without a plan."""
+    choices = map_layer_choices(summary)
     specs = {layer.name: layer for unit in summary.units for layer in unit.layers}
     if not choices:
         return None
@@ -210,28 +213,32 @@ def bits_figure(summary: Summary, ident: str = "bits") -> Figure | None:
     scale = Scale(low=0.0, high=high, top=TOP, bottom=HEIGHT - BOTTOM)
     used = sorted({choice.bits for choice in choices.values()})
     bars = [
-        _bar(specs[name], choice.bits, choice.label, x, columns.step, scale)
+        _draw_bar(specs[name], choice.bits, choice.label, x, columns.step, scale)
         for (name, choice), x in zip(choices.items(), columns.centers, strict=True)
     ]
-    body = _bands(columns) + _grid(scale, [0.0, *map(float, used)]) + "".join(bars)
-    told = ", ".join(f"{plural(row.layers, 'layer')} {row.label}" for row in widths(summary))
+    levels = draw_levels(scale, left=LEFT, right=WIDTH - RIGHT, ticks=[0.0, *map(float, used)])
+    body = _draw_bands(columns) + levels + "".join(bars)
+    counts = ", ".join(
+        f"{format_plural(row.layers, 'layer')} {row.label}" for row in count_widths(summary)
+    )
+    description = f"{format_plural(len(choices), 'layer')} in forward order: {counts}"
     title = "Bits per layer"
     return Figure(
         ident=ident,
         title=title,
-        caption="Linears in forward order. Embeddings and what else stays dense: see the layers",
-        svg=_frame(body, ident, title, f"{plural(len(choices), 'layer')} in forward order: {told}"),
+        caption="Linear layers in forward order; embeddings and other dense layers: see All layers",
+        svg=wrap_svg(body, ident, title, description, (WIDTH, HEIGHT)),
         legend=tuple(
             (f"b{bits}", f"{bits} bits" + (" (dense)" if bits == 16 else "")) for bits in used
         ),
     )
 
 
-def _bar(spec: LayerSpec, bits: int, label: str, x: float, step: float, scale: Scale) -> str:
-    top, wide = scale.at(bits), max(step * 0.86, 0.5)
+def _draw_bar(spec: LayerSpec, bits: int, label: str, x: float, step: float, scale: Scale) -> str:
+    top, wide = scale.locate(bits), max(step * 0.86, 0.5)
     return tag(
         "rect",
-        tag("title", text(f"{spec.name} ({spec.role}): {label}")),
+        tag("title", escape_text(f"{spec.name} ({spec.role}): {label}")),
         class_=f"bar b{bits}",
         x=x - wide / 2,
         y=top,
@@ -240,54 +247,20 @@ def _bar(spec: LayerSpec, bits: int, label: str, x: float, step: float, scale: S
     )
 
 
-def _bands(columns: Columns) -> str:
-    """A faint ground under every other block, and the blocks' numbers below."""
-    found, free = "", LEFT
+def _draw_bands(columns: Columns) -> str:
+    """Draw a faint background behind every other block, and block numbers below."""
+    drawing, free = "", LEFT
     bottom = HEIGHT - BOTTOM
-    for index, (block, left, right) in enumerate(columns.spans()):
+    for index, (block, left, right) in enumerate(columns.iterate_spans()):
         if index % 2:
-            found += tag(
+            drawing += tag(
                 "rect", class_="band", x=left, y=TOP, width=right - left, height=bottom - TOP
             )
         middle = (left + right) / 2
         if block is not None and middle >= free:
-            found += tag(
+            drawing += tag(
                 "text", str(block), class_="tick", x=middle, y=bottom + 14, text_anchor="middle"
             )
             free = middle + LABEL_PIXELS
-    words = tag("text", "block", class_="tick", x=LEFT - 8, y=bottom + 14, text_anchor="end")
-    return found + words
-
-
-def _grid(scale: Scale, ticks: Sequence[float] | None = None) -> str:
-    found = ""
-    for value in scale.ticks() if ticks is None else ticks:
-        y = scale.at(value)
-        found += tag("line", class_="grid", x1=LEFT, x2=WIDTH - RIGHT, y1=y, y2=y)
-        label = tick_label(value)
-        found += tag("text", label, class_="tick", x=LEFT - 8, y=y + 4, text_anchor="end")
-    return found
-
-
-def _frame(body: str, ident: str, title: str, described: str) -> str:
-    """The drawing as one image with a name and a description."""
-    head = tag("title", text(title), id=f"{ident}-title")
-    head += tag("desc", text(described), id=f"{ident}-desc")
-    return tag(
-        "svg",
-        head,
-        body,
-        viewBox=f"0 0 {WIDTH:g} {HEIGHT:g}",
-        role="img",
-        aria_labelledby=f"{ident}-title {ident}-desc",
-        class_="chart",
-    )
-
-
-def figures(summary: Summary) -> list[Figure]:
-    """All drawings that the summary has numbers for."""
-    found: list[Figure | None] = [bits_figure(summary)]
-    for index, table in enumerate(summary.sensitivity.values()):
-        found.append(sensitivity_figure(table, summary.units, f"sensitivity-{index}"))
-    found.append(error_figure(summary))
-    return [figure for figure in found if figure is not None]
+    label = tag("text", "block", class_="tick", x=LEFT - 8, y=bottom + 14, text_anchor="end")
+    return drawing + label

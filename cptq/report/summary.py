@@ -1,12 +1,13 @@
-"""What a run found, as one immutable value: the only thing that a report is made from.
+"""The summary of a run as one immutable value: the only input of a report.
 
-Everything is a plain noun of `cptq.types`, so that a report can be written, read back and compared
-without torch. Stages that did not run leave their field empty.
+A `Summary` holds plain values of `cptq.types`, so reports are written, read back and compared
+without torch. Stages that did not run leave their field empty. The functions below
+compute counts and comparisons that all renderings and the command line share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
 from math import isfinite
 from pathlib import Path
@@ -17,6 +18,7 @@ from cptq.types import (
     Budget,
     CalibrationRecord,
     Candidate,
+    Comparison,
     EvalResult,
     LayerResult,
     LayerSpec,
@@ -29,13 +31,15 @@ from cptq.types import (
     Validation,
 )
 
-#: version of the layout of report.json; grows when a field changes its meaning or goes
+#: version of the layout of report.json; grows when a field changes its meaning or is removed
 SCHEMA = 1
+#: kinds of notices in the order shown: those that changed the result first
+NOTICE_ORDER = ("warning", "fallback", "skipped", "info")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelFacts:
-    """Which model it was. `parameters` counts tied weights once; `dtype` is the storage type."""
+    """The model of a run. `parameters` counts tied weights once; `dtype` is the storage type."""
 
     source: str
     kind: str
@@ -50,9 +54,9 @@ class ModelFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class VerificationFacts:
-    """What a fresh process found when it loaded the written artifact with stock transformers.
+    """Result of the reload check: the written artifact loaded in a fresh process.
 
-    `max_abs_difference` is that of the outputs to the compressed model in memory.
+    `max_abs_difference` compares its outputs with those of the compressed model in memory.
     """
 
     missing: tuple[str, ...] = ()
@@ -63,13 +67,13 @@ class VerificationFacts:
 
     @property
     def clean(self) -> bool:
-        """No key missing, unexpected or of another shape."""
+        """Whether no key is missing, unexpected or of another shape."""
         return not (self.missing or self.unexpected or self.mismatched)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Everything a report tells. Bytes and seconds are named in the fields."""
+    """Everything a report contains. Field names give the units: bytes, seconds."""
 
     command: str
     command_line: str
@@ -91,32 +95,52 @@ class Summary:
     size: SizeReport | None = None
     results: tuple[LayerResult, ...] = ()
     verification: VerificationFacts | None = None
-    evaluation: tuple[EvalResult, ...] = ()
-    baseline: tuple[EvalResult, ...] = ()
+    comparison: Comparison = field(default_factory=Comparison)
     baseline_source: str | None = None
-    paired: tuple[PairedDifference, ...] = ()
     notices: tuple[Notice, ...] = ()
     timings: Mapping[str, float] = field(default_factory=dict)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data for report.json, in the order of the fields.
+    @property
+    def evaluation(self) -> tuple[EvalResult, ...]:
+        """The model's results."""
+        return self.comparison.results
 
-        Units name their layers only. Numbers that JSON has no word for become the texts "nan",
-        "inf" and "-inf", which `float()` reads back.
+    @property
+    def baseline(self) -> tuple[EvalResult, ...]:
+        """The baseline's results."""
+        return self.comparison.baseline
+
+    @property
+    def paired(self) -> tuple[PairedDifference, ...]:
+        """Differences to the baseline on the same samples."""
+        return self.comparison.paired
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for report.json, in the order of the fields.
+
+        Units list the names of their layers only; results, the baseline's and paired differences
+        are lists of their own. Numbers that JSON cannot hold become the texts
+        "nan", "inf" and "-inf", which `float()` reads back.
         """
-        data = {item.name: plain(getattr(self, item.name)) for item in fields(self)}
+        data: dict[str, Any] = {}
+        for item in fields(self):
+            if item.name == "comparison":
+                data["evaluation"] = convert_to_plain(self.evaluation)
+                data["baseline"] = convert_to_plain(self.baseline)
+                continue
+            data[item.name] = convert_to_plain(getattr(self, item.name))
+            if item.name == "baseline_source":
+                data["paired"] = [_convert_pair(pair) for pair in self.paired]
         for unit in data["units"]:
             unit["layers"] = [layer["name"] for layer in unit["layers"]]
         if data["calibration"]:
-            del data["calibration"]["sketch"]  # for machines, and in cptq.json
-        for row, pair in zip(data["paired"], self.paired, strict=True):
-            row |= {"at_most_worse": pair.at_most_worse, "verdict": pair.verdict}
+            del data["calibration"]["sketch"]  # large, and stored in cptq.json
         return {"schema": SCHEMA, **data}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AnalyzeOutcome:
-    """What `analyze` hands back; `reports` maps "json", "md" and "html" to files."""
+    """Return value of `analyze`; `reports` maps "json", "md" and "html" to files."""
 
     summary: Summary
     out: Path | None = None
@@ -125,7 +149,7 @@ class AnalyzeOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CompressOutcome:
-    """What `compress` hands back: `out` is the directory of the artifact."""
+    """Return value of `compress`; `out` is the directory of the artifact."""
 
     summary: Summary
     out: Path | None = None
@@ -135,33 +159,103 @@ class CompressOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalOutcome:
-    """What `evaluate` hands back: `out` is the JSON file of the results, if one was asked for."""
+    """Return value of `evaluate`; `out` is the JSON file of the results, if one was requested."""
 
     summary: Summary
     out: Path | None = None
     reports: Mapping[str, Path] = field(default_factory=dict)
 
 
-def plain(value: Any) -> Any:
-    """`value` as what JSON knows: dict, list, str, int, float, bool, None."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WidthCount:
+    """How much of the model is stored as one candidate."""
+
+    label: str
+    bits: int
+    layers: int
+    weights: int
+    share: float
+
+
+def _convert_pair(pair: PairedDifference) -> dict[str, Any]:
+    return {
+        **convert_to_plain(pair),
+        "at_most_worse": pair.at_most_worse,
+        "verdict": pair.verdict,
+    }
+
+
+def convert_to_plain(value: Any) -> Any:
+    """Convert a value to JSON types: dict, list, str, int, float, bool, None."""
     if isinstance(value, Candidate):
         return value.label
     if isinstance(value, SensitivityTable | Plan):
-        return plain(value.to_dict())
+        return convert_to_plain(value.to_dict())
     if is_dataclass(value) and not isinstance(value, type):
-        return {item.name: plain(getattr(value, item.name)) for item in fields(value)}
+        return {item.name: convert_to_plain(getattr(value, item.name)) for item in fields(value)}
     if isinstance(value, Mapping):
-        return {_key(key): plain(item) for key, item in value.items()}
+        return {_format_key(key): convert_to_plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    return _scalar(value)
+        return [convert_to_plain(item) for item in value]
+    return _convert_scalar(value)
 
 
-def _key(key: Any) -> str:
+def _format_key(key: Any) -> str:
     return key.label if isinstance(key, Candidate) else str(key)
 
 
-def _scalar(value: Any) -> Any:
+def _convert_scalar(value: Any) -> Any:
     if isinstance(value, float) and not isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def map_layer_choices(summary: Summary) -> dict[str, Candidate]:
+    """Map the name of each planned layer to its candidate, in forward order."""
+    plan = summary.plan
+    if plan is None:
+        return {}
+    return {
+        layer.name: plan.choices[unit.name]
+        for unit in summary.units
+        if unit.name in plan.choices
+        for layer in unit.layers
+    }
+
+
+def count_widths(summary: Summary) -> list[WidthCount]:
+    """Count planned layers by candidate, narrowest first; `share` is of the planned weights."""
+    specs = {layer.name: layer for unit in summary.units for layer in unit.layers}
+    grouped: dict[Candidate, list[LayerSpec]] = {}
+    for name, candidate in map_layer_choices(summary).items():
+        grouped.setdefault(candidate, []).append(specs[name])
+    total = sum(spec.numel for rows in grouped.values() for spec in rows) or 1
+    return [
+        WidthCount(
+            label=candidate.label,
+            bits=candidate.bits,
+            layers=len(rows),
+            weights=sum(row.numel for row in rows),
+            share=sum(row.numel for row in rows) / total,
+        )
+        for candidate, rows in sorted(grouped.items())
+    ]
+
+
+def list_unplanned_layers(summary: Summary) -> list[LayerSpec]:
+    """List layers outside every unit: embeddings, heads, layers that cptq cannot compress."""
+    units = {layer.name for unit in summary.units for layer in unit.layers}
+    return [layer for layer in summary.layers if layer.name not in units]
+
+
+def rank_units(table: SensitivityTable, count: int) -> list[tuple[str, float]]:
+    """Return the `count` units with the highest scores, highest first; ties in forward order."""
+    ranked = [(unit, score) for unit, score in table.per_unit.items() if isfinite(score)]
+    return sorted(ranked, key=lambda pair: -pair[1])[:count]
+
+
+def group_notices(notices: Iterable[Notice]) -> Mapping[str, list[Notice]]:
+    """Group notices by kind in `NOTICE_ORDER`; kinds without notices are omitted."""
+    rows = list(notices)
+    grouped = {kind: [row for row in rows if row.kind == kind] for kind in NOTICE_ORDER}
+    return {kind: found for kind, found in grouped.items() if found}

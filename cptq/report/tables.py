@@ -1,78 +1,184 @@
-"""The tables that say what came out, and the order of all tables in a report."""
+"""The tables of a report, from results and sizes to settings and versions."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
-from cptq.report import words
-from cptq.report.details import (
-    calibration_table,
-    layer_table,
-    model_table,
-    protocol_table,
-    run_tables,
-    score_table,
+from cptq.report.formatting import (
+    Table,
+    format_bytes_exact,
+    format_count,
+    format_number,
+    format_p_value,
+    format_percent,
+    format_plural,
+    format_seconds,
+    format_signed,
+    format_with_error,
+    shorten_tasks,
+    tabulate_pairs,
 )
-from cptq.report.names import short_tasks
-from cptq.report.paired import paired_table
-from cptq.report.pruning import pruning_tables
-from cptq.report.summary import Summary, VerificationFacts
-from cptq.report.table import Table, pairs
-from cptq.report.tally import compare, left_alone, most_sensitive, notices_by_kind, widths
-from cptq.report.validation import validation_tables
-from cptq.types import EvalResult, SensitivityTable
+from cptq.report.summary import (
+    Summary,
+    VerificationFacts,
+    count_widths,
+    group_notices,
+    list_unplanned_layers,
+    map_layer_choices,
+    rank_units,
+)
+from cptq.report.validation import build_validation_tables
+from cptq.types import LayerSpec, PairedDifference, SensitivityTable, SizeReport
 
 TOP = 10
-#: from here on, notices of kinds that changed no result are folded away
+#: with more notices than this, kinds that changed no result are folded
 MANY_NOTICES = 30
 CHANGED_THE_RESULT = ("warning", "fallback")
+PRUNING = "pruning"
 
 
-def size_table(summary: Summary) -> Table | None:
-    """Bytes and the three averages of bits, each with what it counts."""
+def build_tables(summary: Summary) -> Sequence[Table]:
+    """Build all tables of a report in order; tables without rows are omitted."""
+    tables = [
+        build_evaluation_table(summary),
+        build_paired_table(summary.paired),
+        build_size_table(summary),
+        build_width_table(summary),
+        *build_validation_tables(summary.validation),
+        *build_notice_tables(summary),
+        *(build_top_table(table, summary) for table in summary.sensitivity.values()),
+        build_model_table(summary),
+        build_calibration_table(summary),
+        build_protocol_table(summary),
+        *build_pruning_tables(summary),
+        build_score_table(summary),
+        build_layer_table(summary),
+        *build_run_tables(summary),
+    ]
+    return [table for table in tables if table is not None and table.rows]
+
+
+def build_evaluation_table(summary: Summary) -> Table | None:
+    """Build the table of results, with the baseline's if they were measured."""
+    if not summary.evaluation:
+        return None
+    compared = bool(summary.baseline)
+    rows, tasks = [], shorten_tasks(row.task for row in summary.evaluation)
+    for row in summary.comparison.rows:
+        value = format_with_error(row.result.value, row.result.stderr)
+        cells = [tasks[row.result.task], row.result.metric, value]
+        if compared:
+            base = format_number(row.baseline.value) if row.baseline else "-"
+            cells += [base, format_signed(row.difference, 3), row.verdict]
+        rows.append((*cells, row.result.unit))
+    extra = ("baseline", "difference", "") if compared else ()
+    return Table(
+        title="Evaluation",
+        columns=("task", "metric", "value", *extra, "unit"),
+        rows=tuple(rows),
+        right=("value", "baseline", "difference"),
+        note=f"Baseline: {summary.baseline_source}" if summary.baseline_source else "",
+        leading=True,
+    )
+
+
+def build_paired_table(paired: Sequence[PairedDifference]) -> Table | None:
+    """Build the table of differences from the baseline with their intervals; None without any."""
+    if not paired:
+        return None
+    tasks = shorten_tasks(row.task for row in paired)
+    rows = [
+        (
+            tasks[row.task],
+            row.metric,
+            format_signed(row.difference, 3),
+            format_signed(row.interval[0], 3),
+            format_signed(row.interval[1], 3),
+            format_p_value(row.p_value),
+            row.verdict,
+        )
+        for row in paired
+    ]
+    return Table(
+        title="Difference from the baseline on the same samples",
+        columns=("task", "metric", "difference", "from", "to", "p", "verdict"),
+        rows=tuple(rows),
+        right=("difference", "from", "to", "p"),
+        note=_explain_paired(paired, tasks),
+        leading=True,
+    )
+
+
+def _explain_paired(paired: Sequence[PairedDifference], tasks: Mapping[str, str]) -> str:
+    level = format_percent(paired[0].level)
+    methods: dict[str, list[str]] = {}
+    for row in paired:
+        methods.setdefault(row.method, []).append(row.metric)
+    tests = [f"{', '.join(dict.fromkeys(names))}: {method}" for method, names in methods.items()]
+    changed = [
+        f"{tasks[row.task]} {row.metric}: {format_number(row.lost)} answers lost and "
+        f"{format_number(row.gained)} gained of {format_number(row.samples)}"
+        for row in paired
+        if row.lost is not None
+    ]
+    legend = (
+        f"from, to: {level} confidence interval of the difference; "
+        "undecided: too few samples to decide"
+    )
+    return "; ".join([legend, *tests, *changed])
+
+
+def build_size_table(summary: Summary) -> Table | None:
+    """Build the table of bytes and the three averages of bits per weight."""
     size = summary.size
     if size is None:
         return None
-    share = words.percent(size.file_bytes / size.dense_file_bytes) if size.dense_file_bytes else "-"
+    share = (
+        format_percent(size.file_bytes / size.dense_file_bytes) if size.dense_file_bytes else "-"
+    )
     rows = [
-        ("weight file, dense", words.size_exact(size.dense_file_bytes)),
-        ("weight file, compressed", f"{words.size_exact(size.file_bytes)}, {share} of dense"),
-        *_budget_rows(summary, size.file_bytes),
-        ("nominal bits", f"{size.nominal_bits:.3f} (codes alone)"),
+        ("weight file, dense", format_bytes_exact(size.dense_file_bytes)),
+        ("weight file, compressed", f"{format_bytes_exact(size.file_bytes)}, {share} of dense"),
+        *_build_budget_rows(summary, size),
+        ("nominal bits", f"{size.nominal_bits:.3f} (codes only)"),
         ("effective bits", f"{size.effective_bits:.3f} (compressible weights with their scales)"),
         ("whole-file bits", f"{size.file_bits:.3f} (whole file over all parameters)"),
-        *_plan_rows(summary),
+        *_build_plan_rows(summary),
     ]
-    return pairs("Size", rows)
+    return tabulate_pairs("Size", rows, leading=True)
 
 
-def _budget_rows(summary: Summary, file_bytes: int) -> list[tuple[str, str]]:
-    if summary.budget is None:
+def _build_budget_rows(summary: Summary, size: SizeReport) -> list[tuple[str, str]]:
+    budget = summary.budget
+    if budget is None:
         return []
-    limit = summary.budget.limit_bytes
-    left = limit - file_bytes
-    words_left = f"{left:,} bytes left" if left >= 0 else f"{-left:,} bytes above"
-    return [("budget", f"{summary.budget.asked} = {limit:,} bytes, {words_left}")]
+    left = budget.limit_bytes - size.count_bytes(budget.scope)
+    rest = f"{left:,} bytes unused" if left >= 0 else f"{-left:,} bytes over"
+    return [("budget", f"{budget.asked} = {budget.limit_text}, {rest}")]
 
 
-def _plan_rows(summary: Summary) -> list[tuple[str, str]]:
+def _build_plan_rows(summary: Summary) -> list[tuple[str, str]]:
     plan = summary.plan
     if plan is None:
         return []
-    by = f"{plan.allocator} on {plan.metric}" if plan.metric else plan.allocator
-    loss = words.number(plan.predicted_loss) if plan.predicted_loss is not None else "not predicted"
-    return [("plan", by), ("predicted loss", loss)]
+    method = f"{plan.allocator} with {plan.metric} scores" if plan.metric else plan.allocator
+    loss = plan.predicted_loss
+    return [
+        ("plan", method),
+        ("predicted loss", format_number(loss) if loss is not None else "not predicted"),
+    ]
 
 
-def verification_words(facts: VerificationFacts) -> str:
-    """One line on what the fresh process found."""
+def describe_verification(facts: VerificationFacts) -> str:
+    """Return the result of the reload check in one line."""
     lists = {
         "missing": facts.missing,
         "unexpected": facts.unexpected,
         "mismatched": facts.mismatched,
     }
     bad = [f"{len(names)} {kind}: {', '.join(names[:3])}" for kind, names in lists.items() if names]
-    keys = "; ".join(bad) if bad else "no missing, unexpected or mismatched key"
+    keys = "; ".join(bad) if bad else "no missing, unexpected or mismatched keys"
     if facts.max_abs_difference is None:
         return f"{keys}; outputs not compared"
     if facts.max_abs_difference == 0:
@@ -80,113 +186,227 @@ def verification_words(facts: VerificationFacts) -> str:
     return f"{keys}; outputs differ by at most {facts.max_abs_difference:.3g}"
 
 
-def width_table(summary: Summary) -> Table | None:
-    """Layers and weights per width."""
+def build_width_table(summary: Summary) -> Table | None:
+    """Build the table of layers and weights per candidate."""
     rows = [
-        (
-            row.label,
-            str(row.layers),
-            words.count(row.weights),
-            words.percent(row.share),
-        )
-        for row in widths(summary)
+        (row.label, str(row.layers), format_count(row.weights), format_percent(row.share))
+        for row in count_widths(summary)
     ]
     if not rows:
         return None
-    rest = [layer for layer in left_alone(summary) if layer.tied_to is None]
+    rest = [layer for layer in list_unplanned_layers(summary) if layer.tied_to is None]
     if rest:
-        weights = words.count(sum(layer.numel for layer in rest))
-        rows.append(("outside the plan", str(len(rest)), weights, ""))
+        weights = format_count(sum(layer.numel for layer in rest))
+        rows.append(("not in the plan", str(len(rest)), weights, ""))
     return Table(
         title="Layers per width",
         columns=("stored as", "layers", "weights", "of planned"),
         rows=tuple(rows),
         right=("layers", "weights", "of planned"),
         note="w4g64: 4 bits, one scale per 64 inputs; c: one scale per output channel; w16: dense",
+        leading=True,
     )
 
 
-def evaluation_table(summary: Summary) -> Table | None:
-    """Results, beside the baseline where one was measured."""
-    if not summary.evaluation:
-        return None
-    beside = bool(summary.baseline)
-    rows, tasks = [], short_tasks(row.task for row in summary.evaluation)
-    for row in compare(summary.evaluation, summary.baseline, summary.paired):
-        cells = [tasks[row.result.task], row.result.metric, _with_error(row.result)]
-        if beside:
-            base = words.number(row.baseline.value) if row.baseline else "-"
-            cells += [base, words.signed(row.difference, 3), row.verdict]
-        rows.append((*cells, row.result.unit))
-    extra = ("baseline", "difference", "") if beside else ()
-    return Table(
-        title="Evaluation",
-        columns=("task", "metric", "value", *extra, "unit"),
-        rows=tuple(rows),
-        right=("value", "baseline", "difference"),
-        note=f"Baseline: {summary.baseline_source}" if summary.baseline_source else "",
-    )
+def build_notice_tables(summary: Summary) -> list[Table]:
+    """Build the table of notices; of many, those that changed no result go to a folded table."""
+    rows = [
+        (kind, notice.subject, notice.message)
+        for kind, notices in group_notices(summary.notices).items()
+        for notice in notices
+    ]
+    columns = ("kind", "subject", "message")
+    if len(rows) <= MANY_NOTICES:
+        return [Table(title="Notices", columns=columns, rows=tuple(rows), leading=True)]
+    first = tuple(row for row in rows if row[0] in CHANGED_THE_RESULT)
+    rest = tuple(row for row in rows if row[0] not in CHANGED_THE_RESULT)
+    note = f"{len(rest)} more are listed below"
+    return [
+        Table(title="Notices", columns=columns, rows=first, note=note, leading=True),
+        Table(title="More notices", columns=columns, rows=rest, folded=True),
+    ]
 
 
-def _with_error(result: EvalResult) -> str:
-    error = f" ± {words.number(result.stderr, 2)}" if result.stderr is not None else ""
-    return words.number(result.value) + error
-
-
-def top_table(table: SensitivityTable, summary: Summary, count: int = TOP) -> Table:
-    """The most sensitive units of one metric."""
+def build_top_table(table: SensitivityTable, summary: Summary, count: int = TOP) -> Table:
+    """Build the table of the most sensitive units by one metric."""
     units = {unit.name: unit for unit in summary.units}
     rows = [
-        (str(rank), name, units[name].role if name in units else "", words.number(score))
-        for rank, (name, score) in enumerate(most_sensitive(table, count), start=1)
+        (str(rank), name, units[name].role if name in units else "", format_number(score))
+        for rank, (name, score) in enumerate(rank_units(table, count), start=1)
     ]
+    text = format_plural(table.tokens, "token") if table.tokens else "weights only, no text"
     return Table(
         title=f"Most sensitive by {table.metric}",
         columns=("#", "unit", "role", "score"),
         rows=tuple(rows),
         right=("#", "score"),
-        note=f"{table.score_unit}; {_measured_on(table)}; {words.seconds(table.seconds)}",
+        note=f"{table.score_unit}; {text}; {format_seconds(table.seconds)}",
     )
 
 
-def _measured_on(table: SensitivityTable) -> str:
-    return words.plural(table.tokens, "token") if table.tokens else "the weights alone"
+def build_model_table(summary: Summary) -> Table:
+    """Build the table of the model and the device it ran on."""
+    model = summary.model
+    return tabulate_pairs(
+        "Model",
+        [
+            ("source", model.source),
+            ("kind", f"{model.kind}, family {model.family}"),
+            ("parameters", f"{model.parameters:,}"),
+            ("blocks", model.blocks or None),
+            ("stored as", model.dtype),
+            ("dense weights", format_bytes_exact(model.dense_bytes)),
+            ("sha256 of the weights", model.fingerprint),
+            ("ran on", ", ".join(word for word in (summary.device, summary.dtype) if word)),
+            ("seed", summary.seed),
+        ],
+    )
 
 
-def notice_tables(summary: Summary) -> list[Table]:
-    """Every fallback, skipped layer and warning; long lists of what changed nothing are folded."""
+def build_calibration_table(summary: Summary) -> Table | None:
+    """Build the table of the calibration text."""
+    record = summary.calibration
+    if record is None:
+        return None
+    amount = f"{record.samples:,} samples of up to {record.seqlen:,}, {record.tokens:,} tokens"
     rows = [
-        (kind, notice.subject, notice.message)
-        for kind, found in notices_by_kind(summary.notices).items()
-        for notice in found
+        ("source", record.source),
+        ("location", record.origin),
+        ("amount", amount),
+        ("seed", record.seed),
+        ("sha256 of the tokens", record.fingerprint),
+        ("sha256 of the text", record.text_sha256),
+        ("notes", "; ".join(record.notes)),
     ]
-    columns = ("kind", "about", "what")
-    if len(rows) <= MANY_NOTICES:
-        return [Table(title="Notices", columns=columns, rows=tuple(rows))]
-    first = tuple(row for row in rows if row[0] in CHANGED_THE_RESULT)
-    rest = tuple(row for row in rows if row[0] not in CHANGED_THE_RESULT)
-    return [
-        Table(title="Notices", columns=columns, rows=first, note=f"{len(rest)} more stand below"),
-        Table(title="More notices", columns=columns, rows=rest, folded=True),
-    ]
+    return tabulate_pairs("Calibration", rows)
 
 
-def all_tables(summary: Summary) -> Sequence[Table]:
-    """All tables in the order of a report; the ones without rows left out."""
-    found = [
-        evaluation_table(summary),
-        paired_table(summary.paired),
-        size_table(summary),
-        width_table(summary),
-        *validation_tables(summary.validation),
-        *notice_tables(summary),
-        *(top_table(table, summary) for table in summary.sensitivity.values()),
-        model_table(summary),
-        calibration_table(summary),
-        protocol_table(summary),
-        *pruning_tables(summary),
-        score_table(summary),
-        layer_table(summary),
-        *run_tables(summary),
+def build_protocol_table(summary: Summary) -> Table | None:
+    """Build the table of samples and data behind each result."""
+    rows = [
+        (
+            f"{row.task} v{row.version}",
+            row.metric,
+            f"{row.samples:,}",
+            "" if row.tokens is None else f"{row.tokens:,}",
+            "" if row.seqlen is None else str(row.seqlen),
+            f"{row.data_source or ''} {(row.data_sha256 or '')[:12]}".strip(),
+            format_seconds(row.seconds),
+            "; ".join(row.notes),
+        )
+        for row in summary.evaluation
     ]
-    return [table for table in found if table is not None and table.rows]
+    columns = ("task", "metric", "samples", "tokens", "seqlen", "data", "time", "notes")
+    right = ("samples", "tokens", "seqlen", "time")
+    table = Table(
+        title="Evaluation protocol", columns=columns, rows=tuple(rows), right=right, folded=True
+    )
+    return table if rows else None
+
+
+def build_pruning_tables(summary: Summary) -> list[Table]:
+    """Build the tables of loss over sparsity, of the whole model and of each unit."""
+    measured = summary.sensitivity.get(PRUNING)
+    if measured is None or "curve" not in measured.details:
+        return []
+    return [_build_whole_model_table(measured), _build_unit_table(measured)]
+
+
+def _build_whole_model_table(measured: SensitivityTable) -> Table:
+    curve = measured.details.get("whole_model_curve", {})
+    knee = measured.details.get("essential_sparsity")
+    found = f"{knee:.0%} of the weights" if knee is not None else "none, the curve has no knee"
+    return Table(
+        title="All units pruned together",
+        columns=("sparsity", "loss"),
+        rows=tuple((f"{float(p):.0%}", format_number(loss)) for p, loss in curve.items()),
+        right=("sparsity", "loss"),
+        note=f"essential sparsity (knee of the curve): {found}; loss in {measured.score_unit}",
+    )
+
+
+def _build_unit_table(measured: SensitivityTable) -> Table:
+    sparsities = [f"{p:.0%}" for p in measured.details["sparsities"]]
+    areas = measured.details["area"]
+    rows = tuple(
+        (unit, *map(format_number, curve), format_number(areas[unit]))
+        for unit, curve in measured.details["curve"].items()
+        if unit in measured.per_unit
+    )
+    return Table(
+        title="Units pruned one at a time",
+        columns=("unit", *sparsities, "area"),
+        rows=rows,
+        right=(*sparsities, "area"),
+        folded=True,
+        note=f"loss at each sparsity in {measured.score_unit}, and the area under the curve from 0",
+    )
+
+
+def build_score_table(summary: Summary) -> Table | None:
+    """Build the table of every unit's score by every metric."""
+    tables = list(summary.sensitivity.values())
+    if not tables:
+        return None
+    metrics = tuple(table.metric for table in tables)
+    rows = tuple(
+        (unit.name, unit.role, *(format_number(table.per_unit.get(unit.name)) for table in tables))
+        for unit in summary.units
+    )
+    columns = ("unit", "role", *metrics)
+    return Table(title="All scores", columns=columns, rows=rows, right=metrics, folded=True)
+
+
+def build_layer_table(summary: Summary) -> Table | None:
+    """Build the table of every weight matrix: how it is stored, its bytes and errors."""
+    choices, results = map_layer_choices(summary), {row.name: row for row in summary.results}
+    rows = []
+    for layer in summary.layers:
+        choice, result = choices.get(layer.name), results.get(layer.name)
+        rows.append(
+            (
+                layer.name,
+                layer.role,
+                f"{layer.shape[0]} x {layer.shape[1]}",
+                choice.label if choice else layer.dtype,
+                "" if result is None else f"{result.nbytes:,}",
+                "" if result is None else format_number(result.weight_error, 3),
+                "" if result is None else format_number(result.output_error, 3),
+                "; ".join([*_list_layer_notes(layer), *(result.notes if result else ())]),
+            )
+        )
+    right = ("shape", "bytes", "weight error", "output error")
+    table = Table(
+        title="All layers",
+        columns=("layer", "role", "shape", "stored as", *right[1:], "notes"),
+        rows=tuple(rows),
+        right=right,
+        folded=True,
+    )
+    return table if rows else None
+
+
+def _list_layer_notes(layer: LayerSpec) -> list[str]:
+    tied = f"tied to {layer.tied_to}" if layer.tied_to else ""
+    fused = f"fused as {layer.fused}" if layer.fused else ""
+    return [note for note in (tied, fused, layer.reason or "") if note]
+
+
+def build_run_tables(summary: Summary) -> list[Table]:
+    """Build the tables of times, settings and versions."""
+    times = [(stage, format_seconds(value)) for stage, value in summary.timings.items()]
+    total = [("total", format_seconds(sum(summary.timings.values())))] if len(times) > 1 else []
+    tables = [
+        tabulate_pairs("Times", [*times, *total]),
+        tabulate_pairs("Settings", _format_settings(summary.settings), folded=True),
+        tabulate_pairs("Versions", summary.versions.items(), folded=True),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def _format_settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(name, _format_setting(x)) for name, x in settings.items() if x is not None]
+
+
+def _format_setting(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)

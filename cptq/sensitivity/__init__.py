@@ -1,4 +1,4 @@
-"""How much each unit matters: one metric per file, one pass shared by all that are asked for."""
+"""Sensitivity of each unit to compression: one metric per file, over shared passes."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ METRICS: Registry[type[Metric]] = Registry(
         "pq-index": "cptq.sensitivity.pq_index:PqIndex",
         "kurtosis": "cptq.sensitivity.kurtosis:Kurtosis",
         "effective-rank": "cptq.sensitivity.effective_rank:EffectiveRank",
-        "kl": "cptq.sensitivity.kl:Divergence",
+        "kl": "cptq.sensitivity.kl:Kl",
     },
 )
-#: measured truths, which take a forward pass per unit and candidate: measured when named, not
-#: when all metrics are asked for
+#: ground truth, at the cost of a forward pass per unit and candidate: measured only when named, not
+#: as part of `all`
 SLOW = ("kl",)
 
 
-def everyday() -> tuple[str, ...]:
-    """What `all` stands for: every metric but the slow ones."""
+def list_default_metrics() -> tuple[str, ...]:
+    """Return the metrics that `all` stands for: every one but the slow ones."""
     return tuple(name for name in METRICS if name not in SLOW)

@@ -1,15 +1,15 @@
-"""`effective-rank`: how many directions a unit's weights use. No text is needed.
+"""`effective-rank`: how many directions a unit's weights use. Needs no text.
 
     s = exp(-sum_i p_i log p_i) / min(out, in),      p_i = sigma_i / sum_j sigma_j
 
 the entropy rank of the singular values sigma (Roy & Vetterli, "The effective rank", EUSIPCO 2007),
-as a share of the most that it can be, in (0, 1]: 1 where all directions count alike, small where a
-few carry the matrix. The more directions are in use, the less of a change stays in directions that
-carry little, so higher is worse if compressed.
+as a share of its maximum, in (0, 1]: 1 where all directions count equally, small where a few
+directions dominate the matrix. The more directions are in use, the less of a change falls into
+unimportant ones, so higher is worse if compressed.
 
-Scores come from s by `cptq.sensitivity.relative`. Cost: the eigenvalues of W W^T or W^T W, the
-smaller of the two, in float64 (min(out, in)^3). Limits: neither data nor loss; singular values
-below 1e-8 of the largest are lost in the product and count as 0.
+Scores come from s by `cptq.sensitivity.slope_metric`. Cost: the eigenvalues of W W^T or W^T W, the
+smaller of the two, in float64 (min(out, in)^3). Limits: considers neither data nor loss; singular
+values below 1e-8 of the largest are lost in the product and count as 0.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ import math
 import torch
 from torch import Tensor
 
-from cptq.sensitivity.relative import OfWeights
+from cptq.sensitivity.slope_metric import WeightsOnlyMetric
 
 #: squared singular values below this share of the largest are rounding of the product
-LOST = 1e-14
+NEGLIGIBLE = 1e-14
 
 
-def effective_rank(W_OI: Tensor) -> float:
-    """Entropy rank over min(out, in), in (0, 1]; 1 for a matrix of zeros."""
+def compute_effective_rank(W_OI: Tensor) -> float:
+    """Return the entropy rank over min(out, in), in (0, 1]; 1 for a matrix of zeros."""
     W_OI = W_OI.double()
     gram = W_OI @ W_OI.T if W_OI.shape[0] <= W_OI.shape[1] else W_OI.T @ W_OI
     squared_R = torch.linalg.eigvalsh(gram).clamp_min(0.0)
-    sigma_R = torch.where(squared_R > LOST * squared_R[-1], squared_R, 0.0).sqrt()
+    sigma_R = torch.where(squared_R > NEGLIGIBLE * squared_R[-1], squared_R, 0.0).sqrt()
     total = float(sigma_R.sum())
     if not total:
         return 1.0
@@ -38,11 +38,11 @@ def effective_rank(W_OI: Tensor) -> float:
     return math.exp(entropy) / len(sigma_R)
 
 
-class EffectiveRank(OfWeights):
+class EffectiveRank(WeightsOnlyMetric):
     """Entropy rank of the singular values, as a share."""
 
-    of = "effective rank as a share"
+    slope_name = "effective rank as a share"
 
-    def matrix(self, W_OI: Tensor) -> float:
-        """Effective rank of a matrix, as a share of the most it could be."""
-        return effective_rank(W_OI)
+    def score_matrix(self, W_OI: Tensor) -> float:
+        """Return the effective rank of a matrix, as a share of its maximum."""
+        return compute_effective_rank(W_OI)

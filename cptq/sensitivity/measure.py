@@ -1,18 +1,20 @@
-"""The driver: every unit's weights, samples and rounding errors made once and shown to all metrics.
+"""Measure sensitivity: show every unit to every metric and collect the scores in tables.
 
     shared passes (cptq.sensitivity.prepare)
-    for each unit: weights, for each candidate: dW = W - Q(W)    shared by all
+    for each unit: weights, for each candidate: dW = W - Q(W)    shared by all metrics
 
-A table does not depend on which other metrics are asked for at the same time, memory permitting.
-An interrupt (Ctrl-C) loses nothing that is whole: the units that all metrics have scored come along
-with it as partial tables.
+A table does not depend on which other metrics are measured with it, unless memory forces fewer
+sampled rows. After an interrupt (Ctrl-C) the units that all metrics have scored are kept, in
+partial tables: their details hold `partial`, their files are called `METRIC.partial.json`, and no
+plan is made from them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -21,16 +23,32 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
 from cptq.sensitivity import METRICS
-from cptq.sensitivity.metric import Context, UnitView
-from cptq.sensitivity.partial import InterruptedMeasurementError, marks
-from cptq.sensitivity.prepare import check_model, prepare
-from cptq.sensitivity.rounding import changes, check_candidates
-from cptq.sensitivity.table import Run, report_time, table
+from cptq.sensitivity.metric import Context, Metric, UnitView
+from cptq.sensitivity.prepare import check_model, prepare_context
+from cptq.sensitivity.rounding import changes_weights, check_candidates
 from cptq.types import Candidate, Emit, Notice, Progress, SensitivityTable, Unit
+
+#: key in the details of a table that lacks units
+PARTIAL = "partial"
+
+
+class InterruptedMeasurementError(KeyboardInterrupt):
+    """Ctrl-C while units were being scored.
+
+    Attributes:
+        tables: metric -> partial table of the units that every metric has scored.
+        done, total: how many units those are, and how many there are.
+    """
+
+    def __init__(self, tables: Mapping[str, SensitivityTable], done: int, total: int) -> None:
+        super().__init__()
+        self.tables = tables
+        self.done = done
+        self.total = total
 
 
 def needs_text(metrics: Sequence[str]) -> bool:
-    """Whether any of these metrics looks at more than the weights."""
+    """Return whether any of these metrics needs calibration text."""
     return any(METRICS.get(name).needs.text for name in metrics)
 
 
@@ -46,42 +64,59 @@ def measure(
     """Score every unit at every candidate by each metric.
 
     Args:
-        model: the dense model; left as it was.
-        calibration: text that flows through it; the end of it is held out for `pruning`, `kl` and
-            their like. None will do where no metric `needs_text`.
+        model: the dense model; left unchanged.
+        calibration: text for the forward passes; its end is held out for `pruning`, `kl` and
+            the other metrics that measure a divergence. None if no metric `needs_text`.
         metrics: names from `METRICS`; repeated ones count once.
         candidates: ways to store a unit; a dense one without sparsity scores 0.
-        seed: of the sampled positions, directions and noise.
+        seed: seed of the sampled positions, directions and noise.
         emit: takes progress and notices.
 
     Returns:
-        Metric name -> table, in the order asked.
+        Metric name -> table, in the order of `metrics`.
 
     Raises:
         UnknownNameError: no such metric.
         UsageError: a candidate that cannot be scored.
         CalibrationError: too few tokens for a metric, or activations that are NaN or infinite.
         ModelError: nothing to compress, or weights that are NaN or infinite.
-        InterruptedMeasurementError: Ctrl-C came when units had been scored; it holds their tables.
+        InterruptedMeasurementError: Ctrl-C after the first unit was scored; it holds the tables.
     """
+    started = time.perf_counter()
     kinds = {name: METRICS.get(name) for name in dict.fromkeys(metrics)}
     candidates = tuple(dict.fromkeys(candidates))
     check_candidates(candidates)
     check_model(model)
-    context = prepare(model, kinds, calibration, candidates, seed, emit)
-    fingerprint = calibration.record.fingerprint if calibration else ""
-    runs = {name: Run(metric=kind(context)) for name, kind in kinds.items()}
-    scoring = _Scoring(context=context, runs=runs, calibration_fingerprint=fingerprint)
+    context = prepare_context(model, kinds, calibration, candidates, seed, emit)
+    scoring = _Scoring(
+        context=context,
+        runs={name: _Run(metric=kind(context)) for name, kind in kinds.items()},
+        calibration_fingerprint=calibration.record.fingerprint if calibration else "",
+        started=started,
+    )
     try:
-        scoring.units()
-        scoring.finish()
+        scoring.score_units()
+        scoring.finish_metrics()
     except KeyboardInterrupt as stop:
         if not scoring.done:
             raise
-        raise scoring.interrupted() from stop
-    tables = scoring.tables({})
-    report_time(tables, context, scoring.rounding, emit)
-    return tables
+        raise scoring.interrupt() from stop
+    return scoring.build_tables()
+
+
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Run:
+    """One metric and its scores so far."""
+
+    metric: Metric
+    per_unit: dict[str, float] = field(default_factory=dict)
+    scores: dict[str, dict[Candidate, float]] = field(default_factory=dict)
+    negative: int = 0
+
+    def keep_units(self, units: Sequence[str]) -> None:
+        """Drop the scores of all units but these."""
+        self.per_unit = {name: self.per_unit[name] for name in units}
+        self.scores = {name: self.scores[name] for name in units}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -89,17 +124,12 @@ class _Scoring:
     """The loop over units; `done` names those that every metric has scored."""
 
     context: Context
-    runs: dict[str, Run]
+    runs: dict[str, _Run]
     calibration_fingerprint: str
+    started: float
     done: list[str] = field(default_factory=list)
-    encoding: float = 0.0
 
-    @property
-    def rounding(self) -> float:
-        """Seconds of the rounding that metrics share."""
-        return self.encoding + self.context.rounding.fitting
-
-    def units(self) -> None:
+    def score_units(self) -> None:
         """Score all units in forward order."""
         context = self.context
         units = context.model.units
@@ -110,70 +140,83 @@ class _Scoring:
             if _never_ran(unit, context.samples):
                 self._skip(unit)
             else:
-                self._score(_view(unit, context))
+                self._score(_build_view(unit, context))
             self.done.append(unit.name)
         context.emit(Progress(stage="sensitivity", done=len(units), total=len(units)))
 
-    def finish(self) -> None:
-        """What metrics measure of the model as a whole."""
+    def finish_metrics(self) -> None:
+        """Let each metric measure what concerns the model as a whole."""
         for run in self.runs.values():
-            with run.timed(self.context.memo):
-                run.metric.finish()
+            run.metric.measure_model()
 
-    def tables(self, extra: dict[str, dict[str, int]]) -> dict[str, SensitivityTable]:
-        """Metric -> table; `extra` goes into the details."""
-        return {
-            name: table(name, run, self.context, self.calibration_fingerprint, self.rounding, extra)
-            for name, run in self.runs.items()
-        }
-
-    def interrupted(self) -> InterruptedMeasurementError:
-        """The tables of the units that are done."""
+    def interrupt(self) -> InterruptedMeasurementError:
+        """Return the error that holds the tables of the units that are done."""
         for run in self.runs.values():
-            run.forget(self.done)
+            run.keep_units(self.done)
         done, total = len(self.done), len(self.context.model.units)
-        return InterruptedMeasurementError(self.tables(marks(done, total)), done, total)
+        tables = self.build_tables({PARTIAL: {"units": done, "of": total}})
+        return InterruptedMeasurementError(tables, done, total)
+
+    def build_tables(self, extra: Mapping[str, Any] | None = None) -> dict[str, SensitivityTable]:
+        """Return metric -> table; `extra` goes into the details."""
+        return {name: self._build_table(name, run, extra or {}) for name, run in self.runs.items()}
+
+    def _build_table(self, name: str, run: _Run, extra: Mapping[str, Any]) -> SensitivityTable:
+        metric, context = run.metric, self.context
+        per_block = metric.aggregate_blocks(run.per_unit)
+        if run.negative:
+            message = f"{run.negative} scores below 0 (noise) were set to 0"
+            context.emit(Notice(kind="info", subject=f"metric {name}", message=message))
+        details = metric.collect_details() | {"negative_scores": run.negative}
+        return SensitivityTable(
+            metric=name,
+            score_unit=metric.score_unit,
+            scores=run.scores,
+            per_unit=run.per_unit,
+            per_block=per_block,
+            model_fingerprint=context.model.fingerprint,
+            calibration_fingerprint=self.calibration_fingerprint if metric.needs.text else "",
+            seed=context.seed,
+            tokens=_count_tokens(metric),
+            seconds=time.perf_counter() - self.started,
+            details={**details, **_describe_passes(metric), **extra},
+        )
 
     def _score(self, view: UnitView) -> None:
         name = view.unit.name
         for run in self.runs.values():
-            with run.timed(view.memo):
-                run.per_unit[name] = run.metric.unit(view)
+            run.per_unit[name] = run.metric.measure_unit(view)
             run.scores[name] = {}
         for candidate in self.context.candidates:
-            if changes(candidate):
+            if changes_weights(candidate):
                 self._score_candidate(view, candidate)
             else:
                 for run in self.runs.values():
                     run.scores[name][candidate] = 0.0
 
-    def _errors(self, view: UnitView, candidate: Candidate) -> tuple[torch.Tensor, ...]:
-        if not any(run.metric.needs.rounding for run in self.runs.values()):
-            return ()
-        rounding = self.context.rounding
-        started, fitting = time.perf_counter(), rounding.fitting
-        errors = rounding.errors(view.unit, view.weights, candidate)
-        self.encoding += time.perf_counter() - started - (rounding.fitting - fitting)
-        return errors
-
     def _score_candidate(self, view: UnitView, candidate: Candidate) -> None:
-        errors = self._errors(view, candidate)
+        errors = self._round(view, candidate)
         for run in self.runs.values():
-            with run.timed(view.memo):
-                score = run.metric.candidate(view, candidate, errors)
+            score = run.metric.score_candidate(view, candidate, errors)
             run.negative += score < 0
             run.scores[view.unit.name][candidate] = max(score, 0.0)
 
+    def _round(self, view: UnitView, candidate: Candidate) -> tuple[torch.Tensor, ...]:
+        """W - Q(W) of the unit's layers; empty where no metric needs it."""
+        if not any(run.metric.needs.rounding for run in self.runs.values()):
+            return ()
+        return self.context.rounding.compute_errors(view.unit, view.weights, candidate)
+
     def _skip(self, unit: Unit) -> None:
-        message = "never runs on the calibration text: its scores are 0, whatever it may be worth"
+        message = "never runs on the calibration text: its scores are 0, whatever its sensitivity"
         self.context.emit(Notice(kind="warning", subject=unit.name, message=message))
         for run in self.runs.values():
             run.per_unit[unit.name] = 0.0
             run.scores[unit.name] = dict.fromkeys(self.context.candidates, 0.0)
 
 
-def _view(unit: Unit, context: Context) -> UnitView:
-    """Weights and samples of a unit on the model's device; shared inputs stay shared."""
+def _build_view(unit: Unit, context: Context) -> UnitView:
+    """Return the weights and samples of a unit on the model's device; shared inputs stay shared."""
     device = context.model.device
     weights = tuple(get_weight(context.model.linear(s.name)).float() for s in unit.layers)
     if context.samples is None:
@@ -197,3 +240,28 @@ def _view(unit: Unit, context: Context) -> UnitView:
 
 def _never_ran(unit: Unit, samples: Samples | None) -> bool:
     return samples is not None and any(s.name not in samples.layers for s in unit.layers)
+
+
+def _count_tokens(metric: Metric) -> int:
+    """Return the tokens that a metric was measured on; 0 for one of the weights alone."""
+    needs, context = metric.needs, metric.context
+    if needs.samples is not None and context.samples is not None:
+        return context.samples.tokens
+    if needs.path and context.path is not None:
+        return context.path.tokens
+    return context.divergence.tokens if needs.divergence and context.divergence is not None else 0
+
+
+def _describe_passes(metric: Metric) -> dict[str, Any]:
+    """Return the sizes of the shared passes that a metric reads, for the details of its table."""
+    needs, context = metric.needs, metric.context
+    details: dict[str, Any] = {}
+    if needs.samples is not None and context.samples is not None:
+        kept = context.samples.layers if needs.samples.backward else context.samples.activations
+        rows = max((len(sample.x_TI) for sample in kept.values()), default=0)
+        details |= {"sampled_rows": rows, "pass_tokens": context.samples.tokens}
+    if needs.path and context.path is not None:
+        details |= {"gradient_tokens": context.path.tokens}
+    if needs.divergence and context.divergence is not None:
+        details |= {"held_out_tokens": context.divergence.tokens}
+    return details

@@ -1,52 +1,69 @@
-"""What a metric is: the base of all of them and what the driver hands them.
+"""The base class of all metrics, and what the driver hands to them.
 
-A metric sees one unit at a time: first `unit`, then `candidate` for each way to store it. Weights,
-samples and rounding errors are computed once by the driver and shared, and so is what several
-metrics derive from them (`UnitView.memo`, `Context.memo`); a metric keeps what it derives from a
-unit only until the next one.
+A metric sees one unit at a time: first `measure_unit`, then `score_candidate` for each way to store
+it. Weights, samples and rounding errors are computed once by the driver and shared, and so is what
+several metrics derive from them (`UnitView.memo`, `Context.memo`); what a metric derives from a
+unit it keeps only until the next one.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
 from torch import Tensor
 
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import Objective
-from cptq.calibration.probe import Probe
-from cptq.calibration.samples import LayerSample, Samples, Wants
+from cptq.calibration.samples import LayerSample, SampleRequest, Samples
 from cptq.checkpoint.model import LoadedModel
-from cptq.sensitivity.memo import Memo
-from cptq.sensitivity.path import PathGradients
-from cptq.sensitivity.rounding import Rounding
+from cptq.sensitivity.rounding import NearestRounding
 from cptq.types import Candidate, Emit, Unit
+
+if TYPE_CHECKING:
+    from cptq.sensitivity.path_metric import PathGradients
+
+T = TypeVar("T")
+
+
+class Memo:
+    """Values that several metrics derive from the same thing, each computed once."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        """Return the value under `key`; call `make` for it the first time."""
+        if key not in self._made:
+            self._made[key] = make()
+        return cast(T, self._made[key])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What the driver must prepare: a sampling pass, a held-out probe, gradients on a path.
+    """What the driver must prepare for a metric.
 
-    `path` holds the places t at which gradients in the model W + t (Q(W) - W) are wanted;
-    `rounding` says that W - Q(W) of every unit and candidate is.
+    `samples`: a sampling pass. `divergence`: the dense model's outputs on held-out rows. `path`:
+    gradients of the model at W + t (Q(W) - W), one t per entry. `rounding`: W - Q(W) of every unit
+    and candidate.
     """
 
-    samples: Wants | None = None
-    probe: bool = False
+    samples: SampleRequest | None = None
+    divergence: bool = False
     path: tuple[float, ...] = ()
     rounding: bool = False
 
     @property
     def text(self) -> bool:
         """Whether anything must flow through the model; weights alone are enough otherwise."""
-        return self.samples is not None or self.probe or bool(self.path)
+        return self.samples is not None or self.divergence or bool(self.path)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Context:
-    """What all units have in common; `samples`, `probe` and `path` are None unless needed.
+    """What all units have in common; `samples`, `divergence` and `path` are None unless needed.
 
     `calibration_tokens` is how many tokens a compressor will have.
     """
@@ -54,9 +71,9 @@ class Context:
     model: LoadedModel
     objective: Objective
     samples: Samples | None
-    probe: Probe | None
+    divergence: DivergenceFromDense | None
     path: PathGradients | None
-    rounding: Rounding
+    rounding: NearestRounding
     candidates: Sequence[Candidate]
     calibration_tokens: int
     seed: int
@@ -69,7 +86,7 @@ class UnitView:
     """One unit: weights W_OI (float32) and samples of its layers, in the order of `unit.layers`.
 
     Layers that read the same input share one `x_TI` object. `samples` is empty where no metric
-    asked for any.
+    needs any.
     """
 
     unit: Unit
@@ -87,35 +104,37 @@ class Metric(ABC):
         self.context = context
 
     @classmethod
-    def least_tokens(cls, model: LoadedModel) -> int:
-        """Fewest calibration tokens with which the metric means anything."""
+    def get_min_tokens(cls, model: LoadedModel) -> int:
+        """Return the fewest calibration tokens with which the metric is meaningful."""
         return 1
 
     @property
     @abstractmethod
     def score_unit(self) -> str:
-        """What a score is measured in."""
+        """The unit of measurement of the scores."""
 
     @abstractmethod
-    def unit(self, view: UnitView) -> float:
-        """The metric's number for a unit, whatever the candidate."""
+    def measure_unit(self, view: UnitView) -> float:
+        """Return the metric's candidate-free number of a unit."""
 
     @abstractmethod
-    def candidate(self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]) -> float:
-        """The score of storing a unit as a (not dense) candidate.
+    def score_candidate(
+        self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]
+    ) -> float:
+        """Return the score of storing a unit as a (not dense) candidate.
 
         Args:
-            view: the unit that `unit` was last called with.
+            view: the unit that `measure_unit` was last called with.
             candidate: how it would be stored.
             errors: W - Q(W) of each of its layers, (out, in), nearest rounding; empty where no
                 metric `needs` the rounding.
         """
 
-    def finish(self) -> None:  # noqa: B027 - most metrics have nothing to add
-        """All units have been scored: what is measured of the model as a whole comes here."""
+    def measure_model(self) -> None:  # noqa: B027 - most metrics have nothing to add
+        """Measure what concerns the model as a whole, after all units have been scored."""
 
-    def per_block(self, per_unit: Mapping[str, float]) -> dict[int, float]:
-        """Block index -> the sum over its units; a metric with a better idea overrides this.
+    def aggregate_blocks(self, per_unit: Mapping[str, float]) -> dict[int, float]:
+        """Return block index -> number of the block; the sum over its units unless overridden.
 
         A block that lacks a unit in `per_unit` (an interrupted measurement) is left out.
         """
@@ -130,6 +149,6 @@ class Metric(ABC):
                 lacking.add(unit.block)
         return {block: total for block, total in sums.items() if block not in lacking}
 
-    def details(self) -> dict[str, Any]:
-        """What a reader of the table must know, as plain data, without times."""
+    def collect_details(self) -> dict[str, Any]:
+        """Return what a reader of the table must know, as plain data, without times."""
         return {}

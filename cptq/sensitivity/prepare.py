@@ -1,11 +1,11 @@
-"""What must stand before the first unit is scored: checks of the input, and the shared passes.
+"""Check the input and run the shared passes, before the first unit is scored.
 
     calibration rows -> fit | held out
     fit      -> samples of every linear (inputs, gradients)  for cca, taylor, output
-             -> gradients on the way to Q(W)                 for taylor-quantized, delta-loss ...
-    held out -> probe                                        for pruning, linearity, kl ...
+             -> gradients on the path to Q(W)                for taylor-quantized, delta-loss ...
+    held out -> dense outputs, to measure divergences from   for pruning, linearity, kl ...
 
-Metrics that look at weights alone need none of it, and no text.
+Metrics of the weights alone need no pass and no text.
 """
 
 from __future__ import annotations
@@ -14,30 +14,30 @@ from collections.abc import Mapping
 
 import torch
 
-from cptq.calibration.objective import objective_for
-from cptq.calibration.probe import Probe
-from cptq.calibration.samples import Samples, Wants, collect_samples
-from cptq.calibration.slices import (
+from cptq.calibration.batches import (
     Split,
-    gradient_rows,
-    held_out_tokens,
+    choose_held_out_tokens,
+    count_tokens,
+    select_gradient_rows,
     split_held_out,
-    token_count,
 )
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import choose_objective
+from cptq.calibration.samples import SampleRequest, Samples, collect_samples
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
 from cptq.errors import CalibrationError, ModelError
 from cptq.sensitivity.metric import Context, Metric
-from cptq.sensitivity.path import PATH_TOKENS, PathGradients, path_gradients
-from cptq.sensitivity.rounding import Rounding
+from cptq.sensitivity.path_metric import PATH_TOKENS, PathGradients, compute_path_gradients
+from cptq.sensitivity.rounding import NearestRounding
 from cptq.types import Candidate, Emit, Notice
 
 Kinds = Mapping[str, type[Metric]]
 
 
 def check_model(model: LoadedModel) -> None:
-    """Raises ModelError where there is nothing to compress, or a weight is NaN or infinite."""
+    """Raise ModelError if there is nothing to compress, or a weight is NaN or infinite."""
     check_units(model)
     for unit in model.units:
         for layer in unit.layers:
@@ -49,7 +49,7 @@ def check_model(model: LoadedModel) -> None:
 
 
 def check_units(model: LoadedModel) -> None:
-    """Raises ModelError where there is nothing to compress."""
+    """Raise ModelError if there is nothing to compress."""
     if not model.units:
         conv1d = any(spec.kind == "conv1d" for spec in model.layers)
         raise ModelError(
@@ -58,7 +58,7 @@ def check_units(model: LoadedModel) -> None:
         )
 
 
-def prepare(
+def prepare_context(
     model: LoadedModel,
     kinds: Kinds,
     calibration: Calibration | None,
@@ -66,28 +66,28 @@ def prepare(
     seed: int,
     emit: Emit,
 ) -> Context:
-    """The shared passes that these metrics need.
+    """Run the shared passes that these metrics need.
 
     Raises:
-        CalibrationError: no text, too few tokens for a metric, or NaN or infinity on the way.
+        CalibrationError: no text, too few tokens for a metric, or NaN or infinity in a pass.
     """
-    objective = objective_for(model.kind, model.config)
-    rounding = Rounding()
-    samples = probe = path = None
+    objective = choose_objective(model.kind, model.config)
+    rounding = NearestRounding()
+    samples = divergence = path = None
     if any(kind.needs.text for kind in kinds.values()):
-        split = _split(model, kinds, calibration)
-        samples = _samples(model, kinds, split, seed, emit)
-        if any(kind.needs.probe for kind in kinds.values()):
-            probe = Probe(model, split.held_out, objective, emit)
-        if samples and probe and split.overlap:
-            message = "too little text to keep the held-out rows out of the sampled ones"
+        split = _split_text(model, kinds, calibration)
+        samples = _collect_samples(model, kinds, split, seed, emit)
+        if any(kind.needs.divergence for kind in kinds.values()):
+            divergence = DivergenceFromDense(model, split.held_out, objective, emit)
+        if samples and divergence and split.overlap:
+            message = "too little text to exclude the held-out rows from the sampled ones"
             emit(Notice(kind="info", subject="sensitivity samples", message=message))
-        path = _path(model, kinds, split, rounding, candidates, emit)
+        path = _compute_path_gradients(model, kinds, split, rounding, candidates, emit)
     return Context(
         model=model,
         objective=objective,
         samples=samples,
-        probe=probe,
+        divergence=divergence,
         path=path,
         rounding=rounding,
         candidates=candidates,
@@ -97,18 +97,18 @@ def prepare(
     )
 
 
-def _split(model: LoadedModel, kinds: Kinds, calibration: Calibration | None) -> Split:
+def _split_text(model: LoadedModel, kinds: Kinds, calibration: Calibration | None) -> Split:
     readers = [name for name, kind in kinds.items() if kind.needs.text]
     if calibration is None:
         raise CalibrationError(
-            f"metric {readers[0]!r} needs calibration text, and there is none",
+            f"metric {readers[0]!r} needs calibration text, but there is none",
             hint="metrics of the weights alone need none: pq-index, kurtosis, effective-rank",
         )
-    held_out = held_out_tokens(model.parameters, model.device.type == "cpu")
+    held_out = choose_held_out_tokens(model.parameters, model.device.type == "cpu")
     split = split_held_out(calibration.batches, model.kind, held_out)
-    tokens = token_count(split.fit)
+    tokens = count_tokens(split.fit)
     for name in readers:
-        least = kinds[name].least_tokens(model)
+        least = kinds[name].get_min_tokens(model)
         if tokens < least:
             raise CalibrationError(
                 f"metric {name!r} needs at least {least} calibration tokens, there are {tokens}",
@@ -117,37 +117,37 @@ def _split(model: LoadedModel, kinds: Kinds, calibration: Calibration | None) ->
     return split
 
 
-def _samples(
+def _collect_samples(
     model: LoadedModel, kinds: Kinds, split: Split, seed: int, emit: Emit
 ) -> Samples | None:
     wanted = [kind.needs.samples for kind in kinds.values() if kind.needs.samples is not None]
     if not wanted:
         return None
-    wants = Wants()
+    wants = SampleRequest()
     for want in wanted:
         wants = wants | want
-    objective = objective_for(model.kind, model.config)
-    least = max(kind.least_tokens(model) for kind in kinds.values())
+    objective = choose_objective(model.kind, model.config)
+    least = max(kind.get_min_tokens(model) for kind in kinds.values())
     return collect_samples(model, split.fit, objective, wants, seed=seed, emit=emit, least=least)
 
 
-def _path(
+def _compute_path_gradients(
     model: LoadedModel,
     kinds: Kinds,
     split: Split,
-    rounding: Rounding,
+    rounding: NearestRounding,
     candidates: tuple[Candidate, ...],
     emit: Emit,
 ) -> PathGradients | None:
-    places = sorted({place for kind in kinds.values() for place in kind.needs.path})
-    if not places:
+    points = sorted({point for kind in kinds.values() for point in kind.needs.path})
+    if not points:
         return None
-    return path_gradients(
+    return compute_path_gradients(
         model,
-        gradient_rows(split.fit, model.kind, PATH_TOKENS),
-        objective_for(model.kind, model.config),
+        select_gradient_rows(split.fit, model.kind, PATH_TOKENS),
+        choose_objective(model.kind, model.config),
         rounding,
         candidates=candidates,
-        places=places,
+        points=points,
         emit=emit,
     )

@@ -1,27 +1,29 @@
-"""`pruning` (PMPQ): the divergence when one unit loses its smallest weights.
+"""`pruning` (PMPQ): the divergence when the smallest weights of one unit are pruned.
 
     s(p) = KL(dense || unit pruned to sparsity p),  p in {0.1, 0.3, 0.5}
 
 on held-out calibration rows, weights only, by magnitude, one threshold per matrix (CPTQuant, arXiv
-2412.03599, PMPQ; its code zeroes 30% of every parameter of a block, norms and biases too, and takes
-a test metric's difference). The details hold each unit's curve and the area under it from 0 to 0.5.
+2412.03599, PMPQ). The details hold each unit's curve and the area under it from 0 to 0.5.
 
-From a curve over p to a score per candidate: the linear form (`cptq.sensitivity.relative`) with
+Departures: the paper's code zeroes 30% of every parameter of a block, norms and biases too, and
+takes a test metric's difference.
+
+From a curve over p to a score per candidate: the linear form (`cptq.sensitivity.slope_metric`) with
 
     alpha = mean over p of s(p) / t^2(p)
 
-where t^2(p) is the relative squared norm of what pruning takes away: pruning is the probe that
-HIGGS makes with Gaussian noise. The number of weights does not enter: alpha is measured for the
-unit as a whole, and t^2 is relative.
+where t^2(p) is the relative squared norm of the pruned weights: pruning takes the place of the
+Gaussian noise of HIGGS. The number of weights does not matter: alpha is measured for the unit as a
+whole, and t^2 is relative.
 
-Essential sparsity (Jaiswal et al., arXiv 2306.03805): the sparsity of the WHOLE model, beyond which
-the loss rises steeply. Measured once all units are done, with all of them pruned together, one
-threshold per matrix, to p = 0, 0.1 ... 0.9, and at the two sparsities `FINE` beside the knee of
-that curve (`cptq.numerics.knee`); the knee among all these points is the answer.
+Essential sparsity (Jaiswal et al., arXiv 2306.03805): the sparsity of the WHOLE model beyond which
+the loss rises steeply. Measured after all units, with all of them pruned together, one threshold
+per matrix, to p = 0, 0.1 ... 0.9, and at the two sparsities `KNEE_STEP` beside the knee of that
+curve (`cptq.numerics.knee`); the result is the knee among all these points.
 
 Cost: three half forward passes of the held-out tokens per unit, and eleven whole ones. Limits:
-magnitude pruning removes small weights of all inputs alike, rounding hurts the inputs with large
-activations most; 50% is far from the linear range in some units (compare the points of the curve).
+magnitude pruning treats all inputs alike, rounding hurts inputs with large activations most; 50% is
+far from the linear range in some units (compare the points of the curve).
 """
 
 from __future__ import annotations
@@ -33,93 +35,95 @@ from typing import Any
 from torch import Tensor
 
 from cptq.checkpoint.weights import get_weight
-from cptq.numerics.knee import knee
-from cptq.numerics.masks import magnitude_pruned, relative_error
+from cptq.numerics.knee import find_knee
+from cptq.numerics.masks import compute_relative_error, prune_by_magnitude
 from cptq.sensitivity.metric import Context, Needs, UnitView
-from cptq.sensitivity.relative import Slope
+from cptq.sensitivity.slope_metric import SlopeMetric
 from cptq.types import Progress
 
 SPARSITIES = (0.1, 0.3, 0.5)
-#: sparsities of the whole model among which its knee is looked for, and how near it is then found
-WHOLE = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-FINE = 0.05
+#: sparsities of the whole model among which its knee is searched, and the resolution of the result
+WHOLE_MODEL_SPARSITIES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+KNEE_STEP = 0.05
 
 
-def area(sparsities: tuple[float, ...], curve: tuple[float, ...]) -> float:
-    """Trapezoid area under a curve that starts at (0, 0)."""
+def integrate_curve(sparsities: tuple[float, ...], curve: tuple[float, ...]) -> float:
+    """Return the trapezoid area under a curve that starts at (0, 0)."""
     points = [(0.0, 0.0), *zip(sparsities, curve, strict=True)]
     return sum((p1 - p0) * (s0 + s1) / 2 for (p0, s0), (p1, s1) in pairwise(points))
 
 
-def essential_sparsity(curve: dict[float, float]) -> float | None:
-    """The sparsity at the knee of a curve {sparsity: loss} that begins at (0, 0)."""
+def find_essential_sparsity(curve: dict[float, float]) -> float | None:
+    """Return the sparsity at the knee of a curve {sparsity: loss} that starts at (0, 0)."""
     places = [0.0, *sorted(curve)]
-    at = knee(places, [0.0, *(curve[p] for p in sorted(curve))])
+    at = find_knee(places, [0.0, *(curve[p] for p in sorted(curve))])
     return None if at is None else places[at]
 
 
-class Pruning(Slope):
-    """Divergence under magnitude pruning, carried to candidates by the linear form."""
+class Pruning(SlopeMetric):
+    """Slope of the divergence under magnitude pruning."""
 
-    needs = Needs(probe=True)
+    needs = Needs(divergence=True)
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._curves: dict[str, list[float]] = {}
         self._areas: dict[str, float] = {}
-        self._whole: dict[float, float] = {}
+        self._whole_curve: dict[float, float] = {}
 
-    def slope(self, view: UnitView) -> float:
-        """alpha: the divergence per relative squared error."""
-        assert self.context.probe is not None
+    def measure_slope(self, view: UnitView) -> float:
+        """Return alpha, the divergence per relative squared error."""
+        assert self.context.divergence is not None
         curve, slopes = [], []
         for sparsity in SPARSITIES:
-            pruned = [magnitude_pruned(W_OI, sparsity) for W_OI in view.weights]
+            pruned = [prune_by_magnitude(W_OI, sparsity) for W_OI in view.weights]
             layers = zip(view.unit.layers, pruned, strict=True)
             changed = {spec.name: P_OI for spec, P_OI in layers}
-            curve.append(self.context.probe.divergence(view.unit, changed))
-            t2 = lost(view.weights, pruned)
+            curve.append(self.context.divergence.measure_unit(view.unit, changed))
+            t2 = compute_pruning_error(view.weights, pruned)
             slopes.append(curve[-1] / t2 if t2 else 0.0)
         self._curves[view.unit.name] = curve
-        self._areas[view.unit.name] = area(SPARSITIES, tuple(curve))
+        self._areas[view.unit.name] = integrate_curve(SPARSITIES, tuple(curve))
         return sum(slopes) / len(slopes)
 
-    def finish(self) -> None:
-        """The curve of the whole model."""
-        steps = len(WHOLE) + 2
-        for sparsity in WHOLE:
+    def measure_model(self) -> None:
+        """Measure the curve of the whole model."""
+        steps = len(WHOLE_MODEL_SPARSITIES) + 2
+        for sparsity in WHOLE_MODEL_SPARSITIES:
             self._prune_all(sparsity, steps)
-        coarse = essential_sparsity(self._whole)
+        coarse = find_essential_sparsity(self._whole_curve)
         if coarse is not None:
-            for step in (-FINE, FINE):
+            for step in (-KNEE_STEP, KNEE_STEP):
                 self._prune_all(round(coarse + step, 4), steps)
         self.context.emit(Progress(stage="essential sparsity", done=steps, total=steps))
 
     def _prune_all(self, sparsity: float, steps: int) -> None:
-        model, probe = self.context.model, self.context.probe
-        assert probe is not None
+        model, divergence = self.context.model, self.context.divergence
+        assert divergence is not None
         message = f"{sparsity:.0%} of all weights"
-        done = len(self._whole)
+        done = len(self._whole_curve)
         self.context.emit(
             Progress(stage="essential sparsity", done=done, total=steps, message=message)
         )
         weights = {s.name: get_weight(model.linear(s.name)) for u in model.units for s in u.layers}
-        pruned = {name: magnitude_pruned(W_OI.float(), sparsity) for name, W_OI in weights.items()}
-        self._whole[sparsity] = probe.whole(pruned)
+        pruned = {
+            name: prune_by_magnitude(W_OI.float(), sparsity) for name, W_OI in weights.items()
+        }
+        self._whole_curve[sparsity] = divergence.measure_layers(pruned)
 
-    def details(self) -> dict[str, Any]:
-        """Curves and areas per unit, and the curve of the whole model with its knee."""
-        whole = dict(sorted(self._whole.items()))
-        complete = set(WHOLE) <= set(whole)
+    def collect_details(self) -> dict[str, Any]:
+        """Return curves and areas per unit, and the curve of the whole model with its knee."""
+        whole = dict(sorted(self._whole_curve.items()))
+        complete = set(WHOLE_MODEL_SPARSITIES) <= set(whole)
         return {
             "sparsities": list(SPARSITIES),
             "curve": self._curves,
             "area": self._areas,
             "whole_model_curve": {f"{p:g}": loss for p, loss in whole.items()},
-            "essential_sparsity": essential_sparsity(whole) if complete else None,
+            "essential_sparsity": find_essential_sparsity(whole) if complete else None,
         }
 
 
-def lost(weights: Sequence[Tensor], pruned: Sequence[Tensor]) -> float:
-    """t^2 of what pruning takes away."""
-    return relative_error([W - P for W, P in zip(weights, pruned, strict=True)], weights)
+def compute_pruning_error(weights: Sequence[Tensor], pruned: Sequence[Tensor]) -> float:
+    """Return t^2 of the pruned weights."""
+    return compute_relative_error([W - P for W, P in zip(weights, pruned, strict=True)], weights)

@@ -1,35 +1,33 @@
-"""The change dW = W - Q(W) that a candidate makes to a layer, by rounding to nearest.
+"""Compute the change dW = W - Q(W) that a candidate makes to a layer, by nearest rounding.
 
 A sparse candidate drops weights first, the smallest of the matrix or two of every four neighbouring
 inputs, and its grid is fitted to what stays. By magnitude, so that a score needs no activations:
-the compressors look at those (`cptq.compression.problem`) and lose less.
+the compressors look at those (`cptq.compression.layer`) and lose less.
 
-Fitting the scales takes nearly all the time of rounding, and they are few: `Rounding` keeps those
-of every layer and candidate, so that the change can be had again at the price of encoding.
+Fitting the grids takes nearly all the time of rounding, and they are small: `NearestRounding` keeps
+those of every layer and candidate, so that repeating a change only costs the encoding.
 
-Memory: one number of the storage type per group, layer and candidate.
+Memory: one number of the storage type per group, layer and candidate, and a byte for a zero point.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cptq.checkpoint.weights import storage_dtype
+from cptq.checkpoint.weights import get_storage_dtype
 from cptq.errors import UsageError
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import TWO_OF_FOUR, UNSTRUCTURED
-from cptq.numerics.asymmetric import dequantize_asymmetric, quantize_asymmetric
-from cptq.numerics.grid import dequantize, encode, fit_scales
-from cptq.numerics.masks import magnitude_mask, two_of_four_mask
+from cptq.numerics.grid import Grid, dequantize, encode, fit_grid
+from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
 from cptq.types import Candidate, LayerSpec, Unit
 
 
 def check_candidates(candidates: tuple[Candidate, ...]) -> None:
-    """Raises UsageError for a candidate whose rounding error cannot be computed here."""
+    """Raise UsageError for a candidate whose rounding error cannot be computed here."""
     for candidate in candidates:
         if candidate.pattern not in ("none", UNSTRUCTURED, TWO_OF_FOUR):
             raise UsageError(
@@ -38,71 +36,62 @@ def check_candidates(candidates: tuple[Candidate, ...]) -> None:
             )
 
 
-def changes(candidate: Candidate) -> bool:
-    """Whether storing a unit so changes its weights at all."""
+def changes_weights(candidate: Candidate) -> bool:
+    """Return whether storing a unit as this candidate changes its weights."""
     return not candidate.dense or candidate.sparsity > 0
 
 
-def rounding_error(W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
-    """W - Q(W), (out, in), in the type of `W_OI`.
+def compute_rounding_error(W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
+    """Return W - Q(W), (out, in), in the type of `W_OI`.
 
     A weight that a sparse candidate drops is exactly 0 in Q(W).
     """
-    return Rounding().error(W_OI, spec, candidate)
+    return NearestRounding().compute_error(W_OI, spec, candidate)
 
 
-class Rounding:
-    """Rounding errors on demand; `fitting` is the seconds that fitting scales has taken so far."""
+class NearestRounding:
+    """Compute rounding errors on demand and keep the fitted grids."""
 
     def __init__(self) -> None:
-        self._scales: dict[tuple[str, Candidate], Tensor] = {}
-        self.fitting = 0.0
+        self._grids: dict[tuple[str, Candidate], Grid] = {}
 
-    def errors(
+    def compute_errors(
         self, unit: Unit, weights: Sequence[Tensor], candidate: Candidate
     ) -> tuple[Tensor, ...]:
-        """The error of each of a unit's layers, whose weights W_OI are given in order."""
+        """Return the error of each of a unit's layers, whose weights W_OI are given in order."""
         layers = zip(weights, unit.layers, strict=True)
-        return tuple(self.error(W_OI, spec, candidate) for W_OI, spec in layers)
+        return tuple(self.compute_error(W_OI, spec, candidate) for W_OI, spec in layers)
 
-    def error(self, W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
-        """W - Q(W) of one layer, (out, in), in the type of `W_OI`."""
-        kept_OI = W_OI * _mask(W_OI, candidate) if candidate.sparsity else W_OI
+    def compute_error(self, W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
+        """Return W - Q(W) of one layer, (out, in), in the type of `W_OI`."""
+        kept_OI = W_OI * _build_mask(W_OI, candidate) if candidate.sparsity else W_OI
         if candidate.dense:
             return W_OI - kept_OI
-        if not candidate.symmetric:
-            return W_OI - self._asymmetric(kept_OI, spec, candidate)
-        scale_OG = self._scale(kept_OI, spec, candidate)
+        scale_OG, zero_OG = self._grid(kept_OI, spec, candidate)
         kept_OGK = kept_OI.reshape(*scale_OG.shape, -1)
-        codes_OGK = encode(kept_OGK, scale_OG.to(W_OI.dtype), candidate.bits)
-        return W_OI - dequantize(codes_OGK.view(W_OI.shape), scale_OG, W_OI.dtype)
+        codes_OGK = encode(kept_OGK, candidate.bits, scale_OG.to(W_OI.dtype), zero_OG)
+        return W_OI - dequantize(codes_OGK.view(W_OI.shape), scale_OG, zero_OG, dtype=W_OI.dtype)
 
-    def _asymmetric(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
-        """Q(W) on a grid with zero points, which are not kept: it is rounded anew each time."""
-        started = time.perf_counter()
-        group = resolve_group(spec.shape[1], candidate.group_size)
-        grid = quantize_asymmetric(kept_OI, candidate.bits, group, scale_dtype=storage_dtype(spec))
-        self.fitting += time.perf_counter() - started
-        return dequantize_asymmetric(*grid, kept_OI.dtype)
-
-    def _scale(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
+    def _grid(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Grid:
+        """Return the grid of a layer at a candidate, fitted when it is first needed."""
         key = spec.name, candidate
-        if key not in self._scales:
-            started = time.perf_counter()
-            group = resolve_group(spec.shape[1], candidate.group_size)
-            self._scales[key] = fit_scales(
-                kept_OI, candidate.bits, group, scale_dtype=storage_dtype(spec)
+        if key not in self._grids:
+            self._grids[key] = fit_grid(
+                kept_OI,
+                candidate.bits,
+                resolve_group(spec.shape[1], candidate.group_size),
+                symmetric=candidate.symmetric,
+                scale_dtype=get_storage_dtype(spec),
             )
-            self.fitting += time.perf_counter() - started
-        return self._scales[key]
+        return self._grids[key]
 
 
-def _mask(W_OI: Tensor, candidate: Candidate) -> Tensor:
-    """Which weights stay; of a tail of fewer than four inputs the two largest, too.
+def _build_mask(W_OI: Tensor, candidate: Candidate) -> Tensor:
+    """Return which weights stay; of a tail of fewer than four inputs also the two largest.
 
-    No format stores such a tail, so that no plan holds one; its unit has a score all the same.
+    No format stores such a tail, so no plan contains one, but its unit still has a score.
     """
     if candidate.pattern != TWO_OF_FOUR:
-        return magnitude_mask(W_OI, candidate.sparsity)
+        return build_magnitude_mask(W_OI, candidate.sparsity)
     inputs = W_OI.shape[1]
-    return two_of_four_mask(pad(W_OI, (0, -inputs % 4)))[:, :inputs]
+    return build_two_of_four_mask(pad(W_OI, (0, -inputs % 4)))[:, :inputs]

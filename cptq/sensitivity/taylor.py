@@ -10,9 +10,9 @@ expansion; its released code adds noise to a parameter and takes the loss, with 
 baseline.
 
 Departure: at converged weights the gradient of a few hundred tokens is mostly sampling noise, and
-|noise . dW| is linear in the step where the true cost is quadratic: it would drown high bits. If
-the true g were 0 the estimate's variance would be dW^T F dW / n = 2 second / n over n tokens; the
-first order counts as far as it exceeds three standard errors,
+|noise . dW| is linear in the step where the true cost is quadratic, so it would dominate at high
+bits. If the true g were 0 the estimate's variance would be dW^T F dW / n = 2 second / n over n
+tokens; only the part of the first order beyond three standard errors counts,
 
     first = sqrt(max(0, (g . dW)^2 - 9 * 2 second / n)).
 
@@ -29,7 +29,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cptq.calibration.samples import LayerSample, Wants
+from cptq.calibration.samples import LayerSample, SampleRequest
 from cptq.sensitivity.metric import Metric, Needs, UnitView
 from cptq.types import Candidate
 
@@ -37,26 +37,26 @@ from cptq.types import Candidate
 STANDARD_ERRORS = 3.0
 
 
-def diagonal_fisher(g_TO: Tensor, x_TI: Tensor) -> Tensor:
-    """F_OI = sum_t g_to^2 x_ti^2, the sum over tokens of the squared weight gradients."""
+def compute_diagonal_fisher(g_TO: Tensor, x_TI: Tensor) -> Tensor:
+    """Return F_OI = sum_t g_to^2 x_ti^2, the squared weight gradients summed over tokens."""
     return g_TO.square().T @ x_TI.square()
 
 
-def second_order(F_OI: Tensor, dW_OI: Tensor) -> float:
-    """1/2 sum F dW^2."""
+def compute_second_order(F_OI: Tensor, dW_OI: Tensor) -> float:
+    """Return 1/2 sum F dW^2."""
     return float((F_OI * dW_OI.square()).sum()) / 2
 
 
-def beyond_noise(first: float, second: float, rows: int) -> float:
-    """|first| less what sampling `rows` tokens alone would give (see above)."""
+def subtract_noise(first: float, second: float, rows: int) -> float:
+    """Return the part of |first| beyond the noise of sampling `rows` tokens (see above)."""
     variance = 2 * second / max(rows, 1)
     return math.sqrt(max(0.0, first * first - STANDARD_ERRORS**2 * variance))
 
 
 class Taylor(Metric):
-    """Diagonal second order plus what is significant of the first."""
+    """Diagonal second order plus the significant part of the first."""
 
-    needs = Needs(samples=Wants(gradients=True, label_gradients=True), rounding=True)
+    needs = Needs(samples=SampleRequest(gradients=True, label_gradients=True), rounding=True)
 
     def __init__(self, context: Any) -> None:
         super().__init__(context)
@@ -68,34 +68,36 @@ class Taylor(Metric):
     def score_unit(self) -> str:
         return self.context.objective.unit
 
-    def unit(self, view: UnitView) -> float:
-        """1/2 sum F W^2: the second-order cost of removing the unit's weights."""
-        self._fisher = [_fisher(sample) for sample in view.samples]
-        self._gradient = [_gradient(sample) for sample in view.samples]
+    def measure_unit(self, view: UnitView) -> float:
+        """Return 1/2 sum F W^2, the second-order cost of removing the unit's weights."""
+        self._fisher = [_estimate_fisher(sample) for sample in view.samples]
+        self._gradient = [_estimate_gradient(sample) for sample in view.samples]
         pairs = zip(self._fisher, view.weights, strict=True)
-        return sum(second_order(F_OI, W_OI) for F_OI, W_OI in pairs)
+        return sum(compute_second_order(F_OI, W_OI) for F_OI, W_OI in pairs)
 
-    def candidate(self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]) -> float:
-        """First and second order of one candidate, summed over the unit's layers."""
+    def score_candidate(
+        self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]
+    ) -> float:
+        """Return first plus second order of one candidate, summed over the unit's layers."""
         first, second = 0.0, 0.0
         for F_OI, G_OI, dW_OI in zip(self._fisher, self._gradient, errors, strict=True):
-            second += second_order(F_OI, dW_OI)
+            second += compute_second_order(F_OI, dW_OI)
             first += float((G_OI * dW_OI).sum()) if G_OI is not None else 0.0
-        first = beyond_noise(first, second, len(view.samples[0].x_TI))
+        first = subtract_noise(first, second, len(view.samples[0].x_TI))
         self._terms.setdefault(view.unit.name, {})[candidate.label] = [first, second]
         return first + second
 
-    def details(self) -> dict[str, Any]:
-        """[first, second] order of every score."""
+    def collect_details(self) -> dict[str, Any]:
+        """Return the [first, second] order terms of every score."""
         return {"first_and_second_order": self._terms}
 
 
-def _fisher(sample: LayerSample) -> Tensor:
+def _estimate_fisher(sample: LayerSample) -> Tensor:
     assert sample.g_TO is not None
-    return diagonal_fisher(sample.g_TO, sample.x_TI) * sample.scale
+    return compute_diagonal_fisher(sample.g_TO, sample.x_TI) * sample.scale
 
 
-def _gradient(sample: LayerSample) -> Tensor | None:
+def _estimate_gradient(sample: LayerSample) -> Tensor | None:
     if sample.label_g_TO is None:
         return None
     return (sample.label_g_TO.T @ sample.x_TI) * sample.scale

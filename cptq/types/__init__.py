@@ -1,11 +1,16 @@
-"""The nouns: immutable values that the stages hand to one another.
+"""Immutable values that the stages pass to one another.
 
-Bytes, seconds and nats are named in the fields. Nothing here imports torch at run time.
+Field names give the units: bytes, seconds, nats. Nothing here imports torch at run time.
 """
 
 from __future__ import annotations
 
-from cptq.types.comparison import PairedDifference
+from cptq.types.comparison import (
+    ComparedResult,
+    Comparison,
+    PairedDifference,
+    join_results,
+)
 from cptq.types.event import Emit, Event, Notice, Progress
 from cptq.types.model import (
     DTYPE_BYTES,
@@ -16,7 +21,7 @@ from cptq.types.model import (
     Unit,
     is_expert,
 )
-from cptq.types.plan import Budget, Candidate, Plan, SensitivityTable, digest
+from cptq.types.plan import Budget, Candidate, Plan, Scope, SensitivityTable, digest
 from cptq.types.result import (
     Artifact,
     CalibrationRecord,
@@ -35,6 +40,8 @@ __all__ = [
     "Budget",
     "CalibrationRecord",
     "Candidate",
+    "ComparedResult",
+    "Comparison",
     "CompressedLayer",
     "Emit",
     "EvalResult",
@@ -53,6 +60,7 @@ __all__ = [
     "Progress",
     "SamplePairs",
     "SampleRatios",
+    "Scope",
     "SensitivityTable",
     "SizeReport",
     "TensorSpec",
@@ -60,4 +68,5 @@ __all__ = [
     "Validation",
     "digest",
     "is_expert",
+    "join_results",
 ]

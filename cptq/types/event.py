@@ -1,4 +1,4 @@
-"""What a run says while it works."""
+"""Events of a run: progress and notices."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Progress:
-    """Work under way: `done` of `total` steps of `stage` (total None: not known)."""
+    """Progress: `done` of `total` steps of `stage` are complete (total None: unknown)."""
 
     stage: str
     done: int
@@ -19,9 +19,9 @@ class Progress:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Notice:
-    """Something a person must not miss; every one ends up in the report.
+    """A message that the user must see; the report lists all of them.
 
-    kind: "fallback" (another way was taken), "skipped" (left dense), "warning", "info".
+    kind: "fallback" (another method was used), "skipped" (left dense), "warning", "info".
     """
 
     kind: Literal["fallback", "skipped", "warning", "info"]

@@ -1,4 +1,4 @@
-"""What a checkpoint holds: tensors, layers, decision units."""
+"""Contents of a checkpoint: tensors, layers, and the units that a plan decides on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Literal
 ModelKind = Literal["causal-lm", "masked-lm", "classifier", "encoder"]
 LayerKind = Literal["linear", "conv1d", "embedding", "head"]
 
-#: bytes of one element, by the safetensors name of its type
+#: bytes per element, by the name of the dtype in safetensors
 DTYPE_BYTES: Mapping[str, int] = {
     "F64": 8,
     "I64": 8,
@@ -29,7 +29,7 @@ DTYPE_BYTES: Mapping[str, int] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TensorSpec:
-    """One tensor as it lies in a safetensors file."""
+    """One tensor of a safetensors file."""
 
     name: str
     dtype: str
@@ -46,10 +46,12 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerSpec:
-    """One weight matrix of the model, in forward order.
+    """One weight matrix of the model; lists of them are in forward order.
 
     `shape` is always (out_features, in_features) (embeddings: (vocabulary, width)), also for a
     Conv1D, whose tensor is `transposed` on disk. `dtype` is the storage type in the checkpoint.
+    `fused` names the group that inference engines fuse the layer with, `tied_to` the layer whose
+    tensor it shares, and `reason` why it is not compressible.
     """
 
     name: str
@@ -74,18 +76,21 @@ class LayerSpec:
 
     @property
     def expert(self) -> bool:
-        """Whether it belongs to an expert of a mixture, by the name that all families give them."""
+        """Whether the layer belongs to an expert of a mixture-of-experts model."""
         return is_expert(self.name)
 
 
 def is_expert(name: str) -> bool:
-    """Whether a layer or tensor so called belongs to an expert of a mixture."""
+    """Return whether a layer or tensor of this name belongs to an expert of a mixture.
+
+    All model families that transformers knows have `.experts.` in such names.
+    """
     return ".experts." in name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """What one decision is about: a linear, or a fused group (q/k/v, gate/up) as a whole."""
+    """The weights that get one candidate together: a linear, or a fused group (q/k/v, gate/up)."""
 
     name: str
     block: int | None

@@ -1,24 +1,32 @@
-"""Candidates, their scores, and the choice among them."""
+"""Candidates, sensitivity scores, budgets and plans."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+#: what a budget limits: the whole weight file, or the compressible weights as stored
+Scope = Literal["file", "weights"]
 
 
 def digest(value: Any) -> str:
-    """sha256 (hex) of the canonical JSON of a plain value."""
+    """Return the sha256 (hex) of the canonical JSON of a plain value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)
 class Candidate:
-    """One way to store a unit. `bits` 16 keeps it dense; `group_size` 0 means one per channel."""
+    """One way to store a unit.
+
+    `bits` 16 keeps the unit dense. `group_size` 0 means one scale per output channel.
+    """
 
     bits: int
     group_size: int = 0
@@ -32,7 +40,7 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """A short name: `w4g64`, `w4c` (per channel), `w3g64-asym`, `w4c-s50`, `w4c-2:4`, `w16`."""
+        """Short name: `w4g64`, `w4c` (per channel), `w3g64-asym`, `w4c-s50`, `w4c-2:4`, `w16`."""
         if self.dense:
             return "w16"
         grid = f"w{self.bits}" + (f"g{self.group_size}" if self.group_size else "c")
@@ -43,16 +51,16 @@ class Candidate:
 
     @classmethod
     def parse(cls, label: str) -> Candidate:
-        """The inverse of `label`.
+        """Read a label; the inverse of `label`.
 
         Raises:
-            ValueError: the text is no label.
+            ValueError: the text is not a candidate label.
         """
         if label == "w16":
             return cls(bits=16)
         match = re.fullmatch(r"w([2-8])(?:g(\d+)|c)(-asym)?(?:-s(\d+)|-(2:4))?", label)
         if match is None:
-            raise ValueError(f"{label!r} is no candidate label (such as w4g64, w4c, w16)")
+            raise ValueError(f"invalid candidate label {label!r} (valid: w4g64, w4c, w16, ...)")
         bits, group, asym, sparsity, pattern = match.groups()
         return cls(
             bits=int(bits),
@@ -65,10 +73,13 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SensitivityTable:
-    """Scores of one metric: {unit name: {candidate: score}}, higher = worse if compressed.
+    """Scores of one metric: {unit name: {candidate: score}}; higher means more damage.
 
-    `per_unit` is the metric's own candidate-free number (1 - mean rho for cca, and so on) and
-    `per_block` its sum or mean over a block. `details` says whatever a reader must know.
+    `per_unit` is the metric's own number of a unit, independent of the candidate (1 - mean rho for
+    cca, for example); `per_block` is its sum or mean over a block. `details` holds further facts
+    about the measurement. `seconds` is the wall time of the run that measured the table: shared
+    passes and all metrics of that run, so it is the metric's own cost only if it was measured alone
+    (`scripts/bench_sensitivity`).
     """
 
     metric: str
@@ -84,7 +95,7 @@ class SensitivityTable:
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; candidates become their labels."""
+        """Return plain data for JSON; candidates become their labels."""
         data = {name: getattr(self, name) for name in self.__slots__}
         data["scores"] = {
             unit: {candidate.label: score for candidate, score in row.items()}
@@ -95,7 +106,7 @@ class SensitivityTable:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SensitivityTable:
-        """The inverse of `to_dict`."""
+        """Read a table from plain data; the inverse of `to_dict`."""
         fields = dict(data)
         fields["scores"] = {
             unit: {Candidate.parse(label): float(score) for label, score in row.items()}
@@ -106,7 +117,7 @@ class SensitivityTable:
 
     @property
     def digest(self) -> str:
-        """sha256 of the scores and of what they were measured on (not of the seconds)."""
+        """The sha256 of everything in the table except `seconds`."""
         data = self.to_dict()
         data.pop("seconds")
         return digest(data)
@@ -114,17 +125,48 @@ class SensitivityTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Budget:
-    """Bytes that the whole weight file may take, and the words that were turned into them."""
+    """A limit in bytes, what it limits, and the target as typed.
+
+    `scope` "file" limits all bytes of the weight file (or of its shards together). "weights"
+    limits the bytes of the compressible weights as stored (codes, scales, shapes, those kept
+    dense), which is what a target in bpw sets.
+    """
 
     limit_bytes: int
     asked: str
+    scope: Scope = "file"
+
+    @property
+    def limit_text(self) -> str:
+        """The limit for messages: `1,234 bytes` or `1,234 bytes of compressible weights`."""
+        suffix = "" if self.scope == "file" else " of compressible weights"
+        return f"{self.limit_bytes:,} bytes{suffix}"
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Budget:
+        """Read a budget from plain data.
+
+        Files written before `scope` existed lack it. Their `limit_bytes` is a bound of the whole
+        file for every target, bpw included, so they are read with scope "file".
+
+        Raises:
+            ValueError, TypeError: a field is missing, unknown or invalid.
+        """
+        budget = cls(**data)
+        if not isinstance(budget.limit_bytes, int):
+            raise ValueError(f"invalid limit_bytes {budget.limit_bytes!r} (valid: a whole number)")
+        if budget.scope not in get_args(Scope):
+            allowed = " or ".join(map(repr, get_args(Scope)))
+            raise ValueError(f"invalid budget scope {budget.scope!r} (valid: {allowed})")
+        return budget
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What each unit gets; output of any allocator, input of compress, editable by hand.
+    """One candidate per unit: written by every allocator, read by compress, editable by hand.
 
-    `embedding`: what token embeddings and an output head of its own get; None keeps them dense.
+    `embedding` is the candidate of the token embeddings and of an untied output head; None keeps
+    them dense.
     """
 
     model_fingerprint: str
@@ -139,7 +181,7 @@ class Plan:
     embedding: Candidate | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data for JSON; candidates become their labels."""
+        """Return plain data for JSON; candidates become their labels."""
         data = {name: getattr(self, name) for name in self.__slots__}
         data["budget"] = asdict(self.budget)
         data["choices"] = {unit: choice.label for unit, choice in self.choices.items()}
@@ -147,15 +189,20 @@ class Plan:
         data["embedding"] = None if self.embedding is None else self.embedding.label
         return data
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, to be edited and to be given to `cptq compress --plan`."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
-        """The inverse of `to_dict`.
+        """Read a plan from plain data; the inverse of `to_dict`.
 
         Raises:
-            ValueError, KeyError, TypeError: the data is no plan.
+            ValueError, KeyError, TypeError: the data does not describe a plan.
         """
         fields = dict(data)
-        fields["budget"] = Budget(**data["budget"])
+        fields["budget"] = Budget.from_dict(data["budget"])
         fields["choices"] = {unit: Candidate.parse(c) for unit, c in data["choices"].items()}
         fields["notes"] = tuple(data.get("notes", ()))
         if data.get("embedding") is not None:

@@ -1,4 +1,4 @@
-"""What came out: sizes, compressed layers, calibration, evaluation, the artifact."""
+"""Results: sizes, compressed layers, calibration records, evaluation results, artifacts."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cptq.types.model import LayerSpec
-from cptq.types.plan import Candidate
-from cptq.types.samples import PerSample, per_sample_from
+from cptq.types.plan import Candidate, Scope
+from cptq.types.samples import PerSample, read_per_sample
 
 if TYPE_CHECKING:
     import torch
@@ -17,20 +17,28 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SizeReport:
-    """Whole-file bytes and the three averages of bits that a reader may mean."""
+    """Bytes of the whole file and of the compressible weights in it, and three averages of bits.
+
+    `compressible_bytes` are those of the compressible weights as stored.
+    """
 
     file_bytes: int
+    compressible_bytes: int
     dense_file_bytes: int
     nominal_bits: float
     effective_bits: float
     file_bits: float
 
+    def count_bytes(self, scope: Scope) -> int:
+        """Return the bytes that a budget of this scope limits."""
+        return self.file_bytes if scope == "file" else self.compressible_bytes
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LayerResult:
-    """What compression did to one linear: plain numbers for reports and manifests.
+    """Result of compressing one layer: plain numbers for reports and manifests.
 
-    `group_size` is the one really used (0 = per channel). `weight_error` is |W - Q|^2 / |W|^2,
+    `group_size` is the size in use (0 = per channel). `weight_error` is |W - Q|^2 / |W|^2,
     `output_error` E|x(W - Q)|^2 / E|xW|^2 on the calibration inputs (None if not measured).
     """
 
@@ -51,7 +59,7 @@ class CompressedLayer:
     codes: int8 (out, in), in [-2^(bits-1), 2^(bits-1) - 1]; scale: storage dtype (out, groups),
     never 0. The weight is codes * scale, groups being consecutive runs of inputs; on an asymmetric
     grid (codes - zero) * scale with zero int8 (out, groups). Where there is a mask, bool (out, in),
-    a weight that it leaves out is 0.
+    a weight that it leaves out is 0. `cptq.numerics.grid.dequantize_layer` multiplies it out.
     """
 
     spec: LayerSpec
@@ -61,33 +69,14 @@ class CompressedLayer:
     zero: torch.Tensor | None = None
     mask: torch.Tensor | None = None
 
-    def dense(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight (out, in), multiplied out in `dtype`.
-
-        An expert's is multiplied out in the type of its scales, as stock transformers does before
-        it stacks the experts.
-        """
-        if self.spec.expert:
-            return self._multiplied(self.scale.dtype).to(dtype)
-        return self._multiplied(dtype)
-
-    def _multiplied(self, dtype: torch.dtype) -> torch.Tensor:
-        out, groups = self.scale.shape
-        codes_OGK = self.codes.to(dtype).view(out, groups, -1)
-        if self.zero is not None:
-            codes_OGK = codes_OGK - self.zero.to(dtype).unsqueeze(-1)
-        weight_OI = (codes_OGK * self.scale.to(dtype).unsqueeze(-1)).view(out, -1)
-        return weight_OI if self.mask is None else weight_OI.masked_fill_(~self.mask, 0.0)
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CalibrationRecord:
-    """Which text calibrated: enough to rebuild it and to tell it from another.
+    """The calibration text, identified well enough to rebuild it.
 
-    `source` is "wikitext", "pydoc", a path's name ...; `origin` where it was found.
-    `fingerprint` is the sha256 of the token ids; `text_sha256` of the text they come from.
-    `sketch` stands for the samples' own text (`cptq.data.overlap`), so that an evaluation on the
-    same text is noticed.
+    `source` is "wikitext", "pydoc", the name of a path ...; `origin` its location. `fingerprint` is
+    the sha256 of the token ids, `text_sha256` of the text. `sketch` is a digest of the text of the
+    samples (`cptq.data.overlap`), which the leak check compares with evaluation data.
     """
 
     source: str
@@ -104,13 +93,13 @@ class CalibrationRecord:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
-    """One number of one task, with all that comparing it with another model's takes.
+    """One metric of one task, with what is needed to compare it between models.
 
-    `version` is that of the task: it grows when the same model on the same data gets another
-    number. `samples` are the independent units that `stderr` counts (windows, sentences,
-    questions; tokens for KL), `seqlen` and `tokens` those of language modelling. `data_sha256` is
-    of the text or the examples; `data_fingerprint` of what the samples are, made as a calibration's
-    is for windows of tokens: results that have the same one can be compared sample by sample by
+    `version` is the task's: it increases when the same model on the same data gets another number.
+    `samples` counts the independent units behind `stderr` (windows, sentences, questions; tokens
+    for KL); `seqlen` and `tokens` apply to language modelling. `data_sha256` is of the text or the
+    examples, `data_fingerprint` of the samples made from them (for windows of tokens computed as
+    that of a calibration). Results with equal fingerprints can be compared sample by sample by
     their `per_sample`.
     """
 
@@ -133,21 +122,21 @@ class EvalResult:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> EvalResult:
-        """A result as eval.json holds it; fields that this version does not know are left out.
+        """Read a result of eval.json, ignoring unknown fields.
 
         Raises:
-            KeyError, TypeError, ValueError: it holds none.
+            KeyError, TypeError, ValueError: the data is invalid.
         """
         known = {item.name: data[item.name] for item in fields(cls) if item.name in data}
-        known["value"] = float(data["value"])  # "inf" and "nan" are texts in JSON
-        known["per_sample"] = per_sample_from(data.get("per_sample"))
+        known["value"] = float(data["value"])  # JSON holds "inf" and "nan" as texts
+        known["per_sample"] = read_per_sample(data.get("per_sample"))
         known["notes"] = tuple(data.get("notes", ()))
         return cls(**known)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Artifact:
-    """A written, verified directory."""
+    """A written directory and its manifest."""
 
     path: Path
     weight_bytes: int

@@ -1,11 +1,11 @@
-"""What each sample gave to a result, so that two models can be compared on the same ones.
+"""The contribution of each sample to a result, for comparing two models on the same samples.
 
-Two kinds cover all tasks. Where a number is a ratio of sums over independent samples (accuracy,
-perplexity, bits per byte), the samples' parts of both sums: value = link(sum of numerators / sum of
-denominators). Where it is not (Matthews, F1, a correlation), label and prediction of each sample.
+Two kinds cover all tasks. For a ratio of sums over independent samples (accuracy, perplexity, bits
+per byte): each sample's part of both sums, value = link(sum of numerators / sum of denominators).
+For other metrics (Matthews, F1, correlations): the label and prediction of each sample.
 
-Numbers are kept to SIGNIFICANT digits, whole ones as integers: the 40,430 pairs of QQP, the largest
-set here, take 160 kB in eval.json, so that no second file is needed.
+Numbers are rounded to SIGNIFICANT digits and whole ones stored as integers: the 40,430 pairs of
+QQP, the largest set here, take 160 kB in eval.json.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 Link = Literal["mean", "exp", "bits"]
-#: from the ratio of sums to the value: itself; exp of nats; nats as bits
+#: functions from the ratio of sums to the value: identity; exp of nats; nats to bits
 LINKS: Mapping[Link, Callable[[float], float]] = {
     "mean": lambda ratio: ratio,
     "exp": lambda ratio: math.exp(ratio) if ratio < 709 else math.inf,
@@ -27,10 +27,10 @@ SIGNIFICANT = 9
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRatios:
-    """value = link(sum of `numerators` / sum of `denominators`); no denominators: 1 each.
+    """value = link(sum of `numerators` / sum of `denominators`); without denominators 1 each.
 
-    A window of a text has its summed nll in nats over its predicted tokens (words, bytes); an
-    answered question 0 or 1.
+    A window of text has its summed nll in nats over its predicted tokens (words, bytes); a question
+    0 or 1.
     """
 
     numerators: tuple[float, ...]
@@ -42,14 +42,14 @@ class SampleRatios:
 
     @property
     def value(self) -> float:
-        """The value that these samples give."""
-        whole = math.fsum(self.denominators) if self.denominators else len(self.numerators)
-        return LINKS[self.link](math.fsum(self.numerators) / whole)
+        """The value of the metric over these samples."""
+        total = math.fsum(self.denominators) if self.denominators else len(self.numerators)
+        return LINKS[self.link](math.fsum(self.numerators) / total)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplePairs:
-    """Label and prediction (a class or a score) of every sample, for `metric` over all of them."""
+    """Label and prediction (a class or a score) of every sample."""
 
     labels: tuple[float, ...]
     predictions: tuple[float, ...]
@@ -61,38 +61,38 @@ class SamplePairs:
 PerSample = SampleRatios | SamplePairs
 
 
-def ratios(
+def build_ratios(
     numerators: Iterable[float], denominators: Iterable[float] = (), link: Link = "mean"
 ) -> SampleRatios:
-    """Sample ratios of numbers of any kind (arrays too), rounded to SIGNIFICANT digits."""
+    """Build sample ratios from numbers or arrays, rounded to SIGNIFICANT digits."""
     return SampleRatios(
-        numerators=_compact(numerators), denominators=_compact(denominators), link=link
+        numerators=_round_all(numerators), denominators=_round_all(denominators), link=link
     )
 
 
-def pairs(labels: Iterable[float], predictions: Iterable[float]) -> SamplePairs:
-    """Sample pairs of numbers of any kind, rounded to SIGNIFICANT digits."""
-    return SamplePairs(labels=_compact(labels), predictions=_compact(predictions))
+def build_pairs(labels: Iterable[float], predictions: Iterable[float]) -> SamplePairs:
+    """Build sample pairs from numbers or arrays, rounded to SIGNIFICANT digits."""
+    return SamplePairs(labels=_round_all(labels), predictions=_round_all(predictions))
 
 
-def per_sample_from(data: Mapping[str, Any] | None) -> PerSample | None:
-    """The samples of a result in eval.json.
+def read_per_sample(data: Mapping[str, Any] | None) -> PerSample | None:
+    """Read the samples of a result in eval.json.
 
     Raises:
-        KeyError, TypeError: it is none.
+        KeyError, TypeError: the data is invalid.
     """
     if data is None:
         return None
     if "labels" in data:
-        return pairs(data["labels"], data["predictions"])
-    return ratios(data["numerators"], data["denominators"], data["link"])
+        return build_pairs(data["labels"], data["predictions"])
+    return build_ratios(data["numerators"], data["denominators"], data["link"])
 
 
-def _compact(values: Iterable[float]) -> tuple[float, ...]:
-    return tuple(_rounded(float(value)) for value in values)
+def _round_all(values: Iterable[float]) -> tuple[float, ...]:
+    return tuple(_round(float(value)) for value in values)
 
 
-def _rounded(value: float) -> float:
+def _round(value: float) -> float:
     if not math.isfinite(value):
         return value
     return int(value) if value == int(value) else float(f"{value:.{SIGNIFICANT}g}")

@@ -1,4 +1,4 @@
-"""What `analyze --validate` found: scores beside measured truths, and plans beside each other."""
+"""Results of `analyze --validate`: scores and measured divergences, and plans compared."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from cptq.types.plan import Candidate
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """One unit at one candidate: the measured divergence, and every metric's score of it.
+    """One unit at one candidate: the measured divergence `truth` and every metric's score.
 
     `depth` is "first" or "last" for the outer 30% of the blocks, "middle" between, "outside" for
     a unit of no block. `scores` is {metric: score}.
@@ -26,7 +26,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Interval:
-    """A number and the 95% interval of it that a bootstrap gives."""
+    """A number and its 95% bootstrap interval."""
 
     value: float
     low: float
@@ -35,10 +35,10 @@ class Interval:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Agreement:
-    """How well one metric ranks the pairs as the truth does.
+    """Rank correlation of one metric's scores with the measured divergences.
 
     `within`: among pairs of the same width, averaged over the widths; `pooled`: among all pairs,
-    where any score does well that knows that fewer bits are worse. `seconds` are those of
+    where any score that increases as bits decrease correlates well. `seconds` are those of
     measuring the metric on its own.
     """
 
@@ -53,9 +53,10 @@ class Agreement:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlanTrial:
-    """A whole model compressed by one plan, judged. `metric` None: a plan that asks no score.
+    """A whole model compressed by one plan. `metric` None: a plan that needs no scores.
 
-    `stderr` is the standard error of `divergence` over the rows of the answer.
+    `limit_bytes` is the most that the whole file can take under the target. `stderr` is the
+    standard error of `divergence` over the rows of the answer.
     """
 
     target: str
@@ -71,18 +72,18 @@ class PlanTrial:
 
     @property
     def name(self) -> str:
-        """`output, knapsack`; a plan that asks no score is named by its allocator."""
+        """`output, knapsack`; the allocator alone for a plan that needs no scores."""
         return f"{self.metric}, {self.allocator}" if self.metric else self.allocator
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Validation:
-    """Everything that a validation measured.
+    """All results of a validation.
 
-    `texts` says which text did what: {"fit": ..., "choose": ..., "judge": ...}. `reference` is the
-    metric whose plan the others' regret is counted from, None where its table was not measured.
-    `depths` is {metric or "measured truth": {"first" | "middle" | "last": factor}}: by how much
-    units there score above the average of their role and width.
+    `texts` describes the text of each use: {"fit": ..., "choose": ..., "judge": ...}. `reference`
+    is the metric whose plan regret is measured against, None if its table was not measured.
+    `depths` is {metric or "measured truth": {"first" | "middle" | "last": factor}}: scores of units
+    at that depth relative to the average of their role and width.
     """
 
     unit: str

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from cptq.artifact import verify
+from cptq.artifact import reload
 from cptq.config import AnalyzeSettings, CalibrationSettings, CompressSettings, ModelSettings
 from cptq.errors import UsageError
 from cptq.pipeline import analyze, compress
-from cptq.sensitivity import everyday
+from cptq.sensitivity import list_default_metrics
 from cptq.types import Event, Notice
 from tests.conftest import TinyModel
 from tests.unit.artifact.same_process import run_here
@@ -23,7 +23,7 @@ UNITS = 8  # four Conv1D in each of two blocks
 
 @pytest.fixture(autouse=True)
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_run", run_here)
+    monkeypatch.setattr(reload, "_run", run_here)
 
 
 def common(model: Path) -> dict[str, Any]:
@@ -34,14 +34,14 @@ def common(model: Path) -> dict[str, Any]:
 def test_all_metrics_then_a_plan_of_each(tiny_model: TinyModel, tmp_path: Path) -> None:
     asked, out = common(tiny_model("gpt2")), tmp_path / "analysis"
     heard: list[Event] = []
-    analyze(AnalyzeSettings(metrics=everyday(), out=out, **asked), heard.append)
+    analyze(AnalyzeSettings(metrics=list_default_metrics(), out=out, **asked), heard.append)
     layers = json.loads((out / "layers.json").read_text())
     assert len(layers["units"]) == UNITS
     told = [e.message for e in heard if isinstance(e, Notice) and "--runtime" in e.subject]
     assert told == [
         f"{UNITS} Conv1D layers are measured, and stay dense except with --runtime llamacpp or cptq"
     ]
-    for name in everyday():
+    for name in list_default_metrics():
         table = out / "sensitivity" / f"{name}.json"
         scores = json.loads(table.read_text())["scores"]
         assert len(scores) == UNITS

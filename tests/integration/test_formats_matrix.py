@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from cptq.allocation.cost import CostModel
-from cptq.artifact import verify
-from cptq.artifact.content import content_of
+from cptq.artifact import reload
+from cptq.artifact.content import build_content
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import Format, SafetensorsFormat
 from cptq.artifact.gguf.families import FAMILIES
@@ -27,7 +27,7 @@ from cptq.errors import ArtifactError
 from cptq.types import CompressedLayer
 from tests.conftest import TinyModel
 from tests.tiny_models import RECIPES
-from tests.unit.artifact.made import candidate, compress_layer, load, sample_of
+from tests.unit.artifact.builders import candidate, compress_layer, load, sample_of
 from tests.unit.artifact.same_process import run_here
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
@@ -52,7 +52,7 @@ PAIRS = [(form, arch) for form in FORMATS for arch in RECIPES]
 
 @pytest.fixture(autouse=True)
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_run", run_here)
+    monkeypatch.setattr(reload, "_run", run_here)
 
 
 @pytest.fixture(scope="module")
@@ -91,13 +91,13 @@ def difference(
     """Largest difference of the outputs, their largest value, and how many layers were packed."""
     model = load(path, conv1d=True, experts=True)
     layers = compressed(model, form, widths)
-    content = content_of(model, layers, lambda event: None)
+    content = build_content(model, layers, lambda event: None)
     form.check(content)
     out.mkdir()
     sample = sample_of(model)
     files = form.write(content, out, lambda event: None)
-    assert sum(files.values()) <= form.nbytes(content)
-    found = form.verify(out, model.kind, sample, lambda event: None, path)
+    assert sum(files.values()) <= form.estimate_bytes(content)
+    found = form.check_reload(out, model.kind, sample, lambda event: None, path)
     return found.max_abs_difference, float(sample.expected.abs().max()), len(layers)
 
 
@@ -119,7 +119,7 @@ def check_pair(
     path = tiny_model(arch, dtype=torch.float16, **SIZES.get(arch, _USUAL))
     key = (arch, name, ",".join(map(str, widths)))
     if expected_refusal(form, arch):
-        with pytest.raises(ArtifactError, match="has no GGUF here"):
+        with pytest.raises(ArtifactError, match="GGUF"):
             difference(form, path, widths, out)
         table[key] = "refused"
         return
@@ -154,5 +154,5 @@ def test_every_width_too(
     table: dict[tuple[str, str, str], str],
 ) -> None:
     if width == 16 and form == "compressed-tensors":
-        pytest.skip("nothing is packed: the plain copy is tested with the writer")
+        pytest.skip("nothing is packed: the plain copy is tested with the draft")
     check_pair(form, arch, (width, width), tiny_model, tmp_path / "out", table)

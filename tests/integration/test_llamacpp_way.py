@@ -11,12 +11,21 @@ import numpy as np
 import pytest
 import torch
 
-from cptq.artifact import verify
+from cptq.artifact import reload
 from cptq.artifact.reader import open_artifact
-from cptq.config import CalibrationSettings, CompressSettings, ExportSettings, ModelSettings
+from cptq.compression import workbench
+from cptq.config import (
+    AnalyzeSettings,
+    CalibrationSettings,
+    CompressSettings,
+    ExportSettings,
+    ModelSettings,
+)
 from cptq.errors import PlanError
-from cptq.pipeline import compress, export
+from cptq.numerics.grid import dequantize_layer
+from cptq.pipeline import analyze, compress, export
 from cptq.report.summary import CompressOutcome
+from cptq.types import CompressedLayer
 from tests.conftest import TinyModel
 from tests.tiny_models import SENTENCES
 from tests.unit.artifact.same_process import run_here
@@ -31,7 +40,7 @@ KINDS = {"w4g32": "Q4_0", "w8g32": "Q8_0", "w4g32-asym": "Q4_1", "w5g32-asym": "
 
 @pytest.fixture(autouse=True)
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_run", run_here)
+    monkeypatch.setattr(reload, "_run", run_here)
 
 
 def compressed(model: Path, out: Path, **options: Any) -> CompressOutcome:
@@ -90,7 +99,7 @@ def test_a_mixed_plan_comes_out_bit_for_bit(
     reader = exported(done.out, tmp_path / "gguf")
     found = sorted(_sums(reader, {KINDS[label] for label in labels}))
     assert found == sorted(
-        _sum(x.dense(torch.float64).numpy()) for x in content.compressed.values()
+        _sum(dequantize_layer(x, torch.float64).numpy()) for x in content.compressed.values()
     )
 
 
@@ -114,7 +123,40 @@ def test_an_embedding_comes_out_as_q8_0(
     tensor = next(t for t in reader.tensors if t.name == "token_embd.weight")
     assert tensor.tensor_type.name == "Q8_0"
     found = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
-    assert np.array_equal(found, content.compressed[name].dense(torch.float64).numpy())
+    assert np.array_equal(found, dequantize_layer(content.compressed[name], torch.float64).numpy())
+
+
+@pytest.mark.parametrize("command", ["compress --refine", "analyze --validate"])
+def test_plans_are_tried_with_the_scales_that_are_shipped(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    flags: list[bool] = []
+    real = workbench.compress_layer
+
+    def recording(*args: Any, float16_scales: bool, **more: Any) -> CompressedLayer:
+        flags.append(float16_scales)
+        return real(*args, float16_scales=float16_scales, **more)
+
+    monkeypatch.setattr(workbench, "compress_layer", recording)
+    source = tiny_model("llama", **SIZES["llama"])
+    if command == "compress --refine":
+        compressed(source, tmp_path / "out", refine=2)
+    else:
+        settings = AnalyzeSettings(
+            model=ModelSettings(model=str(source), device="cpu"),
+            calibration=CalibrationSettings(calibration="pydoc", samples=4, seqlen=32),
+            out=tmp_path / "out",
+            runtime="llamacpp",
+            metrics=("pq-index",),
+            bits=(4, 5, 8, 16),
+            group_size=32,
+            targets=("5bit",),
+            pairs=4,
+            validate=True,
+        )
+        analyze(settings, lambda event: None)
+    assert flags
+    assert all(flags)
 
 
 def test_an_embedding_that_no_block_holds_stays_dense_and_that_is_said(
@@ -150,7 +192,7 @@ def test_a_plan_edited_to_a_width_without_a_block_is_refused(
     plan["choices"][next(iter(plan["choices"]))] = "w8g32-asym"
     file = tmp_path / "plan.json"
     file.write_text(json.dumps(plan))
-    with pytest.raises(PlanError, match="of asymmetric grids llamacpp takes 4, 5, not 8 bits"):
+    with pytest.raises(PlanError, match=r"llamacpp.*asymmetric.*4, 5.*not 8"):
         compressed(source, tmp_path / "again", asymmetric=True, plan=file, target=None)
 
 

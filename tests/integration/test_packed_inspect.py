@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from cptq.artifact import verify
+from cptq.artifact import reload
 from cptq.artifact.inspect import inspect
 from cptq.cli.app import app
 from cptq.config import CompressSettings
@@ -25,7 +25,7 @@ LABELS = ["w4g16-s50", "w4g16-2:4", "w3g16-asym", "w16"]
 
 @pytest.fixture(autouse=True)
 def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verify, "_run", run_here)
+    monkeypatch.setattr(reload, "_run", run_here)
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     place = tmp_path_factory.mktemp("packed")
     model = build_tiny_model(place / "model", "gpt2", dtype=torch.float16)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(verify, "_run", run_here)
+        patch.setattr(reload, "_run", run_here)
         first = settings(model, place / "first", embedding_bits=8, group_size=16)
         compress(first, lambda event: None)
         plan = json.loads((place / "first" / "plan.json").read_text())

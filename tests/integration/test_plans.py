@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from cptq.artifact import stock_load, verify
+from cptq.artifact import reload, stock_load
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.errors import BudgetError, CalibrationError, PlanError
 from cptq.pipeline import compress
@@ -31,7 +31,7 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
         stock_load.main(str(folder / "job.json"))
         return json.loads(Path(job["report"]).read_text()) | {"cptq": []}
 
-    monkeypatch.setattr(verify, "_run", run)
+    monkeypatch.setattr(reload, "_run", run)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from cptq.calibration.judges import part_rows
+from cptq.calibration.holdout import count_part_rows
 from cptq.calibration.tokens import build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.weights import set_weight
@@ -17,7 +17,7 @@ from cptq.compression.blockwise import compress_model
 from cptq.config import AnalyzeSettings, CalibrationSettings, ModelSettings
 from cptq.errors import CalibrationError
 from cptq.pipeline import analyze
-from cptq.sensitivity.rounding import rounding_error
+from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Budget, Candidate, Event, Notice, Plan, Validation
 from tests.conftest import TinyModel
 
@@ -42,8 +42,10 @@ def judged(model: Path) -> tuple[Any, list[torch.Tensor]]:
     """The model, and the windows that judge, drawn as the command draws them."""
     settings = ModelSettings(model=str(model))
     loaded = load_model(settings, quiet)
-    calibration = build_calibration(loaded, CALIBRATION, settings, quiet, spare=part_rows(loaded))
-    return loaded, [row["input_ids"] for row in calibration.spare]
+    calibration = build_calibration(
+        loaded, CALIBRATION, settings, quiet, held_out=count_part_rows(loaded)
+    )
+    return loaded, [row["input_ids"] for row in calibration.held_out]
 
 
 @torch.no_grad()
@@ -77,7 +79,9 @@ def test_truths_are_those_of_the_model_with_one_unit_changed(
         unit = next(unit for unit in changed.units if unit.name == pair.unit)
         for spec in unit.layers:
             W_OI = changed.linear(spec.name).weight.detach()
-            set_weight(changed.linear(spec.name), W_OI - rounding_error(W_OI, spec, pair.candidate))
+            set_weight(
+                changed.linear(spec.name), W_OI - compute_rounding_error(W_OI, spec, pair.candidate)
+            )
         assert pair.truth == pytest.approx(
             slow_divergence(dense.module, changed.module, rows), rel=1e-3
         )
@@ -138,7 +142,7 @@ def test_the_files_say_it_all(llama_validation: tuple[Path, Path, Validation]) -
     assert json.loads((out / "report.json").read_text())["validation"]["reference"] == "kl"
     html = (out / "report.html").read_text()
     assert html.count("<circle") >= 2 * len(found.pairs)
-    for words in ("Scores against the measured truth", "Regret against the plan of kl"):
+    for words in ("Scores versus measured divergence", "Regret against the plan of kl"):
         assert words in html
         assert (words in (out / "report.md").read_text()) == words.startswith("Regret")
 
@@ -169,10 +173,10 @@ def test_text_kept_apart_changes_nothing_about_what_calibrates(tiny_model: TinyM
     settings = ModelSettings(model=str(tiny_model("llama")))
     model = load_model(settings, quiet)
     alone = build_calibration(model, CALIBRATION, settings, quiet)
-    beside = build_calibration(model, CALIBRATION, settings, quiet, spare=16)
+    beside = build_calibration(model, CALIBRATION, settings, quiet, held_out=16)
     assert alone.record == beside.record
     seen = {tuple(row.tolist()) for batch in beside.batches for row in batch["input_ids"]}
-    kept = {tuple(row["input_ids"][0].tolist()) for row in beside.spare}
+    kept = {tuple(row["input_ids"][0].tolist()) for row in beside.held_out}
     assert len(kept) == 16
     assert not seen & kept
 
@@ -187,13 +191,13 @@ def test_where_text_is_short_some_of_it_is_kept_and_that_is_said(
     short = CalibrationSettings(calibration=str(text), samples=1000, seqlen=32)
     heard: list[Event] = []
     whole = build_calibration(model, short, settings, quiet)
-    apart = build_calibration(model, short, settings, heard.append, spare=16)
-    assert 0 < len(apart.spare) <= 16
-    assert apart.record.samples + len(apart.spare) == whole.record.samples
+    apart = build_calibration(model, short, settings, heard.append, held_out=16)
+    assert 0 < len(apart.held_out) <= 16
+    assert apart.record.samples + len(apart.held_out) == whole.record.samples
     assert [e.subject for e in heard if isinstance(e, Notice)] == ["--samples", "--samples"]
     # a check that nobody asked for takes nothing from what calibrates
-    polite = build_calibration(model, short, settings, quiet, spare=16, reserve=False)
-    assert (polite.record, polite.spare) == (whole.record, [])
+    polite = build_calibration(model, short, settings, quiet, held_out=16, reserve=False)
+    assert (polite.record, polite.held_out) == (whole.record, [])
 
 
 def test_one_sample_cannot_both_calibrate_and_judge(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -205,4 +209,4 @@ def test_one_sample_cannot_both_calibrate_and_judge(tiny_model: TinyModel, tmp_p
     windows = build_calibration(model, short, settings, quiet).record.tokens // 8
     one = CalibrationSettings(calibration=str(text), samples=4, seqlen=8 * windows)
     with pytest.raises(CalibrationError, match="none is left to judge with"):
-        build_calibration(model, one, settings, quiet, spare=16)
+        build_calibration(model, one, settings, quiet, held_out=16)

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cptq.artifact import stock_load, verify
+from cptq.artifact import reload, stock_load
 from cptq.config import (
     AnalyzeSettings,
     CalibrationSettings,
@@ -54,7 +54,7 @@ def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
         stock_load.main(str(folder / "job.json"))
         return json.loads(Path(job["report"]).read_text()) | {"cptq": []}
 
-    monkeypatch.setattr(verify, "_run", run)
+    monkeypatch.setattr(reload, "_run", run)
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_a_failed_verification_leaves_nothing(
         save_file({"answer": torch.zeros(*shape, 300)}, job["answer"])
         return {"missing": [], "unexpected": [], "mismatched": [], "cptq": []}
 
-    monkeypatch.setattr(verify, "_run", wrong)
+    monkeypatch.setattr(reload, "_run", wrong)
     asked = settings(tiny_model("llama"), tmp_path / "x", group_size=16, compressor="nearest")
     with pytest.raises(ArtifactError, match="answers differently from the one in memory"):
         compress(asked, quiet)
@@ -191,7 +191,7 @@ def test_a_full_disk_is_told_before_the_work(
         free = 1000
 
     monkeypatch.setattr("shutil.disk_usage", lambda _path: Usage)
-    module = sys.modules["cptq.pipeline.planning"]
+    module = sys.modules["cptq.pipeline.inputs"]
     monkeypatch.setattr(module, "calibrate", lambda *_: pytest.fail("too late"))
     with pytest.raises(ArtifactError, match="the disk is full"):
         compress(settings(tiny_model("llama"), tmp_path / "x", group_size=16), quiet)
@@ -200,7 +200,7 @@ def test_a_full_disk_is_told_before_the_work(
 def test_existing_output_is_refused_before_the_work(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("planning", "analyze"):
+    for name in ("inputs", "analyze"):
         module = sys.modules[f"cptq.pipeline.{name}"]  # the package's `analyze` is the function
         monkeypatch.setattr(module, "calibrate", lambda *_: pytest.fail("too late"))
     model = tiny_model("llama")

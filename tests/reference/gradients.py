@@ -29,7 +29,7 @@ def divergence(objective: Objective, dense: Tensor, other: Tensor) -> Tensor:
 def answers(model: LoadedModel, module: nn.Module, rows: Rows, objective: Objective) -> Tensor:
     """All rows of the answer of `module`, a variant of the model."""
     extra = {"use_cache": False} if model.kind == "causal-lm" else {}
-    return torch.cat([objective.answer(module(**row, **extra), row) for row in rows])
+    return torch.cat([objective.select_rows(module(**row, **extra), row) for row in rows])
 
 
 def double(model: LoadedModel) -> nn.Module:

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from cptq.errors import UnknownNameError, UsageError
-from cptq.registry import Registry, closest
+from cptq.registry import Registry, find_closest
 
 ENTRIES = {"zeta": "colorsys:rgb_to_hsv", "alpha": "no_such_module_anywhere:thing"}
 
@@ -19,7 +19,7 @@ def registry() -> Registry[object]:
 
 def test_names_keep_their_order_and_import_nothing(registry: Registry[object]) -> None:
     sys.modules.pop("colorsys", None)
-    assert registry.names() == list(registry) == ["zeta", "alpha"]
+    assert registry.list_names() == list(registry) == ["zeta", "alpha"]
     assert "zeta" in registry
     assert "beta" not in registry
     assert registry.check("zeta") == "zeta"
@@ -53,6 +53,6 @@ def test_an_entry_that_cannot_be_imported_is_no_user_error(registry: Registry[ob
 
 
 def test_closest() -> None:
-    assert closest("knapsak", ["greedy", "knapsack"]) == "knapsack"
-    assert closest("x", ["greedy", "knapsack"]) is None
-    assert closest("anything", []) is None
+    assert find_closest("knapsak", ["greedy", "knapsack"]) == "knapsack"
+    assert find_closest("x", ["greedy", "knapsack"]) is None
+    assert find_closest("anything", []) is None

@@ -1,16 +1,17 @@
-"""What a runtime takes, plans obey; what it does not take is refused or kept dense, and said."""
+"""Plans hold only what the runtime takes; the rest is refused, or kept dense and reported."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
 from cptq.allocation import ALLOCATORS
 from cptq.allocation.allocate import allocate, check_plan
 from cptq.allocation.cost import CostModel
-from cptq.allocation.targets import resolve_budget
+from cptq.allocation.targets import resolve_target
 from cptq.config import (
     RUNTIMES,
     CalibrationSettings,
@@ -20,13 +21,27 @@ from cptq.config import (
     find_runtime,
     settings_from,
 )
-from cptq.errors import ModelError, PlanError, UnknownNameError, UsageError
+from cptq.errors import CptqError, ModelError, PlanError, UnknownNameError, UsageError
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.types import Candidate, Notice, Plan
 from tests.unit.allocation.synthetic import FINGERPRINT, model, table
 
+E = TypeVar("E", bound=CptqError)
 SIZES = (64, 128, 96, 160, 40)  # 40 and 96 are not for everyone
+
+
+def settings(**more: Any) -> CompressSettings:
+    return CompressSettings(
+        model=ModelSettings(model="m"), calibration=CalibrationSettings(), **more
+    )
+
+
+def catch(kind: type[E], refused: Callable[[], object]) -> E:
+    """The error of this type that `refused` raises."""
+    with pytest.raises(kind) as raised:
+        refused()
+    return raised.value
 
 
 def cost_for(name: str) -> CostModel:
@@ -45,12 +60,11 @@ def offered(name: str) -> tuple[Candidate, ...]:
 def plan_for(name: str, allocator: str, events: list[Any]) -> tuple[Plan, CostModel]:
     cost, candidates = cost_for(name), offered(name)
     scores = table(cost, lambda unit, c: 0.0 if c.dense else len(unit) / c.bits, candidates)
-    budget = resolve_budget("9bit", cost, RUNTIMES[name].group_size, candidates)
+    ledger = resolve_target("9bit", cost, RUNTIMES[name].group_size, candidates)
     plan = allocate(
         allocator,
         scores,
-        cost,
-        budget,
+        ledger,
         candidates,
         model_fingerprint=FINGERPRINT,
         emit=events.append,
@@ -88,21 +102,25 @@ def test_the_rules_are_those_that_were_measured() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "bits", "group", "words"),
+    ("name", "bits", "group", "value", "allowed"),
     [
-        ("vllm", (3, 4), 64, r"holds 3, .*--runtime vllm.*; allowed: 4, 8, 16"),
-        ("vllm", (4,), 48, r"48, .*; allowed: groups of 32, 64, 128, 0 \(per channel\)"),
-        ("llamacpp", (4,), 64, r"64, .*; allowed: groups of 32"),
-        ("llamacpp", (2, 6), 32, "holds 2, 6"),
+        ("vllm", (3, 4), 64, "3", "4, 8, 16"),
+        ("vllm", (4,), 48, "48", "32, 64, 128, 0"),
+        ("llamacpp", (4,), 64, "64", "32"),
+        ("llamacpp", (2, 6), 32, "2, 6", "4, 5, 8, 16"),
     ],
 )
 def test_options_that_a_runtime_does_not_take_are_refused(
-    name: str, bits: tuple[int, ...], group: int, words: str
+    name: str, bits: tuple[int, ...], group: int, value: str, allowed: str
 ) -> None:
-    with pytest.raises(UsageError, match=words):
-        RUNTIMES[name].check(bits, group)
-    with pytest.raises(UsageError, match=words):
-        settings(runtime=name, bits=bits, group_size=group)
+    for refused in (
+        lambda: RUNTIMES[name].check(bits, group),
+        lambda: settings(runtime=name, bits=bits, group_size=group),
+    ):
+        error = catch(UsageError, refused)
+        assert f" {value}, " in error.problem
+        assert f"--runtime {name}" in error.problem
+        assert allowed in str(error.allowed)
 
 
 def test_asymmetric_grids_are_for_the_widths_that_have_a_block() -> None:
@@ -110,26 +128,37 @@ def test_asymmetric_grids_are_for_the_widths_that_have_a_block() -> None:
     refusal = RUNTIMES["llamacpp"].refusal
     for label, taken in {"w4g32-asym": True, "w5g32-asym": True, "w8g32-asym": False}.items():
         assert (refusal(layer, Candidate.parse(label), 32) is None) == taken
-    why = refusal(layer, Candidate.parse("w8g32-asym"), 32)
-    assert why == "of asymmetric grids llamacpp takes 4, 5, not 8 bits"
-    assert refusal(layer, Candidate.parse("w4g32-s50"), 32) == "llamacpp takes no sparse weights"
+    why = str(refusal(layer, Candidate.parse("w8g32-asym"), 32))
+    assert all(word in why for word in ("llamacpp", "asymmetric", "4, 5", "8"))
+    sparse = str(refusal(layer, Candidate.parse("w4g32-s50"), 32))
+    assert "llamacpp" in sparse
+    assert "sparse" in sparse
     asked = settings(runtime="llamacpp", asymmetric=True, bits=(4, 8), group_size=32)
     assert command_line(asked).count("--asymmetric") == 1
-    with pytest.raises(UsageError, match=r"--asymmetric .*; allowed: --runtime llamacpp or cptq"):
-        settings(asymmetric=True)
-    with pytest.raises(UsageError, match="does nothing at --bits 8,16; allowed: with one of 4, 5"):
-        settings(runtime="llamacpp", asymmetric=True, bits=(8, 16), group_size=32)
+    error = catch(UsageError, lambda: settings(asymmetric=True))
+    assert "--asymmetric" in error.problem
+    assert error.allowed == "--runtime llamacpp or cptq"
+    idle = {"runtime": "llamacpp", "asymmetric": True, "bits": (8, 16), "group_size": 32}
+    error = catch(UsageError, lambda: settings(**idle))
+    assert "--asymmetric" in error.problem
+    assert "8,16" in error.problem
+    assert "4, 5" in str(error.allowed)
 
 
 def test_embeddings_are_for_the_runtimes_and_widths_that_have_them() -> None:
     asked = settings(runtime="llamacpp", bits=(4,), group_size=32, embedding_bits=8)
     assert asked.embedding_bits == 8
-    with pytest.raises(UsageError, match=r"--embedding-bits is 6; allowed: 8 \("):
-        settings(runtime="llamacpp", bits=(4,), group_size=32, embedding_bits=6)
-    with pytest.raises(UsageError, match=r"--embedding-bits .*--runtime llamacpp or cptq"):
-        settings(bits=(4,), group_size=32, embedding_bits=8)
-    with pytest.raises(UsageError, match=r"--sparsity .*; allowed: --runtime cptq"):
-        settings(runtime="llamacpp", bits=(4,), group_size=32, sparsity=("2:4",))
+    plain = {"bits": (4,), "group_size": 32}
+    six = {"runtime": "llamacpp", **plain, "embedding_bits": 6}
+    error = catch(UsageError, lambda: settings(**six))
+    assert error.problem == "--embedding-bits is 6"
+    assert str(error.allowed).startswith("8 ")
+    error = catch(UsageError, lambda: settings(**plain, embedding_bits=8))
+    assert "--embedding-bits" in error.problem
+    assert error.allowed == "--runtime llamacpp or cptq"
+    error = catch(UsageError, lambda: settings(runtime="llamacpp", **plain, sparsity=("2:4",)))
+    assert "--sparsity" in error.problem
+    assert error.allowed == "--runtime cptq"
 
 
 def test_the_format_is_the_portable_one_where_that_holds_the_plan() -> None:
@@ -144,12 +173,6 @@ def test_the_format_is_the_portable_one_where_that_holds_the_plan() -> None:
     assert RUNTIMES["cptq"].format_for(layers, asymmetric=False) == "packed"
 
 
-def settings(**more: Any) -> CompressSettings:
-    return CompressSettings(
-        model=ModelSettings(model="m"), calibration=CalibrationSettings(), **more
-    )
-
-
 def test_a_runtime_brings_its_own_bits_and_groups() -> None:
     found = settings_from(CompressSettings, {"model": "m", "runtime": "llamacpp"})
     assert (found.bits, found.group_size) == ((4, 5, 8, 16), 32)
@@ -160,16 +183,20 @@ def test_a_runtime_brings_its_own_bits_and_groups() -> None:
 
 
 def test_an_unknown_runtime_is_refused_with_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match=r"'vlm'; allowed: .*; did you mean 'vllm'\?"):
-        find_runtime("vlm")
+    error = catch(UnknownNameError, lambda: find_runtime("vlm"))
+    assert "'vlm'" in error.problem
+    assert error.allowed == ", ".join(RUNTIMES)
+    assert "'vllm'" in str(error.hint)
 
 
 def test_a_plan_edited_beyond_the_runtime_is_refused() -> None:
     plan, cost = plan_for("vllm", "uniform", [])
     first = next(unit for unit, choice in plan.choices.items() if choice.dense)
     wrong = Plan(**{**_fields(plan), "choices": {**plan.choices, first: offered("vllm")[0]}})
-    with pytest.raises(PlanError, match=r"gives model\.layers.*: vllm takes .*another --runtime"):
-        check_plan(wrong, cost, FINGERPRINT)
+    error = catch(PlanError, lambda: check_plan(wrong, cost, FINGERPRINT))
+    assert first in str(error)
+    assert "vllm" in str(error)
+    assert "--runtime" in str(error)
 
 
 def _fields(plan: Plan) -> dict[str, Any]:
@@ -185,8 +212,9 @@ def test_a_mixture_of_experts_is_taken_apart_or_refused_in_words(name: str) -> N
     RUNTIMES[name].check_tensors([attention])
     if RUNTIMES[name].experts:
         RUNTIMES[name].check_tensors([attention, apart])
-        with pytest.raises(ModelError, match=r"one stacked tensor .*experts\.gate_up_proj"):
-            RUNTIMES[name].check_tensors([attention, stacked])
+        error = catch(ModelError, lambda: RUNTIMES[name].check_tensors([attention, stacked]))
+        assert stacked in error.problem
         return
-    with pytest.raises(ModelError, match=rf"mixture of experts.*--runtime {name} does not take"):
-        RUNTIMES[name].check_tensors([attention, apart])
+    error = catch(ModelError, lambda: RUNTIMES[name].check_tensors([attention, apart]))
+    assert apart in error.problem
+    assert f"--runtime {name}" in error.problem

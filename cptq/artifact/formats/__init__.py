@@ -1,7 +1,7 @@
-"""File formats by name. Importing this loads no torch.
+"""File formats by name. Importing this module does not import torch.
 
-A format is a `cptq.artifact.formats.interface.Format`: one file here, one line below. The half of
-it that knows no torch, a `cptq.layouts.Layout`, is what budgets are counted with.
+A format is a `cptq.artifact.formats.interface.Format`: one file here and one line below. Its
+torch-free part, a `cptq.layouts.Layout`, is what budgets are counted with.
 """
 
 from __future__ import annotations

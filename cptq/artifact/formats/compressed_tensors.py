@@ -1,13 +1,12 @@
 """`compressed-tensors`, format `pack-quantized`: symmetric integers of 2 to 8 bits, mixed freely.
 
-Experts are the exception to exact names: once loaded they are no modules of their own, and stock
-transformers knows their one scheme by a regular expression that names them.
+Stock transformers loads this exactly (measured with compressed-tensors 0.18 and later): every layer
+by its exact name, one `config_groups` entry per distinct scheme, names never overlapping, dense
+linear layers listed in `ignore`. Experts are the exception to exact names: transformers stacks them
+when it loads, and a regular expression gives their one scheme.
 
-What stock transformers loads exactly (measured with compressed-tensors 0.18 and later): every layer
-by its exact name, one `config_groups` entry per distinct scheme, names never overlapping, linears
-that stay dense listed in `ignore`. What it gets wrong without a word, so refused here: a Conv1D,
-whose weights it re-initializes. Codes are packed from our own integers: the library's `compress`
-would quantize again.
+A Conv1D is refused here, because transformers silently re-initializes its weights. Codes are packed
+from our own integers; the library's `compress` would quantize again.
 """
 
 from __future__ import annotations
@@ -21,20 +20,20 @@ from torch import Tensor
 from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
-from cptq.checkpoint.weights import storage_dtype
+from cptq.checkpoint.weights import get_storage_dtype
 from cptq.errors import ArtifactError
 from cptq.layouts.pack_quantized import PACK_QUANTIZED, packed_tensors
-from cptq.numerics.packing import pack_rows, packed_words, unpack_rows
+from cptq.numerics.packing import count_words, pack_rows, unpack_rows
 from cptq.types import CompressedLayer, LayerResult, LayerSpec, TensorSpec
 
 NAME = "compressed-tensors"
 FORMAT = "pack-quantized"
-#: how all experts are named in config.json
+#: the target that matches all experts in config.json
 EXPERTS = r"re:.*\.experts\..*"
 
 
 class CompressedTensors(SafetensorsFormat):
-    """See the head of this module."""
+    """The format described at the top of this module."""
 
     name = NAME
     layout = PACK_QUANTIZED
@@ -43,43 +42,43 @@ class CompressedTensors(SafetensorsFormat):
     def check_layer(self, layer: CompressedLayer) -> None:
         check_layer(layer)
 
-    def layer_specs(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
-        return layer_specs(layer)
+    def list_layer_tensors(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
+        return list_layer_tensors(layer)
 
-    def layer_value(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
-        return layer_value(layer, spec)
+    def pack_layer_tensor(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
+        return pack_layer_tensor(layer, spec)
 
     def read_layer(
         self, spec: LayerSpec, result: LayerResult, get: Callable[[str], Tensor]
     ) -> CompressedLayer:
         packed, scale = (get(f"{spec.name}.{part}") for part in ("weight_packed", "weight_scale"))
         bits, (out, inputs) = result.candidate.bits, spec.shape
-        if packed.shape != (out, packed_words(inputs, bits)) or packed.dtype is not torch.int32:
-            raise ArtifactError(f"{spec.name} is not packed as its manifest says")
+        if packed.shape != (out, count_words(inputs, bits)) or packed.dtype is not torch.int32:
+            raise ArtifactError(f"the packed tensors of {spec.name} do not match the manifest")
         codes = unpack_rows(packed, bits, inputs)
         layer = CompressedLayer(spec=spec, result=result, codes=codes, scale=scale)
         check_layer(layer)
         return layer
 
-    def quantization_config(self, content: Content) -> dict[str, Any] | None:
-        return quantization_config(list(content.compressed.values()), content.layers)
+    def build_quantization_config(self, content: Content) -> dict[str, Any] | None:
+        return build_quantization_config(list(content.compressed.values()), content.layers)
 
     def label(self, content: Content) -> str:
         return f"{NAME} {FORMAT}" if content.compressed else "dense"
 
-    def how_to_load(self, content: Content) -> Sequence[str]:
-        lines = from_pretrained_lines(content)
+    def describe_loading(self, content: Content) -> Sequence[str]:
+        lines = format_loading_code(content)
         if content.compressed:
             lines += [
-                "This needs `compressed-tensors>=0.18`, nothing of cptq. The file is small; in "
-                "memory transformers unpacks the weights at the first forward pass.",
+                "Loading needs `compressed-tensors>=0.18`, not cptq. The weights are compressed on "
+                "disk; transformers unpacks them in memory at the first forward pass.",
                 "",
             ]
         return lines
 
 
-def from_pretrained_lines(content: Content) -> list[str]:
-    """The lines of code that load a directory with transformers."""
+def format_loading_code(content: Content) -> list[str]:
+    """Return the code that loads a directory with transformers, as Markdown lines."""
     auto = AUTO_CLASSES[content.kind]
     return [
         "```python",
@@ -93,7 +92,7 @@ def from_pretrained_lines(content: Content) -> list[str]:
 
 
 def check_layer(layer: CompressedLayer) -> None:
-    """Refuse what the format cannot hold, or holds wrongly.
+    """Refuse a layer that the format cannot hold.
 
     Raises:
         ArtifactError: a Conv1D, which stock transformers would re-initialize; codes or scales of
@@ -106,27 +105,27 @@ def check_layer(layer: CompressedLayer) -> None:
             allowed="Conv1D layers kept dense (w16)",
         )
     if spec.kind not in ("linear", "head"):
-        raise ArtifactError(f"{name} is an {spec.kind}, which the format keeps dense")
+        raise ArtifactError(f"{name} is an {spec.kind}, which {NAME} stores dense")
     out, inputs = spec.shape
     groups = layer.scale.shape[-1]
     if layer.codes.shape != (out, inputs) or layer.codes.dtype is not torch.int8:
         raise ArtifactError(f"{name} has codes {layer.codes.dtype} {tuple(layer.codes.shape)}")
     if layer.scale.shape != (out, groups) or groups < 1 or inputs % groups:
         raise ArtifactError(f"{name} has scales {tuple(layer.scale.shape)} for {inputs} inputs")
-    if layer.scale.dtype is not storage_dtype(spec):
+    if layer.scale.dtype is not get_storage_dtype(spec):
         raise ArtifactError(f"{name} has {layer.scale.dtype} scales in a {spec.dtype} checkpoint")
     if not bool((torch.isfinite(layer.scale) & (layer.scale != 0)).all()):
         raise ArtifactError(f"{name} has a scale that is 0, infinite or not a number")
 
 
-def layer_specs(layer: CompressedLayer) -> tuple[TensorSpec, ...]:
-    """The tensors of a layer, as shapes and types."""
+def list_layer_tensors(layer: CompressedLayer) -> tuple[TensorSpec, ...]:
+    """List the tensors of a layer as shapes and types."""
     return packed_tensors(layer.spec, layer.result.candidate.bits, layer.scale.shape[1])
 
 
-def layer_value(layer: CompressedLayer, spec: TensorSpec) -> Tensor:
-    """The value of one of the tensors of a layer."""
-    packed, scale, _ = layer_specs(layer)
+def pack_layer_tensor(layer: CompressedLayer, spec: TensorSpec) -> Tensor:
+    """Return the value of one of the tensors of a layer."""
+    packed, scale, _ = list_layer_tensors(layer)
     if spec.name == packed.name:
         return pack_rows(layer.codes, layer.result.candidate.bits)
     if spec.name == scale.name:
@@ -134,32 +133,32 @@ def layer_value(layer: CompressedLayer, spec: TensorSpec) -> Tensor:
     return torch.tensor(layer.spec.shape, dtype=torch.int64)
 
 
-def scheme(layer: CompressedLayer) -> tuple[int, int]:
-    """Bits and group size; 0 stands for one scale per output channel."""
-    return _bits(layer), 0 if layer.scale.shape[1] == 1 else _group_size(layer)
+def get_scheme(layer: CompressedLayer) -> tuple[int, int]:
+    """Return bits and group size; 0 means one scale per output channel."""
+    return _get_bits(layer), 0 if layer.scale.shape[1] == 1 else _get_group_size(layer)
 
 
-def _bits(layer: CompressedLayer) -> int:
+def _get_bits(layer: CompressedLayer) -> int:
     return layer.result.candidate.bits
 
 
-def _group_size(layer: CompressedLayer) -> int:
+def _get_group_size(layer: CompressedLayer) -> int:
     return layer.spec.shape[1] // layer.scale.shape[1]
 
 
-def quantization_config(
+def build_quantization_config(
     layers: Sequence[CompressedLayer], all_layers: Sequence[LayerSpec]
 ) -> dict[str, Any] | None:
-    """What config.json says about the compressed layers; None when nothing is compressed."""
+    """Build the entry of config.json; None if no layer is compressed."""
     if not layers:
         return None
     targets: dict[tuple[int, int], list[str]] = {}
     for layer in layers:
         if not layer.spec.expert:
-            targets.setdefault(scheme(layer), []).append(layer.spec.name)
-    groups = [_group(key, targets[key]) for key in sorted(targets)]
-    experts = experts_scheme(layers, all_layers)
-    groups += [_group(experts, [EXPERTS])] if experts else []
+            targets.setdefault(get_scheme(layer), []).append(layer.spec.name)
+    groups = [_build_group(key, targets[key]) for key in sorted(targets)]
+    experts = find_expert_scheme(layers, all_layers)
+    groups += [_build_group(experts, [EXPERTS])] if experts else []
     packed = {layer.spec.name for layer in layers}
     linears = [spec.name for spec in all_layers if spec.kind in ("linear", "head")]
     return {
@@ -172,30 +171,30 @@ def quantization_config(
     }
 
 
-def experts_scheme(
+def find_expert_scheme(
     layers: Sequence[CompressedLayer], all_layers: Sequence[LayerSpec]
 ) -> tuple[int, int] | None:
-    """The one scheme of all experts, None where there are none.
+    """Return the one scheme of all experts, None if there are none.
 
     Raises:
-        ArtifactError: they have several, or some are dense.
+        ArtifactError: the experts have several schemes, or some are dense.
     """
     packed = [layer for layer in layers if layer.spec.expert]
     channels = all(layer.scale.shape[1] == 1 for layer in packed)
-    # a group as wide as one layer counts as a channel only where it is one in all of them
-    found = sorted({(_bits(x), 0 if channels else _group_size(x)) for x in packed})
+    # a group as wide as the layer counts as a channel only if that holds for all experts
+    found = sorted({(_get_bits(x), 0 if channels else _get_group_size(x)) for x in packed})
     dense = sum(spec.expert for spec in all_layers) - len(packed)
     if len(found) > 1 or dense:
         kinds = [f"{bits} bits in groups of {group or 'a channel'}" for bits, group in found]
         kinds += [f"{dense} dense"] if dense else []
         raise ArtifactError(
-            f"the experts have {', '.join(kinds)}, and stock transformers loads one scheme for all",
+            f"the experts have {', '.join(kinds)}; stock transformers loads one scheme for all",
             allowed="the same bits and group size for every expert",
         )
     return found[0] if found else None
 
 
-def _group(key: tuple[int, int], names: list[str]) -> Mapping[str, Any]:
+def _build_group(key: tuple[int, int], names: list[str]) -> Mapping[str, Any]:
     bits, group_size = key
     weights: dict[str, Any] = {"num_bits": bits, "type": "int", "symmetric": True}
     if group_size:

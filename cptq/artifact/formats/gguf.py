@@ -1,14 +1,14 @@
-"""`gguf`: one file for llama.cpp, tokenizer and settings inside; nothing is quantized again.
+"""`gguf`: one file for llama.cpp with tokenizer and settings inside; nothing is quantized again.
 
-Our symmetric integers are ggml's Q4_0, Q5_0 and Q8_0 blocks bit for bit, our asymmetric ones Q4_1
-and Q5_1 (`numerics.gguf_blocks`), wherever 32 divides the inputs and the groups and float16 holds
-the scales, and scales times zero points (`numerics.half_offset`). Matrices that stayed dense are
-F16 where float16 holds every value, else BF16 or F32 as they are stored; vectors, and what
-llama.cpp insists on, are F32. So the file's weights are the artifact's weights, exactly.
+Symmetric codes become ggml's Q4_0, Q5_0 and Q8_0 blocks bit for bit, asymmetric ones Q4_1 and Q5_1
+(`numerics.gguf_blocks`), if 32 divides the inputs and the groups and float16 holds the scales and
+the scales times zero points (`numerics.half_offset`). Dense matrices are stored as F16 if float16
+holds every value, else as BF16 or F32 as in the checkpoint; vectors, and matrices for which
+llama.cpp requires it, as F32. The weights of the file are therefore exactly those of the artifact.
 
-Limits: families of `artifact.gguf.families`. K-quants are not written: their scales are integers of
-6 bits (Q6_K: 8) times one float16 per 256 weights, which ours are by chance alone; a search would
-have to fit all scales of a super-block at once, on a grid of its own.
+Limits: the families of `artifact.gguf.families`. K-quants are not written: their scales are 6-bit
+integers (Q6_K: 8-bit) times one float16 per 256 weights, which our scales are not; a search would
+have to fit all scales of a super-block together.
 """
 
 from __future__ import annotations
@@ -30,12 +30,18 @@ from transformers import AutoConfig
 from cptq import __version__
 from cptq.artifact.companions import LICENCE, copy_companions
 from cptq.artifact.content import Content
-from cptq.artifact.formats.interface import Format, refused
-from cptq.artifact.gguf.check import gguf_digests, verify_in_llama_cpp
-from cptq.artifact.gguf.families import Config, Family, find_family, rope_factors, row_order
-from cptq.artifact.gguf.remarks import say_what_differs
-from cptq.artifact.gguf.vocabulary import add_vocabulary, read_tokenizer, sort_of
-from cptq.artifact.verify import Verification, VerificationSample
+from cptq.artifact.formats.interface import Format, build_refusal
+from cptq.artifact.gguf.families import (
+    Config,
+    Family,
+    compute_rope_factors,
+    find_family,
+    order_rows,
+    report_differences,
+)
+from cptq.artifact.gguf.reload import compute_gguf_digests, reload_in_llama_cpp
+from cptq.artifact.gguf.vocabulary import add_vocabulary, find_tokenizer_model, read_tokenizer
+from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
 from cptq.layouts.gguf import (
@@ -45,7 +51,7 @@ from cptq.layouts.gguf import (
     type_of,
     type_refusal,
 )
-from cptq.numerics.gguf_blocks import half_holds, minimum, pack_blocks
+from cptq.numerics.gguf_blocks import compute_minimum, fits_float16, pack_blocks
 from cptq.types import CompressedLayer, Emit, ModelKind, TensorSpec
 
 _FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
@@ -54,7 +60,7 @@ _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class _Entry:
-    """One tensor of the file: its name there, where it comes from, its type."""
+    """One tensor of the file: its name there, its source and its type."""
 
     name: str
     spec: TensorSpec
@@ -70,14 +76,14 @@ class _Entry:
 
     @property
     def byte_shape(self) -> tuple[int, ...]:
-        """Shape of the bytes, uint8."""
+        """Shape of the bytes (uint8)."""
         *rows, last = self.shape
         width = last // 32 * BLOCK_BYTES[self.kind] if self.layer else last * _WIDTHS[self.kind]
         return (*rows, width)
 
 
 class Gguf(Format):
-    """See the head of this module."""
+    """The format described at the top of this module."""
 
     name = "gguf"
     layout = GGUF_LAYOUT
@@ -87,49 +93,49 @@ class Gguf(Format):
     def check(self, content: Content) -> None:
         config = read_config(content)
         family = find_family(config, content.kind)
-        sort_of(read_tokenizer(content.path))
+        find_tokenizer_model(read_tokenizer(content.path))
         _refuse_layers(list(content.compressed.values()))
-        list(_entries(content, family, config))
+        list(_list_entries(content, family, config))
 
-    def nbytes(self, content: Content) -> int:
-        """At most; the vocabulary is counted as twice its tokenizer.json."""
+    def estimate_bytes(self, content: Content) -> int:
+        """Return an upper bound; the vocabulary is estimated as twice its tokenizer.json."""
         config = read_config(content)
-        entries = list(_entries(content, find_family(config, content.kind), config))
+        entries = list(_list_entries(content, find_family(config, content.kind), config))
         data = sum(int(np.prod(entry.byte_shape)) + 32 + 128 for entry in entries)
         return data + 2 * (content.path / "tokenizer.json").stat().st_size + (1 << 16)
 
     def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
-        path = place / file_name(content)
+        path = place / make_file_name(content)
         config = read_config(content)
         family = find_family(config, content.kind)
-        entries = list(_entries(content, family, config))
-        say_what_differs([spec.name for spec in content.tensors], family, config, emit)
+        entries = list(_list_entries(content, family, config))
+        report_differences([spec.name for spec in content.tensors], family, config, emit)
         _write_file(path, content, config, family, entries, emit)
         copy_companions(content, place, emit, only=LICENCE)
         return {path.name: path.stat().st_size}
 
-    def verify(
+    def check_reload(
         self,
         place: Path,
         kind: ModelKind,
-        sample: VerificationSample,
+        sample: ReloadSample,
         emit: Emit,
         source: Path | None = None,
-    ) -> Verification:
+    ) -> ReloadCheck:
         tokenizer = None if source is None else source / "tokenizer.json"
-        return verify_in_llama_cpp(only_file(place), kind, sample, emit, tokenizer)
+        return reload_in_llama_cpp(find_only_file(place), kind, sample, emit, tokenizer)
 
-    def digests(self, place: Path, files: Iterable[str]) -> dict[str, str]:
-        return {n: d for name in files for n, d in gguf_digests(place / name).items()}
+    def compute_digests(self, place: Path, files: Iterable[str]) -> dict[str, str]:
+        return {n: d for name in files for n, d in compute_gguf_digests(place / name).items()}
 
-    def how_to_load(self, content: Content) -> Sequence[str]:
+    def describe_loading(self, content: Content) -> Sequence[str]:
         return [
             "```bash",
-            f'llama-cli -m {file_name(content)} -p "Once upon a time"',
+            f'llama-cli -m {make_file_name(content)} -p "Once upon a time"',
             "```",
             "",
-            "Or `Llama(model_path=...)` of llama-cpp-python, or any program built on llama.cpp. "
-            "The tokenizer and all settings are inside the file.",
+            "Or use `Llama(model_path=...)` of llama-cpp-python, or any program built on "
+            "llama.cpp. The file contains the tokenizer and all settings.",
             "",
         ]
 
@@ -137,13 +143,13 @@ class Gguf(Format):
 GGUF = Gguf()
 
 
-def file_name(content: Content) -> str:
-    """The base model's name as a file name."""
+def make_file_name(content: Content) -> str:
+    """Return the base model's name as a file name."""
     return re.sub(r"[^\w.-]+", "-", content.base_name.rpartition("/")[2]) + ".gguf"
 
 
-def only_file(place: Path) -> Path:
-    """The one GGUF file of a directory.
+def find_only_file(place: Path) -> Path:
+    """Return the one GGUF file of a directory.
 
     Raises:
         ArtifactError: there is none, or more than one.
@@ -155,7 +161,7 @@ def only_file(place: Path) -> Path:
 
 
 def read_config(content: Content) -> dict[str, Any]:
-    """All settings of the model, those at their defaults too."""
+    """Read all settings of the model, including defaults."""
     try:
         config = AutoConfig.from_pretrained(content.path, local_files_only=True)
     except (ValueError, OSError, KeyError, TypeError) as error:
@@ -165,21 +171,21 @@ def read_config(content: Content) -> dict[str, Any]:
 
 
 def _refuse_layers(layers: Sequence[CompressedLayer]) -> None:
-    """Layers that no block type holds exactly, by reason."""
+    """Raise ArtifactError for layers that no block type holds exactly."""
     reasons: dict[str, list[str]] = {}
     for layer in layers:
-        why = _refusal(layer)
+        why = _explain_refusal(layer)
         if why is not None:
             reasons.setdefault(why, []).append(layer.spec.name)
     for why, names in reasons.items():
-        raise refused(
+        raise build_refusal(
             names,
             f"GGUF cannot hold {why}",
-            allowed="what cptq compress --runtime llamacpp plans; or --format dense",
+            allowed="artifacts of cptq compress --runtime llamacpp; or --format dense",
         )
 
 
-def _refusal(layer: CompressedLayer) -> str | None:
+def _explain_refusal(layer: CompressedLayer) -> str | None:
     inputs, candidate = layer.spec.shape[1], layer.result.candidate
     kind = type_of(candidate)
     if kind is None:
@@ -187,40 +193,40 @@ def _refusal(layer: CompressedLayer) -> str | None:
     shape = shape_refusal(inputs, inputs // layer.scale.shape[1])
     if shape is not None:
         return shape
-    if not half_holds(layer.scale):
+    if not fits_float16(layer.scale):
         return "scales that are not exact in float16"
-    if layer.zero is not None and not half_holds(minimum(layer.scale, layer.zero, kind)):
+    if layer.zero is not None and not fits_float16(compute_minimum(layer.scale, layer.zero, kind)):
         return "scales times zero points that are not exact in float16"
     return None
 
 
-def _entries(content: Content, family: Family, config: Config) -> Iterator[_Entry]:
-    """The tensors of the file, in the order of the checkpoint."""
+def _list_entries(content: Content, family: Family, config: Config) -> Iterator[_Entry]:
+    """List the tensors of the file in checkpoint order."""
     blocks = config.get("num_hidden_layers") or config["n_layer"]
-    names = family.names(blocks)
+    names = family.build_name_map(blocks)
     conv1d = {spec.weight_name for spec in content.layers if spec.transposed}
     for spec in content.tensors:
         if spec.name.endswith(family.left_out):
             continue
-        name = names.get_name(family.known_name(spec.name), (".weight", ".bias"))
+        name = names.get_name(family.translate_name(spec.name), (".weight", ".bias"))
         if name is None:
             raise ArtifactError(
-                f"llama.cpp's {family.arch.name.lower()} has no place for {spec.name}"
+                f"llama.cpp's {family.arch.name.lower()} has no tensor for {spec.name}"
             )
         layer = content.compressed.get(spec.name)
         if layer is not None:
             kind = type_of(layer.result.candidate)
             assert kind is not None
         else:
-            kind = _dense_kind(content, spec, family)
+            kind = _choose_dense_type(content, spec, family)
         yield _Entry(name=name, spec=spec, kind=kind, layer=layer, transposed=spec.name in conv1d)
 
 
-def _dense_kind(content: Content, spec: TensorSpec, family: Family) -> str:
-    """F32 for vectors; for a matrix the narrowest type that llama.cpp takes and that is exact."""
+def _choose_dense_type(content: Content, spec: TensorSpec, family: Family) -> str:
+    """Return F32 for vectors, and for a matrix the narrowest exact type that llama.cpp accepts."""
     if len(spec.shape) < 2 or spec.name.endswith(family.always_f32):
         return "F32"
-    return "F16" if spec.dtype == "F16" or half_holds(content.dense(spec)) else spec.dtype
+    return "F16" if spec.dtype == "F16" or fits_float16(content.get_dense(spec)) else spec.dtype
 
 
 def _write_file(
@@ -235,7 +241,7 @@ def _write_file(
     _describe(writer, content, entries)
     family.sizes(writer, config)
     add_vocabulary(writer, content.path, config["vocab_size"], emit)
-    factors = rope_factors(config)
+    factors = compute_rope_factors(config)
     if factors is not None:
         writer.add_tensor_info("rope_freqs.weight", factors.shape, np.dtype("f4"), 4 * len(factors))
     for entry in entries:
@@ -248,8 +254,8 @@ def _write_file(
     if factors is not None:
         writer.write_tensor_data(factors.numpy())
     for entry in entries:
-        order = row_order(family, config, entry.spec.name)
-        writer.write_tensor_data(_bytes(content, entry, order))
+        order = order_rows(family, config, entry.spec.name)
+        writer.write_tensor_data(_pack_bytes(content, entry, order))
     writer.close()
     with path.open("rb") as stream:
         os.fsync(stream.fileno())
@@ -264,8 +270,8 @@ def _describe(writer: gguf.GGUFWriter, content: Content, entries: Sequence[_Entr
     writer.add_string("cptq.base_fingerprint", content.fingerprint)
 
 
-def _bytes(content: Content, entry: _Entry, order: Tensor | None) -> np.ndarray[Any, Any]:
-    """The bytes of a tensor, uint8 of `entry.byte_shape`."""
+def _pack_bytes(content: Content, entry: _Entry, order: Tensor | None) -> np.ndarray[Any, Any]:
+    """Return the bytes of a tensor, uint8 of `entry.byte_shape`."""
     layer = entry.layer
     if layer is not None:
         parts = [x if x is None else x.cpu() for x in (layer.codes, layer.scale, layer.zero)]
@@ -276,7 +282,7 @@ def _bytes(content: Content, entry: _Entry, order: Tensor | None) -> np.ndarray[
         assert scale is not None
         packed: np.ndarray[Any, Any] = pack_blocks(codes, scale, entry.kind, zero).numpy()
         return packed
-    value = content.dense(entry.spec).detach().cpu()
+    value = content.get_dense(entry.spec).detach().cpu()
     value = value.T if entry.transposed else value
     value = (value if order is None else value[order]).to(TORCH_DTYPES[entry.kind]).contiguous()
     raw: np.ndarray[Any, Any] = value.view(torch.uint8).numpy()

@@ -1,11 +1,11 @@
-"""`packed`: what the portable format cannot hold, in a layout of our own (docs/format-packed.md).
+"""`packed`: cptq's own format for what compressed-tensors cannot hold (docs/format-packed.md).
 
-Asymmetric grids, Conv1D, embeddings, output heads, sparse weights. transformers loads it once cptq
-was imported, and computes from the packed weights. Without cptq it must fail and not fill in random
-numbers, of which stock transformers (5.x) would only warn. So two guards: the weight file has a
-name of its own, so that none is found (an OSError); and the codes bear the name of the dense weight
-with another shape, which is an error too, also after transformers has saved the model again under
-the usual file name.
+It holds asymmetric grids, Conv1D, embeddings, output heads and sparse weights. transformers loads
+it after `import cptq` and computes from the packed weights. Without cptq, loading must fail: stock
+transformers (5.x) would fill in random numbers with only a warning. Two measures ensure that:
+the weight file has its own name, so none is found (an OSError); and the codes have the name of the
+dense weight but another shape, which is an error even after transformers has saved the model again
+under the usual file name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
-from cptq.checkpoint.weights import storage_dtype
+from cptq.checkpoint.weights import get_storage_dtype
 from cptq.errors import ArtifactError
 from cptq.layouts.packed import (
     FORMAT_VERSION,
@@ -36,16 +36,16 @@ from cptq.layouts.safetensors_header import split_shards
 from cptq.numerics.packing import pack_rows, pack_values, unpack_rows, unpack_values
 from cptq.numerics.sparse import (
     PATTERN_BITS,
+    gather_codes,
     join_2_of_4,
     scatter_codes,
     split_2_of_4,
-    stored_codes,
 )
 from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec, TensorSpec
 
 
 class Packed(SafetensorsFormat):
-    """See the head of this module."""
+    """The format described at the top of this module."""
 
     name = "packed"
     layout = PACKED_LAYOUT
@@ -56,11 +56,11 @@ class Packed(SafetensorsFormat):
     def check_layer(self, layer: CompressedLayer) -> None:
         check_layer(layer)
 
-    def layer_specs(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
-        return PACKED_LAYOUT.tensors(layer.spec, scheme(layer))
+    def list_layer_tensors(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
+        return PACKED_LAYOUT.tensors(layer.spec, get_scheme(layer))
 
-    def layer_value(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
-        return _VALUES[spec.name.rpartition(".")[2]](layer)
+    def pack_layer_tensor(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
+        return _PACKERS[spec.name.rpartition(".")[2]](layer)
 
     def read_layer(
         self, spec: LayerSpec, result: LayerResult, get: Callable[[str], Tensor]
@@ -69,14 +69,14 @@ class Packed(SafetensorsFormat):
         tensors = {part.name.rpartition(".")[2]: part for part in PACKED_LAYOUT.tensors(spec, grid)}
         values = {part: get(tensor.name) for part, tensor in tensors.items()}
         for part, value in values.items():
-            wanted = torch.int32 if tensors[part].dtype == "I32" else storage_dtype(spec)
+            wanted = torch.int32 if tensors[part].dtype == "I32" else get_storage_dtype(spec)
             if tuple(value.shape) != tensors[part].shape or value.dtype is not wanted:
-                raise ArtifactError(f"{tensors[part].name} is not packed as its manifest says")
-        layer = _unpacked(spec, result, grid, values)
+                raise ArtifactError(f"{tensors[part].name} does not match the manifest")
+        layer = _unpack_layer(spec, result, grid, values)
         check_layer(layer)
         return layer
 
-    def quantization_config(self, content: Content) -> dict[str, Any] | None:
+    def build_quantization_config(self, content: Content) -> dict[str, Any] | None:
         layers = content.compressed.values()
         if not layers:
             return None
@@ -84,47 +84,47 @@ class Packed(SafetensorsFormat):
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION,
             "needs": NEEDS,
-            "weights": WEIGHT_FILES[len(split_shards(self._specs(content))) > 1],
-            "modules": {layer.spec.name: scheme(layer).label for layer in layers},
+            "weights": WEIGHT_FILES[len(split_shards(self._list_tensors(content))) > 1],
+            "modules": {layer.spec.name: get_scheme(layer).label for layer in layers},
         }
 
-    def how_to_load(self, content: Content) -> Sequence[str]:
+    def describe_loading(self, content: Content) -> Sequence[str]:
         auto = AUTO_CLASSES[content.kind]
         return [
-            "**This model needs cptq** (`pip install cptq`): its weights are packed in a layout of "
-            "cptq's own, and no other program reads them.",
+            "**This model needs cptq** (`pip install cptq`): its weights are stored in cptq's own "
+            "packed format, which no other program reads.",
             "",
             "```python",
-            "import cptq  # tells transformers how",
+            "import cptq  # registers the packed format with transformers",
             f"from transformers import {auto}, AutoTokenizer",
             "",
             f'model = {auto}.from_pretrained("PATH")  # or: model = cptq.load("PATH")',
             'tokenizer = AutoTokenizer.from_pretrained("PATH")',
             "```",
             "",
-            "The weights stay packed in memory and are unpacked tile by tile as they are used.",
+            "The weights stay packed in memory and are unpacked tile by tile during computation.",
             "",
         ]
 
 
-def scheme(layer: CompressedLayer) -> Candidate:
-    """The candidate with the group size that was used."""
+def get_scheme(layer: CompressedLayer) -> Candidate:
+    """Return the candidate with the group size that was used."""
     return resolved(layer.result.candidate, layer.spec.shape[1])
 
 
 def check_layer(layer: CompressedLayer) -> None:
-    """Refuse what the format cannot hold, or what contradicts itself.
+    """Refuse a layer that the format cannot hold or whose parts are inconsistent.
 
     Raises:
-        ArtifactError: names the layer and says why.
+        ArtifactError: names the layer and the reason.
     """
-    spec, name, grid = layer.spec, layer.spec.name, scheme(layer)
+    spec, name, grid = layer.spec, layer.spec.name, get_scheme(layer)
     why = PACKED_LAYOUT.refusal(spec, grid)
     if why is not None:
         raise ArtifactError(f"{name} cannot be packed as {grid.label}: {why}")
     places = (spec.shape[0], spec.shape[1] // (grid.group_size or spec.shape[1]))
     _check_part(name, "codes", layer.codes, spec.shape, torch.int8)
-    _check_part(name, "scales", layer.scale, places, storage_dtype(spec))
+    _check_part(name, "scales", layer.scale, places, get_storage_dtype(spec))
     if not grid.symmetric:
         _check_part(name, "zero points", layer.zero, places, torch.int8)
     if grid.sparsity:
@@ -132,7 +132,7 @@ def check_layer(layer: CompressedLayer) -> None:
     if (layer.zero is not None and grid.symmetric) or (layer.mask is not None) != (
         grid.sparsity > 0
     ):
-        raise ArtifactError(f"{name} has other parts than {grid.label} has")
+        raise ArtifactError(f"{name} has zero points or a mask that do not belong to {grid.label}")
     if not bool((torch.isfinite(layer.scale) & (layer.scale != 0)).all()):
         raise ArtifactError(f"{name} has a scale that is 0, infinite or not a number")
     if layer.mask is not None:
@@ -143,8 +143,8 @@ def _check_part(
     name: str, what: str, value: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     if value is None or tuple(value.shape) != shape or value.dtype is not dtype:
-        has = "none" if value is None else f"{value.dtype} {tuple(value.shape)}"
-        raise ArtifactError(f"{name} needs {what} {dtype} {shape} and has {has}")
+        actual = "none" if value is None else f"{value.dtype} {tuple(value.shape)}"
+        raise ArtifactError(f"{name} needs {what} {dtype} {shape}, not {actual}")
 
 
 def _check_mask(name: str, mask_OI: Tensor, shape: tuple[int, int], grid: Candidate) -> None:
@@ -153,18 +153,18 @@ def _check_mask(name: str, mask_OI: Tensor, shape: tuple[int, int], grid: Candid
             raise ArtifactError(f"{name} does not keep exactly 2 of every 4 weights")
     elif int(mask_OI.sum()) != stored_count(shape, grid):
         raise ArtifactError(
-            f"{name} keeps {int(mask_OI.sum()):,} weights, where {grid.label} means "
+            f"{name} keeps {int(mask_OI.sum()):,} weights, but {grid.label} stores "
             f"{stored_count(shape, grid):,}"
         )
 
 
 def _pack_codes(layer: CompressedLayer) -> Tensor:
-    bits, grid = layer.result.candidate.bits, scheme(layer)
+    bits, grid = layer.result.candidate.bits, get_scheme(layer)
     if layer.mask is None:
         return pack_rows(layer.codes, bits)
     if grid.pattern == TWO_OF_FOUR:
         return pack_rows(split_2_of_4(layer.codes, layer.mask)[1], bits)
-    return pack_rows(stored_codes(layer.codes, layer.mask).unsqueeze(0), bits)[0]
+    return pack_rows(gather_codes(layer.codes, layer.mask).unsqueeze(0), bits)[0]
 
 
 def _pack_zero(layer: CompressedLayer) -> Tensor:
@@ -182,7 +182,7 @@ def _pack_pattern(layer: CompressedLayer) -> Tensor:
     return pack_values(split_2_of_4(layer.codes, layer.mask)[0], PATTERN_BITS)
 
 
-_VALUES: dict[str, Callable[[CompressedLayer], Tensor]] = {
+_PACKERS: dict[str, Callable[[CompressedLayer], Tensor]] = {
     "weight": _pack_codes,
     "weight_scale": lambda layer: layer.scale,
     "weight_zero": _pack_zero,
@@ -191,13 +191,13 @@ _VALUES: dict[str, Callable[[CompressedLayer], Tensor]] = {
 }
 
 
-def _unpacked(
+def _unpack_layer(
     spec: LayerSpec, result: LayerResult, grid: Candidate, values: dict[str, Tensor]
 ) -> CompressedLayer:
-    """The inverse of `_VALUES`."""
+    """Unpack the tensors of a layer, the inverse of `_PACKERS`."""
     inputs, scale = spec.shape[1], values["weight_scale"]
     zero = values.get("weight_zero")
-    codes, mask = _unpacked_codes(spec, grid, values)
+    codes, mask = _unpack_sparse_codes(spec, grid, values)
     return CompressedLayer(
         spec=spec,
         result=result,
@@ -208,10 +208,10 @@ def _unpacked(
     )
 
 
-def _unpacked_codes(
+def _unpack_sparse_codes(
     spec: LayerSpec, grid: Candidate, values: dict[str, Tensor]
 ) -> tuple[Tensor | None, Tensor | None]:
-    """Codes and mask of a sparse weight."""
+    """Return codes and mask of a sparse weight; (None, None) for others."""
     inputs = spec.shape[1]
     try:
         if grid.pattern == TWO_OF_FOUR:
@@ -223,7 +223,7 @@ def _unpacked_codes(
             stored = unpack_rows(values["weight"].unsqueeze(0), grid.bits, count)[0]
             return scatter_codes(stored, mask), mask
     except ValueError as error:
-        raise ArtifactError(f"{spec.name} is not packed as its manifest says: {error}") from error
+        raise ArtifactError(f"{spec.name} does not match the manifest: {error}") from error
     return None, None
 
 

@@ -1,1 +1,1 @@
-"""What GGUF files for llama.cpp need beside the weights: names, sizes, vocabulary."""
+"""Parts of GGUF files for llama.cpp besides the weights: names, sizes, vocabulary, header."""

@@ -1,8 +1,8 @@
-"""Run as a script in a fresh process: load a GGUF file with llama.cpp alone and report.
+"""Load a GGUF file with llama.cpp in a fresh process and report. Run as a script.
 
-`python -P llama_load.py JOB.json`: the job names the file, token ids, texts to tokenize, and where
-the answer goes. It must not import cptq. Keys and values of attention are kept in float32, so that
-what differs from transformers is llama.cpp's arithmetic on weights alone. Not part of the
+`python -P llama_load.py JOB.json`: the job gives the file, token ids, texts to tokenize, and the
+paths of the results. The script must not import cptq. Keys and values of attention stay in float32,
+so that outputs differ from transformers only by llama.cpp's arithmetic on weights. Not part of the
 package's interface.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 
 def main(job_file: str) -> None:
-    """Do what the job says; write the outputs per token (.npy) and a report."""
+    """Run the job; write the outputs per token (.npy) and a report."""
     with open(job_file, encoding="utf-8") as stream:
         job = json.load(stream)
 
@@ -37,7 +37,7 @@ def main(job_file: str) -> None:
 
 
 def _run(lib: Any, np: Any, model: Any, ids: list[int], job: dict[str, Any]) -> Any:
-    """Outputs of one row: (tokens, width) logits or states of an encoder, (1, labels) of a text."""
+    """Return the outputs of one row: (tokens, width) logits or encoder states, or (1, labels)."""
     parameters = lib.llama_context_default_params()
     parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = max(32, len(ids))
     parameters.n_threads = parameters.n_threads_batch = job["threads"]
@@ -50,7 +50,7 @@ def _run(lib: Any, np: Any, model: Any, ids: list[int], job: dict[str, Any]) -> 
     )
     context = lib.llama_init_from_model(model, parameters)
     if not context:
-        sys.exit("llama.cpp cannot make a context")
+        sys.exit("llama.cpp cannot create a context")
     batch = lib.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
     for i, token in enumerate(ids):
@@ -58,14 +58,16 @@ def _run(lib: Any, np: Any, model: Any, ids: list[int], job: dict[str, Any]) -> 
         batch.n_seq_id[i], batch.seq_id[i][0] = 1, 0
     if lib.llama_decode(context, batch):
         sys.exit("llama.cpp cannot compute the sample")
-    values = np.ctypeslib.as_array(*_answer(lib, model, context, len(ids), job["kind"])).copy()
+    values = np.ctypeslib.as_array(
+        *_locate_answer(lib, model, context, len(ids), job["kind"])
+    ).copy()
     lib.llama_batch_free(batch)
     lib.llama_free(context)
     return values
 
 
-def _answer(lib: Any, model: Any, context: Any, tokens: int, kind: str) -> tuple[Any, Any]:
-    """Where the outputs lie, and their shape."""
+def _locate_answer(lib: Any, model: Any, context: Any, tokens: int, kind: str) -> tuple[Any, Any]:
+    """Return a pointer to the outputs, and their shape."""
     if kind == "classifier":
         return lib.llama_get_embeddings_seq(context, 0), (1, lib.llama_model_n_cls_out(model))
     if kind == "encoder":

@@ -1,9 +1,9 @@
-"""A tokenizer.json as llama.cpp's vocabulary.
+"""Write a tokenizer.json as llama.cpp's vocabulary.
 
-Three sorts: byte-level BPE (`gpt2`), BPE over characters with bytes to fall back on, as
-SentencePiece makes it (`llama`; a merge's rank becomes its score), and WordPiece (`bert`; words get
-a leading U+2581 and continuations lose their ##). How text is cut before BPE is no data in
-llama.cpp but a name that stands for code, so only known cuts can be named.
+Three tokenizer models are supported: byte-level BPE (`gpt2`), BPE over characters with byte
+fallback, as from SentencePiece (`llama`; the rank of a merge becomes its score), and WordPiece
+(`bert`; words get a leading U+2581 and continuations lose their ##). llama.cpp has no data for
+pre-tokenization, only names that stand for code, so only known pre-tokenizers can be written.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from cptq.types import Emit, Notice
 
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-#: regular expressions that cut text before BPE -> llama.cpp's name for them
-CUTS: Mapping[str, str] = {
+#: {regular expression of a pre-tokenizer: llama.cpp's name for it}
+PRE_TOKENIZERS: Mapping[str, str] = {
     _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe",
     _WORDS + r"\p{N}" + _REST: "qwen2",
 }
-#: special tokens that the file names (cls is its bos)
+#: special tokens that the file lists (cls is its bos)
 SPECIAL = ("bos", "eos", "unk", "sep", "pad", "mask")
 _BYTE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 _SPACE = "\u2581"
@@ -38,99 +38,105 @@ def add_vocabulary(writer: gguf.GGUFWriter, directory: Path, size: int, emit: Em
 
     Args:
         writer: of the file.
-        directory: where tokenizer.json lies.
-        size: rows of the embedding; ids without a token become unused ones.
+        directory: contains tokenizer.json.
+        size: rows of the embedding; ids without a token become unused tokens.
+        emit: receives notices.
 
     Raises:
-        ArtifactError: no tokenizer.json, or one of another sort.
+        ArtifactError: no tokenizer.json, or an unsupported tokenizer model.
     """
-    logging.getLogger("gguf").setLevel(logging.ERROR)  # it doubts pairs of texts, unused here
+    # silence a warning on pairs of texts, which are not used here
+    logging.getLogger("gguf").setLevel(logging.ERROR)
     data = read_tokenizer(directory)
-    sort = sort_of(data)
-    tokens, types = _tokens(data, size, sort)
-    writer.add_tokenizer_model(sort)
-    writer.add_tokenizer_pre(cut_name(data, emit) if sort == "gpt2" else "default")
+    model = find_tokenizer_model(data)
+    tokens, types = _list_tokens(data, size, model)
+    writer.add_tokenizer_model(model)
+    writer.add_tokenizer_pre(find_pre_tokenizer(data, emit) if model == "gpt2" else "default")
     writer.add_token_list(tokens)
     writer.add_token_types(types)
-    if sort == "llama":
-        writer.add_token_scores(_scores(data, tokens))
-    if sort != "bert":
-        writer.add_add_space_prefix(_prefixes_space(data))
+    if model == "llama":
+        writer.add_token_scores(_score_tokens(data, tokens))
+    if model != "bert":
+        writer.add_add_space_prefix(_is_space_added(data))
     special = gguf.SpecialVocab(
-        directory, load_merges=sort == "gpt2", special_token_types=SPECIAL, n_vocab=size
+        directory, load_merges=model == "gpt2", special_token_types=SPECIAL, n_vocab=size
     )
     if special.chat_template is None and (directory / "chat_template.jinja").is_file():
         special.chat_template = (directory / "chat_template.jinja").read_text(encoding="utf-8")
     special.add_to_gguf(writer, quiet=True)
-    if sort != "bert" and "bos" not in special.add_special_token:
+    if model != "bert" and "bos" not in special.add_special_token:
         writer.add_add_bos_token(False)
 
 
 def read_tokenizer(directory: Path) -> dict[str, Any]:
-    """tokenizer.json as plain data."""
+    """Read tokenizer.json as plain data."""
     path = directory / "tokenizer.json"
     try:
         data: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         data["model"]["vocab"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ArtifactError(
-            f"{path} holds no tokenizer that can be exported ({type(error).__name__})",
-            hint="save the tokenizer with transformers (a fast one)",
+            f"{path} does not contain an exportable tokenizer ({type(error).__name__})",
+            hint="save a fast tokenizer with transformers",
         ) from error
     return data
 
 
-def sort_of(data: Mapping[str, Any]) -> str:
-    """`gpt2`, `llama` or `bert`."""
+def find_tokenizer_model(data: Mapping[str, Any]) -> str:
+    """Return the tokenizer model: `gpt2`, `llama` or `bert`."""
     model = data["model"]
     if model.get("type") == "WordPiece":
         return "bert"
     if model.get("type") == "BPE":
         return "llama" if model.get("byte_fallback") else "gpt2"
     raise ArtifactError(
-        f"a tokenizer of type {model.get('type')!r} is not exported", allowed="BPE, WordPiece"
+        f"a tokenizer of type {model.get('type')!r} cannot be exported", allowed="BPE, WordPiece"
     )
 
 
-def _tokens(data: Mapping[str, Any], size: int, sort: str) -> tuple[list[str], list[int]]:
+def _list_tokens(data: Mapping[str, Any], size: int, model: str) -> tuple[list[str], list[int]]:
     added = {item["id"]: item for item in data.get("added_tokens", ())}
     texts = {number: text for text, number in data["model"]["vocab"].items()}
     texts |= {number: item["content"] for number, item in added.items()}
     if max(texts, default=0) >= size:
-        raise ArtifactError(f"the tokenizer has tokens beyond the {size} rows of the embedding")
-    kinds = [_kind(i, texts, added, sort, data["model"].get("unk_token")) for i in range(size)]
+        raise ArtifactError(f"the tokenizer has token ids beyond the {size} rows of the embedding")
+    kinds = [
+        _classify_token(i, texts, added, model, data["model"].get("unk_token")) for i in range(size)
+    ]
     named = [texts.get(i, f"[PAD{i}]") for i in range(size)]
-    if sort == "bert":
+    if model == "bert":
         control = gguf.TokenType.CONTROL
-        named = [t if k == control else _phantom(t) for t, k in zip(named, kinds, strict=True)]
+        named = [
+            t if k == control else _mark_word_start(t) for t, k in zip(named, kinds, strict=True)
+        ]
     return named, [int(kind) for kind in kinds]
 
 
-def _kind(
+def _classify_token(
     number: int,
     texts: Mapping[int, str],
     added: Mapping[int, Mapping[str, Any]],
-    sort: str,
+    model: str,
     unknown: str | None,
 ) -> gguf.TokenType:
     if number not in texts:
         return gguf.TokenType.UNUSED
-    if sort == "llama" and texts[number] == unknown:
+    if model == "llama" and texts[number] == unknown:
         return gguf.TokenType.UNKNOWN
     if number in added:
         special = added[number].get("special")
         return gguf.TokenType.CONTROL if special else gguf.TokenType.USER_DEFINED
-    if sort == "llama" and _BYTE.fullmatch(texts[number]):
+    if model == "llama" and _BYTE.fullmatch(texts[number]):
         return gguf.TokenType.BYTE
     return gguf.TokenType.NORMAL
 
 
-def _phantom(token: str) -> str:
+def _mark_word_start(token: str) -> str:
     return token[2:] if token.startswith("##") else _SPACE + token
 
 
-def _scores(data: Mapping[str, Any], tokens: list[str]) -> list[float]:
-    """Minus the rank of the first merge that makes a token; what no merge makes comes last."""
+def _score_tokens(data: Mapping[str, Any], tokens: list[str]) -> list[float]:
+    """Return minus the rank of the first merge that makes each token; others come last."""
     ranks: dict[str, int] = {}
     merges = data["model"].get("merges", [])
     for rank, merge in enumerate(merges):
@@ -139,8 +145,8 @@ def _scores(data: Mapping[str, Any], tokens: list[str]) -> list[float]:
     return [-float(ranks.get(token, len(merges))) for token in tokens]
 
 
-def _prefixes_space(data: Mapping[str, Any]) -> bool:
-    """Whether a text gets a space in front."""
+def _is_space_added(data: Mapping[str, Any]) -> bool:
+    """Return whether the tokenizer puts a space before a text."""
     words = json.dumps([data.get("normalizer"), data.get("pre_tokenizer")])
     return (
         '"Prepend"' in words
@@ -149,8 +155,8 @@ def _prefixes_space(data: Mapping[str, Any]) -> bool:
     )
 
 
-def cut_name(data: Mapping[str, Any], emit: Emit) -> str:
-    """llama.cpp's name for how text is cut; GPT-2's, with a warning, where it has none."""
+def find_pre_tokenizer(data: Mapping[str, Any], emit: Emit) -> str:
+    """Return llama.cpp's name for the pre-tokenizer; GPT-2's, with a warning, if it has none."""
     before = data.get("pre_tokenizer") or {}
     parts = before.get("pretokenizers", [before])
     kinds = [part.get("type") for part in parts]
@@ -159,10 +165,10 @@ def cut_name(data: Mapping[str, Any], emit: Emit) -> str:
     if kinds == ["Digits", "ByteLevel"] and parts[0].get("individual_digits"):
         return "smollm"
     if kinds == ["Split", "ByteLevel"]:
-        name = CUTS.get(parts[0].get("pattern", {}).get("Regex", ""))
+        name = PRE_TOKENIZERS.get(parts[0].get("pattern", {}).get("Regex", ""))
         if name is not None:
             return name
-    message = "cuts text in a way that has no name in llama.cpp; GPT-2's is written, so that some "
-    message += "texts get other tokens there"
+    message = "llama.cpp has no name for its pre-tokenizer; GPT-2's is written, so llama.cpp "
+    message += "tokenizes some texts differently"
     emit(Notice(kind="warning", subject="tokenizer", message=message))
     return "gpt-2"

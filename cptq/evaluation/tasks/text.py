@@ -1,190 +1,257 @@
-"""Perplexity on any text: the measuring that all text tasks share, the embedded text, a file."""
+"""Perplexity on a text: WikiText, other corpora, the text that every Python carries, a file.
+
+By the GPTQ protocol (`cptq.evaluation.perplexity`), or with windows that roll over the text if a
+stride is given (`cptq.evaluation.continuations`). Each corpus is taken as `cptq.data` describes; no
+other text stands in for one that is missing.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cptq.calibration.tokens import token_digest
-from cptq.checkpoint.model import LoadedModel
+from cptq.calibration.tokens import digest_tokens
+from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.data import Text, load_text
+from cptq.data.corpora import C4_WINDOWS, CORPORA, load_corpus
 from cptq.errors import DataError, EvaluationError
 from cptq.evaluation import TEXT_PREFIX
-from cptq.evaluation.continuations import score
-from cptq.evaluation.options import EvalOptions
+from cptq.evaluation.continuations import (
+    RequestBatch,
+    batch_requests,
+    check_stride,
+    roll_windows,
+    score_requests,
+)
 from cptq.evaluation.perplexity import (
     Tokens,
-    counts_between,
+    apply_link,
+    count_words_and_bytes,
     cut_windows,
-    linked,
-    ratio,
+    estimate_ratio,
+    measure_nll,
     tokenize,
-    window_nll,
 )
-from cptq.evaluation.rolling import checked_stride, rolling_windows
+from cptq.evaluation.task import EvalOptions
 from cptq.types import Emit, EvalResult, Notice, Progress
-from cptq.types.samples import Link, ratios
+from cptq.types.samples import Link, build_ratios
 
 VERSION = 1
 Numbers = np.ndarray[Any, Any]
 DEFAULT_SEQLEN = 2048
 
 
-def pydoc(model: LoadedModel, name: str, options: EvalOptions, emit: Emit) -> list[EvalResult]:
-    """Perplexity on the evaluation part of the text that every Python carries."""
-    return measure_text(model, name, load_text("pydoc", "evaluation"), options, emit)
-
-
-def text_file(model: LoadedModel, name: str, options: EvalOptions, emit: Emit) -> list[EvalResult]:
-    """Perplexity on the file of the task `text:PATH`."""
-    text = load_text(name.removeprefix(TEXT_PREFIX), "evaluation")
-    return measure_text(model, name, text, options, emit)
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
-    """The summed nll of every window, and which tokens it predicts: those after `first`, to `last`.
+class PreparedText:
+    """A tokenised text and its windows.
 
-    `rows` are the windows' token ids.
+    `windows` are rows of `seqlen` tokens that do not overlap, or requests that roll over the text.
+    Window i predicts the tokens after `first_N[i]`, up to `last_N[i]`.
     """
 
-    nll_N: Numbers
+    name: str
+    text: Text
+    tokens: Tokens
+    seqlen: int
+    windows: Tensor | RequestBatch
     first_N: Numbers
     last_N: Numbers
-    rows: Sequence[Tensor]
+    fingerprint: str
     notes: tuple[str, ...] = ()
 
+    @property
+    def documents(self) -> Mapping[str, Sequence[str]]:
+        """The text up to the last predicted token; all of it if the tokenizer gives no offsets."""
+        ends = self.tokens.ends
+        covered = self.tokens.text if ends is None else self.tokens.text[: ends[self.last_N[-1]]]
+        return {self.name: (covered,)}
 
-def measure_text(
-    model: LoadedModel, name: str, text: Text, options: EvalOptions, emit: Emit
-) -> list[EvalResult]:
-    """Perplexity (per token), word perplexity and bits per byte of a causal language model.
+    def measure(self, model: LoadedModel, options: EvalOptions, emit: Emit) -> list[EvalResult]:
+        """Measure perplexity (per token), word perplexity and bits per byte.
+
+        Raises:
+            EvaluationError: an output is not finite.
+        """
+        begin, observer = time.perf_counter(), options.observer
+        if isinstance(self.windows, RequestBatch):
+            nll_N = self._measure_rolled(self.windows, model, options, emit)
+            observer = None
+        else:
+            nll_N = self._measure_cut(self.windows, model, options, emit)
+        seconds = time.perf_counter() - begin
+        results = [
+            EvalResult(
+                task=self.name,
+                version=VERSION,
+                metric=metric,
+                value=estimate.value,
+                stderr=estimate.stderr,
+                unit=unit,
+                higher_is_better=False,
+                samples=len(nll_N),
+                seconds=seconds,
+                seqlen=self.seqlen,
+                tokens=int((self.last_N - self.first_N).sum()),
+                data_source=self.text.origin,
+                data_sha256=self.text.sha256,
+                data_fingerprint=self.fingerprint,
+                per_sample=build_ratios(nll_N, count_N, link),
+                notes=self.text.notes + self.notes,
+            )
+            for metric, unit, link, count_N in self._count(emit)
+            for estimate in (apply_link(estimate_ratio(nll_N, count_N), link),)
+        ]
+        return results + (observer.read_results(results[0]) if observer else [])
+
+    def _measure_cut(
+        self, windows_NT: Tensor, model: LoadedModel, options: EvalOptions, emit: Emit
+    ) -> Numbers:
+        total, seqlen = windows_NT.shape
+        emit(Progress(stage=self.name, done=0, total=total, message="windows"))
+        observer, shape = options.observer, (total, seqlen)
+        nll_N: Numbers = measure_nll(
+            model.module,
+            windows_NT,
+            batch_size=options.batch_size,
+            device=model.device,
+            progress=lambda done: emit(Progress(stage=self.name, done=done, total=total)),
+            hook=observer.start(self.name, self.fingerprint, shape, emit) if observer else None,
+        ).numpy()
+        if not np.isfinite(nll_N).all():
+            raise EvaluationError(
+                f"the outputs of {model.source} on {self.name} are not finite",
+                hint="try --dtype float32, or look at the weights",
+            )
+        return nll_N
+
+    def _measure_rolled(
+        self, windows: RequestBatch, model: LoadedModel, options: EvalOptions, emit: Emit
+    ) -> Numbers:
+        if options.observer is not None:
+            message = (
+                "KL to the baseline is measured on windows that do not overlap, without --stride"
+            )
+            emit(Notice(kind="skipped", subject=self.name, message=message))
+        scores = score_requests(
+            model, windows, batch_size=options.batch_size, name=self.name, emit=emit
+        )
+        nll_N: Numbers = -scores.loglikelihood.numpy()
+        return nll_N
+
+    def _count(self, emit: Emit) -> Iterator[tuple[str, str, Link, Numbers]]:
+        """(metric, unit, link, what each window's nll is divided by)."""
+        yield "perplexity", "per token", "exp", self.last_N - self.first_N
+        counts = count_words_and_bytes(self.tokens, self.first_N, self.last_N)
+        if counts is None or not counts[0].any():
+            why = "the tokenizer gives no offsets" if counts is None else "no whole word"
+            message = f"no word perplexity and no bits per byte: {why}"
+            emit(Notice(kind="skipped", subject=self.name, message=message))
+            return
+        words, size = counts
+        yield "word_perplexity", "per word", "exp", words
+        yield "bits_per_byte", "bits per byte", "bits", size
+
+
+def prepare_text(spec: ModelSpec, name: str, options: EvalOptions, emit: Emit) -> PreparedText:
+    """Read, tokenise and cut the text called `name`.
 
     Raises:
-        EvaluationError: no tokenizer, `seqlen` beyond the model's positions, outputs not finite.
+        DataError: the text is missing or malformed.
+        EvaluationError, DataError: as `prepare_windows`.
+    """
+    return prepare_windows(spec, name, _load(name, options), options, emit)
+
+
+def prepare_windows(
+    spec: ModelSpec, name: str, text: Text, options: EvalOptions, emit: Emit
+) -> PreparedText:
+    """Tokenise a text and cut it into windows, for the task `name`.
+
+    Raises:
+        EvaluationError: no tokenizer, `seqlen` beyond the model's positions, a stride beyond it.
         DataError: fewer than two tokens.
     """
     for note in text.notes:
         emit(Notice(kind="fallback", subject=name, message=note))
-    if model.tokenizer is None:
-        raise EvaluationError(f"{model.source} has no tokenizer, and {name} needs one")
-    begin = time.perf_counter()
-    tokens = tokenize(model.tokenizer, text.text)
-    seqlen = _fit(choose_seqlen(model, name, options.seqlen, emit), tokens, text, emit)
-    measure = _rolled if options.stride else _cut
-    found = measure(model, name, tokens, seqlen, options, emit)
-    seconds, fingerprint = time.perf_counter() - begin, token_digest(found.rows)
-    results = [
-        EvalResult(
-            task=name,
-            version=VERSION,
-            metric=metric,
-            value=estimate.value,
-            stderr=estimate.stderr,
-            unit=unit,
-            higher_is_better=False,
-            samples=len(found.nll_N),
-            seconds=seconds,
-            seqlen=seqlen,
-            tokens=int((found.last_N - found.first_N).sum()),
-            data_source=text.origin,
-            data_sha256=text.sha256,
-            data_fingerprint=fingerprint,
-            per_sample=ratios(found.nll_N, count_N, link),
-            notes=text.notes + found.notes,
-        )
-        for metric, unit, link, count_N in _counts(tokens, found, name, emit)
-        for estimate in (linked(ratio(found.nll_N, count_N), link),)
-    ]
-    beside = options.beside.results(results[0]) if options.beside and not options.stride else []
-    return [*results, *beside]
+    if spec.tokenizer is None:
+        raise EvaluationError(f"{spec.source} has no tokenizer, and {name} needs one")
+    tokens = tokenize(spec.tokenizer, text.text)
+    seqlen = _fit(choose_seqlen(spec, name, options.seqlen, emit), tokens, text, emit)
+    if name == "c4" and options.limit is None:
+        options = replace(options, limit=float(C4_WINDOWS))
+    if options.stride:
+        return _roll(name, text, tokens, seqlen, options, emit)
+    return _cut(name, text, tokens, seqlen, options)
 
 
-def _cut(
-    model: LoadedModel,
-    name: str,
-    tokens: Tokens,
-    seqlen: int,
-    options: EvalOptions,
-    emit: Emit,
-) -> Measured:
-    """Windows that do not overlap."""
+def _load(name: str, options: EvalOptions) -> Text:
+    places: dict[str, Any] = {
+        "data_dir": options.data_dir,
+        "cache_dir": options.cache_dir,
+        "token": options.token,
+    }
+    if name in CORPORA:
+        return load_corpus(name, **places)
+    return load_text(name.removeprefix(TEXT_PREFIX), "evaluation", **places)
+
+
+def _cut(name: str, text: Text, tokens: Tokens, seqlen: int, options: EvalOptions) -> PreparedText:
+    """Cut windows that do not overlap."""
     windows_NT = cut_windows(tokens.ids, seqlen)
     windows_NT = windows_NT[: options.count(len(windows_NT))]
-    options.watch(name, [_covered(tokens, windows_NT.numel())])
-    total = len(windows_NT)
-    emit(Progress(stage=name, done=0, total=total, message="windows"))
-    nll_N = window_nll(
-        model.module,
-        windows_NT,
-        batch_size=options.batch_size,
-        device=model.device,
-        progress=lambda done: emit(Progress(stage=name, done=done, total=total)),
-        witness=options.beside.open(name, windows_NT, emit) if options.beside else None,
-    ).numpy()
-    if not np.isfinite(nll_N).all():
-        raise EvaluationError(
-            f"the outputs of {model.source} on {name} are not finite",
-            hint="try --dtype float32, or look at the weights",
-        )
-    first_N = np.arange(total) * seqlen
-    return Measured(
-        nll_N=nll_N, first_N=first_N, last_N=first_N + seqlen - 1, rows=list(windows_NT)
+    first_N = np.arange(len(windows_NT)) * seqlen
+    return PreparedText(
+        name=name,
+        text=text,
+        tokens=tokens,
+        seqlen=seqlen,
+        windows=windows_NT,
+        first_N=first_N,
+        last_N=first_N + seqlen - 1,
+        fingerprint=digest_tokens(windows_NT),
     )
 
 
-def _rolled(
-    model: LoadedModel,
-    name: str,
-    tokens: Tokens,
-    seqlen: int,
-    options: EvalOptions,
-    emit: Emit,
-) -> Measured:
-    """Windows that roll over the text; its first token is what the second is predicted from."""
+def _roll(
+    name: str, text: Text, tokens: Tokens, seqlen: int, options: EvalOptions, emit: Emit
+) -> PreparedText:
+    """Roll windows over the text; its first token is what the second is predicted from."""
     length = min(seqlen, tokens.ids.numel() - 1)
-    stride = checked_stride(options.stride, length)
+    stride = check_stride(options.stride, length)
     prefix, *ids = tokens.ids.tolist()
-    windows = rolling_windows(ids, prefix, length, stride)
+    windows = roll_windows(ids, prefix, length, stride)
     windows = windows[: options.count(len(windows))]
     last_N = np.cumsum([len(window.continuation) for window in windows])
-    options.watch(name, [_covered(tokens, int(last_N[-1]) + 1)])
-    if options.beside is not None:
-        message = "KL to the baseline is measured on windows that do not overlap, without --stride"
-        emit(Notice(kind="skipped", subject=name, message=message))
-    scores = score(
-        model, windows, length=length, batch_size=options.batch_size, name=name, emit=emit
-    )
-    return Measured(
-        nll_N=-scores.loglikelihood.numpy(),
+    rows = [torch.tensor(window.context + window.continuation) for window in windows]
+    return PreparedText(
+        name=name,
+        text=text,
+        tokens=tokens,
+        seqlen=seqlen,
+        windows=batch_requests(windows, length=length, name=name, emit=emit),
         first_N=np.concatenate([[0], last_N[:-1]]),
         last_N=last_N,
-        rows=[torch.tensor(window.context + window.continuation) for window in windows],
+        fingerprint=digest_tokens(rows),
         notes=(f"rolling windows of {length} tokens, stride {stride}",),
     )
 
 
-def _covered(tokens: Tokens, count: int) -> str:
-    """The text of the first `count` tokens; all of it if the tokenizer does not say."""
-    return tokens.text if tokens.ends is None else tokens.text[: int(tokens.ends[count - 1])]
-
-
-def choose_seqlen(model: LoadedModel, name: str, asked: int | None, emit: Emit) -> int:
-    """The window: as asked, else 2,048 or the model's positions if those are fewer (a Notice).
+def choose_seqlen(spec: ModelSpec, name: str, asked: int | None, emit: Emit) -> int:
+    """Choose the window: as asked, else 2,048, or the model's positions if fewer (a Notice).
 
     Raises:
         EvaluationError: more was asked than the model has positions.
     """
-    most = model.max_positions
+    most = spec.max_positions
     if asked is not None and most is not None and asked > most:
         raise EvaluationError(
-            f"--seqlen {asked} is more than the {most} positions of {model.source}",
+            f"--seqlen {asked} is more than the {most} positions of {spec.source}",
             allowed=f"2 to {most}",
         )
     if asked is None and most is not None and most < DEFAULT_SEQLEN:
@@ -197,24 +264,8 @@ def choose_seqlen(model: LoadedModel, name: str, asked: int | None, emit: Emit) 
 def _fit(seqlen: int, tokens: Tokens, text: Text, emit: Emit) -> int:
     found = tokens.ids.numel()
     if found < 2:
-        raise DataError(f"{text.origin} has {found} tokens, and perplexity needs two at least")
+        raise DataError(f"{text.origin} has {found} tokens, and perplexity needs at least two")
     if found < seqlen:
-        message = f"one window of {found} tokens, all there are, instead of {seqlen}"
+        message = f"one window of {found} tokens, the whole text, instead of {seqlen}"
         emit(Notice(kind="fallback", subject=text.source, message=message))
     return min(found, seqlen)
-
-
-def _counts(
-    tokens: Tokens, found: Measured, name: str, emit: Emit
-) -> Iterator[tuple[str, str, Link, Numbers]]:
-    """(metric, unit, link, what each window's nll is divided by)."""
-    yield "perplexity", "per token", "exp", found.last_N - found.first_N
-    counts = counts_between(tokens, found.first_N, found.last_N)
-    if counts is None or not counts[0].any():
-        why = "the tokenizer does not say where tokens end" if counts is None else "no whole word"
-        message = f"no word perplexity and no bits per byte: {why}"
-        emit(Notice(kind="skipped", subject=name, message=message))
-        return
-    words, size = counts
-    yield "word_perplexity", "per word", "exp", words
-    yield "bits_per_byte", "bits per byte", "bits", size

@@ -1,1 +1,1 @@
-"""Is a score any good? Pairs to measure the truth of, and how well a score ranks them."""
+"""Validate scores: choose pairs to measure, and measure how well scores rank them."""

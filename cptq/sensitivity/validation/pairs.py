@@ -1,10 +1,10 @@
-"""Which (unit, candidate) pairs to measure: few, and yet all depths, roles and widths.
+"""Choose few (unit, candidate) pairs to measure that still cover all depths, roles and widths.
 
 Units fall into cells of depth (first 30% of the blocks, middle, last 30%) x role. One seeded order
-of all units deals them out cell by cell, so that any run of consecutive units covers the cells as
-evenly as it can. The candidates take turns along that order, each going on where the one before it
-stopped: every candidate gets the same number of pairs, no unit twice, and units repeat between
-candidates only when all have been used.
+of all units takes one unit of each cell in turn, so that any run of consecutive units covers the
+cells as evenly as possible. The candidates divide that order among them, each continuing where the
+one before it stopped: every candidate gets the same number of pairs, no unit twice, and units
+repeat between candidates only when all have been used.
 """
 
 from __future__ import annotations
@@ -17,32 +17,32 @@ import numpy as np
 from cptq.types import Candidate, Unit
 
 #: share of the blocks at either end that the paper (arXiv 2412.03599) calls the sensitive ones
-ENDS = 0.3
+END_SHARE = 0.3
 
 
-def depth(block: int | None, blocks: int) -> str:
-    """ "first", "middle" or "last"; "outside" for what belongs to no block."""
+def classify_depth(block: int | None, blocks: int) -> str:
+    """Return "first", "middle" or "last"; "outside" for what belongs to no block."""
     if block is None:
         return "outside"
-    if block < ENDS * blocks:
+    if block < END_SHARE * blocks:
         return "first"
-    return "last" if blocks - 1 - block < ENDS * blocks else "middle"
+    return "last" if blocks - 1 - block < END_SHARE * blocks else "middle"
 
 
 def choose_pairs(
     units: Sequence[Unit], blocks: int, candidates: Sequence[Candidate], count: int, seed: int
 ) -> list[tuple[Unit, Candidate]]:
-    """About `count` pairs, as many of each candidate; all there are where `count` is more.
+    """Choose about `count` pairs, as many of each candidate; all there are if `count` is more.
 
     Args:
         units: the compressible units.
         blocks: how many blocks the model has.
-        candidates: what to try; dense ones change nothing and are left out.
+        candidates: ways to store a unit; dense ones change nothing and are left out.
         count: how many pairs in all; at least one per candidate is taken.
-        seed: of the order.
+        seed: seed of the order.
     """
     tried = [candidate for candidate in candidates if not candidate.dense]
-    dealt = deal(units, blocks, seed)
+    dealt = interleave_units(units, blocks, seed)
     each = max(1, min(count // max(len(tried), 1), len(dealt)))
     found = []
     for index, candidate in enumerate(tried):
@@ -51,11 +51,11 @@ def choose_pairs(
     return found
 
 
-def deal(units: Sequence[Unit], blocks: int, seed: int) -> list[Unit]:
-    """All units, one cell after the other in turn, cells and their units in seeded order."""
+def interleave_units(units: Sequence[Unit], blocks: int, seed: int) -> list[Unit]:
+    """Return all units, one of each cell in turn, cells and their units in seeded order."""
     cells: dict[tuple[str, str], list[Unit]] = {}
     for unit in units:
-        cells.setdefault((depth(unit.block, blocks), unit.role), []).append(unit)
+        cells.setdefault((classify_depth(unit.block, blocks), unit.role), []).append(unit)
     draw = random.Random(seed)
     order = list(cells.values())
     draw.shuffle(order)
@@ -65,10 +65,10 @@ def deal(units: Sequence[Unit], blocks: int, seed: int) -> list[Unit]:
     return [cell[turn] for turn in range(longest) for cell in order if turn < len(cell)]
 
 
-def ranked_depths(
+def rank_depths(
     rows: Sequence[tuple[str, str, Candidate, float]],
 ) -> Mapping[str, float]:
-    """{depth: factor}: how far values there lie above the average of their role and candidate.
+    """Return {depth: factor}, how far values lie above the average of their role and candidate.
 
     The geometric mean over a depth of value / (geometric mean over the same role and candidate).
 

@@ -1,17 +1,17 @@
-"""How well a score ranks: Spearman's rho and Kendall's tau-b, within widths and pooled.
+"""Measure how well a score ranks: Spearman's rho and Kendall's tau-b, within widths and pooled.
 
-Pooled over widths every score correlates with the truth, since every score falls with the number of
-bits. What an allocator needs beyond that is which of two units at the SAME width is hurt more. So
-both are given: `pooled` over all pairs, and `within`, the mean over the widths of the correlation
-among the pairs of one width, weighted by their number.
+Pooled over widths every score correlates with the measured divergence, since every score falls with
+the number of bits. An allocator also needs to know which of two units at the SAME width loses more.
+So both are given: `pooled` over all pairs, and `within`, the mean over the widths of the
+correlation among the pairs of one width, weighted by their number.
 
 The interval is a percentile bootstrap: units are drawn with replacement, each with all of its pairs
 (pairs of one unit are not independent), the statistic is computed anew, and the middle 95% of
-`RESAMPLES` draws is the interval. It says how much the choice of units matters; it knows nothing of
-the noise of each measured truth or of another text.
+`RESAMPLES` draws is the interval. It covers the choice of units, not the noise of each measured
+divergence or the choice of text.
 
-A score that is the same everywhere ranks nothing: its correlation is given as 0. A width with fewer
-than three pairs says nothing and is left out.
+A constant score ranks nothing: its correlation is given as 0. A width with fewer than three pairs
+is left out.
 
 Sources: Kendall 1945 (tau-b, ties); equal to scipy.stats, which the tests compare with. Own code as
 the bootstrap needs thousands of calls and no p-values. Cost: n^2 per tau, n below 1,000.
@@ -28,47 +28,47 @@ from scipy.stats import rankdata
 from cptq.types import Agreement, Interval
 
 RESAMPLES = 400
-#: fewest pairs of one width whose order says anything
-LEAST = 3
+#: fewest pairs of one width whose correlation is used
+MIN_PAIRS = 3
 
 Floats = npt.NDArray[np.float64]
 Statistic = Callable[[Floats, Floats], float]
 
 
-def spearman(x: Floats, y: Floats) -> float:
-    """Correlation of ranks, ties sharing their mean rank; 0 where either is constant."""
-    return _cosine(_centred(rankdata(x)), _centred(rankdata(y)))
+def compute_spearman(x: Floats, y: Floats) -> float:
+    """Return the correlation of ranks, ties sharing their mean rank; 0 where either is constant."""
+    return _compute_cosine(_center(rankdata(x)), _center(rankdata(y)))
 
 
-def kendall(x: Floats, y: Floats) -> float:
-    """Kendall's tau-b; 0 where either is constant."""
-    return _cosine(np.sign(x[:, None] - x).ravel(), np.sign(y[:, None] - y).ravel())
+def compute_kendall(x: Floats, y: Floats) -> float:
+    """Return Kendall's tau-b; 0 where either is constant."""
+    return _compute_cosine(np.sign(x[:, None] - x).ravel(), np.sign(y[:, None] - y).ravel())
 
 
-def _centred(values: Floats) -> Floats:
+def _center(values: Floats) -> Floats:
     return np.asarray(values - values.mean(), dtype=np.float64)
 
 
-def _cosine(a: Floats, b: Floats) -> float:
+def _compute_cosine(a: Floats, b: Floats) -> float:
     size = float(np.sqrt((a @ a) * (b @ b)))
     return float(a @ b) / size if size > 0 else 0.0
 
 
-def within(
+def average_within(
     statistic: Statistic, strata: npt.NDArray[np.int64], x: Floats, y: Floats
 ) -> float | None:
-    """The statistic within each stratum, averaged by size; None where no stratum has enough."""
+    """Return the statistic within strata, averaged by size; None if no stratum has enough pairs."""
     total = weight = 0.0
     for stratum in np.unique(strata):
         mine = strata == stratum
         size = int(mine.sum())
-        if size >= LEAST:
+        if size >= MIN_PAIRS:
             total += size * statistic(x[mine], y[mine])
             weight += size
     return total / weight if weight else None
 
 
-def agreement(
+def measure_agreement(
     metric: str,
     units: Sequence[str],
     widths: Sequence[int],
@@ -79,13 +79,13 @@ def agreement(
     seed: int,
     resamples: int = RESAMPLES,
 ) -> Agreement:
-    """All four numbers of one metric with their intervals.
+    """Return all four correlations of one metric with their intervals.
 
     Args:
         metric: its name.
         units, widths, scores, truths: one entry per pair; pairs of one candidate have one width.
-        seconds: what measuring the metric takes.
-        seed: of the bootstrap; the same draws for every metric.
+        seconds: wall time of the run that measured the metric.
+        seed: seed of the bootstrap; the same draws for every metric.
         resamples: how many draws.
     """
     strata = np.asarray(widths, dtype=np.int64)
@@ -96,23 +96,23 @@ def agreement(
         def value(rows: npt.NDArray[np.int64]) -> float | None:
             if pooled:
                 return statistic(x[rows], y[rows])
-            return within(statistic, strata[rows], x[rows], y[rows])
+            return average_within(statistic, strata[rows], x[rows], y[rows])
 
-        return _interval(value, np.arange(len(x)), draws)
+        return _estimate_interval(value, np.arange(len(x)), draws)
 
     return Agreement(
         metric=metric,
         pairs=len(x),
-        spearman_within=interval(False, spearman),
-        kendall_within=interval(False, kendall),
-        spearman_pooled=interval(True, spearman),
-        kendall_pooled=interval(True, kendall),
+        spearman_within=interval(False, compute_spearman),
+        kendall_within=interval(False, compute_kendall),
+        spearman_pooled=interval(True, compute_spearman),
+        kendall_pooled=interval(True, compute_kendall),
         seconds=seconds,
     )
 
 
 def resample(units: Sequence[str], resamples: int, seed: int) -> list[npt.NDArray[np.int64]]:
-    """Rows of each draw: as many units as there are, with replacement, each with all its rows."""
+    """Return the rows of each draw: as many units as there are, with replacement, with all rows."""
     rows: dict[str, list[int]] = {}
     for row, unit in enumerate(units):
         rows.setdefault(unit, []).append(row)
@@ -122,7 +122,7 @@ def resample(units: Sequence[str], resamples: int, seed: int) -> list[npt.NDArra
     return [np.array([row for k in pick for row in groups[k]], dtype=np.int64) for pick in picks]
 
 
-def _interval(
+def _estimate_interval(
     value: Callable[[npt.NDArray[np.int64]], float | None],
     everything: npt.NDArray[np.int64],
     draws: Sequence[npt.NDArray[np.int64]],

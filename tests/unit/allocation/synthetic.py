@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from cptq.allocation.allocate import allocate
 from cptq.allocation.cost import CostModel
-from cptq.allocation.targets import resolve_budget
+from cptq.allocation.ledger import build_ledger
+from cptq.allocation.targets import resolve_target
+from cptq.config import RUNTIMES
+from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.types import Budget, Candidate, Event, LayerSpec, Plan, SensitivityTable, TensorSpec, Unit
 
 CANDIDATES = (
     *(Candidate(bits=bits, group_size=64) for bits in (2, 3, 4, 5, 6, 8)),
     Candidate(bits=16),
 )
+#: fewer, where every plan is tried
+FEW = tuple(Candidate(bits=bits, group_size=64) for bits in (2, 3, 4, 8))
+W3, W4, W16 = (Candidate.parse(label) for label in ("w3g64", "w4g64", "w16"))
 FINGERPRINT = "f" * 64
+
+
+def ignore(_event: Event) -> None:
+    """An `emit` for tests that check no events."""
 
 
 def layer(name: str, shape: tuple[int, int], dtype: str = "F16", block: int = 0) -> LayerSpec:
@@ -44,6 +54,18 @@ def model(
         norm = f"model.layers.{i}.norm.weight"
         tensors.append(TensorSpec(name=norm, dtype=dtype, shape=(inputs,)))
     return CostModel(units, tensors)
+
+
+def packed_model(
+    count: int,
+    *,
+    seed: int = 0,
+    sizes: Sequence[int] = (48, 64, 80, 130, 7),
+    fixed: Mapping[str, Sequence[TensorSpec]] | None = None,
+) -> CostModel:
+    """`model` in the packed format, which holds sparse and asymmetric candidates as well."""
+    dense = model(count, seed=seed, sizes=sizes)
+    return CostModel(dense.units, dense.tensors, PACKED_LAYOUT, RUNTIMES["cptq"], fixed)
 
 
 def table(
@@ -94,8 +116,8 @@ def run(
 ) -> Plan:
     """A plan by an allocator, for a budget or a target in words."""
     if isinstance(budget, str):
-        budget = resolve_budget(budget, cost, 64, candidates)
-    emit = (events if events is not None else []).append
-    return allocate(
-        name, scores, cost, budget, candidates, model_fingerprint=FINGERPRINT, emit=emit
-    )
+        ledger = resolve_target(budget, cost, 64, candidates)
+    else:
+        ledger = build_ledger(budget, cost, candidates)
+    emit = ignore if events is None else events.append
+    return allocate(name, scores, ledger, candidates, model_fingerprint=FINGERPRINT, emit=emit)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 import pytest
 import torch
@@ -76,7 +77,11 @@ def test_size_report() -> None:
     assert report.nominal_bits == 10
     # 4 bits of codes, 16 bits of scale per 64 weights, 16 bytes of shape; and 16 bits
     assert report.effective_bits == (4 + 16 / 64 + 8 * 16 / x.numel + 16) / 2
-    assert report.file_bytes == cost.file_bytes({"a": W4})
+    assert report.file_bytes == cost.file_bytes({"a": W4}) == report.count_bytes("file")
+    assert (
+        report.compressible_bytes == cost.weight_bytes({"a": W4}) == report.count_bytes("weights")
+    )
+    assert report.compressible_bytes == report.effective_bits * 2 * x.numel / 8
     assert report.file_bits == 8 * report.file_bytes / (2 * x.numel + 128)
     halved = [*tensors, TensorSpec(name="norm", dtype="F16", shape=(128,))]
     assert report.dense_file_bytes == CostModel([], halved).dense_bytes
@@ -104,15 +109,15 @@ def test_a_file_above_the_shard_size_is_counted_by_shards(monkeypatch: pytest.Mo
     ],
 )
 def test_what_the_format_cannot_hold_is_refused(candidate: Candidate) -> None:
-    with pytest.raises(PlanError, match="cannot be stored"):
+    with pytest.raises(PlanError, match=re.escape(candidate.label)):
         model(2).file_bytes({"model.layers.0": candidate})
 
 
 def test_an_unknown_unit_is_named() -> None:
-    with pytest.raises(PlanError, match=r"no unit 'nope'.*model\.layers\.0"):
+    with pytest.raises(PlanError, match=r"'nope'.*allowed: .*model\.layers\.0"):
         model(2).file_bytes({"nope": W4})
 
 
 def test_a_unit_without_its_tensor_is_refused() -> None:
-    with pytest.raises(PlanError, match=r"a\.weight is not among"):
+    with pytest.raises(PlanError, match=r"a\.weight"):
         CostModel([unit("a", layer("a", (2, 2)))], [])

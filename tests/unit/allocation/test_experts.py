@@ -9,21 +9,24 @@ import pytest
 from cptq.allocation import ALLOCATORS, BLIND
 from cptq.allocation.allocate import allocate, check_plan
 from cptq.allocation.cost import CostModel
-from cptq.allocation.experts import check_tied, expert_units
-from cptq.allocation.targets import resolve_budget
+from cptq.allocation.experts import check_tied, fix_experts, list_experts
+from cptq.allocation.ledger import build_ledger
+from cptq.allocation.targets import resolve_target
 from cptq.errors import BudgetError, PlanError
 from cptq.types import Candidate, Plan, TensorSpec
 from tests.unit.allocation.synthetic import (
     CANDIDATES,
     FINGERPRINT,
+    W3,
+    W4,
+    W16,
+    ignore,
     layer,
     random_table,
     run,
     table,
     unit,
 )
-
-W3, W4, W16 = (Candidate.parse(label) for label in ("w3g64", "w4g64", "w16"))
 
 
 def mixture(inner: int = 64, blocks: int = 3, experts: int = 4) -> CostModel:
@@ -42,11 +45,11 @@ def mixture(inner: int = 64, blocks: int = 3, experts: int = 4) -> CostModel:
 
 
 def of_experts(plan: Plan, cost: CostModel) -> set[Candidate]:
-    return {plan.choices[name] for name in expert_units(cost.units)}
+    return {plan.choices[name] for name in list_experts(cost.units)}
 
 
 def test_experts_are_known_by_name() -> None:
-    names = expert_units(mixture(blocks=1, experts=1).units)
+    names = list_experts(mixture(blocks=1, experts=1).units)
     assert names == ["model.layers.0.mlp.experts.0.up", "model.layers.0.mlp.experts.0.down"]
 
 
@@ -59,7 +62,9 @@ def test_every_allocator_gives_them_one_candidate(name: str, target: str) -> Non
     chosen = of_experts(plan, cost)
     assert len(chosen) == 1
     assert not next(iter(chosen)).dense
-    assert plan.predicted_bytes <= plan.budget.limit_bytes
+    ledger = build_ledger(plan.budget, cost, CANDIDATES)
+    assert ledger.count_bytes(plan.choices) <= ledger.limit
+    assert plan.predicted_bytes <= ledger.bound_file_bytes()
     check_plan(plan, cost, FINGERPRINT)
 
 
@@ -67,20 +72,18 @@ def test_no_other_candidate_of_the_experts_makes_a_better_plan() -> None:
     cost = mixture()
     scores = random_table(cost, seed=5)
     plan = run("knapsack", scores, cost, "3.6bpw")
-    losses = []
+    ledger, losses = build_ledger(plan.budget, cost, CANDIDATES), []
     for candidate in CANDIDATES[:-1]:
-        options = {u.name: CANDIDATES for u in cost.units}
-        options |= dict.fromkeys(expert_units(cost.units), (candidate,))
+        fixed = fix_experts(ledger, candidate)
+        assert fixed == build_ledger(plan.budget, cost, fixed.bytes_of)
         try:
             other = allocate(
                 "knapsack",
                 scores,
-                cost,
-                plan.budget,
+                fixed,
                 CANDIDATES,
                 model_fingerprint=FINGERPRINT,
-                emit=lambda _: None,
-                options=options,
+                emit=ignore,
             )
         except BudgetError:
             continue
@@ -104,42 +107,43 @@ def test_experts_that_hardly_matter_pay_for_the_attention() -> None:
 def test_an_edited_plan_is_refused_where_it_breaks_the_rule() -> None:
     cost = mixture()
     plan = run("knapsack", random_table(cost), cost, "4bit")
-    first, *_, last = expert_units(cost.units)
+    first, *_, last = list_experts(cost.units)
     chosen = plan.choices[first]
     other = W3 if chosen != W3 else W4
-    with pytest.raises(PlanError, match=r"experts w\dg64, w\dg64, and transformers loads one"):
+    labels = ", ".join(sorted((chosen.label, other.label)))
+    with pytest.raises(PlanError, match=labels):
         check_plan(replace(plan, choices={**plan.choices, last: other}), cost, FINGERPRINT)
-    dense = {**plan.choices, **dict.fromkeys(expert_units(cost.units), W16)}
-    with pytest.raises(PlanError, match="stay dense beside packed layers"):
+    dense = {**plan.choices, **dict.fromkeys(list_experts(cost.units), W16)}
+    with pytest.raises(PlanError) as refused:
         check_tied(cost.units, dense)
+    assert "below 16 bits" in str(refused.value.allowed)
     check_tied(cost.units, dict.fromkeys(plan.choices, W16))
 
 
 def test_one_group_must_do_for_all_layers() -> None:
     """Groups of 64 do not divide 96 inputs, where cptq would take 48 or so."""
     cost = mixture(inner=96)
-    with pytest.raises(PlanError, match=r"96 and 128 inputs.*--group-size that divides 32"):
+    with pytest.raises(PlanError, match=r"96 and 128 .*allowed: --group-size .* 32"):
         run("knapsack", random_table(cost), cost, "4bit")
 
 
 def test_pins_that_part_the_experts_are_refused() -> None:
     cost = mixture()
     options = {u.name: CANDIDATES for u in cost.units}
-    budget = resolve_budget("5bpw", cost, 64, options)
+    budget = resolve_target("5bpw", cost, 64, options).budget
 
     def with_pins(**pins: Candidate) -> Plan:
+        rows = options | {name: (pin,) for name, pin in pins.items()}
         return allocate(
             "knapsack",
             random_table(cost),
-            cost,
-            budget,
+            build_ledger(budget, cost, rows),
             CANDIDATES,
             model_fingerprint=FINGERPRINT,
-            emit=lambda _: None,
-            options=options | {name: (pin,) for name, pin in pins.items()},
+            emit=ignore,
         )
 
-    first, second, *_ = expert_units(cost.units)
-    with pytest.raises(PlanError, match="no width in common"):
+    first, second, *_ = list_experts(cost.units)
+    with pytest.raises(PlanError, match="--pin"):
         with_pins(**{first: W3, second: W4})
     assert of_experts(with_pins(**{first: W3}), cost) == {W3}

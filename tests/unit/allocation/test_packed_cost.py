@@ -11,26 +11,23 @@ import torch
 from safetensors.torch import save
 
 from cptq.allocation.cost import CostModel
-from cptq.allocation.ledger import file_ledger, per_unit
+from cptq.allocation.ledger import build_ledger
 from cptq.checkpoint.weights import TORCH_DTYPES
-from cptq.config import RUNTIMES
 from cptq.errors import PlanError
-from cptq.layouts.packed import PACKED_LAYOUT, packed_specs
-from cptq.types import Candidate
-from tests.unit.allocation.synthetic import model
+from cptq.layouts.packed import packed_specs
+from cptq.types import Budget, Candidate
+from tests.unit.allocation.synthetic import packed_model
 
 LABELS = ("w2g16", "w3g16-asym", "w4c", "w4g16-s50", "w5c-asym", "w8g16", "w8c-asym-s37", "w16")
 CANDIDATES = tuple(map(Candidate.parse, LABELS))
 
 
 def packed(seed: int = 0, *, embedding: str | None = None) -> CostModel:
-    dense = model(9, seed=seed)
     fixed = {}
     if embedding is not None:
-        spec = dense.tensors[0]
-        shape = (spec.shape[0], spec.shape[1])
-        fixed = {spec.name: packed_specs("model.embed", shape, "F16", Candidate.parse(embedding))}
-    return CostModel(dense.units, dense.tensors, PACKED_LAYOUT, RUNTIMES["cptq"], fixed)
+        specs = packed_specs("model.embed", (97, 48), "F16", Candidate.parse(embedding))
+        fixed = {"model.embed.weight": specs}
+    return packed_model(9, seed=seed, fixed=fixed)
 
 
 @pytest.mark.parametrize("embedding", [None, "w8g16", "w6c-asym"])
@@ -58,10 +55,12 @@ def test_counts_what_the_library_writes(seed: int, embedding: str | None) -> Non
 def test_the_sum_bounds_the_file_from_both_sides(seed: int, embedding: str | None) -> None:
     """Dense and packed weights share a name and lie in different places of the file."""
     cost, draw = packed(seed, embedding=embedding), random.Random(seed)
-    ledger = file_ledger(cost, per_unit(cost, CANDIDATES), 0)
+    ledger = build_ledger(Budget(limit_bytes=0, asked=""), cost, CANDIDATES)
     for _ in range(50):
         plan = {unit.name: draw.choice(CANDIDATES) for unit in cost.units}
-        assert ledger.total(plan) - ledger.slack <= cost.file_bytes(plan) <= ledger.total(plan)
+        assert (
+            ledger.sum_bytes(plan) - ledger.slack <= cost.file_bytes(plan) <= ledger.sum_bytes(plan)
+        )
 
 
 def test_a_smaller_embedding_is_a_smaller_file() -> None:
@@ -75,6 +74,6 @@ def test_what_the_format_cannot_hold_is_refused(tmp_path: Path) -> None:
     cost = packed()
     unit = cost.units[0]
     odd = replace(unit.layers[0], shape=(7, 7))
-    cost = CostModel([replace(unit, layers=(odd,))], cost.tensors, PACKED_LAYOUT, RUNTIMES["cptq"])
-    with pytest.raises(PlanError, match="2:4 needs a multiple of 4 inputs"):
+    cost = CostModel([replace(unit, layers=(odd,))], cost.tensors, cost.layout, cost.runtime)
+    with pytest.raises(PlanError, match=r"w4c-2:4.* 7"):
         cost.unit_tensors(unit.name, Candidate.parse("w4c-2:4"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 from fractions import Fraction
 
@@ -8,17 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cptq.allocation.cost import CostModel
-from cptq.allocation.ledger import file_ledger, per_unit
-from cptq.allocation.targets import ledger_of, parse_target, resolve_budget, smallest_plan
+from cptq.allocation.ledger import build_ledger
+from cptq.allocation.targets import LEVELS, parse_target, resolve_budget, resolve_target
 from cptq.errors import BudgetError
-from cptq.types import Candidate, TensorSpec
+from cptq.types import Budget, Candidate, TensorSpec
 from tests.unit.allocation.synthetic import CANDIDATES, model
 
 COST = model(12, sizes=(64, 128, 192))
 
 
 def limit(text: str, cost: CostModel = COST) -> int:
-    return resolve_budget(text, cost, 64, CANDIDATES).limit_bytes
+    return resolve_target(text, cost, 64, CANDIDATES).limit
 
 
 def uniform(bits: int) -> int:
@@ -37,7 +38,7 @@ def test_fractions_of_bits_lie_between() -> None:
 
 def test_bits_do_not_depend_on_the_candidates() -> None:
     few = [Candidate(bits=3, group_size=32), Candidate(bits=16)]
-    assert resolve_budget("4bit", COST, 64, few).limit_bytes == uniform(4)
+    assert resolve_target("4bit", COST, 64, few).limit == uniform(4)
 
 
 def test_percent_is_of_the_checkpoint_at_16_bits() -> None:
@@ -56,36 +57,70 @@ def test_sizes(text: str, nbytes: int) -> None:
 
 
 def test_bpw_limits_the_weights_and_nothing_else() -> None:
-    budget = resolve_budget("3.5bpw", COST, 64, CANDIDATES)
-    ledger = ledger_of(budget, COST, CANDIDATES)
-    assert ledger.weights_only
-    assert ledger.limit == COST.compressible * 7 // 16
+    ledger = resolve_target("3.5bpw", COST, 64, CANDIDATES)
+    limit_bytes = COST.compressible * 7 // 16
+    assert ledger.budget == Budget(limit_bytes=limit_bytes, scope="weights", asked="3.5bpw")
     plan = {u.name: CANDIDATES[1] for u in COST.units}
     assert COST.weight_bytes(plan) <= ledger.limit
-    assert COST.file_bytes(plan) <= budget.limit_bytes
+    assert COST.file_bytes(plan) <= ledger.bound_file_bytes()
+
+
+def test_a_target_is_resolved_once_and_the_ledger_holds_the_budget() -> None:
+    for text in ("3.7bit", "4bpw", "40%", "200KB"):
+        budget = resolve_budget(parse_target(text), COST, 64)
+        assert budget.asked == text
+        ledger = resolve_target(text, COST, 64, CANDIDATES)
+        assert ledger == build_ledger(budget, COST, CANDIDATES)
+
+
+@pytest.mark.parametrize("bits", [Fraction(3, 2), Fraction(1, 1000), Fraction(20)])
+def test_beyond_the_levels_the_line_is_continued(bits: Fraction) -> None:
+    low, high = LEVELS[:2] if bits < 2 else LEVELS[-2:]
+    slope = Fraction(uniform(high) - uniform(low), high - low)
+    budget = resolve_budget(parse_target(f"{float(bits)}bit"), COST, 64)
+    assert budget.limit_bytes == math.floor(uniform(low) + slope * (bits - low))
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (Fraction(7, 3), "2.34bit"),
+        (Fraction(4), "4bit"),
+        (Fraction(1, 10), "0.1bit"),
+        (Fraction(1, 3000), "0.000334bit"),
+    ],
+)
+def test_a_value_is_rounded_up_and_spelled_as_typed(value: Fraction, text: str) -> None:
+    target = parse_target("1bit")
+    assert target.spell(value) == text
+    assert target.round_up(value) == parse_target(text).value >= value
 
 
 @pytest.mark.parametrize("text", ["banana", "", "4", "bit", "4 bit wide", "nanbit", "1e3MB", "4x"])
-def test_what_is_no_target_is_refused(text: str) -> None:
-    with pytest.raises(BudgetError, match=r"is no target; allowed: 4bit .*25%, 120MB") as error:
+def test_an_invalid_target_is_refused(text: str) -> None:
+    with pytest.raises(BudgetError, match=re.escape(repr(text))) as error:
         limit(text)
+    for example in ("4bit", "3.5bpw", "25%", "120MB"):
+        assert example in str(error.value.allowed)
     assert error.value.exit_code == 2
 
 
 def test_a_bare_number_is_asked_about() -> None:
-    with pytest.raises(BudgetError, match=r"did you mean 4bit\?"):
+    with pytest.raises(BudgetError) as error:
         limit("4")
+    assert "4bit?" in str(error.value.hint)
 
 
 @pytest.mark.parametrize("text", ["0%", "-3bit", "0MB", "-0.5bpw", "0.0bit"])
 def test_targets_must_be_above_0(text: str) -> None:
-    with pytest.raises(BudgetError, match="not above 0"):
+    with pytest.raises(BudgetError, match=re.escape(text)) as error:
         limit(text)
+    assert "4bit" in str(error.value.allowed)
 
 
 @pytest.mark.parametrize("text", ["17bit", "101%", "16.5bpw", "5MB", "1GiB"])
 def test_above_the_dense_model(text: str) -> None:
-    with pytest.raises(BudgetError, match="above the uncompressed model") as error:
+    with pytest.raises(BudgetError, match=re.escape(text)) as error:
         limit(text)
     least, most = str(error.value.allowed).split(" to ")
     assert limit(least) <= limit(most)
@@ -93,7 +128,7 @@ def test_above_the_dense_model(text: str) -> None:
 
 @pytest.mark.parametrize("text", ["0.5bit", "1.9bit", "1bpw", "5%", "20KB", "1KiB"])
 def test_too_small_names_the_smallest_that_works(text: str) -> None:
-    with pytest.raises(BudgetError, match="below the smallest") as error:
+    with pytest.raises(BudgetError, match=re.escape(text)) as error:
         limit(text)
     hint = str(error.value.hint).removeprefix("type --target ")
     suffix = parse_target(text).suffix
@@ -115,17 +150,19 @@ def test_the_smallest_that_is_named_always_works(
 ) -> None:
     chosen = sorted(candidates)
     with pytest.raises(BudgetError) as error:
-        resolve_budget(f"0.001{suffix}", COST, group, chosen)
+        resolve_target(f"0.001{suffix}", COST, group, chosen)
     found = re.search(r"--target (\S+)", str(error.value))
     assert found
-    budget = resolve_budget(found[1], COST, group, chosen)
-    assert budget.asked == found[1]
-    ledger = file_ledger(COST, per_unit(COST, chosen), 0)
-    assert COST.file_bytes(smallest_plan(ledger)) <= budget.limit_bytes
+    ledger = resolve_target(found[1], COST, group, chosen)
+    assert ledger.budget.asked == found[1]
+    smallest = ledger.find_smallest()
+    assert ledger.count_bytes(smallest) <= ledger.limit
+    assert COST.file_bytes(smallest) <= ledger.bound_file_bytes()
 
 
 def test_a_model_without_compressible_weights() -> None:
     cost = CostModel([], [TensorSpec(name="wte.weight", dtype="F32", shape=(50, 8))])
-    assert resolve_budget("4bit", cost, 64, CANDIDATES).limit_bytes == cost.dense_bytes
-    with pytest.raises(BudgetError, match="the model has none"):
-        resolve_budget("4bpw", cost, 64, CANDIDATES)
+    assert resolve_target("4bit", cost, 64, CANDIDATES).limit == cost.dense_bytes
+    with pytest.raises(BudgetError, match="4bpw") as error:
+        resolve_target("4bpw", cost, 64, CANDIDATES)
+    assert "100%" in str(error.value.allowed)

@@ -1,4 +1,4 @@
-"""What the tests of the writer share."""
+"""What the tests of the draft share."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 from cptq.checkpoint.model import LoadedModel
 from cptq.types import CompressedLayer, Plan
 from tests.conftest import TinyModel
-from tests.unit.artifact.made import compress, load
+from tests.unit.artifact.builders import compress, load
 
 Made = tuple[LoadedModel, list[CompressedLayer], Plan]
 

@@ -10,7 +10,7 @@ from cptq.artifact import stock_load
 
 
 def run_here(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-    """What `verify._run` does, without a new process."""
+    """What `reload._run` does, without a new process."""
     (folder / "job.json").write_text(json.dumps(job))
     stock_load.main(str(folder / "job.json"))
     report: dict[str, Any] = json.loads(Path(job["report"]).read_text())

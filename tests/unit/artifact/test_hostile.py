@@ -15,14 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from cptq.artifact.audit import audit
 from cptq.artifact.gguf.header import read_gguf
 from cptq.artifact.inspect import inspect
 from cptq.artifact.reader import open_artifact
+from cptq.artifact.verify import verify_artifact
 from cptq.checkpoint.files import read_header
 from cptq.errors import ArtifactError, CptqError
 from tests.tiny_models import build_tiny_model
-from tests.unit.artifact.made import RECORD, compress, load, sample_of
+from tests.unit.artifact.builders import compress, load, sample_of, write
 
 QUICK, LONG = 60, 3000
 #: what reading a small damaged file may take beside the file itself
@@ -41,8 +41,6 @@ long = settings(quick, max_examples=LONG)
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with an artifact (`ct`) and a GGUF file (`gguf`)."""
-    from cptq.artifact.writer import write_artifact
-
     place = tmp_path_factory.mktemp("hostile")
     source = build_tiny_model(
         place / "model",
@@ -56,18 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for form, name in (("compressed-tensors", "ct"), ("gguf", "gguf")):
         model = load(source)
         layers, plan = compress(model, bits=(4, 8, 16))
-        write_artifact(
-            model,
-            layers,
-            plan,
-            calibration=RECORD,
-            out=place / name,
-            overwrite=False,
-            seed=0,
-            sample=None,
-            form=form,
-            emit=lambda event: None,
-        )
+        write(model, layers, plan, place / name, form=form)
     return place
 
 
@@ -211,14 +198,14 @@ def header(**changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "header claims"),
-        ((10**15).to_bytes(8, "little") + b"{}", "header claims 1,000,000,000,000,000 bytes"),
-        (header(data_offsets=[0, 10**12]), "place of 'a'"),
-        (header(shape=[2**40, 2**40]), "place of 'a'"),
-        (header(shape=[-2, -2]), "place of 'a'"),
-        (header(shape=["2", "2"]), "no place"),
-        (header(dtype="F4"), "F4"),
-        (header(data_offsets=[4, 8], shape=[1, 2]), "place of 'a'"),
+        (b"", r"header.*\b0 bytes"),
+        ((10**15).to_bytes(8, "little") + b"{}", r"header.* 1,000,000,000,000,000 bytes"),
+        (header(data_offsets=[0, 10**12]), "offsets of 'a'"),
+        (header(shape=[2**40, 2**40]), "offsets of 'a'"),
+        (header(shape=[-2, -2]), "offsets of 'a'"),
+        (header(shape=["2", "2"]), "'a'.*offsets"),
+        (header(dtype="F4"), "'a'.*F4"),
+        (header(data_offsets=[4, 8], shape=[1, 2]), "offsets of 'a'"),
     ],
 )
 def test_a_hostile_header_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
@@ -233,28 +220,28 @@ def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
     text = json.dumps({"a": entry, "b": entry}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
-    with pytest.raises(CptqError, match="place of 'b'"):
+    with pytest.raises(CptqError, match="offsets of 'b'"):
         inspect(path)
 
 
 def test_an_index_that_leads_outside_is_refused(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "../../etc/model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CptqError, match="lies outside"):
+    with pytest.raises(CptqError, match=r"'\.\./\.\./etc/model\.safetensors'"):
         inspect(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format_version": 99}, "version 99, and this cptq reads 1"),
-        ({"form": "nobody"}, "unknown format 'nobody'"),
-        ({"inventory": []}, "is damaged"),
-        ({"weight_files": {"../x": 1}}, "lies outside"),
-        ({"weight_files": {"model.safetensors": 1}}, "had 1 when it was written"),
-        ({"tensors_sha256": {"x": "0"}}, "is not what was written"),
-        ({"files_sha256": {"config.json": "0"}}, "config.json is not what was written"),
-        ({"sample": {"shape": [10**6, 10**6]}}, "sample cannot be read"),
+        ({"format_version": 99}, r"99.*\b1\b"),
+        ({"form": "nobody"}, "format 'nobody'"),
+        ({"inventory": []}, r"cptq\.json is damaged"),
+        ({"weight_files": {"../x": 1}}, r"'\.\./x'"),
+        ({"weight_files": {"model.safetensors": 1}}, r"model\.safetensors.*[\d,]+ bytes.*\b1\b"),
+        ({"tensors_sha256": {"x": "0"}}, r"tensor .*sha256"),
+        ({"files_sha256": {"config.json": "0"}}, r"file config\.json.*sha256"),
+        ({"sample": {"shape": [10**6, 10**6]}}, "sample.*'largest'"),
     ],
 )
 def test_a_foreign_or_hostile_manifest_is_refused(
@@ -264,7 +251,7 @@ def test_a_foreign_or_hostile_manifest_is_refused(
     manifest = json.loads((copy / "cptq.json").read_text())
     (copy / "cptq.json").write_text(json.dumps(manifest | change))
     with pytest.raises(CptqError, match=words):
-        open_artifact(copy) if "inventory" in change else audit(copy, lambda event: None)
+        open_artifact(copy) if "inventory" in change else verify_artifact(copy, lambda event: None)
 
 
 def test_an_absurd_shape_is_refused_at_once(made: Path, tmp_path: Path) -> None:
@@ -275,7 +262,7 @@ def test_an_absurd_shape_is_refused_at_once(made: Path, tmp_path: Path) -> None:
     manifest["layers"][0]["candidate"] = f"w4g{10**14}"
     next(x for x in manifest["inventory"] if x["name"] == name)["shape"] = [8, 10**15 + 37]
     (copy / "cptq.json").write_text(json.dumps(manifest))
-    with pytest.raises(CptqError, match=f"{name} has the shape 8 x {10**15 + 37}"):
+    with pytest.raises(CptqError, match=f"{name}.*8 x {10**15 + 37}"):
         open_artifact(copy)
 
 
@@ -286,16 +273,16 @@ def test_one_flipped_bit_of_a_weight_is_found(made: Path, tmp_path: Path) -> Non
         raw = bytearray(path.read_bytes())
         raw[-40] ^= 1
         path.write_bytes(raw)
-        with pytest.raises(ArtifactError, match="is not what was written"):
-            audit(copy, lambda event: None)
+        with pytest.raises(ArtifactError, match=r"tensor .*sha256"):
+            verify_artifact(copy, lambda event: None)
 
 
 def test_a_config_that_the_weights_cannot_be_of_is_refused(made: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(made / "ct", tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
-    for change in ({"num_hidden_layers": 10**9}, {"hidden_size": 10**12}):
-        (copy / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(CptqError, match="more than the weights hold"):
+    for name, value in (("num_hidden_layers", 10**9), ("hidden_size", 10**12)):
+        (copy / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(CptqError, match=f"{name} {value:,}"):
             load(copy)
 
 

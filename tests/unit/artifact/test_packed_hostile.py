@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 
 import cptq
 from cptq.errors import ArtifactError, CptqError
-from cptq.runtime.checks import read_modules
+from cptq.inference.checks import read_modules
 from tests.conftest import TinyModel
-from tests.unit.artifact.packed_made import write_packed
+from tests.unit.artifact.packed_builders import write_packed
 
 FILE = "cptq.safetensors"
 LAYER = "model.layers.0.self_attn.q_proj"
@@ -45,7 +45,7 @@ def edit_config(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 
 def refused(path: Path, words: str) -> None:
-    """By both doors, with the same sentence."""
+    """`cptq.load` and transformers both refuse it with the same error."""
     with pytest.raises(CptqError, match=words):
         cptq.load(path, device="cpu")
     with pytest.raises(CptqError, match=words):
@@ -57,28 +57,28 @@ def refused(path: Path, words: str) -> None:
     [
         (
             lambda q: q.update(format_version=2),
-            "version 2 of the packed format; allowed: version 1",
+            r"version 2\b.*; allowed: version 1",
         ),
-        (lambda q: q.pop("modules"), "does not say which modules are packed"),
-        (lambda q: q.update(modules=["a"]), "does not say which modules are packed"),
-        (lambda q: q["modules"].update({LAYER: "w4g16; rm"}), "is no candidate label"),
-        (lambda q: q["modules"].update({LAYER: 4}), "expected string"),
-        (lambda q: q["modules"].update({LAYER: "w16"}), "which is no scheme"),
-        (lambda q: q["modules"].update({LAYER: "w4g016"}), "which is no scheme"),
-        (lambda q: q["modules"].update({LAYER: "w4g17"}), "groups of 17 do not divide 48"),
-        (lambda q: q["modules"].update({LAYER: "w9c"}), "is no candidate label"),
-        (lambda q: q["modules"].update({LAYER: "w2c"}), "where w2c asks for I32"),
-        (lambda q: q["modules"].update({LAYER: "w4g16-s100"}), "stores no weight"),
+        (lambda q: q.pop("modules"), "packed modules"),
+        (lambda q: q.update(modules=["a"]), "packed modules"),
+        (lambda q: q["modules"].update({LAYER: "w4g16; rm"}), "'w4g16; rm'"),
+        (lambda q: q["modules"].update({LAYER: 4}), f"{LAYER}' as 4"),
+        (lambda q: q["modules"].update({LAYER: "w16"}), f"{LAYER}' as 'w16'"),
+        (lambda q: q["modules"].update({LAYER: "w4g016"}), "'w4g016'"),
+        (lambda q: q["modules"].update({LAYER: "w4g17"}), r"w4g17.*\b17\b.*\b48\b"),
+        (lambda q: q["modules"].update({LAYER: "w9c"}), "'w9c'"),
+        (lambda q: q["modules"].update({LAYER: "w2c"}), "w2c.* I32"),
+        (lambda q: q["modules"].update({LAYER: "w4g16-s100"}), r"w4g16-s100"),
         (
             lambda q: q["modules"].update({"lm_head.absent": "w4c"}),
-            "LlamaForCausalLM does not have",
+            r"lm_head\.absent.*LlamaForCausalLM",
         ),
-        (lambda q: q["modules"].update({"model.norm": "w4c"}), "of type LlamaRMSNorm, as w4c"),
+        (lambda q: q["modules"].update({"model.norm": "w4c"}), r"model\.norm.*LlamaRMSNorm.*w4c"),
         (
             lambda q: q["modules"].update({"model.embed_tokens": "w4c-s50"}),
-            "of type Embedding, as w4c",
+            r"embed_tokens.*Embedding.*w4c-s50",
         ),
-        (lambda q: q.update(weights="../out/cptq.safetensors"), "names the weight file"),
+        (lambda q: q.update(weights="../out/cptq.safetensors"), r"'\.\./out"),
         (lambda q: q.update(weights="/etc/passwd"), "allowed: cptq.safetensors"),
     ],
 )
@@ -92,15 +92,15 @@ def test_a_config_that_does_not_fit(
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda t: t.pop(f"{LAYER}.weight_scale"), "weight_scale is not there"),
-        (lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"][1:]}), "asks for I32"),
+        (lambda t: t.pop(f"{LAYER}.weight_scale"), "weight_scale is missing"),
+        (lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"][1:]}), f"{LAYER}.*I32"),
         (
             lambda t: t.update({f"{LAYER}.weight": t[f"{LAYER}.weight"].long()}),
             r"is I64 \[",
         ),
         (
             lambda t: t.update({f"{LAYER}.weight_scale": t[f"{LAYER}.weight_scale"].int()}),
-            "asks for F32 or F16",
+            r"weight_scale.*I32.*F32 or F16",
         ),
     ],
 )
@@ -119,7 +119,7 @@ def test_a_truncated_file(copy: Path, keep: float) -> None:
     raw = (copy / FILE).read_bytes()
     count = int(keep * len(raw)) if 0 < keep < 1 else int(keep)
     (copy / FILE).write_bytes(raw[:count])
-    with pytest.raises(CptqError, match=r"corrupt or truncated.*download or copy the file again"):
+    with pytest.raises(CptqError, match=r"cptq\.safetensors is corrupt"):
         cptq.load(copy, device="cpu")
     with pytest.raises(Exception, match=r"(?i)header|invalid|incomplete|cannot be"):
         transformers.AutoModelForCausalLM.from_pretrained(copy)
@@ -133,7 +133,7 @@ def test_a_file_that_claims_absurd_shapes(copy: Path) -> None:
     header[f"{LAYER}.weight"]["shape"] = [1 << 40, 1 << 20]
     text = json.dumps(header).encode()
     (copy / FILE).write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
-    with pytest.raises(CptqError, match="corrupt or truncated"):
+    with pytest.raises(CptqError, match=r"cptq\.safetensors is corrupt"):
         cptq.load(copy, device="cpu")
 
 
@@ -150,7 +150,7 @@ def test_places_that_the_codes_cannot_fill(copy: Path, part: str) -> None:
     tensors[name] = torch.full_like(tensors[name], -1)
     (copy / FILE).unlink()
     save_file(tensors, copy / FILE, {"format": "pt"})
-    refused(copy, "the places of the stored weights of model")
+    refused(copy, r"positions.*model\.layers")
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])

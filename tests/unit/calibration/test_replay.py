@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from cptq.calibration.replay import BlockReplay, forward
 from cptq.calibration.tokens import Batch
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight, replaced
+from cptq.checkpoint.weights import get_weight, replace_weight
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded
 from tests.tiny_models import BLOCKS, RECIPES, VOCABULARY
@@ -125,7 +125,7 @@ def test_the_weights_of_the_moment_are_used(model: LoadedModel) -> None:
     before = replay.run(0, hidden, 0)
     spec = next(spec for spec in model.layers if spec.block == 0)
     part = model.linear(spec.name)
-    with replaced(part, 0.5 * get_weight(part)):
+    with replace_weight(part, 0.5 * get_weight(part)):
         changed, whole = replay.run(0, hidden, 0), direct(model, batches[0])
         assert not torch.equal(changed, before)
         assert same(replay.run_from(0, hidden, 0), whole)

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import re
 
 import pytest
 import torch
 
-from cptq.calibration.objective import objective_for, real_tokens
+from cptq.calibration.batches import split_held_out
+from cptq.calibration.objective import choose_objective, mask_real_tokens
 from cptq.calibration.replay import forward
-from cptq.calibration.samples import Samples, Wants, collect_samples
-from cptq.calibration.slices import split_held_out
+from cptq.calibration.samples import RowSampler, SampleRequest, Samples, collect_samples
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight, replaced
+from cptq.checkpoint.weights import get_weight, replace_weight
 from cptq.errors import CalibrationError
 from cptq.types import Notice, Progress
+from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded, random_calibration
 
-TinyModel = Callable[..., Path]
-ALL = Wants(gradients=True, label_gradients=True, moments=True, views=40)
+ALL = SampleRequest(gradients=True, label_gradients=True, moments=True, activations=40)
 ARCHITECTURES = ("llama", "opt", "gpt_neox", "bert", "bert-encoder", "bert-mlm", "mpnet")
 
 
-def sampled(model: LoadedModel, wants: Wants = ALL, **options: int) -> Samples:
-    objective = objective_for(model.kind, model.config)
+def sampled(model: LoadedModel, wants: SampleRequest = ALL, **options: int) -> Samples:
+    objective = choose_objective(model.kind, model.config)
     fit = split_held_out(random_calibration(model).batches, model.kind, 200).fit
     options = {"seed": 3} | options
     return collect_samples(model, fit, objective, wants, emit=lambda event: None, **options)
@@ -34,7 +33,7 @@ def sampled(model: LoadedModel, wants: Wants = ALL, **options: int) -> Samples:
 def test_rows_equal_what_autograd_sees(arch: str, tiny_model: TinyModel) -> None:
     """All tokens kept: inputs, gradients, moments and outputs, for one batch by plain autograd."""
     model = loaded(tiny_model(arch))
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     batch = random_calibration(model, rows=3, length=17).batches[0]
     samples = collect_samples(
         model, [batch], objective, ALL, seed=3, emit=lambda event: None, keep=10_000
@@ -49,12 +48,12 @@ def test_rows_equal_what_autograd_sees(arch: str, tiny_model: TinyModel) -> None
     module = model.linear(spec.name)
     get = module.weight.requires_grad_(True)
     handle = module.register_forward_hook(look)
-    answer = objective.answer(forward(model, batch), batch)
+    answer = objective.select_rows(forward(model, batch), batch)
     handle.remove()
     directions = torch.Generator().manual_seed(3 + 1)
-    answer.backward(objective.direction(answer, directions), retain_graph=True)
+    answer.backward(objective.draw_direction(answer, directions), retain_graph=True)
     get.requires_grad_(False)
-    mask = real_tokens(batch).flatten()  # some families flatten their tokens themselves
+    mask = mask_real_tokens(batch).flatten()  # some families flatten their tokens themselves
     ours = samples.layers[spec.name]
     assert ours.g_TO is not None
     assert ours.moment is not None
@@ -64,28 +63,33 @@ def test_rows_equal_what_autograd_sees(arch: str, tiny_model: TinyModel) -> None
     x = ours.x_TI
     torch.testing.assert_close(ours.moment.mean_II, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
     assert ours.scale == pytest.approx(1 / len(answer))
-    assert samples.answers == len(answer)
-    assert len(samples.blocks) == len(model.block_names)
+    assert samples.output_rows == len(answer)
+    assert len(samples.block_outputs) == len(model.block_names)
     assert (ours.label_g_TO is not None) == (model.kind == "causal-lm")
 
 
 def test_the_fisher_measures_the_kl_in_nats(tiny_model: TinyModel) -> None:
     """1/2 E (sum_t g_t . dW x_t)^2 over many directions is the divergence of a small change."""
     model = loaded(tiny_model("llama"))
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     batch = random_calibration(model, rows=1, length=24).batches[0]
     spec = model.units[2].layers[0]
     W = get_weight(model.linear(spec.name)).clone()
     dW = 0.01 * torch.randn(W.shape, generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        dense = objective.reference(objective.answer(forward(model, batch), batch))
-        with replaced(model.linear(spec.name), W + dW):
-            changed = objective.answer(forward(model, batch), batch)
-    kl = float(objective.divergence(dense, changed).mean())
+        dense = objective.compute_reference(objective.select_rows(forward(model, batch), batch))
+        with replace_weight(model.linear(spec.name), W + dW):
+            changed = objective.select_rows(forward(model, batch), batch)
+    kl = float(objective.compute_divergence(dense, changed).mean())
     squares = []
     for seed in range(300):
         samples = collect_samples(
-            model, [batch], objective, Wants(gradients=True), seed=seed, emit=lambda event: None
+            model,
+            [batch],
+            objective,
+            SampleRequest(gradients=True),
+            seed=seed,
+            emit=lambda event: None,
         )
         row = samples.layers[spec.name]
         squares.append(float((row.g_TO * (row.x_TI @ dW.T)).sum()) ** 2)
@@ -105,10 +109,10 @@ def test_the_number_of_rows_is_kept_to(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("bert"))
     samples = sampled(model, keep=37)
     assert {len(layer.x_TI) for layer in samples.layers.values()} == {37}
-    assert {len(block) for block in samples.blocks} == {37}  # asked for 40
-    assert {len(view.y_TO) for view in samples.views.values()} == {37}
+    assert {len(block) for block in samples.block_outputs} == {37}  # asked for 40
+    assert {len(view.y_TO) for view in samples.activations.values()} == {37}
     assert samples.layers[model.units[0].layers[0].name].scale == pytest.approx(
-        samples.tokens / (37 * samples.answers)
+        samples.tokens / (37 * samples.output_rows)
     )
 
 
@@ -126,7 +130,7 @@ def test_forward_only_computes_no_gradient_and_leaves_no_trace(tiny_model: TinyM
     before = [p.requires_grad for p in model.module.parameters()]
     for parameter in list(model.module.parameters())[:3]:
         parameter.requires_grad_(True)
-    samples = sampled(model, Wants(views=40))
+    samples = sampled(model, SampleRequest(activations=40))
     assert all(layer.g_TO is None and layer.moment is None for layer in samples.layers.values())
     after = [p.requires_grad for p in model.module.parameters()]
     assert after == [True] * 3 + before[3:]
@@ -136,7 +140,7 @@ def test_forward_only_computes_no_gradient_and_leaves_no_trace(tiny_model: TinyM
 
 def test_memory_caps_the_rows_and_says_so(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("llama"))
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     fit = split_held_out(random_calibration(model).batches, model.kind, 200).fit
     events: list[object] = []
     samples = collect_samples(
@@ -159,9 +163,9 @@ def test_a_layer_called_twice_keeps_the_rows_of_both_calls(tiny_model: TinyModel
     )
     name = "model.layers.0.mlp.down_proj"
     batch = random_calibration(model, rows=1, length=9).batches[0]
-    objective = objective_for(model.kind, model.config)
+    objective = choose_objective(model.kind, model.config)
     samples = collect_samples(
-        model, [batch], objective, Wants(gradients=True), seed=0, emit=lambda event: None
+        model, [batch], objective, SampleRequest(gradients=True), seed=0, emit=lambda event: None
     )
     sample = samples.layers[name]
     calls: list[tuple[torch.Tensor, torch.Tensor]] = []
@@ -172,9 +176,9 @@ def test_a_layer_called_twice_keeps_the_rows_of_both_calls(tiny_model: TinyModel
 
     weight = model.linear(name).weight.requires_grad_(True)
     handle = model.linear(name).register_forward_hook(look)
-    answer = objective.answer(forward(model, batch), batch)
+    answer = objective.select_rows(forward(model, batch), batch)
     handle.remove()
-    answer.backward(objective.direction(answer, torch.Generator().manual_seed(1)))
+    answer.backward(objective.draw_direction(answer, torch.Generator().manual_seed(1)))
     weight.requires_grad_(False)
     torch.testing.assert_close(sample.x_TI, torch.cat([x[0] for x, _ in calls]).detach())
     expected = torch.cat([y.grad[0] for _, y in calls])
@@ -186,3 +190,70 @@ def test_infinite_activations_name_the_layer(tiny_model: TinyModel) -> None:
     model.module.model.layers[1].mlp.gate_proj.weight.data.fill_(float("inf"))
     with pytest.raises(CalibrationError, match=r"layers\.1\.mlp\.gate_proj"):
         sampled(model)
+
+
+def whole(model: LoadedModel, request: SampleRequest) -> Samples:
+    """Samples of all of the calibration text."""
+    batches = random_calibration(model).batches
+    objective = choose_objective(model.kind, model.config)
+    return collect_samples(model, batches, objective, request, seed=3, emit=lambda event: None)
+
+
+@pytest.mark.parametrize("few", [1, 7, 100])
+def test_activation_rows_are_spread_over_all_rows_drawn(few: int) -> None:
+    quotas = [5, 0, 9, 16]
+    positions = RowSampler(0, sum(quotas), few)
+    drawn: list[int] = []
+    viewed: list[int] = []
+    for index, quota in enumerate(quotas):
+        positions.draw_batch(torch.ones(2, 20, dtype=torch.bool), quota)
+        drawn += [100 * index + int(row) for row in positions.get_rows(40)]
+        viewed += [100 * index + int(row) for row in positions.get_few(40)]
+    count = min(few, 30)
+    wanted = torch.linspace(0, 29, count).round().long().tolist()
+    assert viewed == [drawn[place] for place in wanted]
+
+
+def test_padding_is_not_drawn_and_other_lengths_have_rows_of_their_own() -> None:
+    mask = torch.tensor([[True, True, False, False], [True, False, False, False]])
+    positions = RowSampler(0, 3, 3)
+    positions.draw_batch(mask, 3)
+    assert positions.get_rows(8).tolist() == [0, 1, 4]
+    assert positions.get_rows(2).tolist() == [0, 1]
+    assert positions.get_few(2).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "bert", "mpnet", "gpt2"])
+def test_activations_hold_each_layers_inputs_and_outputs(arch: str, tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model(arch))
+    samples = whole(model, SampleRequest(activations=25))
+    for unit in model.units:
+        for spec in unit.layers:
+            view = samples.activations[spec.name]
+            module = model.linear(spec.name)
+            expected = view.x_TI @ get_weight(module).T
+            if module.bias is not None:
+                expected += module.bias
+            torch.testing.assert_close(view.y_TO, expected, rtol=1e-4, atol=1e-5)
+            assert len(view.x_TI) == 25
+
+
+def test_activations_are_the_same_whatever_else_is_kept(tiny_model: TinyModel) -> None:
+    """Alone they need no backward pass and no output head; the tokens are the same ones."""
+    model = loaded(tiny_model("llama"))
+    alone = whole(model, SampleRequest(activations=25))
+    among = whole(model, SampleRequest(activations=25, gradients=True, moments=True))
+    for name, view in alone.activations.items():
+        torch.testing.assert_close(view.x_TI, among.activations[name].x_TI)
+        torch.testing.assert_close(view.y_TO, among.activations[name].y_TO)
+    torch.testing.assert_close(alone.block_outputs, among.block_outputs)
+    assert all(len(layer.x_TI) == 0 for layer in alone.layers.values())
+    assert all(len(layer.x_TI) > 25 for layer in among.layers.values())
+
+
+def test_an_output_that_is_nan_names_the_layer(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    last = model.units[-1].layers[-1].name
+    get_weight(model.linear(last))[0, 0] = float("nan")
+    with pytest.raises(CalibrationError, match=re.escape(last)):
+        whole(model, SampleRequest(activations=25))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,12 @@ from torch import Tensor, nn
 
 from cptq.calibration.replay import forward
 from cptq.checkpoint.experts import UnstackedExperts, unstack_experts
-from cptq.checkpoint.files import checkpoint_tensors
+from cptq.checkpoint.files import read_tensor_specs
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import ModelSettings
+from tests.conftest import TinyModel
 
-TinyModel = Callable[..., Path]
 MIXTURES = ("qwen2_moe", "qwen3_moe", "olmoe")
 
 
@@ -41,7 +40,7 @@ def test_every_expert_is_a_unit_under_the_names_of_the_checkpoint(
     """Also those that the few tokens of the trace are not routed to."""
     path = tiny_model(arch)
     model = opened(path, experts=True)
-    stored = checkpoint_tensors(path)
+    stored = read_tensor_specs(path)
     experts = [layer for layer in model.layers if layer.expert]
     assert len(experts) == 2 * 6 * 3
     assert all(layer.compressible for layer in experts)

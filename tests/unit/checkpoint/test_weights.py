@@ -11,10 +11,10 @@ from transformers.pytorch_utils import Conv1D
 from cptq.checkpoint.files import read_header
 from cptq.checkpoint.weights import (
     TORCH_DTYPES,
+    get_storage_dtype,
     get_weight,
-    replaced,
+    replace_weight,
     set_weight,
-    storage_dtype,
 )
 from cptq.types import DTYPE_BYTES, LayerSpec
 from tests.conftest import TinyModel
@@ -71,10 +71,10 @@ def test_a_transposed_weight_is_refused() -> None:
 def test_replaced_restores_also_after_an_error(kind: str) -> None:
     made = module(kind)
     before_OI, other_OI = get_weight(made).clone(), torch.randn(OUT, INPUTS)
-    with replaced(made, other_OI):
+    with replace_weight(made, other_OI):
         assert torch.equal(get_weight(made), other_OI)
     assert torch.equal(get_weight(made), before_OI)
-    with pytest.raises(ZeroDivisionError), replaced(made, other_OI):
+    with pytest.raises(ZeroDivisionError), replace_weight(made, other_OI):
         raise ZeroDivisionError
     assert torch.equal(get_weight(made), before_OI)
 
@@ -82,7 +82,7 @@ def test_replaced_restores_also_after_an_error(kind: str) -> None:
 @pytest.mark.parametrize("name", list(DTYPE_BYTES))
 def test_every_storage_type_is_the_one_of_safetensors(name: str, tmp_path) -> None:
     spec = LayerSpec(name="x", block=0, role="q", kind="linear", shape=(2, 2), dtype=name)
-    dtype = storage_dtype(spec)
+    dtype = get_storage_dtype(spec)
     assert dtype.itemsize == DTYPE_BYTES[name]
     save_file({"x": torch.zeros(2, 2).to(dtype)}, tmp_path / "x.safetensors")
     assert read_header(tmp_path / "x.safetensors")["x"].dtype == name
@@ -94,9 +94,9 @@ def test_the_storage_type_survives_loading_in_another(
     dtype: torch.dtype, tiny_model: TinyModel
 ) -> None:
     model = load(tiny_model("llama", dtype=dtype))
-    assert {storage_dtype(spec) for spec in model.layers} == {dtype}
+    assert {get_storage_dtype(spec) for spec in model.layers} == {dtype}
     assert {parameter.dtype for parameter in model.module.parameters()} == {torch.float32}
     half = load(tiny_model("llama", dtype=dtype), dtype="bfloat16")
-    assert {storage_dtype(spec) for spec in half.layers} == {dtype}
+    assert {get_storage_dtype(spec) for spec in half.layers} == {dtype}
     assert {parameter.dtype for parameter in half.module.parameters()} == {torch.bfloat16}
     assert half.dtype is torch.bfloat16

@@ -12,13 +12,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+import cptq.preflight  # found below a pipeline that is replaced
 from cptq.cli.app import app
 from cptq.report import AnalyzeOutcome, CompressOutcome, EvalOutcome
-from cptq.report.side_by_side import CompareOutcome
+from cptq.report.comparison import CompareOutcome
 from cptq.types import Emit, Notice, Progress
-from tests.unit.report import fake
-from tests.unit.report import test_side_by_side as side_by_side
+from tests.unit.report import synthetic
 
+Cptq = Callable[..., Result]
 OUTCOMES = {"analyze": AnalyzeOutcome, "compress": CompressOutcome, "eval": EvalOutcome}
 COMMANDS = {"analyze": "analyze", "compress": "compress", "evaluate": "eval", "compare": "compare"}
 
@@ -38,8 +39,8 @@ class FakePipeline:
         if self.error is not None:
             raise self.error
         if command == "compare":
-            return CompareOutcome(side_by_side=side_by_side.ALL, out=settings.out)
-        summary = replace(fake.summary(blocks=4), command=command)
+            return CompareOutcome(comparison=synthetic.make_comparison(), out=settings.out)
+        summary = replace(synthetic.make_summary(blocks=4), command=command)
         reports = {"html": Path("out/report.html")} if command != "eval" else {}
         return OUTCOMES[command](summary=summary, out=settings.out, reports=reports)
 
@@ -63,7 +64,7 @@ def pipeline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakePipeline:
 
 
 @pytest.fixture
-def cptq(pipeline: FakePipeline) -> Callable[..., Result]:
+def cptq(pipeline: FakePipeline) -> Cptq:
     """Run the command line in a directory of its own."""
     runner = CliRunner(env={"COLUMNS": "80"})
     return lambda *words: runner.invoke(app, [str(word) for word in words])

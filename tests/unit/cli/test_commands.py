@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from typer.testing import Result
 
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.types import Plan
-from tests.unit.cli.conftest import FakePipeline
-from tests.unit.report import fake
-
-Cptq = Callable[..., Result]
+from tests.unit.cli.conftest import Cptq, FakePipeline
+from tests.unit.report import synthetic
 
 
 def test_compress_passes_the_defaults_and_a_default_place(
@@ -85,7 +81,7 @@ def test_a_config_file_yields_to_the_line(cptq: Cptq, pipeline: FakePipeline) ->
 
 
 def test_a_plan_takes_the_place_of_the_target(cptq: Cptq, pipeline: FakePipeline) -> None:
-    plan = fake.summary(blocks=1).plan
+    plan = synthetic.make_summary(blocks=1).plan
     assert isinstance(plan, Plan)
     Path("mine.json").write_text(json.dumps(plan.to_dict()))
     assert cptq("compress", "m", "--plan", "mine.json").exit_code == 0

@@ -1,4 +1,4 @@
-"""The process itself: quick help, no torch, the environment, progress, the sketch."""
+"""The process itself: fast help, no torch, the environment, progress, sparklines."""
 
 from __future__ import annotations
 
@@ -9,14 +9,17 @@ import sys
 from collections.abc import Sequence
 
 import pytest
-from rich.console import Console
+from rich.console import Console as RichConsole
 
 from cptq import __version__
-from cptq.cli.console import Talk, printable
-from cptq.cli.environment import debugging, prepare
-from cptq.cli.progress import Bars, Lines
-from cptq.cli.sketch import WIDEST, sketch
+from cptq.cli.commands import COMMANDS
+from cptq.cli.console import Console, make_printable
+from cptq.cli.environment import is_debugging, set_defaults
+from cptq.cli.progress import ProgressBars, ProgressLog
+from cptq.cli.sparkline import WIDEST, draw_sparkline
 from cptq.types import Notice, Progress
+
+HELPS = [[command.name, "--help"] for command in COMMANDS]
 
 
 def process(*words: str) -> subprocess.CompletedProcess[str]:
@@ -24,7 +27,7 @@ def process(*words: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, capture_output=True, text=True, env=env, check=False)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["compress", "--help"], ["--version"], []])
+@pytest.mark.parametrize("words", [["--help"], ["--version"], [], *HELPS])
 def test_help_imports_no_torch_and_nothing_else_heavy(words: list[str]) -> None:
     code = (
         "import sys; from cptq.cli.app import main\n"
@@ -79,17 +82,17 @@ def test_every_common_option_is_offered() -> None:
 
 def test_the_environment_is_only_completed() -> None:
     environ = {"OMP_WAIT_POLICY": "active"}
-    prepare(environ)
+    set_defaults(environ)
     assert environ["OMP_WAIT_POLICY"] == "active"
     assert "GOMP_SPINCOUNT" not in environ
     assert environ["TOKENIZERS_PARALLELISM"] == "false"
     assert environ["HF_HUB_DISABLE_PROGRESS_BARS"] == "1"
     loud = {"CPTQ_DEBUG": "1"}
-    prepare(loud)
+    set_defaults(loud)
     assert loud["GOMP_SPINCOUNT"] == "3000"
     assert "TRANSFORMERS_VERBOSITY" not in loud
-    assert debugging(loud)
-    assert not debugging({"CPTQ_DEBUG": "0"})
+    assert is_debugging(loud)
+    assert not is_debugging({"CPTQ_DEBUG": "0"})
 
 
 def events(stage: str, total: int | None, *done: int) -> Sequence[Progress]:
@@ -99,7 +102,7 @@ def events(stage: str, total: int | None, *done: int) -> Sequence[Progress]:
 def test_a_log_gets_few_lines() -> None:
     lines: list[str] = []
     times = iter([0.0, 1.0, 40.0, 41.0, 90.0, 91.0, 92.0])
-    log = Lines(lines.append, clock=lambda: next(times))
+    log = ProgressLog(lines.append, clock=lambda: next(times))
     for event in [*events("compress", 4, 0, 1, 2, 3, 4, 4), *events("write", None, 0)]:
         log.update(event)
     assert lines == [
@@ -111,12 +114,12 @@ def test_a_log_gets_few_lines() -> None:
 
 
 def test_bars_show_every_stage_at_80_columns() -> None:
-    console = Console(width=80, file=io.StringIO())
-    bars = Bars(console)
+    console = RichConsole(width=80, file=io.StringIO())
+    bars = ProgressBars(console)
     for event in [*events("load", None, 0), *events("measure", 9, 0, 5, 9)]:
         bars.update(event)
     bars.update(Progress(stage="compress", done=12, total=30, message="a long name " * 9))
-    console.print(bars.bar.get_renderable())
+    console.print(bars.bars.get_renderable())
     assert isinstance(console.file, io.StringIO)
     load, measure, compress = console.file.getvalue().splitlines()[-3:]
     assert load.startswith("load ")
@@ -131,40 +134,40 @@ def test_bars_show_every_stage_at_80_columns() -> None:
 def test_many_notices_of_little_weight_are_cut_short_and_it_is_said(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    talk = Talk()
+    console = Console()
     for index in range(20):
-        talk.emit(Notice(kind="skipped", subject=f"layer {index}", message="stays dense"))
-        talk.emit(Notice(kind="warning", subject=f"layer {index}", message="odd"))
+        console.emit(Notice(kind="skipped", subject=f"layer {index}", message="stays dense"))
+        console.emit(Notice(kind="warning", subject=f"layer {index}", message="odd"))
     lines = capsys.readouterr().err.splitlines()
     assert sum(line.startswith("warning:") for line in lines) == 20
     assert sum("stays dense" in line for line in lines) == 6
     assert sum("more of these follow" in line for line in lines) == 1
 
 
-def test_printable() -> None:
-    assert printable("a\x1b[31mb\x07") == "a�[31mb�"
-    assert printable("é\n") == "é\n"
+def test_control_characters_are_replaced() -> None:
+    assert make_printable("a\x1b[31mb\x07") == "a�[31mb�"
+    assert make_printable("é\n") == "é\n"
 
 
-class TestSketch:
+class TestSparkline:
     """A row of bars."""
 
     def test_from_zero(self) -> None:
-        assert sketch([0.0, 0.5, 1.0]) == ("▁▅█", False)
+        assert draw_sparkline([0.0, 0.5, 1.0]) == ("▁▅█", False)
 
     def test_logarithms_where_the_range_needs_them(self) -> None:
-        assert sketch([1.0, 10.0, 100.0]) == ("▁▅█", True)
+        assert draw_sparkline([1.0, 10.0, 100.0]) == ("▁▅█", True)
 
     def test_odd_values(self) -> None:
-        assert sketch([]) == ("", False)
-        assert sketch([float("nan"), float("inf")]) == ("??", False)
-        assert sketch([0.0, 0.0]) == ("▁▁", False)
-        assert sketch([2.0, float("nan"), 1.0])[0] == "█?▅"
-        assert sketch([-1.0, 1.0]) == ("▁█", False)
+        assert draw_sparkline([]) == ("", False)
+        assert draw_sparkline([float("nan"), float("inf")]) == ("??", False)
+        assert draw_sparkline([0.0, 0.0]) == ("▁▁", False)
+        assert draw_sparkline([2.0, float("nan"), 1.0])[0] == "█?▅"
+        assert draw_sparkline([-1.0, 1.0]) == ("▁█", False)
 
     def test_long_rows_keep_their_peaks(self) -> None:
         values = [0.0] * 1000
         values[777] = 5.0
-        bars, _ = sketch(values)
+        bars, _ = draw_sparkline(values)
         assert len(bars) == WIDEST
         assert bars.count("█") == 1

@@ -17,11 +17,12 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import blockwise, gptq, nearest
 from cptq.compression.blockwise import compress_model, real_rows
-from cptq.compression.problem import Problem, Solution
+from cptq.compression.layer import LayerProblem, LayerSolution
 from cptq.errors import CalibrationError, UnknownNameError
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.pack_quantized import packed_tensors
-from cptq.types import Budget, Candidate, CompressedLayer, Event, LayerSpec, Notice, Plan, Progress
+from cptq.numerics.grid import dequantize_layer
+from cptq.types import Budget, Candidate, CompressedLayer, Event, Notice, Plan, Progress
 from tests.conftest import TinyModel
 from tests.reference.moments import naive_moment
 from tests.reference.sensitivity import loaded, random_calibration
@@ -73,11 +74,11 @@ def run(
 
 
 @pytest.fixture
-def seen(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[LayerProblem]:
     """Every problem that the driver poses, answered by rounding to nearest."""
-    problems: list[Problem] = []
+    problems: list[LayerProblem] = []
 
-    def answer(problem: Problem) -> Solution:
+    def answer(problem: LayerProblem) -> LayerSolution:
         problems.append(replace(problem, W_OI=problem.W_OI.clone()))
         return nearest.compress(problem)
 
@@ -88,7 +89,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[Problem]:
 
 @pytest.mark.parametrize("arch", [arch for arch in RECIPES if arch != "gpt2"])
 def test_a_block_sees_what_the_compressed_blocks_before_it_give(
-    arch: str, tiny_model: TinyModel, seen: list[Problem]
+    arch: str, tiny_model: TinyModel, seen: list[LayerProblem]
 ) -> None:
     model = loaded(tiny_model(arch))
     dense, calibration = copy.deepcopy(model.module), padded(model)
@@ -100,7 +101,9 @@ def test_a_block_sees_what_the_compressed_blocks_before_it_give(
             block = layer.spec.block
             for done in layers:
                 if done.spec.block < block:
-                    set_weight(partly.get_submodule(done.spec.name), done.dense(torch.float32))
+                    set_weight(
+                        partly.get_submodule(done.spec.name), dequantize_layer(done, torch.float32)
+                    )
         expected = naive_moment(partly, layer.spec.name, calibration.batches)
         torch.testing.assert_close(problem.H_II.double(), expected, rtol=1e-3, atol=1e-4)
         assert torch.equal(problem.W_OI, get_weight(dense.get_submodule(layer.spec.name)))
@@ -119,7 +122,7 @@ def test_the_module_holds_the_compressed_weights_and_nothing_else_changes(
     assert [layer.spec for layer in layers] == wanted
     for layer in layers:
         W_OI = get_weight(model.linear(layer.spec.name))
-        assert torch.equal(W_OI, layer.dense(torch.float32))
+        assert torch.equal(W_OI, dequantize_layer(layer, torch.float32))
         assert not torch.equal(W_OI, before.pop(layer.spec.weight_name))
     after = model.module.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
@@ -128,7 +131,7 @@ def test_the_module_holds_the_compressed_weights_and_nothing_else_changes(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_results_say_what_was_done(
-    dtype: torch.dtype, tiny_model: TinyModel, seen: list[Problem]
+    dtype: torch.dtype, tiny_model: TinyModel, seen: list[LayerProblem]
 ) -> None:
     model = loaded(tiny_model("llama", dtype=dtype))
     layers = run(model, random_calibration(model, rows=2, length=20))
@@ -146,7 +149,7 @@ def test_results_say_what_was_done(
         specs = packed_tensors(layer.spec, candidate.bits, inputs // group)
         assert result.nbytes == sum(spec.nbytes for spec in specs)
         W_OI = problem.W_OI.double()
-        D_OI, H_II = W_OI - layer.dense(torch.float64), problem.H_II.double()
+        D_OI, H_II = W_OI - dequantize_layer(layer, torch.float64), problem.H_II.double()
         error = float(D_OI.square().sum() / W_OI.square().sum())
         assert result.weight_error == pytest.approx(error, rel=1e-4)
         output = float(torch.trace(D_OI @ H_II @ D_OI.T) / torch.trace(W_OI @ H_II @ W_OI.T))
@@ -154,7 +157,7 @@ def test_results_say_what_was_done(
         assert result.seconds >= 0
 
 
-def test_a_unit_shares_one_second_moment(tiny_model: TinyModel, seen: list[Problem]) -> None:
+def test_a_unit_shares_one_second_moment(tiny_model: TinyModel, seen: list[LayerProblem]) -> None:
     model = loaded(tiny_model("llama"))
     run(model, random_calibration(model, rows=2, length=20), [MIXED[0]])
     q, k, v, o = seen[:4]
@@ -173,33 +176,6 @@ def test_a_plan_that_keeps_all_dense_changes_nothing(tiny_model: TinyModel) -> N
 def test_a_model_without_units_is_left_alone(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("gpt2"))
     assert run(model, random_calibration(model, rows=2, length=20)) == []
-
-
-@pytest.mark.parametrize(
-    ("asked", "inputs", "used", "note"),
-    [
-        (16, 48, 16, None),
-        (20, 48, 16, "groups of 20 do not divide 48 inputs: groups of 16"),
-        (20, 80, 20, None),
-        (64, 80, 40, "groups of 64 do not divide 80 inputs: groups of 40"),
-        (79, 80, 40, "groups of 79 do not divide 80 inputs: groups of 40"),
-        (5, 48, 4, "groups of 5 do not divide 48 inputs: groups of 4"),
-        (47, 48, 24, "groups of 47 do not divide 48 inputs: groups of 24"),
-        (64, 48, 0, None),
-        (0, 80, 0, None),
-        (64, 67, 0, "groups of 64 do not divide 67 inputs: one scale per channel"),
-    ],
-)
-def test_a_group_that_does_not_divide_is_replaced_and_noted(
-    asked: int, inputs: int, used: int, note: str | None
-) -> None:
-    spec = LayerSpec(name="x", block=0, role="q", kind="linear", shape=(3, inputs), dtype="F16")
-    W_OI = torch.randn(3, inputs, generator=torch.Generator().manual_seed(0))
-    candidate = Candidate(bits=4, group_size=asked)
-    layer = blockwise.compress_layer(spec, W_OI, torch.eye(inputs), candidate, nearest.compress)
-    assert layer.result.group_size == used
-    assert layer.scale.shape == (3, inputs // (used or inputs))
-    assert layer.result.notes == (() if note is None else (note,))
 
 
 def test_notes_are_told(tiny_model: TinyModel) -> None:
@@ -280,7 +256,7 @@ def test_the_method_is_taken_from_the_registry(
     calls: list[int] = []
     real = gptq.compress
 
-    def counting(problem: Problem) -> Solution:
+    def counting(problem: LayerProblem) -> LayerSolution:
         calls.append(problem.bits)
         return real(problem)
 

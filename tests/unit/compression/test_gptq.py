@@ -10,9 +10,9 @@ from torch import Tensor
 
 from cptq.compression import COMPRESSORS, gptq, nearest
 from cptq.compression.gptq import DAMPING
-from cptq.compression.problem import Problem, Solution
+from cptq.compression.layer import LayerProblem, LayerSolution
 from cptq.errors import UnknownNameError
-from cptq.numerics.grid import code_range, dequantize, fit_scales, quantize_nearest
+from cptq.numerics.grid import code_range, dequantize, fit_grid, quantize_nearest
 from tests.reference import gptq as truth
 
 BITS = range(2, 9)
@@ -33,10 +33,10 @@ def inputs(features: int, *, dead: tuple[int, ...] = ()) -> Tensor:
 
 def problem(
     out: int, features: int, group: int, bits: int, *, dead: tuple[int, ...] = ()
-) -> Problem:
+) -> LayerProblem:
     generator = torch.Generator().manual_seed(out)
     X_TI = inputs(features, dead=dead)
-    return Problem(
+    return LayerProblem(
         W_OI=torch.randn(out, features, generator=generator, dtype=torch.float64),
         H_II=X_TI.T @ X_TI / len(X_TI),
         bits=bits,
@@ -45,16 +45,16 @@ def problem(
     )
 
 
-def output_error(asked: Problem, codes_OI: Tensor, scale_OG: Tensor) -> float:
+def output_error(asked: LayerProblem, codes_OI: Tensor, scale_OG: Tensor) -> float:
     """E |x (W - Q)|^2."""
-    D_OI = asked.W_OI.double() - dequantize(codes_OI, scale_OG, torch.float64)
+    D_OI = asked.W_OI.double() - dequantize(codes_OI, scale_OG, dtype=torch.float64)
     return float(((D_OI @ asked.H_II.double()) * D_OI).sum())
 
 
-def reference(asked: Problem, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
+def reference(asked: LayerProblem, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """Codes and the scales that are best for them."""
     W_OI = asked.W_OI.masked_fill(asked.H_II.diagonal() == 0, 0.0)
-    scale_OG = fit_scales(
+    scale_OG, _ = fit_grid(
         W_OI,
         asked.bits,
         asked.group,
@@ -66,7 +66,7 @@ def reference(asked: Problem, damping: float = DAMPING) -> tuple[Tensor, Tensor]
     return codes_OI, truth.best_scales(W_OI, H_II, codes_OI, scale_OG)
 
 
-def agree(asked: Problem, found: Solution, expected: tuple[Tensor, Tensor]) -> None:
+def agree(asked: LayerProblem, found: LayerSolution, expected: tuple[Tensor, Tensor]) -> None:
     """Equal but for a rounding that was a tie."""
     codes_OI, scale_OG = expected
     same_OI = found.codes_OI == codes_OI
@@ -211,7 +211,7 @@ def test_what_is_asked_is_not_changed() -> None:
 def test_nearest_asks_for_no_activations() -> None:
     asked = problem(4, 15, 5, 3)
     found = nearest.compress(replace(asked, H_II=torch.full((15, 15), float("nan"))))
-    codes_OI, scale_OG = quantize_nearest(asked.W_OI, 3, 5, scale_dtype=torch.float64)
+    codes_OI, scale_OG, _ = quantize_nearest(asked.W_OI, 3, 5, scale_dtype=torch.float64)
     assert torch.equal(found.codes_OI, codes_OI)
     assert torch.equal(found.scale_OG, scale_OG)
     assert found.notes == ()

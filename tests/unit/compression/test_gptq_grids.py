@@ -10,42 +10,38 @@ import torch
 from torch import Tensor
 
 from cptq.compression import gptq, nearest
-from cptq.compression.blockwise import compress_layer
 from cptq.compression.embeddings import compress_embeddings, embedding_tensors
 from cptq.compression.gptq import DAMPING
-from cptq.compression.problem import Problem, Solution
+from cptq.compression.layer import LayerProblem, LayerSolution, compress_layer
 from cptq.config import RUNTIMES
 from cptq.layouts.packed import PACKED_LAYOUT
-from cptq.numerics.asymmetric import dequantize_asymmetric, fit_asymmetric
-from cptq.numerics.grid import dequantize, fit_scales
-from cptq.numerics.masks import magnitude_mask, two_of_four_mask
+from cptq.numerics.grid import dequantize, dequantize_layer, fit_grid
+from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
 from cptq.types import Candidate, Event, LayerSpec
 from tests.conftest import TinyModel
 from tests.reference import gptq as truth
-from tests.unit.artifact.made import load
+from tests.unit.artifact.builders import load
 
 SHAPES = [(5, 7, 7), (3, 33, 11), (4, 40, 8), (2, 150, 30)]
 
 
-def problem(out: int, features: int, group: int, bits: int, **options: object) -> Problem:
+def problem(out: int, features: int, group: int, bits: int, **options: object) -> LayerProblem:
     generator = torch.Generator().manual_seed(out + features)
     shape = (4 * features, features)
     X_TI = torch.randn(shape, generator=generator, dtype=torch.float64)
     X_TI += 2 * torch.randn(len(X_TI), 1, generator=generator, dtype=torch.float64)
     W_OI = torch.randn(out, features, generator=generator, dtype=torch.float64) + 0.5
-    asked = Problem(
+    asked = LayerProblem(
         W_OI=W_OI, H_II=X_TI.T @ X_TI / len(X_TI), bits=bits, group=group, scale_dtype=torch.float64
     )
     return replace(asked, **options)  # type: ignore[arg-type]
 
 
-def values(found: Solution) -> Tensor:
-    if found.zero_OG is None:
-        return dequantize(found.codes_OI, found.scale_OG, torch.float64)
-    return dequantize_asymmetric(found.codes_OI, found.scale_OG, found.zero_OG, torch.float64)
+def values(found: LayerSolution) -> Tensor:
+    return dequantize(found.codes_OI, found.scale_OG, found.zero_OG, dtype=torch.float64)
 
 
-def output_error(asked: Problem, Q_OI: Tensor) -> float:
+def output_error(asked: LayerProblem, Q_OI: Tensor) -> float:
     D_OI = asked.W_OI - Q_OI
     return float(((D_OI @ asked.H_II) * D_OI).sum())
 
@@ -58,14 +54,12 @@ def test_equals_brain_surgery_by_elimination(
     out: int, features: int, group: int, bits: int, symmetric: bool, masked: bool
 ) -> None:
     asked = problem(out, features, group, bits, symmetric=symmetric)
-    mask_OI = magnitude_mask(asked.W_OI, 0.4) if masked else None
+    mask_OI = build_magnitude_mask(asked.W_OI, 0.4) if masked else None
     asked = replace(asked, mask_OI=mask_OI)
     kept_OI = asked.W_OI if mask_OI is None else asked.W_OI * mask_OI
     options = {"scale_dtype": torch.float64, "importance_I": truth.prices(asked.H_II, DAMPING)}
-    if symmetric:
-        scale_OG, zero_OG = fit_scales(kept_OI, bits, group, **options), None
-    else:
-        scale_OG, zero_OG = fit_asymmetric(kept_OI, bits, group, **options)
+    scale_OG, zero_OG = fit_grid(kept_OI, bits, group, symmetric=symmetric, **options)
+    assert (zero_OG is None) == symmetric
     codes_OI = truth.sweep(asked.W_OI, asked.H_II, scale_OG, bits, DAMPING, zero_OG, mask_OI)
     found = gptq.compress(asked)
     assert float((found.codes_OI == codes_OI).double().mean()) > 0.99
@@ -85,7 +79,7 @@ def test_equals_brain_surgery_by_elimination(
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_masked_weights_are_exactly_zero(method, symmetric: bool) -> None:  # type: ignore[no-untyped-def]
     asked = problem(6, 40, 8, 3, symmetric=symmetric)
-    mask_OI = two_of_four_mask(asked.W_OI)
+    mask_OI = build_two_of_four_mask(asked.W_OI)
     found = method(replace(asked, mask_OI=mask_OI))
     assert bool((values(found)[~mask_OI] == 0).all())
     assert bool((values(found)[mask_OI] != 0).any())
@@ -93,7 +87,7 @@ def test_masked_weights_are_exactly_zero(method, symmetric: bool) -> None:  # ty
 
 def test_compensation_beats_the_mask_alone() -> None:
     asked = problem(6, 40, 8, 4)
-    asked = replace(asked, mask_OI=magnitude_mask(asked.W_OI, 0.5))
+    asked = replace(asked, mask_OI=build_magnitude_mask(asked.W_OI, 0.5))
     swept, rounded = (output_error(asked, values(m.compress(asked))) for m in (gptq, nearest))
     assert swept < 0.5 * rounded
 
@@ -112,8 +106,8 @@ def test_a_sparse_candidate_keeps_what_matters_most(label: str) -> None:
             order = sorted(range(4), key=lambda k, row=row: -abs(float(row[k])))  # type: ignore[misc]
             assert {k for k in range(4) if kept[k]} == set(order[:2])
     else:
-        assert torch.equal(layer.mask, magnitude_mask(score_OI, choice.sparsity))
-    assert bool((layer.dense(torch.float32)[~layer.mask] == 0).all())
+        assert torch.equal(layer.mask, build_magnitude_mask(score_OI, choice.sparsity))
+    assert bool((dequantize_layer(layer, torch.float32)[~layer.mask] == 0).all())
     assert layer.result.nbytes == sum(t.nbytes for t in PACKED_LAYOUT.tensors(spec, choice))
 
 
@@ -138,14 +132,14 @@ def test_embeddings_and_heads_are_rounded(
     assert set(tensors) == {f"{name}.weight" for name in names}
     for layer in layers:
         weight = model.linear(layer.spec.name).weight
-        assert torch.equal(weight, layer.dense(torch.float32))
+        assert torch.equal(weight, dequantize_layer(layer, torch.float32))
         gap = float((weight - before[layer.spec.name]).square().sum())
         energy = float(before[layer.spec.name].square().sum())
         assert layer.result.weight_error == pytest.approx(gap / energy, rel=1e-4)
         assert layer.result.weight_error < 1e-4
     head = model.module.get_output_embeddings()  # type: ignore[operator]
     if options.get("tied"):
-        assert torch.equal(head.weight, layers[0].dense(torch.float32))
+        assert torch.equal(head.weight, dequantize_layer(layers[0], torch.float32))
 
 
 def test_an_embedding_that_does_more_is_left_alone(tiny_model: TinyModel, tmp_path: Path) -> None:

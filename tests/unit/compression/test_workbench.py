@@ -1,24 +1,34 @@
-"""The workbench: the weights of `compress_model`, and a model that comes back as it was."""
+"""The trial model: the weights of `compress_model`, and a model that comes back as it was."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 
-from cptq.calibration.objective import objective_for
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight
+from cptq.checkpoint.weights import get_weight, set_weight
+from cptq.compression import blockwise
 from cptq.compression.blockwise import compress_model
 from cptq.compression.workbench import Workbench
-from cptq.config import CalibrationSettings, ModelSettings
+from cptq.config import RUNTIMES, CalibrationSettings, ModelSettings, Runtime
+from cptq.layouts.pack_quantized import PACK_QUANTIZED
+from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.pipeline.bench import workbench
-from cptq.types import Budget, Candidate, Event, Plan, Progress
+from cptq.types import Budget, Candidate, Event, LayerSpec, Plan, Progress
 from tests.conftest import TinyModel
+from tests.reference.sensitivity import random_calibration
+from tests.unit.artifact.builders import load
 
 TEXT = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
 WIDTHS = [Candidate(bits=b, group_size=16) for b in (2, 3, 4)] + [Candidate(bits=16)]
+
+
+USUAL: dict[str, Any] = {"layout": PACK_QUANTIZED, "float16_scales": False}
 
 
 def quiet(_event: Event) -> None: ...
@@ -40,15 +50,77 @@ def mixed(model: LoadedModel) -> dict[str, Candidate]:
 
 
 def carried_out(
-    model: LoadedModel, calibration: Calibration, choices: dict[str, Candidate], how: str
+    model: LoadedModel,
+    calibration: Calibration,
+    choices: dict[str, Candidate],
+    how: str,
+    **options: Any,
 ) -> dict[str, torch.Tensor]:
     plan = Plan(
         model_fingerprint=model.fingerprint, budget=Budget(limit_bytes=0, asked="x"),
         allocator="x", metric=None, table_digest=None, choices=choices, predicted_bytes=0,
         predicted_loss=None,
     )  # fmt: skip
-    compress_model(model, calibration, plan, compressor=how, emit=quiet)
+    compress_model(model, calibration, plan, compressor=how, emit=quiet, **options)
     return weights(model)
+
+
+def grids(runtime: Runtime, asymmetric: bool) -> list[Candidate]:
+    """Every width that a runtime takes, some on asymmetric grids or not."""
+    taken = runtime.asymmetric if asymmetric else ()
+    return [Candidate(bits=b, group_size=32, symmetric=b not in taken) for b in runtime.bits]
+
+
+def record_hessians(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
+    """{layer: H_II} that `compress_model` uses from now on."""
+    used: dict[str, torch.Tensor] = {}
+    real = blockwise.compress_module
+
+    def recording(module: Any, spec: LayerSpec, H_II: torch.Tensor, *rest: Any, **more: Any) -> Any:
+        used[spec.name] = H_II
+        return real(module, spec, H_II, *rest, **more)
+
+    monkeypatch.setattr(blockwise, "compress_module", recording)
+    return used
+
+
+@pytest.mark.parametrize(
+    ("runtime", "asymmetric"),
+    [(name, grid) for name, r in RUNTIMES.items() for grid in ({False, bool(r.asymmetric)})],
+)
+@pytest.mark.parametrize("compressor", ["nearest", "gptq"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weights_tried_are_those_shipped_for_every_runtime(
+    tiny_model: TinyModel,
+    monkeypatch: pytest.MonkeyPatch,
+    runtime: str,
+    asymmetric: bool,
+    compressor: str,
+    dtype: torch.dtype,
+) -> None:
+    """By the same compressor on the same Hessians, bit for bit."""
+    program = RUNTIMES[runtime]
+    wide: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+    if program.experts:
+        wide |= {"moe_intermediate_size": 32}
+    arch = "qwen3_moe" if program.experts else "llama"
+    model = load(tiny_model(arch, dtype=dtype, **wide), experts=True)
+    calibration, dense = random_calibration(model, rows=4, length=24), weights(model)
+    widths, layout = grids(program, asymmetric), PACKED_LAYOUT if asymmetric else PACK_QUANTIZED
+    options = {"layout": layout, "float16_scales": program.float16_scales}
+    choices = {unit.name: widths[k % len(widths)] for k, unit in enumerate(model.units)}
+    used = record_hessians(monkeypatch)
+    shipped = carried_out(model, calibration, choices, compressor, **options)
+    for name, W_OI in dense.items():
+        set_weight(model.linear(name), W_OI)
+    hessians = {unit.name: used[unit.layers[0].name] for unit in model.units}
+    given = hessians if compressor == "gptq" else None
+    bench = Workbench(model, compressor, quiet, given, **options)
+    with bench.trying():
+        bench.settle(choices)
+        tried = weights(model)
+    assert set(tried) == set(shipped)
+    assert [name for name in tried if not torch.equal(tried[name], shipped[name])] == []
 
 
 @pytest.mark.parametrize("arch", ["llama", "bert"])
@@ -57,7 +129,7 @@ def test_without_activations_it_is_compress_model_to_the_bit(
 ) -> None:
     model, calibration = loaded(tiny_model, arch)
     choices, dense = mixed(model), weights(model)
-    bench = Workbench(model, "nearest", quiet)
+    bench = Workbench(model, "nearest", quiet, **USUAL)
     with bench.trying():
         bench.settle(choices)
         tried = weights(model)
@@ -72,7 +144,7 @@ def test_the_way_to_a_choice_does_not_matter_and_errors_leave_a_dense_model(
 ) -> None:
     model, _ = loaded(tiny_model, "llama")
     dense, names = weights(model), [unit.name for unit in model.units]
-    bench = Workbench(model, "nearest", quiet)
+    bench = Workbench(model, "nearest", quiet, **USUAL)
     with bench.trying():
         for candidate in WIDTHS:
             bench.settle(dict.fromkeys(names, candidate))
@@ -92,8 +164,8 @@ def test_with_activations_the_first_block_is_that_of_compress_model(tiny_model: 
     """Later blocks differ: there the errors of those before are not seen."""
     model, calibration = loaded(tiny_model, "llama")
     choices = dict.fromkeys((unit.name for unit in model.units), Candidate(bits=3, group_size=16))
-    objective = objective_for(model.kind, model.config)
-    bench = workbench(model, calibration, objective, "gptq", seed=0, emit=quiet)
+    objective = choose_objective(model.kind, model.config)
+    bench = workbench(model, calibration, objective, "gptq", seed=0, emit=quiet, **USUAL)
     with bench.trying():
         bench.settle(choices)
         tried = weights(model)
@@ -110,7 +182,7 @@ def test_long_work_is_told_and_done_once(
     monkeypatch.setattr("cptq.compression.workbench.MANY", 3)
     model, _ = loaded(tiny_model, "llama")
     heard: list[Event] = []
-    bench = Workbench(model, "nearest", heard.append)
+    bench = Workbench(model, "nearest", heard.append, **USUAL)
     every = dict.fromkeys((unit.name for unit in model.units), WIDTHS[0])
     with bench.trying():
         bench.settle(every)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from cptq.calibration.objective import objective_for
+from cptq.calibration.objective import choose_objective
 from cptq.compression.workbench import Workbench
-from cptq.numerics.masks import magnitude_mask
+from cptq.numerics.masks import build_magnitude_mask
 from cptq.pipeline.bench import workbench
 from cptq.types import Candidate
 from tests.conftest import TinyModel
-from tests.unit.compression.test_workbench import carried_out, loaded, quiet, weights
+from tests.unit.compression.test_workbench import USUAL, carried_out, loaded, quiet, weights
 
 DENSE = Candidate(bits=16)
 
@@ -19,11 +19,13 @@ DENSE = Candidate(bits=16)
 @pytest.mark.parametrize("label", ["w4g16-2:4", "w3g16-s50"])
 def test_the_inputs_decide_what_stays(tiny_model: TinyModel, compressor: str, label: str) -> None:
     model, calibration = loaded(tiny_model, "llama")
-    objective, first = objective_for(model.kind, model.config), model.units[0]
+    objective, first = choose_objective(model.kind, model.config), model.units[0]
     before = weights(model)
     choices = {unit.name: DENSE for unit in model.units} | {first.name: Candidate.parse(label)}
-    bench = workbench(model, calibration, objective, compressor, sparse=True, seed=0, emit=quiet)
-    blind = Workbench(model, compressor, quiet)
+    bench = workbench(
+        model, calibration, objective, compressor, sparse=True, seed=0, emit=quiet, **USUAL
+    )
+    blind = Workbench(model, compressor, quiet, **USUAL)
     for each in (bench, blind):
         with each.trying():
             each.settle(choices)
@@ -36,6 +38,6 @@ def test_the_inputs_decide_what_stays(tiny_model: TinyModel, compressor: str, la
         assert zeros >= spec.numel // 2
         assert bool((tried[spec.name] == (done[spec.name] == 0)).all())
         if label.endswith("s50"):
-            kept = magnitude_mask(before[spec.name], 0.5)
+            kept = build_magnitude_mask(before[spec.name], 0.5)
             assert bool((gone[spec.name] | kept).all())  # without inputs by magnitude alone
     assert any(not bool((tried[name] == gone[name]).all()) for name in tried)

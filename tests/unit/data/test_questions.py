@@ -6,20 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from cptq.data.corpora import C4_FILE, load_corpus
+from cptq.data.corpora import C4_FILE, load_corpus, load_pages, split_pages
 from cptq.data.files import MissingDataError
-from cptq.data.pages import load_pages, split_pages
 from cptq.data.questions import load_questions
 from cptq.errors import DataError
 
 ROW = {"goal": "open", "sol1": "pull", "sol2": "push", "label": 0}
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("CPTQ_DATA", raising=False)
 
 
 def piqa(folder: Path, content: str | bytes) -> Path:
@@ -45,27 +37,27 @@ def test_the_digest_is_of_what_is_asked(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "named"),
     [
-        (b"", "is empty"),
-        (b"caf\xe9", "is not UTF-8: byte 0xe9 at offset 3"),
-        (b"{}\n", "line 1 lacks goal, sol1, sol2, label; allowed: the fields goal"),
-        (b"[1]\n", "line 1 is no JSON object"),
-        (b'{"goal": \n', "line 1 is not JSON"),
+        (b"", r"validation\.jsonl"),
+        (b"caf\xe9", "0xe9 at offset 3"),
+        (b"{}\n", "line 1 .*goal, sol1, sol2, label"),
+        (b"[1]\n", "line 1 .*object"),
+        (b'{"goal": \n', "line 1 .*JSON"),
     ],
 )
-def test_malformed_rows_are_one_sentence(tmp_path: Path, content: bytes, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+def test_malformed_rows_are_named(tmp_path: Path, content: bytes, named: str) -> None:
+    with pytest.raises(DataError, match=named):
         load_questions("piqa", data_dir=piqa(tmp_path, content))
 
 
-def test_what_is_nowhere_says_where_was_looked(tmp_path: Path) -> None:
-    with pytest.raises(MissingDataError, match=r"no hellaswag: no hellaswag/validation.jsonl in"):
+def test_missing_data_names_the_file_that_was_looked_for(tmp_path: Path) -> None:
+    with pytest.raises(MissingDataError, match=r"hellaswag/validation\.jsonl"):
         load_questions("hellaswag", data_dir=tmp_path)
     for name in ("wikitext103", "ptb", "c4"):
-        with pytest.raises(MissingDataError, match=f"no {name} text: no {name[:3]}"):
+        with pytest.raises(MissingDataError, match=f"no {name} .*{name[:3]}"):
             load_corpus(name, data_dir=tmp_path)
-    with pytest.raises(MissingDataError, match="no WikiText-2 pages"):
+    with pytest.raises(MissingDataError, match=r"wikitext-2-raw/wiki\.test\.raw"):
         load_pages("wikitext-rolling", data_dir=tmp_path, cache_dir=None, token=None)
 
 
@@ -80,7 +72,8 @@ def test_wikitext103_is_joined_as_wikitext_2_is(tmp_path: Path) -> None:
     (tmp_path / "wikitext-103" / "wiki.test.tokens").write_text(" \n = A = \n \n b <unk> \n")
     found = load_corpus("wikitext103", data_dir=tmp_path)
     assert found.text == "\n\n = A = \n\n\n\n\n b <unk> \n"
-    assert found.notes == ("the .tokens file of WikiText-103 has rare words as <unk>",)
+    assert len(found.notes) == 1
+    assert "<unk>" in found.notes[0]
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -96,7 +89,7 @@ def test_c4_is_its_first_1100_documents(tmp_path: Path, packed: bool) -> None:
         == 1105
     )
     place.write_bytes(b"broken")
-    with pytest.raises(DataError, match="is no JSON lines file with the key text"):
+    with pytest.raises(DataError, match="JSON lines"):
         load_corpus("c4", data_dir=tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""Loaded tiny models and a way to hear what is emitted."""
+"""Loaded tiny models, and data of every task in the original layouts."""
 
 from __future__ import annotations
 
@@ -11,26 +11,10 @@ import pytest
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import ModelSettings
-from cptq.types import Event, Notice
+from tests.tiny_models import SENTENCES
+from tests.unit.evaluation import task_data
 
 Load = Callable[..., LoadedModel]
-
-
-class Heard(list[Event]):
-    """An `emit` that keeps what it hears."""
-
-    def __call__(self, event: Event) -> None:
-        self.append(event)
-
-    @property
-    def notices(self) -> list[str]:
-        """The messages of the notices."""
-        return [event.message for event in self if isinstance(event, Notice)]
-
-
-@pytest.fixture
-def heard() -> Heard:
-    return Heard()
 
 
 @pytest.fixture
@@ -42,3 +26,17 @@ def load(tiny_model: Callable[..., Path]) -> Load:
         return load_model(ModelSettings(model=str(path), device="cpu"), lambda event: None)
 
     return make
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> str:
+    """The path of a text of a few sentences, three times over."""
+    path = tmp_path / "text.txt"
+    path.write_text("\n".join(SENTENCES * 3))
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def every_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A data directory that holds made-up data of every task."""
+    return task_data.write_all(tmp_path_factory.mktemp("data"))

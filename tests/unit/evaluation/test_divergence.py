@@ -10,31 +10,20 @@ import pytest
 import torch
 
 from cptq.config import EvalSettings, ModelSettings
-from cptq.evaluation import halves as halves_room
-from cptq.evaluation.divergence import Comparer, Keeper
-from cptq.evaluation.flips import with_flips
-from cptq.evaluation.options import EvalOptions
-from cptq.evaluation.run import evaluate
+from cptq.evaluation import split_model
+from cptq.evaluation.divergence import StateComparer, StateRecorder, estimate_quantile
+from cptq.evaluation.task import EvalOptions, evaluate
 from cptq.pipeline import evaluate as run
-from cptq.types import EvalResult
-from cptq.types.samples import pairs, ratios
 from tests.reference.likelihood import log_probabilities, naive_kl
-from tests.tiny_models import SENTENCES
-
-
-@pytest.fixture
-def file(tmp_path: Path) -> str:
-    path = tmp_path / "text.txt"
-    path.write_text("\n".join(SENTENCES))
-    return str(path)
+from tests.reference.quantiles import bootstrap_quantile_error, naive_quantile
 
 
 def compared(base, model, file: str, folder: Path, emit, **options):
-    keeper = Keeper(folder=folder)
+    recorder = StateRecorder(folder=folder)
     given = EvalOptions(seqlen=24, batch_size=2, **options)
-    evaluate(base, file, replace(given, beside=keeper), emit)
-    comparer = Comparer(kept=keeper.kept)
-    found = evaluate(model, file, replace(given, beside=comparer), emit)
+    evaluate(base, file, replace(given, observer=recorder), emit)
+    comparer = StateComparer(recorded=recorder.recorded)
+    found = evaluate(model, file, replace(given, observer=comparer), emit)
     return {result.metric: result for result in found}
 
 
@@ -82,13 +71,13 @@ def test_a_model_beside_itself_has_no_divergence(load, heard, tmp_path: Path, fi
     assert found["top1_agree"].value == 1
 
 
-def test_pieces_and_undivided_models_change_nothing(
+def test_chunks_and_models_that_cannot_be_split_change_nothing(
     load, heard, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, model = load("llama"), shaken(load("llama"))
     whole = compared(base, model, file, tmp_path, heard)
     monkeypatch.setattr("cptq.evaluation.divergence.LOGIT_ELEMENTS", 1)
-    monkeypatch.setattr(halves_room, "_head", lambda module: None)
+    monkeypatch.setattr(split_model, "_find_head", lambda module: None)
     again = compared(base, model, file, tmp_path, heard)
     for metric, result in whole.items():
         assert again[metric].value == pytest.approx(result.value, rel=1e-5)
@@ -105,13 +94,13 @@ def test_other_tokens_are_not_compared(load, heard, tmp_path: Path, file: str) -
     model = replace(load("llama"), tokenizer=Backwards())
     found = compared(base, model, file, tmp_path, heard)
     assert list(found) == ["perplexity"]
-    assert any("do not see the same tokens" in message for message in heard.notices)
+    assert any("tokens" in message for message in heard.notices)
 
 
 def test_other_vocabularies_are_not_compared(load, heard, tmp_path: Path, file: str) -> None:
     found = compared(load("llama"), load("llama", vocab_size=310), file, tmp_path, heard)
     assert "kl" not in found
-    assert any("vocabularies of 310 and 300 tokens" in message for message in heard.notices)
+    assert any("310 and 300" in message for message in heard.notices)
 
 
 def test_without_room_on_the_disk_nothing_is_compared(
@@ -120,13 +109,13 @@ def test_without_room_on_the_disk_nothing_is_compared(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
     found = compared(load("llama"), load("llama"), file, tmp_path, heard)
     assert "kl" not in found
-    assert any("temporary disk, and 1,000 are free" in message for message in heard.notices)
+    assert any("1,000 are free" in message for message in heard.notices)
 
 
 def test_with_a_stride_that_is_said(load, heard, tmp_path: Path, file: str) -> None:
     found = compared(load("llama"), load("llama"), file, tmp_path, heard, stride=7)
     assert "kl" not in found
-    assert any("without --stride" in message for message in heard.notices)
+    assert any("--stride" in message for message in heard.notices)
 
 
 def test_eval_with_a_baseline_reports_it(tiny_model, heard, file: str, tmp_path: Path) -> None:
@@ -143,33 +132,40 @@ def test_eval_with_a_baseline_reports_it(tiny_model, heard, file: str, tmp_path:
     assert [result.metric for result in summary.baseline] == metrics[:3]
 
 
-def answered(metric: str, per_sample, fingerprint: str = "f") -> EvalResult:
-    return EvalResult(
-        task="piqa",
-        version=1,
-        metric=metric,
-        value=0.5,
-        unit="of questions",
-        higher_is_better=True,
-        samples=4,
-        seconds=1.0,
-        data_fingerprint=fingerprint,
-        per_sample=per_sample,
+def drawn(windows: int, tokens: int, spread: float, seed: int) -> np.ndarray:
+    """Heavy tails, as KL has, each window with a level of its own."""
+    generator = np.random.default_rng(seed)
+    level_N = np.exp(spread * generator.normal(size=(windows, 1)))
+    return level_N * generator.exponential(size=(windows, tokens)) ** 2
+
+
+@pytest.mark.parametrize(("level", "spread"), [(0.5, 0.7), (0.9, 0.0), (0.9, 0.7)])
+def test_the_error_is_that_of_the_bootstrap_over_windows(level: float, spread: float) -> None:
+    values_NT = drawn(61, 37, spread, 1)
+    found = estimate_quantile(values_NT, level)
+    assert found.value == pytest.approx(naive_quantile(values_NT.ravel().tolist(), level))
+    slow = bootstrap_quantile_error(values_NT.tolist(), level, 300, 0)
+    assert found.stderr == pytest.approx(slow, rel=0.25)
+
+
+@pytest.mark.parametrize(("windows", "level"), [(80, 0.99), (200, 0.999)])
+def test_the_error_is_the_spread_over_texts(windows: int, level: float) -> None:
+    """Not of resamples: of new texts, windows and all."""
+    estimates = [estimate_quantile(drawn(windows, 50, 0.5, seed), level) for seed in range(300)]
+    truth = np.std([found.value for found in estimates])
+    assert np.mean([found.stderr for found in estimates]) == pytest.approx(truth, rel=0.2)
+
+
+def test_windows_that_are_alike_count_once() -> None:
+    """The same tokens in ten copies within each window tell no more."""
+    once = drawn(61, 37, 0.5, 3)
+    assert estimate_quantile(np.repeat(once, 10, 1), 0.9).stderr == pytest.approx(
+        estimate_quantile(once, 0.9).stderr, rel=0.05
     )
 
 
-def test_flips_by_hand() -> None:
-    ours, theirs = answered("acc", ratios([1, 0, 1, 0])), answered("acc", ratios([0, 1, 1, 0]))
-    acc, flips = with_flips([ours], [theirs])
-    assert acc is ours
-    assert (flips.metric, flips.value, flips.higher_is_better) == ("flips", 0.5, False)
-    assert flips.stderr == pytest.approx(np.std([1, 1, 0, 0], ddof=1) / 2)
-    classes = pairs([0, 1, 2, 1], [0, 1, 1, 0]), pairs([0, 1, 2, 1], [0, 0, 1, 1])
-    flips = with_flips([answered("accuracy", classes[0])], [answered("accuracy", classes[1])])[1]
-    assert flips.value == 0.5
-
-
-def test_other_samples_have_no_flips() -> None:
-    ours = answered("acc", ratios([1, 0]))
-    for other in (answered("acc", ratios([1, 0]), "g"), answered("acc", None)):
-        assert with_flips([ours], [other]) == (ours,)
+def test_too_few_windows_have_no_error() -> None:
+    assert estimate_quantile(drawn(1, 50, 0.0, 0), 0.9).stderr is None
+    assert estimate_quantile(drawn(3, 50, 0.0, 0), 0.999).stderr is None
+    nothing = estimate_quantile(np.zeros((4, 7)), 0.99)
+    assert (nothing.value, nothing.stderr) == (0.0, 0.0)

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 from cptq.errors import EvaluationError
-from cptq.evaluation import probe
-from cptq.evaluation.footprint import measure_footprint, weight_bytes
-from cptq.evaluation.options import EvalOptions
-from cptq.evaluation.run import evaluate
+from cptq.evaluation import footprint_process
+from cptq.evaluation.task import EvalOptions, evaluate
+from cptq.evaluation.tasks.footprint import count_weight_bytes, measure_footprint
 
 NUMBERS = {
     "load_seconds": 1.0,
@@ -32,12 +31,12 @@ def test_weight_bytes_are_those_of_the_shards(tiny_model: Callable[..., Path]) -
     path = tiny_model("llama", shards=True)
     shards = sorted(path.glob("*.safetensors"))
     assert len(shards) > 1
-    assert weight_bytes(path) == sum(len(shard.read_bytes()) for shard in shards)
+    assert count_weight_bytes(path) == sum(len(shard.read_bytes()) for shard in shards)
 
 
 def test_pickled_weights_count_where_there_are_no_others(tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(b"12345")
-    assert weight_bytes(tmp_path) == 5
+    assert count_weight_bytes(tmp_path) == 5
 
 
 def test_results_by_task(load, heard, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +72,7 @@ def test_a_failing_process_is_one_sentence(load, heard, monkeypatch) -> None:
         raise subprocess.CalledProcessError(1, command, stderr="Traceback\nValueError: no\n")
 
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(EvaluationError, match=r"a fresh process cannot run .*: ValueError: no"):
+    with pytest.raises(EvaluationError, match="ValueError: no"):
         measure_footprint(load("llama"), EvalOptions(), heard)
 
 
@@ -90,19 +89,19 @@ def test_the_task_in_a_fresh_process(load, heard, arch: str) -> None:
 
 def test_the_prompt_leaves_room_for_new_tokens(load) -> None:
     module = load("llama").module
-    assert probe.prompt(module, 2, "cpu").shape == (2, probe.PROMPT)
+    assert footprint_process.make_prompt(module, 2, "cpu").shape == (2, footprint_process.PROMPT)
     module.config.max_position_embeddings = 40
-    assert probe.prompt(module, 1, "cpu").shape == (1, 8)
+    assert footprint_process.make_prompt(module, 1, "cpu").shape == (1, 8)
 
 
 def test_decoding_and_encoding_count_tokens(load, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter(float(i) for i in range(1000))
-    monkeypatch.setattr(probe, "seconds_now", lambda device: next(clock))
+    monkeypatch.setattr(footprint_process, "read_clock", lambda device: next(clock))
     ids = torch.ones(1, 5, dtype=torch.int64)
     with torch.inference_mode():
-        found = probe.decoding(load("llama").module, ids)
+        found = footprint_process.time_decoding(load("llama").module, ids)
         assert (found["prefill_tokens_per_second"], found["decode_tokens_per_second"]) == (5, 32)
-        found = probe.encoding(load("bert").module, ids.repeat(3, 1))
+        found = footprint_process.time_forward(load("bert").module, ids.repeat(3, 1))
         assert (found["tokens_per_second"], found["rows_per_second"]) == (15, 3)
 
 
@@ -111,23 +110,27 @@ def test_the_error_of_a_speed_is_that_of_a_median() -> None:
     generator, errors = np.random.default_rng(0), []
     times_RN = generator.normal(2.0, 0.1, size=(4000, 5))
     for times in times_RN[:500]:
-        found = probe.rate("speed", 10, times.tolist())
+        found = footprint_process.compute_rate("speed", 10, times.tolist())
         assert found["speed"] == pytest.approx(10 / np.median(times))
         errors.append(found["speed_stderr"])
     truth = (10 / np.median(times_RN, 1)).std()
     assert np.mean(errors) == pytest.approx(truth, rel=0.1)
-    assert probe.rate("speed", 10, [2.0]) == {"speed": 5.0}
+    assert footprint_process.compute_rate("speed", 10, [2.0]) == {"speed": 5.0}
 
 
 def test_a_slow_model_is_not_repeated(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    probe.repeat(lambda: calls.append(1))
-    assert len(calls) == 1 + probe.REPEATS
-    monkeypatch.setattr(probe, "BUDGET_SECONDS", -1.0)
+    footprint_process.repeat(lambda: calls.append(1))
+    assert len(calls) == 1 + footprint_process.REPEATS
+    monkeypatch.setattr(footprint_process, "BUDGET_SECONDS", -1.0)
     calls.clear()
-    probe.repeat(lambda: calls.append(1))
+    footprint_process.repeat(lambda: calls.append(1))
     assert len(calls) == 1
 
 
 def test_resident_memory_is_that_of_this_process() -> None:
-    assert 2**20 < probe.resident_bytes("VmRSS") <= probe.resident_bytes("VmHWM")
+    assert (
+        2**20
+        < footprint_process.read_resident_bytes("VmRSS")
+        <= footprint_process.read_resident_bytes("VmHWM")
+    )

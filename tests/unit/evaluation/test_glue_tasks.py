@@ -11,8 +11,7 @@ import torch
 from torch import nn
 
 from cptq.errors import EvaluationError
-from cptq.evaluation.options import EvalOptions
-from cptq.evaluation.run import evaluate
+from cptq.evaluation.task import EvalOptions, evaluate
 
 POSITIVE = [1, 1, 1, 0, 0, 1, 0, 1, 1, 0, 1, 0]  # what the oracle below says
 LABELS = [1, 1, 1, 0, 0, 0, 1, 1, 1, 0, 1, 1]  # 6 TP, 3 TN, 1 FP, 2 FN
@@ -64,7 +63,7 @@ def test_sst2_is_the_hand_made_accuracy(load, heard, glue: Path) -> None:
     assert (found.metric, found.value, found.samples) == ("accuracy", 9 / 12, 12)
     assert found.stderr == pytest.approx(math.sqrt(0.75 * 0.25 / 12))
     assert found.higher_is_better
-    assert any("are taken for negative, positive" in message for message in heard.notices)
+    assert any("LABEL_0, LABEL_1" in message for message in heard.notices)
 
 
 def test_cola_is_the_hand_made_matthews(load, heard, glue: Path) -> None:
@@ -125,18 +124,18 @@ def test_constant_predictions_are_said(load, heard, glue: Path) -> None:
     model.module.yes = -1
     found = evaluate(model, "glue/cola", EvalOptions(data_dir=glue), heard)
     assert found[0].value == 0
-    assert any("all 12 predictions are the same" in message for message in heard.notices)
+    assert any("12 predictions" in message for message in heard.notices)
 
 
 def test_mismatches_are_refused(load, heard, glue: Path) -> None:
     options = EvalOptions(data_dir=glue)
-    with pytest.raises(EvaluationError, match="has 3 labels"):
+    with pytest.raises(EvaluationError, match="3 labels"):
         evaluate(oracle(load, 3), "glue/sst2", options, heard)
-    with pytest.raises(EvaluationError, match="has 2 outputs; allowed: one"):
+    with pytest.raises(EvaluationError, match="2 outputs"):
         evaluate(oracle(load), "glue/stsb", options, heard)
-    with pytest.raises(EvaluationError, match="is for a causal-lm"):
+    with pytest.raises(EvaluationError, match="causal-lm"):
         evaluate(load("bert"), "wikitext", options, heard)
-    with pytest.raises(EvaluationError, match="is for a classifier"):
+    with pytest.raises(EvaluationError, match="classifier"):
         evaluate(load("llama"), "glue/sst2", options, heard)
 
 

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cptq.evaluation.options import EvalOptions
-from cptq.evaluation.run import evaluate
+from cptq.evaluation.task import EvalOptions, evaluate
 from tests.tiny_models import SENTENCES
 
 TASKS = [("llama", "text"), ("opt", "rolled"), ("gpt2", "piqa"), ("llama", "sst2")]

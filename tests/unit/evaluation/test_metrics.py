@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 from cptq.evaluation.metrics import (
     METRICS,
     accuracy,
-    bootstrap_error,
+    bootstrap_standard_error,
+    estimate_standard_error,
     is_constant,
     matthews,
     pearson,
     spearman,
-    standard_error,
 )
 
 
@@ -68,8 +68,10 @@ def test_a_constant_side_is_told() -> None:
 
 def test_the_error_of_an_accuracy_is_binomial() -> None:
     labels, predictions = np.array([1.0] * 100), np.array([1.0] * 80 + [0.0] * 20)
-    assert standard_error("accuracy", labels, predictions, 0) == pytest.approx(0.04)
-    assert bootstrap_error("accuracy", labels, predictions, 0) == pytest.approx(0.04, rel=0.15)
+    assert estimate_standard_error("accuracy", labels, predictions, 0) == pytest.approx(0.04)
+    assert bootstrap_standard_error("accuracy", labels, predictions, 0) == pytest.approx(
+        0.04, rel=0.15
+    )
 
 
 @pytest.mark.parametrize("name", METRICS)
@@ -77,11 +79,11 @@ def test_errors_follow_the_seed(name: str) -> None:
     draw = np.random.default_rng(1)
     labels = draw.integers(2, size=150).astype(float)
     predictions = np.where(draw.random(150) < 0.8, labels, 1 - labels)
-    first = standard_error(name, labels, predictions, 0)
-    assert first == standard_error(name, labels, predictions, 0)
+    first = estimate_standard_error(name, labels, predictions, 0)
+    assert first == estimate_standard_error(name, labels, predictions, 0)
     assert first is not None
     assert 0 < first < 0.2
-    assert standard_error(name, labels[:1], predictions[:1], 0) is None
+    assert estimate_standard_error(name, labels[:1], predictions[:1], 0) is None
 
 
 def test_the_error_of_a_correlation_is_near_its_theory() -> None:
@@ -90,4 +92,4 @@ def test_the_error_of_a_correlation_is_near_its_theory() -> None:
     a = draw.normal(size=400)
     b = a + draw.normal(size=400)
     expected = (1 - pearson(a, b) ** 2) / math.sqrt(400)
-    assert standard_error("pearson", a, b, 0) == pytest.approx(expected, rel=0.2)
+    assert estimate_standard_error("pearson", a, b, 0) == pytest.approx(expected, rel=0.2)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cptq.errors import DataError, EvaluationError, UnknownNameError
-from cptq.evaluation import TASK_KINDS, TASKS, check_task, check_task_kind, tasks_for
+from cptq.evaluation import TASK_KINDS, TASKS, check_task, check_task_kind, list_tasks
 
 
 def test_names_are_checked_without_torch() -> None:
@@ -19,13 +19,14 @@ def test_names_are_checked_without_torch() -> None:
 
 
 def test_every_task_is_there_and_says_for_whom() -> None:
-    assert list(TASK_KINDS) == TASKS.names()
+    assert list(TASK_KINDS) == TASKS.list_names()
     assert all(callable(TASKS.get(name)) for name in TASKS)
 
 
 def test_an_unknown_task_is_answered_with_the_nearest() -> None:
-    with pytest.raises(UnknownNameError, match=r"'wikitex'.*did you mean 'wikitext'"):
+    with pytest.raises(UnknownNameError, match="'wikitex'") as caught:
         check_task("wikitex")
+    assert "'wikitext'" in str(caught.value.hint)
 
 
 def test_a_file_is_a_task_by_its_path_or_with_a_prefix(tmp_path: Path) -> None:
@@ -41,8 +42,8 @@ def test_a_file_is_a_task_by_its_path_or_with_a_prefix(tmp_path: Path) -> None:
 def test_a_classifier_is_refused_wikitext_and_told_what_it_can_do() -> None:
     with pytest.raises(EvaluationError) as caught:
         check_task_kind("wikitext", "classifier")
-    assert str(caught.value) == (
-        "the task wikitext is for a causal-lm, and this model is a classifier; allowed: "
+    assert all(word in caught.value.problem for word in ("wikitext", "causal-lm", "classifier"))
+    assert caught.value.allowed == (
         "glue/cola, glue/sst2, glue/mrpc, glue/stsb, glue/stsb-test, glue/qqp, glue/mnli, "
         "glue/mnli-mm, glue/qnli, glue/rte, glue/wnli, glue/ax, footprint for a classifier"
     )
@@ -51,15 +52,15 @@ def test_a_classifier_is_refused_wikitext_and_told_what_it_can_do() -> None:
 def test_a_causal_lm_is_refused_glue() -> None:
     with pytest.raises(EvaluationError) as caught:
         check_task_kind("glue/sst2", "causal-lm")
-    message = str(caught.value)
-    assert "allowed: wikitext, wikitext103, ptb, c4, pydoc, wikitext-rolling" in message
-    assert "footprint, text:PATH for a causal-lm" in message
-    assert caught.value.hint == "for a causal-lm it is the task sst2"
+    allowed = str(caught.value.allowed)
+    assert allowed.startswith("wikitext, wikitext103, ptb, c4, pydoc, wikitext-rolling")
+    assert allowed.endswith("footprint, text:PATH for a causal-lm")
+    assert str(caught.value.hint).endswith("the task sst2 for a causal-lm")
     with pytest.raises(EvaluationError) as caught:
         check_task_kind("mnli_mismatch", "classifier")
-    assert caught.value.hint == "for a classifier it is the task glue/mnli-mm"
+    assert str(caught.value.hint).endswith("the task glue/mnli-mm for a classifier")
     with pytest.raises(EvaluationError) as caught:
         check_task_kind("hellaswag", "classifier")
     assert caught.value.hint is None
-    assert tasks_for("masked-lm") == ["glue/stsb", "glue/stsb-test", "footprint"]
-    assert tasks_for("encoder") == ["glue/stsb", "glue/stsb-test", "footprint"]
+    assert list_tasks("masked-lm") == ["glue/stsb", "glue/stsb-test", "footprint"]
+    assert list_tasks("encoder") == ["glue/stsb", "glue/stsb-test", "footprint"]

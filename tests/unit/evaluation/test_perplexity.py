@@ -12,14 +12,14 @@ from cptq.evaluation import perplexity as room
 from cptq.evaluation.perplexity import (
     Estimate,
     Tokens,
-    bits,
-    counts_between,
+    convert_to_bits,
+    count_words_and_bytes,
     cut_windows,
-    exponential,
-    ratio,
+    estimate_ratio,
+    exponentiate,
+    measure_nll,
     sum_nll,
     tokenize,
-    window_nll,
 )
 from tests.reference.perplexity import naive_nll, naive_perplexity
 from tests.tiny_models import EXACT_ARCHITECTURES, SENTENCES, tiny_tokenizer
@@ -30,12 +30,12 @@ CPU = torch.device("cpu")
 
 def counts_per_window(tokens: Tokens, windows: int, seqlen: int):
     first_N = np.arange(windows) * seqlen
-    return counts_between(tokens, first_N, first_N + seqlen - 1)
+    return count_words_and_bytes(tokens, first_N, first_N + seqlen - 1)
 
 
 def measured(module: nn.Module, ids: Tensor, seqlen: int, batch_size: int = 3) -> list[float]:
     windows_NT = cut_windows(ids, seqlen)
-    return window_nll(module, windows_NT, batch_size=batch_size, device=CPU).tolist()
+    return measure_nll(module, windows_NT, batch_size=batch_size, device=CPU).tolist()
 
 
 @pytest.mark.parametrize("arch", EXACT_ARCHITECTURES)
@@ -52,7 +52,7 @@ def test_a_trained_model_on_a_story_equals_the_naive_one(load, stories: Path) ->
     story = "Once upon a time, there was a little girl named Lily. She loved to play outside. " * 9
     ids = tokenize(model.tokenizer, story).ids
     nll_N = np.array(measured(model.module, ids, 61))
-    value = exponential(ratio(nll_N, np.full(len(nll_N), 60))).value
+    value = exponentiate(estimate_ratio(nll_N, np.full(len(nll_N), 60))).value
     assert value == pytest.approx(naive_perplexity(model.module, ids.tolist(), 61), rel=1e-6)
     assert value < 10  # it knows stories: half its tokens are guessed
 
@@ -62,7 +62,7 @@ def test_a_uniform_model_has_the_perplexity_of_its_vocabulary(load, seqlen: int)
     model = load("llama", tied=False)
     nn.init.zeros_(model.module.lm_head.weight)
     nll_N = np.array(measured(model.module, torch.arange(130), seqlen))
-    estimate = exponential(ratio(nll_N, np.full(len(nll_N), seqlen - 1)))
+    estimate = exponentiate(estimate_ratio(nll_N, np.full(len(nll_N), seqlen - 1)))
     assert estimate.value == pytest.approx(model.config.vocab_size, rel=1e-6)
     assert estimate.stderr == pytest.approx(0, abs=1e-3)
 
@@ -139,15 +139,15 @@ def test_one_window_over_all_counts_all_words_but_those_of_its_first_token() -> 
 
 def test_the_ratio_and_its_error_by_hand() -> None:
     nll_N = np.array([4.0, 8.0, 6.0])
-    estimate = ratio(nll_N, np.array([2, 2, 2]))
+    estimate = estimate_ratio(nll_N, np.array([2, 2, 2]))
     assert estimate.value == 3.0
     assert estimate.stderr == pytest.approx(np.std(nll_N / 2, ddof=1) / math.sqrt(3))
-    assert ratio(nll_N[:1], np.array([2])) == Estimate(value=2.0, stderr=None)
+    assert estimate_ratio(nll_N[:1], np.array([2])) == Estimate(value=2.0, stderr=None)
 
 
 def test_exponentials_and_bits() -> None:
-    found = exponential(Estimate(value=math.log(20), stderr=0.1))
+    found = exponentiate(Estimate(value=math.log(20), stderr=0.1))
     assert (found.value, found.stderr) == (pytest.approx(20), pytest.approx(2.0))
-    assert exponential(Estimate(value=1e5, stderr=1.0)) == Estimate(value=math.inf, stderr=None)
-    found = bits(Estimate(value=math.log(8), stderr=math.log(2)))
+    assert exponentiate(Estimate(value=1e5, stderr=1.0)) == Estimate(value=math.inf, stderr=None)
+    found = convert_to_bits(Estimate(value=math.log(8), stderr=math.log(2)))
     assert (found.value, found.stderr) == (pytest.approx(3), pytest.approx(1))

@@ -1,82 +1,19 @@
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
-from cptq.data.questions import SOURCES
 from cptq.errors import DataError
 from cptq.evaluation.continuations import Encoder, Scores
-from cptq.evaluation.options import EvalOptions
-from cptq.evaluation.prompts import FORMATS, GLUE_FORMATS, Question, glue_question
-from cptq.evaluation.run import evaluate
-from cptq.evaluation.tasks.zeroshot import predictions
+from cptq.evaluation.prompts import FORMATS, GLUE_FORMATS, Question, build_glue_question
+from cptq.evaluation.task import EvalOptions, evaluate
+from cptq.evaluation.tasks.zeroshot import pick_choices
 from tests.reference.likelihood import naive_score
-
-LETTERS = {"text": ["red", "blue"], "label": ["A", "B"]}
-#: a row of each set, and its first and last (context, continuation), lengths and answer
-ROWS: dict[str, tuple[dict[str, Any], tuple[str, str], tuple[str, str], tuple[int, ...], int]] = {
-    "hellaswag": (
-        {
-            "activity_label": "Baking",
-            "ctx_a": "A man  cooks.",
-            "ctx_b": "he THEN",
-            "endings": ["eats. [title] End [step] it", " runs"],
-            "label": "1",
-        },
-        ("Baking: A man cooks. He then", " eats.. End it"),
-        ("Baking: A man cooks. He then", " runs"),
-        (13, 4),
-        1,
-    ),
-    "piqa": (
-        {"goal": "open it", "sol1": "pull", "sol2": "push it", "label": 0},
-        ("Question: open it\nAnswer:", " pull"),
-        ("Question: open it\nAnswer:", " push it"),
-        (4, 7),
-        0,
-    ),
-    "arc_easy": (
-        {"question": "Which?", "choices": LETTERS, "answerKey": "B"},
-        ("Question: Which?\nAnswer:", " red"),
-        ("Question: Which?\nAnswer:", " blue"),
-        (3, 4),
-        1,
-    ),
-    "openbookqa": (
-        {"question_stem": "The sky is", "choices": LETTERS, "answerKey": " B"},
-        ("The sky is", " red"),
-        ("The sky is", " blue"),
-        (3, 4),
-        1,
-    ),
-    "winogrande": (
-        {"sentence": "Ann met Bo, and _ left. ", "option1": "Ann", "option2": "Bo", "answer": "2"},
-        ("Ann met Bo, and Ann", " left."),
-        ("Ann met Bo, and Bo", " left."),
-        (19, 18),
-        1,
-    ),
-    "boolq": (
-        {"passage": "It rains.", "question": "is it wet", "label": 1},
-        ("It rains.\nQuestion: is it wet?\nAnswer:", " no"),
-        ("It rains.\nQuestion: is it wet?\nAnswer:", " yes"),
-        (2, 3),
-        1,
-    ),
-    "lambada_openai": (
-        {"text": "so he went home"},
-        ("so he went", " home"),
-        ("so he went", " home"),
-        (4,),
-        0,
-    ),
-}
+from tests.unit.evaluation.task_data import LETTERS, ROWS, write_questions
 
 
 @pytest.mark.parametrize("name", ROWS)
@@ -113,21 +50,14 @@ def test_questions_are_worded_as_the_harness_words_them(name: str) -> None:
 )
 def test_glue_is_worded_as_the_harness_words_it(name, sentences, context) -> None:
     form = GLUE_FORMATS[name]
-    question = glue_question(form, sentences, 1)
+    question = build_glue_question(form, sentences, 1)
     assert question.pairs == tuple((context, f" {choice}") for choice in form.choices)
     assert question.gold == 1
 
 
-def written(folder: Path, name: str, rows: list[Any]) -> Path:
-    place = folder / name / f"{SOURCES[name].part}.jsonl"
-    place.parent.mkdir()
-    place.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
 def naive_choices(model, questions: list[Question]) -> list[list[float]]:
     encoder = Encoder(model, "a task")
-    asked = [[encoder.request(*pair) for pair in question.pairs] for question in questions]
+    asked = [[encoder.build_request(*pair) for pair in question.pairs] for question in questions]
     return [
         [naive_score(model.module, r.context, r.continuation, 256)[0] for r in rows]
         for rows in asked
@@ -148,7 +78,7 @@ def test_a_model_is_scored_by_its_likeliest_choices(
         for i, a in enumerate(words)
         for j, b in enumerate(words)
     ]
-    model, data = load("llama"), written(tmp_path, "arc_easy", rows)
+    model, data = load("llama"), write_questions(tmp_path, "arc_easy", rows)
     options = EvalOptions(data_dir=data, batch_size=batch_size)
     acc, norm = evaluate(model, "arc_easy", options, heard)
     questions = [FORMATS["arc_easy"].ask(row) for row in rows]
@@ -177,7 +107,7 @@ def test_lambada_is_greedy_or_not_and_perplexed(load, heard, tmp_path: Path) -> 
     acc, perplexity = evaluate(
         model,
         "lambada_openai",
-        EvalOptions(data_dir=written(tmp_path, "lambada_openai", rows)),
+        EvalOptions(data_dir=write_questions(tmp_path, "lambada_openai", rows)),
         heard,
     )
     scores = naive_choices(model, [FORMATS["lambada_openai"].ask(row) for row in rows])
@@ -197,7 +127,7 @@ def test_glue_from_its_own_files(load, heard, tmp_path: Path) -> None:
     model = load("gpt2")
     (acc,) = evaluate(model, "sst2", EvalOptions(data_dir=tmp_path), heard)
     questions = [
-        glue_question(GLUE_FORMATS["sst2"], (f"film {'so ' * i}good",), label)
+        build_glue_question(GLUE_FORMATS["sst2"], (f"film {'so ' * i}good",), label)
         for i, label in enumerate(labels)
     ]
     picked = [row.index(max(row)) for row in naive_choices(model, questions)]
@@ -210,15 +140,15 @@ def test_glue_from_its_own_files(load, heard, tmp_path: Path) -> None:
 def test_ties_go_to_the_first_and_length_divides() -> None:
     question = Question(pairs=(("a", " b"), ("a", " cccc")), lengths=(1, 4), gold=0)
     greedy = torch.zeros(2).bool()
-    scores = Scores(loglikelihood=torch.tensor([-2.0, -4.0]), greedy=greedy, truncated=0)
-    assert predictions([question], scores, by_length=False).tolist() == [0]
-    assert predictions([question], scores, by_length=True).tolist() == [1]
-    same = Scores(loglikelihood=torch.tensor([-2.0, -2.0]), greedy=greedy, truncated=0)
-    assert predictions([question], same, by_length=False).tolist() == [0]
+    scores = Scores(loglikelihood=torch.tensor([-2.0, -4.0]), greedy=greedy)
+    assert pick_choices([question], scores, by_length=False).tolist() == [0]
+    assert pick_choices([question], scores, by_length=True).tolist() == [1]
+    same = Scores(loglikelihood=torch.tensor([-2.0, -2.0]), greedy=greedy)
+    assert pick_choices([question], same, by_length=False).tolist() == [0]
 
 
-def test_a_row_that_is_no_question_is_named(load, heard, tmp_path: Path) -> None:
+def test_a_row_that_is_not_a_question_is_named(load, heard, tmp_path: Path) -> None:
     row = {"question": "Which?", "choices": LETTERS, "answerKey": "E"}
-    data = written(tmp_path, "arc_challenge", [row])
-    with pytest.raises(DataError, match=r"test.jsonl line 1 is no question of arc_challenge"):
+    data = write_questions(tmp_path, "arc_challenge", [row])
+    with pytest.raises(DataError, match=r"test\.jsonl line 1 .*arc_challenge"):
         evaluate(load("llama"), "arc_challenge", EvalOptions(data_dir=data), heard)

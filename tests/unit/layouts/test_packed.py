@@ -12,7 +12,7 @@ from cptq.layouts.packed import (
     stored_count,
     unfit,
 )
-from cptq.numerics.masks import magnitude_mask
+from cptq.numerics.masks import build_magnitude_mask
 from cptq.types import Candidate, LayerKind, LayerSpec
 
 
@@ -41,7 +41,7 @@ def test_as_many_weights_are_stored_as_a_mask_keeps(
 ) -> None:
     W_OI = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     scheme = Candidate(bits=4, sparsity=sparsity, pattern="unstructured")
-    assert stored_count(shape, scheme) == int(magnitude_mask(W_OI, sparsity).sum())
+    assert stored_count(shape, scheme) == int(build_magnitude_mask(W_OI, sparsity).sum())
 
 
 @pytest.mark.parametrize(

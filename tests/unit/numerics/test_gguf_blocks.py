@@ -8,9 +8,8 @@ import pytest
 import torch
 
 from cptq.layouts.gguf import BLOCK_BYTES, type_of
-from cptq.numerics.gguf_blocks import half_holds, pack_blocks
-from cptq.numerics.grid import code_range
-from cptq.numerics.half_offset import offset_precision, rounded_to
+from cptq.numerics.gguf_blocks import fits_float16, pack_blocks
+from cptq.numerics.grid import code_range, count_scale_bits, round_to_precision
 from cptq.types import Candidate
 from tests.reference.gguf_blocks import unpack_block
 
@@ -35,7 +34,7 @@ def drawn_asymmetric(
     generator = torch.Generator().manual_seed(bits)
     zero = torch.randint(low, high + 1, scale.shape, generator=generator).to(torch.int8)
     zero[0, 0] = high
-    return codes, rounded_to(scale, offset_precision(zero, bits)), zero
+    return codes, round_to_precision(scale, count_scale_bits(zero, bits)), zero
 
 
 def weights(
@@ -102,11 +101,11 @@ def test_the_library_knows_the_same_sizes() -> None:
 def test_a_minimum_that_float16_rounds_is_refused() -> None:
     codes, scale = torch.zeros(1, 32, dtype=torch.int8), torch.full((1, 1), 1 + 2.0**-10)
     zero = torch.full((1, 1), -5, dtype=torch.int8)  # 3 * (1 + 2^-10) has 12 significant bits
-    with pytest.raises(ValueError, match="minimum is not exact"):
+    with pytest.raises(ValueError, match="float16"):
         pack_blocks(codes, scale, "Q4_1", zero)
-    with pytest.raises(ValueError, match="Q4_0 holds no minimum"):
+    with pytest.raises(ValueError, match="Q4_0"):
         pack_blocks(codes, scale, "Q4_0", zero)
-    with pytest.raises(ValueError, match="Q5_1 holds a minimum"):
+    with pytest.raises(ValueError, match="Q5_1"):
         pack_blocks(codes, scale, "Q5_1")
 
 
@@ -124,12 +123,12 @@ def test_a_minimum_that_float16_rounds_is_refused() -> None:
 def test_what_a_block_cannot_hold_is_refused(
     codes: torch.Tensor, scale: torch.Tensor, kind: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"blocks of 32|outside|float16"):
+    with pytest.raises(ValueError, match=r"\b32\b|\[-\d+, \d+\]|float16"):
         pack_blocks(codes, scale, kind)
 
 
 def test_bfloat16_scales_are_exact_down_to_their_bound() -> None:
     exponents = torch.arange(-17.0, 16.0)
     scale = (1 + 127 / 128) * torch.exp2(exponents)
-    assert half_holds(scale.to(torch.bfloat16)[None])
-    assert not half_holds(torch.tensor([[2.0**-18 * (1 + 1 / 128)]]).to(torch.bfloat16))
+    assert fits_float16(scale.to(torch.bfloat16)[None])
+    assert not fits_float16(torch.tensor([[2.0**-18 * (1 + 1 / 128)]]).to(torch.bfloat16))

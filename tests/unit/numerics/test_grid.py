@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cptq.numerics import grid
-from cptq.numerics.grid import code_range, dequantize, fit_scales, quantize_nearest
+from cptq.numerics.grid import code_range, dequantize, fit_grid, quantize_nearest
 from tests.reference import grid as truth
 
 BITS = range(2, 9)
@@ -23,7 +23,7 @@ def weights(out: int, features: int, seed: int = 0) -> Tensor:
 
 def group_errors(W_OI: Tensor, codes_OI: Tensor, scale_OG: Tensor, h_I: Tensor) -> Tensor:
     """Weighted squared error of each group, (out * groups,)."""
-    D_OI = W_OI - dequantize(codes_OI, scale_OG, torch.float64)
+    D_OI = W_OI - dequantize(codes_OI, scale_OG, dtype=torch.float64)
     return (D_OI.square() * h_I).view(scale_OG.numel(), -1).sum(1)
 
 
@@ -34,7 +34,7 @@ def test_every_code_is_the_nearest_on_the_stored_scale(
     bits: int, out: int, features: int, group: int, scale_dtype: torch.dtype
 ) -> None:
     W_OI = weights(out, features)
-    codes_OI, scale_OG = quantize_nearest(W_OI, bits, group, scale_dtype=scale_dtype)
+    codes_OI, scale_OG, _ = quantize_nearest(W_OI, bits, group, scale_dtype=scale_dtype)
     assert codes_OI.dtype is torch.int8
     assert codes_OI.shape == W_OI.shape
     assert scale_OG.dtype is scale_dtype
@@ -55,7 +55,7 @@ def test_scales_are_near_the_best_of_all(bits: int, slack: float, weighted: bool
     group = 12
     W_OI = weights(5, 24)
     h_I = weights(1, 24, seed=1)[0].abs() + 0.01 if weighted else torch.ones(24).double()
-    codes_OI, scale_OG = quantize_nearest(
+    codes_OI, scale_OG, _ = quantize_nearest(
         W_OI, bits, group, scale_dtype=torch.float64, importance_I=h_I if weighted else None
     )
     found = group_errors(W_OI, codes_OI, scale_OG, h_I)
@@ -78,7 +78,7 @@ def test_searching_is_never_worse_than_the_full_range(
     h_I = weights(1, 48, seed=1)[0].abs() if weighted else torch.ones(48).double()
     errors = []
     for clip in (True, False):
-        codes_OI, scale_OG = quantize_nearest(
+        codes_OI, scale_OG, _ = quantize_nearest(
             W_OI, bits, group, clip=clip, scale_dtype=torch.float64, importance_I=h_I
         )
         errors.append(group_errors(W_OI, codes_OI, scale_OG, h_I))
@@ -93,15 +93,17 @@ def test_searching_pays_in_half_precision_too(bits: int, dtype: torch.dtype) -> 
     W_OI = weights(40, 48).float()
     errors = []
     for clip in (True, False):
-        codes_OI, scale_OG = quantize_nearest(W_OI, bits, 16, clip=clip, scale_dtype=dtype)
-        errors.append(float((W_OI - dequantize(codes_OI, scale_OG, torch.float32)).square().sum()))
+        codes_OI, scale_OG, _ = quantize_nearest(W_OI, bits, 16, clip=clip, scale_dtype=dtype)
+        errors.append(
+            float((W_OI - dequantize(codes_OI, scale_OG, dtype=torch.float32)).square().sum())
+        )
     assert errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("bits", BITS)
 def test_without_a_search_the_largest_weight_fixes_the_scale(bits: int) -> None:
     W_OI = weights(4, 20)
-    codes_OI, scale_OG = quantize_nearest(W_OI, bits, 5, clip=False, scale_dtype=torch.float64)
+    codes_OI, scale_OG, _ = quantize_nearest(W_OI, bits, 5, clip=False, scale_dtype=torch.float64)
     largest_OG = W_OI.view(4, 4, 5).abs().amax(-1)
     torch.testing.assert_close(scale_OG, largest_OG / code_range(bits)[1])
     assert bool((codes_OI.view(4, 4, 5).abs().amax(-1) == code_range(bits)[1]).all())
@@ -111,7 +113,7 @@ def test_without_a_search_the_largest_weight_fixes_the_scale(bits: int) -> None:
 def test_codes_fill_their_range_and_do_not_leave_it(bits: int) -> None:
     low, high = code_range(bits)
     assert (low, high) == (truth.all_codes(bits)[0], truth.all_codes(bits)[-1])
-    codes_OI, scale_OG = quantize_nearest(weights(30, 64), bits, 32)
+    codes_OI, scale_OG, _ = quantize_nearest(weights(30, 64), bits, 32)
     assert low <= int(codes_OI.min()) <= int(codes_OI.max()) <= high
     if bits < 7:  # above, the end of the range is worth little
         assert (int(codes_OI.min()), int(codes_OI.max())) == (low, high)
@@ -131,13 +133,15 @@ def test_scales_of_any_size_are_finite_and_not_zero(
     ordinary_OI = weights(2, 8, seed=3).float()
     ordinary_OI /= ordinary_OI.abs().max()
     W_OI = torch.cat([ordinary_OI * size, ordinary_OI], dim=1)
-    codes_OI, scale_OG = quantize_nearest(W_OI, bits, 8, clip=clip, scale_dtype=scale_dtype)
+    codes_OI, scale_OG, _ = quantize_nearest(W_OI, bits, 8, clip=clip, scale_dtype=scale_dtype)
     assert bool(torch.isfinite(scale_OG).all())
     assert bool((scale_OG != 0).all())
     low, high = code_range(bits)
     assert low <= int(codes_OI.min()) <= int(codes_OI.max()) <= high
-    assert bool(torch.isfinite(dequantize(codes_OI, scale_OG, torch.float64)).all())
-    alone_OI, alone_OG = quantize_nearest(ordinary_OI, bits, 8, clip=clip, scale_dtype=scale_dtype)
+    assert bool(torch.isfinite(dequantize(codes_OI, scale_OG, dtype=torch.float64)).all())
+    alone_OI, alone_OG, _ = quantize_nearest(
+        ordinary_OI, bits, 8, clip=clip, scale_dtype=scale_dtype
+    )
     assert torch.equal(codes_OI[:, 8:], alone_OI)  # a neighbour of another size changes nothing
     assert torch.equal(scale_OG[:, 1:], alone_OG)
 
@@ -145,8 +149,8 @@ def test_scales_of_any_size_are_finite_and_not_zero(
 @pytest.mark.parametrize("dtype", HALF)
 def test_large_weights_come_as_near_as_their_scale_may(dtype: torch.dtype) -> None:
     """Where the best scale overflows, the largest there is; not infinity, not a small one."""
-    codes_OI, scale_OG = quantize_nearest(torch.full((1, 4), 3e38), 2, 4, scale_dtype=dtype)
-    best = float(dequantize(codes_OI, scale_OG, torch.float64).abs().max())
+    codes_OI, scale_OG, _ = quantize_nearest(torch.full((1, 4), 3e38), 2, 4, scale_dtype=dtype)
+    best = float(dequantize(codes_OI, scale_OG, dtype=torch.float64).abs().max())
     assert 0.99 * min(3e38, torch.finfo(dtype).max) <= best <= 3.01e38
 
 
@@ -154,7 +158,7 @@ def test_large_weights_come_as_near_as_their_scale_may(dtype: torch.dtype) -> No
 def test_a_group_of_zeros_is_zeros_on_scale_one(bits: int) -> None:
     W_OI = weights(2, 12)
     W_OI[0, 4:8] = 0
-    codes_OI, scale_OG = quantize_nearest(W_OI, bits, 4)
+    codes_OI, scale_OG, _ = quantize_nearest(W_OI, bits, 4)
     assert float(scale_OG[0, 1]) == 1.0
     assert not bool(codes_OI[0, 4:8].any())
 
@@ -163,8 +167,8 @@ def test_a_group_of_zeros_is_zeros_on_scale_one(bits: int) -> None:
 def test_the_unit_of_the_weights_does_not_matter(bits: int) -> None:
     """A power of two only moves the exponents: same codes, scaled scales."""
     W_OI = weights(6, 24)
-    codes_OI, scale_OG = quantize_nearest(W_OI, bits, 8, scale_dtype=torch.float64)
-    scaled_OI, scaled_OG = quantize_nearest(W_OI / 1024, bits, 8, scale_dtype=torch.float64)
+    codes_OI, scale_OG, _ = quantize_nearest(W_OI, bits, 8, scale_dtype=torch.float64)
+    scaled_OI, scaled_OG, _ = quantize_nearest(W_OI / 1024, bits, 8, scale_dtype=torch.float64)
     assert torch.equal(scaled_OI, codes_OI)
     torch.testing.assert_close(scaled_OG, scale_OG / 1024, rtol=1e-12, atol=0)
 
@@ -176,7 +180,7 @@ def test_an_important_input_is_kept_better() -> None:
     cared = quantize_nearest(W_OI, 3, 16, scale_dtype=torch.float64, importance_I=h_I)
     one_I = torch.zeros(16).double()
     one_I[5] = 1.0
-    before, after = (float(group_errors(W_OI, *found, one_I).sum()) for found in (plain, cared))
+    before, after = (float(group_errors(W_OI, *found[:2], one_I).sum()) for found in (plain, cared))
     assert after < 0.5 * before
 
 
@@ -185,25 +189,49 @@ def test_equal_importances_are_none_at_all() -> None:
     for value in (1.0, 8.0):
         h_I = torch.full((24,), value).double()
         assert torch.equal(
-            fit_scales(W_OI, 3, 8, scale_dtype=torch.float64, importance_I=h_I),
-            fit_scales(W_OI, 3, 8, scale_dtype=torch.float64),
+            fit_grid(W_OI, 3, 8, scale_dtype=torch.float64, importance_I=h_I)[0],
+            fit_grid(W_OI, 3, 8, scale_dtype=torch.float64)[0],
         )
 
 
 def test_rows_do_not_depend_on_their_neighbours(monkeypatch: pytest.MonkeyPatch) -> None:
     W_OI = weights(7, 30)
-    whole = fit_scales(W_OI, 3, 10)
+    whole, _ = fit_grid(W_OI, 3, 10)
     monkeypatch.setattr(grid, "CHUNK", 1)
-    assert torch.equal(fit_scales(W_OI, 3, 10), whole)
+    assert torch.equal(fit_grid(W_OI, 3, 10)[0], whole)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_dequantize_multiplies_each_code_by_the_scale_of_its_group(dtype: torch.dtype) -> None:
     codes_OI = torch.randint(-8, 8, (3, 15), generator=torch.Generator().manual_seed(0))
     scale_OG = weights(3, 5).to(torch.bfloat16)
-    found_OI = dequantize(codes_OI.to(torch.int8), scale_OG, dtype)
+    found_OI = dequantize(codes_OI.to(torch.int8), scale_OG, dtype=dtype)
     assert found_OI.dtype is dtype
     for row in range(3):
         for column in range(15):
             expected = codes_OI[row, column].to(dtype) * scale_OG[row, column // 3].to(dtype)
             assert found_OI[row, column] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.int8, torch.int16, None])
+def test_dequantize_subtracts_zero_points_and_keeps_exact_zeros(
+    dtype: torch.dtype, stored: torch.dtype | None
+) -> None:
+    """Codes may be of any type, that of the result too, and are not changed."""
+    generator = torch.Generator().manual_seed(0)
+    codes_OI = torch.randint(-128, 128, (3, 15), generator=generator).to(stored or dtype)
+    zero_OG = torch.randint(-128, 128, (3, 5), generator=generator).to(torch.int8)
+    scale_OG = weights(3, 5).to(torch.bfloat16)
+    mask_OI = torch.rand(3, 15, generator=generator) < 0.5
+    before = codes_OI.clone()
+    found_OI = dequantize(codes_OI, scale_OG, zero_OG, mask_OI, dtype=dtype)
+    assert torch.equal(codes_OI, before)
+    assert found_OI.dtype is dtype
+    for row in range(3):
+        for column in range(15):
+            step = codes_OI[row, column].to(dtype) - zero_OG[row, column // 3].to(dtype)
+            value = step * scale_OG[row, column // 3].to(dtype)
+            expected = value if mask_OI[row, column] else torch.zeros((), dtype=dtype)
+            assert found_OI[row, column] == expected
+            assert bool(found_OI[row, column].signbit()) == bool(expected.signbit())

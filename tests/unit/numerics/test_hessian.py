@@ -10,10 +10,10 @@ from torch import Tensor
 from cptq.numerics.hessian import (
     MOST_DAMPING,
     SecondMoment,
-    damped,
-    damped_factor,
-    dead_inputs,
-    inverse_factor,
+    add_damping,
+    factor_damped_inverse,
+    factor_inverse,
+    find_dead_inputs,
 )
 
 SIZES = [1, 2, 7, 33, 130]
@@ -71,7 +71,7 @@ def test_no_rows_are_zeros() -> None:
 @pytest.mark.parametrize("features", SIZES)
 def test_the_factor_is_the_cholesky_factor_of_the_inverse(features: int) -> None:
     H_II = moment(features)
-    U_II = inverse_factor(H_II)
+    U_II = factor_inverse(H_II)
     assert U_II is not None
     expected = np.linalg.cholesky(np.linalg.inv(H_II.numpy())).T
     np.testing.assert_allclose(U_II.numpy(), expected, rtol=1e-6, atol=1e-9 * expected.max())
@@ -81,7 +81,7 @@ def test_the_factor_is_the_cholesky_factor_of_the_inverse(features: int) -> None
 def test_the_diagonal_is_what_a_column_costs_once_those_after_it_may_move() -> None:
     """1 / U_jj^2 is the least of d H d over d with d_j = 1 and zeros before."""
     H_II = moment(9)
-    U_II = inverse_factor(H_II)
+    U_II = factor_inverse(H_II)
     assert U_II is not None
     for j in range(9):
         cost = float(H_II[j, j])
@@ -104,41 +104,41 @@ def test_the_diagonal_is_what_a_column_costs_once_those_after_it_may_move() -> N
     ids=["zeros", "negative", "singular", "nan", "infinite", "indefinite"],
 )
 def test_what_is_not_positive_definite_has_no_factor(H_II: Tensor) -> None:
-    assert inverse_factor(H_II) is None
+    assert factor_inverse(H_II) is None
 
 
 def test_damping_adds_a_share_of_the_mean_diagonal() -> None:
     H_II = moment(6)
     before_II = H_II.clone()
     expected = H_II.numpy() + 0.25 * np.trace(H_II.numpy()) / 6 * np.eye(6)
-    np.testing.assert_allclose(damped(H_II, 0.25).numpy(), expected, rtol=1e-12)
+    np.testing.assert_allclose(add_damping(H_II, 0.25).numpy(), expected, rtol=1e-12)
     assert torch.equal(H_II, before_II)
-    assert torch.equal(damped(H_II, 0.0), H_II)
+    assert torch.equal(add_damping(H_II, 0.0), H_II)
 
 
 def test_dead_inputs_are_inert() -> None:
     X_TI = inputs(50, 6)
     X_TI[:, [1, 4]] = 0
     H_II = X_TI.T @ X_TI / 50
-    assert dead_inputs(H_II).tolist() == [False, True, False, False, True, False]
-    U_II = inverse_factor(damped(H_II, 0.01))
+    assert find_dead_inputs(H_II).tolist() == [False, True, False, False, True, False]
+    U_II = factor_inverse(add_damping(H_II, 0.01))
     assert U_II is not None
     off_II = U_II - torch.diag(U_II.diagonal())
     assert not bool(off_II[[1, 4]].any())
     assert not bool(off_II[:, [1, 4]].any())
-    assert bool((damped(H_II, 0.01).diagonal() > 0).all())
-    assert inverse_factor(H_II) is None
-    assert inverse_factor(damped(H_II, 0.0)) is not None
+    assert bool((add_damping(H_II, 0.01).diagonal() > 0).all())
+    assert factor_inverse(H_II) is None
+    assert factor_inverse(add_damping(H_II, 0.0)) is not None
 
 
 def test_the_least_damping_that_works_is_used() -> None:
     """The lowest eigenvalue, in shares of the mean diagonal, must be outweighed."""
     for lowest, expected in ((0.5, 0.01), (-0.005, 0.01), (-0.05, 0.1), (-0.5, 1.0)):
         H_II = indefinite(8, lowest)
-        U_II, used = damped_factor(H_II, 0.01)
+        U_II, used = factor_damped_inverse(H_II, 0.01)
         assert used == pytest.approx(expected)
         assert U_II is not None
-        inverse = np.linalg.inv(damped(H_II, used).numpy())
+        inverse = np.linalg.inv(add_damping(H_II, used).numpy())
         np.testing.assert_allclose((U_II.T @ U_II).numpy(), inverse, rtol=1e-6, atol=1e-9)
 
 
@@ -148,6 +148,6 @@ def test_the_least_damping_that_works_is_used() -> None:
     ids=["indefinite", "negative", "nan"],
 )
 def test_what_no_damping_helps_is_given_up(H_II: Tensor) -> None:
-    U_II, used = damped_factor(H_II, 0.01)
+    U_II, used = factor_damped_inverse(H_II, 0.01)
     assert U_II is None
     assert used > MOST_DAMPING

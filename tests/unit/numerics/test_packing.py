@@ -8,7 +8,7 @@ from compressed_tensors.compressors.pack_quantized.helpers import (
 )
 
 from cptq.numerics import packing
-from cptq.numerics.packing import pack_rows, packed_words, unpack_rows
+from cptq.numerics.packing import count_words, pack_rows, unpack_rows
 from tests.reference.packing import pack_row
 
 BITS = range(2, 9)
@@ -44,7 +44,7 @@ def test_equals_compressed_tensors(bits: int, inputs: int) -> None:
 def test_unpack_is_the_inverse(bits: int, inputs: int) -> None:
     codes = random_codes(4, inputs, bits)
     packed = pack_rows(codes, bits)
-    assert packed.shape == (4, packed_words(inputs, bits))
+    assert packed.shape == (4, count_words(inputs, bits))
     assert torch.equal(unpack_rows(packed, bits, inputs), codes)
 
 
@@ -65,16 +65,16 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("code", [-5, 4])
 def test_a_code_outside_the_range_is_refused(code: int) -> None:
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(ValueError, match=r"\[-4, 3\]"):
         pack_rows(torch.tensor([[0, code]], dtype=torch.int8), 3)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 16])
 def test_other_bits_are_refused(bits: int) -> None:
-    with pytest.raises(ValueError, match="cannot be packed"):
+    with pytest.raises(ValueError, match=rf"\b{bits} bits"):
         pack_rows(torch.zeros(1, 1, dtype=torch.int8), bits)
 
 
 def test_other_types_are_refused() -> None:
-    with pytest.raises(ValueError, match="int8 codes"):
+    with pytest.raises(ValueError, match="int8"):
         pack_rows(torch.zeros(2, 2), 4)

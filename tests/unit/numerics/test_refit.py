@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from cptq.numerics import refit
-from cptq.numerics.asymmetric import quantize_asymmetric
-from cptq.numerics.gguf_blocks import half_holds, minimum
-from cptq.numerics.grid import quantize_nearest
-from cptq.numerics.half_offset import offset_precision, rounded_to
+from cptq.numerics.gguf_blocks import compute_minimum, fits_float16
+from cptq.numerics.grid import count_scale_bits, quantize_nearest, round_to_precision
 from tests.reference.refit import naive_refit
 
 
@@ -25,7 +23,7 @@ def problem(out: int, features: int) -> tuple[Tensor, Tensor, Tensor]:
 @pytest.mark.parametrize(("out", "features", "group"), [(3, 21, 7), (5, 15, 15), (2, 24, 3)])
 def test_equals_least_squares(out: int, features: int, group: int) -> None:
     W_OI, X_TI, H_II = problem(out, features)
-    codes_OI, scale_OG = quantize_nearest(W_OI, 3, group, scale_dtype=torch.float64)
+    codes_OI, scale_OG, _ = quantize_nearest(W_OI, 3, group, scale_dtype=torch.float64)
     fitted_OG = refit.refit_scales(W_OI, H_II, codes_OI, scale_OG)
     expected_OG = naive_refit(W_OI, X_TI, codes_OI, features // group)
     torch.testing.assert_close(fitted_OG, expected_OG, rtol=1e-4, atol=1e-6)
@@ -33,7 +31,7 @@ def test_equals_least_squares(out: int, features: int, group: int) -> None:
 
 def test_no_row_becomes_worse_in_half_precision() -> None:
     W_OI, _, H_II = problem(7, 33)
-    codes_OI, scale_OG = quantize_nearest(W_OI, 2, 11)
+    codes_OI, scale_OG, _ = quantize_nearest(W_OI, 2, 11)
     fitted_OG = refit.refit_scales(W_OI, H_II, codes_OI, scale_OG)
     before_O = refit.output_error(W_OI, H_II, codes_OI, scale_OG)
     after_O = refit.output_error(W_OI, H_II, codes_OI, fitted_OG)
@@ -44,21 +42,23 @@ def test_no_row_becomes_worse_in_half_precision() -> None:
 
 def test_scales_keep_to_their_significant_bits() -> None:
     W_OI, _, H_II = problem(7, 33)
-    codes_OI, scale_OG, zero_OG = quantize_asymmetric(W_OI, 4, 11, half_offset=True)
+    codes_OI, scale_OG, zero_OG = quantize_nearest(
+        W_OI, 4, 11, symmetric=False, float16_offset=True
+    )
     steps_OI = codes_OI.short() - zero_OG.short().repeat_interleave(11, dim=1)
-    precision_OG = offset_precision(zero_OG, 4)
+    precision_OG = count_scale_bits(zero_OG, 4)
     fitted_OG = refit.refit_scales(W_OI, H_II, steps_OI, scale_OG, precision_OG)
     before_O = refit.output_error(W_OI, H_II, steps_OI, scale_OG)
     after_O = refit.output_error(W_OI, H_II, steps_OI, fitted_OG)
-    assert torch.equal(rounded_to(fitted_OG.double(), precision_OG), fitted_OG.double())
+    assert torch.equal(round_to_precision(fitted_OG.double(), precision_OG), fitted_OG.double())
     assert bool((after_O <= before_O).all())
     assert float(after_O.sum()) < float(before_O.sum())
-    assert half_holds(minimum(fitted_OG, zero_OG, "Q4_1"))
+    assert fits_float16(compute_minimum(fitted_OG, zero_OG, "Q4_1"))
 
 
 def test_group_of_zero_codes_keeps_its_scale() -> None:
     W_OI, _, H_II = problem(2, 12)
-    codes_OI, scale_OG = quantize_nearest(W_OI, 4, 4, scale_dtype=torch.float64)
+    codes_OI, scale_OG, _ = quantize_nearest(W_OI, 4, 4, scale_dtype=torch.float64)
     codes_OI[0, 4:8] = 0
     fitted_OG = refit.refit_scales(W_OI, H_II, codes_OI, scale_OG)
     assert fitted_OG[0, 1] == scale_OG[0, 1]
@@ -67,7 +67,7 @@ def test_group_of_zero_codes_keeps_its_scale() -> None:
 
 def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     W_OI, _, H_II = problem(9, 20)
-    codes_OI, scale_OG = quantize_nearest(W_OI, 3, 5, scale_dtype=torch.float64)
+    codes_OI, scale_OG, _ = quantize_nearest(W_OI, 3, 5, scale_dtype=torch.float64)
     whole = refit.refit_scales(W_OI, H_II, codes_OI, scale_OG)
     monkeypatch.setattr(refit, "CHUNK", 1)
     torch.testing.assert_close(refit.refit_scales(W_OI, H_II, codes_OI, scale_OG), whole)

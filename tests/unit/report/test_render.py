@@ -8,16 +8,21 @@ import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
-import pytest
-
 from cptq.report import ModelFacts, Summary
-from cptq.report.html import render_html
-from cptq.report.markdown import cell, code, render_markdown, table_text
-from cptq.report.render import FILES, render_json, render_reports, report_files
-from cptq.report.table import Table
-from cptq.types import Notice
-from cptq.types.samples import ratios
-from tests.unit.report import fake
+from cptq.report.formatting import Table
+from cptq.report.render import (
+    FILES,
+    escape_cell,
+    quote_code,
+    render_files,
+    render_html,
+    render_json,
+    render_markdown,
+    render_reports,
+    render_table,
+)
+from cptq.types import Comparison, Notice, join_results
+from cptq.types.samples import build_ratios
 
 EVIL = "<script>alert(1)</script>\"'&|`\x1b[31m"
 VOID = {"meta", "br", "link", "img"}
@@ -48,22 +53,17 @@ class Page(HTMLParser):
         self.words.append(data)
 
 
-@pytest.fixture(scope="module")
-def summary() -> Summary:
-    return fake.summary(blocks=4)
-
-
 def test_lists_of_numbers_take_one_line_and_mean_the_same(summary: Summary) -> None:
-    scores = ratios([1.5, -2e-9, 3], [1, 2, 3])
+    scores = build_ratios([1.5, -2e-9, 3], [1, 2, 3])
     found = replace(summary.evaluation[0], per_sample=scores, notes=("[\n 1,\n 2\n]",))
-    text = render_json(replace(summary, evaluation=(found,)))
+    changed = replace(summary, comparison=join_results([found]))
+    text = render_json(changed)
     assert '"numerators": [1.5,-2e-09,3]' in text
-    expected = replace(summary, evaluation=(found,)).to_dict()
-    assert json.loads(text) == json.loads(json.dumps(expected))
+    assert json.loads(text) == json.loads(json.dumps(changed.to_dict()))
 
 
 def test_three_files_are_made(summary: Summary) -> None:
-    files = report_files(summary)
+    files = render_files(summary)
     assert set(files) == set(FILES.values())
     for kind, text in render_reports(summary).items():
         assert files[FILES[kind]].decode("utf-8") == text
@@ -143,7 +143,7 @@ def test_hostile_names_stay_text(summary: Summary) -> None:
 def test_an_analysis_has_no_plan_and_no_results(summary: Summary) -> None:
     bare = replace(
         summary, command="analyze", plan=None, budget=None, size=None, results=(),
-        verification=None, evaluation=(), baseline=(),
+        verification=None, comparison=Comparison(),
     )  # fmt: skip
     text = " ".join(Page(render_html(bare)).words)
     assert "Sensitivity by output" in text
@@ -166,7 +166,7 @@ def test_many_notices_are_all_there(summary: Summary) -> None:
 def test_an_evaluation_alone(summary: Summary) -> None:
     bare = Summary(
         command="eval", command_line="cptq eval m", model=summary.model,
-        evaluation=summary.evaluation,
+        comparison=join_results(summary.evaluation),
     )  # fmt: skip
     page = Page(render_html(bare))
     assert page.open == []
@@ -183,11 +183,11 @@ def test_markdown_tables_are_rectangles(summary: Summary) -> None:
 
 
 def test_markdown_escapes() -> None:
-    assert cell("a|b_c*\n<d>") == "a\\|b\\_c\\* \\<d\\>"
-    assert code("a`b``c") == "```a`b``c```"
-    assert code("`a`") == "`` `a` ``"
+    assert escape_cell("a|b_c*\n<d>") == "a\\|b\\_c\\* \\<d\\>"
+    assert quote_code("a`b``c") == "```a`b``c```"
+    assert quote_code("`a`") == "`` `a` ``"
     folded = Table(title="T", columns=("a", "b"), rows=(("1", "2"),), right=("b",), folded=True)
-    assert table_text(folded) == (
+    assert render_table(folded) == (
         "<details><summary>T</summary>\n\n| a | b |\n| --- | --: |\n| 1 | 2 |\n\n</details>"
     )
 

@@ -5,20 +5,22 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cptq.numerics.subspace import principal_basis, similarity
-from cptq.sensitivity.cca import block_dissimilarities, dissimilarities
+from cptq.numerics.canonical_correlation import compute_principal_basis, compute_similarity
+from cptq.sensitivity.cca import compute_block_dissimilarities, compute_dissimilarities
 
 
 def test_the_same_view_is_not_dissimilar_and_noise_is() -> None:
     X = torch.randn(2000, 10, generator=torch.Generator().manual_seed(0))
     Y = torch.randn(2000, 10, generator=torch.Generator().manual_seed(1))
-    assert dissimilarities(X, 2 * X + 1, components=64)["pwcca"] < 1e-4
-    assert dissimilarities(X, Y, components=64)["pwcca"] > 0.85
+    assert compute_dissimilarities(X, 2 * X + 1, components=64)["pwcca"] < 1e-4
+    assert compute_dissimilarities(X, Y, components=64)["pwcca"] > 0.85
 
 
 def test_a_projection_loses_what_it_projects_away() -> None:
     X = torch.randn(3000, 8, generator=torch.Generator().manual_seed(0))
-    losses = [dissimilarities(X[:, :kept], X[:, :8], components=kept)["svcca"] for kept in (8, 4)]
+    losses = [
+        compute_dissimilarities(X[:, :kept], X[:, :8], components=kept)["svcca"] for kept in (8, 4)
+    ]
     assert losses[0] < 1e-4 < losses[1]
 
 
@@ -26,11 +28,11 @@ def test_blocks_are_compared_with_all_others() -> None:
     draw = torch.Generator().manual_seed(0)
     base = torch.randn(900, 6, generator=draw)
     views = [base, base @ torch.randn(6, 6, generator=draw), torch.randn(900, 6, generator=draw)]
-    bases = [principal_basis(view) for view in views]
+    bases = [compute_principal_basis(view) for view in views]
     expected = []
     for i in range(3):
-        others = [similarity(views[i], bases[i], bases[j]) for j in range(3) if j != i]
+        others = [compute_similarity(views[i], bases[i], bases[j]) for j in range(3) if j != i]
         expected.append(1 - sum(others) / 2)
-    assert block_dissimilarities(views)["pwcca"] == pytest.approx(expected)
+    assert compute_block_dissimilarities(views)["pwcca"] == pytest.approx(expected)
     assert expected[2] > expected[0]
-    assert block_dissimilarities(views[:1])["pwcca"] == [0.0]
+    assert compute_block_dissimilarities(views[:1])["pwcca"] == [0.0]

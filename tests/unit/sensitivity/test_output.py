@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cptq.numerics.hessian import damped, inverse_factor
+from cptq.numerics.hessian import add_damping, factor_inverse
 from cptq.sensitivity.output import (
     DAMPING,
-    effective_inputs,
-    feedback,
-    optimism,
-    ridge,
-    weighted_output_error,
+    compute_feedback,
+    compute_optimism,
+    compute_ridge,
+    compute_weighted_output_error,
+    count_effective_inputs,
 )
 from tests.reference import sensitivity as truth
 
@@ -28,7 +28,7 @@ def test_weighted_error_equals_the_loop() -> None:
     expected = sum(
         float(g[t, k]) ** 2 * float(dy[t, k]) ** 2 / 2 for t in range(6) for k in range(5)
     )
-    assert weighted_output_error(g, dy) == pytest.approx(expected)
+    assert compute_weighted_output_error(g, dy) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("features", [1, 2, 9, 17])
@@ -38,9 +38,9 @@ def test_feedback_is_that_of_the_sweep(features: int) -> None:
     H = X.T @ X / 200
     order = H.diagonal().argsort(descending=True, stable=True)
     W = torch.randn(4, features, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-    Q, R = truth.swept(W[:, order], damped(H[order][:, order], DAMPING), step=0.25)
+    Q, R = truth.swept(W[:, order], add_damping(H[order][:, order], DAMPING), step=0.25)
     back = order.argsort()
-    found = feedback(H)
+    found = compute_feedback(H)
     assert found is not None
     torch.testing.assert_close(W - Q[:, back], R[:, back] @ found[0], atol=1e-9, rtol=1e-7)
 
@@ -48,10 +48,12 @@ def test_feedback_is_that_of_the_sweep(features: int) -> None:
 def test_degrees_of_freedom_equal_the_traces() -> None:
     X = correlated(100, 12)
     H = X.T @ X / 100
-    U = inverse_factor(damped(H, 0.05))
+    U = factor_inverse(add_damping(H, 0.05))
     assert U is not None
-    expected = torch.tensor(truth.ridge_degrees(H, ridge(H, 0.05)), dtype=torch.float64)
-    torch.testing.assert_close(effective_inputs(U, ridge(H, 0.05)), expected, atol=1e-8, rtol=0)
+    expected = torch.tensor(truth.ridge_degrees(H, compute_ridge(H, 0.05)), dtype=torch.float64)
+    torch.testing.assert_close(
+        count_effective_inputs(U, compute_ridge(H, 0.05)), expected, atol=1e-8, rtol=0
+    )
 
 
 def test_optimism_predicts_the_error_on_new_tokens() -> None:
@@ -60,12 +62,12 @@ def test_optimism_predicts_the_error_on_new_tokens() -> None:
     for seed in range(30):
         X = correlated(tokens, features, seed)
         new = correlated(5000, features, seed)[tokens:]  # same mixing matrix, other tokens
-        found = feedback(X.T @ X / tokens)
+        found = compute_feedback(X.T @ X / tokens)
         assert found is not None
         M, df = found
         in_sample += (X @ M.T).square().mean(0)
         fresh += (new @ M.T).square().mean(0)
-        factor += optimism(df, tokens, tokens) / 30
+        factor += compute_optimism(df, tokens, tokens) / 30
     ratio = (in_sample * factor / fresh).log().mean().exp()
     # a little above 1: the part of the residual that damping leaves is not optimistic
     assert float(ratio) == pytest.approx(1.0, abs=0.2)
@@ -76,12 +78,12 @@ def test_expected_error_is_what_the_sweep_leaves() -> None:
     """1/2 sum F r^2 with F from z = M x agrees with the swept output error on many rows."""
     X = correlated(4000, 20)
     H = X.T @ X / len(X)
-    found = feedback(H)
+    found = compute_feedback(H)
     assert found is not None
     order = H.diagonal().argsort(descending=True, stable=True)
     W = torch.randn(300, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     step = 0.2
-    Q, _ = truth.swept(W[:, order], damped(H[order][:, order], DAMPING), step)
+    Q, _ = truth.swept(W[:, order], add_damping(H[order][:, order], DAMPING), step)
     swept = float((X @ (W - Q[:, order.argsort()]).T).square().mean())
     nearest = W - (W / step).round() * step
     z = X @ found[0].T
@@ -94,7 +96,7 @@ def test_expected_error_is_what_the_sweep_leaves() -> None:
 def test_dead_inputs_neither_break_nor_compensate() -> None:
     X = correlated(200, 6)
     X[:, 2] = 0.0
-    found = feedback(X.T @ X / 200)
+    found = compute_feedback(X.T @ X / 200)
     assert found is not None
     M, df = found
     off = M - torch.diag(M.diagonal())
@@ -104,4 +106,4 @@ def test_dead_inputs_neither_break_nor_compensate() -> None:
 
 
 def test_a_hopeless_second_moment_is_given_up() -> None:
-    assert feedback(torch.full((3, 3), float("nan"))) is None
+    assert compute_feedback(torch.full((3, 3), float("nan"))) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cptq.sensitivity.taylor import beyond_noise, diagonal_fisher, second_order
+from cptq.sensitivity.taylor import compute_diagonal_fisher, compute_second_order, subtract_noise
 from tests.reference import sensitivity as truth
 
 
@@ -19,18 +19,18 @@ def test_fisher_equals_the_per_token_loop(tokens: int, out: int, features: int) 
     y = (x @ W.T).requires_grad_()
     (g,) = torch.autograd.grad((torch.tanh(y) @ tail * d).sum(), y)
     expected = truth.per_token_fisher(W, x, tail, d)
-    torch.testing.assert_close(diagonal_fisher(g, x), expected)
+    torch.testing.assert_close(compute_diagonal_fisher(g, x), expected)
     dW = torch.randn(W.shape, generator=draw, dtype=torch.float64)
     by_hand = sum(
         float(expected[o, i]) * float(dW[o, i]) ** 2 / 2
         for o in range(out)
         for i in range(features)
     )
-    assert second_order(expected, dW) == pytest.approx(by_hand)
+    assert compute_second_order(expected, dW) == pytest.approx(by_hand)
 
 
 def test_a_first_order_within_noise_counts_nothing() -> None:
     second, rows = 0.5, 100  # standard error 0.1
-    assert beyond_noise(0.29, second, rows) == 0.0
-    assert beyond_noise(-0.5, second, rows) == pytest.approx(0.4)
-    assert beyond_noise(7.0, 0.0, rows) == 7.0
+    assert subtract_noise(0.29, second, rows) == 0.0
+    assert subtract_noise(-0.5, second, rows) == pytest.approx(0.4)
+    assert subtract_noise(7.0, 0.0, rows) == 7.0

@@ -1,0 +1,169 @@
+"""The reload check: load an artifact in a fresh process and compare it with the model in memory.
+
+A fresh Python process without cptq loads the directory with transformers alone. No key may be
+missing, unexpected or of another shape, and the output for a sample must be that of the compressed
+model in memory. Two kinds of wrong directory (a Conv1D, experts of mixed bits) load without an
+error and with random weights; only comparing outputs finds them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from cptq.artifact import stock_load
+from cptq.checkpoint.loader import AUTO_CLASSES
+from cptq.errors import ArtifactError
+from cptq.types import ModelKind
+
+#: largest difference, as a share of the largest expected value, between two float32 runs of the
+#: same weights (other kernels and other orders of summation; on one CPU it is 0)
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ReloadSample:
+    """Inputs, and the outputs of the compressed model in memory for them (float32).
+
+    `tolerance` is relative to the largest expected value. `attention` is the implementation that
+    the model in memory uses (None: transformers' default). Where `partial` is set, only the
+    expected values that are numbers are known.
+    """
+
+    inputs: Mapping[str, Tensor]
+    expected: Tensor
+    tolerance: float = TOLERANCE
+    attention: str | None = None
+    trust_remote_code: bool = False
+    partial: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReloadCheck:
+    """Keys and outputs in the fresh process; difference None: it could not compute anything."""
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    mismatched: tuple[str, ...]
+    max_abs_difference: float | None
+    seconds: float
+
+
+def reload_in_fresh_process(
+    path: Path,
+    kind: ModelKind,
+    sample_inputs: Mapping[str, Tensor],
+    expected: Tensor,
+    *,
+    tolerance: float = TOLERANCE,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    imports: Sequence[str] = (),
+    partial: bool = False,
+) -> ReloadCheck:
+    """Load `path` in a fresh process and compare its outputs with the expected ones.
+
+    Args:
+        path: the artifact.
+        kind: of model; names the auto class.
+        sample_inputs: keyword arguments of the model's forward, integers or masks.
+        expected: logits, or the last hidden state of an encoder.
+        tolerance: see `ReloadSample`.
+        attention: as there.
+        trust_remote_code: let the model's own code run.
+        imports: modules that are imported before it is loaded; none means stock transformers.
+        partial: only the expected values that are numbers are known.
+
+    Raises:
+        ArtifactError: it does not load, keys are missing, unexpected or mismatched, or the outputs
+            differ; says which and by how much.
+    """
+    start, path = time.perf_counter(), path.resolve()
+    with tempfile.TemporaryDirectory(prefix=f"{path.name}-check-", dir=path.parent) as folder:
+        job: dict[str, Any] = {
+            "directory": str(path),
+            "auto_class": AUTO_CLASSES[kind],
+            "attention": attention,
+            "trust_remote_code": trust_remote_code,
+            "imports": list(imports),
+            "threads": torch.get_num_threads(),
+        } | {name: str(Path(folder) / name) for name in ("inputs", "answer", "report")}
+        values = {name: x.detach().cpu().contiguous() for name, x in sample_inputs.items()}
+        save_file(values, job["inputs"])
+        report = _run(Path(folder), job)
+        answer = load_file(job["answer"])["answer"]
+    found = ReloadCheck(
+        missing=tuple(report["missing"]),
+        unexpected=tuple(report["unexpected"]),
+        mismatched=tuple(report["mismatched"]),
+        max_abs_difference=_difference(answer, expected.detach().float().cpu(), partial),
+        seconds=time.perf_counter() - start,
+    )
+    _check(found, [] if imports else report["cptq"], tolerance * _largest(expected))
+    return found
+
+
+def _run(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
+    """Start the process and read its report."""
+    job_file = folder / "job.json"
+    job_file.write_text(json.dumps(job), encoding="utf-8")
+    # -P: the script's own directory must not come before the packages
+    done = subprocess.run(
+        [sys.executable, "-P", str(stock_load.__file__), str(job_file)],
+        cwd=folder,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+    )
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        raise ArtifactError(
+            "stock transformers cannot load what was written: "
+            + (lines[-1].strip() if lines else f"the process ended with {done.returncode}")
+        )
+    report: dict[str, Any] = json.loads(Path(job["report"]).read_text(encoding="utf-8"))
+    return report
+
+
+def _largest(expected: Tensor) -> float:
+    return float(expected.nan_to_num(0.0).abs().max())
+
+
+def _difference(answer: Tensor, expected: Tensor, partial: bool = False) -> float:
+    """Largest absolute difference; infinite where shapes differ or a value is not a number."""
+    if answer.shape != expected.shape:
+        return float("inf")
+    known = ~expected.isnan() if partial else torch.ones_like(expected, dtype=torch.bool)
+    difference = float((answer - expected)[known].abs().max())
+    return difference if difference == difference else float("inf")
+
+
+def _check(found: ReloadCheck, imported: list[str], allowed: float) -> None:
+    for what in ("missing", "unexpected", "mismatched"):
+        names: tuple[str, ...] = getattr(found, what)
+        if names:
+            raise ArtifactError(
+                f"stock transformers finds {len(names)} {what} keys in what was written, first "
+                f"{names[0]}"
+            )
+    if imported:
+        raise ArtifactError(f"the check was not independent: {imported[0]} was imported in it")
+    if found.max_abs_difference is None or not found.max_abs_difference <= allowed:
+        raise ArtifactError(
+            f"the written model answers differently from the one in memory: by "
+            f"{found.max_abs_difference:.3g}, where {allowed:.3g} is allowed"
+        )

@@ -1,0 +1,186 @@
+"""Measure the divergence of a changed model from the dense one on held-out rows, by replay.
+
+The held-out rows run through the dense model once, and the input of every block is kept. To try
+other weights for a unit of block b only the blocks from b on run again, then the head:
+
+    KL(unit, W') = mean over output rows of KL(dense || model with W' in that one unit)
+
+Units outside the blocks (a pooler, a head) take a whole forward pass, and so do changes of many
+units at once. A trial may also add noise to a unit's inputs instead of changing its weights.
+
+Cost: on average half a forward pass of the held-out rows per trial; memory: one hidden state per
+block. Limits: with one unit at a time interactions between units are not seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cptq.calibration.batches import Batch, count_tokens
+from cptq.calibration.objective import Objective
+from cptq.calibration.replay import BlockReplay, forward
+from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.weights import replace_weight
+from cptq.errors import CalibrationError
+from cptq.types import Emit, Progress, Unit
+
+
+class DivergenceFromDense:
+    """Divergence from the dense model on held-out rows.
+
+    Args:
+        model: the dense model; every trial leaves it as it was, to the bit.
+        rows: held-out batches.
+        objective: how the model is judged.
+        emit: takes progress of the dense pass.
+
+    Attributes:
+        tokens: held-out tokens; trials: how many were run.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        model: LoadedModel,
+        rows: Sequence[Batch],
+        objective: Objective,
+        emit: Emit = lambda event: None,
+    ) -> None:
+        self._model = model
+        self._rows = list(rows)
+        self._objective = objective
+        self._replay = BlockReplay(model, self._rows)
+        self._inputs: list[list[Tensor]] = []
+        self._reference: list[Tensor] = []
+        for index, row in enumerate(self._rows):
+            inputs = list(self._run_dense(index))
+            self._inputs.append(inputs[:-1])
+            z_RV = objective.select_rows(self._replay.finish(inputs[-1], index), row)
+            self._reference.append(objective.compute_reference(z_RV))
+            emit(Progress(stage="held-out text", done=index + 1, total=len(self._rows)))
+        self.tokens = count_tokens(self._rows)
+        self.trials = 0
+
+    def _run_dense(self, index: int) -> Iterator[Tensor]:
+        """Yield the input of every block, then the output of the last."""
+        hidden = self._replay.embed(index)
+        for block in range(len(self._model.block_names)):
+            yield hidden
+            hidden = self._replay.run(block, hidden, index)
+        yield hidden
+
+    @torch.no_grad()
+    def measure_unit(self, unit: Unit, weights: Mapping[str, Tensor]) -> float:
+        """Return the mean divergence per output row with other weights in one unit.
+
+        Args:
+            unit: the unit that changes.
+            weights: layer name -> W_OI, for the layers of the unit that change.
+
+        Raises:
+            CalibrationError: the changed model's output is NaN or infinite.
+        """
+        with self._replace(weights):
+            return self._measure_mean(unit.block, f"{unit.name} compressed")
+
+    @torch.no_grad()
+    def measure_input_noise(self, unit: Unit, noise: float, seed: int) -> float:
+        """Return the mean divergence per output row when the unit reads x + noise |x| eps.
+
+        Args:
+            unit: the unit whose linears read noisy inputs; those that read one tensor read the
+                same noise.
+            noise: standard deviation of the noise as a share of each input.
+            seed: seed of eps, standard normal, one draw per held-out token.
+
+        Raises:
+            CalibrationError: the changed model's output is NaN or infinite.
+        """
+        hook = _InputNoise(noise, seed)
+        with ExitStack() as stack:
+            for layer in unit.layers:
+                handle = self._model.linear(layer.name).register_forward_pre_hook(hook)
+                stack.callback(handle.remove)
+            return self._measure_mean(unit.block, f"noise on the inputs of {unit.name}")
+
+    @torch.no_grad()
+    def measure_layers(self, weights: Mapping[str, Tensor]) -> float:
+        """Return the mean divergence per output row with other weights in any layers.
+
+        Args:
+            weights: layer name -> W_OI.
+
+        Raises:
+            CalibrationError: the changed model's output is NaN or infinite.
+        """
+        with self._replace(weights):
+            return self._measure_mean(None, f"{len(weights)} layers changed")
+
+    def _measure_mean(self, block: int | None, change: str) -> float:
+        self.trials += 1
+        rows = torch.cat([self._measure_batch(block, index) for index in range(len(self._rows))])
+        mean = float(rows.mean())
+        if mean != mean:
+            raise CalibrationError(
+                f"the model's output holds NaN with {change}", hint="run in --dtype float32"
+            )
+        return mean
+
+    @torch.no_grad()
+    def measure_rows(self) -> Tensor:
+        """Return the divergence of each output row (rows,) of the model as it is now, float64.
+
+        For models of which many units have changed: one forward pass of the held-out rows.
+
+        Raises:
+            CalibrationError: an output is NaN or infinite.
+        """
+        self.trials += 1
+        rows = [self._measure_batch(None, index) for index in range(len(self._rows))]
+        divergence_R = torch.cat(rows).cpu()
+        if not bool(torch.isfinite(divergence_R).all()):
+            raise CalibrationError(
+                "the compressed model's output holds NaN or infinity",
+                hint="run in --dtype float32",
+            )
+        return divergence_R
+
+    def _measure_batch(self, block: int | None, index: int) -> Tensor:
+        z_RV = self._objective.select_rows(self._run(block, index), self._rows[index])
+        return self._objective.compute_divergence(self._reference[index], z_RV)
+
+    def _run(self, block: int | None, index: int) -> object:
+        """Return the model's output, computed again from the first block that may have changed."""
+        if block is None:
+            return forward(self._model, self._rows[index])
+        return self._replay.run_from(block, self._inputs[index][block], index)
+
+    @contextmanager
+    def _replace(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+        with ExitStack() as stack:
+            for name, W_OI in weights.items():
+                stack.enter_context(replace_weight(self._model.linear(name), W_OI))
+            yield
+
+
+class _InputNoise:
+    """A forward pre-hook: x + noise |x| eps, the same for all linears that read one tensor."""
+
+    def __init__(self, noise: float, seed: int) -> None:
+        self._noise = noise
+        self._generator = torch.Generator().manual_seed(seed)
+        self._last: tuple[Tensor | None, Tensor | None] = (None, None)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        x, noisy = self._last
+        if x is not args[0] or noisy is None:
+            x = args[0]
+            eps = torch.randn(x.shape, generator=self._generator).to(x.device, x.dtype)
+            noisy = torch.addcmul(x, x.abs(), eps, value=self._noise)
+            self._last = (x, noisy)
+        return (noisy, *args[1:])

@@ -1,0 +1,166 @@
+"""The commands: their settings, their help, and the one way in which each of them runs.
+
+Settings are built and checked first, the work is done, and its outcome is printed. What `--help`
+does not need is imported when a command runs; torch comes last, after all that can be refused
+without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import typer
+
+from cptq.cli.help import format_help
+from cptq.cli.parameters import (
+    ConfiguredPresentation,
+    Presentation,
+    list_parameters,
+    make_signature,
+)
+from cptq.config import (
+    AnalyzeSettings,
+    AnySettings,
+    CompareSettings,
+    CompressSettings,
+    EvalSettings,
+    ExportSettings,
+    InspectSettings,
+    Option,
+    VerifySettings,
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """One command.
+
+    Attributes:
+        name: what is typed.
+        settings: the class whose fields are its options.
+        help: the first paragraph is also its line in `cptq --help`.
+        presentation: the class of the options that are not settings.
+        flags: spellings that differ from those of the fields.
+    """
+
+    name: str
+    settings: type[AnySettings]
+    help: str
+    presentation: type[Presentation] = Presentation
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    @cached_property
+    def options(self) -> list[Option]:
+        """All options by section."""
+        return list_parameters(self.settings, self.presentation, flags=self.flags)
+
+    @property
+    def format_flag(self) -> str:
+        """The option that chooses the output format."""
+        return next(given.flag for given in self.options if given.name == "output_format")
+
+    def register(self, app: typer.Typer) -> None:
+        """Add the command to the app."""
+
+        def show_help(asked: bool) -> None:
+            if asked:
+                typer.echo(format_help(f"cptq {self.name}", self.help, self.options))
+                raise typer.Exit
+
+        def call(**given: Any) -> None:
+            run_command(self, given)
+
+        signature = make_signature(self.options, show_help)
+        call.__signature__ = signature  # type: ignore[attr-defined]
+        call.__annotations__ = {name: p.annotation for name, p in signature.parameters.items()}
+        app.command(self.name, help=self.help, add_help_option=False)(call)
+
+
+COMMANDS = (
+    Command(
+        name="analyze",
+        settings=AnalyzeSettings,
+        presentation=ConfiguredPresentation,
+        help="""Measure how sensitive each layer is to compression.
+
+        Writes the scores of each metric and a report. With --validate, also measures how well the
+        scores predict the true damage.""",
+    ),
+    Command(
+        name="compress",
+        settings=CompressSettings,
+        presentation=ConfiguredPresentation,
+        help="""Compress a model to a target size.
+
+        Measures the sensitivity of the layers, chooses a bit width for each, quantizes them, writes
+        the artifact with a report, and checks it by loading it in a fresh process. transformers
+        loads the artifact.""",
+    ),
+    Command(
+        name="eval",
+        settings=EvalSettings,
+        presentation=ConfiguredPresentation,
+        help="""Evaluate a model or an artifact.
+
+        Measures perplexity or accuracy, size, speed and memory, and with --baseline the differences
+        from another model on the same samples.""",
+    ),
+    Command(
+        name="export",
+        settings=ExportSettings,
+        flags={"output_format": ("--print",)},
+        help="""Write an artifact in another file format.
+
+        The quantized integers stay the same. What the format cannot hold is refused.""",
+    ),
+    Command(
+        name="inspect",
+        settings=InspectSettings,
+        help="""Show what a checkpoint, an artifact or a GGUF file holds.
+
+        Reads only headers, so it is fast for files of any size.""",
+    ),
+    Command(
+        name="verify",
+        settings=VerifySettings,
+        help="""Check that an artifact is intact.
+
+        Compares the digests of files and tensors with cptq.json, then loads the artifact in a fresh
+        process and compares its outputs with the recorded sample.""",
+    ),
+    Command(
+        name="compare",
+        settings=CompareSettings,
+        presentation=ConfiguredPresentation,
+        help="""Compare the size, quality, speed and memory of several models.
+
+        Each model is compared with the first one on the same samples.""",
+    ),
+)
+
+
+def run_command(command: Command, given: Mapping[str, Any]) -> None:
+    """Run a command with the parameters that were given (None or empty: not given).
+
+    Raises:
+        typer.Exit: with the exit code of a failure, which has been printed.
+    """
+    from cptq.api import execute
+    from cptq.cli.console import Console
+    from cptq.cli.failures import report_failures
+    from cptq.cli.output import print_outcome
+    from cptq.config import settings_from
+    from cptq.preflight import check_settings
+
+    line = {name: value for name, value in given.items() if value not in (None, [], ())}
+    line.pop("help", None)
+    console = Console(line.pop("output_format", "human"))
+    with report_failures(console):
+        file = line.pop("config", None)
+        settings = check_settings(settings_from(command.settings, line, file=file))
+        outcome = execute(settings, console.emit)
+        console.close()
+        print_outcome(console, command.name, settings, outcome)

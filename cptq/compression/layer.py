@@ -1,0 +1,260 @@
+"""Compress one layer: choose its mask, solve for codes and scales, measure what was lost.
+
+`compress_layer` is the only way from a dense weight to a compressed one: block-wise compression,
+the models that a search tries and embeddings all call it, so that the same layer, Hessian and
+candidate give the same weight everywhere.
+
+Scales that float16 holds (`float16_scales`): llama.cpp stores one float16 scale per block. A
+checkpoint in float32 or bfloat16 has scales in its own type, and those must be exact in float16
+too, or an export would change weights.
+
+    float32: fitted as float16 and widened, which is exact (11 of 24 bits of the fraction).
+    bfloat16: 8 bits of the fraction always fit; below 2^-17 the exponent does not, above 65280
+        neither. A scale outside is pulled to the bound and the codes of its group are rounded anew,
+        which moves a weight by at most 2^-18 (groups of weights that small hardly exist).
+
+An asymmetric grid has its scales rounded while they are fitted (`float16_offset`, see
+`numerics.grid`), in any type, so that llama.cpp's minimum, scale times zero point, is exact as
+well.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from cptq.checkpoint.weights import get_storage_dtype, get_weight, set_weight
+from cptq.layouts import Layout
+from cptq.layouts.groups import resolve_group
+from cptq.layouts.packed import TWO_OF_FOUR
+from cptq.numerics.grid import code_range, dequantize, dequantize_layer
+from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
+from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec
+
+#: the smallest and largest bfloat16 all of whose neighbours inside are float16 as well
+LEAST, MOST = 2.0**-17, 65280.0
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerProblem:
+    """One linear: weight W_OI (out, in) float32, its Hessian H_II = E[x x^T], and a grid.
+
+    Without a Hessian the inputs count as independent and equal. `group` divides `in`;
+    `scale_dtype` is the storage type of the scales. Where there is a mask, bool (out, in), a
+    weight outside it becomes 0. An asymmetric solution has a `zero`, and with `float16_offset`
+    float16 holds scale times zero point (`numerics.grid`).
+    """
+
+    W_OI: Tensor
+    H_II: Tensor | None
+    bits: int
+    group: int
+    scale_dtype: torch.dtype
+    symmetric: bool = True
+    float16_offset: bool = False
+    mask_OI: Tensor | None = None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerSolution:
+    """codes int8 (out, in), scale (out, in / group), zero int8 of that shape where the grid is
+    asymmetric, and notes for the report. A masked weight has the code of 0."""
+
+    codes_OI: Tensor
+    scale_OG: Tensor
+    zero_OG: Tensor | None = None
+    notes: tuple[str, ...] = ()
+
+
+Compressor = Callable[[LayerProblem], LayerSolution]
+
+
+def compress_layer(
+    spec: LayerSpec,
+    W_OI: Tensor,
+    H_II: Tensor | None,
+    candidate: Candidate,
+    method: Compressor,
+    layout: Layout,
+    *,
+    float16_scales: bool = False,
+    measure_output: bool = True,
+) -> CompressedLayer:
+    """Compress one layer and measure what was lost.
+
+    Args:
+        spec: of the layer.
+        W_OI: its dense weight, float32.
+        H_II: second moment of its inputs, if known.
+        candidate: what it becomes; not dense.
+        method: an entry of `COMPRESSORS`.
+        layout: counts the bytes.
+        float16_scales: make every scale one that float16 holds, whatever the checkpoint's type.
+        measure_output: measure the output error if `H_II` is known, at the cost of two products
+            with it.
+    """
+    asked = spec, W_OI, H_II, candidate, method, layout
+    return _compress(*asked, float16_scales, measure_output)[0]
+
+
+def compress_module(
+    module: nn.Module,
+    spec: LayerSpec,
+    H_II: Tensor | None,
+    candidate: Candidate,
+    method: Compressor,
+    layout: Layout,
+    *,
+    dtype: torch.dtype,
+    float16_scales: bool = False,
+) -> CompressedLayer:
+    """Compress a layer in place: the module then computes with the compressed weight.
+
+    `dtype` is the type in which the weight is multiplied out.
+    """
+    W_OI = get_weight(module).float()
+    layer, Q_OI = _compress(spec, W_OI, H_II, candidate, method, layout, float16_scales, True)
+    set_weight(module, _convert(layer, Q_OI, dtype))
+    return layer
+
+
+def build_layer_problem(
+    spec: LayerSpec, W_OI: Tensor, H_II: Tensor | None, candidate: Candidate
+) -> LayerProblem:
+    """Return the problem that a compressor solves to turn a layer into a candidate."""
+    return LayerProblem(
+        W_OI=W_OI,
+        H_II=H_II,
+        bits=candidate.bits,
+        group=resolve_group(spec.shape[1], candidate.group_size),
+        scale_dtype=get_storage_dtype(spec),
+        symmetric=candidate.symmetric,
+        mask_OI=_choose_mask(W_OI, H_II, candidate),
+    )
+
+
+def solve_layer_problem(
+    problem: LayerProblem, method: Compressor, *, float16_scales: bool = False
+) -> LayerSolution:
+    """Run a compressor; with `float16_scales` its scales are exact in float16 too."""
+    if not float16_scales:
+        return method(problem)
+    kept = problem.scale_dtype is torch.bfloat16
+    if kept and problem.symmetric:
+        return _bound_scales(method(problem), problem.bits)
+    dtype = torch.bfloat16 if kept else torch.float16
+    solution = method(replace(problem, scale_dtype=dtype, float16_offset=not problem.symmetric))
+    return replace(solution, scale_OG=solution.scale_OG.to(problem.scale_dtype))
+
+
+def _compress(
+    spec: LayerSpec,
+    W_OI: Tensor,
+    H_II: Tensor | None,
+    candidate: Candidate,
+    method: Compressor,
+    layout: Layout,
+    float16_scales: bool,
+    measure_output: bool,
+) -> tuple[CompressedLayer, Tensor]:
+    """Return the compressed layer and its weight (out, in), multiplied out in float32."""
+    began = time.perf_counter()
+    problem = build_layer_problem(spec, W_OI, H_II, candidate)
+    solution = solve_layer_problem(problem, method, float16_scales=float16_scales)
+    codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
+    Q_OI = dequantize(codes_OI, scale_OG, zero_OG, problem.mask_OI, dtype=torch.float32)
+    weight_error, output_error = _errors(W_OI, Q_OI, H_II if measure_output else None)
+    result = LayerResult(
+        name=spec.name,
+        candidate=candidate,
+        group_size=0 if problem.group == spec.shape[1] else problem.group,
+        nbytes=sum(tensor.nbytes for tensor in layout.tensors(spec, candidate)),
+        weight_error=weight_error,
+        output_error=output_error,
+        seconds=time.perf_counter() - began,
+        notes=_group_note(candidate, problem.group, spec) + solution.notes,
+    )
+    layer = CompressedLayer(
+        spec=spec,
+        result=result,
+        codes=codes_OI,
+        scale=scale_OG,
+        zero=zero_OG,
+        mask=problem.mask_OI,
+    )
+    return layer, Q_OI
+
+
+def _convert(layer: CompressedLayer, Q_OI: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return what `dequantize_layer` gives, from the float32 weight where that has the same bits.
+
+    A step has 8 bits and a 16-bit scale at most 11, so that their product is exact in float32, and
+    rounding it to the type of the scale is what a product in that type does.
+    """
+    stored = layer.scale.dtype
+    product = stored if layer.spec.expert else dtype
+    exact = product is stored and stored in (torch.float16, torch.bfloat16)
+    if exact or product is torch.float32:
+        return Q_OI.to(product).to(dtype)
+    return dequantize_layer(layer, dtype)
+
+
+def _choose_mask(W_OI: Tensor, H_II: Tensor | None, candidate: Candidate) -> Tensor | None:
+    """Return which weights a sparse candidate keeps: the largest |w_ij| sqrt(H_jj).
+
+    Source: Wanda (Sun et al., arXiv 2306.11695), there with the same count in every row; here the
+    smallest of the whole matrix go, or two of every four inputs.
+    """
+    if not candidate.sparsity:
+        return None
+    score_OI = W_OI if H_II is None else W_OI * H_II.diagonal().clamp_min(0).sqrt()
+    if candidate.pattern == TWO_OF_FOUR:
+        return build_two_of_four_mask(score_OI)
+    return build_magnitude_mask(score_OI, candidate.sparsity)
+
+
+def _bound_scales(solution: LayerSolution, bits: int) -> LayerSolution:
+    """Pull bfloat16 scales into float16's range and round the codes of those groups anew."""
+    old_OG, codes_OI = solution.scale_OG.float(), solution.codes_OI
+    new_OG = old_OG.sign() * old_OG.abs().clamp(LEAST, MOST)
+    if torch.equal(old_OG, new_OG):
+        return solution
+    moved_OI = _rescale_codes(codes_OI, old_OG / new_OG, bits)
+    return replace(solution, codes_OI=moved_OI, scale_OG=new_OG.to(solution.scale_OG.dtype))
+
+
+def _rescale_codes(codes_OI: Tensor, ratio_OG: Tensor, bits: int) -> Tensor:
+    out, groups = ratio_OG.shape
+    codes_OGK = codes_OI.float().view(out, groups, -1) * ratio_OG.unsqueeze(-1)
+    low, high = code_range(bits)
+    return codes_OGK.round().clamp(low, high).to(torch.int8).view(codes_OI.shape)
+
+
+def _errors(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor | None) -> tuple[float, float | None]:
+    """Return the relative squared error of the weight, and of the output where H is given."""
+    D_OI = W_OI - Q_OI
+    weight_error = _ratio(D_OI.square().sum(), W_OI.square().sum())
+    if H_II is None:
+        return weight_error, None
+    return weight_error, _ratio(_energy(D_OI, H_II), _energy(W_OI, H_II))
+
+
+def _energy(W_OI: Tensor, H_II: Tensor) -> Tensor:
+    """Return E|x W^T|^2 for inputs with second moment H."""
+    return ((W_OI @ H_II) * W_OI).sum()
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    return float(part) / float(whole) if float(whole) > 0 else 0.0
+
+
+def _group_note(candidate: Candidate, group: int, spec: LayerSpec) -> tuple[str, ...]:
+    asked = candidate.group_size
+    if group == asked or not asked or (group == spec.shape[1] and asked >= spec.shape[1]):
+        return ()
+    got = "one scale per channel" if group == spec.shape[1] else f"groups of {group}"
+    return (f"groups of {asked} do not divide {spec.shape[1]} inputs: {got}",)

@@ -1,0 +1,118 @@
+"""Check a packed model before any memory is allocated: its config.json and its file headers.
+
+The schemes in config.json are compared with the shapes of the model, and every tensor of the files
+with the shape and type that docs/format-packed.md specifies. Only headers are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from cptq.errors import ArtifactError
+from cptq.inference.operations import PackedWeight
+from cptq.layouts.packed import FORMAT_VERSION, packed_specs, stored_count, unfit
+from cptq.numerics.packing import unpack_values
+from cptq.numerics.sparse import PATTERN_BITS, PATTERNS
+from cptq.types import Candidate
+
+_AGAIN = "download or copy the artifact again"
+_FLOATS = ("F32", "F16", "BF16", "F64")
+
+
+def read_modules(modules: Any, version: Any) -> Mapping[str, str]:
+    """Validate the table {module: label} of config.json.
+
+    Raises:
+        ArtifactError: another format version, or not a table of schemes.
+    """
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"the artifact has version {version!r} of the packed format",
+            allowed=f"version {FORMAT_VERSION}",
+            hint="install the version of cptq that wrote it",
+        )
+    if not isinstance(modules, Mapping) or not modules:
+        raise ArtifactError("config.json has no table of packed modules", hint=_AGAIN)
+    for name, label in modules.items():
+        try:
+            known = Candidate.parse(label)
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(f"config.json packs {name!r} as {label!r}: {error}") from error
+        if known.dense or known.label != label:
+            raise ArtifactError(f"config.json packs {name!r} as {label!r}, which is not a scheme")
+    return modules
+
+
+def check_header(
+    files: Iterable[Path],
+    modules: Mapping[str, tuple[tuple[int, int], Candidate]],
+    model: nn.Module,
+) -> None:
+    """Compare the tensors of the weight files with those that the modules need.
+
+    Args:
+        files: the weight files; without any (for a state dict) only the schemes are checked.
+        modules: {name: (shape, scheme)}.
+        model: names in the files may have or lack its prefix.
+
+    Raises:
+        ArtifactError: names the first tensor that does not fit, with the reason.
+    """
+    for name, (shape, scheme) in modules.items():
+        why = unfit(shape, scheme)
+        if why is not None:
+            raise ArtifactError(f"config.json packs {name!r} as {scheme.label}: {why}")
+    found = _read_headers(files)
+    if not found:
+        return
+    prefix = f"{model.base_model_prefix}."
+    for name, (shape, scheme) in modules.items():
+        for spec in packed_specs(name, shape, "F32", scheme):
+            names = (spec.name, spec.name.removeprefix(prefix), prefix + spec.name)
+            known = next((found[other] for other in names if other in found), None)
+            allowed = _FLOATS if spec.name.endswith("_scale") else (spec.dtype,)
+            if known is None or known[1] != spec.shape or known[0] not in allowed:
+                found_as = "missing" if known is None else f"{known[0]} {list(known[1])}"
+                raise ArtifactError(
+                    f"{spec.name} is {found_as} in the weight file; {scheme.label} needs "
+                    f"{' or '.join(allowed)} {list(spec.shape)}",
+                    hint=_AGAIN,
+                )
+
+
+def check_positions(name: str, weight: PackedWeight) -> None:
+    """Check, after loading, that a mask or pattern agrees with the number of stored codes.
+
+    Raises:
+        ArtifactError: it does not.
+    """
+    inputs, stored, wrong = weight.shape[1], 0, False
+    if weight.mask is not None and not weight.mask.is_meta:
+        stored = int(unpack_values(weight.mask, 1, inputs).sum())
+        wrong = stored != stored_count(weight.shape, weight.scheme)
+    if weight.pattern is not None and not weight.pattern.is_meta:
+        wrong = int(unpack_values(weight.pattern, PATTERN_BITS, inputs // 4).max()) >= len(PATTERNS)
+    if wrong:
+        raise ArtifactError(
+            f"the positions of the stored weights of {name} do not match {weight.scheme.label}",
+            hint=_AGAIN,
+        )
+
+
+def _read_headers(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return {tensor: (type, shape)} of all files."""
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as opened:
+                for name in opened.keys():  # noqa: SIM118 - not a mapping
+                    part = opened.get_slice(name)
+                    found[name] = part.get_dtype(), tuple(part.get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ArtifactError(f"{file} cannot be read: {error}", hint=_AGAIN) from error
+    return found

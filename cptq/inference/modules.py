@@ -1,0 +1,146 @@
+"""Modules that keep their weight packed and compute from it.
+
+The tensors are parameters with the names of docs/format-packed.md, so state dicts, `.to(device)`
+and transformers' tying of embeddings work as usual. None of them is trainable.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from cptq.inference import operations
+from cptq.inference.operations import PackedWeight
+from cptq.layouts.packed import packed_specs
+from cptq.types import Candidate
+
+#: field of a `PackedWeight` -> parameter of a module
+PARAMETERS = {
+    "codes": "weight",
+    "scale": "weight_scale",
+    "zero": "weight_zero",
+    "mask": "weight_mask",
+    "pattern": "weight_pattern",
+}
+
+
+class PackedModule(nn.Module):
+    """Base of packed linears and embeddings: a packed weight (out, in)."""
+
+    weight: nn.Parameter
+    weight_scale: nn.Parameter
+
+    def __init__(self, shape: tuple[int, int], scheme: Candidate) -> None:
+        super().__init__()
+        self.shape, self.scheme = shape, scheme
+        specs = {spec.name[1:]: spec for spec in packed_specs("", shape, "F32", scheme)}
+        for part in PARAMETERS.values():
+            spec = specs.get(part)
+            if spec is None:
+                self.register_parameter(part, None)
+                continue
+            dtype = torch.get_default_dtype() if part == "weight_scale" else torch.int32
+            value = torch.zeros(spec.shape, dtype=dtype)
+            self.register_parameter(part, nn.Parameter(value, requires_grad=False))
+
+    @property
+    def packed(self) -> PackedWeight:
+        """The weight in the form that the operations take."""
+        parts = {field: getattr(self, part) for field, part in PARAMETERS.items()}
+        return PackedWeight(scheme=self.scheme, shape=self.shape, **parts)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """Return the dense weight (out, in)."""
+        return operations.dequantize(self.packed, dtype)
+
+    def make_dense(self, dtype: torch.dtype) -> nn.Module:
+        """Return the dense module that this one replaces."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        return f"{self.shape[1]}, {self.shape[0]}, {self.scheme.label}"
+
+
+class PackedLinear(PackedModule):
+    """A linear layer, or a Conv1D of GPT-2: x W^T + b with W (out, in) packed.
+
+    Args:
+        shape: (out, in), also for a Conv1D, whose dense weight is stored as (in, out).
+        scheme: how the weight is packed.
+        bias: whether there is a bias, which stays dense.
+        transposed: whether the dense module is a Conv1D.
+    """
+
+    def __init__(
+        self, shape: tuple[int, int], scheme: Candidate, *, bias: bool, transposed: bool = False
+    ) -> None:
+        super().__init__(shape, scheme)
+        self.out_features, self.in_features = shape
+        self.transposed = transposed
+        empty = nn.Parameter(torch.zeros(shape[0]), requires_grad=False) if bias else None
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", empty)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x (..., in) to (..., out)."""
+        return operations.linear(x, self.packed, self.bias)
+
+    def make_dense(self, dtype: torch.dtype) -> nn.Module:
+        """Return the dense module that this one replaces."""
+        W_OI = self.dequantize(dtype)
+        module: nn.Module
+        if self.transposed:
+            module = Conv1D(*self.shape)  # type: ignore[no-untyped-call]
+            module.weight = nn.Parameter(W_OI.T.contiguous(), requires_grad=False)
+        else:
+            module = nn.Linear(1, 1, bias=False)
+            module.out_features, module.in_features = self.shape
+            module.weight = nn.Parameter(W_OI, requires_grad=False)
+        module.register_parameter("bias", self.bias)
+        return module
+
+
+class PackedEmbedding(PackedModule):
+    """An embedding: rows of W (vocabulary, width), unpacked on access."""
+
+    def __init__(
+        self, shape: tuple[int, int], scheme: Candidate, *, padding_idx: int | None = None
+    ) -> None:
+        super().__init__(shape, scheme)
+        self.num_embeddings, self.embedding_dim = shape
+        self.padding_idx = padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Map ids (...) to (..., width) in the type of the scales, which is the model's."""
+        return operations.embedding(ids, self.packed, self.weight_scale.dtype)
+
+    def make_dense(self, dtype: torch.dtype) -> nn.Module:
+        """Return the dense module that this one replaces."""
+        weight = nn.Parameter(self.dequantize(dtype), requires_grad=False)
+        module = nn.Embedding(1, 1, padding_idx=None)
+        module.num_embeddings, module.embedding_dim = self.shape
+        module.padding_idx, module.weight = self.padding_idx, weight
+        return module
+
+
+def make_packed_module(module: nn.Module, scheme: Candidate) -> PackedModule | None:
+    """Make an empty packed module in place of a dense one; None for other kinds of modules.
+
+    Subclasses are not replaced: they may compute something else (scaled or shifted embeddings).
+    """
+    if type(module) is Conv1D:
+        inputs, out = module.weight.shape
+        return PackedLinear((out, inputs), scheme, bias=True, transposed=True)
+    if type(module) is nn.Linear:
+        shape = (module.out_features, module.in_features)
+        return PackedLinear(shape, scheme, bias=module.bias is not None)
+    if type(module) is nn.Embedding and module.max_norm is None and not scheme.sparsity:
+        shape = (module.num_embeddings, module.embedding_dim)
+        return PackedEmbedding(shape, scheme, padding_idx=module.padding_idx)
+    return None
+
+
+def find_packed_modules(model: nn.Module) -> dict[str, PackedModule]:
+    """Return the packed modules of a model by name; a tied head is listed besides its embedding."""
+    return {name: m for name, m in model.named_modules() if isinstance(m, PackedModule)}

@@ -1,0 +1,87 @@
+"""Operations on packed weights and the backends that compute them.
+
+| operation  | takes                              | returns                   |
+|------------|------------------------------------|---------------------------|
+| linear     | x (..., in), weight, bias or None  | x W^T + b (..., out)      |
+| embedding  | ids (...), weight, dtype           | rows of W (..., in)       |
+| dequantize | weight, dtype                      | W (out, in)               |
+
+A backend implements all three for the weights, devices and types that it supports. The first one in
+`BACKENDS` that supports a weight is used. To add a fast one, write a file with a `Backend` and list
+it above `reference`, which supports everything and is what the others are tested against.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cptq.registry import Registry
+from cptq.types import Candidate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PackedWeight:
+    """A packed weight (out, in): the tensors of docs/format-packed.md and their scheme.
+
+    `scheme` has the group size in use (0: per channel). `cptq.layouts.packed` gives the shapes.
+    """
+
+    scheme: Candidate
+    shape: tuple[int, int]
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    mask: Tensor | None = None
+    pattern: Tensor | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors in memory."""
+        parts = (self.codes, self.scale, self.zero, self.mask, self.pattern)
+        return sum(part.nbytes for part in parts if part is not None)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backend:
+    """One implementation of the operations; `supports` takes a weight and the compute type."""
+
+    name: str
+    supports: Callable[[PackedWeight, torch.dtype], bool]
+    linear: Callable[[Tensor, PackedWeight, Tensor | None], Tensor]
+    embedding: Callable[[Tensor, PackedWeight, torch.dtype], Tensor]
+    dequantize: Callable[[PackedWeight, torch.dtype], Tensor]
+
+
+BACKENDS: Registry[Backend] = Registry("backend", {"reference": "cptq.inference.reference:BACKEND"})
+
+
+def find_backend(weight: PackedWeight, dtype: torch.dtype) -> Backend:
+    """Return the first backend that supports a weight.
+
+    Raises:
+        LookupError: no backend does.
+    """
+    for name in BACKENDS:
+        backend = BACKENDS.get(name)
+        if backend.supports(weight, dtype):
+            return backend
+    raise LookupError(f"no backend supports {weight.scheme.label} in {dtype}")
+
+
+def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
+    """Return x W^T + b in the type of `x`."""
+    return find_backend(weight, x.dtype).linear(x, weight, bias)
+
+
+def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Return the rows `ids` of the weight, (*ids.shape, in)."""
+    return find_backend(weight, dtype).embedding(ids, weight, dtype)
+
+
+def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
+    """Return the whole weight (out, in)."""
+    return find_backend(weight, dtype).dequantize(weight, dtype)

@@ -1,0 +1,350 @@
+"""Load what `analyze` and `compress` work on: a dense model, text, candidates, a budget.
+
+`load_inputs` collects all of it for `compress` into one frozen value. Whatever can be refused (a
+target out of reach, a foreign plan or table, an output that exists, a full disk) is refused here,
+before anything is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from cptq.allocation import BLIND
+from cptq.allocation.constraints import apply_constraints, parse_constraints
+from cptq.allocation.cost import CostModel
+from cptq.allocation.ledger import Ledger
+from cptq.allocation.targets import resolve_target
+from cptq.artifact.atomic import check_output, check_space
+from cptq.artifact.formats import FORMATS
+from cptq.artifact.hub import check_push
+from cptq.calibration.batches import Batch
+from cptq.calibration.holdout import count_part_rows, split_parts
+from cptq.calibration.tokens import Calibration, build_calibration
+from cptq.checkpoint.loader import load_model
+from cptq.checkpoint.model import LoadedModel
+from cptq.compression.embeddings import embedding_tensors
+from cptq.config import (
+    AnalyzeSettings,
+    CompressSettings,
+    ModelSettings,
+    Runtime,
+    find_runtime,
+    parse_sparsity,
+)
+from cptq.errors import ModelError
+from cptq.layouts import Layout
+from cptq.pipeline.files import check_covers, fit_plan, read_plan, read_table
+from cptq.pipeline.recorder import Recorder
+from cptq.sensitivity.prepare import check_units
+from cptq.types import Candidate, Emit, Notice, Plan, SensitivityTable
+
+DEFAULT_TARGET = "4bit"
+#: fewest held-out rows on which a mixed plan is compared with the baseline plan
+LEAST_CHECK_ROWS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpace:
+    """What each unit may get, and what that costs in the file to be written.
+
+    `candidates` are those that the options name, `options` {unit: those left by --pin, --min-bits
+    and --max-bits}. `embedding` is what embeddings get (None: they stay dense). `form` names the
+    file format.
+    """
+
+    candidates: tuple[Candidate, ...]
+    options: Mapping[str, tuple[Candidate, ...]]
+    embedding: Candidate | None
+    form: str
+    cost: CostModel
+
+    @property
+    def layout(self) -> Layout:
+        """The tensors that the file format makes of a layer."""
+        return FORMATS.get(self.form).layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class HeldOutText:
+    """Batches of text that does not calibrate, by use; empty where there is no use, or no text.
+
+    `search` chooses between plans of --refine, `guard` confirms its choice, `uniform_check`
+    compares the plan with the baseline plan.
+    """
+
+    search: Sequence[Batch] = ()
+    guard: Sequence[Batch] = ()
+    uniform_check: Sequence[Batch] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CompressInputs:
+    """What `compress` works on. `plan` is that of --plan, `tables` that of --sensitivity.
+
+    `ledger` counts the options of the units against the target; None with a `plan`, whose bytes
+    are checked on their own. `compare_with_baseline`: --check-uniform applies, as the plan will be
+    made from scores.
+    """
+
+    settings: CompressSettings
+    runtime: Runtime
+    model: LoadedModel
+    space: SearchSpace
+    ledger: Ledger | None
+    plan: Plan | None
+    tables: Mapping[str, SensitivityTable]
+    out: Path
+    calibration: Calibration
+    held_out: HeldOutText
+    compare_with_baseline: bool
+
+
+def load_inputs(
+    settings: CompressSettings, recorder: Recorder, *, writes: bool = True
+) -> CompressInputs:
+    """Load the model, the text and the files that the settings name, and check them.
+
+    `writes`: check also that the output can be written.
+
+    Raises:
+        CptqError: anything that makes the run impossible; see the modules that are called.
+    """
+    runtime = find_runtime(settings.runtime)
+    plan = None if settings.plan is None else read_plan(settings.plan, runtime)
+    model = load_dense(settings.model, recorder, conv1d=runtime.conv1d)
+    check_units(model)
+    if any(width < 16 for width in settings.bits):
+        runtime.check_tensors(spec.name for spec in model.tensors)
+    space = _build_search_space(settings, runtime, model, plan, recorder)
+    with recorder.stage("plan"):
+        if settings.push_to_hub is not None:
+            check_push(settings.push_to_hub, settings.model.token)
+        plan = None if plan is None else fit_plan(plan, model, space.cost)
+        ledger = _build_ledger(settings, plan, space)
+        tables = _read_tables(settings, model, space)
+        asked, need = _find_size(ledger, plan)
+        out = settings.out or Path(f"{model.path.name}-cptq-{asked}")
+        if writes:
+            place = check_output(out, overwrite=settings.overwrite, source=model.path)
+            check_space(place, need)
+    compare = writes and settings.check_uniform and plan is None and settings.allocator not in BLIND
+    calibration, held_out = _read_text(settings, model, compare, recorder)
+    return CompressInputs(
+        settings=settings,
+        runtime=runtime,
+        model=model,
+        space=space,
+        ledger=ledger,
+        plan=plan,
+        tables=tables,
+        out=out,
+        calibration=calibration,
+        held_out=held_out,
+        compare_with_baseline=compare,
+    )
+
+
+def _build_search_space(
+    settings: CompressSettings,
+    runtime: Runtime,
+    model: LoadedModel,
+    plan: Plan | None,
+    emit: Emit,
+) -> SearchSpace:
+    """Find the file format and the candidates; a `plan` that is given decides on embeddings."""
+    asymmetric = asymmetric_widths(settings)
+    embedding = plan.embedding if plan is not None else _embedding_candidate(settings, asymmetric)
+    choices = plan.choices.values() if plan is not None else ()
+    form = runtime.format_for(
+        model.layers,
+        asymmetric=bool(asymmetric) or not all(choice.symmetric for choice in choices),
+        embedding=embedding is not None,
+    )
+    layout = FORMATS.get(form).layout
+    candidates = build_candidates(settings)
+    if settings.asymmetric:
+        _report_symmetric(candidates, runtime, emit)
+    embeddings = embedding_tensors(model, embedding, layout, runtime, emit)
+    cost = CostModel(model.units, model.tensors, layout, runtime, embeddings)
+    return SearchSpace(
+        candidates=candidates,
+        options=_constrain(settings, model, candidates, cost, emit),
+        embedding=embedding,
+        form=form,
+        cost=cost,
+    )
+
+
+def _embedding_candidate(
+    settings: CompressSettings, asymmetric: Collection[int]
+) -> Candidate | None:
+    """Return what --embedding-bits gives to embeddings."""
+    bits = settings.embedding_bits
+    if bits is None:
+        return None
+    return Candidate(bits=bits, group_size=settings.group_size, symmetric=bits not in asymmetric)
+
+
+def _report_symmetric(candidates: Sequence[Candidate], runtime: Runtime, emit: Emit) -> None:
+    """Emit a notice about widths that stay on symmetric grids in spite of --asymmetric."""
+    labels = [c.label for c in candidates if c.symmetric and not c.dense]
+    if labels:
+        message = f"{', '.join(labels)} stay symmetric: {runtime.name} has no other"
+        emit(Notice(kind="info", subject="--asymmetric", message=message))
+
+
+def _constrain(
+    settings: CompressSettings,
+    model: LoadedModel,
+    candidates: Sequence[Candidate],
+    cost: CostModel,
+    emit: Emit,
+) -> dict[str, tuple[Candidate, ...]]:
+    """Return the candidates of each unit after --pin, --min-bits and --max-bits."""
+    constraints = parse_constraints(settings.pins, settings.min_bits, settings.max_bits)
+    options = apply_constraints(
+        constraints,
+        model.units,
+        candidates,
+        group_size=settings.group_size,
+        asymmetric=asymmetric_widths(settings),
+        layers=model.layers,
+        emit=emit,
+    )
+    if constraints.pins:
+        cost.check_pinned(options)
+    return options
+
+
+def _build_ledger(
+    settings: CompressSettings, plan: Plan | None, space: SearchSpace
+) -> Ledger | None:
+    """Return the ledger of --target, which some plan must reach; None where a plan is given."""
+    if plan is not None:
+        return None
+    target = settings.target or DEFAULT_TARGET
+    return resolve_target(target, space.cost, settings.group_size, space.options)
+
+
+def _find_size(ledger: Ledger | None, plan: Plan | None) -> tuple[str, int]:
+    """Return the target as typed, and the most bytes that the file can take."""
+    if ledger is not None:
+        return ledger.budget.asked, ledger.bound_file_bytes()
+    assert plan is not None
+    return plan.budget.asked, plan.predicted_bytes
+
+
+def _read_tables(
+    settings: CompressSettings, model: LoadedModel, space: SearchSpace
+) -> dict[str, SensitivityTable]:
+    """Read the table of --sensitivity."""
+    if settings.sensitivity is None:
+        return {}
+    table = read_table(settings.sensitivity, model.fingerprint)
+    check_covers(table, settings.sensitivity, space.options)
+    return {table.metric: table}
+
+
+def _read_text(
+    settings: CompressSettings, model: LoadedModel, compare: bool, recorder: Recorder
+) -> tuple[Calibration, HeldOutText]:
+    """Read the text that calibrates, and hold out two parts for --refine and one to `compare`."""
+    uses = ["search", "guard"] if settings.refine else []
+    uses += ["uniform_check"] if compare else []
+    calibration = calibrate(model, settings, recorder, parts=len(uses), reserve=False)
+    rows = calibration.held_out
+    if not uses or (not settings.refine and len(rows) < LEAST_CHECK_ROWS):
+        return calibration, HeldOutText()
+    parts = split_parts(model, rows, len(uses))
+    return calibration, HeldOutText(**dict(zip(uses, parts, strict=True)))
+
+
+def load_dense(settings: ModelSettings, recorder: Recorder, *, conv1d: bool = False) -> LoadedModel:
+    """Load a model that is not compressed yet; `conv1d` as in `load_model`.
+
+    Raises:
+        ModelError: it is compressed, or cannot be loaded.
+    """
+    with recorder.stage("load"):
+        model = load_model(settings, recorder, conv1d=conv1d, experts=True)
+    if model.quantized:
+        raise ModelError(
+            f"{model.source} is compressed already",
+            allowed="a dense checkpoint",
+            hint="compress the model that it was made from; cptq eval takes artifacts",
+        )
+    return model
+
+
+def calibrate(
+    model: LoadedModel,
+    settings: AnalyzeSettings | CompressSettings,
+    recorder: Recorder,
+    *,
+    parts: int = 0,
+    reserve: bool = True,
+) -> Calibration:
+    """Read the calibration text as the model's tokens, and hold out rows for `parts` parts.
+
+    `reserve`: where the text is short, fewer samples calibrate, so that some rows are held out.
+    """
+    with recorder.stage("calibration"):
+        return build_calibration(
+            model,
+            settings.calibration,
+            settings.model,
+            recorder,
+            held_out=parts * count_part_rows(model),
+            reserve=reserve,
+        )
+
+
+def cost_model(model: LoadedModel, settings: AnalyzeSettings) -> CostModel:
+    """Return the cost model of the file that the runtime loads."""
+    runtime = find_runtime(settings.runtime)
+    form = runtime.format_for(model.layers, asymmetric=settings.asymmetric)
+    return CostModel(model.units, model.tensors, FORMATS.get(form).layout, runtime)
+
+
+def asymmetric_widths(settings: AnalyzeSettings | CompressSettings) -> tuple[int, ...]:
+    """Return the widths that --asymmetric puts on asymmetric grids, by what the runtime takes."""
+    return find_runtime(settings.runtime).asymmetric if settings.asymmetric else ()
+
+
+def build_candidates(settings: AnalyzeSettings | CompressSettings) -> tuple[Candidate, ...]:
+    """Return the candidates that the options name."""
+    return list_candidates(
+        settings.bits,
+        settings.group_size,
+        asymmetric=asymmetric_widths(settings),
+        sparsity=settings.sparsity,
+    )
+
+
+def list_candidates(
+    bits: Sequence[int],
+    group_size: int,
+    *,
+    asymmetric: Collection[int] = (),
+    sparsity: Sequence[str] = (),
+) -> tuple[Candidate, ...]:
+    """Return ways to store a unit, fewest bits first, each width dense and then at every sparsity.
+
+    The widths in `asymmetric` lie on asymmetric grids; 16 bits keep a unit as it is.
+    """
+    kinds = [(0.0, "none"), *map(parse_sparsity, sparsity)]
+    return tuple(
+        Candidate(bits=16)
+        if width == 16
+        else Candidate(
+            bits=width,
+            group_size=group_size,
+            symmetric=width not in asymmetric,
+            sparsity=share,
+            pattern=pattern,
+        )
+        for width in sorted(set(bits))
+        for share, pattern in (kinds if width < 16 else kinds[:1])
+    )

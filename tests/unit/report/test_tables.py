@@ -1,0 +1,71 @@
+"""Tables of a report: pruning, verification, most sensitive units."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from cptq.cli.output import MANY, make_leader_table
+from cptq.report import VerificationFacts
+from cptq.report.tables import build_pruning_tables, build_tables, describe_verification
+from cptq.types import SensitivityTable
+from tests.unit.report import synthetic
+
+
+def pruned(**details: object) -> SensitivityTable:
+    units = synthetic.make_units(2)
+    names = [unit.name for unit in units]
+    found = {
+        "sparsities": [0.1, 0.3, 0.5],
+        "curve": {name: [0.001, 0.02, 0.5] for name in names},
+        "area": dict.fromkeys(names, 0.0542),
+        "whole_model_curve": {"0.1": 0.01, "0.45": 1.5, "0.9": 11.0},
+        "essential_sparsity": 0.45,
+    }
+    return replace(synthetic.make_table("pruning", units, 1.0, 0), details=found | details)
+
+
+def test_curves_areas_and_the_knee_are_in_the_report() -> None:
+    summary = replace(synthetic.make_summary(blocks=2), sensitivity={"pruning": pruned()})
+    whole, units = build_pruning_tables(summary)
+    assert whole.rows == (("10%", "0.01"), ("45%", "1.5"), ("90%", "11"))
+    assert "45% of the weights" in whole.note
+    assert units.columns == ("unit", "10%", "30%", "50%", "area")
+    assert units.rows[0][1:] == ("0.001", "0.02", "0.5", "0.0542")
+    assert len(units.rows) == len(summary.units)
+    assert {whole.title, units.title} <= {table.title for table in build_tables(summary)}
+
+
+def test_a_straight_curve_and_other_metrics_say_so() -> None:
+    summary = synthetic.make_summary(blocks=2)
+    straight = {"pruning": pruned(essential_sparsity=None)}
+    assert "no knee" in build_pruning_tables(replace(summary, sensitivity=straight))[0].note
+    assert build_pruning_tables(replace(summary, sensitivity={})) == []
+
+
+def test_an_interrupted_measurement_shows_the_units_that_were_scored() -> None:
+    table = pruned(whole_model_curve={}, essential_sparsity=None)
+    first = next(iter(table.per_unit))
+    partial = replace(table, per_unit={first: table.per_unit[first]})
+    summary = replace(synthetic.make_summary(blocks=2), sensitivity={"pruning": partial})
+    assert [row[0] for row in build_pruning_tables(summary)[1].rows] == [first]
+    assert "All units pruned together" not in {table.title for table in build_tables(summary)}
+
+
+def test_many_metrics_have_a_line_each() -> None:
+    units = synthetic.make_units(2)
+    tables = [synthetic.make_table(f"m{i}", units, 1.0, i) for i in range(MANY + 1)]
+    rows = make_leader_table(tables).rows
+    assert [row[0] for row in rows] == [table.metric for table in tables]
+    for row, table in zip(rows, tables, strict=True):
+        assert row[1] == max(table.per_unit, key=lambda name: table.per_unit[name])
+    assert rows[3][2] == "24 s"
+    nothing = replace(tables[0], per_unit={})
+    assert make_leader_table([nothing]).rows[0][1] == "-"
+
+
+def test_verification_in_words() -> None:
+    facts = VerificationFacts(missing=("a", "b", "c", "d"), max_abs_difference=0.5)
+    assert not facts.clean
+    assert describe_verification(facts) == "4 missing: a, b, c; outputs differ by at most 0.5"
+    assert "not compared" in describe_verification(VerificationFacts())
+    assert VerificationFacts().clean
