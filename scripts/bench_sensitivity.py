@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""What `scripts/bench_sensitivity` runs: `measure` in a fresh process per metric.
+"""Measure what each metric costs alone: `measure` with one metric, in a process of its own.
 
-Wall and processor seconds are those of `measure` alone, without loading the model and the text;
-peak memory is that of the whole process, and the line `nothing` shows what loading takes. A metric
-that only runs the model forward is measured again in another process, with the plain forward passes
-that it needs in turn, so that both see the same machine: for trials the model from the unit's block
-on, between the units; for a sampling pass the whole of its rows, medians of three each. Their ratio
-takes processor seconds, which a busy machine moves least.
+This is the place where the cost of a metric is measured (a table's `seconds` are those of its whole
+run). Wall and processor seconds are those of `measure` alone, without loading the model and the
+text; peak memory is that of the whole process, and the line `nothing` shows what loading takes. A
+metric that only runs the model forward is measured again in another process, alternating with the
+plain forward passes that it needs, so that both see the same machine: for trials the model from the
+unit's block on, between the units; for a sampling pass all of its rows, medians of three each.
+Their ratio uses processor seconds, which a busy machine changes least.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ class Spent:
     wall: float = 0.0
     cpu: float = 0.0
 
-    def of(self, work: Callable[[], Any]) -> Spent:
-        """Add what `work` takes; what this call took."""
+    def add(self, work: Callable[[], Any]) -> Spent:
+        """Run `work`, add its cost, and return the cost of this call."""
         began, began_cpu = time.perf_counter(), time.process_time()
         work()
         took = Spent(time.perf_counter() - began, time.process_time() - began_cpu)
@@ -70,7 +71,7 @@ class Plain:
 
     def trial(self, block: int | None) -> None:
         """The held-out rows from a block on, as a trial runs them."""
-        took = self.spent.of(lambda: self._from(block or 0))
+        took = self.spent.add(lambda: self._from(block or 0))
         self.trials.setdefault(block, []).append(took.cpu)
 
     def _from(self, block: int) -> None:
@@ -91,13 +92,13 @@ class Plain:
                 for rows in self.pass_rows:
                     forward(self.model, rows)
 
-        self.passes.append(self.spent.of(run).cpu)
+        self.passes.append(self.spent.add(run).cpu)
 
 
 def child(
     model: str, metrics: list[str], calibration: dict[str, Any], beside: bool
 ) -> dict[str, Any]:
-    """Load, measure, and say what it took; `beside` plain forward passes, if it needs any."""
+    """Load, measure and return the cost; `beside` plain forward passes, if the metric needs any."""
     from cptq.calibration.tokens import build_calibration
     from cptq.checkpoint.loader import load_model
     from cptq.config import DEFAULT_BITS, CalibrationSettings, ModelSettings
@@ -138,7 +139,7 @@ def child(
 
     if plain is not None and not needs.divergence:
         return turn_by_turn(plain, run)
-    spent.of(run)
+    spent.add(run)
     found = {"wall": spent.wall, "cpu": spent.cpu, "peak": peak()}
     if plain is not None:
         found["wall"] -= plain.spent.wall
@@ -152,7 +153,7 @@ def turn_by_turn(plain: Plain, run: Callable[[], None]) -> dict[str, Any]:
     taken = []
     for _ in range(TURNS):
         plain.whole_pass()
-        taken.append(Spent().of(run).cpu)
+        taken.append(Spent().add(run).cpu)
     return {"cpu": statistics.median(taken), "needs": statistics.median(plain.passes)}
 
 

@@ -297,7 +297,7 @@ def _find_weights(path: Path, settings: ModelSettings) -> list[Path]:
         raise ModelError(
             f"{path} has only pickled weights ({pickles[0]}), which can run code when opened",
             allowed="safetensors",
-            hint="pass --allow-pickle if you trust whoever made the file",
+            hint="pass --allow-pickle if you trust its author",
         )
     raise ModelError(f"{path} has no model.safetensors and no index of shards")
 

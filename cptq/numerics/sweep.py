@@ -6,9 +6,9 @@ over the columns not yet visited:
 
     e_j = (w_j - p(w_j)) / U_jj,      w_k <- w_k - e_j U_jk     for k > j
 
-Source: GPTQ (Frantar et al., arXiv 2210.17323, section 3.3); the projection alone tells GPTQ (a
-grid) from SparseGPT (a mask, arXiv 2301.00774, section 3). The squared output error that remains is
-sum_j |e_j|^2. Here the projection is a callable, so both come from one loop.
+Source: GPTQ (Frantar et al., arXiv 2210.17323, section 3.3); only the projection differs between
+GPTQ (a grid) and SparseGPT (a mask, arXiv 2301.00774, section 3). The squared output error that
+remains is sum_j |e_j|^2. Here the projection is a callable, so both come from one loop.
 
 Blocks: within a block of `block` columns updates are applied at once, to the columns beyond it in
 one matrix product. It is the same sum in another order: `tests/reference/sweep.py` re-inverts the

@@ -208,7 +208,7 @@ class _Scoring:
         return self.context.rounding.compute_errors(view.unit, view.weights, candidate)
 
     def _skip(self, unit: Unit) -> None:
-        message = "never runs on the calibration text: its scores are 0, whatever its sensitivity"
+        message = "never runs on the calibration text, so its scores are 0"
         self.context.emit(Notice(kind="warning", subject=unit.name, message=message))
         for run in self.runs.values():
             run.per_unit[unit.name] = 0.0

@@ -120,15 +120,15 @@ def _split_text(model: LoadedModel, kinds: Kinds, calibration: Calibration | Non
 def _collect_samples(
     model: LoadedModel, kinds: Kinds, split: Split, seed: int, emit: Emit
 ) -> Samples | None:
-    wanted = [kind.needs.samples for kind in kinds.values() if kind.needs.samples is not None]
-    if not wanted:
+    requests = [kind.needs.samples for kind in kinds.values() if kind.needs.samples is not None]
+    if not requests:
         return None
-    wants = SampleRequest()
-    for want in wanted:
-        wants = wants | want
+    combined = SampleRequest()
+    for request in requests:
+        combined = combined | request
     objective = choose_objective(model.kind, model.config)
     least = max(kind.get_min_tokens(model) for kind in kinds.values())
-    return collect_samples(model, split.fit, objective, wants, seed=seed, emit=emit, least=least)
+    return collect_samples(model, split.fit, objective, combined, seed=seed, emit=emit, least=least)
 
 
 def _compute_path_gradients(

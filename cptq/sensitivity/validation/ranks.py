@@ -73,7 +73,7 @@ def measure_agreement(
     units: Sequence[str],
     widths: Sequence[int],
     scores: Sequence[float],
-    truths: Sequence[float],
+    measured: Sequence[float],
     *,
     seconds: float,
     seed: int,
@@ -83,13 +83,13 @@ def measure_agreement(
 
     Args:
         metric: its name.
-        units, widths, scores, truths: one entry per pair; pairs of one candidate have one width.
+        units, widths, scores, measured: one entry per pair; pairs of one candidate have one width.
         seconds: wall time of the run that measured the metric.
         seed: seed of the bootstrap; the same draws for every metric.
         resamples: how many draws.
     """
     strata = np.asarray(widths, dtype=np.int64)
-    x, y = np.asarray(scores, dtype=np.float64), np.asarray(truths, dtype=np.float64)
+    x, y = np.asarray(scores, dtype=np.float64), np.asarray(measured, dtype=np.float64)
     draws = resample(units, resamples, seed)
 
     def interval(pooled: bool, statistic: Statistic) -> Interval:
