@@ -10,7 +10,7 @@ import pytest
 from cptq.report import Summary, VerificationFacts, words
 from cptq.report.render import render_json
 from cptq.report.summary import SCHEMA, plain
-from cptq.report.tables import verification_words
+from cptq.report.tables import size_table, verification_words
 from cptq.report.tally import (
     compare,
     layer_choices,
@@ -19,7 +19,7 @@ from cptq.report.tally import (
     notices_by_kind,
     widths,
 )
-from cptq.types import Candidate, EvalResult, Notice, Plan, SensitivityTable
+from cptq.types import Budget, Candidate, EvalResult, Notice, Plan, Scope, SensitivityTable
 from tests.unit.report import fake
 
 
@@ -50,6 +50,21 @@ def test_numbers_that_json_has_no_word_for_become_texts() -> None:
         "a": "inf", "b": ["nan", "-inf"], "c": 1.5, "d": True,
     }  # fmt: skip
     assert float(found["a"]) == float("inf")
+
+
+@pytest.mark.parametrize("scope", ["file", "weights"])
+@pytest.mark.parametrize("more", [1234, -1234])
+def test_the_budget_row_counts_what_the_budget_limits(
+    summary: Summary, scope: Scope, more: int
+) -> None:
+    assert summary.size is not None
+    limit = summary.size.count_bytes(scope) + more
+    budget = Budget(limit_bytes=limit, scope=scope, asked="3.5bpw")
+    table = size_table(replace(summary, budget=budget))
+    assert table is not None
+    row = dict(table.rows)["budget"]
+    assert row.startswith(f"3.5bpw = {budget.limit_text}, 1,234 bytes ")
+    assert row.endswith("left" if more > 0 else "above")
 
 
 def test_widths_add_up_to_the_planned_weights(summary: Summary) -> None:
