@@ -105,19 +105,19 @@ def test_an_edited_plan_replays_exactly(model: Path, measured: Path, tmp_path: P
 def test_a_target_in_bits_per_weight_limits_the_weights_and_an_old_plan_of_it_replays(
     model: Path, tmp_path: Path
 ) -> None:
-    outcome = compress(settings(model, tmp_path / "a", target="3.5bpw"), quiet)
+    outcome = compress(settings(model, tmp_path / "a", target="5.5bpw"), quiet)
     plan, size = outcome.summary.plan, outcome.summary.size
     assert plan is not None
     assert size is not None
     assert plan.budget.scope == "weights"
     assert size.compressible_bytes <= plan.budget.limit_bytes < size.file_bytes
-    assert size.effective_bits <= 3.5
+    assert size.effective_bits <= 5.5
     for text in ((tmp_path / "a" / "README.md").read_text(), inspect_target(tmp_path / "a")):
-        assert "3.5bpw" in text
+        assert "5.5bpw" in text
         assert f"{plan.budget.limit_bytes:,} bytes of compressible weights" in text
     # plan.json of before budgets had a scope: the limit was a bound of the whole file
     data = json.loads((tmp_path / "a" / "plan.json").read_text())
-    data["budget"] = {"limit_bytes": size.file_bytes + 100, "asked": "3.5bpw"}
+    data["budget"] = {"limit_bytes": size.file_bytes + 100, "asked": "5.5bpw"}
     old = tmp_path / "old.json"
     old.write_text(json.dumps(data))
     compress(settings(model, tmp_path / "b", target=None, plan=old), quiet)
