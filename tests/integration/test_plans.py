@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from cptq.artifact import reload, stock_load
+from cptq.artifact.inspect import inspect
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.errors import BudgetError, CalibrationError, PlanError
 from cptq.pipeline import compress
@@ -99,6 +100,44 @@ def test_an_edited_plan_replays_exactly(model: Path, measured: Path, tmp_path: P
     written = tmp_path / "b" / "plan.json"
     compress(settings(model, tmp_path / "d", target=None, plan=written), quiet)
     assert sha256(tmp_path / "d") == sha256(tmp_path / "b")
+
+
+def test_a_target_in_bits_per_weight_limits_the_weights_and_an_old_plan_of_it_replays(
+    model: Path, tmp_path: Path
+) -> None:
+    outcome = compress(settings(model, tmp_path / "a", target="5.5bpw"), quiet)
+    plan, size = outcome.summary.plan, outcome.summary.size
+    assert plan is not None
+    assert size is not None
+    assert plan.budget.scope == "weights"
+    assert size.compressible_bytes <= plan.budget.limit_bytes < size.file_bytes
+    assert size.effective_bits <= 5.5
+    for text in ((tmp_path / "a" / "README.md").read_text(), inspect_target(tmp_path / "a")):
+        assert "5.5bpw" in text
+        assert f"{plan.budget.limit_bytes:,} bytes of compressible weights" in text
+    # plan.json of before budgets had a scope: the limit was a bound of the whole file
+    data = json.loads((tmp_path / "a" / "plan.json").read_text())
+    data["budget"] = {"limit_bytes": size.file_bytes + 100, "asked": "5.5bpw"}
+    old = tmp_path / "old.json"
+    old.write_text(json.dumps(data))
+    compress(settings(model, tmp_path / "b", target=None, plan=old), quiet)
+    assert sha256(tmp_path / "b") == sha256(tmp_path / "a")
+    written = json.loads((tmp_path / "b" / "plan.json").read_text())
+    assert written["budget"] == data["budget"] | {"scope": "file"}
+    assert f"{size.file_bytes + 100:,} bytes" in inspect_target(tmp_path / "b")
+
+
+def inspect_target(folder: Path) -> str:
+    return inspect(folder).provenance["target"]
+
+
+def test_an_artifact_of_before_scopes_is_inspected(model: Path, tmp_path: Path) -> None:
+    compress(settings(model, tmp_path / "a", target="4bit"), quiet)
+    path = tmp_path / "a" / "cptq.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["plan"]["budget"].pop("scope") == "file"
+    path.write_text(json.dumps(manifest))
+    assert inspect_target(tmp_path / "a").endswith(" bytes")
 
 
 def test_a_table_without_a_candidate_asked_for_is_refused_by_name(

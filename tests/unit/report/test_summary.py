@@ -18,7 +18,8 @@ from cptq.report.summary import (
     map_layer_choices,
     rank_units,
 )
-from cptq.types import Candidate, Notice, Plan, SensitivityTable
+from cptq.report.tables import build_size_table
+from cptq.types import Budget, Candidate, Notice, Plan, Scope, SensitivityTable
 from tests.unit.report import synthetic
 
 
@@ -48,6 +49,21 @@ def test_numbers_that_json_has_no_word_for_become_texts() -> None:
         "a": "inf", "b": ["nan", "-inf"], "c": 1.5, "d": True,
     }  # fmt: skip
     assert float(found["a"]) == float("inf")
+
+
+@pytest.mark.parametrize("scope", ["file", "weights"])
+@pytest.mark.parametrize("more", [1234, -1234])
+def test_the_budget_row_counts_what_the_budget_limits(
+    summary: Summary, scope: Scope, more: int
+) -> None:
+    assert summary.size is not None
+    limit = summary.size.count_bytes(scope) + more
+    budget = Budget(limit_bytes=limit, scope=scope, asked="3.5bpw")
+    table = build_size_table(replace(summary, budget=budget))
+    assert table is not None
+    row = dict(table.rows)["budget"]
+    assert row.startswith(f"3.5bpw = {budget.limit_text}, 1,234 bytes ")
+    assert row.endswith("unused" if more > 0 else "over")
 
 
 def test_widths_add_up_to_the_planned_weights(summary: Summary) -> None:
