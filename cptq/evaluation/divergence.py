@@ -6,7 +6,7 @@ predicted token, with p the baseline's distribution and q the model's over the v
     KL(p || q) = sum p (ln p - ln q)        nats, 0 where the two agree
 
 and two yes-or-no questions: do both find the same token likeliest (top-1 agreement); and is exactly
-one of them right about the token that comes (a flip, as Dutta et al. 2024, "Accuracy is not all you
+one of them right about the next token (a flip, as Dutta et al. 2024, "Accuracy is not all you
 need", count flips of answers: right to wrong and wrong to right)? Reported are the mean KL, its
 percentiles 99 and 99.9 over tokens, the share of agreement and the share of flips.
 

@@ -1,4 +1,4 @@
-"""Perplexity by the protocol of the GPTQ repository, and two numbers that tokenizers share.
+"""Perplexity by the protocol of the GPTQ repository, and two numbers that compare tokenizers.
 
 The whole text is tokenised once, with the special tokens that the tokenizer adds by itself (OPT's
 and Llama's begin with a BOS, so only the first window has one). It is cut into windows of `seqlen`

@@ -3,7 +3,7 @@
 A question has one context and one continuation per choice (a space and the choice). Winogrande
 reverses that: the choice fills the blank in the context, and all choices share the continuation.
 Lambada has one continuation, the last word. The texts, the order of the choices and the versions
-are those of the harness's task files (`lm_eval/tasks/...`), whose names the tasks bear.
+are those of the harness's task files (`lm_eval/tasks/...`), whose names the tasks have.
 """
 
 from __future__ import annotations

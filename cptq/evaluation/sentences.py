@@ -183,10 +183,10 @@ def compute_cosine(left_NC: Tensor, right_NC: Tensor) -> Tensor:
 
 
 def read_pooling(path: Path) -> Pooling:
-    """Read the pooling that a checkpoint's directory asks for.
+    """Read the pooling that a checkpoint's directory sets.
 
     Raises:
-        EvaluationError: it asks for another pooling, or for further modules.
+        EvaluationError: it sets another pooling, or further modules.
     """
     _refuse_other_modules(path)
     settings = _read_json(path / "1_Pooling" / "config.json")
@@ -200,7 +200,7 @@ def read_pooling(path: Path) -> Pooling:
     if chosen == ["cls"]:
         return "cls"
     raise EvaluationError(
-        f"{path / '1_Pooling'} asks for the pooling {', '.join(chosen) or 'none'}",
+        f"{path / '1_Pooling'} sets the pooling {', '.join(chosen) or 'none'}",
         allowed="mean, cls",
     )
 

@@ -75,7 +75,7 @@ def prepare_models(
     """Prepare all tasks for each model, without loading one, and check them for leaks.
 
     Raises:
-        ModelError: a model is not found, or is no text model.
+        ModelError: a model is not found, or is not a text model.
         EvaluationError: a model cannot do a task; with --strict, a task is measured on text that
             calibrated the model.
         DataError: the data of a task is missing or malformed.
@@ -91,11 +91,14 @@ def _prepare_model(settings: EvalSettings, source: str, recorder: Recorder) -> P
     model_settings, options = replace(settings.model, model=source), _build_options(settings)
     spec = read_spec(model_settings, recorder)
     tasks: list[PreparedTask] = []
+    total = len(settings.tasks) + bool(settings.lm_eval)
     for done, name in enumerate(settings.tasks):
-        recorder(Progress(stage="prepare", done=done, total=len(settings.tasks), message=name))
+        recorder(Progress(stage="prepare", done=done, total=total, message=name))
         tasks.append(prepare_task(spec, name, options, recorder))
     if settings.lm_eval:
+        recorder(Progress(stage="prepare", done=total - 1, total=total, message="lm-eval"))
         tasks.append(prepare_harness(spec, settings.lm_eval, options, recorder))
+    recorder(Progress(stage="prepare", done=total, total=total))
     calibration = _read_calibration(spec.path, recorder)
     if calibration is not None:
         for task in tasks:

@@ -63,16 +63,23 @@ _SUMMED: Mapping[str, Link] = {
 class LoadedTask:
     """A task of the harness (or a group of tasks) with its data.
 
-    It stands in for the harness's task manager: `load` answers with what was loaded.
+    It replaces the harness's task manager: `load` returns what was loaded before. Tasks may shuffle
+    their documents with the global generators, which the harness seeds before it loads a task;
+    `random_states` are those that loading left, so that a run goes on as if it had loaded it.
     """
 
     name: str
     given: str
     loaded: Mapping[str, Any]
     task_index: Mapping[str, Any]
+    random_states: tuple[Any, Any, Any]
 
     def load(self, names: Any) -> Mapping[str, Any]:
-        """Return the loaded tasks, whatever names are asked for: there is one."""
+        """Return the loaded tasks, whatever the names: there is one."""
+        python, numpy, torch_state = self.random_states
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(torch_state)
         return self.loaded
 
 
@@ -143,7 +150,7 @@ def prepare_harness(
     """Load tasks named as the harness names them, or in YAML files, with their data.
 
     Raises:
-        EvaluationError: the harness is absent, the model is no causal LM, or a task cannot be
+        EvaluationError: the harness is absent, the model is not a causal LM, or a task cannot be
             loaded.
         UnknownNameError: no such task; the message names the nearest.
     """
@@ -155,21 +162,25 @@ def prepare_harness(
     loaded = []
     for name, given in zip(names, tasks, strict=True):
         with _silence(), _explain_errors(name, given):
-            _seed(options.seed)
-            found = manager.load([name])
-            for task in found["tasks"].values():
-                len(task.eval_docs)  # raises where the task has no documents to ask about
-        index = getattr(manager, "task_index", {})
-        loaded.append(LoadedTask(name=name, given=given, loaded=found, task_index=index))
+            loaded.append(_load(manager, name, given, options.seed))
     limit = None if options.limit == 1 else options.limit
     return PreparedHarness(tasks=tuple(loaded), limit=limit)
 
 
-def _seed(seed: int) -> None:
-    """Seed what a task may shuffle its documents with, as the harness does before it loads one."""
+def _load(manager: Any, name: str, given: str, seed: int) -> LoadedTask:
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    found = LoadedTask(
+        name=name,
+        given=given,
+        loaded=manager.load([name]),
+        task_index=getattr(manager, "task_index", {}),
+        random_states=(random.getstate(), np.random.get_state(), torch.get_rng_state()),
+    )
+    for task in found.loaded["tasks"].values():
+        len(task.eval_docs)  # raises if the task has no documents to evaluate
+    return found
 
 
 def _collect_texts(task: Any, limit: float | None) -> tuple[str, ...]:
@@ -211,7 +222,7 @@ def resolve_tasks(tasks: tuple[str, ...]) -> tuple[Any, list[str]]:
     files = {t: Path(t).expanduser() for t in tasks if t.lower().endswith(_SUFFIXES)}
     names = [_read_name(files[task]) if task in files else task for task in tasks]
     folders = list(dict.fromkeys(str(file.parent.resolve()) for file in files.values()))
-    # reading all the harness's own tasks takes it many seconds
+    # reading all of the harness's own tasks takes many seconds
     own = len(files) < len(tasks)
     with _silence():
         manager = module.TaskManager(include_path=folders or None, include_defaults=own)

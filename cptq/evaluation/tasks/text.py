@@ -162,10 +162,21 @@ def prepare_text(spec: ModelSpec, name: str, options: EvalOptions, emit: Emit) -
     """Read, tokenise and cut the text called `name`.
 
     Raises:
-        EvaluationError: no tokenizer, `seqlen` beyond the model's positions, a stride beyond it.
-        DataError: the text is missing or malformed, or has fewer than two tokens.
+        DataError: the text is missing or malformed.
+        EvaluationError, DataError: as `prepare_windows`.
     """
-    text = _load(name, options)
+    return prepare_windows(spec, name, _load(name, options), options, emit)
+
+
+def prepare_windows(
+    spec: ModelSpec, name: str, text: Text, options: EvalOptions, emit: Emit
+) -> PreparedText:
+    """Tokenise a text and cut it into windows, for the task `name`.
+
+    Raises:
+        EvaluationError: no tokenizer, `seqlen` beyond the model's positions, a stride beyond it.
+        DataError: fewer than two tokens.
+    """
     for note in text.notes:
         emit(Notice(kind="fallback", subject=name, message=note))
     if spec.tokenizer is None:

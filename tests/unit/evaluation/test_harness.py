@@ -110,10 +110,12 @@ def test_tasks_are_loaded_once_and_run_as_they_were_loaded(
         return {"tasks": {"part": task}, "groups": {}}
 
     def simple_evaluate(*, task_manager, tasks, limit, random_seed, **_: object):
-        seen.append((task_manager.load(tasks)["tasks"]["part"], limit, random_seed))
+        random.seed(random_seed)
+        loaded = task_manager.load(tasks)["tasks"]["part"]
+        seen.append((loaded, limit, random_seed, random.random()))
         return ANSWER
 
-    seen: list[tuple[object, float | None, int]] = []
+    seen: list[tuple[object, float | None, int, float]] = []
     manager = SimpleNamespace(load=load_names, task_index={"part": 1})
     monkeypatch.setattr(harness, "resolve_tasks", lambda tasks: (manager, list(tasks)))
     fake = SimpleNamespace(simple_evaluate=simple_evaluate)
@@ -125,10 +127,11 @@ def test_tasks_are_loaded_once_and_run_as_they_were_loaded(
     assert prepared.documents == {"lm-eval/part": ("first", "second")}
     found = prepared.measure(model, options, heard)
     assert [result.task for result in found] == ["lm-eval/piqa"] * 3
-    assert seen == [(task, 2, 5)]
-    # a task may shuffle its documents when it is loaded: always by the seed
-    prepare_harness(model, ["group"], options, heard)
-    assert loads[0] == loads[1] == ["group", str(random.Random(5).random())]
+    # a task may shuffle its documents, when it is loaded and later: always by the seed, and as if
+    # it had been loaded by the run itself
+    expected = random.Random(5)
+    assert loads == [["group", str(expected.random())]]
+    assert seen == [(task, 2, 5, expected.random())]
     assert replace(prepared, limit=None).documents["lm-eval/part"][2] == "third"
 
 
