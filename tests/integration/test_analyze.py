@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ CALIBRATION = CalibrationSettings(calibration="pydoc", samples=12, seqlen=128, b
 SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
-from cptq.calibration.divergence_from_dense import Probe
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.cli.app import main
-whole = Probe.divergence
+whole = DivergenceFromDense.measure_unit
 def slow(self, unit, weights):
     print("trial", file=sys.stderr, flush=True)
     time.sleep(0.02)
     return whole(self, unit, weights)
-Probe.divergence = slow
+DivergenceFromDense.measure_unit = slow
 main()
 """
 
@@ -132,10 +133,7 @@ def test_metrics_of_the_weights_alone_read_no_text(tiny_model: TinyModel, tmp_pa
     model, out = tiny_model("bert"), tmp_path / "out"
     missing = CalibrationSettings(calibration=str(tmp_path / "absent.txt"))
     found = settings(model, out, "kurtosis", "pq-index")
-    found = AnalyzeSettings(
-        **{name: getattr(found, name) for name in found.__slots__} | {"calibration": missing}
-    )
-    outcome = analyze(found, quiet)
+    outcome = analyze(replace(found, calibration=missing), quiet)
     assert outcome.summary.calibration is None
     assert not (out / "calibration.json").exists()
     assert "weights only" in (out / "report.md").read_text()
