@@ -27,14 +27,14 @@ CALIBRATION = CalibrationSettings(calibration="pydoc", samples=12, seqlen=128, b
 SLOW = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
-from cptq.calibration.divergence_from_dense import Probe
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.cli.app import main
-whole = Probe.divergence
+whole = DivergenceFromDense.measure_unit
 def slow(self, unit, weights):
     print("trial", file=sys.stderr, flush=True)
     time.sleep(0.02)
     return whole(self, unit, weights)
-Probe.divergence = slow
+DivergenceFromDense.measure_unit = slow
 main()
 """
 
