@@ -19,8 +19,7 @@ from cptq.checkpoint.loader import load_model
 from cptq.config import ModelSettings
 from cptq.data import load_text
 from cptq.errors import CptqError
-from cptq.evaluation.options import EvalOptions
-from cptq.evaluation.run import evaluate
+from cptq.evaluation.task import EvalOptions, evaluate
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 
