@@ -1,7 +1,8 @@
 """cptq: analyze, compress and evaluate Hugging Face models.
 
-Importing it lets transformers load packed artifacts (`cptq.inference.registration`); it imports
-neither torch nor transformers itself.
+The functions below are the commands of the command line, see `cptq.api`. Importing cptq lets
+transformers load packed artifacts (`cptq.inference.registration`); it imports neither torch nor
+transformers itself.
 """
 
 from __future__ import annotations
@@ -12,16 +13,28 @@ from typing import TYPE_CHECKING, Any
 from cptq.inference.registration import ensure_registered
 
 if TYPE_CHECKING:
+    from cptq.api import analyze, compare, compress, evaluate, export, inspect, plan, verify
     from cptq.checkpoint.loader import load
 
-__all__ = ["__version__", "load"]
+__all__ = [
+    "__version__",
+    "analyze",
+    "compare",
+    "compress",
+    "evaluate",
+    "export",
+    "inspect",
+    "load",
+    "plan",
+    "verify",
+]
 __version__ = "0.1.0"
 
 ensure_registered()
 
 
 def __getattr__(name: str) -> Any:
-    """`load` when it is first asked for: it needs torch."""
-    if name != "load":
+    """Import a public function when it is first used."""
+    if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return import_module("cptq.checkpoint.loader").load
+    return getattr(import_module("cptq.checkpoint.loader" if name == "load" else "cptq.api"), name)

@@ -15,16 +15,16 @@ from typer.testing import CliRunner
 
 import cptq
 from cptq.allocation import ALLOCATORS
-from cptq.artifact import verify
+from cptq.artifact import reload
 from cptq.artifact.formats import FORMATS
 from cptq.checkpoint import architectures
 from cptq.cli.app import app
 from cptq.compression import COMPRESSORS
 from cptq.config import runtimes
 from cptq.evaluation import TASKS
+from cptq.inference import operations, reference
 from cptq.inference.modules import find_packed_modules
 from cptq.registry import Registry
-from cptq.runtime import operations, reference
 from cptq.sensitivity import METRICS
 from tests.conftest import TinyModel
 from tests.tiny_models import SENTENCES
@@ -100,7 +100,7 @@ def _register(monkeypatch: pytest.MonkeyPatch, registry: Registry[Any], name: st
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(verify, "_run", run_here)
+    monkeypatch.setattr(reload, "_run", run_here)
     small = ("--calibration", "pydoc", "--samples", "4", "--seqlen", "32", "--device", "cpu")
 
     def call(command: str, *words: object) -> str:
@@ -184,7 +184,7 @@ def test_the_kernel_works(
     assert packed
     for module in packed.values():
         weight = module.packed
-        backend = operations.backend_for(weight, torch.float32)
+        backend = operations.find_backend(weight, torch.float32)
         assert backend is templates["cptq/inference/whole.py"].BACKEND
         x = torch.randn(5, weight.shape[1], generator=torch.Generator().manual_seed(0))
         expected = reference.linear(x, weight, None)

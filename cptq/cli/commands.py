@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import typer
 
@@ -34,9 +33,6 @@ from cptq.config import (
     VerifySettings,
 )
 
-if TYPE_CHECKING:
-    from cptq.types import Emit
-
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
@@ -46,8 +42,6 @@ class Command:
         name: what is typed.
         settings: the class whose fields are its options.
         help: the first paragraph is also its line in `cptq --help`.
-        function: the function of `cptq.pipeline` that does the work; None where it is not in the
-            pipeline, see `_execute`.
         presentation: the class of the options that are not settings.
         flags: spellings that differ from those of the fields.
     """
@@ -55,7 +49,6 @@ class Command:
     name: str
     settings: type[AnySettings]
     help: str
-    function: str | None = None
     presentation: type[Presentation] = Presentation
     flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -91,7 +84,6 @@ COMMANDS = (
         name="analyze",
         settings=AnalyzeSettings,
         presentation=ConfiguredPresentation,
-        function="analyze",
         help="""Measure how sensitive each layer is to compression.
 
         Writes the scores of each metric and a report. With --validate, also measures how well the
@@ -101,7 +93,6 @@ COMMANDS = (
         name="compress",
         settings=CompressSettings,
         presentation=ConfiguredPresentation,
-        function="compress",
         help="""Compress a model to a target size.
 
         Measures the sensitivity of the layers, chooses a bit width for each, quantizes them, writes
@@ -112,7 +103,6 @@ COMMANDS = (
         name="eval",
         settings=EvalSettings,
         presentation=ConfiguredPresentation,
-        function="evaluate",
         help="""Evaluate a model or an artifact.
 
         Measures perplexity or accuracy, size, speed and memory, and with --baseline the differences
@@ -122,7 +112,6 @@ COMMANDS = (
         name="export",
         settings=ExportSettings,
         flags={"output_format": ("--print",)},
-        function="export",
         help="""Write an artifact in another file format.
 
         The quantized integers stay the same. What the format cannot hold is refused.""",
@@ -146,7 +135,6 @@ COMMANDS = (
         name="compare",
         settings=CompareSettings,
         presentation=ConfiguredPresentation,
-        function="compare",
         help="""Compare the size, quality, speed and memory of several models.
 
         Each model is compared with the first one on the same samples.""",
@@ -160,11 +148,12 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
     Raises:
         typer.Exit: with the exit code of a failure, which has been printed.
     """
+    from cptq.api import execute
     from cptq.cli.console import Console
     from cptq.cli.failures import report_failures
     from cptq.cli.output import print_outcome
-    from cptq.cli.preflight import check_settings
     from cptq.config import settings_from
+    from cptq.pipeline.preflight import check_settings
 
     line = {name: value for name, value in given.items() if value not in (None, [], ())}
     line.pop("help", None)
@@ -172,21 +161,6 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
     with report_failures(console):
         file = line.pop("config", None)
         settings = check_settings(settings_from(command.settings, line, file=file))
-        outcome = _execute(command, settings, console.emit)
+        outcome = execute(settings, console.emit)
         console.close()
         print_outcome(console, command.name, settings, outcome)
-
-
-def _execute(command: Command, settings: AnySettings, emit: Emit) -> Any:
-    """Return the outcome of a command."""
-    if isinstance(settings, InspectSettings):
-        from cptq.artifact.inspect import inspect
-
-        return inspect(settings.path)
-    if isinstance(settings, VerifySettings):
-        from cptq.artifact.verify import verify_artifact
-
-        return verify_artifact(
-            settings.artifact, emit, trust_remote_code=settings.trust_remote_code
-        )
-    return getattr(import_module("cptq.pipeline"), command.function or "")(settings, emit)

@@ -69,6 +69,13 @@ def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
     return outcome
 
 
+def plan(settings: CompressSettings, emit: Emit) -> Plan:
+    """Make the plan that `compress` would carry out, before --check-uniform; write nothing."""
+    recorder = Recorder(emit)
+    inputs = load_inputs(settings, recorder, writes=False)
+    return make_plan(inputs, measure_sensitivity(inputs, recorder), recorder)
+
+
 def measure_sensitivity(
     inputs: CompressInputs, recorder: Recorder
 ) -> Mapping[str, SensitivityTable]:

@@ -101,8 +101,12 @@ class CompressInputs:
     compare_with_baseline: bool
 
 
-def load_inputs(settings: CompressSettings, recorder: Recorder) -> CompressInputs:
+def load_inputs(
+    settings: CompressSettings, recorder: Recorder, *, writes: bool = True
+) -> CompressInputs:
     """Load the model, the text and the files that the settings name, and check them.
+
+    `writes`: check also that the output can be written.
 
     Raises:
         CptqError: anything that makes the run impossible; see the modules that are called.
@@ -122,9 +126,10 @@ def load_inputs(settings: CompressSettings, recorder: Recorder) -> CompressInput
         tables = _read_tables(settings, model, space)
         asked, need = _find_size(ledger, plan)
         out = settings.out or Path(f"{model.path.name}-cptq-{asked}")
-        place = check_output(out, overwrite=settings.overwrite, source=model.path)
-        check_space(place, need)
-    compare = settings.check_uniform and plan is None and settings.allocator not in BLIND
+        if writes:
+            place = check_output(out, overwrite=settings.overwrite, source=model.path)
+            check_space(place, need)
+    compare = writes and settings.check_uniform and plan is None and settings.allocator not in BLIND
     calibration, held_out = _read_text(settings, model, compare, recorder)
     return CompressInputs(
         settings=settings,

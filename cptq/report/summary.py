@@ -1,8 +1,8 @@
-"""What a run found, as one immutable value: the only input of a report.
+"""The summary of a run as one immutable value: the only input of a report.
 
 A `Summary` holds plain values of `cptq.types`, so reports are written, read back and compared
-without torch. Stages that did not run leave their field empty. Below it stand the counts and
-comparisons that all renderings and the command line share.
+without torch. Stages that did not run leave their field empty. The functions below
+compute counts and comparisons that all renderings and the command line share.
 """
 
 from __future__ import annotations

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 #: what a budget limits: the whole weight file, or the compressible weights as stored
@@ -186,6 +188,11 @@ class Plan:
         data["notes"] = list(self.notes)
         data["embedding"] = None if self.embedding is None else self.embedding.label
         return data
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the plan as JSON, to be edited and to be given to `cptq compress --plan`."""
+        text = json.dumps(self.to_dict(), indent=1, ensure_ascii=False)
+        Path(path).write_text(text + "\n", encoding="utf-8")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:

@@ -138,7 +138,7 @@ def test_metrics_of_the_weights_alone_read_no_text(tiny_model: TinyModel, tmp_pa
     outcome = analyze(found, quiet)
     assert outcome.summary.calibration is None
     assert not (out / "calibration.json").exists()
-    assert "the weights alone" in (out / "report.md").read_text()
+    assert "weights only" in (out / "report.md").read_text()
     table = read_table(out / "sensitivity" / "kurtosis.json", outcome.summary.model.fingerprint)
     assert table.scores == outcome.summary.sensitivity["kurtosis"].scores
 
@@ -152,7 +152,7 @@ def test_all_says_what_it_leaves_out_and_reports_pruning(
     said = [n for n in outcome.summary.notices if n.subject == "--metric all"]
     assert [(n.kind, "--metric kl" in n.message) for n in said] == [("info", True)]
     report = (out / "report.md").read_text()
-    assert "essential sparsity, where the curve bends" in report
+    assert "essential sparsity" in report
     assert "Units pruned one at a time" in report
     assert {path.stem for path in (out / "sensitivity").iterdir()} == set(list_default_metrics())
 

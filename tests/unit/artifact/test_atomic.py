@@ -42,11 +42,11 @@ def test_an_existing_file_is_replaced_only_by_overwrite(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "raised", "words"),
     [
-        (FULL, ArtifactError, r"the disk is full: .*eval\.json needs [\d,]+ bytes and [\d,]+ are"),
+        (FULL, ArtifactError, r"disk is full: .*eval\.json.* [\d,]+ bytes.*[\d,]+"),
         (
             OSError(errno.EACCES, "Permission denied"),
             ArtifactError,
-            "cannot be written: Permission",
+            r"eval\.json.*Permission denied",
         ),
         (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
     ],
@@ -69,7 +69,7 @@ def test_nothing_of_a_file_stays_after_an_error(
 
 def test_a_file_is_not_written_over_a_directory(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with pytest.raises(ArtifactError, match="cannot be written"):
+    with pytest.raises(ArtifactError, match=r"out .*: \w+"):
         atomic_file(tmp_path / "out", "new", overwrite=True)
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ from cptq.artifact.formats.compressed_tensors import build_quantization_config
 from cptq.artifact.weights import write_weights
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import ArtifactError, OutputExistsError
-from cptq.types import CompressedLayer, Event, Plan, TensorSpec
+from cptq.types import CompressedLayer, Event, Notice, Plan, TensorSpec
 from tests.conftest import TinyModel
 from tests.unit.artifact.builders import RECORD, compress, load, write
 
@@ -123,7 +124,7 @@ def test_modules_outside_the_model_are_refused(
     shutil.copytree(tiny_model("bert-encoder"), source)
     (source / "modules.json").write_text(json.dumps([{"path": folder, "type": "x.Pooling"}]))
     model = load(source)
-    with pytest.raises(ArtifactError, match="lies outside the model"):
+    with pytest.raises(ArtifactError, match=f"'{folder}'"):
         write(model, *compress(model), tmp_path / "out")
 
 
@@ -136,14 +137,15 @@ def test_a_tokenizer_without_files_is_saved(tiny_model: TinyModel, tmp_path: Pat
     events: list[Any] = []
     artifact = write(model, *compress(model), tmp_path / "out", events=events)
     assert (artifact.path / "tokenizer.json").exists()
-    assert any("no tokenizer files" in getattr(e, "message", "") for e in events)
-    assert any("no licence file" in getattr(e, "message", "") for e in events)
+    notices = [event for event in events if isinstance(event, Notice)]
+    assert any(n.kind == "fallback" and "tokenizer" in n.message for n in notices)
+    assert any(n.kind == "info" and "licence" in n.message for n in notices)
 
 
 def test_an_existing_output_is_kept(made: Made, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    with pytest.raises(OutputExistsError, match="already there; pass --overwrite") as error:
+    with pytest.raises(OutputExistsError, match=r"out .*--overwrite") as error:
         write(*made, out)
     assert error.value.exit_code == 2
     assert list(out.iterdir()) == []
@@ -161,11 +163,11 @@ def test_overwrite_does_not_replace_what_is_not_ours(made: Made, tmp_path: Path)
     out = tmp_path / "out"
     out.mkdir()
     (out / "thesis.tex").write_text("years of work")
-    with pytest.raises(ArtifactError, match="was not written by cptq"):
+    with pytest.raises(ArtifactError, match=r"out .*cptq\.json"):
         write(*made, out, overwrite=True)
     file = tmp_path / "file"
     file.write_text("a file")
-    with pytest.raises(ArtifactError, match="was not written by cptq"):
+    with pytest.raises(ArtifactError, match=r"file .*cptq\.json"):
         write(*made, file, overwrite=True)
 
 
@@ -176,7 +178,7 @@ def test_the_model_itself_is_never_replaced(tmp_path: Path) -> None:
     link = tmp_path / "link"
     link.symlink_to(source)
     for out in (source, source.parent, link):
-        with pytest.raises(ArtifactError, match="is or holds the model"):
+        with pytest.raises(ArtifactError, match=f"^{re.escape(str(out.resolve()))} "):
             check_output(out, overwrite=True, source=source)
 
 
@@ -266,7 +268,7 @@ def test_files_are_added_after_the_manifest_which_does_not_cover_them(
 def test_files_that_are_added_stay_inside(made: Made, tmp_path: Path, name: str) -> None:
     with drafted(made, tmp_path / "out") as d:
         d.verify(None)
-        with pytest.raises(ArtifactError, match="is no name for a file"):
+        with pytest.raises(ArtifactError, match=re.escape(repr(name))):
             d.add({name: b""})
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -311,12 +313,12 @@ def test_a_disk_that_fills_up_while_reports_are_added(
         (
             OSError(errno.ENOSPC, "No space left on device"),
             ArtifactError,
-            r"needs [\d,]+ bytes and [\d,]+ are free",
+            r"[\d,]+ bytes.*[\d,]+",
         ),
         (
             OSError(errno.EACCES, "Permission denied"),
             ArtifactError,
-            "cannot be written: Permission denied",
+            "Permission denied",
         ),
         (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
     ],
@@ -367,7 +369,7 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_written(
 ) -> None:
     full = shutil.disk_usage(tmp_path)._replace(free=12_345)
     monkeypatch.setattr(atomic.shutil, "disk_usage", lambda path: full)
-    with pytest.raises(ArtifactError, match=r"needs [\d,]+ bytes and 12,345 are free") as caught:
+    with pytest.raises(ArtifactError, match=r"[\d,]+ bytes.*\b12,345\b") as caught:
         write(*made, tmp_path / "out")
     assert needed_bytes(caught.value) >= 2**20 + made[2].predicted_bytes
     assert list(tmp_path.iterdir()) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ def test_a_tensor_that_is_not_what_was_planned(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../x.json", "/x.json", "model.safetensors"])
 def test_extras_stay_inside(made: Made, tmp_path: Path, name: str) -> None:
-    with pytest.raises(ArtifactError, match="is no name for a file"):
+    with pytest.raises(ArtifactError, match=re.escape(repr(name))):
         write(*made, tmp_path / "out", extras={name: b""})
 
 
@@ -38,7 +39,7 @@ def test_a_conv1d_is_refused(made: Made, tmp_path: Path) -> None:
     model, layers, plan = made
     spec = replace(layers[0].spec, kind="conv1d", transposed=True)
     wrong = replace(layers[0], spec=spec)
-    with pytest.raises(ArtifactError, match=r"is a Conv1D.*allowed: .*w16"):
+    with pytest.raises(ArtifactError, match=f"{spec.name}.*Conv1D.*w16"):
         write(model, [wrong, *layers[1:]], plan, tmp_path / "out")
 
 
@@ -47,11 +48,11 @@ def test_layers_that_cannot_be_right_are_refused(made: Made) -> None:
     zero = layer.scale.clone()
     zero[0, 0] = 0
     wrong = {
-        "scale that is 0": replace(layer, scale=zero),
-        "scales in a F16": replace(layer, scale=layer.scale.float()),
-        "has scales": replace(layer, scale=layer.scale[:-1]),
-        "has codes": replace(layer, codes=layer.codes[:, :-1]),
-        "is an embedding": replace(layer, spec=replace(layer.spec, kind="embedding")),
+        r"scale.*\b0\b": replace(layer, scale=zero),
+        r"float32 scales.*F16": replace(layer, scale=layer.scale.float()),
+        r"scales \(\d+, \d+\)": replace(layer, scale=layer.scale[:-1]),
+        r"codes torch\.int8": replace(layer, codes=layer.codes[:, :-1]),
+        r"embedding": replace(layer, spec=replace(layer.spec, kind="embedding")),
     }
     check_layer(layer)
     for words, bad in wrong.items():
@@ -61,10 +62,10 @@ def test_layers_that_cannot_be_right_are_refused(made: Made) -> None:
 
 def test_a_layer_given_twice_or_unknown(made: Made, tmp_path: Path) -> None:
     model, layers, plan = made
-    with pytest.raises(ArtifactError, match="is twice in the model"):
+    with pytest.raises(ArtifactError, match=f"{layers[0].spec.weight_name} .*twice"):
         write(model, [*layers, layers[0]], plan, tmp_path / "out")
     other = replace(layers[0], spec=replace(layers[0].spec, name="nope"))
-    with pytest.raises(ArtifactError, match=r"nope\.weight is not in the model"):
+    with pytest.raises(ArtifactError, match=r"nope\.weight .*not"):
         write(model, [other], plan, tmp_path / "out")
 
 
@@ -74,14 +75,14 @@ def test_values_rounded_by_the_run_type_are_said(tiny_model: TinyModel, tmp_path
     model.module.to(torch.bfloat16)
     events: list[Any] = []
     write(model, layers, plan, tmp_path / "out", events=events)
-    assert any("narrower type" in getattr(e, "message", "") for e in events)
+    assert any(getattr(e, "kind", "") == "warning" and "float32" in e.message for e in events)
 
 
 def test_an_artifact_is_not_compressed_again(made: Made, tmp_path: Path) -> None:
     model, layers, plan = made
     model.quantized = True
     try:
-        with pytest.raises(ArtifactError, match="already compressed"):
+        with pytest.raises(ArtifactError, match=re.escape(model.source)):
             write(model, layers, plan, tmp_path / "out")
     finally:
         model.quantized = False

@@ -198,14 +198,14 @@ def header(**changes: Any) -> bytes:
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "header claims"),
-        ((10**15).to_bytes(8, "little") + b"{}", "header claims 1,000,000,000,000,000 bytes"),
-        (header(data_offsets=[0, 10**12]), "place of 'a'"),
-        (header(shape=[2**40, 2**40]), "place of 'a'"),
-        (header(shape=[-2, -2]), "place of 'a'"),
-        (header(shape=["2", "2"]), "no place"),
-        (header(dtype="F4"), "F4"),
-        (header(data_offsets=[4, 8], shape=[1, 2]), "place of 'a'"),
+        (b"", r"header.*\b0 bytes"),
+        ((10**15).to_bytes(8, "little") + b"{}", r"header.* 1,000,000,000,000,000 bytes"),
+        (header(data_offsets=[0, 10**12]), "offsets of 'a'"),
+        (header(shape=[2**40, 2**40]), "offsets of 'a'"),
+        (header(shape=[-2, -2]), "offsets of 'a'"),
+        (header(shape=["2", "2"]), "'a'.*offsets"),
+        (header(dtype="F4"), "'a'.*F4"),
+        (header(data_offsets=[4, 8], shape=[1, 2]), "offsets of 'a'"),
     ],
 )
 def test_a_hostile_header_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
@@ -220,14 +220,14 @@ def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
     text = json.dumps({"a": entry, "b": entry}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
-    with pytest.raises(CptqError, match="place of 'b'"):
+    with pytest.raises(CptqError, match="offsets of 'b'"):
         inspect(path)
 
 
 def test_an_index_that_leads_outside_is_refused(tmp_path: Path) -> None:
     index = {"weight_map": {"a": "../../etc/model.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(CptqError, match="lies outside"):
+    with pytest.raises(CptqError, match=r"'\.\./\.\./etc/model\.safetensors'"):
         inspect(tmp_path)
 
 
@@ -237,11 +237,11 @@ def test_an_index_that_leads_outside_is_refused(tmp_path: Path) -> None:
         ({"format_version": 99}, r"99.*\b1\b"),
         ({"form": "nobody"}, "format 'nobody'"),
         ({"inventory": []}, r"cptq\.json is damaged"),
-        ({"weight_files": {"../x": 1}}, "lies outside"),
-        ({"weight_files": {"model.safetensors": 1}}, "had 1 when it was written"),
-        ({"tensors_sha256": {"x": "0"}}, "is not what was written"),
-        ({"files_sha256": {"config.json": "0"}}, "config.json is not what was written"),
-        ({"sample": {"shape": [10**6, 10**6]}}, r"sample.*1000000, 1000000"),
+        ({"weight_files": {"../x": 1}}, r"'\.\./x'"),
+        ({"weight_files": {"model.safetensors": 1}}, r"model\.safetensors.*[\d,]+ bytes.*\b1\b"),
+        ({"tensors_sha256": {"x": "0"}}, r"tensor .*sha256"),
+        ({"files_sha256": {"config.json": "0"}}, r"file config\.json.*sha256"),
+        ({"sample": {"shape": [10**6, 10**6]}}, "sample.*'largest'"),
     ],
 )
 def test_a_foreign_or_hostile_manifest_is_refused(
@@ -262,7 +262,7 @@ def test_an_absurd_shape_is_refused_at_once(made: Path, tmp_path: Path) -> None:
     manifest["layers"][0]["candidate"] = f"w4g{10**14}"
     next(x for x in manifest["inventory"] if x["name"] == name)["shape"] = [8, 10**15 + 37]
     (copy / "cptq.json").write_text(json.dumps(manifest))
-    with pytest.raises(CptqError, match=f"{name} has the shape 8 x {10**15 + 37}"):
+    with pytest.raises(CptqError, match=f"{name}.*8 x {10**15 + 37}"):
         open_artifact(copy)
 
 
@@ -273,16 +273,16 @@ def test_one_flipped_bit_of_a_weight_is_found(made: Path, tmp_path: Path) -> Non
         raw = bytearray(path.read_bytes())
         raw[-40] ^= 1
         path.write_bytes(raw)
-        with pytest.raises(ArtifactError, match="is not what was written"):
+        with pytest.raises(ArtifactError, match=r"tensor .*sha256"):
             verify_artifact(copy, lambda event: None)
 
 
 def test_a_config_that_the_weights_cannot_be_of_is_refused(made: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(made / "ct", tmp_path / "copy")
     config = json.loads((copy / "config.json").read_text())
-    for change in ({"num_hidden_layers": 10**9}, {"hidden_size": 10**12}):
-        (copy / "config.json").write_text(json.dumps(config | change))
-        with pytest.raises(CptqError, match="more than the weights hold"):
+    for name, value in (("num_hidden_layers", 10**9), ("hidden_size", 10**12)):
+        (copy / "config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(CptqError, match=f"{name} {value:,}"):
             load(copy)
 
 

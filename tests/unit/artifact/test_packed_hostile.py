@@ -119,7 +119,7 @@ def test_a_truncated_file(copy: Path, keep: float) -> None:
     raw = (copy / FILE).read_bytes()
     count = int(keep * len(raw)) if 0 < keep < 1 else int(keep)
     (copy / FILE).write_bytes(raw[:count])
-    with pytest.raises(CptqError, match=r"corrupt or truncated.*download or copy the file again"):
+    with pytest.raises(CptqError, match=r"cptq\.safetensors is corrupt"):
         cptq.load(copy, device="cpu")
     with pytest.raises(Exception, match=r"(?i)header|invalid|incomplete|cannot be"):
         transformers.AutoModelForCausalLM.from_pretrained(copy)
@@ -133,7 +133,7 @@ def test_a_file_that_claims_absurd_shapes(copy: Path) -> None:
     header[f"{LAYER}.weight"]["shape"] = [1 << 40, 1 << 20]
     text = json.dumps(header).encode()
     (copy / FILE).write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + length :])
-    with pytest.raises(CptqError, match="corrupt or truncated"):
+    with pytest.raises(CptqError, match=r"cptq\.safetensors is corrupt"):
         cptq.load(copy, device="cpu")
 
 

@@ -135,7 +135,7 @@ def test_other_weights_than_in_memory_are_found(tiny_model: TinyModel, tmp_path:
     layers, plan = compress(model)
     sample = sample_of(model)
     layers[3].codes.add_(1).clamp_(max=1)
-    with pytest.raises(ArtifactError, match="answers differently from the one in memory: by"):
+    with pytest.raises(ArtifactError, match=r"in memory.* [\d.e-]+.*[\d.e-]+ is allowed"):
         write(model, layers, plan, tmp_path / "out", sample=sample)
     assert list(tmp_path.iterdir()) == []
 
@@ -146,7 +146,7 @@ def test_a_missing_tensor_is_found(tiny_model: TinyModel, tmp_path: Path) -> Non
     layers, plan = compress(model)
     norm = next(spec for spec in model.tensors if spec.name == "model.norm.weight")
     model.tensors = tuple(spec for spec in model.tensors if spec is not norm)
-    with pytest.raises(ArtifactError, match=r"1 missing keys.*first model\.norm\.weight"):
+    with pytest.raises(ArtifactError, match=r"1 missing.*model\.norm\.weight"):
         write(model, layers, plan, tmp_path / "out", sample=sample_of(model))
     assert list(tmp_path.iterdir()) == []
 
@@ -154,7 +154,7 @@ def test_a_missing_tensor_is_found(tiny_model: TinyModel, tmp_path: Path) -> Non
 def test_a_directory_that_does_not_load_is_said(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     ids = {"input_ids": torch.ones(1, 2, dtype=torch.int64)}
-    with pytest.raises(ArtifactError, match=r"cannot load what was written: \w+"):
+    with pytest.raises(ArtifactError, match=r"stock transformers.*: \w+"):
         reload.reload_in_fresh_process(tmp_path / "out", "encoder", ids, torch.zeros(1))
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -167,7 +167,7 @@ def test_a_config_of_no_known_method_is_found(
     model = load(tiny_model("bert"))
     layers, plan = compress(model)
     monkeypatch.setattr("cptq.artifact.formats.compressed_tensors.NAME", "nobody-has-this")
-    with pytest.raises(ArtifactError, match="missing keys in what was written"):
+    with pytest.raises(ArtifactError, match=r"\d+ missing"):
         write(model, layers, plan, tmp_path / "out", sample=sample_of(model))
 
 
@@ -186,4 +186,4 @@ def test_without_a_sample_it_is_said_that_nothing_was_verified(
     events: list[Any] = []
     artifact = write(model, layers, plan, tmp_path / "out", events=events)
     assert artifact.manifest["verification"] is None
-    assert any("not compared" in getattr(e, "message", "") for e in events)
+    assert any(getattr(e, "kind", "") == "warning" and "sample" in e.message for e in events)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -14,10 +11,10 @@ from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import forward
 from cptq.checkpoint.weights import get_weight, replace_weight
 from cptq.errors import CalibrationError
+from tests.conftest import TinyModel
 from tests.reference import gradients as truth
 from tests.reference.sensitivity import loaded, random_calibration
 
-TinyModel = Callable[..., Path]
 ARCHITECTURES = ("llama", "opt", "gpt_neox", "bert", "distilbert", "bert-encoder", "bert-mlm")
 
 

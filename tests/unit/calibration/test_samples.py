@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import re
 
 import pytest
 import torch
@@ -16,9 +15,9 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, replace_weight
 from cptq.errors import CalibrationError
 from cptq.types import Notice, Progress
+from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded, random_calibration
 
-TinyModel = Callable[..., Path]
 ALL = SampleRequest(gradients=True, label_gradients=True, moments=True, activations=40)
 ARCHITECTURES = ("llama", "opt", "gpt_neox", "bert", "bert-encoder", "bert-mlm", "mpnet")
 
@@ -256,5 +255,5 @@ def test_an_output_that_is_nan_names_the_layer(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("llama"))
     last = model.units[-1].layers[-1].name
     get_weight(model.linear(last))[0, 0] = float("nan")
-    with pytest.raises(CalibrationError, match=f"the output of layer {last} holds NaN"):
+    with pytest.raises(CalibrationError, match=re.escape(last)):
         whole(model, SampleRequest(activations=25))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import struct
 from pathlib import Path
 from typing import Any
@@ -199,7 +200,7 @@ def test_a_text_shorter_than_a_sample_is_refused(causal: LoadedModel, tmp_path: 
     short = tmp_path / "short.txt"
     short.write_text("Once upon a time.")
     count = len(causal.tokenizer.encode(short.read_text()))
-    match = rf"short\.txt gives {count} tokens, fewer than one sample of {count + 1}"
+    match = rf"short\.txt .*\b{count}\b.*\b{count + 1}\b"
     with pytest.raises(CalibrationError, match=match) as caught:
         build(causal, short, seqlen=count + 1)
     assert "--seqlen" in str(caught.value.hint)
@@ -233,7 +234,7 @@ def test_more_positions_than_the_model_has_are_not_used(
 
 @pytest.mark.parametrize("seqlen", [1, 2])
 def test_a_row_must_have_room_for_text(encoder: LoadedModel, text: Path, seqlen: int) -> None:
-    with pytest.raises(CalibrationError, match="no room for text beside 2 special tokens"):
+    with pytest.raises(CalibrationError, match=rf"\b{seqlen}\b.*\b2\b"):
         build(encoder, text, seqlen=seqlen)
     assert [len(row) for row in rows(build(encoder, text, seqlen=3))] == [3] * 6
 
@@ -241,7 +242,7 @@ def test_a_row_must_have_room_for_text(encoder: LoadedModel, text: Path, seqlen:
 def test_without_a_tokenizer_nothing_can_be_done(tiny_model: TinyModel, text: Path) -> None:
     model = loaded(tiny_model("llama"))
     model.tokenizer = None
-    with pytest.raises(CalibrationError, match="has no tokenizer") as caught:
+    with pytest.raises(CalibrationError, match=re.escape(model.source)) as caught:
         build(model, text)
     assert "tokenizer.json" in str(caught.value.hint)
 

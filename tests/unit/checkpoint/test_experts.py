@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -15,8 +14,8 @@ from cptq.checkpoint.files import read_tensor_specs
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import ModelSettings
+from tests.conftest import TinyModel
 
-TinyModel = Callable[..., Path]
 MIXTURES = ("qwen2_moe", "qwen3_moe", "olmoe")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ def test_a_header_agrees_with_safetensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("missing", [1, 7, 16])
 def test_a_truncated_file_is_refused(tmp_path: Path, missing: int) -> None:
     path = write_raw(tmp_path / "model.safetensors", TWO, bytes(16 - missing))
-    with pytest.raises(ModelError, match=f"16 bytes of weights expected, {16 - missing} there"):
+    with pytest.raises(ModelError, match=rf"\b16 .*\b{16 - missing}\b"):
         read_header(path)
 
 
@@ -70,14 +71,14 @@ def test_a_truncated_file_is_refused(tmp_path: Path, missing: int) -> None:
 def test_a_file_without_room_for_a_header_is_refused(tmp_path: Path, size: int) -> None:
     path = tmp_path / "model.safetensors"
     path.write_bytes(bytes(size))
-    with pytest.raises(ModelError, match="corrupt or truncated"):
+    with pytest.raises(ModelError, match=re.escape(str(path))):
         read_header(path)
 
 
 @pytest.mark.parametrize("length", [10_000, 100_000_001, 2**63, 2**64 - 1])
 def test_a_header_longer_than_the_file_is_refused(tmp_path: Path, length: int) -> None:
     path = write_raw(tmp_path / "model.safetensors", TWO, bytes(16), length=length)
-    with pytest.raises(ModelError, match=f"its header claims {length:,} bytes"):
+    with pytest.raises(ModelError, match=rf"\b{length:,} "):
         read_header(path)
 
 
@@ -85,9 +86,9 @@ def test_a_pointer_in_place_of_the_weights_is_refused(tmp_path: Path) -> None:
     """What `git clone` leaves where git-lfs is not installed."""
     path = tmp_path / "model.safetensors"
     path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n")
-    with pytest.raises(ModelError, match="corrupt or truncated") as caught:
+    with pytest.raises(ModelError, match=re.escape(str(path))) as caught:
         read_header(path)
-    assert "again" in str(caught.value)
+    assert "download" in str(caught.value.hint)
 
 
 @pytest.mark.parametrize(
@@ -141,19 +142,19 @@ def test_a_corrupt_header_is_refused(tmp_path: Path, header: bytes) -> None:
 def test_offsets_that_do_not_fit_are_refused(tmp_path: Path, b: object, size: int) -> None:
     header = {"a": entry("F32", [2], 0, 8), "b": b}
     path = write_raw(tmp_path / "model.safetensors", header, bytes(size))
-    with pytest.raises(ModelError, match="does not fit its shape"):
+    with pytest.raises(ModelError, match="'b'"):
         read_header(path)
 
 
 def test_bytes_after_the_last_tensor_are_refused(tmp_path: Path) -> None:
     path = write_raw(tmp_path / "model.safetensors", TWO, bytes(17))
-    with pytest.raises(ModelError, match="16 bytes of weights expected, 17 there"):
+    with pytest.raises(ModelError, match=r"\b16 .*\b17\b"):
         read_header(path)
 
 
 def test_an_unknown_type_is_named(tmp_path: Path) -> None:
     path = write_raw(tmp_path / "model.safetensors", {"a": entry("F6", [4], 0, 3)}, bytes(3))
-    with pytest.raises(ModelError, match=r"'a' as F6, which cptq does not know"):
+    with pytest.raises(ModelError, match=r"'a'.*\bF6\b"):
         read_header(path)
 
 
@@ -180,7 +181,7 @@ def test_pickles_are_found_by_the_same_rules(tmp_path: Path) -> None:
     names = ["pytorch_model-1.bin", "pytorch_model-2.bin"]
     index = tmp_path / "pytorch_model.bin.index.json"
     index.write_text(json.dumps({"weight_map": {"a": names[0], "b": names[1], "c": names[0]}}))
-    with pytest.raises(ModelError, match=r"'pytorch_model-1\.bin', which is not there"):
+    with pytest.raises(ModelError, match=r"'pytorch_model-1\.bin'"):
         find_pickle_files(tmp_path)
     for name in names:
         (tmp_path / name).write_bytes(b"")
@@ -197,7 +198,7 @@ def test_a_directory_without_weights_has_no_files(tmp_path: Path) -> None:
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": "gone-1.safetensors"}}))
-    with pytest.raises(ModelError, match=r"'gone-1\.safetensors', which is not there"):
+    with pytest.raises(ModelError, match=r"'gone-1\.safetensors'"):
         find_weight_files(tmp_path)
 
 
@@ -209,8 +210,9 @@ def test_a_shard_outside_the_directory_is_refused(tmp_path: Path, name: str) -> 
     (inside / "sub").mkdir(parents=True)
     name = name.format(outside=outside)
     (inside / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ModelError, match="lies outside"):
+    with pytest.raises(ModelError, match=re.escape(repr(name))) as caught:
         find_weight_files(inside)
+    assert "inside" in str(caught.value.allowed)
 
 
 def test_a_shard_that_links_into_a_blob_store_is_accepted(tmp_path: Path) -> None:
@@ -227,7 +229,7 @@ def test_a_shard_that_links_into_a_blob_store_is_accepted(tmp_path: Path) -> Non
 def test_a_shard_that_is_a_directory_is_refused(tmp_path: Path, name: str) -> None:
     (tmp_path / "sub").mkdir()
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(ModelError, match="names the shard"):
+    with pytest.raises(ModelError, match=re.escape(repr(name))):
         read_tensor_specs(tmp_path)
 
 
@@ -236,16 +238,16 @@ def test_a_shard_that_is_a_directory_is_refused(tmp_path: Path, name: str) -> No
     ["", "{not json", "[]", "null", "3", "{}", "\udcff", DEEP],
     ids=lambda text: repr(text[:20]),
 )
-def test_an_index_that_is_no_index_is_refused(tmp_path: Path, text: str) -> None:
+def test_an_invalid_index_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX).write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ModelError, match="is no index of shards"):
+    with pytest.raises(ModelError, match=re.escape(INDEX)):
         find_weight_files(tmp_path)
 
 
 @pytest.mark.parametrize("weight_map", [None, 3, "model.safetensors", ["a"], {"a": 1}, {"a": None}])
-def test_a_weight_map_that_is_no_table_is_refused(tmp_path: Path, weight_map: object) -> None:
+def test_an_invalid_weight_map_is_refused(tmp_path: Path, weight_map: object) -> None:
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(ModelError, match="weight_map that is not a table"):
+    with pytest.raises(ModelError, match="weight_map"):
         find_weight_files(tmp_path)
 
 
@@ -264,14 +266,14 @@ def test_the_fingerprint_depends_on_every_byte_and_on_the_order(tmp_path: Path) 
 @pytest.mark.parametrize(
     "text", ["", "{", "[1]", '"text"', "\udcff", DEEP], ids=lambda text: repr(text[:20])
 )
-def test_a_config_that_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+def test_a_config_that_is_not_a_json_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "config.json").write_bytes(text.encode("utf-8", "surrogateescape"))
-    with pytest.raises(ModelError, match=r"config\.json is not (valid JSON|a JSON object)"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         read_config(tmp_path)
 
 
 def test_a_missing_config_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"has no config\.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         read_config(tmp_path)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def test_a_directory_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.Monke
 def test_a_file_in_place_of_a_directory(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
-    with pytest.raises(ModelError, match="is a file; cptq takes the directory") as caught:
+    with pytest.raises(ModelError, match=re.escape(str(file))) as caught:
         resolve(str(file))
     assert caught.value.hint == f"try {tmp_path}"
 
@@ -62,7 +63,7 @@ def test_a_path_that_is_not_there_never_asks_the_hub(
 ) -> None:
     failing(monkeypatch, AssertionError("the Hub was asked"))
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match="no directory") as caught:
+    with pytest.raises(ModelError, match=re.escape(repr(model))) as caught:
         resolve(model)
     assert "Hub id" in str(caught.value.allowed)
 
@@ -71,14 +72,14 @@ def test_a_path_that_is_not_there_never_asks_the_hub(
 def test_an_unknown_model_offline(model: str, tmp_path: Path) -> None:
     """The real Hub client, which HF_HUB_OFFLINE keeps from asking, and an empty cache."""
     events: list[Event] = []
-    with pytest.raises(ModelError, match=f"unknown model '{model}'") as caught:
+    with pytest.raises(ModelError, match=re.escape(repr(model))) as caught:
         resolve(model, events, cache_dir=tmp_path)
     assert "HF_HUB_OFFLINE" in str(caught.value)
     assert events == [Progress(stage="download", done=0, total=None, message=model)]
 
 
 def test_a_name_that_the_hub_would_not_take(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="unknown model 'not a name!'") as caught:
+    with pytest.raises(ModelError, match="'not a name!'") as caught:
         resolve("not a name!", cache_dir=tmp_path)
     assert "--token" in str(caught.value)
 
@@ -117,16 +118,16 @@ def test_an_unreachable_hub_is_told_from_an_unknown_model(
     error: Exception, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     failing(monkeypatch, error)
-    with pytest.raises(ModelError, match=r"cannot be reached \(503 Server Error\.\)"):
+    with pytest.raises(ModelError, match=r"503 Server Error\.[^\n]*$"):
         resolve(NAME)
     failing(monkeypatch, error, offline=True)
-    with pytest.raises(ModelError, match="not in the cache, and HF_HUB_OFFLINE forbids"):
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE"):
         resolve(NAME)
 
 
 def test_an_error_without_words_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(monkeypatch, TimeoutError())
-    with pytest.raises(ModelError, match=r"cannot be reached \(TimeoutError\)"):
+    with pytest.raises(ModelError, match="TimeoutError"):
         resolve(NAME)
 
 

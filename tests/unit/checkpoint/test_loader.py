@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def test_pickles_are_refused_unless_allowed(
 ) -> None:
     source = tiny_model("llama", dtype=torch.float16)
     path = pickled(source, tmp_path / "model", shards=shards)
-    with pytest.raises(ModelError, match="only pickled weights") as caught:
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin") as caught:
         load(path)
     assert "--allow-pickle" in str(caught.value.hint)
     model = load(path, allow_pickle=True)
@@ -92,7 +93,7 @@ def test_a_bad_pickle_is_refused_and_runs_nothing(
     else:
         raw = {"truncated": file.read_bytes()[:-3000], "empty": b"", "text": b"oid sha256"}
         file.write_bytes(raw[damage])
-    with pytest.raises(ModelError, match="transformers cannot load"):
+    with pytest.raises(ModelError, match=re.escape(str(path))):
         load(path, allow_pickle=True)
     assert not marker.exists()
 
@@ -101,7 +102,7 @@ def test_no_weights_at_all(tiny_model: TinyModel, tmp_path: Path) -> None:
     path = copied(tiny_model("llama"), tmp_path / "model")
     (path / "model.safetensors").unlink()
     for allow in (False, True):
-        with pytest.raises(ModelError, match=r"no model\.safetensors"):
+        with pytest.raises(ModelError, match=r"model\.safetensors"):
             load(path, allow_pickle=allow)
 
 
@@ -114,24 +115,24 @@ def test_weights_that_are_not_finite_are_refused_by_name(
 ) -> None:
     path = copied(tiny_model("llama"), tmp_path / "model")
     edit_weights(path, lambda tensors: tensors[name].view(-1)[-1:].fill_(value))
-    with pytest.raises(ModelError, match=f"the weight {name} holds NaN or infinity"):
+    with pytest.raises(ModelError, match=re.escape(name)):
         load(path)
 
 
 @pytest.mark.parametrize("dropped", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
-def test_a_missing_tensor_is_not_invented(
+def test_a_missing_tensor_is_not_initialized_randomly(
     dropped: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     path = copied(tiny_model("llama"), tmp_path / "model")
     edit_weights(path, lambda tensors: tensors.pop(dropped))
-    with pytest.raises(ModelError, match=f"1 missing keys, first {dropped}"):
+    with pytest.raises(ModelError, match=rf"\b1 missing.*{re.escape(dropped)}"):
         load(path)
 
 
 def test_a_tensor_of_another_shape_is_named(tiny_model: TinyModel, tmp_path: Path) -> None:
     path = copied(tiny_model("llama"), tmp_path / "model")
     edit_weights(path, lambda t: t.update({"model.norm.weight": torch.ones(47)}))
-    with pytest.raises(ModelError, match=r"1 mismatched keys, first .*model\.norm\.weight"):
+    with pytest.raises(ModelError, match=r"\b1 mismatched.*model\.norm\.weight"):
         load(path)
 
 
@@ -204,7 +205,7 @@ def test_an_empty_quantization_config_is_none(tiny_model: TinyModel, tmp_path: P
 def test_a_directory_without_a_config(tiny_model: TinyModel, tmp_path: Path) -> None:
     path = copied(tiny_model("llama"), tmp_path / "model")
     (path / "config.json").unlink()
-    with pytest.raises(ModelError, match=r"has no config\.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         load(path)
 
 
@@ -248,8 +249,9 @@ def test_the_kind_comes_from_the_class_that_wrote_it(name: str, kind: str) -> No
     ids=str,
 )
 def test_other_classes_are_refused(named: object) -> None:
-    with pytest.raises(ModelError, match="which cptq does not handle"):
+    with pytest.raises(ModelError, match="there") as caught:
         detect_kind({"architectures": named}, Path("there"))
+    assert "ForCausalLM" in str(caught.value.allowed)
 
 
 def test_auto_runs_in_float32_on_a_cpu_and_as_stored_on_a_gpu() -> None:
@@ -261,7 +263,7 @@ def test_auto_runs_in_float32_on_a_cpu_and_as_stored_on_a_gpu() -> None:
     assert pick_dtype("auto", torch.device("cuda"), stored) is torch.bfloat16
     assert pick_dtype("auto", torch.device("cuda"), {}) is torch.float32
     assert pick_dtype("float16", torch.device("cpu"), stored) is torch.float16
-    with pytest.raises(UsageError, match="unknown dtype"):
+    with pytest.raises(UsageError, match="'float64'"):
         pick_dtype("float64", torch.device("cpu"), stored)
 
 
@@ -270,9 +272,9 @@ def test_a_gpu_is_taken_where_there_is_one(monkeypatch: pytest.MonkeyPatch) -> N
         monkeypatch.setattr(torch.cuda, "is_available", lambda found=found: found)
         assert pick_device("auto") == torch.device(name)
     assert pick_device("cpu") == torch.device("cpu")
-    with pytest.raises(UsageError, match="needs a GPU and torch sees none"):
+    with pytest.raises(UsageError, match="cuda:1"):
         pick_device("cuda:1")
-    with pytest.raises(UsageError, match="unknown device"):
+    with pytest.raises(UsageError, match="'tpu9'"):
         pick_device("tpu9")
 
 

@@ -20,7 +20,7 @@ from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
 from cptq.types import Candidate, Event, LayerSpec
 from tests.conftest import TinyModel
 from tests.reference import gptq as truth
-from tests.unit.artifact.made import load
+from tests.unit.artifact.builders import load
 
 SHAPES = [(5, 7, 7), (3, 33, 11), (4, 40, 8), (2, 150, 30)]
 

@@ -22,7 +22,7 @@ from cptq.pipeline.bench import workbench
 from cptq.types import Budget, Candidate, Event, LayerSpec, Plan, Progress
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import random_calibration
-from tests.unit.artifact.made import load
+from tests.unit.artifact.builders import load
 
 TEXT = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
 WIDTHS = [Candidate(bits=b, group_size=16) for b in (2, 3, 4)] + [Candidate(bits=16)]

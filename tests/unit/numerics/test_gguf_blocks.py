@@ -101,11 +101,11 @@ def test_the_library_knows_the_same_sizes() -> None:
 def test_a_minimum_that_float16_rounds_is_refused() -> None:
     codes, scale = torch.zeros(1, 32, dtype=torch.int8), torch.full((1, 1), 1 + 2.0**-10)
     zero = torch.full((1, 1), -5, dtype=torch.int8)  # 3 * (1 + 2^-10) has 12 significant bits
-    with pytest.raises(ValueError, match="minimum is not exact"):
+    with pytest.raises(ValueError, match="float16"):
         pack_blocks(codes, scale, "Q4_1", zero)
-    with pytest.raises(ValueError, match="Q4_0 holds no minimum"):
+    with pytest.raises(ValueError, match="Q4_0"):
         pack_blocks(codes, scale, "Q4_0", zero)
-    with pytest.raises(ValueError, match="Q5_1 holds a minimum"):
+    with pytest.raises(ValueError, match="Q5_1"):
         pack_blocks(codes, scale, "Q5_1")
 
 
@@ -123,7 +123,7 @@ def test_a_minimum_that_float16_rounds_is_refused() -> None:
 def test_what_a_block_cannot_hold_is_refused(
     codes: torch.Tensor, scale: torch.Tensor, kind: str
 ) -> None:
-    with pytest.raises(ValueError, match=r"blocks of 32|outside|float16"):
+    with pytest.raises(ValueError, match=r"\b32\b|\[-\d+, \d+\]|float16"):
         pack_blocks(codes, scale, kind)
 
 

@@ -180,7 +180,7 @@ def test_an_important_input_is_kept_better() -> None:
     cared = quantize_nearest(W_OI, 3, 16, scale_dtype=torch.float64, importance_I=h_I)
     one_I = torch.zeros(16).double()
     one_I[5] = 1.0
-    before, after = (float(group_errors(W_OI, *found, one_I).sum()) for found in (plain, cared))
+    before, after = (float(group_errors(W_OI, *found[:2], one_I).sum()) for found in (plain, cared))
     assert after < 0.5 * before
 
 
@@ -211,3 +211,27 @@ def test_dequantize_multiplies_each_code_by_the_scale_of_its_group(dtype: torch.
         for column in range(15):
             expected = codes_OI[row, column].to(dtype) * scale_OG[row, column // 3].to(dtype)
             assert found_OI[row, column] == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("stored", [torch.int8, torch.int16, None])
+def test_dequantize_subtracts_zero_points_and_keeps_exact_zeros(
+    dtype: torch.dtype, stored: torch.dtype | None
+) -> None:
+    """Codes may be of any type, that of the result too, and are not changed."""
+    generator = torch.Generator().manual_seed(0)
+    codes_OI = torch.randint(-128, 128, (3, 15), generator=generator).to(stored or dtype)
+    zero_OG = torch.randint(-128, 128, (3, 5), generator=generator).to(torch.int8)
+    scale_OG = weights(3, 5).to(torch.bfloat16)
+    mask_OI = torch.rand(3, 15, generator=generator) < 0.5
+    before = codes_OI.clone()
+    found_OI = dequantize(codes_OI, scale_OG, zero_OG, mask_OI, dtype=dtype)
+    assert torch.equal(codes_OI, before)
+    assert found_OI.dtype is dtype
+    for row in range(3):
+        for column in range(15):
+            step = codes_OI[row, column].to(dtype) - zero_OG[row, column // 3].to(dtype)
+            value = step * scale_OG[row, column // 3].to(dtype)
+            expected = value if mask_OI[row, column] else torch.zeros((), dtype=dtype)
+            assert found_OI[row, column] == expected
+            assert bool(found_OI[row, column].signbit()) == bool(expected.signbit())

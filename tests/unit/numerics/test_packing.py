@@ -65,16 +65,16 @@ def test_chunks_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("code", [-5, 4])
 def test_a_code_outside_the_range_is_refused(code: int) -> None:
-    with pytest.raises(ValueError, match="outside"):
+    with pytest.raises(ValueError, match=r"\[-4, 3\]"):
         pack_rows(torch.tensor([[0, code]], dtype=torch.int8), 3)
 
 
 @pytest.mark.parametrize("bits", [0, 1, 9, 16])
 def test_other_bits_are_refused(bits: int) -> None:
-    with pytest.raises(ValueError, match="cannot be packed"):
+    with pytest.raises(ValueError, match=rf"\b{bits} bits"):
         pack_rows(torch.zeros(1, 1, dtype=torch.int8), bits)
 
 
 def test_other_types_are_refused() -> None:
-    with pytest.raises(ValueError, match="int8 codes"):
+    with pytest.raises(ValueError, match="int8"):
         pack_rows(torch.zeros(2, 2), 4)

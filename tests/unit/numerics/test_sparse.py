@@ -42,7 +42,7 @@ def test_stored_codes_come_back_to_their_places(out: int, inputs: int) -> None:
 
 def test_codes_and_places_must_be_as_many() -> None:
     mask_OI = torch.tensor([[True, False], [True, True]])
-    with pytest.raises(ValueError, match="2 codes for 3 places"):
+    with pytest.raises(ValueError, match=r"\b2\b.*\b3\b"):
         scatter_codes(torch.zeros(2, dtype=torch.int8), mask_OI)
 
 
@@ -58,9 +58,9 @@ def test_unsigned_values_are_a_stream_of_bits(bits: int, inputs: int) -> None:
 
 
 def test_values_that_need_more_bits_are_refused() -> None:
-    with pytest.raises(ValueError, match="more than 3 bits"):
+    with pytest.raises(ValueError, match="3 bits"):
         pack_values(torch.tensor([[8]], dtype=torch.uint8), 3)
-    with pytest.raises(ValueError, match="9 bits cannot be packed"):
+    with pytest.raises(ValueError, match="9 bits"):
         pack_values(torch.zeros(1, 1, dtype=torch.uint8), 9)
 
 
@@ -99,9 +99,9 @@ def test_patterns_are_all_pairs() -> None:
 
 def test_what_is_no_2_of_4_is_refused() -> None:
     codes = torch.zeros(1, 4, dtype=torch.int8)
-    with pytest.raises(ValueError, match="exactly 2"):
+    with pytest.raises(ValueError, match=r"\b2\b"):
         split_2_of_4(codes, torch.tensor([[True, True, True, False]]))
-    with pytest.raises(ValueError, match="blocks of 4"):
+    with pytest.raises(ValueError, match=r"\b4\b"):
         split_2_of_4(codes[:, :3], torch.ones(1, 3, dtype=torch.bool))
-    with pytest.raises(ValueError, match="above 5"):
+    with pytest.raises(ValueError, match=r"\b5\b"):
         join_2_of_4(torch.tensor([[6]], dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.int8))

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
-
 import pytest
 import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from cptq.checkpoint.model import LoadedModel
 from cptq.sensitivity import METRICS
-from cptq.sensitivity.measure import measure
-from cptq.types import Candidate, SensitivityTable
-from tests.reference.sensitivity import loaded, random_calibration
+from cptq.types import Candidate
+from tests.conftest import TinyModel
+from tests.reference.sensitivity import loaded
+from tests.unit.sensitivity.conftest import Score
 
-TinyModel = Callable[..., Path]
 CANDIDATES = tuple(Candidate(bits=bits, group_size=16) for bits in (2, 4, 8))
 
 
@@ -27,25 +23,18 @@ def as_linear(conv: Conv1D) -> nn.Linear:
     return linear
 
 
-def tables(model: LoadedModel) -> dict[str, SensitivityTable]:
-    return measure(
-        model,
-        random_calibration(model, rows=20),
-        metrics=tuple(METRICS),
-        candidates=CANDIDATES,
-        seed=0,
-        emit=lambda event: None,
-    )
-
-
-def test_every_metric_scores_a_conv1d_as_the_same_linear(tiny_model: TinyModel) -> None:
+def test_every_metric_scores_a_conv1d_as_the_same_linear(
+    tiny_model: TinyModel, score: Score
+) -> None:
     conv, linear = (loaded(tiny_model("gpt2"), conv1d=True) for _ in range(2))
     assert {layer.kind for unit in conv.units for layer in unit.layers} == {"conv1d"}
     before = {name: value.clone() for name, value in conv.module.state_dict().items()}
     for unit in linear.units:
         for layer in unit.layers:
             linear.module.set_submodule(layer.name, as_linear(linear.linear(layer.name)))
-    found, expected = tables(conv), tables(linear)
+    found, expected = (
+        score(model, tuple(METRICS), CANDIDATES, rows=20) for model in (conv, linear)
+    )
     for name, table in found.items():
         for unit, row in table.scores.items():
             assert min(row.values()) >= 0, (name, unit)

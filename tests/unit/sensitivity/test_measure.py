@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +18,10 @@ from cptq.sensitivity.measure import InterruptedMeasurementError, measure
 from cptq.sensitivity.metric import Memo
 from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Candidate, Notice, Progress, SensitivityTable
+from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded, random_calibration
+from tests.unit.sensitivity.conftest import Score
 
-TinyModel = Callable[..., Path]
 CANDIDATES = tuple(Candidate(bits=bits, group_size=16) for bits in (2, 4, 8))
 DENSE = Candidate(bits=16)
 KINDS = ("llama", "opt", "bert", "bert-encoder", "bert-mlm")
@@ -81,17 +82,10 @@ def test_output_error_agrees_with_the_measured_truth_in_nats(tiny_model: TinyMod
     assert 0.67 < sums[0] / sums[1] < 1.5
 
 
-def test_progress_and_shared_rows_are_reported(tiny_model: TinyModel) -> None:
+def test_progress_and_shared_rows_are_reported(tiny_model: TinyModel, score: Score) -> None:
     model = loaded(tiny_model("llama"))
     events: list[object] = []
-    measure(
-        model,
-        random_calibration(model),
-        metrics=["output", "kl"],
-        candidates=CANDIDATES,
-        seed=0,
-        emit=events.append,
-    )
+    score(model, ["output", "kl"], CANDIDATES, emit=events.append)
     stages = [event for event in events if isinstance(event, Progress)]
     assert stages[-1].done == stages[-1].total == len(model.units)
     notices = {event.subject: event.message for event in events if isinstance(event, Notice)}
@@ -106,7 +100,7 @@ def test_all_is_every_metric_but_the_slow_ones() -> None:
     "metrics", [("output", "pruning", "cca"), ("taylor-integrated", "kurtosis")]
 )
 def test_an_interrupt_hands_over_the_units_that_are_done(
-    metrics: tuple[str, ...], tiny_model: TinyModel
+    metrics: tuple[str, ...], tiny_model: TinyModel, score: Score
 ) -> None:
     model = loaded(tiny_model("llama"))
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
@@ -117,14 +111,7 @@ def test_an_interrupt_hands_over_the_units_that_are_done(
             raise KeyboardInterrupt
 
     with pytest.raises(InterruptedMeasurementError) as caught:
-        measure(
-            model,
-            random_calibration(model, rows=20),
-            metrics=metrics,
-            candidates=(*CANDIDATES, DENSE),
-            seed=0,
-            emit=stop,
-        )
+        score(model, metrics, (*CANDIDATES, DENSE), rows=20, emit=stop)
     assert isinstance(caught.value, KeyboardInterrupt)
     assert (caught.value.done, caught.value.total) == (5, len(model.units))
     done = [unit.name for unit in model.units[:5]]
@@ -137,21 +124,16 @@ def test_an_interrupt_hands_over_the_units_that_are_done(
     assert all(torch.equal(before[n], v) for n, v in model.module.state_dict().items())
 
 
-def test_an_interrupt_before_any_unit_stays_a_plain_one(tiny_model: TinyModel) -> None:
+def test_an_interrupt_before_any_unit_stays_a_plain_one(
+    tiny_model: TinyModel, score: Score
+) -> None:
     model = loaded(tiny_model("llama"))
 
     def stop(event: object) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as caught:
-        measure(
-            model,
-            random_calibration(model),
-            metrics=["kurtosis"],
-            candidates=CANDIDATES,
-            seed=0,
-            emit=stop,
-        )
+        score(model, ["kurtosis"], CANDIDATES, emit=stop)
     assert not isinstance(caught.value, InterruptedMeasurementError)
 
 
@@ -173,58 +155,37 @@ def test_shared_values_are_made_once_also_within_one_another() -> None:
 
 
 def test_too_few_tokens_for_cca(tiny_model: TinyModel) -> None:
-    with pytest.raises(
-        CalibrationError, match="at least 160 calibration tokens, there are 128"
-    ) as e:
+    with pytest.raises(CalibrationError, match=r"'cca'.*\b160\b.*\b128\b") as e:
         tables(tiny_model("llama"), ("output", "cca"), rows=2)
     assert "--samples" in str(e.value)
 
 
 def test_unknown_metrics_name_the_nearest(tiny_model: TinyModel) -> None:
-    with pytest.raises(UnknownNameError, match="did you mean 'taylor'"):
+    with pytest.raises(UnknownNameError, match="'taylor'"):
         tables(tiny_model("llama"), ("tailor",))
 
 
-def test_candidates_without_a_rounding_are_refused(tiny_model: TinyModel) -> None:
+def test_candidates_without_a_rounding_are_refused(tiny_model: TinyModel, score: Score) -> None:
     candidate = Candidate(bits=4, sparsity=0.75, pattern="1:4")
     model = loaded(tiny_model("llama"))
-    with pytest.raises(UsageError, match="no metric can score"):
-        measure(
-            model,
-            random_calibration(model),
-            metrics=["output"],
-            candidates=[candidate],
-            seed=0,
-            emit=lambda event: None,
-        )
+    with pytest.raises(UsageError, match="'1:4'"):
+        score(model, ["output"], [candidate])
 
 
-def test_broken_weights_are_named(tiny_model: TinyModel) -> None:
+def test_broken_weights_are_named(tiny_model: TinyModel, score: Score) -> None:
     model = loaded(tiny_model("llama"))
     name = model.units[1].layers[0].name
     get_weight(model.linear(name))[0, 0] = float("nan")
-    with pytest.raises(ModelError, match=name):
-        measure(
-            model,
-            random_calibration(model),
-            metrics=["output"],
-            candidates=CANDIDATES,
-            seed=0,
-            emit=lambda event: None,
-        )
+    with pytest.raises(ModelError, match=re.escape(name)):
+        score(model, ["output"], CANDIDATES)
 
 
-def test_a_model_without_compressible_layers_is_refused(tiny_model: TinyModel) -> None:
+def test_a_model_without_compressible_layers_is_refused(
+    tiny_model: TinyModel, score: Score
+) -> None:
     model = loaded(tiny_model("gpt2"))
-    with pytest.raises(ModelError, match="no layer that can be compressed"):
-        measure(
-            model,
-            random_calibration(model),
-            metrics=["output"],
-            candidates=CANDIDATES,
-            seed=0,
-            emit=lambda event: None,
-        )
+    with pytest.raises(ModelError, match=re.escape(model.source)):
+        score(model, ["output"], CANDIDATES)
 
 
 def test_sparse_candidates_lose_their_small_weights(tiny_model: TinyModel) -> None:

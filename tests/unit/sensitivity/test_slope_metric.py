@@ -1,4 +1,4 @@
-"""The relative rounding error that carries a number per unit to a score per candidate."""
+"""The relative rounding error that turns a slope per unit into a score per candidate."""
 
 from __future__ import annotations
 

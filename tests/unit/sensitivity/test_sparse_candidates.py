@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
 from cptq.sensitivity import METRICS
-from cptq.sensitivity.measure import measure
 from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Candidate, LayerSpec
-from tests.reference.sensitivity import loaded, random_calibration
+from tests.conftest import TinyModel
+from tests.reference.sensitivity import loaded
+from tests.unit.sensitivity.conftest import Score
 
-TinyModel = Callable[..., Path]
 LABELS = ("w4g16-2:4", "w4g16-s50", "w3g16-asym-2:4", "w2g16-s75", "w8c-asym-s37")
 
 
@@ -51,18 +49,13 @@ def test_the_error_is_that_of_the_pruned_weight_rounded(label: str, shape: tuple
     torch.testing.assert_close(Q, pruned - compute_rounding_error(pruned, spec, dense))
 
 
-def test_every_metric_scores_them_and_worse_than_their_dense_width(tiny_model: TinyModel) -> None:
+def test_every_metric_scores_them_and_worse_than_their_dense_width(
+    tiny_model: TinyModel, score: Score
+) -> None:
     model = loaded(tiny_model("llama"))
     labels = ("w4g16", "w4g16-s50", "w4g16-2:4", "w4g16-s75", "w2g16")
     dense, *sparse, _ = candidates = [Candidate.parse(label) for label in labels]
-    tables = measure(
-        model,
-        random_calibration(model, rows=20),
-        metrics=tuple(METRICS),
-        candidates=candidates,
-        seed=0,
-        emit=lambda event: None,
-    )
+    tables = score(model, tuple(METRICS), candidates, rows=20)
     for name, table in tables.items():
         for row in table.scores.values():
             assert all(row[candidate] > row[dense] for candidate in sparse), name

@@ -31,8 +31,10 @@ ALL = "all"
 OUTPUT_MARKERS = ("cptq.json", "report.json", "compare.json")
 
 
-def check_settings(settings: AnySettings) -> AnySettings:
+def check_settings(settings: AnySettings, *, writes: bool = True) -> AnySettings:
     """Return the settings with their defaults filled in.
+
+    `writes`: check also that the output of `compress` can be written.
 
     Raises:
         CptqError: a name, target, plan or place that cannot be used.
@@ -40,7 +42,7 @@ def check_settings(settings: AnySettings) -> AnySettings:
     if isinstance(settings, AnalyzeSettings):
         return _check_analyze(settings)
     if isinstance(settings, CompressSettings):
-        return _check_compress(settings)
+        return _check_compress(settings, writes)
     if isinstance(settings, EvalSettings):
         return _check_eval(settings)
     if isinstance(settings, CompareSettings):
@@ -63,7 +65,7 @@ def _check_analyze(settings: AnalyzeSettings) -> AnalyzeSettings:
     return replace(settings, metrics=metrics, out=out)
 
 
-def _check_compress(settings: CompressSettings) -> CompressSettings:
+def _check_compress(settings: CompressSettings, writes: bool) -> CompressSettings:
     _check_names(settings, "metric", "allocator", "compressor")
     _check_calibration(settings.calibration.calibration)
     import_module("cptq.allocation.constraints").parse_constraints(
@@ -75,6 +77,8 @@ def _check_compress(settings: CompressSettings) -> CompressSettings:
         read_plan(settings.plan)
     elif settings.target is not None:
         import_module("cptq.allocation.targets").parse_target(settings.target)
+    if not writes:
+        return settings
     out = settings.out or name_artifact(settings)
     check_place(out, settings.model.model, overwrite=settings.overwrite)
     return replace(settings, out=out)

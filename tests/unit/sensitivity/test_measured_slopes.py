@@ -1,9 +1,6 @@
-"""Slopes probed by noise, by disturbance and by pruning, against whole models in float64."""
+"""Slopes measured by weight noise, input noise and pruning, against whole models in float64."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,26 +12,15 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
 from cptq.numerics.masks import compute_relative_error, prune_by_magnitude
 from cptq.sensitivity import linearity, perturbation, pruning
-from cptq.sensitivity.measure import measure
 from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Candidate, SensitivityTable
+from tests.conftest import TinyModel
 from tests.reference import gradients as truth
 from tests.reference.sensitivity import loaded, random_calibration
+from tests.unit.sensitivity.conftest import Score
 
-TinyModel = Callable[..., Path]
 W2, W4 = (Candidate(bits=bits, group_size=16) for bits in (2, 4))
 KINDS = ("llama", "bert", "bert-encoder")
-
-
-def scored(model: LoadedModel, metric: str) -> SensitivityTable:
-    return measure(
-        model,
-        random_calibration(model),
-        metrics=[metric],
-        candidates=(W2, W4),
-        seed=3,
-        emit=lambda event: None,
-    )[metric]
 
 
 def held_out(model: LoadedModel) -> list[dict[str, Tensor]]:
@@ -56,10 +42,10 @@ def follows_its_slope(table: SensitivityTable, model: LoadedModel) -> None:
 
 
 @pytest.mark.parametrize("arch", KINDS)
-def test_linearity_equals_its_definition(arch: str, tiny_model: TinyModel) -> None:
+def test_linearity_equals_its_definition(arch: str, tiny_model: TinyModel, score: Score) -> None:
     model = loaded(tiny_model(arch))
     objective = choose_objective(model.kind, model.config)
-    table = scored(model, "linearity")
+    table = score(model, ["linearity"], (W2, W4), seed=3)["linearity"]
     follows_its_slope(table, model)
     for index in (0, len(model.units) - 1):
         unit = model.units[index]
@@ -82,10 +68,10 @@ def test_the_noise_has_the_size_asked_for() -> None:
 
 
 @pytest.mark.parametrize("arch", KINDS)
-def test_perturbation_equals_its_definition(arch: str, tiny_model: TinyModel) -> None:
+def test_perturbation_equals_its_definition(arch: str, tiny_model: TinyModel, score: Score) -> None:
     model = loaded(tiny_model(arch))
     objective = choose_objective(model.kind, model.config)
-    table = scored(model, "perturbation")
+    table = score(model, ["perturbation"], (W2, W4), seed=3)["perturbation"]
     follows_its_slope(table, model)
     rows = held_out(model)
     for index in (0, 1, len(model.units) - 1):
@@ -110,10 +96,10 @@ def _shape(row: dict[str, Tensor], model: LoadedModel, role: str) -> tuple[int, 
 
 
 @pytest.mark.parametrize("arch", KINDS)
-def test_pruning_equals_its_definition(arch: str, tiny_model: TinyModel) -> None:
+def test_pruning_equals_its_definition(arch: str, tiny_model: TinyModel, score: Score) -> None:
     model = loaded(tiny_model(arch))
     objective = choose_objective(model.kind, model.config)
-    table = scored(model, "pruning")
+    table = score(model, ["pruning"], (W2, W4), seed=3)["pruning"]
     follows_its_slope(table, model)
     unit = model.units[0]
     W = {s.name: get_weight(model.linear(s.name)).clone() for s in unit.layers}
@@ -132,10 +118,10 @@ def test_pruning_equals_its_definition(arch: str, tiny_model: TinyModel) -> None
 
 @pytest.mark.parametrize("arch", ["llama", "bert-encoder"])
 def test_the_whole_model_is_pruned_for_its_essential_sparsity(
-    arch: str, tiny_model: TinyModel
+    arch: str, tiny_model: TinyModel, score: Score
 ) -> None:
     model = loaded(tiny_model(arch))
-    table = scored(model, "pruning")
+    table = score(model, ["pruning"], (W2, W4), seed=3)["pruning"]
     curve = {float(p): loss for p, loss in table.details["whole_model_curve"].items()}
     found = table.details["essential_sparsity"]
     assert set(pruning.WHOLE_MODEL_SPARSITIES) <= set(curve)
@@ -146,3 +132,8 @@ def test_the_whole_model_is_pruned_for_its_essential_sparsity(
     pruned = {name: prune_by_magnitude(get_weight(model.linear(name)), 0.3) for name in layers}
     loss = truth.trial(model, held_out(model), choose_objective(model.kind, model.config), pruned)
     assert curve[0.3] == pytest.approx(loss, rel=1e-3)
+
+
+def test_area_is_the_trapezoids() -> None:
+    area = pruning.integrate_curve((0.3, 0.5), (2.0, 6.0))
+    assert area == pytest.approx(0.3 * 1.0 + 0.2 * 4.0)
