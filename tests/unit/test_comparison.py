@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from cptq.types import EvalResult, join_results
-from cptq.types.samples import pairs, ratios
+from cptq.types.samples import build_pairs, build_ratios
 
 ONE = EvalResult(
     task="t",
@@ -20,7 +20,7 @@ ONE = EvalResult(
     samples=2,
     seconds=1.0,
     data_fingerprint="f",
-    per_sample=ratios([1, 1]),
+    per_sample=build_ratios([1, 1]),
 )
 
 
@@ -66,8 +66,8 @@ def test_results_without_a_baseline_are_rows_too() -> None:
         ({"data_fingerprint": "g"}, "samples are not the same"),
         ({"data_fingerprint": None}, "samples are not the same"),
         ({"per_sample": None}, "no values of single samples"),
-        ({"per_sample": ratios([1, 0, 1])}, "2 and 3 samples"),
-        ({"per_sample": pairs([1, 1], [0, 1])}, "2 and 2 samples"),
+        ({"per_sample": build_ratios([1, 0, 1])}, "2 and 3 samples"),
+        ({"per_sample": build_pairs([1, 1], [0, 1])}, "2 and 2 samples"),
     ],
 )
 def test_other_samples_are_a_mismatch(change, named: str) -> None:
@@ -78,7 +78,7 @@ def test_other_samples_are_a_mismatch(change, named: str) -> None:
 
 
 def test_the_same_samples_may_still_not_be_paired() -> None:
-    alone = replace(ONE, per_sample=ratios([1]))
+    alone = replace(ONE, per_sample=build_ratios([1]))
     for own, base in ((ONE, replace(ONE, value=math.nan)), (alone, alone)):
         (row,) = join_results([own], [base]).rows
         assert row.same_samples
