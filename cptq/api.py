@@ -42,7 +42,7 @@ from cptq.config import (
     settings_from,
 )
 from cptq.errors import UsageError
-from cptq.pipeline.preflight import check_settings
+from cptq.preflight import check_settings
 from cptq.registry import find_closest
 from cptq.types import Emit, Event, Notice
 

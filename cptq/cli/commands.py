@@ -153,7 +153,7 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
     from cptq.cli.failures import report_failures
     from cptq.cli.output import print_outcome
     from cptq.config import settings_from
-    from cptq.pipeline.preflight import check_settings
+    from cptq.preflight import check_settings
 
     line = {name: value for name, value in given.items() if value not in (None, [], ())}
     line.pop("help", None)

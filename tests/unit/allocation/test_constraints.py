@@ -21,7 +21,7 @@ from tests.reference.allocation import all_plans
 from tests.unit.allocation.synthetic import FEW, FINGERPRINT, ignore, model, random_table
 from tests.unit.report import synthetic
 
-WIDTHS = synthetic.make_CANDIDATES
+WIDTHS = synthetic.CANDIDATES
 UNITS = synthetic.make_units(4)
 
 

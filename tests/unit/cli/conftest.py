@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-import cptq.pipeline.preflight  # found below a pipeline that is replaced
+import cptq.preflight  # found below a pipeline that is replaced
 from cptq.cli.app import app
 from cptq.report import AnalyzeOutcome, CompressOutcome, EvalOutcome
 from cptq.report.comparison import CompareOutcome

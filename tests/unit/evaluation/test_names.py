@@ -19,7 +19,7 @@ def test_names_are_checked_without_torch() -> None:
 
 
 def test_every_task_is_there_and_says_for_whom() -> None:
-    assert list(TASK_KINDS) == TASKS.names()
+    assert list(TASK_KINDS) == TASKS.list_names()
     assert all(callable(TASKS.get(name)) for name in TASKS)
 
 

@@ -71,7 +71,7 @@ def test_a_plan_is_made_again_from_the_same_values(tiny_model: TinyModel, tmp_pa
     assert inputs.tables == {}
     first, second = (make_plan(inputs, tables, recorder()) for _ in range(2))
     assert first == second
-    assert first.predicted_bytes <= inputs.budget.limit_bytes
+    assert first.predicted_bytes <= inputs.ledger.budget.limit_bytes
     for name, x in inputs.model.module.state_dict().items():
         assert torch.equal(x, before[name])
     compressed = compress_layers(inputs, first, recorder())
