@@ -25,7 +25,8 @@ from tests.unit.report import synthetic
 def test_json_holds_everything_and_reads_back(summary: Summary) -> None:
     data = json.loads(render_json(summary))
     assert data["schema"] == SCHEMA
-    assert set(data) == {"schema", *Summary.__slots__}
+    compared = {"evaluation", "baseline", "paired"}  # the three lists of `comparison`
+    assert set(data) == {"schema", *Summary.__slots__} - {"comparison"} | compared
     assert Plan.from_dict(data["plan"]) == summary.plan
     table = summary.sensitivity["cca"]
     assert SensitivityTable.from_dict(data["sensitivity"]["cca"]).digest == table.digest
