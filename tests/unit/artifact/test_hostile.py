@@ -213,12 +213,12 @@ def header(**changes: Any) -> bytes:
     [
         (b"", "header claims"),
         ((10**15).to_bytes(8, "little") + b"{}", "header claims 1,000,000,000,000,000 bytes"),
-        (header(data_offsets=[0, 10**12]), "place of 'a'"),
-        (header(shape=[2**40, 2**40]), "place of 'a'"),
-        (header(shape=[-2, -2]), "place of 'a'"),
-        (header(shape=["2", "2"]), "no place"),
+        (header(data_offsets=[0, 10**12]), "'a'"),
+        (header(shape=[2**40, 2**40]), "'a'"),
+        (header(shape=[-2, -2]), "'a'"),
+        (header(shape=["2", "2"]), "'a'"),
         (header(dtype="F4"), "F4"),
-        (header(data_offsets=[4, 8], shape=[1, 2]), "place of 'a'"),
+        (header(data_offsets=[4, 8], shape=[1, 2]), "'a'"),
     ],
 )
 def test_a_hostile_header_is_refused(tmp_path: Path, content: bytes, words: str) -> None:
@@ -233,7 +233,7 @@ def test_overlapping_tensors_are_refused(tmp_path: Path) -> None:
     text = json.dumps({"a": entry, "b": entry}).encode()
     path = tmp_path / "model.safetensors"
     path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(16))
-    with pytest.raises(CptqError, match="place of 'b'"):
+    with pytest.raises(CptqError, match="'b'"):
         inspect(path)
 
 
