@@ -23,10 +23,10 @@ FIGURES = (
     ("dense", 269_060_280, 26.94),
     ("4bit", 113_161_344, 29.32),
     ("4bit uniform", 113_175_144, 30.79),
-    ("4bit packed", 105_442_576, 27.67),
+    ("packed 105 MB", 105_442_576, 27.67),
     ("3bit", 99_903_528, 39.21),
     ("3bit uniform", 99_903_536, 44.29),
-    ("3bit packed", 91_726_208, 28.20),
+    ("packed 92 MB", 91_726_208, 28.20),
 )
 
 
@@ -56,9 +56,7 @@ def make_model(name: str, nbytes: int, perplexity: float) -> ComparedModel:
 def main() -> None:
     """Write the SVG."""
     models = tuple(make_model(*figure) for figure in FIGURES)
-    comparison = ModelComparison(
-        command_line="", models=models, quality=("wikitext", "perplexity")
-    )
+    comparison = ModelComparison(command_line="", models=models, quality=("wikitext", "perplexity"))
     files = render_comparison_files(comparison)
     (name,) = (name for name in files if name.endswith(".svg"))
     OUT.parent.mkdir(parents=True, exist_ok=True)
