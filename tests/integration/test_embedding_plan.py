@@ -65,7 +65,7 @@ def test_a_plan_replays_with_the_embedding(tiny_model: TinyModel, tmp_path: Path
         ("w4g64", "cptq", r"gives the embeddings w4g64; allowed: 6, 7, 8 bits without sparsity"),
         ("w8g64-s50", "cptq", r"gives the embeddings w8g64-s50; allowed: 6, 7, 8"),
         ("w16", "cptq", r"gives the embeddings w16; allowed: .*or null"),
-        ("eight", "cptq", r"plan\.json holds no plan: 'eight' is no candidate label"),
+        ("eight", "cptq", r"plan\.json .*'eight'"),
         (8, "cptq", r"plan\.json holds no plan"),
     ],
 )
