@@ -1,52 +1,43 @@
 #!/usr/bin/env python3
-"""Draw docs/images/front.svg, the size-quality front of the README.
-
-The points are the figures of docs/benchmarks.md (SmolLM2-135M with dithered weights, perplexity of
-WikiText-2 on 10 windows of 2,048 tokens), which stand there with the commands that measured them.
-`cptq compare` draws the same picture of any models that it measures.
+"""Draw the size-quality front of the README from figures that were measured before.
 
     python scripts/draw_front.py
+
+reads docs/images/front.csv (name, bytes, perplexity; the figures of docs/benchmarks.md) and writes
+docs/images/front.svg. `cptq compare ... -o DIR` draws the same picture for models that it measures;
+this script serves for files that cptq cannot load, such as those of other tools.
 """
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 
 from cptq.report.comparison import ComparedModel, ModelComparison
-from cptq.report.render import render_comparison_files
+from cptq.report.render import COMPARISON_FILES, render_comparison_files
 from cptq.types import EvalResult
 
-OUT = Path(__file__).resolve().parents[1] / "docs" / "images" / "front.svg"
-PARAMETERS = 134_515_008
-#: name, bytes of the weight files, perplexity
-FIGURES = (
-    ("dense", 269_060_280, 26.94),
-    ("4bit", 113_161_344, 29.32),
-    ("4bit uniform", 113_175_144, 30.79),
-    ("packed 105 MB", 105_442_576, 27.67),
-    ("3bit", 99_903_528, 39.21),
-    ("3bit uniform", 99_903_536, 44.29),
-    ("packed 92 MB", 91_726_208, 28.20),
-)
+IMAGES = Path(__file__).resolve().parents[1] / "docs" / "images"
+TASK, METRIC = "wikitext", "perplexity"
 
 
-def make_model(name: str, nbytes: int, perplexity: float) -> ComparedModel:
-    """Return a point of the picture."""
+def build_model(name: str, nbytes: int, perplexity: float) -> ComparedModel:
+    """Return a model with one result."""
     result = EvalResult(
-        task="wikitext",
+        task=TASK,
         version=1,
-        metric="perplexity",
+        metric=METRIC,
         value=perplexity,
         unit="per token",
         higher_is_better=False,
-        samples=10,
+        samples=1,
         seconds=0.0,
     )
     return ComparedModel(
         name=name,
         source=name,
         kind="causal-lm",
-        parameters=PARAMETERS,
+        parameters=0,
         weight_bytes=nbytes,
         effective_bits=None,
         results=(result,),
@@ -54,14 +45,14 @@ def make_model(name: str, nbytes: int, perplexity: float) -> ComparedModel:
 
 
 def main() -> None:
-    """Write the SVG."""
-    models = tuple(make_model(*figure) for figure in FIGURES)
-    comparison = ModelComparison(command_line="", models=models, quality=("wikitext", "perplexity"))
-    files = render_comparison_files(comparison)
-    (name,) = (name for name in files if name.endswith(".svg"))
-    OUT.parent.mkdir(parents=True, exist_ok=True)
-    OUT.write_bytes(files[name])
-    print(OUT)
+    with (IMAGES / "front.csv").open(encoding="utf-8", newline="") as lines:
+        models = tuple(
+            build_model(row["name"], int(row["bytes"]), float(row["perplexity"]))
+            for row in csv.DictReader(lines)
+        )
+    comparison = ModelComparison(command_line="", models=models, quality=(TASK, METRIC))
+    svg = render_comparison_files(comparison)[COMPARISON_FILES["svg"]]
+    (IMAGES / "front.svg").write_bytes(svg)
 
 
 if __name__ == "__main__":

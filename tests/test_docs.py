@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 import sys
 from pathlib import Path
@@ -64,6 +65,17 @@ def test_every_document_is_linked_from_the_readme_or_a_document() -> None:
     for path in DOCUMENTS[1:]:
         others = [text for other, text in texts.items() if other != path]
         assert any(f"{path.name})" in text or f"{path.name}#" in text for text in others), path.name
+
+
+def test_the_picture_shows_measured_figures() -> None:
+    measured = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
+    svg = (ROOT / "docs" / "images" / "front.svg").read_text(encoding="utf-8")
+    with (ROOT / "docs" / "images" / "front.csv").open(encoding="utf-8", newline="") as lines:
+        for row in csv.DictReader(lines):
+            size = f"{int(row['bytes']):,}"
+            figures = [line for line in measured.splitlines() if f" {size} |" in line]
+            assert any(row["perplexity"] in line for line in figures), row["name"]
+            assert row["name"] in svg
 
 
 def test_the_readme_is_short() -> None:
