@@ -39,11 +39,10 @@ from cptq.config import (
     InspectSettings,
     VerifySettings,
     list_options,
+    name_fields,
     settings_from,
 )
-from cptq.errors import UsageError
 from cptq.preflight import check_settings
-from cptq.registry import find_closest
 from cptq.types import Emit, Event, Notice
 
 if TYPE_CHECKING:
@@ -109,21 +108,11 @@ def _takes(kind: type, *given: str, without: tuple[str, ...] = ()) -> Callable[[
 def _build(kind: type[Any], given: Mapping[str, Any], without: tuple[str, ...] = ()) -> Any:
     """Return settings from keyword arguments, checked as far as that needs no model."""
     options = {n: o for n, o in list_options(kind).items() if n not in without}
-    known = {option.key: name for name, option in options.items() if not option.positional}
-    known |= {name: name for name in options}
-    line: dict[str, Any] = {}
-    for key, value in given.items():
-        name = known.get(key)
-        if name is None:
-            near = find_closest(key, list(known))
-            raise UsageError(
-                f"unknown option {key!r}",
-                allowed=", ".join(options),
-                hint=f"did you mean {near!r}?" if near else None,
-            )
-        if name in line:
-            raise UsageError(f"{key!r} and {name!r} are the same option", hint="give one of them")
-        line[name] = os.fspath(value) if isinstance(value, os.PathLike) else value
+    named = name_fields(options, given, "unknown option")
+    line = {
+        name: os.fspath(value) if isinstance(value, os.PathLike) else value
+        for name, (_, value) in named.items()
+    }
     return check_settings(settings_from(kind, line), writes="out" not in without)
 
 

@@ -6,7 +6,6 @@ the default output.
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import replace
 from importlib import import_module
@@ -74,7 +73,7 @@ def _check_compress(settings: CompressSettings, writes: bool) -> CompressSetting
     if settings.sensitivity is not None:
         check_measurement(settings.sensitivity, directory=False)
     if settings.plan is not None:
-        read_plan(settings.plan)
+        Plan.load(settings.plan)
     elif settings.target is not None:
         import_module("cptq.allocation.targets").parse_target(settings.target)
     if not writes:
@@ -153,25 +152,6 @@ def check_measurement(path: Path, *, directory: bool) -> None:
         table = next(iter(sorted(path.glob("**/sensitivity/*.json"))), None)
         example = f"name one of its tables, such as {table}" if table else hint
         raise PlanError(f"--sensitivity {path} is a directory", hint=example)
-
-
-def read_plan(path: Path) -> Plan:
-    """Return the plan in a file.
-
-    Raises:
-        PlanError: there is no such file, or it does not hold a plan.
-    """
-    try:
-        return Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except OSError as error:
-        reason = (error.strerror or "cannot be read").lower()
-        raise PlanError(
-            f"the plan {path} cannot be read: {reason}",
-            hint="give --plan a plan.json that `cptq compress` wrote",
-        ) from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        hint = "`cptq compress` writes a plan.json that can be edited"
-        raise PlanError(f"{path} is not a valid plan: {error}", hint=hint) from error
 
 
 def find_model_name(model: str) -> str:

@@ -25,6 +25,7 @@ from cptq.config.values import (
     convert,
     describe,
     flat_fields,
+    name_fields,
     read_file,
     settings_from,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "find_runtime",
     "flat_fields",
     "list_options",
+    "name_fields",
     "parse_sparsity",
     "read_file",
     "settings_from",

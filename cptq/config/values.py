@@ -75,21 +75,44 @@ def read_file(kind: type, path: Path) -> dict[str, Any]:
     from cptq.config.yaml_mapping import load_mapping  # imports yaml, which only files need
 
     options = list_options(kind)
+    given = name_fields(options, load_mapping(path), f"{path}: unknown key")
+    return {
+        name: convert(f"{path}: {key}", options[name].hint, value)
+        for name, (key, value) in given.items()
+    }
+
+
+def name_fields(
+    options: Mapping[str, Option], given: Mapping[Any, Any], unknown: str
+) -> dict[str, tuple[str, Any]]:
+    """Return {field name: (key as given, value)}; a key is a field's name or its option's.
+
+    Args:
+        options: by field name.
+        given: by key, as in a YAML file or among keyword arguments.
+        unknown: how the message about an unknown key begins.
+
+    Raises:
+        UsageError: an unknown key, or two keys of one option.
+    """
     names = {option.key: name for name, option in options.items()} | {
         name: name for name in options
     }
-    values: dict[str, Any] = {}
-    for key, value in load_mapping(path).items():
+    found: dict[str, tuple[str, Any]] = {}
+    for key, value in given.items():
         name = names.get(str(key).replace("-", "_"))
         if name is None:
             near = find_closest(str(key), list(names))
             raise UsageError(
-                f"{path}: unknown key {str(key)!r}",
+                f"{unknown} {str(key)!r}",
                 allowed=", ".join(option.key for option in options.values()),
                 hint=f"did you mean {near!r}?" if near else None,
             )
-        values[name] = convert(f"{path}: {key}", options[name].hint, value)
-    return values
+        if name in found:
+            both = f"{found[name][0]!r} and {str(key)!r}"
+            raise UsageError(f"{both} are the same option", hint="give one of them")
+        found[name] = str(key), value
+    return found
 
 
 def build(kind: type[S], values: Mapping[str, Any]) -> S:

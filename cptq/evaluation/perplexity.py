@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +38,14 @@ import torch
 from torch import Tensor, nn
 
 from cptq.evaluation.split_model import LOGIT_ELEMENTS, count_positions, split_model
-from cptq.types.samples import Link
+from cptq.types import EvalResult
+from cptq.types.samples import Link, build_ratios
 
 #: tokens of one forward, whatever the batch size (one window is always taken)
 FORWARD_TOKENS = 4096
+
+#: (metric, unit, link, what the nll of each sample is divided by)
+Count = tuple[str, str, Link, np.ndarray[Any, np.dtype[np.int64]]]
 
 #: (head, hidden states (batch, tokens, width), labels (batch, tokens)) of one batch of windows
 BatchHook = Callable[[nn.Module, Tensor, Tensor], None]
@@ -173,3 +177,23 @@ def apply_link(rate: Estimate, link: Link) -> Estimate:
     if link == "mean":
         return rate
     return exponentiate(rate) if link == "exp" else convert_to_bits(rate)
+
+
+def build_text_results(
+    nll_N: np.ndarray[Any, Any], counts: Iterable[Count], **common: Any
+) -> list[EvalResult]:
+    """Return one result per count, from the nll of each sample; `common` are the other fields."""
+    return [
+        EvalResult(
+            metric=metric,
+            value=estimate.value,
+            stderr=estimate.stderr,
+            unit=unit,
+            higher_is_better=False,
+            samples=len(nll_N),
+            per_sample=build_ratios(nll_N, count_N, link),
+            **common,
+        )
+        for metric, unit, link, count_N in counts
+        for estimate in (apply_link(estimate_ratio(nll_N, count_N), link),)
+    ]

@@ -123,11 +123,7 @@ def read_plan(path: Path, runtime: Runtime) -> Plan:
     Raises:
         PlanError: it cannot be read, or packs embeddings as the runtime or cptq does not.
     """
-    try:
-        plan = Plan.from_dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise PlanError(f"{path} holds no plan: {reason}") from error
+    plan = Plan.load(path)
     found = plan.embedding
     if found is None:
         return plan

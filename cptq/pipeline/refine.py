@@ -1,6 +1,6 @@
 """`compress --refine N`: improve a plan by measuring the whole model on held-out text.
 
-Plans are tried on a workbench: units compressed by the run's own compressor on the dense model's
+Plans are tried on a trial model: units compressed by the run's own compressor on the dense model's
 activations, each (unit, candidate) once. That is exact for rounding to nearest; for GPTQ it leaves
 out that blocks see the errors of those before them, which the final compression then has.
 """
@@ -44,7 +44,7 @@ def refine_plan(
     objective = choose_objective(model.kind, model.config)
     candidates = sorted({candidate for row in ledger.bytes_of.values() for candidate in row})
     seed, sparse = settings.calibration.seed, any(c.sparsity for c in candidates)
-    bench = build_trial_model(
+    trial = build_trial_model(
         model,
         calibration,
         objective,
@@ -58,12 +58,12 @@ def refine_plan(
     search = DivergenceFromDense(model, held_out.search, objective)
     guard = DivergenceFromDense(model, held_out.guard, objective)
     problem = build_problem(table, ledger, candidates, _ignore)
-    with bench.restore_after():
+    with trial.restore_after():
         found = refine(
             problem,
             plan.choices,
-            measure=_measure(bench, search),
-            guard=_measure(bench, guard),
+            measure=_measure(trial, search),
+            guard=_measure(trial, guard),
             evaluations=settings.refine,
             seed=seed,
             emit=emit,
@@ -79,10 +79,10 @@ def refine_plan(
     )
 
 
-def _measure(bench: TrialModel, probe: DivergenceFromDense) -> Callable[[Choices], float]:
+def _measure(trial: TrialModel, divergence: DivergenceFromDense) -> Callable[[Choices], float]:
     def measure(choices: Choices) -> float:
-        bench.apply_choices(choices)
-        return float(probe.measure_rows().mean())
+        trial.apply_choices(choices)
+        return float(divergence.measure_rows().mean())
 
     return measure
 

@@ -70,7 +70,7 @@ def summarize(
 
 
 def describe_check(found: ReloadCheck | None) -> VerificationFacts | None:
-    """What the fresh process found, as a report tells it."""
+    """Return what the reload check found, in the form of the report."""
     if found is None:
         return None
     return VerificationFacts(

@@ -1,4 +1,4 @@
-"""A workbench for a model: units compressed one by one, on what flows through the dense model."""
+"""Build a trial model: units compressed one by one on the activations of the dense model."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def build_trial_model(
     seed: int,
     emit: Emit,
 ) -> TrialModel:
-    """Make a workbench for `compressor`; where that uses activations, one pass gathers them.
+    """Build a trial model for `compressor`; where that uses activations, one pass gathers them.
 
     `layout` and `float16_scales` are those of the file and the runtime that the weights are meant
     for. `sparse`: sparse candidates will be tried, whose masks use activations as well.
     """
-    bench = partial(TrialModel, layout=layout, float16_scales=float16_scales)
+    build = partial(TrialModel, layout=layout, float16_scales=float16_scales)
     if compressor in WITHOUT_ACTIVATIONS and not sparse:
-        return bench(model, compressor, emit)
+        return build(model, compressor, emit)
     need = sum(4 * unit.layers[0].shape[1] ** 2 for unit in model.units)
     if need > HESSIAN_BYTES:
         message = (
@@ -46,10 +46,10 @@ def build_trial_model(
             "if their inputs were independent"
         )
         emit(Notice(kind="fallback", subject=compressor, message=message))
-        return bench(model, compressor, emit)
-    wants = SampleRequest(moments=True)
+        return build(model, compressor, emit)
+    request = SampleRequest(moments=True)
     samples = collect_samples(
-        model, calibration.batches, objective, wants, seed=seed, emit=emit, keep=1
+        model, calibration.batches, objective, request, seed=seed, emit=emit, keep=1
     )
     hessians: dict[str, Tensor] = {}
     for unit in model.units:
@@ -59,4 +59,4 @@ def build_trial_model(
         else:
             message = "too wide for a Hessian here: compared as if its inputs were independent"
             emit(Notice(kind="fallback", subject=unit.name, message=message))
-    return bench(model, compressor, emit, hessians)
+    return build(model, compressor, emit, hessians)

@@ -62,12 +62,12 @@ def keep_better_plan(
         emit: receives the notices of the better plan only, and the result.
     """
     objective = choose_objective(model.kind, model.config)
-    probe = DivergenceFromDense(model, held_out, objective)
+    divergence = DivergenceFromDense(model, held_out, objective)
     dense = _copy_weights(model)
-    other = _carry_out(baseline, compress, probe, emit)
+    other = _carry_out(baseline, compress, divergence, emit)
     for name, W_OI in dense.items():
         set_weight(model.linear(name), W_OI)
-    own = _carry_out(plan, compress, probe, emit)
+    own = _carry_out(plan, compress, divergence, emit)
     better = own if own.divergence <= other.divergence else other
     if better is other:
         for name, W_OI in dense.items():
@@ -76,7 +76,7 @@ def keep_better_plan(
             set_weight(model.linear(layer.spec.name), dequantize_layer(layer, model.dtype))
     for event in better.notices:
         emit(event)
-    note = _describe_result(own, other, objective.unit, probe.tokens)
+    note = _describe_result(own, other, objective.unit, divergence.tokens)
     emit(note)
     return replace(better.plan, notes=(*better.plan.notes, note.message)), better.layers
 
@@ -90,7 +90,9 @@ def _copy_weights(model: LoadedModel) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _carry_out(plan: Plan, compress: Compress, probe: DivergenceFromDense, emit: Emit) -> _Outcome:
+def _carry_out(
+    plan: Plan, compress: Compress, divergence: DivergenceFromDense, emit: Emit
+) -> _Outcome:
     notices: list[Event] = []
 
     def collect(event: Event) -> None:
@@ -100,7 +102,7 @@ def _carry_out(plan: Plan, compress: Compress, probe: DivergenceFromDense, emit:
             notices.append(event)
 
     layers = compress(plan, collect)
-    return _Outcome(plan=plan, layers=layers, notices=notices, rows=probe.measure_rows())
+    return _Outcome(plan=plan, layers=layers, notices=notices, rows=divergence.measure_rows())
 
 
 def _describe_result(own: _Outcome, other: _Outcome, unit: str, tokens: int) -> Notice:

@@ -1,15 +1,15 @@
-"""`analyze --validate`: what each metric's scores are worth, on text that no one has seen.
+"""`analyze --validate`: compare the scores of each metric with measured divergences.
 
-1. The truth: a sample of (unit, candidate) pairs, each compressed alone in the dense model, and the
-   divergence that it causes. Every metric's scores are ranked against it.
-2. The regret: the plan that each metric leads to at the same bytes, carried out on the whole model,
-   beside the plan that asks no score (`even`) and that of the measured divergences.
+1. Ground truth: a sample of (unit, candidate) pairs, each compressed alone in the dense model, and
+   the divergence that it causes. The scores of every metric are ranked against it.
+2. Regret: the plan that each metric leads to at the same bytes, carried out on the whole model,
+   beside the plan that needs no scores (`even`) and the plan of the measured divergences (`kl`).
 
-Both are judged on rows of the calibration source that neither calibrated (`fit`) nor chose (the
-held-out rows that measured metrics use). Every metric and allocator is taken as it comes; the one
-name known here is that of the plan which regret is counted from.
+Both are measured on held-out rows of the calibration source, which neither calibrated (`fit`) nor
+were used by metrics that measure on held-out rows of their own (`choose`). Metrics and allocators
+are used by name; only the plan that regret is counted from is known here.
 
-Cost: half a forward pass of the judging rows per pair, one per plan, and the rounding.
+Cost: half a forward pass of the held-out rows per pair, one per plan, and the rounding.
 """
 
 from __future__ import annotations
@@ -67,20 +67,20 @@ def validate(
     settings: AnalyzeSettings,
     emit: Emit,
 ) -> Validation:
-    """Judge the tables; the model is left as it was.
+    """Compare the tables with measured divergences; the model is left as it was.
 
     Args:
         ledgers: one per target, from `build_ledgers`.
 
     Raises:
-        CalibrationError: no rows to judge with, or an output that is not finite.
+        CalibrationError: no held-out rows, or an output that is not finite.
     """
     _warn_of_foreign_texts(tables, calibration, emit)
     seed = settings.calibration.seed
     cost = build_cost_model(model, settings)
     objective = choose_objective(model.kind, model.config)
     sparse = any(candidate.sparsity for candidate in candidates)
-    bench = build_trial_model(
+    trial = build_trial_model(
         model,
         calibration,
         objective,
@@ -91,22 +91,24 @@ def validate(
         seed=seed,
         emit=emit,
     )
-    probe = DivergenceFromDense(model, split_parts(model, calibration.held_out, 1)[0], objective)
+    divergence = DivergenceFromDense(
+        model, split_parts(model, calibration.held_out, 1)[0], objective
+    )
     dealt = choose_pairs(model.units, len(model.block_names), candidates, settings.pairs, seed)
     chosen = [(unit, c) for unit, c in dealt if cost.explain_refusal(unit.name, c) is None]
-    trials = _Trials(model=model, probe=probe, bench=bench, emit=emit)
-    _report_cost(probe, len(chosen), len(ledgers), tables, settings, candidates, model, emit)
+    trials = _Trials(model=model, divergence=divergence, trial=trial, emit=emit)
+    _report_cost(divergence, len(chosen), len(ledgers), tables, settings, candidates, model, emit)
     clock = time.perf_counter()
-    pairs = _measure_pairs(model, probe, bench, chosen, tables, emit)
+    pairs = _measure_pairs(model, divergence, trial, chosen, tables, emit)
     paired = time.perf_counter()
     found = trials.run(ledgers, tables, candidates, settings.allocators)
     return Validation(
         unit=objective.unit,
         compressor=settings.compressor,
         seed=seed,
-        judge_tokens=probe.tokens,
+        judge_tokens=divergence.tokens,
         resamples=RESAMPLES,
-        texts=_describe_texts(model, calibration, probe),
+        texts=_describe_texts(model, calibration, divergence),
         reference=REFERENCE if REFERENCE in tables else None,
         pairs=tuple(pairs),
         agreements=tuple(
@@ -151,21 +153,21 @@ def build_ledgers(
 def _warn_of_foreign_texts(
     tables: Mapping[str, SensitivityTable], calibration: Calibration, emit: Emit
 ) -> None:
-    """A word where a table of an earlier analysis may have seen what judges."""
+    """Warn where the text of an earlier analysis may hold the rows that are measured here."""
     ours = ("", calibration.record.fingerprint)
     foreign = [name for name, t in tables.items() if t.calibration_fingerprint not in ours]
     if foreign:
         message = (
             f"{', '.join(foreign)} come from an analysis of other calibration text, which may hold "
-            "the rows that judge here"
+            "the rows that are measured here"
         )
         emit(Notice(kind="warning", subject="--validate", message=message))
 
 
 def _measure_pairs(
     model: LoadedModel,
-    probe: DivergenceFromDense,
-    bench: TrialModel,
+    divergence: DivergenceFromDense,
+    trial: TrialModel,
     chosen: Sequence[tuple[Unit, Candidate]],
     tables: Mapping[str, SensitivityTable],
     emit: Emit,
@@ -179,7 +181,7 @@ def _measure_pairs(
                 candidate=candidate,
                 depth=classify_depth(unit.block, len(model.block_names)),
                 role=unit.role,
-                truth=probe.measure_unit(unit, bench.weights(unit, candidate)),
+                truth=divergence.measure_unit(unit, trial.weights(unit, candidate)),
                 scores={metric: t.scores[unit.name][candidate] for metric, t in tables.items()},
             )
         )
@@ -200,8 +202,8 @@ class _Trials:
     """Plans, carried out one after the other on one model."""
 
     model: LoadedModel
-    probe: DivergenceFromDense
-    bench: TrialModel
+    divergence: DivergenceFromDense
+    trial: TrialModel
     emit: Emit
     known: dict[tuple[Candidate, ...], torch.Tensor] = field(default_factory=dict)
 
@@ -217,7 +219,7 @@ class _Trials:
         ways += [(name, table) for table in tables.values() for name in allocators]
         total = len(ledgers) * len(ways)
         found: list[PlanTrial] = []
-        with self.bench.restore_after():
+        with self.trial.restore_after():
             for ledger in ledgers:
                 for name, table in ways:
                     words = f"{ledger.budget.asked} {table.metric if table else ''} {name}"
@@ -260,8 +262,8 @@ class _Trials:
         """Divergence of each row; equal plans are measured once."""
         key = tuple(plan.choices[unit.name] for unit in self.model.units)
         if key not in self.known:
-            self.bench.apply_choices(plan.choices)
-            self.known[key] = self.probe.measure_rows()
+            self.trial.apply_choices(plan.choices)
+            self.known[key] = self.divergence.measure_rows()
         return self.known[key]
 
     def _pass_warnings(self, event: Event) -> None:
@@ -271,7 +273,7 @@ class _Trials:
 
 
 def _describe_texts(
-    model: LoadedModel, calibration: Calibration, probe: DivergenceFromDense
+    model: LoadedModel, calibration: Calibration, divergence: DivergenceFromDense
 ) -> dict[str, str]:
     record = calibration.record
     tokens = choose_held_out_tokens(model.parameters, model.device.type == "cpu")
@@ -281,13 +283,13 @@ def _describe_texts(
         "fit": f"{count_tokens(split.fit):,} tokens of {record.source}, {record.samples} samples",
         "choose": f"{count_tokens(split.held_out):,} tokens from the end of those samples, for "
         f"metrics that measure{shared}",
-        "judge": f"{probe.tokens:,} tokens of {len(calibration.held_out)} further samples of "
+        "judge": f"{divergence.tokens:,} tokens of {len(calibration.held_out)} further samples of "
         f"{record.source}",
     }
 
 
 def _report_cost(
-    probe: DivergenceFromDense,
+    divergence: DivergenceFromDense,
     pairs: int,
     budgets: int,
     tables: Mapping[str, SensitivityTable],
@@ -296,19 +298,19 @@ def _report_cost(
     model: LoadedModel,
     emit: Emit,
 ) -> None:
-    """How long it will take, and what the reference would cost where it was not asked for."""
+    """Report the expected time, and the reference metric's where it was not requested."""
     began = time.perf_counter()
-    probe.measure_rows()
+    divergence.measure_rows()
     one = time.perf_counter() - began
     plans = budgets * (1 + len(tables) * len(settings.allocators))
     message = (
-        f"{pairs} pairs and {plans} plans on {probe.tokens:,} tokens: about "
+        f"{pairs} pairs and {plans} plans on {divergence.tokens:,} tokens: about "
         f"{spoken(one * (pairs / 2 + plans))} of forward passes"
     )
     emit(Notice(kind="info", subject="--validate", message=message))
     if REFERENCE not in tables:
         held = choose_held_out_tokens(model.parameters, model.device.type == "cpu")
-        each = one / 2 * held / max(probe.tokens, 1)
+        each = one / 2 * held / max(divergence.tokens, 1)
         whole = spoken(each * len(model.units) * len(candidates))
         message = (
             f"regret against the plan of measured divergences is not given: add --metric "

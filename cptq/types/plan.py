@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from cptq.errors import PlanError
+
 #: what a budget limits: the whole weight file, or the compressible weights as stored
 Scope = Literal["file", "weights"]
 
@@ -188,6 +190,25 @@ class Plan:
         data["notes"] = list(self.notes)
         data["embedding"] = None if self.embedding is None else self.embedding.label
         return data
+
+    @classmethod
+    def load(cls, path: Path) -> Plan:
+        """Read a file that `save` or `cptq compress` wrote.
+
+        Raises:
+            PlanError: there is no such file, or it does not hold a plan.
+        """
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except OSError as error:
+            reason = (error.strerror or "cannot be read").lower()
+            raise PlanError(
+                f"the plan {path} cannot be read: {reason}",
+                hint="give --plan a plan.json that `cptq compress` wrote",
+            ) from error
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            hint = "`cptq compress` writes a plan.json that can be edited"
+            raise PlanError(f"{path} is not a valid plan: {error}", hint=hint) from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan as JSON, to be edited and to be given to `cptq compress --plan`."""

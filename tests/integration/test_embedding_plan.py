@@ -66,7 +66,7 @@ def test_a_plan_replays_with_the_embedding(tiny_model: TinyModel, tmp_path: Path
         ("w8g64-s50", "cptq", r"gives the embeddings w8g64-s50; allowed: 6, 7, 8"),
         ("w16", "cptq", r"gives the embeddings w16; allowed: .*or null"),
         ("eight", "cptq", r"plan\.json .*'eight'"),
-        (8, "cptq", r"plan\.json holds no plan"),
+        (8, "cptq", r"plan\.json is not a valid plan"),
     ],
 )
 def test_an_embedding_that_cannot_be_is_refused_before_the_model_is_loaded(

@@ -214,3 +214,11 @@ def test_settings_import_no_torch() -> None:
     code = "import sys, cptq.config; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+def test_an_option_under_both_its_names_is_refused(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text("metric: cca\nmetrics: output\n")
+    with pytest.raises(UsageError) as caught:
+        settings_from(AnalyzeSettings, {"model": "m"}, file)
+    assert "'metric' and 'metrics'" in caught.value.problem

@@ -30,10 +30,9 @@ from cptq.evaluation.continuations import (
     roll_windows,
     score_requests,
 )
-from cptq.evaluation.perplexity import apply_link, estimate_ratio
+from cptq.evaluation.perplexity import Count, build_text_results
 from cptq.evaluation.task import EvalOptions
 from cptq.types import Emit, EvalResult, digest
-from cptq.types.samples import Link, build_ratios
 
 VERSIONS = {"wikitext-rolling": 2, "c4-rolling": 0}
 
@@ -67,31 +66,22 @@ class PreparedPages:
         )
         nll_N = np.array([-float(part.sum()) for part in scores.loglikelihood.split(self.sizes)])
         seconds, length = time.perf_counter() - begin, self.requests.length
-        return [
-            EvalResult(
-                task=self.name,
-                version=VERSIONS[self.name],
-                metric=metric,
-                value=estimate.value,
-                stderr=estimate.stderr,
-                unit=unit,
-                higher_is_better=False,
-                samples=len(nll_N),
-                seconds=seconds,
-                seqlen=length,
-                tokens=sum(self.tokens),
-                data_source=self.pages.origin,
-                data_sha256=self.pages.sha256,
-                data_fingerprint=self.fingerprint,
-                per_sample=build_ratios(nll_N, count_N, link),
-                notes=(f"rolling windows of {length} tokens, stride {self.stride}",),
-            )
-            for metric, unit, link, count_N in self._count()
-            for estimate in (apply_link(estimate_ratio(nll_N, count_N), link),)
-        ]
+        return build_text_results(
+            nll_N,
+            self._count(),
+            task=self.name,
+            version=VERSIONS[self.name],
+            seconds=seconds,
+            seqlen=length,
+            tokens=sum(self.tokens),
+            data_source=self.pages.origin,
+            data_sha256=self.pages.sha256,
+            data_fingerprint=self.fingerprint,
+            notes=(f"rolling windows of {length} tokens, stride {self.stride}",),
+        )
 
-    def _count(self) -> Iterator[tuple[str, str, Link, np.ndarray[tuple[int], np.dtype[np.int64]]]]:
-        """(metric, unit, link, what each document's nll is divided by)."""
+    def _count(self) -> Iterator[Count]:
+        """Yield what each document's nll is divided by."""
         pages = self.pages.documents
         words = np.array([len(re.split(r"\s+", page)) for page in pages])
         yield "word_perplexity", "per word", "exp", words

@@ -30,17 +30,16 @@ from cptq.evaluation.continuations import (
     score_requests,
 )
 from cptq.evaluation.perplexity import (
+    Count,
     Tokens,
-    apply_link,
+    build_text_results,
     count_words_and_bytes,
     cut_windows,
-    estimate_ratio,
     measure_nll,
     tokenize,
 )
 from cptq.evaluation.task import EvalOptions
 from cptq.types import Emit, EvalResult, Notice, Progress
-from cptq.types.samples import Link, build_ratios
 
 VERSION = 1
 Numbers = np.ndarray[Any, Any]
@@ -85,28 +84,19 @@ class PreparedText:
         else:
             nll_N = self._measure_cut(self.windows, model, options, emit)
         seconds = time.perf_counter() - begin
-        results = [
-            EvalResult(
-                task=self.name,
-                version=VERSION,
-                metric=metric,
-                value=estimate.value,
-                stderr=estimate.stderr,
-                unit=unit,
-                higher_is_better=False,
-                samples=len(nll_N),
-                seconds=seconds,
-                seqlen=self.seqlen,
-                tokens=int((self.last_N - self.first_N).sum()),
-                data_source=self.text.origin,
-                data_sha256=self.text.sha256,
-                data_fingerprint=self.fingerprint,
-                per_sample=build_ratios(nll_N, count_N, link),
-                notes=self.text.notes + self.notes,
-            )
-            for metric, unit, link, count_N in self._count(emit)
-            for estimate in (apply_link(estimate_ratio(nll_N, count_N), link),)
-        ]
+        results = build_text_results(
+            nll_N,
+            self._count(emit),
+            task=self.name,
+            version=VERSION,
+            seconds=seconds,
+            seqlen=self.seqlen,
+            tokens=int((self.last_N - self.first_N).sum()),
+            data_source=self.text.origin,
+            data_sha256=self.text.sha256,
+            data_fingerprint=self.fingerprint,
+            notes=self.text.notes + self.notes,
+        )
         return results + (observer.read_results(results[0]) if observer else [])
 
     def _measure_cut(
@@ -144,8 +134,8 @@ class PreparedText:
         nll_N: Numbers = -scores.loglikelihood.numpy()
         return nll_N
 
-    def _count(self, emit: Emit) -> Iterator[tuple[str, str, Link, Numbers]]:
-        """(metric, unit, link, what each window's nll is divided by)."""
+    def _count(self, emit: Emit) -> Iterator[Count]:
+        """Yield what each window's nll is divided by."""
         yield "perplexity", "per token", "exp", self.last_N - self.first_N
         counts = count_words_and_bytes(self.tokens, self.first_N, self.last_N)
         if counts is None or not counts[0].any():
