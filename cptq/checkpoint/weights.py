@@ -32,6 +32,21 @@ def get_storage_dtype(spec: LayerSpec) -> torch.dtype:
     return TORCH_DTYPES[spec.dtype]
 
 
+def get_scale_dtype(spec: LayerSpec) -> torch.dtype:
+    """Return the torch type in which the scales of a layer are stored."""
+    return TORCH_DTYPES[spec.scale_dtype]
+
+
+def get_scale_dtypes(spec: LayerSpec) -> tuple[torch.dtype, ...]:
+    """Return the types that stored scales may have: earlier versions kept the checkpoint's."""
+    return get_scale_dtype(spec), get_storage_dtype(spec)
+
+
+def get_dtype_name(dtype: torch.dtype) -> str:
+    """Return the safetensors name of a type."""
+    return next(name for name, known in TORCH_DTYPES.items() if known is dtype)
+
+
 def get_weight(module: nn.Module) -> Tensor:
     """Return the weight as an (out, in) view; a Conv1D stores the transpose."""
     weight = module.weight

@@ -5,13 +5,11 @@ the models that a search tries and embeddings all call it, so that the same laye
 candidate give the same weight everywhere.
 
 Scales that float16 holds (`float16_scales`): llama.cpp stores one float16 scale per block. A
-checkpoint in float32 or bfloat16 has scales in its own type, and those must be exact in float16
-too, or an export would change weights.
-
-    float32: fitted as float16 and widened, which is exact (11 of 24 bits of the fraction).
-    bfloat16: 8 bits of the fraction always fit; below 2^-17 the exponent does not, above 65280
-        neither. A scale outside is pulled to the bound and the codes of its group are rounded anew,
-        which moves a weight by at most 2^-18 (groups of weights that small hardly exist).
+checkpoint in bfloat16 has scales in its own type, and those must be exact in float16 too, or an
+export would change weights. The 8 bits of their fraction always fit; below 2^-17 the exponent does
+not, above 65280 neither. A scale outside is pulled to the bound and the codes of its group are
+rounded anew, which moves a weight by at most 2^-18 (groups of weights that small hardly exist).
+(Scales of a float32 checkpoint are float16 anyhow: 16 bits more per group buy nothing.)
 
 An asymmetric grid has its scales rounded while they are fitted (`float16_offset`, see
 `numerics.grid`), in any type, so that llama.cpp's minimum, scale times zero point, is exact as
@@ -27,7 +25,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from cptq.checkpoint.weights import get_storage_dtype, get_weight, set_weight
+from cptq.checkpoint.weights import get_scale_dtype, get_weight, set_weight
 from cptq.layouts import Layout
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import TWO_OF_FOUR
@@ -131,7 +129,7 @@ def build_layer_problem(
         H_II=H_II,
         bits=candidate.bits,
         group=resolve_group(spec.shape[1], candidate.group_size),
-        scale_dtype=get_storage_dtype(spec),
+        scale_dtype=get_scale_dtype(spec),
         symmetric=candidate.symmetric,
         mask_OI=_choose_mask(W_OI, H_II, candidate),
     )
@@ -143,12 +141,10 @@ def solve_layer_problem(
     """Run a compressor; with `float16_scales` its scales are exact in float16 too."""
     if not float16_scales:
         return method(problem)
-    kept = problem.scale_dtype is torch.bfloat16
-    if kept and problem.symmetric:
+    if problem.scale_dtype is torch.bfloat16 and problem.symmetric:
         return _bound_scales(method(problem), problem.bits)
-    dtype = torch.bfloat16 if kept else torch.float16
-    solution = method(replace(problem, scale_dtype=dtype, float16_offset=not problem.symmetric))
-    return replace(solution, scale_OG=solution.scale_OG.to(problem.scale_dtype))
+    dtype = torch.bfloat16 if problem.scale_dtype is torch.bfloat16 else torch.float16
+    return method(replace(problem, scale_dtype=dtype, float16_offset=not problem.symmetric))
 
 
 def _compress(

@@ -3,7 +3,7 @@
 | tensor        | type                    | shape                      |
 |---------------|-------------------------|----------------------------|
 | weight_packed | int32                   | (out, ceil(in * bits / 32)) |
-| weight_scale  | the weight's storage type | (out, groups)            |
+| weight_scale  | the weight's, at most 16 bits | (out, groups)        |
 | weight_shape  | int64                   | (2,)                       |
 
 Pure Python, so that what is budgeted and what is written cannot differ.
@@ -45,12 +45,21 @@ class PackQuantized:
 PACK_QUANTIZED = PackQuantized()
 
 
-def list_packed_tensors(layer: LayerSpec, bits: int, groups: int) -> tuple[TensorSpec, ...]:
-    """The three tensors of a compressed layer; `groups` scales per output row."""
+def list_packed_tensors(
+    layer: LayerSpec, bits: int, groups: int, scale_dtype: str | None = None
+) -> tuple[TensorSpec, ...]:
+    """The three tensors of a compressed layer; `groups` scales per output row.
+
+    `scale_dtype`: where the scales have another type than a layer compressed now gets.
+    """
     out, inputs = layer.shape
     words = -(-inputs * bits // 32)
     return (
         TensorSpec(name=f"{layer.name}.weight_packed", dtype="I32", shape=(out, words)),
-        TensorSpec(name=f"{layer.name}.weight_scale", dtype=layer.dtype, shape=(out, groups)),
+        TensorSpec(
+            name=f"{layer.name}.weight_scale",
+            dtype=scale_dtype or layer.scale_dtype,
+            shape=(out, groups),
+        ),
         TensorSpec(name=f"{layer.name}.weight_shape", dtype="I64", shape=(2,)),
     )

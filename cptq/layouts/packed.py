@@ -5,7 +5,7 @@
 | weight         | int32            | (out, words(in, b))                    | all codes stored  |
 |                |                  | (words(stored, b),)                    | unstructured      |
 |                |                  | (out, words(in / 2, b))                | 2:4               |
-| weight_scale   | the checkpoint's | (out, groups)                          | always            |
+| weight_scale   | float16, bfloat16 | (out, groups)                         | always            |
 | weight_zero    | int32            | (out, words(groups, b))                | asymmetric        |
 | weight_mask    | int32            | (out, words(in, 1))                    | unstructured      |
 | weight_pattern | int32            | (out, words(in / 4, 3))                | 2:4               |
@@ -112,7 +112,7 @@ class PackedLayout:
     def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
         """See `packed_specs`."""
         scheme = resolve_candidate(candidate, layer.shape[1])
-        return list_packed_tensors(layer.name, layer.shape, layer.dtype, scheme)
+        return list_packed_tensors(layer.name, layer.shape, layer.scale_dtype, scheme)
 
 
 PACKED_LAYOUT = PackedLayout()

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cptq.checkpoint.weights import get_storage_dtype
+from cptq.checkpoint.weights import get_scale_dtype
 from cptq.errors import UsageError
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import TWO_OF_FOUR, UNSTRUCTURED
@@ -81,7 +81,7 @@ class NearestRounding:
                 candidate.bits,
                 resolve_group(spec.shape[1], candidate.group_size),
                 symmetric=candidate.symmetric,
-                scale_dtype=get_storage_dtype(spec),
+                scale_dtype=get_scale_dtype(spec),
             )
         return self._grids[key]
 

@@ -27,7 +27,7 @@ from collections.abc import Hashable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from cptq.checkpoint.weights import get_storage_dtype
+from cptq.checkpoint.weights import get_scale_dtype
 from cptq.sensitivity.metric import Context, Metric, UnitView
 from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Candidate, LayerSpec
@@ -69,7 +69,7 @@ def _stack_rows(
     """
     alike: dict[Hashable, list[tuple[LayerSpec, Tensor]]] = {}
     for W_OI, spec in zip(weights, layers, strict=True):
-        key = spec.name if candidate.sparsity else (spec.shape[1], get_storage_dtype(spec))
+        key = spec.name if candidate.sparsity else (spec.shape[1], get_scale_dtype(spec))
         alike.setdefault(key, []).append((spec, W_OI))
     for stack in alike.values():
         some = [sample_rows(W_OI) for _, W_OI in stack]

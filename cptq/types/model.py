@@ -75,6 +75,15 @@ class LayerSpec:
         return f"{self.name}.weight"
 
     @property
+    def scale_dtype(self) -> str:
+        """Storage type of the layer's scales: the checkpoint's, but 16 bits where that is wider.
+
+        Stock transformers multiplies an expert's weight out in the type of its scales before it
+        stacks the experts, so there the checkpoint's type is kept.
+        """
+        return "F16" if self.dtype in ("F32", "F64") and not self.expert else self.dtype
+
+    @property
     def expert(self) -> bool:
         """Whether the layer belongs to an expert of a mixture-of-experts model."""
         return is_expert(self.name)

@@ -20,7 +20,7 @@ from torch import Tensor
 from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
-from cptq.checkpoint.weights import get_storage_dtype
+from cptq.checkpoint.weights import get_dtype_name, get_scale_dtypes
 from cptq.errors import ArtifactError
 from cptq.layouts.pack_quantized import PACK_QUANTIZED, list_packed_tensors
 from cptq.numerics.packing import count_words, pack_rows, unpack_rows
@@ -112,7 +112,7 @@ def check_layer(layer: CompressedLayer) -> None:
         raise ArtifactError(f"{name} has codes {layer.codes.dtype} {tuple(layer.codes.shape)}")
     if layer.scale.shape != (out, groups) or groups < 1 or inputs % groups:
         raise ArtifactError(f"{name} has scales {tuple(layer.scale.shape)} for {inputs} inputs")
-    if layer.scale.dtype is not get_storage_dtype(spec):
+    if layer.scale.dtype not in get_scale_dtypes(spec):
         raise ArtifactError(f"{name} has {layer.scale.dtype} scales in a {spec.dtype} checkpoint")
     if not bool((torch.isfinite(layer.scale) & (layer.scale != 0)).all()):
         raise ArtifactError(f"{name} has a scale that is 0, infinite or not a number")
@@ -120,7 +120,8 @@ def check_layer(layer: CompressedLayer) -> None:
 
 def list_layer_tensors(layer: CompressedLayer) -> tuple[TensorSpec, ...]:
     """List the tensors of a layer as shapes and types."""
-    return list_packed_tensors(layer.spec, layer.result.candidate.bits, layer.scale.shape[1])
+    bits, groups = layer.result.candidate.bits, layer.scale.shape[1]
+    return list_packed_tensors(layer.spec, bits, groups, get_dtype_name(layer.scale.dtype))
 
 
 def pack_layer_tensor(layer: CompressedLayer, spec: TensorSpec) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
-from cptq.checkpoint.weights import get_storage_dtype
+from cptq.checkpoint.weights import get_dtype_name, get_scale_dtypes
 from cptq.errors import ArtifactError
 from cptq.layouts.packed import (
     FORMAT_VERSION,
@@ -30,6 +30,7 @@ from cptq.layouts.packed import (
     TWO_OF_FOUR,
     WEIGHT_FILES,
     count_stored,
+    list_packed_tensors,
     resolve_candidate,
 )
 from cptq.layouts.safetensors_header import split_shards
@@ -57,7 +58,8 @@ class Packed(SafetensorsFormat):
         check_layer(layer)
 
     def list_layer_tensors(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
-        return PACKED_LAYOUT.tensors(layer.spec, get_scheme(layer))
+        spec, stored = layer.spec, get_dtype_name(layer.scale.dtype)
+        return list_packed_tensors(spec.name, spec.shape, stored, get_scheme(layer))
 
     def pack_layer_tensor(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
         return _PACKERS[spec.name.rpartition(".")[2]](layer)
@@ -69,8 +71,8 @@ class Packed(SafetensorsFormat):
         tensors = {part.name.rpartition(".")[2]: part for part in PACKED_LAYOUT.tensors(spec, grid)}
         values = {part: get(tensor.name) for part, tensor in tensors.items()}
         for part, value in values.items():
-            wanted = torch.int32 if tensors[part].dtype == "I32" else get_storage_dtype(spec)
-            if tuple(value.shape) != tensors[part].shape or value.dtype is not wanted:
+            known = (torch.int32,) if tensors[part].dtype == "I32" else get_scale_dtypes(spec)
+            if tuple(value.shape) != tensors[part].shape or value.dtype not in known:
                 raise ArtifactError(f"{tensors[part].name} does not match the manifest")
         layer = _unpack_layer(spec, result, grid, values)
         check_layer(layer)
@@ -124,7 +126,7 @@ def check_layer(layer: CompressedLayer) -> None:
         raise ArtifactError(f"{name} cannot be packed as {grid.label}: {why}")
     places = (spec.shape[0], spec.shape[1] // (grid.group_size or spec.shape[1]))
     _check_part(name, "codes", layer.codes, spec.shape, torch.int8)
-    _check_part(name, "scales", layer.scale, places, get_storage_dtype(spec))
+    _check_part(name, "scales", layer.scale, places, *get_scale_dtypes(spec))
     if not grid.symmetric:
         _check_part(name, "zero points", layer.zero, places, torch.int8)
     if grid.sparsity:
@@ -140,11 +142,11 @@ def check_layer(layer: CompressedLayer) -> None:
 
 
 def _check_part(
-    name: str, what: str, value: Tensor | None, shape: tuple[int, int], dtype: torch.dtype
+    name: str, what: str, value: Tensor | None, shape: tuple[int, int], *dtypes: torch.dtype
 ) -> None:
-    if value is None or tuple(value.shape) != shape or value.dtype is not dtype:
+    if value is None or tuple(value.shape) != shape or value.dtype not in dtypes:
         actual = "none" if value is None else f"{value.dtype} {tuple(value.shape)}"
-        raise ArtifactError(f"{name} needs {what} {dtype} {shape}, not {actual}")
+        raise ArtifactError(f"{name} needs {what} {dtypes[0]} {shape}, not {actual}")
 
 
 def _check_mask(name: str, mask_OI: Tensor, shape: tuple[int, int], grid: Candidate) -> None:

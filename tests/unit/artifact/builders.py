@@ -18,7 +18,7 @@ from cptq.artifact.formats.gguf import GGUF
 from cptq.artifact.reload import ReloadSample
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_storage_dtype, get_weight, set_weight
+from cptq.checkpoint.weights import get_scale_dtype, get_weight, set_weight
 from cptq.config import ModelSettings
 from cptq.layouts.groups import resolve_group
 from cptq.numerics.grid import MOST_BITS, dequantize_layer, quantize_nearest
@@ -101,7 +101,7 @@ def compress_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Co
     group = resolve_group(inputs, choice.group_size)
     module = model.linear(spec.name)
     W_OI = get_weight(module).float().contiguous()
-    codes, scale, zero = quantized(W_OI, choice, group, get_storage_dtype(spec))
+    codes, scale, zero = quantized(W_OI, choice, group, get_scale_dtype(spec))
     result = LayerResult(
         name=spec.name,
         candidate=choice,

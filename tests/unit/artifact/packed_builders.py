@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_storage_dtype, get_weight, set_weight
+from cptq.checkpoint.weights import get_scale_dtype, get_weight, set_weight
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import PACKED_LAYOUT, TWO_OF_FOUR
 from cptq.numerics.grid import dequantize_layer, quantize_nearest
@@ -51,7 +51,7 @@ def pack_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Compre
         resolve_group(spec.shape[1], choice.group_size),
     )
     codes, scale, zero = quantize_nearest(
-        kept_OI, choice.bits, group, symmetric=choice.symmetric, scale_dtype=get_storage_dtype(spec)
+        kept_OI, choice.bits, group, symmetric=choice.symmetric, scale_dtype=get_scale_dtype(spec)
     )
     result = LayerResult(
         name=spec.name,

@@ -145,6 +145,8 @@ def test_layers_that_no_block_holds_are_named(tiny_model: TinyModel) -> None:
 def test_scales_that_float16_rounds_are_refused(tiny_model: TinyModel) -> None:
     model = load(tiny_model("llama", **(SIZES | {"dtype": torch.float32})))
     layers, _ = compress(model, bits=(4,))
+    # an artifact of an earlier version has scales in float32
+    layers = [replace(layer, scale=layer.scale.float() * 1.0001) for layer in layers]
     with pytest.raises(ArtifactError, match=r"scales.*float16"):
         GGUF.check(build_content(model, layers, lambda event: None))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -30,9 +32,11 @@ def test_shapes_are_those_of_the_packed_codes(bits: int, out: int, inputs: int) 
     assert PACKED_TENSORS == 3
 
 
-@pytest.mark.parametrize("dtype", ["F32", "F16", "BF16"])
-def test_scales_have_the_type_of_the_weight(dtype: str) -> None:
-    assert list_packed_tensors(layer(2, 8, dtype), 4, groups=2)[1].dtype == dtype
+@pytest.mark.parametrize(("dtype", "scales"), [("F32", "F16"), ("F16", "F16"), ("BF16", "BF16")])
+def test_scales_have_the_type_of_the_weight_in_at_most_16_bits(dtype: str, scales: str) -> None:
+    assert list_packed_tensors(layer(2, 8, dtype), 4, groups=2)[1].dtype == scales
+    expert = replace(layer(2, 8, dtype), name="model.experts.0.x")
+    assert list_packed_tensors(expert, 4, groups=2)[1].dtype == dtype
 
 
 def test_a_weight_is_replaced_in_its_place() -> None:
