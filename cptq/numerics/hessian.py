@@ -5,9 +5,10 @@ whatever the layer (Hassibi & Stork 1992; GPTQ, arXiv 2210.17323, section 3.1). 
 the upper Cholesky factor of H^-1 = U^T U: row j of U / U_jj is how the columns
 that follow best compensate for an error in column j.
 
-Here H is X^T X / n, without the factor 2, on which no result depends. Dead inputs (H_jj = 0) get
-the mean diagonal of the others (GPTQ's code: 1, which ties the damping to the activations' scale):
-they then neither compensate nor need compensation. Damping adds a share of that mean; if the
+Here H is X^T X / n, without the factor 2, on which no result depends. Dead inputs (H_jj = 0 on the
+calibration text) get a share of the mean diagonal of the others, by default all of it (GPTQ's code:
+1, which ties the damping to the activations' scale): they then neither compensate nor need
+compensation. Damping adds a share of that mean; if the
 factorization fails it grows tenfold up to `MOST_DAMPING`, and `factor_damped_inverse` returns the
 damping used, for the report.
 
@@ -47,12 +48,15 @@ def find_dead_inputs(H_II: Tensor) -> Tensor:
     return H_II.diagonal() == 0
 
 
-def add_damping(H_II: Tensor, damping: float) -> Tensor:
-    """Return H with dead inputs made inert and `damping` times its mean live diagonal added."""
+def add_damping(H_II: Tensor, damping: float, *, dead_share: float = 1.0) -> Tensor:
+    """Return H with dead inputs made inert and `damping` times its mean live diagonal added.
+
+    `dead_share`: share of that mean that a dead input gets.
+    """
     mean = compute_live_mean(H_II)
     H_II = H_II.clone()
     diagonal_I = H_II.diagonal()
-    diagonal_I[find_dead_inputs(H_II)] = mean
+    diagonal_I[find_dead_inputs(H_II)] = mean * dead_share
     diagonal_I += damping * mean
     return H_II
 

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 
 
-def damped(H_II: Tensor, damping: float) -> Tensor:
-    """H, the mean diagonal for inputs that never occur, and a share of that mean for all."""
+def damped(H_II: Tensor, damping: float, never: float = 1.0) -> Tensor:
+    """H plus `damping` times its mean diagonal, of which never used inputs get `never` times more."""
     rows = H_II.double().tolist()
     live = [rows[j][j] for j in range(len(rows)) if rows[j][j]]
     mean = sum(live) / len(live) if live else 1.0
     for j in range(len(rows)):
-        rows[j][j] = (rows[j][j] or mean) + damping * mean
+        rows[j][j] = (rows[j][j] or never * mean) + damping * mean
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -41,11 +41,16 @@ def visiting_order(H_II: Tensor) -> list[int]:
 
 
 def prices(H_II: Tensor, damping: float) -> Tensor:
-    """What a squared error at each input costs once all later ones have made up for it, (in,)."""
+    """What a squared error at each input costs once all later ones have made up for it, (in,).
+
+    An input that never occurs counts a thousandth of the live input that counts least.
+    """
     P_II, price_I = inverse(damped(H_II, damping)), torch.empty(len(H_II), dtype=torch.float64)
     for j in visiting_order(H_II):
         price_I[j] = 1 / P_II[j, j]
         P_II = _eliminated(P_II, j)
+    live_I = H_II.diagonal() != 0
+    price_I[~live_I] = price_I[live_I].min() / 1000
     return price_I
 
 
@@ -58,12 +63,11 @@ def sweep(
     zero_OG: Tensor | None = None,
     mask_OI: Tensor | None = None,
 ) -> Tensor:
-    """Codes (out, in) on fixed grids; inputs that never occur, and masked weights, become 0."""
+    """Codes (out, in) on fixed grids; masked weights become 0."""
     W_OI, P_II = W_OI.double().clone(), inverse(damped(H_II, damping))
     codes_OI = torch.zeros_like(W_OI)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     group = W_OI.shape[1] // scale_OG.shape[1]
-    W_OI[:, H_II.diagonal() == 0] = 0
     for j in visiting_order(H_II):
         scale_O = scale_OG[:, j // group].double()
         zero_O = 0.0 * scale_O if zero_OG is None else zero_OG[:, j // group].double()

@@ -53,17 +53,16 @@ def output_error(asked: LayerProblem, codes_OI: Tensor, scale_OG: Tensor) -> flo
 
 def reference(asked: LayerProblem, damping: float = DAMPING) -> tuple[Tensor, Tensor]:
     """Codes and the scales that are best for them."""
-    W_OI = asked.W_OI.masked_fill(asked.H_II.diagonal() == 0, 0.0)
     scale_OG, _ = fit_grid(
-        W_OI,
+        asked.W_OI,
         asked.bits,
         asked.group,
         scale_dtype=torch.float64,
         importance_I=truth.prices(asked.H_II, damping),
     )
     codes_OI = truth.sweep(asked.W_OI, asked.H_II, scale_OG, asked.bits, damping)
-    H_II = truth.damped(asked.H_II, damping)
-    return codes_OI, truth.best_scales(W_OI, H_II, codes_OI, scale_OG)
+    H_II = truth.damped(asked.H_II, damping, never=1e-3)
+    return codes_OI, truth.best_scales(asked.W_OI, H_II, codes_OI, scale_OG)
 
 
 def agree(asked: LayerProblem, found: LayerSolution, expected: tuple[Tensor, Tensor]) -> None:
@@ -95,12 +94,31 @@ def test_equals_brain_surgery_by_elimination(
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("dead", [(0,), (3, 9, 10), tuple(range(5, 10)), tuple(range(1, 15))])
-def test_dead_inputs_get_code_zero(bits: int, dead: tuple[int, ...]) -> None:
+def test_dead_inputs_get_their_nearest_codes(bits: int, dead: tuple[int, ...]) -> None:
     asked = problem(4, 15, 5, bits, dead=dead)
     found = gptq.compress(asked)
-    assert not bool(found.codes_OI[:, list(dead)].any())
+    assert bool(found.codes_OI[:, list(dead)].any())
     assert bool((found.scale_OG != 0).all())
     agree(asked, found, reference(asked))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dead_inputs_are_worth_keeping_and_cost_the_others_nothing(bits: int) -> None:
+    """After a ReLU an input that is 0 on the calibration text fires on another one."""
+    dead = [3, 9, 10, 12]
+    asked, live = problem(16, 64, 16, bits, dead=tuple(dead)), problem(16, 64, 16, bits)
+    found = gptq.compress(asked)
+    zeroed_OI = asked.W_OI.clone()
+    zeroed_OI[:, dead] = 0
+    before = gptq.compress(replace(asked, W_OI=zeroed_OI))
+    on_text = replace(asked, W_OI=zeroed_OI)
+    kept_OI = found.codes_OI.clone()
+    kept_OI[:, dead] = 0
+    cost = output_error(on_text, kept_OI, found.scale_OG)
+    assert cost <= output_error(on_text, before.codes_OI, before.scale_OG) * 1.05
+    elsewhere = replace(asked, H_II=live.H_II)
+    gain = output_error(elsewhere, before.codes_OI, before.scale_OG)
+    assert output_error(elsewhere, found.codes_OI, found.scale_OG) < gain / 2
 
 
 @pytest.mark.parametrize("dead", [(), (3, 9, 10)])
