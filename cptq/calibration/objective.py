@@ -104,22 +104,6 @@ class Objective:
         e_RV *= p_RV.sqrt()
         return e_RV.sub_(p_RV * e_RV.sum(-1, keepdim=True))
 
-    def compute_label_gradient(self, z_RV: Tensor, batch: Mapping[str, Tensor]) -> Tensor | None:
-        """Return the gradient of the next tokens' negative log-likelihood, p - onehot, float32.
-
-        Rows without a next token are 0. None where calibration text has no labels (all kinds but
-        causal language models).
-        """
-        if self.kind != "causal-lm":
-            return None
-        mask_BT = mask_real_tokens(batch)
-        next_BT = batch["input_ids"].roll(-1, 1)
-        known_BT = mask_BT & mask_BT.roll(-1, 1)
-        known_BT[:, -1] = False
-        d_RV = z_RV.detach().float().softmax(-1)
-        d_RV[torch.arange(len(d_RV), device=d_RV.device), next_BT[mask_BT]] -= 1.0
-        return d_RV * known_BT[mask_BT].unsqueeze(1)
-
 
 def choose_objective(kind: ModelKind, config: PretrainedConfig) -> Objective:
     """Return the objective of a model: classes unless the head gives plain numbers."""

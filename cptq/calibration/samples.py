@@ -16,7 +16,7 @@ to, so that a backward pass costs no more than a forward one. An input that seve
 pass keeps rows of every call; gradients, which arrive in the reverse order, go to the slot of their
 call. Second moments E x x^T are summed over ALL tokens of the pass where they fit.
 
-Cost: a forward pass, plus a backward pass each for Fisher and label gradients where requested;
+Cost: a forward pass, plus a backward pass for gradients where requested;
 memory: rows x (inputs + outputs of all layers) x 4 bytes on the CPU, capped (`MEMORY_BYTES`).
 """
 
@@ -57,7 +57,6 @@ class SampleRequest:
     """
 
     gradients: bool = False
-    label_gradients: bool = False
     moments: bool = False
     activations: int = 0
 
@@ -67,23 +66,18 @@ class SampleRequest:
             **{f: max(getattr(self, f), getattr(other, f)) for f in self.__dataclass_fields__}
         )
 
-    @property
-    def backward(self) -> bool:
-        return self.gradients or self.label_gradients
-
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class LayerSample:
     """Sampled rows of one linear, float32 on the CPU.
 
-    x_TI: input rows, none without gradients; g_TO, label_g_TO: gradient rows, None where not
-    requested. Layers that read the same input share `x_TI` and `moment`. `scale` turns a sum over
-    the rows into nats per output row: tokens seen / (rows kept * output rows).
+    x_TI: input rows, none without gradients; g_TO: gradient rows, None where not requested.
+    Layers that read the same input share `x_TI` and `moment`. `scale` turns a sum over the rows
+    into nats per output row: tokens seen / (rows kept * output rows).
     """
 
     x_TI: Tensor
     g_TO: Tensor | None
-    label_g_TO: Tensor | None
     moment: SecondMoment | None
     scale: float
 
@@ -186,9 +180,9 @@ def _limit_rows(
     """
     floats = sum(unit.layers[0].shape[1] for unit in model.units)
     outputs = sum(layer.shape[0] for unit in model.units for layer in unit.layers)
-    floats += outputs * (int(request.gradients) + int(request.label_gradients))
+    floats += outputs * (int(request.gradients))
     fits = max(memory_bytes // (4 * max(floats, 1)), 1)
-    if fits >= keep or not request.backward:
+    if fits >= keep or not request.gradients:
         return keep
     emit(
         Notice(
@@ -271,7 +265,6 @@ class _Kept:
 
     x: list[Tensor] = field(default_factory=list)
     g: list[Tensor | None] = field(default_factory=list)
-    label_g: list[Tensor | None] = field(default_factory=list)
     moment: SecondMoment | None = None
     seen: int = 0
 
@@ -286,8 +279,6 @@ class _Collector:
         self._kept = {spec.name: _Kept() for spec in self._specs}
         self._sampler = RowSampler(seed, keep, request.activations)
         self._directions = torch.Generator().manual_seed(seed + 1)
-        self._phase = "g"
-        self._labelled = False
         self._mask = torch.empty(0)
         self._last: tuple[Tensor | None, str] = (None, "")
         self.activations = _ActivationRecorder(model, self._sampler)
@@ -303,11 +294,11 @@ class _Collector:
                 parameter.requires_grad_(False)
             for handle in self._register():
                 stack.callback(handle.remove)
-            stack.enter_context(torch.set_grad_enabled(self._request.backward))
+            stack.enter_context(torch.set_grad_enabled(self._request.gradients))
             yield
 
     def _register(self) -> Iterator[Any]:
-        if self._request.backward:
+        if self._request.gradients:
             embedding: nn.Module = self._model.module.get_input_embeddings()  # type: ignore[operator]
             yield embedding.register_forward_hook(_detach_as_leaf)
         for spec in self._specs:
@@ -321,19 +312,12 @@ class _Collector:
         self._mask = mask_real_tokens(batch)
         self._last = (None, "")
         self._sampler.draw_batch(self._mask, quota)
-        if not self._request.backward:
+        if not self._request.gradients:
             self._check(run_body(self._model, batch))
             return 0
         z_RV = objective.select_rows(forward(self._model, batch), batch)
         self._check(z_RV)
-        if self._request.gradients:
-            both = self._request.label_gradients
-            self._backward("g", z_RV, objective.draw_direction(z_RV, self._directions), both)
-        if self._request.label_gradients:
-            labels_RV = objective.compute_label_gradient(z_RV, batch)
-            if labels_RV is not None:
-                self._labelled = True
-                self._backward("label_g", z_RV, labels_RV, retain=False)
+        z_RV.backward(objective.draw_direction(z_RV, self._directions).to(z_RV.dtype))
         return z_RV.shape[0]
 
     @staticmethod
@@ -341,14 +325,9 @@ class _Collector:
         if not is_finite(output):
             raise build_not_finite_error("the model's output")
 
-    def _backward(self, phase: str, z_RV: Tensor, d_RV: Tensor, retain: bool) -> None:
-        """Propagate d back; the gradient hooks append to the list named `phase`."""
-        self._phase = phase
-        z_RV.backward(d_RV.to(z_RV.dtype), retain_graph=retain)
-
     def _choose_rows(self, length: int) -> Tensor:
         """Return the rows to keep of an input with `length` rows; none without gradients."""
-        return self._sampler.get_rows(length)[: None if self._request.backward else 0]
+        return self._sampler.get_rows(length)[: None if self._request.gradients else 0]
 
     def _make_layer_hook(self, spec: LayerSpec) -> Any:
         kept = self._kept[spec.name]
@@ -360,7 +339,6 @@ class _Collector:
             kept.seen += int(self._mask.sum()) if tokens else len(x_MI)
             self._keep_input(kept, spec, args[0], x_MI, index)
             kept.g.append(None)
-            kept.label_g.append(None)
             if output.requires_grad:
                 output.register_hook(self._make_gradient_hook(kept, spec, len(kept.g) - 1, index))
 
@@ -390,7 +368,7 @@ class _Collector:
             rows = g_MO[index.to(g_MO.device)].float().cpu()
             if not is_finite(rows):
                 raise build_not_finite_error(f"the gradient of layer {spec.name}")
-            getattr(kept, self._phase)[slot] = rows
+            kept.g[slot] = rows
 
         return hook
 
@@ -408,11 +386,10 @@ class _Collector:
             result[spec.name] = LayerSample(
                 x_TI=joined[key],
                 g_TO=_join_gradients(kept.g, kept.x, spec) if self._request.gradients else None,
-                label_g_TO=_join_gradients(kept.label_g, kept.x, spec) if self._labelled else None,
                 moment=kept.moment,
                 scale=kept.seen / max(len(joined[key]) * output_rows, 1),
             )
-            kept.g, kept.label_g = [], []  # half the memory is in the pieces
+            kept.g = []  # half the memory is in the pieces
         return result
 
 

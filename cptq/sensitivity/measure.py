@@ -230,7 +230,6 @@ def _build_view(unit: Unit, context: Context) -> UnitView:
             LayerSample(
                 x_TI=x_TI,
                 g_TO=None if sample.g_TO is None else sample.g_TO.to(device),
-                label_g_TO=None if sample.label_g_TO is None else sample.label_g_TO.to(device),
                 moment=sample.moment,
                 scale=sample.scale,
             )
@@ -257,7 +256,7 @@ def _describe_passes(metric: Metric) -> dict[str, Any]:
     needs, context = metric.needs, metric.context
     details: dict[str, Any] = {}
     if needs.samples is not None and context.samples is not None:
-        kept = context.samples.layers if needs.samples.backward else context.samples.activations
+        kept = context.samples.layers if needs.samples.gradients else context.samples.activations
         rows = max((len(sample.x_TI) for sample in kept.values()), default=0)
         details |= {"sampled_rows": rows, "pass_tokens": context.samples.tokens}
     if needs.path and context.path is not None:

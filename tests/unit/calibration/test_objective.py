@@ -77,23 +77,6 @@ def test_directions_have_the_covariance_of_the_fisher() -> None:
     assert {tuple(round(v, 4) for v in row) for row in drawn.tolist()} <= known
 
 
-def test_label_directions_are_the_gradient_of_the_cross_entropy() -> None:
-    ids = torch.tensor([[4, 2, 0, 1, 3], [1, 1, 2, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
-    batch = {"input_ids": ids, "attention_mask": mask}
-    logits = torch.randn(2, 5, 6, requires_grad=True)
-    loss = sum(
-        torch.nn.functional.cross_entropy(logits[b, t], ids[b, t + 1])
-        for b, length in enumerate((5, 3))
-        for t in range(length - 1)
-    )
-    (gradient,) = torch.autograd.grad(loss, logits)
-    ours = LM.compute_label_gradient(logits[mask.bool()], batch)
-    assert ours is not None
-    torch.testing.assert_close(ours, gradient[mask.bool()])
-    assert ENCODER.compute_label_gradient(logits[:, 0], batch) is None
-
-
 def test_padding_is_left_out() -> None:
     hidden = torch.randn(2, 4, 3)
     mask = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 0]])

@@ -1,11 +1,11 @@
-"""The diagonal Fisher against per-token autograd, and the first order's threshold."""
+"""The diagonal Fisher against per-token autograd."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from cptq.sensitivity.taylor import compute_diagonal_fisher, compute_second_order, subtract_noise
+from cptq.sensitivity.taylor import compute_diagonal_fisher, compute_second_order
 from tests.reference import sensitivity as truth
 
 
@@ -27,10 +27,3 @@ def test_fisher_equals_the_per_token_loop(tokens: int, out: int, features: int) 
         for i in range(features)
     )
     assert compute_second_order(expected, dW) == pytest.approx(by_hand)
-
-
-def test_a_first_order_within_noise_counts_nothing() -> None:
-    second, rows = 0.5, 100  # standard error 0.1
-    assert subtract_noise(0.29, second, rows) == 0.0
-    assert subtract_noise(-0.5, second, rows) == pytest.approx(0.4)
-    assert subtract_noise(7.0, 0.0, rows) == 7.0
