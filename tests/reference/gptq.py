@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def damped(H_II: Tensor, damping: float, never: float = 1.0) -> Tensor:
-    """H plus `damping` times its mean diagonal, of which never used inputs get `never` times more."""
+    """H plus `damping` times its mean live diagonal; dead inputs have `never` times that mean."""
     rows = H_II.double().tolist()
     live = [rows[j][j] for j in range(len(rows)) if rows[j][j]]
     mean = sum(live) / len(live) if live else 1.0
