@@ -128,9 +128,11 @@ def _describe_results(
     errors = [x.result.output_error for x in layers if x.result.output_error is not None]
     if errors:
         mean = sum(errors) / len(errors)
+        held_out = any(x.result.held_out for x in layers)
+        text = "text that did not calibrate" if held_out else "the calibration text"
         lines.append(
-            f"- Relative squared error of layer outputs on the calibration text: {mean:.2%} on "
-            f"average, {max(errors):.2%} at most."
+            f"- Relative squared error of layer outputs on {text}: {mean:.2%} on average, "
+            f"{max(errors):.2%} at most."
         )
     if plan.predicted_loss is not None:
         lines.append(f"- Predicted loss (sum of the units' scores): {plan.predicted_loss:.4g}.")

@@ -88,6 +88,7 @@ def _record_layer(result: LayerResult) -> dict[str, Any]:
         "nbytes": result.nbytes,
         "weight_error": result.weight_error,
         "output_error": result.output_error,
+        "held_out": result.held_out,
         "notes": list(result.notes),
     }
 

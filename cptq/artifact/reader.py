@@ -172,6 +172,7 @@ def _parse_result(item: Mapping[str, Any]) -> LayerResult:
         weight_error=float(item["weight_error"]),
         output_error=None if item["output_error"] is None else float(item["output_error"]),
         seconds=0.0,
+        held_out=bool(item.get("held_out", False)),
         notes=tuple(map(str, item["notes"])),
     )
 

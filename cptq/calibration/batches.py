@@ -1,7 +1,7 @@
 """Cut, stack and split token batches: some rows to fit on, some held out.
 
-For language models short windows from the end of the text are held out, so that a few hundred
-tokens still come from several places; for encoders and classifiers whole sentences.
+For language models whole windows from the end of the text are held out, as a model errs otherwise
+where it has more context; for encoders and classifiers whole sentences.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ Batch = dict[str, Tensor]
 
 #: tokens that flow through a model at once while it is measured
 MICRO_TOKENS = 512
-#: tokens in a held-out window of a language model, about
-WINDOW = 128
-#: tokens held out of a language model's calibration text: fewest, most
-HELD_OUT_TOKENS = (128, 1024)
-#: weights x held-out tokens that half a forward pass per trial may take on a CPU. On smollm2-135m
-#: 128 tokens rank units as 1,024 do (Spearman 0.98 by noise, 0.99 by pruning; 192: 0.99, 0.99)
-HELD_OUT_WORK = 17.5e9
+#: tokens of a row of a language model that gradients are taken on
+GRADIENT_WINDOW = 128
+#: tokens held out of a language model's calibration text: fewest, most. By noise, one window of 512
+#: tokens ranks smollm2-135m's units as four windows do (Spearman 0.95 to 0.97); two windows of 64
+#: tokens do not (0.87)
+HELD_OUT_TOKENS = (512, 2048)
+#: weights x held-out tokens that half a forward pass per trial may take on a CPU
+HELD_OUT_WORK = 70e9
 #: tokens held out as whole sentences
 HELD_OUT_SENTENCE_TOKENS = 1024
 #: tokens that must remain for sampling; with fewer, the held-out rows are sampled, too
@@ -118,7 +119,7 @@ def split_held_out(batches: Iterable[Batch], kind: ModelKind, tokens: int) -> Sp
 
     Args:
         batches: calibration batches.
-        kind: short windows are held out for language models, whole sentences for others.
+        kind: windows are held out for language models, whole sentences for others.
         tokens: how many to hold out of a language model's text.
     """
     rows = split_batches(batches, tokens=1)
@@ -135,11 +136,11 @@ def split_held_out(batches: Iterable[Batch], kind: ModelKind, tokens: int) -> Sp
 def select_gradient_rows(batches: Iterable[Batch], kind: ModelKind, tokens: int) -> list[Batch]:
     """Return about `tokens` tokens from the front of the data, from several places, as batches.
 
-    Language models: the beginnings of rows, `WINDOW` tokens of each; others: whole sentences.
+    Language models: the first `GRADIENT_WINDOW` tokens of rows; others: whole sentences.
     """
     chosen: list[Batch] = []
     for row in split_batches(batches, tokens=1):
-        row = crop_rows(row, WINDOW) if kind in ("causal-lm", "masked-lm") else row
+        row = crop_rows(row, GRADIENT_WINDOW) if kind in ("causal-lm", "masked-lm") else row
         if chosen and count_tokens([*chosen, row]) > tokens:
             break
         chosen.append(row)
@@ -147,8 +148,8 @@ def select_gradient_rows(batches: Iterable[Batch], kind: ModelKind, tokens: int)
 
 
 def _select_windows(rows: list[Batch], tokens: int) -> list[Batch]:
-    chosen = rows[-max(2, tokens // WINDOW) :]
-    return [crop_rows(row, max(2, tokens // len(chosen))) for row in chosen]
+    longest = max(row["input_ids"].shape[1] for row in rows)
+    return [crop_rows(row, tokens) for row in rows[-max(1, tokens // longest) :]]
 
 
 def _select_sentences(rows: list[Batch]) -> list[Batch]:

@@ -1,15 +1,18 @@
 """Measure the divergence of a changed model from the dense one on held-out rows, by replay.
 
 The held-out rows run through the dense model once, and the input of every block is kept. To try
-other weights for a unit of block b only the blocks from b on run again, then the head:
+other weights for a unit of block b only the blocks from b on run again, then the head, of language
+models at every `JUDGED_EVERY`-th position: neighbouring positions say nearly the same, and the head
+is a third of a trial (smollm2-135m):
 
     KL(unit, W') = mean over output rows of KL(dense || model with W' in that one unit)
 
 Units outside the blocks (a pooler, a head) take a whole forward pass, and so do changes of many
 units at once. A trial may also add noise to a unit's inputs instead of changing its weights.
 
-Cost: on average half a forward pass of the held-out rows per trial; memory: one hidden state per
-block. Limits: with one unit at a time interactions between units are not seen.
+Cost: on average half a forward pass of the held-out rows per trial; memory: the log-probabilities
+of the judged positions, and one hidden state per block. Limits: with one unit at a time
+interactions between units are not seen.
 """
 
 from __future__ import annotations
@@ -22,12 +25,15 @@ import torch
 from torch import Tensor, nn
 
 from cptq.calibration.batches import Batch, count_tokens
-from cptq.calibration.objective import Objective
+from cptq.calibration.objective import Objective, mask_real_tokens
 from cptq.calibration.replay import BlockReplay, forward
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import replace_weight
 from cptq.errors import CalibrationError
 from cptq.types import Emit, Progress, Unit
+
+#: of the positions of a language model's window, one in so many is judged
+JUDGED_EVERY = 2
 
 
 class DivergenceFromDense:
@@ -37,10 +43,14 @@ class DivergenceFromDense:
         model: the dense model; every trial leaves it as it was, to the bit.
         rows: held-out batches.
         objective: how the model is judged.
+        units: keep the inputs of all blocks, so that single units can be tried.
         emit: takes progress of the dense pass.
 
     Attributes:
         tokens: held-out tokens; trials: how many were run.
+        unit: what a divergence is measured in.
+        window_R: the window (language models) or sample that each output row belongs to, (rows,).
+        samples, sample_name: how many of these there are, and what one is called.
     """
 
     @torch.no_grad()
@@ -50,21 +60,47 @@ class DivergenceFromDense:
         rows: Sequence[Batch],
         objective: Objective,
         emit: Emit = lambda event: None,
+        *,
+        units: bool = True,
     ) -> None:
         self._model = model
         self._rows = list(rows)
         self._objective = objective
-        self._replay = BlockReplay(model, self._rows)
+        self._positions = [_choose_positions(row, objective) for row in self._rows]
+        self._replay = BlockReplay(model, self._rows, self._positions)
         self._inputs: list[list[Tensor]] = []
         self._reference: list[Tensor] = []
-        for index, row in enumerate(self._rows):
-            inputs = list(self._run_dense(index))
-            self._inputs.append(inputs[:-1])
-            z_RV = objective.select_rows(self._replay.finish(inputs[-1], index), row)
+        for index in range(len(self._rows)):
+            z_RV = self._select(self._record(index) if units else self._run(None, index), index)
             self._reference.append(objective.compute_reference(z_RV))
             emit(Progress(stage="held-out text", done=index + 1, total=len(self._rows)))
+        self.unit = objective.unit
+        self.window_R = self._number_windows()
+        self.samples = int(self.window_R[-1]) + 1
+        self.sample_name = "window" if objective.row == "token" else objective.row
         self.tokens = count_tokens(self._rows)
         self.trials = 0
+
+    def _record(self, index: int) -> object:
+        """Return the dense model's output, and keep the input of every block."""
+        inputs = list(self._run_dense(index))
+        self._inputs.append(inputs[:-1])
+        return self._replay.finish(inputs[-1], index)
+
+    def _number_windows(self) -> Tensor:
+        """Return the window of each output row, counted through all batches."""
+        found, done = [], 0
+        for row, positions, reference_RV in zip(
+            self._rows, self._positions, self._reference, strict=True
+        ):
+            samples = len(row["input_ids"])
+            counts = torch.ones(samples, dtype=torch.long)
+            if positions is not None:
+                counts = mask_real_tokens(row)[:, positions].sum(1).cpu()
+            found.append(done + torch.arange(samples).repeat_interleave(counts))
+            assert len(found[-1]) == len(reference_RV)
+            done += samples
+        return torch.cat(found)
 
     def _run_dense(self, index: int) -> Iterator[Tensor]:
         """Yield the input of every block, then the output of the last."""
@@ -151,13 +187,16 @@ class DivergenceFromDense:
         return divergence_R
 
     def _measure_batch(self, block: int | None, index: int) -> Tensor:
-        z_RV = self._objective.select_rows(self._run(block, index), self._rows[index])
+        z_RV = self._select(self._run(block, index), index)
         return self._objective.compute_divergence(self._reference[index], z_RV)
+
+    def _select(self, output: object, index: int) -> Tensor:
+        return self._objective.select_rows(output, self._rows[index], self._positions[index])
 
     def _run(self, block: int | None, index: int) -> object:
         """Return the model's output, computed again from the first block that may have changed."""
         if block is None:
-            return forward(self._model, self._rows[index])
+            return forward(self._model, self._rows[index], self._positions[index])
         return self._replay.run_from(block, self._inputs[index][block], index)
 
     @contextmanager
@@ -166,6 +205,18 @@ class DivergenceFromDense:
             for name, W_OI in weights.items():
                 stack.enter_context(replace_weight(self._model.linear(name), W_OI))
             yield
+
+
+def _choose_positions(row: Batch, objective: Objective) -> Tensor | None:
+    """Return the positions at which a language model is judged; None for other models.
+
+    The last of every `JUDGED_EVERY`, or all of a window that is no longer than a few of these.
+    """
+    if objective.kind not in ("causal-lm", "masked-lm"):
+        return None
+    length = row["input_ids"].shape[1]
+    every = JUDGED_EVERY if length >= 8 * JUDGED_EVERY else 1
+    return torch.arange(every - 1, length, every, device=row["input_ids"].device)
 
 
 class _InputNoise:

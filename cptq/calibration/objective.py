@@ -59,17 +59,24 @@ class Objective:
         """Return what a divergence is measured in."""
         return ("nats" if self.form == "classes" else "half squared distance") + f" per {self.row}"
 
-    def select_rows(self, output: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    def select_rows(
+        self, output: Any, batch: Mapping[str, Tensor], positions: Tensor | None = None
+    ) -> Tensor:
         """Return the rows (rows, width) of a model's output that count, in the model's type.
 
-        Language models: logits at the tokens that are not padding; classifiers: logits per
-        example; encoders: the mean-pooled embedding per sentence, of length 1.
+        Language models: logits at the tokens that are not padding, of `positions` where they are
+        given; classifiers: logits per example; encoders: the mean-pooled embedding per sentence,
+        of length 1.
         """
         if self.kind == "encoder":
             return pool_mean(output.last_hidden_state, mask_real_tokens(batch))
         if self.kind == "classifier":
             return _as_tensor(output.logits)
         logits_BTV, mask_BT = _as_tensor(output.logits), mask_real_tokens(batch)
+        if positions is not None:
+            if logits_BTV.shape[1] == mask_BT.shape[1]:
+                logits_BTV = logits_BTV[:, positions]
+            mask_BT = mask_BT[:, positions]
         # picking every row would copy the largest tensor there is
         return logits_BTV.flatten(0, 1) if bool(mask_BT.all()) else logits_BTV[mask_BT]
 

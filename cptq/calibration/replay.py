@@ -12,7 +12,8 @@ blocks, which holds for every family in `checkpoint.architectures`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -32,11 +33,21 @@ class _StopForward(Exception):
 
 
 class BlockReplay:
-    """Replays blocks of `model` on `batches`; creating one runs block 0 on the first batch."""
+    """Replays blocks of `model` on `batches`; creating one runs block 0 on the first batch.
 
-    def __init__(self, model: LoadedModel, batches: list[Batch]) -> None:
+    `positions`: of every batch, those at which logits are wanted, where the model can leave out the
+    others; all of them without.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        batches: list[Batch],
+        positions: Sequence[Tensor | None] | None = None,
+    ) -> None:
         self.model = model
         self.batches = batches
+        self._positions = positions or [None] * len(batches)
         self._extra = self._get_extra_results()
 
     @torch.no_grad()
@@ -119,12 +130,21 @@ class BlockReplay:
 
     def _forward(self, replacements: Mapping[int, Replacement], batch_index: int) -> Any:
         with _replace_forwards(self.model.blocks, replacements):
-            return forward(self.model, self.batches[batch_index])
+            return forward(self.model, self.batches[batch_index], self._positions[batch_index])
 
 
-def forward(model: LoadedModel, batch: Batch) -> Any:
-    """Return the model's output for a batch, without a key-value cache."""
-    extra = {"use_cache": False} if model.kind == "causal-lm" else {}
+def forward(model: LoadedModel, batch: Batch, positions: Tensor | None = None) -> Any:
+    """Return the model's output for a batch, without a key-value cache.
+
+    `positions`: those at which logits are wanted; a model that cannot leave out the others gives
+    all of them.
+    """
+    extra: dict[str, Any] = {"use_cache": False} if model.kind == "causal-lm" else {}
+    if (
+        positions is not None
+        and "logits_to_keep" in inspect.signature(model.module.forward).parameters
+    ):
+        extra["logits_to_keep"] = positions
     return model.module(**batch, **extra)
 
 

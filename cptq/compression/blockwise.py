@@ -3,19 +3,21 @@
 For every block: run it on the hidden states that the compressed blocks before it produce, sum each
 linear's Hessian on the way, compress its linears, run it again with the new weights. So a block
 sees the errors of those before it (GPTQ, arXiv 2210.17323, section 4). Memory: one hidden state
-per calibration token, and the Hessians of one block. Cost: two forward passes over the blocks, the
-first without what follows the last linear's input.
+per token, and the Hessians of one block. Cost: two forward passes over the blocks, the first
+without what follows the last linear's input. Held-out text, on which output errors are measured,
+takes the same way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
+from cptq.calibration.batches import Batch
 from cptq.calibration.replay import BlockReplay
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
@@ -36,12 +38,14 @@ def compress_model(
     compressor: str,
     float16_scales: bool = False,
     layout: Layout = PACK_QUANTIZED,
+    held_out: Sequence[Batch] = (),
     emit: Emit,
 ) -> list[CompressedLayer]:
     """Carry out a plan; afterwards `model.module` computes with the compressed weights.
 
     `layout` counts the bytes of a layer. `float16_scales` makes every scale one that float16 holds,
-    whatever the checkpoint's type.
+    whatever the checkpoint's type. `held_out` are batches that do not calibrate, on which output
+    errors are measured; without any, on those that do.
 
     Returns:
         One `CompressedLayer` for every linear that is not kept dense, in forward order.
@@ -57,19 +61,39 @@ def compress_model(
         dtype=model.dtype,
         float16_scales=float16_scales,
     )
-    replay = BlockReplay(model, calibration.batches)
-    hidden = [replay.embed(i) for i in range(len(calibration.batches))]
+    calibrating = _Stream(model, calibration.batches)
+    judging = _Stream(model, list(held_out)) if held_out else None
     done: list[CompressedLayer] = []
     total = len(model.blocks)
     for block in range(total):
         emit(Progress(stage="compress", done=block, total=total, message=f"block {block}"))
         units = [u for u in model.units if u.block == block and not plan.choices[u.name].dense]
         if units:
-            moments = _collect_moments(model, replay, block, hidden, units)
-            done += _compress_units(model, units, plan, moments, compress, emit)
-        hidden = [replay.run(block, h, i) for i, h in enumerate(hidden)]
+            moments = calibrating.collect_moments(block, units)
+            others = judging.collect_moments(block, units) if judging else {}
+            done += _compress_units(model, units, plan, moments, others, compress, emit)
+        calibrating.advance(block)
+        if judging:
+            judging.advance(block)
     emit(Progress(stage="compress", done=total, total=total))
     return done
+
+
+class _Stream:
+    """The hidden states of a text on their way through the blocks as these are now."""
+
+    def __init__(self, model: LoadedModel, batches: list[Batch]) -> None:
+        self._model = model
+        self._replay = BlockReplay(model, batches)
+        self._hidden = [self._replay.embed(index) for index in range(len(batches))]
+
+    def collect_moments(self, block: int, units: list[Unit]) -> dict[str, Tensor]:
+        """Return {unit: H_II}, the second moments of the inputs of units of one block."""
+        return _collect_moments(self._model, self._replay, block, self._hidden, units)
+
+    def advance(self, block: int) -> None:
+        """Run one block; the states are then its output."""
+        self._hidden = [self._replay.run(block, h, i) for i, h in enumerate(self._hidden)]
 
 
 class _SeenAll(Exception):
@@ -142,6 +166,7 @@ def _compress_units(
     units: list[Unit],
     plan: Plan,
     moments: Mapping[str, Tensor],
+    held_out: Mapping[str, Tensor],
     compress: Callable[..., CompressedLayer],
     emit: Emit,
 ) -> list[CompressedLayer]:
@@ -150,7 +175,8 @@ def _compress_units(
     for unit in units:
         for spec in unit.layers:
             module, candidate = model.linear(spec.name), plan.choices[unit.name]
-            done.append(compress(module, spec, moments[unit.name], candidate))
+            H_II, other_II = moments[unit.name], held_out.get(unit.name)
+            done.append(compress(module, spec, H_II, candidate, held_out_II=other_II))
             _emit_notes(done[-1], emit)
     return done
 

@@ -79,6 +79,7 @@ def compress_layer(
     method: Compressor,
     layout: Layout,
     *,
+    held_out_II: Tensor | None = None,
     float16_scales: bool = False,
     measure_output: bool = True,
 ) -> CompressedLayer:
@@ -91,12 +92,15 @@ def compress_layer(
         candidate: what it becomes; not dense.
         method: an entry of `COMPRESSORS`.
         layout: counts the bytes.
+        held_out_II: second moment of inputs that do not calibrate, to measure the output error on;
+            without it the error is that on `H_II`.
         float16_scales: make every scale one that float16 holds, whatever the checkpoint's type.
-        measure_output: measure the output error if `H_II` is known, at the cost of two products
+        measure_output: measure the output error if a moment is known, at the cost of two products
             with it.
     """
     asked = spec, W_OI, H_II, candidate, method, layout
-    return _compress(*asked, float16_scales, measure_output)[0]
+    error_II = _choose_moment(H_II, held_out_II) if measure_output else None
+    return _compress(*asked, float16_scales, error_II, held_out_II is not None)[0]
 
 
 def compress_module(
@@ -108,14 +112,16 @@ def compress_module(
     layout: Layout,
     *,
     dtype: torch.dtype,
+    held_out_II: Tensor | None = None,
     float16_scales: bool = False,
 ) -> CompressedLayer:
     """Compress a layer in place: the module then computes with the compressed weight.
 
-    `dtype` is the type in which the weight is multiplied out.
+    `dtype` is the type in which the weight is multiplied out; the rest as in `compress_layer`.
     """
-    W_OI = get_weight(module).float()
-    layer, Q_OI = _compress(spec, W_OI, H_II, candidate, method, layout, float16_scales, True)
+    asked = spec, get_weight(module).float(), H_II, candidate, method, layout
+    error_II, held_out = _choose_moment(H_II, held_out_II), held_out_II is not None
+    layer, Q_OI = _compress(*asked, float16_scales, error_II, held_out)
     set_weight(module, _convert(layer, Q_OI, dtype))
     return layer
 
@@ -155,15 +161,20 @@ def _compress(
     method: Compressor,
     layout: Layout,
     float16_scales: bool,
-    measure_output: bool,
+    error_II: Tensor | None,
+    held_out: bool,
 ) -> tuple[CompressedLayer, Tensor]:
-    """Return the compressed layer and its weight (out, in), multiplied out in float32."""
+    """Return the compressed layer and its weight (out, in), multiplied out in float32.
+
+    The output error is measured on `error_II`, which is that of `held_out` inputs or of those that
+    calibrate.
+    """
     began = time.perf_counter()
     problem = build_layer_problem(spec, W_OI, H_II, candidate)
     solution = solve_layer_problem(problem, method, float16_scales=float16_scales)
     codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
     Q_OI = dequantize(codes_OI, scale_OG, zero_OG, problem.mask_OI, dtype=torch.float32)
-    weight_error, output_error = _measure_errors(W_OI, Q_OI, H_II if measure_output else None)
+    weight_error, output_error = _measure_errors(W_OI, Q_OI, error_II)
     result = LayerResult(
         name=spec.name,
         candidate=candidate,
@@ -172,6 +183,7 @@ def _compress(
         weight_error=weight_error,
         output_error=output_error,
         seconds=time.perf_counter() - began,
+        held_out=held_out and output_error is not None,
         notes=_group_note(candidate, problem.group, spec) + solution.notes,
     )
     layer = CompressedLayer(
@@ -228,6 +240,11 @@ def _rescale_codes(codes_OI: Tensor, ratio_OG: Tensor, bits: int) -> Tensor:
     codes_OGK = codes_OI.float().view(out, groups, -1) * ratio_OG.unsqueeze(-1)
     low, high = get_code_range(bits)
     return codes_OGK.round().clamp(low, high).to(torch.int8).view(codes_OI.shape)
+
+
+def _choose_moment(H_II: Tensor | None, held_out_II: Tensor | None) -> Tensor | None:
+    """Return the moment to measure the output error on."""
+    return H_II if held_out_II is None else held_out_II
 
 
 def _measure_errors(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor | None) -> tuple[float, float | None]:

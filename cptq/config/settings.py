@@ -48,6 +48,8 @@ DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
 DEFAULT_TASKS = ("wikitext",)
 DEFAULT_PAIRS = 96
 DEFAULT_TARGETS = ("2.5bit", "3bit", "4bit")
+#: the metric that measures what the others estimate, with the compressor of the run
+GROUND_TRUTH = "kl"
 
 METRICS, ALLOCATORS = "cptq.sensitivity:METRICS", "cptq.allocation:ALLOCATORS"
 COMPRESSORS, FORMATS = "cptq.compression:COMPRESSORS", "cptq.artifact.formats:FORMATS"
@@ -168,8 +170,9 @@ class AnalyzeSettings(CandidateSettings):
         registry=ALLOCATORS,
     )
     compressor: str = option(
-        "nearest",
-        "Carry out the plans by this method; nearest is faster. Needs --validate.",
+        "gptq",
+        "Carry out plans, and the trials of --metric kl, by this method; nearest is faster. Needs "
+        "--validate or --metric kl.",
         VALIDATION,
         "NAME",
         registry=COMPRESSORS,
@@ -184,7 +187,6 @@ class AnalyzeSettings(CandidateSettings):
         "pairs": DEFAULT_PAIRS,
         "targets": DEFAULT_TARGETS,
         "allocators": ("knapsack",),
-        "compressor": "nearest",
     }
 
     def __post_init__(self) -> None:
@@ -195,6 +197,11 @@ class AnalyzeSettings(CandidateSettings):
             if not self.validate and getattr(self, name) != usual:
                 flag = find_flag(type(self), name)
                 raise UsageError(f"{flag} has no effect without --validate", hint="add --validate")
+        if self.compressor != "gptq" and not (self.validate or GROUND_TRUTH in self.metrics):
+            raise UsageError(
+                f"--compressor has no effect without --validate or --metric {GROUND_TRUTH}",
+                hint="add --validate",
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

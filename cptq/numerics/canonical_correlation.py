@@ -1,6 +1,9 @@
 """Compute the canonical correlation of two views of the same tokens, in closed form.
 
-Each view X (tokens, features) is centred and reduced to its principal subspace, the fewest k <= 16
+Each view X (tokens, features) is standardised, every feature to mean 0 and variance 1
+(`standardize`): language models have features that are a thousand times larger than all others at
+one or two tokens ("massive activations", Sun et al., arXiv 2402.17762), which by raw variance would
+be all that a view shows. It is then reduced to its principal subspace, the fewest k <= 16
 components that hold 99% of its variance, X ~ U S V^T. With ridge e the whitened view is
 U diag(s / sqrt(s^2 + e s_1^2)), and the canonical correlations are the singular values
 
@@ -14,8 +17,9 @@ U diag(s / sqrt(s^2 + e s_1^2)), and the canonical correlations are the singular
   arXiv 1806.05759, section 3);
 - `first`: rho_1 alone, as the released code of CPTQuant does; it saturates near 1.
 
-Departure: a ridge, relative to the largest variance, prevents directions of very small variance
-from counting as a perfect match. All in float64: a Gram matrix squares the condition number.
+Departures: the standardised features (SVCCA keeps raw variances); a ridge, relative to the largest
+variance, so that directions of very small variance do not count as a perfect match. All in
+float64: a Gram matrix squares the condition number.
 
 Sixteen components are enough: against measured damage, 64, 32 and 8 rank units no better (Spearman
 on three models, with their exact subspaces), and 64 cost ten times as much. Cost: an
@@ -42,12 +46,27 @@ SUMMARIES: tuple[Summary, ...] = ("pwcca", "svcca", "first")
 COMPONENTS = 16
 ENERGY = 0.99
 RIDGE = 1e-6
+#: share of its mean below which the deviation of a feature is rounding
+CONSTANT = 1e-6
 TOKENS_PER_COMPONENT = 10
 
 
 def count_tokens_needed(features: int, components: int = COMPONENTS) -> int:
     """Return the fewest tokens with which views of this width can be compared."""
     return TOKENS_PER_COMPONENT * min(features, components)
+
+
+def standardize(X_TF: Tensor) -> Tensor:
+    """Return the features with mean 0 and variance 1, float64; constant ones are left out.
+
+    Constant up to the rounding of float32, which would count as much as any other feature.
+    """
+    X_TF = X_TF.double()
+    mean_F = X_TF.mean(0)
+    X_TF = X_TF - mean_F
+    deviation_F = X_TF.square().mean(0).sqrt()
+    kept_F = deviation_F > CONSTANT * mean_F.abs()
+    return X_TF[:, kept_F] / deviation_F[kept_F]
 
 
 def compute_principal_basis(
@@ -122,8 +141,9 @@ def compute_similarities(X_TF: Tensor, Qx_TK: Tensor, Qy_TL: Tensor) -> dict[Sum
 def compute_pairwise_similarities(views: Sequence[Tensor]) -> dict[Summary, Tensor]:
     """Return every pair's similarity of views (tokens, features), (views, views), diagonal 1.
 
-    Each view's basis and each pair's decomposition is computed once.
+    The views are standardised; each one's basis and each pair's decomposition is computed once.
     """
+    views = [standardize(X_TF) for X_TF in views]
     bases = [compute_principal_basis(X_TF) for X_TF in views]
     carried = [compute_loadings(X_TF, Q_TK) for X_TF, Q_TK in zip(views, bases, strict=True)]
     shape = len(views), len(views)

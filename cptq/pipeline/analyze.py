@@ -10,12 +10,14 @@ from cptq.allocation.ledger import Ledger
 from cptq.artifact.atomic import check_output, create_directory, write_files
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
-from cptq.config import RUNTIMES, AnalyzeSettings, find_runtime
+from cptq.compression.trial_model import TrialModel
+from cptq.config import GROUND_TRUTH, RUNTIMES, AnalyzeSettings, find_runtime
 from cptq.errors import UsageError
 from cptq.pipeline.files import encode_stage_files, read_tables
-from cptq.pipeline.inputs import build_candidates, calibrate, load_dense
+from cptq.pipeline.inputs import build_candidates, build_cost_model, calibrate, load_dense
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.summarize import summarize
+from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.validate import build_ledgers, validate
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import AnalyzeOutcome, Summary
@@ -52,11 +54,12 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
     """
     recorder = Recorder(emit)
     inputs = _load_inputs(settings, recorder)
+    trial = _build_trial_model(inputs, recorder)
     try:
-        tables = {**inputs.known, **_measure_missing(inputs, recorder)}
+        tables = {**inputs.known, **_measure_missing(inputs, trial, recorder)}
     except InterruptedMeasurementError as stop:
         raise _keep_partial(inputs, stop, recorder) from stop
-    validation = _validate_tables(inputs, tables, recorder)
+    validation = _validate_tables(inputs, tables, trial, recorder)
     return AnalyzeOutcome(
         summary=_write_analysis(inputs, tables, validation, recorder),
         out=inputs.out,
@@ -94,7 +97,26 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs
     )
 
 
-def _measure_missing(inputs: AnalyzeInputs, recorder: Recorder) -> dict[str, SensitivityTable]:
+def _build_trial_model(inputs: AnalyzeInputs, recorder: Recorder) -> TrialModel | None:
+    """Build the trial model where units are to be compressed, else return None."""
+    settings, calibration = inputs.settings, inputs.calibration
+    if calibration is None or not (settings.validate or GROUND_TRUTH in inputs.missing):
+        return None
+    with recorder.stage("calibration"):
+        return build_trial_model(
+            inputs.model,
+            calibration,
+            settings.compressor,
+            build_cost_model(inputs.model, settings),
+            sparse=any(candidate.sparsity for candidate in inputs.candidates),
+            seed=settings.calibration.seed,
+            emit=recorder,
+        )
+
+
+def _measure_missing(
+    inputs: AnalyzeInputs, trial: TrialModel | None, recorder: Recorder
+) -> dict[str, SensitivityTable]:
     """Measure the metrics that no earlier analysis measured."""
     if not inputs.missing:
         return {}
@@ -106,14 +128,18 @@ def _measure_missing(inputs: AnalyzeInputs, recorder: Recorder) -> dict[str, Sen
             candidates=inputs.candidates,
             seed=inputs.settings.calibration.seed,
             emit=recorder,
+            compress=trial.weights if trial else None,
         )
 
 
 def _validate_tables(
-    inputs: AnalyzeInputs, tables: Mapping[str, SensitivityTable], recorder: Recorder
+    inputs: AnalyzeInputs,
+    tables: Mapping[str, SensitivityTable],
+    trial: TrialModel | None,
+    recorder: Recorder,
 ) -> Validation | None:
     """Compare the scores with measured divergences where --validate is given."""
-    if not inputs.settings.validate or inputs.calibration is None:
+    if not inputs.settings.validate or inputs.calibration is None or trial is None:
         return None
     with recorder.stage("validation"):
         return validate(
@@ -122,6 +148,7 @@ def _validate_tables(
             tables,
             inputs.candidates,
             inputs.ledgers,
+            trial,
             inputs.settings,
             recorder,
         )

@@ -18,16 +18,20 @@ from cptq.artifact.draft import Record, draft
 from cptq.artifact.hub import push
 from cptq.artifact.reload import TOLERANCE, ReloadCheck, ReloadSample
 from cptq.calibration.batches import Batch
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import forward
 from cptq.compression.blockwise import compress_model
 from cptq.compression.embeddings import compress_embeddings
-from cptq.config import CompressSettings
+from cptq.compression.trial_model import TrialModel
+from cptq.config import GROUND_TRUTH, CompressSettings
 from cptq.errors import BudgetError
 from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
 from cptq.pipeline.summarize import describe_check, summarize
+from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.uniform_check import BASELINE, keep_better_plan
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
@@ -41,6 +45,9 @@ from cptq.types import (
     SensitivityTable,
 )
 
+#: batches of held-out text (of `MICRO_TOKENS` tokens) that output errors are measured on: what they
+#: cost is that share of the passes over the calibration text
+JUDGED_BATCHES = 4
 #: tokens of the input on which a written artifact is compared with the model in memory
 SAMPLE_TOKENS = 64
 #: what a load in float32 may differ by from a run in a narrower type, as a share of the largest
@@ -84,6 +91,7 @@ def measure_sensitivity(
     if inputs.plan is not None or settings.sensitivity is not None or settings.allocator in BLIND:
         return inputs.tables
     with recorder.stage("sensitivity"):
+        trial = _build_trial_model(inputs, recorder) if settings.metric == GROUND_TRUTH else None
         return measure(
             inputs.model,
             inputs.calibration,
@@ -91,7 +99,20 @@ def measure_sensitivity(
             candidates=inputs.space.candidates,
             seed=settings.calibration.seed,
             emit=recorder,
+            compress=trial.weights if trial else None,
         )
+
+
+def _build_trial_model(inputs: CompressInputs, emit: Emit) -> TrialModel:
+    return build_trial_model(
+        inputs.model,
+        inputs.calibration,
+        inputs.settings.compressor,
+        inputs.space.cost,
+        sparse=any(candidate.sparsity for candidate in inputs.space.candidates),
+        seed=inputs.settings.calibration.seed,
+        emit=emit,
+    )
 
 
 def make_plan(
@@ -148,14 +169,14 @@ def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> C
     """
     model, space = inputs.model, inputs.space
     with recorder.stage("compression"):
-        rest = compress_embeddings(model, space.embedding, space.layout, inputs.runtime)
         baseline = _make_baseline_plan(inputs, plan, recorder)
+        divergence = None if baseline is None else _record_dense_outputs(inputs)
+        rest = compress_embeddings(model, space.embedding, space.layout, inputs.runtime)
         carry_out = partial(_carry_out, inputs)
-        if baseline is None:
+        if baseline is None or divergence is None:
             layers = carry_out(plan, recorder)
         else:
-            held_out = inputs.held_out.uniform_check
-            plan, layers = keep_better_plan(model, plan, baseline, carry_out, held_out, recorder)
+            plan, layers = keep_better_plan(model, plan, baseline, carry_out, divergence, recorder)
         return CompressedModel(plan=plan, layers=(*rest, *layers))
 
 
@@ -167,8 +188,15 @@ def _carry_out(inputs: CompressInputs, plan: Plan, emit: Emit) -> list[Compresse
         compressor=inputs.settings.compressor,
         float16_scales=inputs.runtime.float16_scales,
         layout=inputs.space.layout,
+        held_out=inputs.held_out.judge[:JUDGED_BATCHES],
         emit=emit,
     )
+
+
+def _record_dense_outputs(inputs: CompressInputs) -> DivergenceFromDense:
+    """Run the held-out text through the model while all of it, embeddings included, is dense."""
+    objective = choose_objective(inputs.model.kind, inputs.model.config)
+    return DivergenceFromDense(inputs.model, inputs.held_out.judge, objective, units=False)
 
 
 def _make_baseline_plan(inputs: CompressInputs, plan: Plan, emit: Emit) -> Plan | None:
@@ -183,7 +211,7 @@ def _make_baseline_plan(inputs: CompressInputs, plan: Plan, emit: Emit) -> Plan 
         return None
     if baseline.choices == plan.choices:
         return None
-    if not inputs.held_out.uniform_check:
+    if not inputs.held_out.judge:
         message = (
             "no text is left beside what calibrates: the plan is not compared with a uniform "
             "one; fewer --samples or a longer text would leave some"

@@ -41,7 +41,7 @@ from cptq.sensitivity.prepare import check_units
 from cptq.types import Candidate, Emit, Notice, Plan, SensitivityTable
 
 DEFAULT_TARGET = "4bit"
-#: fewest held-out rows on which a mixed plan is compared with the baseline plan
+#: fewest held-out rows that can judge
 LEAST_CHECK_ROWS = 4
 
 
@@ -70,13 +70,13 @@ class SearchSpace:
 class HeldOutText:
     """Batches of text that does not calibrate, by use; empty where there is no use, or no text.
 
-    `search` chooses between plans of --refine, `guard` confirms its choice, `uniform_check`
-    compares the plan with the baseline plan.
+    `search` chooses between plans of --refine, `guard` confirms its choice, `judge` measures what
+    is reported: output errors, and how the plan compares with the baseline plan.
     """
 
     search: Sequence[Batch] = ()
     guard: Sequence[Batch] = ()
-    uniform_check: Sequence[Batch] = ()
+    judge: Sequence[Batch] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -130,7 +130,7 @@ def load_inputs(
             place = check_output(out, overwrite=settings.overwrite, source=model.path)
             check_space(place, need)
     compare = writes and settings.check_uniform and plan is None and settings.allocator not in BLIND
-    calibration, held_out = _read_text(settings, model, compare, recorder)
+    calibration, held_out = _read_text(settings, model, recorder)
     return CompressInputs(
         settings=settings,
         runtime=runtime,
@@ -246,14 +246,13 @@ def _read_tables(
 
 
 def _read_text(
-    settings: CompressSettings, model: LoadedModel, compare: bool, recorder: Recorder
+    settings: CompressSettings, model: LoadedModel, recorder: Recorder
 ) -> tuple[Calibration, HeldOutText]:
-    """Read the text that calibrates, and hold out two parts for --refine and one to `compare`."""
-    uses = ["search", "guard"] if settings.refine else []
-    uses += ["uniform_check"] if compare else []
+    """Read the text that calibrates, and hold out one part to judge and two for --refine."""
+    uses = ["search", "guard", "judge"] if settings.refine else ["judge"]
     calibration = calibrate(model, settings, recorder, parts=len(uses), reserve=False)
     rows = calibration.held_out
-    if not uses or (not settings.refine and len(rows) < LEAST_CHECK_ROWS):
+    if not settings.refine and len(rows) < LEAST_CHECK_ROWS:
         return calibration, HeldOutText()
     parts = split_parts(model, rows, len(uses))
     return calibration, HeldOutText(**dict(zip(uses, parts, strict=True)))
@@ -294,7 +293,7 @@ def calibrate(
             settings.calibration,
             settings.model,
             recorder,
-            held_out=parts * count_part_rows(model),
+            held_out=parts * count_part_rows(model, settings.calibration.seqlen),
             reserve=reserve,
         )
 

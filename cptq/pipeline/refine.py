@@ -47,16 +47,14 @@ def refine_plan(
     trial = build_trial_model(
         model,
         calibration,
-        objective,
         settings.compressor,
-        layout=ledger.cost.layout,
-        float16_scales=ledger.cost.runtime.float16_scales,
+        ledger.cost,
         sparse=sparse,
         seed=seed,
         emit=emit,
     )
-    search = DivergenceFromDense(model, held_out.search, objective)
-    guard = DivergenceFromDense(model, held_out.guard, objective)
+    search = DivergenceFromDense(model, held_out.search, objective, units=False)
+    guard = DivergenceFromDense(model, held_out.guard, objective, units=False)
     problem = build_problem(table, ledger, candidates, _ignore)
     with trial.restore_after():
         found = refine(

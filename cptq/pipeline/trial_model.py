@@ -6,13 +6,13 @@ from functools import partial
 
 from torch import Tensor
 
-from cptq.calibration.objective import Objective
+from cptq.allocation.cost import CostModel
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.samples import SampleRequest, collect_samples
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
 from cptq.compression.trial_model import TrialModel
-from cptq.layouts import Layout
 from cptq.types import Emit, Notice
 
 #: bytes that the Hessians of all units together may take
@@ -22,20 +22,21 @@ HESSIAN_BYTES = 8 << 30
 def build_trial_model(
     model: LoadedModel,
     calibration: Calibration,
-    objective: Objective,
     compressor: str,
+    cost: CostModel,
     *,
-    layout: Layout,
-    float16_scales: bool,
     sparse: bool = False,
     seed: int,
     emit: Emit,
 ) -> TrialModel:
     """Build a trial model for `compressor`; where that uses activations, one pass gathers them.
 
-    `layout` and `float16_scales` are those of the file and the runtime that the weights are meant
-    for. `sparse`: sparse candidates will be tried, whose masks use activations as well.
+    All of the calibration text goes into the Hessians, as in the final compression: from fewer
+    tokens wide units look more sensitive than they are. `cost` knows the file and the runtime that
+    the weights are meant for. `sparse`: sparse candidates will be tried, whose masks use
+    activations as well.
     """
+    layout, float16_scales = cost.layout, cost.runtime.float16_scales
     build = partial(TrialModel, layout=layout, float16_scales=float16_scales)
     if compressor in WITHOUT_ACTIVATIONS and not sparse:
         return build(model, compressor, emit)
@@ -49,7 +50,14 @@ def build_trial_model(
         return build(model, compressor, emit)
     request = SampleRequest(moments=True)
     samples = collect_samples(
-        model, calibration.batches, objective, request, seed=seed, emit=emit, keep=1
+        model,
+        calibration.batches,
+        choose_objective(model.kind, model.config),
+        request,
+        seed=seed,
+        emit=emit,
+        keep=1,
+        tokens=calibration.tokens,
     )
     hessians: dict[str, Tensor] = {}
     for unit in model.units:

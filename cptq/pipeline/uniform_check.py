@@ -8,18 +8,17 @@ one more compression, and the dense weights once more in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
-from cptq.calibration.objective import choose_objective
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.numerics.grid import dequantize_layer
+from cptq.numerics.standard_error import compute_standard_error
 from cptq.report.formatting import format_number
 from cptq.types import CompressedLayer, Emit, Event, Notice, Plan, Progress
 
@@ -48,7 +47,7 @@ def keep_better_plan(
     plan: Plan,
     baseline: Plan,
     compress: Compress,
-    held_out: Sequence[Batch],
+    divergence: DivergenceFromDense,
     emit: Emit,
 ) -> tuple[Plan, list[CompressedLayer]]:
     """Carry out both plans and return the better one; `model` then has its weights.
@@ -58,11 +57,9 @@ def keep_better_plan(
         plan: the mixed plan; at equal divergence it is kept.
         baseline: the plan that needs no scores.
         compress: carries a plan out on the dense model, whose weights it changes.
-        held_out: batches to compare on.
+        divergence: from the model before anything of it was compressed, on held-out text.
         emit: receives the notices of the better plan only, and the result.
     """
-    objective = choose_objective(model.kind, model.config)
-    divergence = DivergenceFromDense(model, held_out, objective)
     dense = _copy_weights(model)
     other = _carry_out(baseline, compress, divergence, emit)
     for name, W_OI in dense.items():
@@ -76,7 +73,7 @@ def keep_better_plan(
             set_weight(model.linear(layer.spec.name), dequantize_layer(layer, model.dtype))
     for event in better.notices:
         emit(event)
-    note = _describe_result(own, other, objective.unit, divergence.tokens)
+    note = _describe_result(own, other, divergence)
     emit(note)
     return replace(better.plan, notes=(*better.plan.notes, note.message)), better.layers
 
@@ -105,14 +102,15 @@ def _carry_out(
     return _Outcome(plan=plan, layers=layers, notices=notices, rows=divergence.measure_rows())
 
 
-def _describe_result(own: _Outcome, other: _Outcome, unit: str, tokens: int) -> Notice:
+def _describe_result(own: _Outcome, other: _Outcome, divergence: DivergenceFromDense) -> Notice:
     labels = {candidate.label for candidate in other.plan.choices.values()}
     baseline = f"uniform {labels.pop()}" if len(labels) == 1 else "two widths spread evenly"
     gap = own.rows - other.rows
-    error = float(gap.std() / len(gap) ** 0.5) if len(gap) > 1 else 0.0
+    error = compute_standard_error(gap, divergence.window_R)
     numbers = (
-        f"{format_number(own.divergence)} against {format_number(other.divergence)} {unit} "
-        f"(difference {float(gap.mean()):+.3g} ± {error:.2g}, {tokens:,} tokens)"
+        f"{format_number(own.divergence)} against {format_number(other.divergence)} "
+        f"{divergence.unit} (difference {float(gap.mean()):+.3g} ± {error:.2g}, "
+        f"{divergence.tokens:,} tokens, {divergence.samples:,} {divergence.sample_name}s)"
     )
     if own.divergence <= other.divergence:
         message = f"the mixed plan is kept: {numbers} of {baseline} at the same bytes"

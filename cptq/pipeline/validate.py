@@ -29,10 +29,11 @@ from cptq.calibration.holdout import split_parts
 from cptq.calibration.objective import choose_objective
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
+from cptq.compression import WITHOUT_ACTIVATIONS
 from cptq.compression.trial_model import TrialModel
-from cptq.config import AnalyzeSettings
+from cptq.config import GROUND_TRUTH, AnalyzeSettings
+from cptq.numerics.standard_error import compute_standard_error
 from cptq.pipeline.inputs import build_cost_model
-from cptq.pipeline.trial_model import build_trial_model
 from cptq.report.formatting import format_seconds as spoken
 from cptq.sensitivity.validation.pairs import choose_pairs, classify_depth, rank_depths
 from cptq.sensitivity.validation.ranks import RESAMPLES, measure_agreement
@@ -50,8 +51,8 @@ from cptq.types import (
     Validation,
 )
 
-#: the metric that measures what the others estimate: regret is counted from its plan
-REFERENCE = "kl"
+#: regret is counted from the plan of this metric
+REFERENCE = GROUND_TRUTH
 #: the allocator that asks no score
 BLIND_ALLOCATOR = "even"
 #: what the truth is called beside the metrics
@@ -64,6 +65,7 @@ def validate(
     tables: Mapping[str, SensitivityTable],
     candidates: Sequence[Candidate],
     ledgers: Sequence[Ledger],
+    trial: TrialModel,
     settings: AnalyzeSettings,
     emit: Emit,
 ) -> Validation:
@@ -71,6 +73,7 @@ def validate(
 
     Args:
         ledgers: one per target, from `build_ledgers`.
+        trial: gives units as the compressor stores them.
 
     Raises:
         CalibrationError: no held-out rows, or an output that is not finite.
@@ -79,18 +82,6 @@ def validate(
     seed = settings.calibration.seed
     cost = build_cost_model(model, settings)
     objective = choose_objective(model.kind, model.config)
-    sparse = any(candidate.sparsity for candidate in candidates)
-    trial = build_trial_model(
-        model,
-        calibration,
-        objective,
-        settings.compressor,
-        layout=cost.layout,
-        float16_scales=cost.runtime.float16_scales,
-        sparse=sparse,
-        seed=seed,
-        emit=emit,
-    )
     divergence = DivergenceFromDense(
         model, split_parts(model, calibration.held_out, 1)[0], objective
     )
@@ -253,7 +244,7 @@ class _Trials:
             file_bytes=size.file_bytes,
             effective_bits=size.effective_bits,
             divergence=float(rows.mean()),
-            stderr=float(rows.std() / len(rows) ** 0.5) if len(rows) > 1 else 0.0,
+            stderr=compute_standard_error(rows, self.divergence.window_R),
             choices=dict(plan.choices),
             notes=plan.notes,
         )
@@ -307,6 +298,8 @@ def _report_cost(
         f"{pairs} pairs and {plans} plans on {divergence.tokens:,} tokens: about "
         f"{spoken(one * (pairs / 2 + plans))} of forward passes"
     )
+    if settings.compressor not in WITHOUT_ACTIVATIONS:
+        message += f", and {settings.compressor} of every unit at each width that a plan gives it"
     emit(Notice(kind="info", subject="--validate", message=message))
     if REFERENCE not in tables:
         held = choose_held_out_tokens(model.parameters, model.device.type == "cpu")

@@ -132,9 +132,9 @@ def draw_errors(summary: Summary, ident: str = "errors") -> Figure | None:
         return None
     title = "Error per layer"
     svg, remarks = draw_dots(marks, ident, title, "share of the squared norm", joined=False)
-    caption = (
-        "Output error: E|x(W-Q)|² / E|xW|² on the calibration inputs; weight error: |W-Q|² / |W|²"
-    )
+    held_out = any(row.held_out for row in summary.results)
+    inputs = "inputs that did not calibrate" if held_out else "the calibration inputs"
+    caption = f"Output error: E|x(W-Q)|² / E|xW|² on {inputs}; weight error: |W-Q|² / |W|²"
     legend = tuple((css, kind) for kind, css in kinds if any(m.css == css for m in marks))
     return Figure(
         ident=ident, title=title, caption="; ".join([caption, *remarks]), svg=svg, legend=legend

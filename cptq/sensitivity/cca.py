@@ -39,6 +39,7 @@ from cptq.numerics.canonical_correlation import (
     compute_principal_basis,
     compute_similarities,
     count_tokens_needed,
+    standardize,
 )
 from cptq.sensitivity.metric import Context, Needs, UnitView
 from cptq.sensitivity.slope_metric import DimensionlessMetric
@@ -50,6 +51,7 @@ COMPARED_TOKENS = TOKENS_PER_COMPONENT * COMPONENTS
 
 def compute_dissimilarities(X_TF: Tensor, Y_TG: Tensor, *, components: int) -> dict[Summary, float]:
     """Return 1 - the similarity of two views of the same tokens, in [0, 1], by each summary."""
+    X_TF, Y_TG = standardize(X_TF), standardize(Y_TG)
     Qx_TK = compute_principal_basis(X_TF, components=components)
     Qy_TL = compute_principal_basis(Y_TG, components=components)
     return {s: 1.0 - value for s, value in compute_similarities(X_TF, Qx_TK, Qy_TL).items()}

@@ -1,10 +1,13 @@
-"""`kl`: ground truth by measurement, KL(dense || one unit rounded to nearest at one candidate).
+"""`kl`: ground truth by measurement, KL(dense || one unit stored as one candidate).
 
 The reference for every other metric: the held-out rows run through the model with that one unit
-changed. Neither the sum of several units' errors nor compensated rounding is measured.
+changed, compressed by the compressor of the run (`Context.compress`) on the dense model's
+activations; rounded to nearest where none is given. The sum of several units' errors is not
+measured.
 
-Cost: half a forward pass of the held-out tokens per unit and candidate (hours where other metrics
-take minutes). Limits: a few hundred tokens; differences below a few per cent are noise.
+Cost: half a forward pass of the held-out tokens per unit and candidate, and compressing it (hours
+where other metrics take minutes). Limits: a few hundred tokens; differences below a few per cent
+are noise.
 """
 
 from __future__ import annotations
@@ -32,7 +35,11 @@ class Kl(Metric):
         self, view: UnitView, candidate: Candidate, errors: tuple[Tensor, ...]
     ) -> float:
         """Return the divergence of one candidate."""
-        return self._measure_change(view, errors)
+        compress, divergence = self.context.compress, self.context.divergence
+        if compress is None:
+            return self._measure_change(view, errors)
+        assert divergence is not None
+        return divergence.measure_unit(view.unit, compress(view.unit, candidate))
 
     def _measure_change(self, view: UnitView, errors: tuple[Tensor, ...]) -> float:
         assert self.context.divergence is not None

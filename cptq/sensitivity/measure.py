@@ -23,7 +23,7 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
 from cptq.sensitivity import METRICS
-from cptq.sensitivity.metric import Context, Metric, UnitView
+from cptq.sensitivity.metric import Compress, Context, Metric, UnitView
 from cptq.sensitivity.prepare import check_model, prepare_context
 from cptq.sensitivity.rounding import changes_weights, check_candidates
 from cptq.types import Candidate, Emit, Notice, Progress, SensitivityTable, Unit
@@ -60,6 +60,7 @@ def measure(
     candidates: Sequence[Candidate],
     seed: int,
     emit: Emit,
+    compress: Compress | None = None,
 ) -> dict[str, SensitivityTable]:
     """Score every unit at every candidate by each metric.
 
@@ -71,6 +72,8 @@ def measure(
         candidates: ways to store a unit; a dense one without sparsity scores 0.
         seed: seed of the sampled positions, directions and noise.
         emit: takes progress and notices.
+        compress: gives the weights of a unit stored as a candidate, for `kl`; rounding to nearest
+            without.
 
     Returns:
         Metric name -> table, in the order of `metrics`.
@@ -87,7 +90,7 @@ def measure(
     candidates = tuple(dict.fromkeys(candidates))
     check_candidates(candidates)
     check_model(model)
-    context = prepare_context(model, kinds, calibration, candidates, seed, emit)
+    context = prepare_context(model, kinds, calibration, candidates, seed, emit, compress)
     scoring = _Scoring(
         context=context,
         runs={name: _Run(metric=kind(context)) for name, kind in kinds.items()},

@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 
+#: (unit, candidate) -> {layer name: W_OI}
+Compress = Callable[[Unit, Candidate], Mapping[str, Tensor]]
+
+
 class Memo:
     """Values that several metrics derive from the same thing, each computed once."""
 
@@ -65,7 +69,8 @@ class Needs:
 class Context:
     """What all units have in common; `samples`, `divergence` and `path` are None unless needed.
 
-    `calibration_tokens` is how many tokens a compressor will have.
+    `calibration_tokens` is how many tokens a compressor will have. `compress` gives {layer: W_OI}
+    of a unit stored as a candidate by the compressor of the run, where a metric wants that.
     """
 
     model: LoadedModel
@@ -76,6 +81,7 @@ class Context:
     rounding: NearestRounding
     candidates: Sequence[Candidate]
     calibration_tokens: int
+    compress: Compress | None = None
     seed: int
     emit: Emit
     memo: Memo = field(default_factory=Memo)

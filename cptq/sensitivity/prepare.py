@@ -28,7 +28,7 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
 from cptq.errors import CalibrationError, ModelError
-from cptq.sensitivity.metric import Context, Metric
+from cptq.sensitivity.metric import Compress, Context, Metric
 from cptq.sensitivity.path_metric import PATH_TOKENS, PathGradients, compute_path_gradients
 from cptq.sensitivity.rounding import NearestRounding
 from cptq.types import Candidate, Emit, Notice
@@ -65,6 +65,7 @@ def prepare_context(
     candidates: tuple[Candidate, ...],
     seed: int,
     emit: Emit,
+    compress: Compress | None = None,
 ) -> Context:
     """Run the shared passes that these metrics need.
 
@@ -92,6 +93,7 @@ def prepare_context(
         rounding=rounding,
         candidates=candidates,
         calibration_tokens=calibration.record.tokens if calibration else 0,
+        compress=compress,
         seed=seed,
         emit=emit,
     )

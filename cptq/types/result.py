@@ -39,7 +39,9 @@ class LayerResult:
     """Result of compressing one layer: plain numbers for reports and manifests.
 
     `group_size` is the size in use (0 = per channel). `weight_error` is |W - Q|^2 / |W|^2,
-    `output_error` E|x(W - Q)|^2 / E|xW|^2 on the calibration inputs (None if not measured).
+    `output_error` E|x(W - Q)|^2 / E|xW|^2 (None if not measured), on inputs from text that is
+    `held_out`, or else on the calibration inputs, on which codes and scales were fitted, so that it
+    is too small.
     """
 
     name: str
@@ -49,6 +51,7 @@ class LayerResult:
     weight_error: float
     output_error: float | None
     seconds: float
+    held_out: bool = False
     notes: tuple[str, ...] = ()
 
 

@@ -56,7 +56,7 @@ class PlanTrial:
     """A whole model compressed by one plan. `metric` None: a plan that needs no scores.
 
     `limit_bytes` is the most that the whole file can take under the target. `stderr` is the
-    standard error of `divergence` over the rows of the answer.
+    standard error of `divergence`, with windows (language models) or samples as independent.
     """
 
     target: str

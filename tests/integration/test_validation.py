@@ -43,7 +43,7 @@ def judged(model: Path) -> tuple[Any, list[torch.Tensor]]:
     settings = ModelSettings(model=str(model))
     loaded = load_model(settings, quiet)
     calibration = build_calibration(
-        loaded, CALIBRATION, settings, quiet, held_out=count_part_rows(loaded)
+        loaded, CALIBRATION, settings, quiet, held_out=count_part_rows(loaded, settings.seqlen)
     )
     return loaded, [row["input_ids"] for row in calibration.held_out]
 
@@ -53,10 +53,10 @@ def slow_divergence(dense: Any, other: Any, rows: list[torch.Tensor]) -> float:
     """KL(dense || other) per token, float64, one window at a time."""
     total, tokens = 0.0, 0
     for ids in rows:
-        p = dense(ids).logits.double().log_softmax(-1)
-        q = other(ids).logits.double().log_softmax(-1)
+        p = dense(ids).logits[:, 1::2].double().log_softmax(-1)  # every second position judges
+        q = other(ids).logits[:, 1::2].double().log_softmax(-1)
         total += float((p.exp() * (p - q)).sum())
-        tokens += ids.numel()
+        tokens += p.shape[1]
     return total / tokens
 
 

@@ -32,6 +32,20 @@ def answers(model: LoadedModel, module: nn.Module, rows: Rows, objective: Object
     return torch.cat([objective.select_rows(module(**row, **extra), row) for row in rows])
 
 
+def judged(model: LoadedModel, module: nn.Module, rows: Rows, objective: Objective) -> Tensor:
+    """The rows that judge: of language models every second position of windows of 16 and more."""
+    if objective.kind not in ("causal-lm", "masked-lm"):
+        return answers(model, module, rows, objective)
+    extra = {"use_cache": False} if model.kind == "causal-lm" else {}
+    found = []
+    for row in rows:
+        logits_BTV = module(**row, **extra).logits
+        step = 2 if logits_BTV.shape[1] >= 16 else 1
+        mask_BT = row.get("attention_mask", torch.ones_like(row["input_ids"])).bool()
+        found.append(logits_BTV[:, step - 1 :: step][mask_BT[:, step - 1 :: step]])
+    return torch.cat(found)
+
+
 def double(model: LoadedModel) -> nn.Module:
     """The model's module in float64."""
     return copy.deepcopy(model.module).double()
@@ -52,8 +66,8 @@ def trial(
     """Divergence of the model with other weights from the dense one."""
     module = double(model)
     with torch.no_grad():
-        dense = answers(model, module, rows, objective)
-        other = answers(model, changed(module, weights), rows, objective)
+        dense = judged(model, module, rows, objective)
+        other = judged(model, changed(module, weights), rows, objective)
         return float(divergence(objective, dense, other))
 
 
@@ -67,14 +81,14 @@ def disturbed_trial(
     """Divergence with the inputs of some layers replaced by disturb(x, index of the batch)."""
     module = double(model)
     with torch.no_grad():
-        dense = answers(model, module, rows, objective)
+        dense = judged(model, module, rows, objective)
         other = []
         for index, row in enumerate(rows):
             variant = copy.deepcopy(module)
             for name in layers:
                 layer = variant.get_submodule(name)
                 layer.forward = _reading(layer.forward, disturb, index)  # type: ignore[method-assign]
-            other.append(answers(model, variant, [row], objective))
+            other.append(judged(model, variant, [row], objective))
         return float(divergence(objective, dense, torch.cat(other)))
 
 

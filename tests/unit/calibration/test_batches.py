@@ -44,17 +44,18 @@ def test_nothing_is_lost_by_cutting_and_stacking() -> None:
     assert len(again) < len(rows)
 
 
-def test_language_models_hold_out_short_windows_of_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_language_models_hold_out_whole_windows_of_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "ENOUGH_TOKENS", 100)
-    monkeypatch.setattr(batches, "WINDOW", 8)
     rows = [batch([40]) | {} for _ in range(16)]
     for index, row in enumerate(rows):
         row["input_ids"] += 1000 * index
-    split = split_held_out(rows, "causal-lm", 32)
+    split = split_held_out(rows, "causal-lm", 100)
     assert not split.overlap
-    assert count_tokens(split.held_out) == 32
-    assert [row[0] // 1000 for row in texts(split.held_out)] == [12, 13, 14, 15]
-    assert len(texts(split.fit)) == 12
+    assert [row[0] // 1000 for row in texts(split.held_out)] == [14, 15]
+    assert count_tokens(split.held_out) == 80
+    assert len(texts(split.fit)) == 14
+    short = split_held_out(rows, "causal-lm", 32)  # less than a window: its beginning
+    assert [len(row) for row in texts(short.held_out)] == [32]
 
 
 def test_sentences_stay_whole_and_few_tokens_are_shared() -> None:
@@ -72,14 +73,14 @@ def test_a_single_row_serves_both() -> None:
 
 
 def test_small_models_can_afford_more_tokens() -> None:
-    assert choose_held_out_tokens(134_515_008, on_cpu=True) == 130
-    assert choose_held_out_tokens(7_000_000_000, on_cpu=True) == 128
-    assert choose_held_out_tokens(7_000_000_000, on_cpu=False) == 1024
-    assert choose_held_out_tokens(260_032, on_cpu=True) == 1024
+    assert choose_held_out_tokens(134_515_008, on_cpu=True) == 520
+    assert choose_held_out_tokens(7_000_000_000, on_cpu=True) == 512
+    assert choose_held_out_tokens(7_000_000_000, on_cpu=False) == 2048
+    assert choose_held_out_tokens(260_032, on_cpu=True) == 2048
 
 
 def test_gradients_are_taken_on_the_beginnings_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "WINDOW", 8)
+    monkeypatch.setattr(batches, "GRADIENT_WINDOW", 8)
     rows = [batch([20, 20]), batch([20, 20], start=500)]
     chosen = select_gradient_rows(rows, "causal-lm", 24)
     assert [text[0] for text in texts(chosen)] == [1, 101, 500]

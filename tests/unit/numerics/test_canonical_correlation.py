@@ -14,6 +14,7 @@ from cptq.numerics.canonical_correlation import (
     compute_principal_basis,
     compute_similarity,
     count_tokens_needed,
+    standardize,
 )
 from tests.reference import sensitivity as truth
 
@@ -110,6 +111,7 @@ def test_pairs_are_what_two_views_give_alone() -> None:
     X = [views(200, 5, seed)[0] for seed in range(3)]
     X[1] = torch.cat([X[0][:, :3], X[1]], dim=1)
     pairs = compute_pairwise_similarities(X)
+    X = [standardize(x) for x in X]
     bases = [compute_principal_basis(x) for x in X]
     for i in range(3):
         for j in range(3):
@@ -118,3 +120,15 @@ def test_pairs_are_what_two_views_give_alone() -> None:
                     compute_similarity(X[i], bases[i], bases[j], summary=summary) if i != j else 1.0
                 )
                 assert float(pairs[summary][i, j]) == pytest.approx(expected, abs=1e-9)
+
+
+def test_standardized_features_have_mean_0_and_variance_1() -> None:
+    draw = torch.Generator().manual_seed(0)
+    size, mean = torch.tensor([1.0, 9.0, 0.0, 1e-4]), torch.tensor([3.0, 0.0, 7.0, 1000.0])
+    X = torch.randn(60, 4, generator=draw) * size + mean
+    found = standardize(X)
+    assert found.shape == (60, 2)  # of the last two one is constant, the other but for rounding
+    assert torch.allclose(found.mean(0), torch.zeros(2, dtype=torch.float64), atol=1e-9)
+    assert torch.allclose(found.square().mean(0), torch.ones(2, dtype=torch.float64))
+    restored = found[:, 0] * X[:, 0].std(unbiased=False) + X[:, 0].mean()
+    assert torch.allclose(restored, X[:, 0].double(), atol=1e-5)

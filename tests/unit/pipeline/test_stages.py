@@ -39,7 +39,7 @@ def test_each_use_of_held_out_text_has_rows_of_its_own(
 ) -> None:
     inputs = load(tiny_model("llama"), tmp_path / "out", refine=2)
     text = inputs.held_out
-    parts = [rows_of(part) for part in (text.search, text.guard, text.uniform_check)]
+    parts = [rows_of(part) for part in (text.search, text.guard, text.judge)]
     parts.append(rows_of(inputs.calibration.batches))
     assert all(parts)
     assert len(set.union(*parts)) == sum(map(len, parts))
@@ -48,10 +48,10 @@ def test_each_use_of_held_out_text_has_rows_of_its_own(
 @pytest.mark.parametrize(
     ("more", "uses"),
     [
-        ({}, {"uniform_check"}),
-        ({"check_uniform": False}, set()),
-        ({"check_uniform": False, "refine": 2}, {"search", "guard"}),
-        ({"allocator": "uniform"}, set()),
+        ({}, {"judge"}),
+        ({"check_uniform": False}, {"judge"}),
+        ({"check_uniform": False, "refine": 2}, {"search", "guard", "judge"}),
+        ({"allocator": "uniform"}, {"judge"}),
     ],
 )
 def test_text_is_held_out_for_what_uses_it(
@@ -60,7 +60,8 @@ def test_text_is_held_out_for_what_uses_it(
     inputs = load(tiny_model("llama"), tmp_path / "out", **more)
     names = HeldOutText.__dataclass_fields__
     assert {name for name in names if getattr(inputs.held_out, name)} == uses
-    assert inputs.compare_with_baseline == ("uniform_check" in uses)
+    plain = "allocator" not in more and "check_uniform" not in more
+    assert inputs.compare_with_baseline is plain
 
 
 def test_a_plan_is_made_again_from_the_same_values(tiny_model: TinyModel, tmp_path: Path) -> None:
