@@ -48,12 +48,13 @@ ENERGY = 0.99
 RIDGE = 1e-6
 #: share of its mean below which the deviation of a feature is rounding
 CONSTANT = 1e-6
-TOKENS_PER_COMPONENT = 10
+#: tokens that are compared for each component that is kept, and the fewest
+TOKENS_PER_COMPONENT, LEAST_PER_COMPONENT = 32, 10
 
 
 def count_tokens_needed(features: int, components: int = COMPONENTS) -> int:
     """Return the fewest tokens with which views of this width can be compared."""
-    return TOKENS_PER_COMPONENT * min(features, components)
+    return LEAST_PER_COMPONENT * min(features, components)
 
 
 def standardize(X_TF: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ from cptq.calibration.samples import SampleRequest
 from cptq.checkpoint.model import LoadedModel
 from cptq.numerics.canonical_correlation import (
     COMPONENTS,
+    LEAST_PER_COMPONENT,
     SUMMARIES,
     TOKENS_PER_COMPONENT,
     Summary,
@@ -106,7 +107,7 @@ class Cca(DimensionlessMetric):
         return [(x_TI, torch.cat(ys, dim=1)) for x_TI, ys in found]
 
     def _compare(self, view: UnitView, x_TI: Tensor, y_TO: Tensor) -> dict[Summary, float]:
-        components = min(COMPONENTS, len(x_TI) // TOKENS_PER_COMPONENT)
+        components = min(COMPONENTS, len(x_TI) // LEAST_PER_COMPONENT)
         if components < min(COMPONENTS, *x_TI.shape[1:]):
             message = f"only {len(x_TI)} tokens reach it: {components} components compared"
             self.context.emit(Notice(kind="warning", subject=view.unit.name, message=message))

@@ -43,7 +43,7 @@ def judged(model: Path) -> tuple[Any, list[torch.Tensor]]:
     settings = ModelSettings(model=str(model))
     loaded = load_model(settings, quiet)
     calibration = build_calibration(
-        loaded, CALIBRATION, settings, quiet, held_out=count_part_rows(loaded, settings.seqlen)
+        loaded, CALIBRATION, settings, quiet, held_out=count_part_rows(loaded, CALIBRATION.seqlen)
     )
     return loaded, [row["input_ids"] for row in calibration.held_out]
 
