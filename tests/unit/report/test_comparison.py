@@ -12,6 +12,7 @@ from cptq.report.comparison import (
     build_cost_table,
     build_difference_table,
     build_front_table,
+    build_results_table,
     dominates,
     find_shared_quality,
 )
@@ -139,3 +140,24 @@ def test_a_file_is_called_by_its_name_in_tables_and_whole_in_json() -> None:
     assert "heldout.txt" in words
     assert "/way/" not in words
     assert side.to_dict()["models"][0]["results"][0]["task"] == task
+
+
+def test_only_the_rows_of_a_model_calibrated_in_domain_say_so() -> None:
+    protocol = "windows: 10 of 64 tokens, no BOS"
+
+    def with_protocol(model, in_domain: bool):
+        mine, *rest = model.results
+        return replace(
+            model, results=(replace(mine, protocol=protocol, in_domain=in_domain), *rest)
+        )
+
+    models = [with_protocol(m, m.name == "four") for m in ALL.models]
+    found = replace(ALL, models=tuple(models))
+    for table in (build_front_table(found), build_results_table(found)):
+        assert table is not None
+        place = table.columns.index("calibration")
+        marked = {row[0] for row in table.rows if row[place]}
+        assert marked == {"four"}
+        assert f"wikitext: {protocol}" in table.note
+        assert all(len(row) == len(table.columns) for row in table.rows)
+    assert "calibration" not in build_front_table(ALL).columns
