@@ -21,7 +21,7 @@ from cptq.report.formatting import (
     format_with_error,
     shorten_tasks,
 )
-from cptq.report.protocol import explain_in_domain, list_protocols, spell_in_domain
+from cptq.report.protocol import IN_DOMAIN, explain_in_domain, list_protocols, spell_in_domain
 from cptq.report.summary import convert_to_plain
 from cptq.types import EvalResult, Notice, PairedDifference
 
@@ -173,7 +173,7 @@ def build_front_table(comparison: ModelComparison) -> Table:
         title=f"Size and quality: {tasks[task]}",
         columns=(
             *("model", "weights", "bits", "file bits", metric),
-            *(("calibration",) if marked else ()),
+            *((IN_DOMAIN,) if marked else ()),
             "front",
         ),
         rows=tuple(rows),
@@ -235,13 +235,13 @@ def build_results_table(comparison: ModelComparison) -> Table | None:
         )
         for name, result in found
     )
-    mark = ("calibration",) if marked else ()
+    mark = (IN_DOMAIN,) if marked else ()
     return Table(
         title="All results",
         columns=("model", "task", "metric", "value", *mark, "unit"),
         rows=rows,
         right=("value",),
-        note="; ".join(list_protocols(results, tasks)),
+        note="; ".join([*list_protocols(results, tasks), *explain_in_domain(results)]),
     )
 
 

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from cptq.types import EvalResult
 
-IN_DOMAIN = "in-domain"
-_MEANING = f"{IN_DOMAIN}: calibrated on text of the same corpus, which flatters"
+#: one character, heading and mark of a column: tables of results fill a terminal
+IN_DOMAIN = "\u2020"
+_MEANING = f"{IN_DOMAIN}: in-domain, calibrated on text of the same corpus, which flatters"
 
 
 def list_protocols(results: Iterable[EvalResult], tasks: Mapping[str, str]) -> list[str]:

@@ -19,7 +19,7 @@ from cptq.report.formatting import (
     shorten_tasks,
     tabulate_pairs,
 )
-from cptq.report.protocol import explain_in_domain, list_protocols, spell_in_domain
+from cptq.report.protocol import IN_DOMAIN, explain_in_domain, list_protocols, spell_in_domain
 from cptq.report.summary import (
     Summary,
     VerificationFacts,
@@ -76,7 +76,7 @@ def build_evaluation_table(summary: Summary) -> Table | None:
         cells += [spell_in_domain(row.result)] if marked else []
         rows.append((*cells, row.result.unit))
     extra = [*(("baseline", "difference", "") if compared else ())]
-    extra += ["calibration"] if marked else []
+    extra += [IN_DOMAIN] if marked else []
     return Table(
         title="Evaluation",
         columns=("task", "metric", "value", *extra, "unit"),

@@ -18,6 +18,7 @@ from cptq.report.comparison import (
 )
 from cptq.report.formatting import shorten_tasks
 from cptq.report.front import collect_points, draw_front, make_standalone
+from cptq.report.protocol import IN_DOMAIN
 from cptq.report.render import render_comparison_files
 from cptq.types import Notice
 from tests.unit.report.synthetic import DIFFERENCE, make_comparison, make_model, make_result
@@ -155,9 +156,9 @@ def test_only_the_rows_of_a_model_calibrated_in_domain_say_so() -> None:
     found = replace(ALL, models=tuple(models))
     for table in (build_front_table(found), build_results_table(found)):
         assert table is not None
-        place = table.columns.index("calibration")
+        place = table.columns.index(IN_DOMAIN)
         marked = {row[0] for row in table.rows if row[place]}
         assert marked == {"four"}
         assert f"wikitext: {protocol}" in table.note
         assert all(len(row) == len(table.columns) for row in table.rows)
-    assert "calibration" not in build_front_table(ALL).columns
+    assert IN_DOMAIN not in build_front_table(ALL).columns

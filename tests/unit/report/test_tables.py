@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from cptq.cli.output import MANY, make_leader_table
 from cptq.report import VerificationFacts
+from cptq.report.protocol import IN_DOMAIN
 from cptq.report.tables import (
     build_evaluation_table,
     build_pruning_tables,
@@ -82,7 +83,7 @@ def test_the_protocol_and_in_domain_calibration_stand_beside_the_numbers() -> No
     summary = synthetic.make_summary(blocks=2)
     plain = build_evaluation_table(summary)
     assert plain is not None
-    assert "calibration" not in plain.columns
+    assert IN_DOMAIN not in plain.columns
     protocol = "windows: 10 of 2,048 tokens, BOS in each"
     rows = summary.comparison.rows
     perplexity = replace(rows[0].result, protocol=protocol, in_domain=True)
@@ -92,10 +93,10 @@ def test_the_protocol_and_in_domain_calibration_stand_beside_the_numbers() -> No
         replace(summary, comparison=replace(summary.comparison, rows=joined))
     )
     assert table is not None
-    place = table.columns.index("calibration")
-    assert [row[place] for row in table.rows] == ["in-domain", *[""] * (len(rows) - 1)]
+    place = table.columns.index(IN_DOMAIN)
+    assert [row[place] for row in table.rows] == [IN_DOMAIN, *[""] * (len(rows) - 1)]
     assert table.note.count(f"wikitext: {protocol}") == 1
-    assert "in-domain: calibrated on text of the same corpus" in table.note
+    assert f"{IN_DOMAIN}: in-domain, calibrated on text of the same corpus" in table.note
     assert all(len(row) == len(table.columns) for row in table.rows)
 
 
