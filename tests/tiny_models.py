@@ -152,8 +152,11 @@ def build_tiny_model(
     return path
 
 
-def tiny_tokenizer(*, causal: bool) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of `VOCABULARY` tokens; `<s> ... </s>` around a text unless `causal`."""
+def tiny_tokenizer(*, causal: bool, bos: bool = False) -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `VOCABULARY` tokens; `<s> ... </s>` around a text unless `causal`.
+
+    `bos`: a causal one puts `<s>` before a text, as Llama's and Gemma's do.
+    """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -170,16 +173,20 @@ def tiny_tokenizer(*, causal: bool) -> PreTrainedTokenizerFast:
             pair="<s> $A </s> $B </s>",
             special_tokens=[("<s>", 1), ("</s>", 2)],
         )
-    pad, bos, eos, unk, mask = SPECIALS
+    elif bos:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 1)]
+        )
+    pad, first, last, unk, mask = SPECIALS
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         model_max_length=POSITIONS - 8,
         model_input_names=["input_ids", "attention_mask"],
         pad_token=pad,
-        bos_token=bos,
-        eos_token=eos,
+        bos_token=first,
+        eos_token=last,
         unk_token=unk,
-        **({} if causal else {"cls_token": bos, "sep_token": eos, "mask_token": mask}),
+        **({} if causal else {"cls_token": first, "sep_token": last, "mask_token": mask}),
     )
 
 

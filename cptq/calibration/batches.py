@@ -15,7 +15,7 @@ from torch import Tensor
 from cptq.calibration.objective import mask_real_tokens
 from cptq.types import ModelKind
 
-#: input_ids and attention_mask, (rows, positions) each
+#: input_ids, attention_mask and, of pairs, token_type_ids; (rows, positions) each
 Batch = dict[str, Tensor]
 
 #: tokens that flow through a model at once while it is measured

@@ -1,14 +1,29 @@
 """Turn text into token batches, with a record that identifies the tokens exactly.
 
-For a causal LM: windows of `seqlen` consecutive tokens of the tokenized text, no padding and no
-special tokens (GPTQ's protocol), drawn without overlap by a seeded permutation. For other kinds:
-one document per row, truncated at `seqlen` tokens and padded; the attention mask marks real tokens.
+For a causal LM: windows of `seqlen` consecutive tokens of the tokenized text, drawn without overlap
+by a seeded permutation. Where the tokenizer puts a BOS before a text (`find_bos`), every window is
+the BOS and seqlen - 1 tokens: a model that was trained with it has other activations without it.
+Where it adds none these are GPTQ's windows. Other special tokens are left out.
+
+Documents are joined to one text by default, as GPTQ's are, so that windows cross their borders.
+`documents="apart"` tokenises each by itself and cuts it into windows. The rest of a document is a
+shorter row; below SHORTEST tokens, where most tokens would have hardly any context, it is dropped
+and counted in a Notice. Rows of unequal length are never in one batch: no row has padding, which
+would reach the experts of a mixture.
+
+For other kinds: one document per row with the tokenizer's special tokens, truncated at `seqlen`
+tokens and padded; the attention mask marks real tokens. Where the text is a GLUE task of pairs and
+the model a classifier, a row is a pair, encoded as it is evaluated, with its token types where the
+model takes them. Sentence encoders embed each sentence alone, so they get single sentences.
+
+Limits: windows that are cut from an article begin in the middle of a sentence.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+import inspect
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +33,31 @@ from torch import Tensor
 
 from cptq.calibration.batches import Batch
 from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.special_tokens import find_bos
 from cptq.config import CalibrationSettings, ModelSettings
 from cptq.data.overlap import build_sketch, encode_sketch
 from cptq.data.text import Text, load_text
 from cptq.errors import CalibrationError
 from cptq.types import CalibrationRecord, Emit, Notice
+
+#: tokens of the shortest row that is cut from a document apart
+SHORTEST = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Row:
+    """One sample: the model's inputs by name, (tokens,) each, and the sentences of a pair."""
+
+    inputs: Mapping[str, Tensor]
+    sentences: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.inputs["input_ids"])
+
+    @property
+    def key(self) -> tuple[tuple[int, ...], ...]:
+        """What equal samples share."""
+        return tuple(tuple(value.tolist()) for value in self.inputs.values())
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -110,10 +145,10 @@ def count_calibrating(rows: int, samples: int, held_out: int) -> int:
     return min(samples, rows - kept)
 
 
-def _drop_seen(model: LoadedModel, seen: Iterable[Tensor], rows: Iterable[Tensor]) -> list[Batch]:
+def _drop_seen(model: LoadedModel, seen: Iterable[Row], rows: Iterable[Row]) -> list[Batch]:
     """Return the rows, one per batch, without those that repeat a calibrating row."""
-    known = {tuple(row.tolist()) for row in seen}
-    return [_pad_rows(model, [row]) for row in rows if tuple(row.tolist()) not in known]
+    known = {row.key for row in seen}
+    return [_pad_rows(model, [row]) for row in rows if row.key not in known]
 
 
 def _limit_seqlen(model: LoadedModel, asked: int, emit: Emit) -> int:
@@ -127,37 +162,99 @@ def _limit_seqlen(model: LoadedModel, asked: int, emit: Emit) -> int:
 
 def _cut_windows(
     model: LoadedModel, text: Text, settings: CalibrationSettings, seqlen: int, emit: Emit
-) -> list[Tensor]:
-    """Return non-overlapping windows in seeded order, each (seqlen,)."""
-    ids = _encode(model.tokenizer, text.text)
-    windows = list(ids[: len(ids) // seqlen * seqlen].view(-1, seqlen))
+) -> list[Row]:
+    """Return non-overlapping windows in seeded order, each with its BOS at most `seqlen` tokens."""
+    bos = find_bos(model.tokenizer)
+    first = torch.tensor([] if bos is None else [bos], dtype=torch.long)
+    room = seqlen - len(first)
+    if room < 1:
+        raise CalibrationError(
+            f"a window of {seqlen} tokens leaves no room for text beside the BOS",
+            hint="pass a --seqlen of at least 2",
+        )
+    if settings.documents == "apart":
+        windows = _cut_apart(model.tokenizer, text, room, emit)
+    else:
+        windows = _cut_joined(model.tokenizer, text, room)
+    chosen = _draw(windows, settings, emit)
+    return [Row(inputs={"input_ids": torch.cat([first, window])}) for window in chosen]
+
+
+def _cut_joined(tokenizer: Any, text: Text, room: int) -> list[Tensor]:
+    """Cut the whole text into windows of `room` tokens, the rest dropped."""
+    # the whole text is one sequence on purpose
+    (ids,) = _encode(tokenizer, [text.text])
+    windows = list(ids[: len(ids) // room * room].view(-1, room))
     if not windows:
         raise CalibrationError(
-            f"{text.origin} gives {len(ids)} tokens, fewer than one sample of {seqlen}",
+            f"{text.origin} gives {len(ids)} tokens, fewer than one sample of {room}",
             hint="pass a smaller --seqlen or a longer text",
         )
-    return _draw(windows, settings, emit)
+    return windows
+
+
+def _cut_apart(tokenizer: Any, text: Text, room: int, emit: Emit) -> list[Tensor]:
+    """Cut every document into windows of at most `room` tokens; short rests are dropped."""
+    documents = [ids for ids in _encode(tokenizer, text.articles) if len(ids)]
+    pieces = [piece for ids in documents for piece in ids.split(room)]
+    least = min(SHORTEST, room)
+    kept = [piece for piece in pieces if len(piece) >= least]
+    if not kept:
+        raise CalibrationError(
+            f"none of the {len(documents)} documents of {text.origin} has {least} tokens",
+            hint="pass --documents joined, or a smaller --seqlen",
+        )
+    if len(kept) < len(pieces):
+        message = (
+            f"{len(pieces) - len(kept)} documents or ends of documents with fewer than {least} "
+            f"tokens were dropped, {len(kept)} windows of {len(documents)} documents are left"
+        )
+        emit(Notice(kind="info", subject="--documents", message=message))
+    return kept
 
 
 def _tokenize_documents(
     model: LoadedModel, text: Text, settings: CalibrationSettings, seqlen: int, emit: Emit
-) -> list[Tensor]:
-    """Return one document per row, truncated at `seqlen`, in seeded order."""
-    assert model.tokenizer is not None
-    specials = model.tokenizer.num_special_tokens_to_add()
+) -> list[Row]:
+    """Return one document, or one pair, per row, truncated at `seqlen`, in seeded order."""
+    if settings.documents == "apart":
+        message = f"every row of this model ({model.kind}) is one document: nothing to keep apart"
+        emit(Notice(kind="info", subject="--documents", message=message))
+    tokenizer: Any = model.tokenizer
+    pairs = _takes_pairs(model, text)
+    specials = tokenizer.num_special_tokens_to_add(pair=pairs)
     if seqlen <= specials:  # the tokenizer would not truncate at all
         raise CalibrationError(
             f"a row of {seqlen} tokens leaves no room for text beside {specials} special tokens",
             hint=f"pass a --seqlen of at least {specials + 1}",
         )
-    chosen = _draw(list(text.rows), settings, emit)
-    rows = [model.tokenizer(document, verbose=False)["input_ids"] for document in chosen]
-    long = sum(len(row) > seqlen for row in rows)
+    documents = text.pairs if pairs else [(row,) for row in text.rows]
+    chosen = _draw(list(documents), settings, emit)
+    long = sum(len(tokenizer(*texts, verbose=False)["input_ids"]) > seqlen for texts in chosen)
     if long:
-        message = f"{long} of {len(rows)} documents were cut at {seqlen} tokens"
+        what = "pairs" if pairs else "documents"
+        message = f"{long} of {len(chosen)} {what} were cut at {seqlen} tokens"
         emit(Notice(kind="info", subject="calibration", message=message))
-    cut = [model.tokenizer(d, truncation=True, max_length=seqlen)["input_ids"] for d in chosen]
-    return [torch.tensor(row) for row in cut]
+    names = _list_inputs(model, pairs)
+    found = [(tokenizer(*texts, truncation=True, max_length=seqlen), texts) for texts in chosen]
+    return [
+        Row(
+            inputs={name: torch.tensor(row[name]) for name in names if name in row},
+            sentences=texts if pairs else (),
+        )
+        for row, texts in found
+    ]
+
+
+def _takes_pairs(model: LoadedModel, text: Text) -> bool:
+    """Whether rows are pairs: only classifiers see both sentences at once."""
+    return bool(text.pairs) and model.kind == "classifier"
+
+
+def _list_inputs(model: LoadedModel, pairs: bool) -> list[str]:
+    """List what a row holds; token types of a single sentence are 0, which is the default."""
+    accepted = inspect.signature(model.module.forward).parameters
+    return ["input_ids", *(name for name in ("token_type_ids",) if pairs and name in accepted)]
 
 
 def _draw(items: list[Any], settings: CalibrationSettings, emit: Emit) -> list[Any]:
@@ -169,10 +266,10 @@ def _draw(items: list[Any], settings: CalibrationSettings, emit: Emit) -> list[A
     return [items[i] for i in order.tolist()]
 
 
-def _encode(tokenizer: Any, text: str) -> Tensor:
-    # the whole text is one sequence on purpose: windows are cut from it later
-    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    return torch.tensor(ids, dtype=torch.long)
+def _encode(tokenizer: Any, texts: Sequence[str]) -> list[Tensor]:
+    """Return the token ids of each text, without special tokens."""
+    found = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return [torch.tensor(ids, dtype=torch.long) for ids in found]
 
 
 def _assemble(
@@ -180,9 +277,9 @@ def _assemble(
     text: Text,
     settings: CalibrationSettings,
     seqlen: int,
-    rows: list[Tensor],
+    rows: list[Row],
 ) -> Calibration:
-    parts = [rows[i : i + settings.batch_size] for i in range(0, len(rows), settings.batch_size)]
+    language = model.kind == "causal-lm"
     record = CalibrationRecord(
         source=text.source,
         origin=Path(text.origin).name if Path(text.origin).is_absolute() else text.origin,
@@ -190,31 +287,56 @@ def _assemble(
         seqlen=seqlen,
         tokens=sum(len(row) for row in rows),
         seed=settings.seed,
-        fingerprint=digest_tokens(rows),
+        fingerprint=digest_tokens(value for row in rows for value in row.inputs.values()),
         text_sha256=text.sha256,
         notes=tuple(text.notes),
-        sketch=encode_sketch(build_sketch(_decode_rows(model, rows))),
+        sketch=encode_sketch(build_sketch(_list_texts(model, rows))),
+        bos=language and find_bos(model.tokenizer) is not None,
+        documents=settings.documents if language else None,
+        pairs=_takes_pairs(model, text),
     )
+    parts = _group_rows(rows, settings.batch_size, equal=language)
     return Calibration(batches=[_pad_rows(model, part) for part in parts], record=record)
 
 
-def _decode_rows(model: LoadedModel, rows: list[Tensor]) -> list[str]:
-    """Return the samples as text."""
-    assert model.tokenizer is not None
-    decode = model.tokenizer.decode
-    return [str(decode(row.tolist(), skip_special_tokens=True)) for row in rows]
+def _group_rows(rows: Iterable[Row], size: int, *, equal: bool) -> list[list[Row]]:
+    """Group consecutive rows, at most `size`, where `equal` only those of one length."""
+    groups: list[list[Row]] = []
+    for row in rows:
+        group = groups[-1] if groups else []
+        if not group or len(group) == size or (equal and len(group[0]) != len(row)):
+            groups.append([row])
+        else:
+            group.append(row)
+    return groups
 
 
-def _pad_rows(model: LoadedModel, rows: list[Tensor]) -> Batch:
+def _list_texts(model: LoadedModel, rows: Iterable[Row]) -> list[str]:
+    """Return the samples as text; both sentences of a pair, whole, since each may leak."""
+    tokenizer: Any = model.tokenizer
+    texts: list[str] = []
+    for row in rows:
+        ids = row.inputs["input_ids"].tolist()
+        texts += row.sentences or [str(tokenizer.decode(ids, skip_special_tokens=True))]
+    return texts
+
+
+def _pad_rows(model: LoadedModel, rows: Sequence[Row]) -> Batch:
     """Return rows of any length as one batch, right-padded, on the model's device."""
-    longest = max(len(row) for row in rows)
-    pad = getattr(model.tokenizer, "pad_token_id", None) or 0
-    ids = torch.full((len(rows), longest), pad, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = row
-        mask[index, : len(row)] = 1
-    return {"input_ids": ids.to(model.device), "attention_mask": mask.to(model.device)}
+    longest, device = max(map(len, rows)), model.device
+    fills = {"input_ids": getattr(model.tokenizer, "pad_token_id", None) or 0}
+    mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+    padded = {
+        name: torch.stack([_pad(row.inputs[name], longest, fills.get(name, 0)) for row in rows])
+        for name in rows[0].inputs
+    }
+    return {name: value.to(device) for name, value in padded.items()} | {
+        "attention_mask": mask.to(device)
+    }
+
+
+def _pad(values: Tensor, length: int, fill: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, length - len(values)), value=fill)
 
 
 def digest_tokens(rows: Iterable[Tensor]) -> str:

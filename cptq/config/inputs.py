@@ -116,6 +116,14 @@ class CalibrationSettings:
         minimum=1,
     )
     seqlen: int = option(512, "Use N tokens per sequence.", CALIBRATION, "N", minimum=1)
+    documents: str = option(
+        "joined",
+        "Cut the sequences of a language model from documents joined to one text, or from each "
+        "apart, so that none crosses a border.",
+        CALIBRATION,
+        "HOW",
+        choices=("joined", "apart"),
+    )
     batch_size: int = batch_size_option()
     seed: int = seed_option()
 

@@ -340,6 +340,14 @@ class EvaluationSettings:
         minimum=2,
         usual="2048, or what the model takes",
     )
+    bos: str = option(
+        "every",
+        "Begin every window of perplexity, or only the first, with the BOS where the tokenizer "
+        "adds one. first: the protocol of the GPTQ repository.",
+        EVALUATION,
+        "WINDOWS",
+        choices=("every", "first"),
+    )
     batch_size: int = batch_size_option()
     data_dir: Path | None = data_dir_option()
     seed: int = seed_option()

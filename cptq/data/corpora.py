@@ -32,7 +32,7 @@ from cptq.data.files import (
 from cptq.data.hub import load_hub_rows
 from cptq.data.text import Text
 from cptq.data.wikitext import REPOSITORY as WIKITEXT
-from cptq.data.wikitext import SEPARATOR, split_rows
+from cptq.data.wikitext import SEPARATOR, is_title, split_rows
 from cptq.errors import DataError
 from cptq.types import digest
 
@@ -199,17 +199,12 @@ def split_pages(raw: str) -> tuple[str, ...]:
     """Split an original WikiText file into articles, each from its heading on."""
     pages, lines = [], list[str]()
     for line in raw.split("\n"):
-        if _is_title(line):
+        if is_title(line):
             pages.append("\n".join(lines))
             lines = []
         lines.append(line)
     whole = [page for page in pages if page.strip()]
     return (*whole, "\n".join(lines))
-
-
-def _is_title(line: str) -> bool:
-    heading = line.replace("= = =", "===").replace("= =", "==").strip()
-    return heading.startswith("= ") and heading.endswith(" =")
 
 
 def load_pages(

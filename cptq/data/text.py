@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
+from cptq.data.corpus_names import name_corpus
 from cptq.data.files import MissingDataError, read_text, read_tsv
 from cptq.data.glue import load_glue
 from cptq.data.glue_layouts import TRAINED
 from cptq.data.pydoc_text import drop_repeats, is_evaluation, load_topics
-from cptq.data.wikitext import SEPARATOR, load_wikitext
+from cptq.data.wikitext import SEPARATOR, load_wikitext, split_articles
 from cptq.errors import DataError, UnknownNameError
 from cptq.registry import find_closest
 
@@ -29,6 +30,8 @@ class Text:
 
     `documents` joined by `separator` are `text`, which is what language models are fed; `sha256`
     is of that in UTF-8. `rows` are the sentences and paragraphs, which is what encoders are fed.
+    `pairs` are the two sentences of each sample of a task of pairs, which is what its classifiers
+    are fed; empty for any other text.
     """
 
     source: str
@@ -37,6 +40,7 @@ class Text:
     documents: tuple[str, ...]
     separator: str
     notes: tuple[str, ...] = ()
+    pairs: tuple[tuple[str, ...], ...] = ()
 
     @cached_property
     def text(self) -> str:
@@ -47,6 +51,14 @@ class Text:
     def sha256(self) -> str:
         """sha256 (hex) of `text` in UTF-8."""
         return hashlib.sha256(self.text.encode()).hexdigest()
+
+    @cached_property
+    def articles(self) -> tuple[str, ...]:
+        """The texts that belong together: WikiText's articles, else the documents; no empty one."""
+        of_wikitext = name_corpus(self.source) == "wikitext"
+        rows = self.documents
+        found = split_articles(rows, self.separator) if of_wikitext else rows
+        return tuple(article for article in found if article.strip())
 
     @cached_property
     def rows(self) -> tuple[str, ...]:
@@ -184,7 +196,8 @@ def _load_sentences(
         source.removeprefix("glue/"), part, data_dir=data_dir, cache_dir=cache_dir, token=token
     )
     documents = tuple(sentence for pair in found.sentences for sentence in pair)
-    return _build_text(source, split, documents, "\n", found.origin, found.notes)
+    text = _build_text(source, split, documents, "\n", found.origin, found.notes)
+    return replace(text, pairs=found.sentences if len(found.sentences[0]) == 2 else ())
 
 
 def _read_tsv_documents(path: Path) -> tuple[str, ...]:

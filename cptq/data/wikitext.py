@@ -11,6 +11,7 @@ rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from cptq.data.files import (
@@ -37,6 +38,22 @@ def split_rows(raw: str) -> tuple[str, ...]:
     """Split the text of an original file into the rows of the Hub's data set."""
     lines = raw.removesuffix("\n").split("\n")
     return tuple(f"{line}\n" if line.strip() else "" for line in lines)
+
+
+def split_articles(rows: Iterable[str], separator: str = SEPARATOR) -> tuple[str, ...]:
+    """Join rows to articles, each from its heading of the first level (` = Title = `) on."""
+    articles: list[list[str]] = [[]]
+    for row in rows:
+        if is_title(row):
+            articles.append([])
+        articles[-1].append(row)
+    return tuple(separator.join(article) for article in articles)
+
+
+def is_title(line: str) -> bool:
+    """Whether a line is the title of an article, and not the heading of a section."""
+    heading = line.replace("= = =", "===").replace("= =", "==").strip()
+    return heading.startswith("= ") and heading.endswith(" =")
 
 
 def load_wikitext(

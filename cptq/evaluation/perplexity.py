@@ -1,14 +1,23 @@
-"""Perplexity by the protocol of the GPTQ repository, and two numbers that compare tokenizers.
+"""Perplexity in windows with a BOS, or by the GPTQ repository; two numbers that compare tokenizers.
 
-The whole text is tokenised once, with the special tokens that the tokenizer adds by itself (OPT's
-and Llama's begin with a BOS, so only the first window has one). It is cut into windows of `seqlen`
-tokens that do not overlap; the rest, shorter than a window, is dropped. In each window every token
-but the first is predicted from those before it in the window, so that
+The whole text is tokenised once, with the special tokens that the tokenizer adds by itself, and cut
+into windows of `seqlen` tokens that do not overlap; the rest, shorter than a window, is dropped. In
+each window every token but the first is predicted from those before it in the window, so that
 
     perplexity = exp( sum of nll / (windows * (seqlen - 1)) )        nll in nats
 
-The repository multiplies a window's mean loss over seqlen - 1 tokens by seqlen and divides by
-windows * seqlen: the same number.
+Where the tokenizer puts a BOS before a text (Gemma, Llama, OPT; `find_bos`), there are two
+protocols, and a result names the one it was measured by:
+
+    every   each window is the BOS and seqlen - 1 tokens of text, all of which are predicted. The
+            default: models that were trained with a BOS in front of every sequence need it. A
+            Gemma-like model reads perplexity 131 with a BOS in the first window alone, and 32 so.
+    first   the GPTQ repository's: windows are cut from the text with the BOS before it, so that
+            the first window alone has one. For comparison with published numbers. (The repository
+            multiplies a window's mean loss over seqlen - 1 tokens by seqlen and divides by
+            windows * seqlen: the same number.)
+
+The BOS itself is never predicted. Where the tokenizer adds none the two are one and the same.
 
 Word perplexity exp(sum nll / words) and bits per byte sum nll / (bytes * ln 2) are normalised as in
 lm-evaluation-harness, by words and UTF-8 bytes of the text itself; the words and bytes counted are
@@ -82,10 +91,15 @@ def tokenize(tokenizer: Any, text: str) -> Tokens:
     return Tokens(text=text, ids=torch.tensor(found["input_ids"], dtype=torch.int64), ends=ends)
 
 
-def cut_windows(ids: Tensor, seqlen: int) -> Tensor:
-    """Cut (windows, seqlen) consecutive windows, the rest dropped."""
-    windows = ids.numel() // seqlen
-    return ids[: windows * seqlen].view(windows, seqlen)
+def cut_windows(ids: Tensor, seqlen: int, bos: int | None = None) -> Tensor:
+    """Cut (windows, seqlen) consecutive windows, the rest dropped.
+
+    With a `bos` each is that token and seqlen - 1 of `ids`.
+    """
+    room = seqlen - (bos is not None)
+    windows = ids.numel() // room
+    rows = ids[: windows * room].view(windows, room)
+    return rows if bos is None else torch.cat([rows.new_full((windows, 1), bos), rows], 1)
 
 
 def count_words_and_bytes(

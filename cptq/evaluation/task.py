@@ -41,14 +41,16 @@ class EvalOptions:
     `batch_size`: at most this many rows in one forward; perplexity takes fewer where windows are
     long. It changes no result. `limit`: the first samples only (windows of a text, sentences of a
     labelled set); up to 1 a share, above 1 a count. `seqlen`: tokens of a window, None = 2,048 or
-    what the model can take. `stride`: windows roll over a text and each predicts this many tokens,
-    None = windows that do not overlap. `max_length`: tokens at which a sentence is cut, None = the
+    what the model can take. `bos`: which windows of a text begin with the tokenizer's BOS, "every"
+    or the "first". `stride`: windows roll over a text and each predicts this many tokens, None =
+    windows that do not overlap. `max_length`: tokens at which a sentence is cut, None = the
     model's. `observer`: records a baseline's outputs on a text, or compares the model's with them.
     """
 
     batch_size: int = 8
     limit: float | None = None
     seqlen: int | None = None
+    bos: str = "every"
     stride: int | None = None
     max_length: int | None = None
     data_dir: Path | None = None

@@ -288,7 +288,9 @@ def _summarize(
 def _build_sample(inputs: CompressInputs) -> ReloadSample:
     """Return a short input and the outputs of the compressed model in memory for it."""
     model, batches = inputs.model, inputs.calibration.batches
-    batch: Batch = {name: x[:1, :SAMPLE_TOKENS] for name, x in batches[0].items()}
+    # without token types, which llama.cpp does not take; a model without them gets zeros
+    names = ("input_ids", "attention_mask")
+    batch: Batch = {name: batches[0][name][:1, :SAMPLE_TOKENS] for name in names}
     exact = model.device.type == "cpu" and model.dtype == torch.float32
     return ReloadSample(
         inputs=batch,

@@ -6,10 +6,11 @@ measured, the baseline first, so that two models are never in memory at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from cptq.artifact.atomic import refuse_existing, write_file
 from cptq.artifact.manifest import try_read_manifest
@@ -19,6 +20,7 @@ from cptq.config import EvalSettings, ModelSettings
 from cptq.data.overlap import decode_sketch
 from cptq.evaluation.baseline import add_flips, add_paired_differences
 from cptq.evaluation.divergence import StateComparer, StateRecorder
+from cptq.evaluation.in_domain import mark_in_domain
 from cptq.evaluation.leak_check import CalibrationText, check_leaks
 from cptq.evaluation.task import EvalOptions, Observer, PreparedTask, prepare_task
 from cptq.evaluation.tasks.harness import prepare_harness, resolve_tasks
@@ -33,10 +35,14 @@ Results = tuple[EvalResult, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PreparedModel:
-    """A model that is not loaded yet, and the tasks that are prepared for it."""
+    """A model that is not loaded yet, and the tasks that are prepared for it.
+
+    `calibrated_on` is the source of the text that calibrated an artifact (None: not known).
+    """
 
     settings: ModelSettings
     tasks: tuple[PreparedTask, ...]
+    calibrated_on: str | None = None
 
 
 def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
@@ -99,11 +105,16 @@ def _prepare_model(settings: EvalSettings, source: str, recorder: Recorder) -> P
         recorder(Progress(stage="prepare", done=total - 1, total=total, message="lm-eval"))
         tasks.append(prepare_harness(spec, settings.lm_eval, options, recorder))
     recorder(Progress(stage="prepare", done=total, total=total))
-    calibration = _read_calibration(spec.path, recorder)
+    record = _read_calibration(spec.path)
+    calibration = _read_sketch(record, spec.path.name, recorder)
     if calibration is not None:
         for task in tasks:
             check_leaks(task, calibration, strict=settings.strict, emit=recorder)
-    return PreparedModel(settings=model_settings, tasks=tuple(tasks))
+    return PreparedModel(
+        settings=model_settings,
+        tasks=tuple(tasks),
+        calibrated_on=str(record["source"]) if "source" in record else None,
+    )
 
 
 def _build_options(settings: EvalSettings) -> EvalOptions:
@@ -111,6 +122,7 @@ def _build_options(settings: EvalSettings) -> EvalOptions:
         batch_size=settings.batch_size,
         limit=settings.limit,
         seqlen=settings.seqlen,
+        bos=settings.bos,
         stride=settings.stride,
         data_dir=settings.data_dir,
         cache_dir=settings.model.cache_dir,
@@ -120,17 +132,22 @@ def _build_options(settings: EvalSettings) -> EvalOptions:
     )
 
 
-def _read_calibration(path: Path, emit: Emit) -> CalibrationText | None:
-    """Read which text calibrated an artifact; None of other models, or if it was not recorded."""
+def _read_calibration(path: Path) -> Mapping[str, Any]:
+    """Read the record of the text that calibrated an artifact; empty of other models."""
     calibration = try_read_manifest(path).get("calibration")
-    if not isinstance(calibration, dict):
+    return calibration if isinstance(calibration, dict) else {}
+
+
+def _read_sketch(record: Mapping[str, Any], name: str, emit: Emit) -> CalibrationText | None:
+    """Read the sketch of the calibration text; None if it was not recorded."""
+    if not record:
         return None
-    if not calibration.get("sketch"):
+    if not record.get("sketch"):
         message = "its manifest has no fingerprints of the calibration text to look for"
-        emit(Notice(kind="skipped", subject=path.name, message=message))
+        emit(Notice(kind="skipped", subject=name, message=message))
         return None
-    name = str(calibration.get("origin", calibration.get("source", "")))
-    return CalibrationText(name=name, sketch=decode_sketch(calibration["sketch"]))
+    origin = str(record.get("origin", record.get("source", "")))
+    return CalibrationText(name=origin, sketch=decode_sketch(record["sketch"]))
 
 
 def measure_model(
@@ -148,7 +165,7 @@ def measure_model(
     with recorder.stage(stage):
         for task in prepared.tasks:
             results += task.measure(model, options, recorder)
-    return model, tuple(results)
+    return model, tuple(mark_in_domain(results, prepared.calibrated_on))
 
 
 def _measure_both(

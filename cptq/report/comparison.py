@@ -21,6 +21,7 @@ from cptq.report.formatting import (
     format_with_error,
     shorten_tasks,
 )
+from cptq.report.protocol import IN_DOMAIN, explain_in_domain, list_protocols, spell_in_domain
 from cptq.report.summary import convert_to_plain
 from cptq.types import EvalResult, Notice, PairedDifference
 
@@ -153,7 +154,8 @@ def build_comparison_tables(comparison: ModelComparison) -> Sequence[Table]:
 def build_front_table(comparison: ModelComparison) -> Table:
     """Build the table of sizes, bits and quality, with a mark on the front."""
     task, metric = comparison.quality
-    task = shorten_tasks([task])[task]
+    found = [result for model in comparison.models if (result := comparison.find_quality(model))]
+    marked, tasks = any(result.in_domain for result in found), shorten_tasks([task])
     better = "higher" if comparison.higher_is_better else "lower"
     rows = [
         (
@@ -162,18 +164,30 @@ def build_front_table(comparison: ModelComparison) -> Table:
             format_number(model.effective_bits, 3),
             format_number(model.file_bits, 3),
             _format_result(comparison.find_quality(model)),
+            *([spell_in_domain(comparison.find_quality(model))] if marked else []),
             FRONT if comparison.is_on_front(model) else "",
         )
         for model in comparison.models
     ]
     return Table(
-        title=f"Size and quality: {task}",
-        columns=("model", "weights", "bits", "file bits", metric, "front"),
+        title=f"Size and quality: {tasks[task]}",
+        columns=(
+            *("model", "weights", "bits", "file bits", metric),
+            *((IN_DOMAIN,) if marked else ()),
+            "front",
+        ),
         rows=tuple(rows),
         right=("weights", "bits", "file bits", metric),
-        note=f"{metric}: {better} is better, ± standard error; bits: per compressed weight, with "
-        f"scales; file bits: whole file over all parameters; {FRONT}: no other model is as "
-        "small and as good",
+        note="; ".join(
+            [
+                f"{metric}: {better} is better, ± standard error",
+                "bits: per compressed weight, with scales",
+                "file bits: whole file over all parameters",
+                f"{FRONT}: no other model is as small and as good",
+                *list_protocols(found, tasks),
+                *explain_in_domain(found),
+            ]
+        ),
     )
 
 
@@ -205,14 +219,30 @@ def build_difference_table(comparison: ModelComparison) -> Table | None:
 def build_results_table(comparison: ModelComparison) -> Table | None:
     """Build the table of all quality results."""
     tasks = shorten_tasks(result.task for model in comparison.models for result in model.results)
-    rows = tuple(
-        (model.name, tasks[result.task], result.metric, _format_result(result), result.unit)
+    found = [
+        (model.name, result)
         for model in comparison.models
         for result in model.results
         if result.task not in COSTS
+    ]
+    results = [result for _, result in found]
+    marked = any(result.in_domain for result in results)
+    rows = tuple(
+        (
+            *(name, tasks[result.task], result.metric, _format_result(result)),
+            *([spell_in_domain(result)] if marked else []),
+            result.unit,
+        )
+        for name, result in found
     )
-    columns = ("model", "task", "metric", "value", "unit")
-    return Table(title="All results", columns=columns, rows=rows, right=("value",))
+    mark = (IN_DOMAIN,) if marked else ()
+    return Table(
+        title="All results",
+        columns=("model", "task", "metric", "value", *mark, "unit"),
+        rows=rows,
+        right=("value",),
+        note="; ".join([*list_protocols(results, tasks), *explain_in_domain(results)]),
+    )
 
 
 def build_cost_table(comparison: ModelComparison) -> Table | None:

@@ -19,6 +19,7 @@ from cptq.report.formatting import (
     shorten_tasks,
     tabulate_pairs,
 )
+from cptq.report.protocol import IN_DOMAIN, explain_in_domain, list_protocols, spell_in_domain
 from cptq.report.summary import (
     Summary,
     VerificationFacts,
@@ -29,7 +30,7 @@ from cptq.report.summary import (
     rank_units,
 )
 from cptq.report.validation import build_validation_tables
-from cptq.types import LayerSpec, PairedDifference, SensitivityTable, SizeReport
+from cptq.types import CalibrationRecord, LayerSpec, PairedDifference, SensitivityTable, SizeReport
 
 TOP = 10
 #: with more notices than this, kinds that changed no result are folded
@@ -64,6 +65,7 @@ def build_evaluation_table(summary: Summary) -> Table | None:
     if not summary.evaluation:
         return None
     compared = bool(summary.baseline)
+    marked = any(row.in_domain for row in summary.evaluation)
     rows, tasks = [], shorten_tasks(row.task for row in summary.evaluation)
     for row in summary.comparison.rows:
         value = format_with_error(row.result.value, row.result.stderr)
@@ -71,16 +73,26 @@ def build_evaluation_table(summary: Summary) -> Table | None:
         if compared:
             base = format_number(row.baseline.value) if row.baseline else "-"
             cells += [base, format_signed(row.difference, 3), row.verdict]
+        cells += [spell_in_domain(row.result)] if marked else []
         rows.append((*cells, row.result.unit))
-    extra = ("baseline", "difference", "") if compared else ()
+    extra = [*(("baseline", "difference", "") if compared else ())]
+    extra += [IN_DOMAIN] if marked else []
     return Table(
         title="Evaluation",
         columns=("task", "metric", "value", *extra, "unit"),
         rows=tuple(rows),
         right=("value", "baseline", "difference"),
-        note=f"Baseline: {summary.baseline_source}" if summary.baseline_source else "",
+        note="; ".join(_list_evaluation_notes(summary, tasks)),
         leading=True,
     )
+
+
+def _list_evaluation_notes(summary: Summary, tasks: Mapping[str, str]) -> list[str]:
+    baseline = [f"Baseline: {summary.baseline_source}"] if summary.baseline_source else []
+    if any(row.in_domain for row in summary.baseline):
+        baseline.append("the baseline was calibrated in-domain, too")
+    results = summary.evaluation
+    return [*baseline, *list_protocols(results, tasks), *explain_in_domain(results)]
 
 
 def build_paired_table(paired: Sequence[PairedDifference]) -> Table | None:
@@ -273,12 +285,24 @@ def build_calibration_table(summary: Summary) -> Table | None:
         ("source", record.source),
         ("location", record.origin),
         ("amount", amount),
+        ("samples", describe_samples(record)),
         ("seed", record.seed),
         ("sha256 of the tokens", record.fingerprint),
         ("sha256 of the text", record.text_sha256),
         ("notes", "; ".join(record.notes)),
     ]
     return tabulate_pairs("Calibration", rows)
+
+
+def describe_samples(record: CalibrationRecord) -> str | None:
+    """Return what a calibration sample is, in words; None where that was not recorded."""
+    if record.pairs:
+        return "pairs of sentences"
+    if record.documents is None:
+        return None
+    border = "cross" if record.documents == "joined" else "do not cross"
+    start = "begin with the BOS and " if record.bos else "have no BOS and "
+    return f"windows {start}{border} the borders of documents"
 
 
 def build_protocol_table(summary: Summary) -> Table | None:
@@ -292,7 +316,7 @@ def build_protocol_table(summary: Summary) -> Table | None:
             "" if row.seqlen is None else str(row.seqlen),
             f"{row.data_source or ''} {(row.data_sha256 or '')[:12]}".strip(),
             format_seconds(row.seconds),
-            "; ".join(row.notes),
+            "; ".join([*([row.protocol] if row.protocol else []), *row.notes]),
         )
         for row in summary.evaluation
     ]

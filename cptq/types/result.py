@@ -79,7 +79,9 @@ class CalibrationRecord:
 
     `source` is "wikitext", "pydoc", the name of a path ...; `origin` its location. `fingerprint` is
     the sha256 of the token ids, `text_sha256` of the text. `sketch` is a digest of the text of the
-    samples (`cptq.data.overlap`), which the leak check compares with evaluation data.
+    samples (`cptq.data.overlap`), which the leak check compares with evaluation data. `bos`: every
+    window begins with the tokenizer's BOS. `documents`: windows are cut from documents "joined" or
+    "apart" (None: no windows, or not recorded). `pairs`: samples are pairs of sentences.
     """
 
     source: str
@@ -92,6 +94,9 @@ class CalibrationRecord:
     text_sha256: str
     notes: tuple[str, ...] = ()
     sketch: str = ""
+    bos: bool = False
+    documents: str | None = None
+    pairs: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +108,8 @@ class EvalResult:
     for KL); `seqlen` and `tokens` apply to language modelling. `data_sha256` is of the text or the
     examples, `data_fingerprint` of the samples made from them (for windows of tokens computed as
     that of a calibration). Results with equal fingerprints can be compared sample by sample by
-    their `per_sample`.
+    their `per_sample`. `protocol` names how a text was cut into windows (None: no perplexity),
+    `in_domain` says that the model was calibrated on the same corpus.
     """
 
     task: str
@@ -121,6 +127,8 @@ class EvalResult:
     data_sha256: str | None = None
     data_fingerprint: str | None = None
     per_sample: PerSample | None = None
+    protocol: str | None = None
+    in_domain: bool = False
     notes: tuple[str, ...] = ()
 
     @classmethod

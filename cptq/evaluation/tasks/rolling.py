@@ -77,7 +77,10 @@ class PreparedPages:
             data_source=self.pages.origin,
             data_sha256=self.pages.sha256,
             data_fingerprint=self.fingerprint,
-            notes=(f"rolling windows of {length} tokens, stride {self.stride}",),
+            protocol=(
+                f"documents by themselves, rolling windows of {length:,} tokens, stride "
+                f"{self.stride:,}, BOS (else EOS) before each document"
+            ),
         )
 
     def _count(self) -> Iterator[Count]:

@@ -1,8 +1,9 @@
 """Perplexity on a text: WikiText, other corpora, the text that every Python carries, a file.
 
-By the GPTQ protocol (`cptq.evaluation.perplexity`), or with windows that roll over the text if a
-stride is given (`cptq.evaluation.continuations`). Each corpus is taken as `cptq.data` describes; no
-other text stands in for one that is missing.
+In windows side by side (`cptq.evaluation.perplexity`), or in windows that roll over the text if a
+stride is given (`cptq.evaluation.continuations`); there, too, every window begins with the BOS that
+the tokenizer adds, in the place of the first token of its context. Each corpus is taken as
+`cptq.data` describes; no other text stands in for one that is missing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from cptq.calibration.tokens import digest_tokens
 from cptq.checkpoint.model import LoadedModel, ModelSpec
+from cptq.checkpoint.special_tokens import find_bos
 from cptq.data import Text, load_text
 from cptq.data.corpora import C4_WINDOWS, CORPORA, load_corpus
 from cptq.errors import DataError, EvaluationError
@@ -41,7 +43,8 @@ from cptq.evaluation.perplexity import (
 from cptq.evaluation.task import EvalOptions
 from cptq.types import Emit, EvalResult, Notice, Progress
 
-VERSION = 1
+#: 2: every window has a BOS where the tokenizer adds one; in 1 only the first had
+VERSION = 2
 Numbers = np.ndarray[Any, Any]
 DEFAULT_SEQLEN = 2048
 
@@ -62,7 +65,7 @@ class PreparedText:
     first_N: Numbers
     last_N: Numbers
     fingerprint: str
-    notes: tuple[str, ...] = ()
+    protocol: str
 
     @property
     def documents(self) -> Mapping[str, Sequence[str]]:
@@ -95,7 +98,8 @@ class PreparedText:
             data_source=self.text.origin,
             data_sha256=self.text.sha256,
             data_fingerprint=self.fingerprint,
-            notes=self.text.notes + self.notes,
+            protocol=self.protocol,
+            notes=self.text.notes,
         )
         return results + (observer.read_results(results[0]) if observer else [])
 
@@ -171,13 +175,25 @@ def prepare_windows(
         emit(Notice(kind="fallback", subject=name, message=note))
     if spec.tokenizer is None:
         raise EvaluationError(f"{spec.source} has no tokenizer, and {name} needs one")
-    tokens = tokenize(spec.tokenizer, text.text)
+    tokens, bos = tokenize(spec.tokenizer, text.text), find_bos(spec.tokenizer)
+    if bos is None and options.bos == "first":
+        message = "the tokenizer adds no BOS, so --bos first changes nothing"
+        emit(Notice(kind="info", subject=name, message=message))
     seqlen = _fit(choose_seqlen(spec, name, options.seqlen, emit), tokens, text, emit)
     if name == "c4" and options.limit is None:
         options = replace(options, limit=float(C4_WINDOWS))
+    every = bos if options.bos == "every" else None
     if options.stride:
-        return _roll(name, text, tokens, seqlen, options, emit)
-    return _cut(name, text, tokens, seqlen, options)
+        prepared = _roll(name, text, tokens, seqlen, every, options, emit)
+    else:
+        prepared = _cut(name, text, tokens, seqlen, every, options)
+    return replace(prepared, protocol=f"{prepared.protocol}, {_describe_bos(bos, every)}")
+
+
+def _describe_bos(bos: int | None, every: int | None) -> str:
+    if bos is None:
+        return "no BOS"
+    return "BOS in the first only" if every is None else "BOS in each"
 
 
 def _load(name: str, options: EvalOptions) -> Text:
@@ -191,11 +207,15 @@ def _load(name: str, options: EvalOptions) -> Text:
     return load_text(name.removeprefix(TEXT_PREFIX), "evaluation", **places)
 
 
-def _cut(name: str, text: Text, tokens: Tokens, seqlen: int, options: EvalOptions) -> PreparedText:
-    """Cut windows that do not overlap."""
-    windows_NT = cut_windows(tokens.ids, seqlen)
+def _cut(
+    name: str, text: Text, tokens: Tokens, seqlen: int, bos: int | None, options: EvalOptions
+) -> PreparedText:
+    """Cut windows that do not overlap; with a `bos`, which `tokens` begin with, each has one."""
+    ids = tokens.ids if bos is None else tokens.ids[1:]
+    windows_NT = cut_windows(ids, seqlen, bos)
     windows_NT = windows_NT[: options.count(len(windows_NT))]
-    first_N = np.arange(len(windows_NT)) * seqlen
+    # with a BOS, what precedes a window's predictions is the last token of the window before
+    first_N = np.arange(len(windows_NT)) * (seqlen if bos is None else seqlen - 1)
     return PreparedText(
         name=name,
         text=text,
@@ -205,18 +225,30 @@ def _cut(name: str, text: Text, tokens: Tokens, seqlen: int, options: EvalOption
         first_N=first_N,
         last_N=first_N + seqlen - 1,
         fingerprint=digest_tokens(windows_NT),
+        protocol=f"windows: {len(windows_NT):,} of {seqlen:,} tokens",
     )
 
 
 def _roll(
-    name: str, text: Text, tokens: Tokens, seqlen: int, options: EvalOptions, emit: Emit
+    name: str,
+    text: Text,
+    tokens: Tokens,
+    seqlen: int,
+    bos: int | None,
+    options: EvalOptions,
+    emit: Emit,
 ) -> PreparedText:
-    """Roll windows over the text; its first token is what the second is predicted from."""
+    """Roll windows over the text; its first token is what the second is predicted from.
+
+    With a `bos` it stands in the place of the first token of every context.
+    """
     length = min(seqlen, tokens.ids.numel() - 1)
     stride = check_stride(options.stride, length)
     prefix, *ids = tokens.ids.tolist()
     windows = roll_windows(ids, prefix, length, stride)
     windows = windows[: options.count(len(windows))]
+    if bos is not None:
+        windows = [replace(window, context=(bos, *window.context[1:])) for window in windows]
     last_N = np.cumsum([len(window.continuation) for window in windows])
     rows = [torch.tensor(window.context + window.continuation) for window in windows]
     return PreparedText(
@@ -228,7 +260,7 @@ def _roll(
         first_N=np.concatenate([[0], last_N[:-1]]),
         last_N=last_N,
         fingerprint=digest_tokens(rows),
-        notes=(f"rolling windows of {length} tokens, stride {stride}",),
+        protocol=f"rolling windows: {len(windows):,} of {length:,} tokens, stride {stride:,}",
     )
 
 

@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 
-from cptq.calibration.tokens import Calibration, build_calibration
+from cptq.calibration.batches import split_batches, stack_rows
+from cptq.calibration.tokens import Calibration, build_calibration, digest_tokens
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import CalibrationSettings, ModelSettings
+from cptq.data.glue import load_glue
+from cptq.data.overlap import decode_sketch, measure_overlap
 from cptq.data.text import load_text
 from cptq.errors import CalibrationError, DataError, UnknownNameError
+from cptq.evaluation.sentences import encode_sentences
 from cptq.types import Event, Notice
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded
@@ -85,13 +90,189 @@ def test_a_causal_model_gets_windows_of_the_running_text(causal: LoadedModel, te
     assert found.tokens == found.record.tokens == 96
 
 
-def test_a_causal_model_gets_no_special_tokens(tiny_model: TinyModel, text: Path) -> None:
-    """Also where the tokenizer would add them."""
+def test_every_window_begins_with_the_bos_that_a_tokenizer_adds(
+    tiny_model: TinyModel, text: Path
+) -> None:
+    """And holds no other special token."""
     model = loaded(tiny_model("llama"))
+    plain = build(model, text)
     model.tokenizer = tiny_tokenizer(causal=False)
-    assert model.tokenizer("a")["input_ids"][0] == 1
+    assert [model.tokenizer("a")["input_ids"][i] for i in (0, -1)] == [1, 2]
     found = build(model, text, samples=1000)
-    assert not {1, 2} & {token for row in rows(found) for token in row}
+    ids = model.tokenizer.encode(text.read_text(), add_special_tokens=False)
+    windows = [[1, *ids[start : start + 15]] for start in range(0, len(ids) - 14, 15)]
+    assert sorted(rows(found)) == sorted(windows)
+    assert not {1, 2} & {token for row in rows(found) for token in row[1:]}
+    assert (found.record.bos, plain.record.bos) == (True, False)
+    assert found.record.tokens == 16 * len(windows)
+
+
+def test_a_window_must_have_room_beside_its_bos(tiny_model: TinyModel, text: Path) -> None:
+    model = loaded(tiny_model("llama"))
+    model.tokenizer = tiny_tokenizer(causal=True, bos=True)
+    with pytest.raises(CalibrationError, match="beside the BOS"):
+        build(model, text, seqlen=1)
+    assert {len(row) for row in rows(build(model, text, seqlen=2))} == {2}
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_apart_no_window_crosses_a_border(
+    causal: LoadedModel, tiny_model: TinyModel, tmp_path: Path, bos: bool
+) -> None:
+    model = loaded(tiny_model("llama"))
+    model.tokenizer = tiny_tokenizer(causal=True, bos=bos)
+    words = " ".join(SENTENCES).split()
+    documents = [" ".join(words[: 3 + 3 * i]) + f" {i}" for i in range(15)] + ["", "short"]
+    path = tmp_path / "documents.txt"
+    path.write_text("\n".join(documents))
+    events: list[Event] = []
+    found = build(model, path, events, documents="apart", seqlen=50, samples=1000, batch_size=3)
+    room = 50 - bos
+    ids = [model.tokenizer.encode(d, add_special_tokens=False) for d in documents]
+    pieces = [row[i : i + room] for row in ids for i in range(0, len(row), room)]
+    wanted = [[1] * bos + piece for piece in pieces if len(piece) >= 32]
+    assert sorted(rows(found)) == sorted(wanted)
+    assert len({len(row) for row in wanted}) > 1
+    assert found.record.documents == "apart"
+    assert found.record.tokens == sum(map(len, wanted))
+    dropped = len(pieces) - len(wanted)
+    (told,) = [e.message for e in events if getattr(e, "subject", "") == "--documents"]
+    assert told.startswith(f"{dropped} documents or ends of documents with fewer than 32 tokens")
+    # no padding, which would reach the experts of a mixture; batches are full where they can be
+    assert all(bool(batch["attention_mask"].all()) for batch in found.batches)
+    assert max(len(batch["input_ids"]) for batch in found.batches) > 1
+
+
+def test_joined_is_the_default_and_says_so(causal: LoadedModel, text: Path) -> None:
+    found = build(causal, text)
+    assert found.record.documents == "joined"
+    assert rows(build(causal, text, documents="joined")) == rows(found)
+
+
+def test_documents_too_short_to_keep_apart_are_refused(causal: LoadedModel, text: Path) -> None:
+    path = text.with_name("tiny.txt")
+    path.write_text("a b\nc d\n")
+    with pytest.raises(CalibrationError, match="32 tokens") as caught:
+        build(causal, path, documents="apart", seqlen=64)
+    assert "--documents joined" in str(caught.value.hint)
+
+
+def test_apart_a_document_of_wikitext_is_an_article(causal: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "wikitext-2-raw").mkdir()
+    article = "".join(f" {line} \n" for line in SENTENCES)
+    raw = f" \n = One = \n \n{article} = = Section = = \n{article} = Two = \n \n{article}"
+    (tmp_path / "wikitext-2-raw" / "wiki.train.raw").write_text(raw)
+    options = {"data_dir": tmp_path, "documents": "apart", "seqlen": 256, "samples": 9}
+    found = [causal.tokenizer.decode(row) for row in rows(build(causal, "wikitext", **options))]
+    begins = sorted(text.strip()[:5] for text in found if "= " in text[:9])
+    assert begins == ["= One", "= Two"]
+    assert not any("= Two" in text[20:] for text in found)
+
+
+def test_an_encoder_has_nothing_to_keep_apart_and_that_is_said(
+    encoder: LoadedModel, text: Path
+) -> None:
+    events: list[Event] = []
+    found = build(encoder, text, events, documents="apart")
+    assert ("info", "--documents") in notices(events)
+    assert rows(found) == rows(build(encoder, text))
+    assert found.record.documents is None
+
+
+@pytest.fixture
+def pairs(tmp_path: Path) -> Path:
+    """RTE's training part: two sentences a row, none like another."""
+    folder = tmp_path / "glue" / "RTE"
+    folder.mkdir(parents=True)
+    lines = [f"{i}\tleft {SENTENCES[i % 5]} {i}\tright {i}.\tentailment" for i in range(30)]
+    (folder / "train.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *lines]))
+    return tmp_path
+
+
+def with_types(model: LoadedModel) -> LoadedModel:
+    """The model with a tokenizer that marks the second sentence, as BERT's does."""
+    tokenizer = tiny_tokenizer(causal=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 1), ("</s>", 2)],
+    )
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    model.tokenizer = tokenizer
+    return model
+
+
+def test_a_classifier_is_calibrated_on_pairs_as_it_is_evaluated(
+    tiny_model: TinyModel, pairs: Path
+) -> None:
+    model = with_types(loaded(tiny_model("bert")))
+    found = build(model, "glue/rte", data_dir=pairs, seqlen=64)
+    spec_rows = encode_sentences(
+        model, load_glue("rte", "train", data_dir=pairs).sentences, 64, "rte", print
+    ).rows
+    known = {tuple(row["input_ids"]): row["token_type_ids"] for row in spec_rows}
+    assert set(found.batches[0]) == {"input_ids", "token_type_ids", "attention_mask"}
+    types = [
+        ids[mask.bool()].tolist()
+        for batch in found.batches
+        for ids, mask in zip(batch["token_type_ids"], batch["attention_mask"], strict=True)
+    ]
+    assert [known[tuple(row)] for row in rows(found)] == types
+    assert all(set(row) == {0, 1} for row in types)
+    assert found.record.pairs
+    with torch.no_grad():
+        assert model.module(**found.batches[0]).logits.isfinite().all()
+    # what is cut, stacked and split keeps the types beside their tokens
+    for batch in stack_rows(split_batches(found.batches, tokens=1)):
+        assert batch["token_type_ids"].shape == batch["input_ids"].shape
+        for ids, kinds in zip(batch["input_ids"], batch["token_type_ids"], strict=True):
+            assert known[tuple(ids[: int((ids != 0).sum())].tolist())] == kinds[ids != 0].tolist()
+
+
+def test_the_fingerprint_of_pairs_is_also_that_of_their_types(
+    tiny_model: TinyModel, pairs: Path
+) -> None:
+    model = loaded(tiny_model("bert"))
+    without = build(model, "glue/rte", data_dir=pairs, seqlen=64)
+    found = build(with_types(model), "glue/rte", data_dir=pairs, seqlen=64)
+    assert rows(without) == rows(found)
+    assert without.record.fingerprint == digest_tokens(map(torch.tensor, rows(without)))
+    assert without.record.fingerprint != found.record.fingerprint
+
+
+def test_the_sketch_of_pairs_finds_each_sentence(tiny_model: TinyModel, pairs: Path) -> None:
+    found = build(loaded(tiny_model("bert")), "glue/rte", data_dir=pairs, samples=30, seqlen=64)
+    sketch = decode_sketch(found.record.sketch)
+    sentences = load_glue("rte", "train", data_dir=pairs).sentences
+    assert measure_overlap(sketch, [left for left, _ in sentences]).leaks
+
+
+@pytest.mark.parametrize("arch", ["bert-encoder", "bert-mlm", "llama"])
+def test_other_models_get_single_sentences_of_pairs(
+    arch: str, tiny_model: TinyModel, pairs: Path
+) -> None:
+    model = loaded(tiny_model(arch))
+    found = build(model, "glue/rte", data_dir=pairs)
+    assert not found.record.pairs
+    assert set(found.batches[0]) == {"input_ids", "attention_mask"}
+    if arch != "llama":
+        samples = load_glue("rte", "train", data_dir=pairs).sentences
+        encode = model.tokenizer.encode
+        known = [encode(s, truncation=True, max_length=16) for pair in samples for s in pair]
+        assert all(row in known for row in rows(found))
+
+
+def test_held_out_pairs_are_not_those_that_calibrate(tiny_model: TinyModel, pairs: Path) -> None:
+    model = with_types(loaded(tiny_model("bert")))
+    settings = CalibrationSettings(calibration="glue/rte", data_dir=pairs, samples=6, seqlen=64)
+    events: list[Event] = []
+    found = build_calibration(
+        model, settings, ModelSettings(model="any"), events.append, held_out=4
+    )
+    held = [batch["input_ids"][0].tolist() for batch in found.held_out]
+    assert len(held) == 4
+    assert not any(row in rows(found) for row in held)
+    assert all("token_type_ids" in batch for batch in found.held_out)
 
 
 @pytest.mark.parametrize("arch", ENCODERS)

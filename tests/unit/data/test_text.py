@@ -44,6 +44,41 @@ def test_real_wikitext_has_as_many_rows_as_on_the_hub(data_dir: Path) -> None:
     assert text.documents[3].startswith(" Robert Boulter is an English film")
 
 
+def test_an_article_of_wikitext_begins_at_a_title_of_the_first_level(tmp_path: Path) -> None:
+    (tmp_path / "wikitext-2-raw").mkdir()
+    file = tmp_path / "wikitext-2-raw" / "wiki.test.raw"
+    file.write_text(" \n = One = \n \n a = b \n = = Part = = \n c \n = Two = \n \n d \n")
+    text = load_text("wikitext", "evaluation", data_dir=tmp_path)
+    one = " = One = \n\n\n\n\n a = b \n\n\n = = Part = = \n\n\n c \n"
+    assert text.articles == (one, " = Two = \n\n\n\n\n d \n")
+    assert "\n\n".join(("", *text.articles)) == text.text
+    # the file itself is that text too; a file of another name has a document a line
+    assert [a.split("\n")[0] for a in load_text(str(file), "evaluation").articles] == [
+        " = One = ",
+        " = Two = ",
+    ]
+    other = file.rename(tmp_path / "other.txt")
+    assert load_text(str(other), "evaluation").articles[:2] == (" = One = ", " a = b ")
+
+
+def test_real_wikitext_has_its_articles(data_dir: Path) -> None:
+    text = load_text("wikitext", "evaluation", data_dir=data_dir)
+    assert 60 <= len(text.articles) <= 64
+    assert text.articles[0].startswith(" = Robert Boulter = \n")
+
+
+def test_pairs_are_those_of_a_task_of_two_sentences(tmp_path: Path) -> None:
+    for folder, header, row in (
+        ("RTE", "index\tsentence1\tsentence2\tlabel", "0\tone\ttwo\tentailment"),
+        ("SST-2", "sentence\tlabel", "one\t1"),
+    ):
+        (tmp_path / "glue" / folder).mkdir(parents=True)
+        (tmp_path / "glue" / folder / "train.tsv").write_text(f"{header}\n{row}\n")
+    text = load_text("glue/rte", "calibration", data_dir=tmp_path)
+    assert (text.pairs, text.rows) == ((("one", "two"),), ("one", "two"))
+    assert load_text("glue/sst2", "calibration", data_dir=tmp_path).pairs == ()
+
+
 def test_calibration_never_takes_the_test_part(wiki: Path) -> None:
     with pytest.raises(MissingDataError, match="WikiText-2 train"):
         load_text("wikitext", "calibration", data_dir=wiki)

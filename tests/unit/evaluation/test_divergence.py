@@ -16,6 +16,7 @@ from cptq.evaluation.task import EvalOptions, evaluate
 from cptq.pipeline import evaluate as run
 from tests.reference.likelihood import log_probabilities, naive_kl
 from tests.reference.quantiles import bootstrap_quantile_error, naive_quantile
+from tests.tiny_models import tiny_tokenizer
 
 
 def compared(base, model, file: str, folder: Path, emit, **options):
@@ -169,3 +170,19 @@ def test_too_few_windows_have_no_error() -> None:
     assert estimate_quantile(drawn(3, 50, 0.0, 0), 0.999).stderr is None
     nothing = estimate_quantile(np.zeros((4, 7)), 0.99)
     assert (nothing.value, nothing.stderr) == (0.0, 0.0)
+
+
+def test_kl_is_measured_on_the_windows_of_perplexity(load, heard, tmp_path: Path, file) -> None:
+    """Each with the BOS that the tokenizer adds; with --bos first, the first alone."""
+    tokenizer = tiny_tokenizer(causal=True, bos=True)
+    base = replace(load("llama"), tokenizer=tokenizer)
+    model = replace(shaken(load("llama")), tokenizer=tokenizer)
+    bos, *ids = tokenizer(Path(file).read_text())["input_ids"]
+    every = [[bos, *ids[i : i + 23]] for i in range(0, len(ids) - 22, 23)]
+    first = [[bos, *ids][i : i + 24] for i in range(0, len(ids) - 22, 24)]
+    for protocol, windows in (("every", every), ("first", first)):
+        found = compared(base, model, file, tmp_path, heard, bos=protocol)
+        kl = [value for row in windows for value in naive_kl(base.module, model.module, row)]
+        assert found["kl"].tokens == len(kl)
+        assert found["kl"].value == pytest.approx(np.mean(kl), rel=1e-4)
+        assert found["kl"].protocol == found["perplexity"].protocol

@@ -90,7 +90,8 @@ def test_a_text_rolls_with_a_stride(load, heard, tmp_path: Path) -> None:
     assert token.value == pytest.approx(math.exp(nll / len(ids)), rel=1e-6)
     size = len(" ".join(SENTENCES)) - len(model.tokenizer.decode([first]))
     assert byte.value == pytest.approx(nll / size / math.log(2), rel=1e-6)
-    assert token.notes == ("rolling windows of 40 tokens, stride 9",)
+    windows = 1 + math.ceil((len(ids) - 40) / 9)
+    assert token.protocol == f"rolling windows: {windows} of 40 tokens, stride 9, no BOS"
     assert token.samples == 1 + math.ceil((len(ids) - 40) / 9)
     # a limit takes the first windows: 40 tokens, then 9
     first_two = evaluate(model, name, EvalOptions(seqlen=40, stride=9, limit=2), heard)[0]

@@ -6,13 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from torch import nn
 
+from cptq.calibration.tokens import digest_tokens
 from cptq.errors import DataError, EvaluationError
 from cptq.evaluation.task import EvalOptions, evaluate
 from cptq.types import Progress
 from tests.reference.perplexity import naive_nll
-from tests.tiny_models import SENTENCES
+from tests.tiny_models import SENTENCES, tiny_tokenizer
 
 TEXT = "\n".join(SENTENCES * 3)
 
@@ -120,11 +122,89 @@ def test_pydoc_needs_nothing(load, heard) -> None:
     assert found[0].data_source.startswith("pydoc_data.topics of CPython")
 
 
-def test_stories260k_on_wikitext(load, heard, stories: Path, data_dir: Path) -> None:
+@pytest.mark.parametrize(("bos", "expected"), [("every", 124.8459), ("first", 119.5188)])
+def test_stories260k_on_wikitext(
+    load, heard, stories: Path, data_dir: Path, bos: str, expected: float
+) -> None:
     """A number to notice when the text or the protocol changes: first four windows of 512."""
-    found = evaluate(load(stories), "wikitext", EvalOptions(limit=4, data_dir=data_dir), heard)[0]
+    options = EvalOptions(limit=4, data_dir=data_dir, bos=bos)
+    found = evaluate(load(stories), "wikitext", options, heard)[0]
     assert (found.seqlen, found.samples, found.tokens) == (512, 4, 2044)
-    assert found.value == pytest.approx(119.5188, rel=1e-5)
+    assert found.value == pytest.approx(expected, rel=1e-5)
+
+
+def with_bos(model):
+    return replace(model, tokenizer=tiny_tokenizer(causal=True, bos=True))
+
+
+def test_every_window_begins_with_the_bos_that_is_never_predicted(load, heard, file: str) -> None:
+    model = with_bos(load("llama"))
+    token, word, byte = evaluate(model, file, EvalOptions(seqlen=64), heard)
+    bos, *ids = model.tokenizer(TEXT)["input_ids"]
+    windows = [[bos, *ids[i : i + 63]] for i in range(0, len(ids) - 62, 63)]
+    nll = sum(sum(naive_nll(model.module, window, 64)) for window in windows)
+    assert (token.samples, token.tokens) == (len(windows), 63 * len(windows))
+    assert token.value == pytest.approx(math.exp(nll / token.tokens), rel=1e-6)
+    assert token.data_fingerprint == digest_tokens(map(torch.tensor, windows))
+    # the text up to the last window's end is predicted whole: all its bytes and words count
+    covered = model.tokenizer.decode(ids[: token.tokens])
+    assert byte.value == pytest.approx(nll / len(covered.encode()) / math.log(2), rel=1e-6)
+    words = nll / math.log(word.value)
+    assert words == pytest.approx(round(words), abs=1e-3)
+    assert len(covered.split()) - 1 <= round(words) <= len(covered.split())
+    assert {r.protocol for r in (token, word, byte)} == {
+        f"windows: {len(windows)} of 64 tokens, BOS in each"
+    }
+
+
+def test_the_gptq_protocol_has_a_bos_in_the_first_window_only(load, heard, file: str) -> None:
+    model = with_bos(load("llama"))
+    found = evaluate(model, file, EvalOptions(seqlen=64, bos="first"), heard)[0]
+    nll_N = naive_nll(model.module, model.tokenizer(TEXT)["input_ids"], 64)
+    assert found.value == pytest.approx(math.exp(sum(nll_N) / 63 / len(nll_N)), rel=1e-6)
+    assert found.protocol == f"windows: {len(nll_N)} of 64 tokens, BOS in the first only"
+    assert not heard.notices
+
+
+def test_without_a_bos_the_protocols_are_one_and_that_is_said(load, heard, file: str) -> None:
+    model = load("llama")
+    every = evaluate(model, file, EvalOptions(seqlen=64), heard)
+    assert not heard.notices
+    first = evaluate(model, file, EvalOptions(seqlen=64, bos="first"), heard)
+    assert heard.notices == ["the tokenizer adds no BOS, so --bos first changes nothing"]
+    assert [replace(r, seconds=0) for r in first] == [replace(r, seconds=0) for r in every]
+    assert every[0].protocol == f"windows: {every[0].samples} of 64 tokens, no BOS"
+
+
+@pytest.mark.parametrize("stride", [9, 40])
+def test_rolling_windows_begin_with_the_bos_too(load, heard, file: str, stride: int) -> None:
+    model = with_bos(load("gpt2"))
+    found = evaluate(model, file, EvalOptions(seqlen=40, stride=stride), heard)[0]
+    bos, *ids = model.tokenizer(TEXT)["input_ids"]
+    nll, done = 0.0, 0
+    while done < len(ids):  # 40 tokens are fed, the BOS among them, and the last is not
+        end = min(done + (stride if done else 40), len(ids))
+        fed = [bos, *ids[max(0, end - 40) : end]]
+        with torch.no_grad():
+            logits = model.module(input_ids=torch.tensor([fed[:-1]])).logits[0].double()
+        nll -= sum(
+            float(logits[place - 1].log_softmax(-1)[fed[place]])
+            for place in range(len(fed) - (end - done), len(fed))
+        )
+        done = end
+    assert found.tokens == len(ids)
+    assert found.value == pytest.approx(math.exp(nll / len(ids)), rel=1e-5)
+    assert found.protocol == (
+        f"rolling windows: {found.samples} of 40 tokens, stride {stride}, BOS in each"
+    )
+
+
+def test_a_text_shorter_than_a_window_keeps_its_bos(load, heard, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("The quick brown fox")
+    model = with_bos(load("llama"))
+    found = evaluate(model, str(tmp_path / "short.txt"), EvalOptions(seqlen=100), heard)[0]
+    ids = model.tokenizer("The quick brown fox")["input_ids"]
+    assert (found.samples, found.tokens) == (1, len(ids) - 1)
 
 
 @pytest.mark.slow

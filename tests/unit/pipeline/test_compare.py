@@ -11,6 +11,7 @@ from cptq.config import CompareSettings, EvalSettings, ModelSettings
 from cptq.errors import EvaluationError, OutputExistsError, UsageError
 from cptq.pipeline import compare, evaluate
 from cptq.report.comparison import CompareOutcome
+from tests.tiny_models import tiny_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -120,3 +121,18 @@ def test_an_artifact_on_its_calibration_text(place: Path, tmp_path: Path) -> Non
     (artifact / "cptq.json").write_text(json.dumps(manifest))
     notices = run(asked).comparison.notices
     assert any((n.kind, n.subject) == ("skipped", "made") for n in notices)
+
+
+def test_the_protocol_that_is_asked_for_is_that_of_every_model(place: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        shutil.copytree(place / name, tmp_path / name)
+        tiny_tokenizer(causal=True, bos=True).save_pretrained(tmp_path / name)
+    asked = replace(
+        settings(place, "one", "two", bos="first"),
+        model=ModelSettings(model=str(tmp_path / "one"), device="cpu"),
+        others=(str(tmp_path / "two"),),
+    )
+    protocols = [model.results[0].protocol for model in run(asked).comparison.models]
+    assert protocols == ["windows: 20 of 64 tokens, BOS in the first only"] * 2
+    protocols = [m.results[0].protocol for m in run(replace(asked, bos="every")).comparison.models]
+    assert protocols == ["windows: 20 of 64 tokens, BOS in each"] * 2

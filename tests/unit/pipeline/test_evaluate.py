@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ from cptq.config import CompareSettings, EvalSettings, ModelSettings
 from cptq.errors import CptqError, DataError, EvaluationError, UnknownNameError
 from cptq.evaluation.tasks import harness
 from cptq.pipeline import compare, evaluate
+from cptq.report.render import render_json, render_markdown
 from cptq.types import Notice
 from tests.unit.pipeline.conftest import OTHER, TEXT
 
@@ -124,3 +128,23 @@ def test_the_documents_of_the_harness_are_checked(
     assert skipped.kind == "skipped"
     with pytest.raises(EvaluationError, match="lm-eval/leaks"):
         notices("leaks", strict=True)
+
+
+def test_a_perplexity_on_the_calibration_corpus_is_marked(place: Path, heard) -> None:
+    """In the results, the tables and the JSON; not the baseline's, which nothing calibrated."""
+    manifest = json.loads((place / "artifact" / "cptq.json").read_text())
+    folder = place / "marked"
+    shutil.copytree(place / "artifact", folder)
+    manifest["calibration"]["source"] = "pydoc"
+    (folder / "cptq.json").write_text(json.dumps(manifest))
+    asked = replace(
+        settings(place, "pydoc", "b.txt"), model=ModelSettings(model=str(folder), device="cpu")
+    )
+    summary = evaluate(asked, heard).summary
+    assert {r.task for r in summary.evaluation if r.in_domain} == {"pydoc"}
+    assert {r.task for r in summary.evaluation if not r.in_domain} == {f"text:{place / 'b.txt'}"}
+    assert not any(r.in_domain for r in summary.baseline)
+    assert "in-domain" in render_markdown(summary)
+    told = json.loads(render_json(summary))["evaluation"][0]
+    assert told["in_domain"] is True
+    assert told["protocol"] == "windows: 4 of 64 tokens, no BOS"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
 from pathlib import Path
@@ -9,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import processors
 
+from cptq.artifact.reader import open_artifact
 from cptq.calibration.batches import Batch
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
-from cptq.pipeline.compress import compress_layers, make_plan, measure_sensitivity
+from cptq.pipeline.compress import compress, compress_layers, make_plan, measure_sensitivity
 from cptq.pipeline.inputs import CompressInputs, HeldOutText, load_inputs
 from cptq.pipeline.recorder import Recorder
 from tests.conftest import TinyModel
+from tests.tiny_models import SENTENCES, tiny_tokenizer
 
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
 
@@ -88,3 +92,71 @@ def test_scores_that_no_plan_needs_are_not_measured(tiny_model: TinyModel, tmp_p
     assert measure_sensitivity(inputs, heard) == {}
     assert heard.timings == {}
     assert make_plan(inputs, {}, heard).metric is None
+
+
+def mark_pairs(folder: Path) -> None:
+    """Let the tokenizer in a checkpoint mark the second sentence of a pair, as BERT's does."""
+    tokenizer = tiny_tokenizer(causal=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 1), ("</s>", 2)],
+    )
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    tokenizer.save_pretrained(folder)
+
+
+def test_a_classifier_is_compressed_on_pairs(tiny_model: TinyModel, tmp_path: Path) -> None:
+    """Every stage takes the token types; the sample for reloading has none, as llama.cpp."""
+    shutil.copytree(tiny_model("bert"), tmp_path / "bert")
+    mark_pairs(tmp_path / "bert")
+    (tmp_path / "glue" / "RTE").mkdir(parents=True)
+    lines = [f"{i}\t{SENTENCES[i % 5]} {i}\tright {i}.\tentailment" for i in range(40)]
+    table = "\n".join(["index\tsentence1\tsentence2\tlabel", *lines])
+    (tmp_path / "glue" / "RTE" / "train.tsv").write_text(table)
+    text = CalibrationSettings(calibration="glue/rte", samples=8, seqlen=64, data_dir=tmp_path)
+    settings = CompressSettings(
+        model=ModelSettings(model=str(tmp_path / "bert")),
+        calibration=text,
+        group_size=16,
+        target="3bit",
+        out=tmp_path / "out",
+        refine=2,
+        metric="taylor",
+    )
+    inputs = load_inputs(settings, recorder())
+    assert all("token_type_ids" in batch for batch in inputs.calibration.batches)
+    assert all("token_type_ids" in batch for batch in inputs.held_out.uniform_check)
+    outcome = compress(settings, recorder())
+    assert outcome.artifact is not None
+    manifest = outcome.artifact.manifest
+    assert manifest["calibration"]["pairs"] is True
+    assert set(manifest["sample"]["inputs"]) == {"input_ids", "attention_mask"}
+    assert "pairs of sentences" in (tmp_path / "out" / "report.md").read_text()
+
+
+def test_a_language_model_is_compressed_on_documents_apart(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_model("llama"), tmp_path / "llama")
+    tiny_tokenizer(causal=True, bos=True).save_pretrained(tmp_path / "llama")
+    words = " ".join(SENTENCES).split()
+    documents = [f"{i} " + " ".join(words[: 8 + 2 * i]) for i in range(24)]
+    (tmp_path / "a.txt").write_text("\n".join(documents))
+    text = CalibrationSettings(
+        calibration=str(tmp_path / "a.txt"), samples=12, seqlen=48, documents="apart", batch_size=4
+    )
+    settings = CompressSettings(
+        model=ModelSettings(model=str(tmp_path / "llama")),
+        calibration=text,
+        group_size=16,
+        target="3bit",
+        out=tmp_path / "out",
+        refine=2,
+        metric="taylor-quantized",
+    )
+    inputs = load_inputs(settings, recorder())
+    lengths = {batch["input_ids"].shape[1] for batch in inputs.calibration.batches}
+    assert len(lengths) > 1
+    record = open_artifact(compress(settings, recorder()).out).calibration
+    assert (record.documents, record.bos, record.pairs) == ("apart", True, False)

@@ -12,11 +12,13 @@ from cptq.report.comparison import (
     build_cost_table,
     build_difference_table,
     build_front_table,
+    build_results_table,
     dominates,
     find_shared_quality,
 )
 from cptq.report.formatting import shorten_tasks
 from cptq.report.front import collect_points, draw_front, make_standalone
+from cptq.report.protocol import IN_DOMAIN
 from cptq.report.render import render_comparison_files
 from cptq.types import Notice
 from tests.unit.report.synthetic import DIFFERENCE, make_comparison, make_model, make_result
@@ -139,3 +141,24 @@ def test_a_file_is_called_by_its_name_in_tables_and_whole_in_json() -> None:
     assert "heldout.txt" in words
     assert "/way/" not in words
     assert side.to_dict()["models"][0]["results"][0]["task"] == task
+
+
+def test_only_the_rows_of_a_model_calibrated_in_domain_say_so() -> None:
+    protocol = "windows: 10 of 64 tokens, no BOS"
+
+    def with_protocol(model, in_domain: bool):
+        mine, *rest = model.results
+        return replace(
+            model, results=(replace(mine, protocol=protocol, in_domain=in_domain), *rest)
+        )
+
+    models = [with_protocol(m, m.name == "four") for m in ALL.models]
+    found = replace(ALL, models=tuple(models))
+    for table in (build_front_table(found), build_results_table(found)):
+        assert table is not None
+        place = table.columns.index(IN_DOMAIN)
+        marked = {row[0] for row in table.rows if row[place]}
+        assert marked == {"four"}
+        assert f"wikitext: {protocol}" in table.note
+        assert all(len(row) == len(table.columns) for row in table.rows)
+    assert IN_DOMAIN not in build_front_table(ALL).columns

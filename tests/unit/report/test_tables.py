@@ -6,8 +6,16 @@ from dataclasses import replace
 
 from cptq.cli.output import MANY, make_leader_table
 from cptq.report import VerificationFacts
-from cptq.report.tables import build_pruning_tables, build_tables, describe_verification
+from cptq.report.protocol import IN_DOMAIN
+from cptq.report.tables import (
+    build_evaluation_table,
+    build_pruning_tables,
+    build_tables,
+    describe_samples,
+    describe_verification,
+)
 from cptq.types import SensitivityTable
+from tests.unit.artifact.builders import RECORD
 from tests.unit.report import synthetic
 
 
@@ -69,3 +77,35 @@ def test_verification_in_words() -> None:
     assert describe_verification(facts) == "4 missing: a, b, c; outputs differ by at most 0.5"
     assert "not compared" in describe_verification(VerificationFacts())
     assert VerificationFacts().clean
+
+
+def test_the_protocol_and_in_domain_calibration_stand_beside_the_numbers() -> None:
+    summary = synthetic.make_summary(blocks=2)
+    plain = build_evaluation_table(summary)
+    assert plain is not None
+    assert IN_DOMAIN not in plain.columns
+    protocol = "windows: 10 of 2,048 tokens, BOS in each"
+    rows = summary.comparison.rows
+    perplexity = replace(rows[0].result, protocol=protocol, in_domain=True)
+    other = replace(rows[1].result, protocol=protocol)
+    joined = (replace(rows[0], result=perplexity), replace(rows[1], result=other), *rows[2:])
+    table = build_evaluation_table(
+        replace(summary, comparison=replace(summary.comparison, rows=joined))
+    )
+    assert table is not None
+    place = table.columns.index(IN_DOMAIN)
+    assert [row[place] for row in table.rows] == [IN_DOMAIN, *[""] * (len(rows) - 1)]
+    assert table.note.count(f"wikitext: {protocol}") == 1
+    assert f"{IN_DOMAIN}: in-domain, calibrated on text of the same corpus" in table.note
+    assert all(len(row) == len(table.columns) for row in table.rows)
+
+
+def test_a_calibration_sample_in_words() -> None:
+    record = replace(RECORD, documents="joined")
+    assert describe_samples(RECORD) is None  # of an earlier artifact
+    assert describe_samples(record) == "windows have no BOS and cross the borders of documents"
+    apart = replace(record, bos=True, documents="apart")
+    assert describe_samples(apart) == (
+        "windows begin with the BOS and do not cross the borders of documents"
+    )
+    assert describe_samples(replace(RECORD, pairs=True)) == "pairs of sentences"
