@@ -5,6 +5,8 @@ give all units of a block 16, 8 or 4 bits (`cptq.allocation.block_clusters`). It
 outcome. Every opponent then has exactly these bytes as its budget: the knapsack on `output`, and on
 `kl` where it is measured, and `even`, which asks no score. Each is offered all widths, and 16, 8
 and 4 alone: the first shows what cptq gains, the second what it gains with the paper's widths.
+Three other widths, such as 4, 3 and 2, try the paper's scores where bytes are scarce: at those of
+16, 8 and 4 bits a uniform plan of 8 bits often fits, and leaves little to choose.
 
 All plans are carried out by one compressor in one trial model and judged by their divergence from
 the dense model on rows that neither calibrated nor chose. Rows of one window are not independent,
@@ -23,9 +25,10 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-#: what the paper's algorithm and its opponents are called in the results
-PAPERS_WIDTHS = "16/8/4"
+#: what opponents are called that may use any width
 ALL_WIDTHS = "all widths"
+#: bits of the clusters, the most sensitive first
+Widths = tuple[int, ...]
 #: a ratio further from 1 than so many standard errors is shown in bold
 CLEAR = 2.0
 
@@ -42,29 +45,37 @@ class Setup:
     judge: int
 
 
-def measure_seeds(setup: Setup, place: Path, seeds: int) -> list[dict[str, Any]]:
-    """The results of every seed, measured where `place` does not hold them yet."""
-    found = []
+def measure_seeds(
+    setup: Setup, widths: Sequence[Widths], place: Path, seeds: int
+) -> dict[Widths, list[dict[str, Any]]]:
+    """The results of all seeds for each three widths, measured where `place` lacks them."""
+
+    def find(bits: Widths, seed: int) -> Path:
+        return place / f"blocks-{'-'.join(map(str, bits))}-{setup.compressor}-{seed}.json"
+
     for seed in range(seeds):
-        file = place / f"blocks-{setup.compressor}-{seed}.json"
-        if not file.exists():
-            print(f"blocks of {setup.model}, seed {seed}", file=sys.stderr, flush=True)
+        missing = [bits for bits in widths if not find(bits, seed).exists()]
+        for bits, result in measure_seed(setup, missing, seed) if missing else ():
             place.mkdir(parents=True, exist_ok=True)
-            draft = file.with_suffix(".draft")
-            draft.write_text(json.dumps(measure_seed(setup, seed)))
-            draft.replace(file)
-        found.append(json.loads(file.read_text()))
-    return found
+            draft = find(bits, seed).with_suffix(".draft")
+            draft.write_text(json.dumps(result))
+            draft.replace(find(bits, seed))
+    return {
+        bits: [json.loads(find(bits, seed).read_text()) for seed in range(seeds)] for bits in widths
+    }
 
 
-def measure_seed(setup: Setup, seed: int) -> dict[str, Any]:
-    """Score the blocks, make all plans, carry them out and judge them."""
+def measure_seed(
+    setup: Setup, widths: Sequence[Widths], seed: int
+) -> Iterator[tuple[Widths, dict[str, Any]]]:
+    """Score blocks and units; then, for each three widths, make, carry out and judge all plans."""
     from cptq.config import AnalyzeSettings, CalibrationSettings, ModelSettings
     from cptq.pipeline.inputs import calibrate, load_dense
     from cptq.pipeline.recorder import Recorder
     from cptq.sensitivity.block_scores import measure_blocks
     from cptq.sensitivity.measure import measure
 
+    report(f"{setup.model}, seed {seed}: scores")
     began = time.perf_counter()
     text = CalibrationSettings(calibration=setup.calibration, seed=seed)
     text = replace(text, samples=setup.samples or text.samples)
@@ -72,8 +83,7 @@ def measure_seed(setup: Setup, seed: int) -> dict[str, Any]:
     recorder = Recorder(lambda event: None)
     model = load_dense(settings.model, recorder, conv1d=True)
     calibration = calibrate(model, settings, recorder, parts=setup.judge)
-    scores = measure_blocks(model, calibration, seed=seed, emit=recorder)
-    scored = time.perf_counter()
+    found = measure_blocks(model, calibration, seed=seed, emit=recorder)
     bench = Bench(setup, settings, model, calibration, recorder)
     tables = measure(
         model,
@@ -83,10 +93,7 @@ def measure_seed(setup: Setup, seed: int) -> dict[str, Any]:
         seed=seed,
         emit=recorder,
     )
-    measured = time.perf_counter()
-    plans = bench.run({name: found.scores for name, found in scores.items()}, tables)
-    return {
-        "model": Path(setup.model).name,
+    facts = {
         "seed": seed,
         "compressor": setup.compressor,
         "unit": bench.objective.unit,
@@ -94,20 +101,30 @@ def measure_seed(setup: Setup, seed: int) -> dict[str, Any]:
         "stored_bytes": bench.cost.dense_bytes,
         "scores": {
             name: {
-                "unit": f.unit,
-                "scores": list(f.scores.values()),
-                "spread": list(f.spread.values()),
+                "unit": by.unit,
+                "scores": [*by.scores.values()],
+                "spread": [*by.spread.values()],
             }
-            for name, f in scores.items()
+            for name, by in found.items()
         },
-        "plans": plans,
-        "seconds": {
-            "blocks": scored - began,
-            "tables": measured - scored,
-            "plans": time.perf_counter() - measured,
-        },
-        "notices": [f"{n.subject}: {n.message}" for n in recorder.notices if n.kind != "info"],
+        "warnings": [f"{n.subject}: {n.message}" for n in recorder.notices if n.kind != "info"],
     }
+    scores = {name: by.scores for name, by in found.items()}
+    for bits in widths:
+        report(f"{setup.model}, seed {seed}: plans of {spell(bits)} bits")
+        plans = bench.run(bits, scores, tables)
+        yield bits, facts | {"bits": bits, "plans": plans, "seconds": time.perf_counter() - began}
+        began = time.perf_counter()
+
+
+def report(message: str) -> None:
+    """Progress on stderr."""
+    print(message, file=sys.stderr, flush=True)
+
+
+def spell(bits: Widths) -> str:
+    """`16/8/4`."""
+    return "/".join(map(str, bits))
 
 
 class Bench:
@@ -141,12 +158,12 @@ class Bench:
         self.known: dict[tuple[Any, ...], list[float]] = {}
 
     def run(
-        self, scores: Mapping[str, Mapping[int, float]], tables: Mapping[str, Any]
+        self, bits: Widths, scores: Mapping[str, Mapping[int, float]], tables: Mapping[str, Any]
     ) -> list[dict[str, Any]]:
         """The paper's plan by each score, and the opponents at its bytes."""
-        from cptq.allocation.block_clusters import assign_by_blocks, list_paper_levels
+        from cptq.allocation.block_clusters import assign_by_blocks, build_levels
 
-        levels = list_paper_levels(self.settings.group_size)
+        levels = build_levels(bits, self.settings.group_size)
         found = []
         with self.trial.restore_after():
             for name, per_block in scores.items():
@@ -157,13 +174,13 @@ class Bench:
                     "algorithm": name,
                     "blocks": [level.bits for level in plan.blocks.values()],
                     "notes": list(plan.notes),
-                    "opponents": dict(self.oppose(size, tables, levels)),
+                    "opponents": dict(self.oppose(bits, size, tables, levels)),
                 }
                 found.append(paper)
         return found
 
     def oppose(
-        self, size: int, tables: Mapping[str, Any], levels: Sequence[Any]
+        self, bits: Widths, size: int, tables: Mapping[str, Any], levels: Sequence[Any]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield each opponent with its result at so many bytes."""
         from cptq.allocation.allocate import allocate
@@ -175,7 +192,7 @@ class Bench:
         ]
         budget = Budget(limit_bytes=size, asked=f"{size}B")
         for name, allocator, table in [*ways, ("even", "even", None)]:
-            for words, widths in ((ALL_WIDTHS, self.candidates), (PAPERS_WIDTHS, levels)):
+            for words, widths in ((ALL_WIDTHS, self.candidates), (spell(bits), levels)):
                 plan = allocate(
                     allocator,
                     table,
@@ -260,7 +277,14 @@ def list_rows(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[s
     """The table of one model: columns, and a row per algorithm of the paper."""
     opponents = list(runs[0]["plans"][0]["opponents"])
     first = opponents[0]
-    columns = ["algorithm", "16/8/4 blocks", "file bytes", "bits", "divergence"]
+    bits = runs[0]["bits"]
+    columns = [
+        "algorithm",
+        f"blocks of {spell(bits)} bits",
+        "file bytes",
+        "bits",
+        "divergence",
+    ]
     columns += [f"ours: {first}", *(f"ratio: {name}" for name in opponents)]
     rows = []
     for index, plan in enumerate(runs[0]["plans"]):
@@ -272,7 +296,7 @@ def list_rows(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[s
         rows.append(
             [
                 plan["algorithm"],
-                ", ".join(dict.fromkeys(count_blocks(p["blocks"]) for p in plans)),
+                ", ".join(dict.fromkeys(count_blocks(p["blocks"], bits) for p in plans)),
                 spell_range([p["file_bytes"] for p in plans], ",.0f"),
                 spell_range([p["effective_bits"] for p in plans], ".2f"),
                 spell_range([fmean(p["samples"]) for p in plans], ".3g"),
@@ -283,9 +307,9 @@ def list_rows(runs: Sequence[Mapping[str, Any]]) -> tuple[list[str], list[list[s
     return columns, rows
 
 
-def count_blocks(bits: Sequence[int]) -> str:
-    """`1/2/3`: how many blocks have 16, 8 and 4 bits."""
-    return "/".join(str(sum(width == level for width in bits)) for level in (16, 8, 4))
+def count_blocks(blocks: Sequence[int], bits: Sequence[int]) -> str:
+    """`1/2/3`: how many blocks have each of these widths."""
+    return "/".join(str(sum(width == level for width in blocks)) for level in bits)
 
 
 def spell_range(values: Sequence[float], form: str) -> str:
@@ -299,7 +323,7 @@ def describe(runs: Sequence[Mapping[str, Any]]) -> str:
     run = runs[0]
     samples = len(run["plans"][0]["samples"])
     notes = dict.fromkeys(note for r in runs for plan in r["plans"] for note in plan["notes"])
-    minutes = sum(sum(r["seconds"].values()) for r in runs) / 60
+    minutes = sum(run["seconds"] for run in runs) / 60
     text = f"{run['unit']}, rounded by {run['compressor']}, {len(runs)} seeds ({minutes:.1f} min); "
     text += f"{run['judge_tokens']:,} tokens in {samples} samples judge; the file takes "
     text += f"{run['stored_bytes']:,} bytes as it came."

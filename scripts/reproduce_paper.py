@@ -21,7 +21,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from _paper_blocks import Setup, describe, list_rows, measure_seeds
+from _paper_blocks import Setup, Widths, describe, list_rows, measure_seeds
 
 #: the paper's names of the metrics; the others are shown beside them
 PAPER = {"cca": "CMPQ", "pruning": "PMPQ", "taylor": "TDMPQ"}
@@ -101,8 +101,8 @@ class Study:
         found: dict[str, Any] = json.loads((self.place / "report.json").read_text())
         return found
 
-    def blocks(self) -> list[dict[str, Any]]:
-        """The paper's algorithm and its opponents, one result per seed."""
+    def blocks(self, widths: list[Widths]) -> dict[Widths, list[dict[str, Any]]]:
+        """The paper's algorithm with each three widths, and its opponents; one result per seed."""
         setup = Setup(
             model=self.model,
             calibration=self.given.calibration or self.calibration,
@@ -111,7 +111,7 @@ class Study:
             kl=self.given.kl or self._small(),
             judge=self.given.judge,
         )
-        return measure_seeds(setup, self.place, self.given.seeds)
+        return measure_seeds(setup, widths, self.place, self.given.seeds)
 
     def evaluated(self, report: dict[str, Any], trial: dict[str, Any]) -> float | None:
         """The task's first number with a plan carried out by GPTQ."""
@@ -163,11 +163,17 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
     print()
 
 
-def show_blocks(study: Study, runs: list[dict[str, Any]]) -> None:
-    """The paper's algorithm on one model."""
-    print(f"### {study.name} ({study.use})\n")
-    print(describe(runs), end="\n\n")
-    table(*list_rows(runs))
+def show_blocks(studies: list[Study], widths: list[Widths]) -> None:
+    """The paper's algorithm itself."""
+    print("## The paper's algorithm: blocks, KMeans(3), three widths\n")
+    print("Beside it, at its bytes, cptq's. A ratio is ours to the paper's divergence, below 1 =")
+    print("ours is better; ± the standard error over samples; bold: over two of them from 1; in")
+    print("brackets the range over seeds.\n")
+    for study in studies:
+        for runs in study.blocks(widths).values():
+            print(f"### {study.name} ({study.use})\n")
+            print(describe(runs), end="\n\n")
+            table(*list_rows(runs))
 
 
 def show_depths(studies: list[tuple[Study, dict[str, Any]]]) -> None:
@@ -276,10 +282,16 @@ def show_units(studies: list[tuple[Study, dict[str, Any]]]) -> None:
     show_plans(studies)
 
 
+def three_widths(text: str) -> Widths:
+    """`16,8,4` as numbers."""
+    return tuple(int(word) for word in text.split(","))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/reproduce_paper", description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--part", choices=("blocks", "units"), action="append")
+    parser.add_argument("--widths", type=three_widths, action="append")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--judge", type=int, default=1)
     parser.add_argument("--eval", action="store_true")
@@ -302,16 +314,7 @@ def main() -> None:
     studies = [Study(model, given) for model in models]
     parts = given.part or ["blocks", "units"]
     if "blocks" in parts:
-        print("## The paper's algorithm: blocks, KMeans(3), 16/8/4 bits\n")
-        print(
-            "Beside it, at its bytes, cptq's. A ratio is ours to the paper's divergence, below 1 ="
-        )
-        print(
-            "ours is better; ± the standard error over samples; bold: over two of them from 1; in"
-        )
-        print("brackets the range over seeds.\n")
-        for study in studies:
-            show_blocks(study, study.blocks())
+        show_blocks(studies, given.widths or [(16, 8, 4)])
     if "units" in parts:
         show_units([(study, study.report()) for study in studies])
 

@@ -22,7 +22,7 @@ outlier takes a cluster for itself.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cptq.allocation.cluster import CLUSTERS
@@ -33,6 +33,8 @@ from cptq.types import Candidate, Unit
 
 #: one candidate per cluster, the most sensitive cluster's first
 Levels = tuple[Candidate, Candidate, Candidate]
+#: the paper's widths
+PAPER_BITS = (16, 8, 4)
 DENSE = Candidate(bits=16)
 
 
@@ -51,10 +53,22 @@ class BlockAssignment:
     notes: tuple[str, ...] = ()
 
 
-def list_paper_levels(group_size: int) -> Levels:
-    """Return 16, 8 and 4 bits; `group_size` inputs share a scale."""
-    eight, four = (Candidate(bits=bits, group_size=group_size) for bits in (8, 4))
-    return DENSE, eight, four
+def build_levels(bits: Sequence[int], group_size: int) -> Levels:
+    """Return the levels of three widths; `group_size` inputs share a scale, 16 bits are dense.
+
+    Raises:
+        PlanError: the widths are not three that fall.
+    """
+    if len(bits) != CLUSTERS or sorted(set(bits), reverse=True) != list(bits):
+        raise PlanError(
+            f"the widths {', '.join(map(str, bits))} are not one per cluster, largest first",
+            allowed="three widths that fall, such as 16, 8, 4",
+        )
+    first, second, third = (
+        DENSE if width >= DENSE.bits else Candidate(bits=width, group_size=group_size)
+        for width in bits
+    )
+    return first, second, third
 
 
 def assign_levels(scores: Mapping[int, float], levels: Levels) -> dict[int, Candidate]:
