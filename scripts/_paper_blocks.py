@@ -324,7 +324,9 @@ def describe(runs: Sequence[Mapping[str, Any]]) -> str:
     samples = len(run["plans"][0]["samples"])
     notes = dict.fromkeys(note for r in runs for plan in r["plans"] for note in plan["notes"])
     minutes = sum(run["seconds"] for run in runs) / 60
-    text = f"{run['unit']}, rounded by {run['compressor']}, {len(runs)} seeds ({minutes:.1f} min); "
+    text = (
+        f"{run['unit']}, rounded by {run['compressor']}; seeds: {len(runs)} ({minutes:.1f} min); "
+    )
     text += f"{run['judge_tokens']:,} tokens in {samples} samples judge; the file takes "
     text += f"{run['stored_bytes']:,} bytes as it came."
     return text + "".join(f" {note[0].upper()}{note[1:]}." for note in notes)

@@ -284,7 +284,10 @@ def show_units(studies: list[tuple[Study, dict[str, Any]]]) -> None:
 
 def three_widths(text: str) -> Widths:
     """`16,8,4` as numbers."""
-    return tuple(int(word) for word in text.split(","))
+    bits = tuple(int(word) for word in text.split(","))
+    if len(bits) != 3 or not 16 >= bits[0] > bits[1] > bits[2] >= 2:
+        raise argparse.ArgumentTypeError(f"{text} is not three widths that fall, such as 16,8,4")
+    return bits
 
 
 def main() -> None:
