@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""What `scripts/reproduce_paper` runs: `cptq analyze --validate` per model, then Markdown tables.
+"""What `scripts/reproduce_paper` runs: two parts per model, each of which ends in Markdown tables.
+
+- `blocks` (scripts/_paper_blocks.py): the paper's algorithm itself, beside cptq's at equal bytes;
+- `units`: `cptq analyze --validate`, the paper's metrics on cptq's units.
 
 The paper's tables are no target: its released code quantizes nothing (see the project's notes on
 its defects). What is examined are its claims, with the three scorers corrected, on text that
@@ -17,6 +20,8 @@ from collections.abc import Iterator
 from math import exp, log
 from pathlib import Path
 from typing import Any
+
+from _paper_blocks import Setup, Widths, describe, list_rows, measure_seeds
 
 #: the paper's names of the metrics; the others are shown beside them
 PAPER = {"cca": "CMPQ", "pruning": "PMPQ", "taylor": "TDMPQ"}
@@ -96,6 +101,18 @@ class Study:
         found: dict[str, Any] = json.loads((self.place / "report.json").read_text())
         return found
 
+    def blocks(self, widths: list[Widths]) -> dict[Widths, list[dict[str, Any]]]:
+        """The paper's algorithm with each three widths, and its opponents; one result per seed."""
+        setup = Setup(
+            model=self.model,
+            calibration=self.given.calibration or self.calibration,
+            samples=int(self.given.samples) if self.given.samples else None,
+            compressor=self.given.compressor or "gptq",
+            kl=self.given.kl or self._small(),
+            judge=self.given.judge,
+        )
+        return measure_seeds(setup, widths, self.place, self.given.seeds)
+
     def evaluated(self, report: dict[str, Any], trial: dict[str, Any]) -> float | None:
         """The task's first number with a plan carried out by GPTQ."""
         if not self.given.eval or self.task is None:
@@ -144,6 +161,19 @@ def table(columns: list[str], rows: list[list[str]]) -> None:
     for row in rows:
         print("|", " | ".join(row), "|")
     print()
+
+
+def show_blocks(studies: list[Study], widths: list[Widths]) -> None:
+    """The paper's algorithm itself."""
+    print("## The paper's algorithm: blocks, KMeans(3), three widths\n")
+    print("Beside it, at its bytes, cptq's. A ratio is ours to the paper's divergence, below 1 =")
+    print("ours is better; ± the standard error over samples; bold: over two of them from 1; in")
+    print("brackets the range over seeds.\n")
+    for study in studies:
+        for runs in study.blocks(widths).values():
+            print(f"### {study.name} ({study.use})\n")
+            print(describe(runs), end="\n\n")
+            table(*list_rows(runs))
 
 
 def show_depths(studies: list[tuple[Study, dict[str, Any]]]) -> None:
@@ -244,9 +274,29 @@ def ratios(trials: list[dict[str, Any]]) -> dict[tuple[str, str], float]:
     return {key: exp(sum(values) / len(values)) for key, values in logs.items()}
 
 
+def show_units(studies: list[tuple[Study, dict[str, Any]]]) -> None:
+    """The paper's metrics on units."""
+    show_depths(studies)
+    show_ranks(studies)
+    show_verdicts(studies)
+    show_plans(studies)
+
+
+def three_widths(text: str) -> Widths:
+    """`16,8,4` as numbers."""
+    bits = tuple(int(word) for word in text.split(","))
+    if len(bits) != 3 or not 16 >= bits[0] > bits[1] > bits[2] >= 2:
+        raise argparse.ArgumentTypeError(f"{text} is not three widths that fall, such as 16,8,4")
+    return bits
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/reproduce_paper", description=__doc__)
     parser.add_argument("models", nargs="*", metavar="MODEL")
+    parser.add_argument("--part", choices=("blocks", "units"), action="append")
+    parser.add_argument("--widths", type=three_widths, action="append")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--judge", type=int, default=1)
     parser.add_argument("--eval", action="store_true")
     parser.add_argument("--kl", action="store_true")
     parser.add_argument("--target", action="append")
@@ -258,16 +308,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/paper"))
     parser.add_argument("--from", dest="caller", type=Path, default=Path())
     given = parser.parse_args()
+    given.out = given.out.resolve()
     given.out.mkdir(parents=True, exist_ok=True)
     local = {m: given.caller / m for m in given.models}
     models = [str(path.resolve()) if path.is_dir() else m for m, path in local.items()] or at_hand()
     if not models:
         sys.exit("no model is at hand; name one, a directory or a Hub id such as facebook/opt-125m")
-    studies = [(study, study.report()) for study in (Study(model, given) for model in models)]
-    show_depths(studies)
-    show_ranks(studies)
-    show_verdicts(studies)
-    show_plans(studies)
+    studies = [Study(model, given) for model in models]
+    parts = given.part or ["blocks", "units"]
+    if "blocks" in parts:
+        show_blocks(studies, given.widths or [(16, 8, 4)])
+    if "units" in parts:
+        show_units([(study, study.report()) for study in studies])
 
 
 if __name__ == "__main__":

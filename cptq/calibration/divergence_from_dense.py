@@ -206,6 +206,51 @@ class DivergenceFromDense:
                 stack.enter_context(replace_weight(self._model.linear(name), W_OI))
             yield
 
+    @torch.no_grad()
+    def measure_block(self, block: int, weights: Mapping[str, Tensor]) -> float:
+        """Return the mean divergence per output row with other weights in one block.
+
+        Args:
+            block: index of the block; what comes before it is not run again.
+            weights: layer name -> W_OI, for the layers of the block that change.
+
+        Raises:
+            CalibrationError: the changed model's output is NaN or infinite.
+        """
+        with self._replace(weights):
+            return self._measure_mean(block, f"block {block} changed")
+
+    @torch.no_grad()
+    def measure_block_noise(self, block: int, noise: float, seed: int) -> float:
+        """Return the mean divergence per output row when a block reads h + noise |h| eps.
+
+        h is the hidden state that enters the block, the residual stream included.
+
+        Args:
+            block: index of the block.
+            noise: standard deviation of the noise as a share of each number of h.
+            seed: seed of eps, standard normal, one draw per held-out token. Blocks of equal seed
+                read the same eps, so that their divergences differ by the block alone.
+
+        Raises:
+            CalibrationError: the changed model's output is NaN or infinite.
+        """
+        with self._disturb(block, noise, seed):
+            return self._measure_mean(block, f"noise on the input of block {block}")
+
+    @contextmanager
+    def _disturb(self, block: int, noise: float, seed: int) -> Iterator[None]:
+        """Put noisy hidden states in the place of a block's cached inputs."""
+        add_noise = _InputNoise(noise, seed)
+        dense = [inputs[block] for inputs in self._inputs]
+        try:
+            for inputs, hidden in zip(self._inputs, dense, strict=True):
+                inputs[block] = add_noise(self._model.blocks[block], (hidden,))[0]
+            yield
+        finally:
+            for inputs, hidden in zip(self._inputs, dense, strict=True):
+                inputs[block] = hidden
+
 
 def _choose_positions(row: Batch, objective: Objective) -> Tensor | None:
     """Return the positions at which a language model is judged; None for other models.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,6 +90,33 @@ def disturbed_trial(
                 layer = variant.get_submodule(name)
                 layer.forward = _reading(layer.forward, disturb, index)  # type: ignore[method-assign]
             other.append(judged(model, variant, [row], objective))
+        return float(divergence(objective, dense, torch.cat(other)))
+
+
+def disturbed_block_trial(
+    model: LoadedModel,
+    rows: Rows,
+    objective: Objective,
+    block: int,
+    disturb: Callable[[Tensor, int], Tensor],
+) -> float:
+    """Divergence with the hidden state that enters a block replaced by disturb(h, batch)."""
+    module = double(model)
+    with torch.no_grad():
+        dense = answers(model, module, rows, objective)
+        other = []
+        for index, row in enumerate(rows):
+            variant = copy.deepcopy(module)
+            layer = variant.get_submodule(model.block_names[block])
+            run = layer.forward
+
+            def enter(
+                hidden: Tensor, *rest: Any, run: Any = run, at: int = index, **more: Any
+            ) -> Any:
+                return run(disturb(hidden, at), *rest, **more)
+
+            layer.forward = enter  # type: ignore[method-assign]
+            other.append(answers(model, variant, [row], objective))
         return float(divergence(objective, dense, torch.cat(other)))
 
 

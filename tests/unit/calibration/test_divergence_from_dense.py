@@ -98,3 +98,22 @@ def test_weights_come_back_after_a_failed_trial(tiny_model: TinyModel) -> None:
     with pytest.raises(CalibrationError, match="qkv"):
         divergence.measure_unit(unit, {spec.name: torch.full_like(W, float("nan"))})
     assert torch.equal(get_weight(model.linear(spec.name)), W)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+def test_noise_before_a_block_is_gone_afterwards(arch: str, tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model(arch))
+    rows = split_held_out(random_calibration(model).batches, model.kind, 200).held_out
+    divergence = DivergenceFromDense(model, rows, choose_objective(model.kind, model.config))
+    unit = model.units[0]
+    assert unit.block == 0
+    weights = {s.name: get_weight(model.linear(s.name)) * 0.9 for s in unit.layers}
+    first = divergence.measure_block_noise(0, 0.1, seed=0)
+    assert divergence.measure_block_noise(0, 0.1, seed=0) == first > 0
+    assert divergence.measure_block_noise(0, 0.1, seed=1) != first
+    assert divergence.measure_block_noise(0, 0.0, seed=0) == 0.0
+    assert divergence.measure_block(0, {}) == 0.0
+    assert divergence.measure_block(0, weights) == divergence.measure_unit(unit, weights) > 0
+    with pytest.raises(CalibrationError, match="block 1"):
+        divergence.measure_block_noise(1, float("nan"), seed=0)
+    assert divergence.measure_block(1, {}) == 0.0
