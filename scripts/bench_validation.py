@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What `scripts/bench_validation` runs: `cptq analyze --validate` per model and seed, and tables."""
+"""What `scripts/bench_validation` runs: `cptq analyze --validate` per model and seed."""
 
 from __future__ import annotations
 
