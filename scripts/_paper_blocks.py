@@ -92,6 +92,7 @@ def measure_seed(
         candidates=bench.candidates,
         seed=seed,
         emit=recorder,
+        compress=bench.trial.weights,
     )
     facts = {
         "seed": seed,
@@ -143,15 +144,13 @@ class Bench:
         self.cost = build_cost_model(model, settings)
         self.candidates = build_candidates(settings)
         self.objective = choose_objective(model.kind, model.config)
-        self.rows = split_parts(model, calibration.held_out, 1)[0]
-        self.divergence = DivergenceFromDense(model, self.rows, self.objective)
+        rows = split_parts(model, calibration.held_out, 1)[0]
+        self.divergence = DivergenceFromDense(model, rows, self.objective, units=False)
         self.trial = build_trial_model(
             model,
             calibration,
-            self.objective,
             setup.compressor,
-            layout=self.cost.layout,
-            float16_scales=self.cost.runtime.float16_scales,
+            self.cost,
             seed=settings.calibration.seed,
             emit=recorder,
         )
@@ -219,12 +218,8 @@ class Bench:
 
     def average_samples(self, rows_R: Any) -> list[float]:
         """The mean of each window of a language model; elsewhere a row is an example."""
-        from cptq.calibration.objective import mask_real_tokens
-
-        if self.objective.row != "token":
-            return [float(row) for row in rows_R]
-        counts = [int(n) for batch in self.rows for n in mask_real_tokens(batch).sum(1)]
-        return [float(part.mean()) for part in rows_R.split(counts)]
+        window_R = self.divergence.window_R
+        return [float(rows_R[window_R == w].mean()) for w in range(self.divergence.samples)]
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import BlockReplay, forward
 from cptq.calibration.tokens import Batch
 from cptq.checkpoint.model import LoadedModel
@@ -75,6 +76,23 @@ def test_from_every_block_equals_one_forward(model: LoadedModel) -> None:
                 assert same(replay.run_from(block, hidden, index), direct(model, batch)), block
             if block < BLOCKS:
                 hidden = replay.run(block, hidden, index)
+
+
+def test_logits_at_some_positions_are_those_of_all(model: LoadedModel) -> None:
+    """Whether the family can leave out the others or not."""
+    objective = choose_objective(model.kind, model.config)
+    if objective.row != "token":
+        pytest.skip("not judged token by token")
+    batches = padded_batches()
+    positions = [torch.arange(1, batch["input_ids"].shape[1], 3) for batch in batches]
+    replay = BlockReplay(model, batches, positions)
+    for index, batch in enumerate(batches):
+        hidden = replay.run(0, replay.embed(index), index)
+        with torch.no_grad():
+            some = objective.select_rows(replay.run_from(1, hidden, index), batch, positions[index])
+            every = direct(model, batch)
+        mask = batch["attention_mask"][:, positions[index]].bool()
+        assert torch.allclose(some, every.logits[:, positions[index]][mask], atol=1e-5)
 
 
 def test_hidden_states_are_those_of_the_blocks(model: LoadedModel) -> None:

@@ -109,6 +109,33 @@ def test_a_block_sees_what_the_compressed_blocks_before_it_give(
         assert torch.equal(problem.W_OI, get_weight(dense.get_submodule(layer.spec.name)))
 
 
+def test_output_errors_are_those_on_held_out_text(tiny_model: TinyModel) -> None:
+    """On inputs that the compressed blocks before give for text that did not calibrate."""
+    model = loaded(tiny_model("llama"))
+    dense, calibration = copy.deepcopy(model.module), padded(model)
+    held_out = random_calibration(model, rows=3, length=19).batches
+    events: list[Event] = []
+    layers = compress_model(
+        model,
+        calibration,
+        plan_for(model, MIXED),
+        compressor="gptq",
+        held_out=held_out,
+        emit=events.append,
+    )
+    first = layers[0]
+    H_II = naive_moment(dense, first.spec.name, held_out)
+    W_OI = get_weight(dense.get_submodule(first.spec.name)).double()
+    D_OI = W_OI - dequantize_layer(first, torch.float64)
+    expected = torch.trace(D_OI @ H_II @ D_OI.T) / torch.trace(W_OI @ H_II @ W_OI.T)
+    assert first.result.output_error == pytest.approx(float(expected), rel=1e-3)
+    assert all(layer.result.held_out for layer in layers)
+    plain = run(loaded(tiny_model("llama")), calibration, compressor="gptq")
+    for with_text, without in zip(layers, plain, strict=True):
+        assert torch.equal(with_text.codes, without.codes)
+        assert not without.result.held_out
+
+
 @pytest.mark.parametrize("arch", ["llama", "bert", "opt", "mpnet", "generic"])
 @pytest.mark.parametrize("compressor", ["gptq", "nearest"])
 def test_the_module_holds_the_compressed_weights_and_nothing_else_changes(

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from cptq.calibration.objective import choose_objective
 from cptq.compression.trial_model import TrialModel
 from cptq.numerics.masks import build_magnitude_mask
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.types import Candidate
 from tests.conftest import TinyModel
-from tests.unit.compression.test_trial_model import USUAL, carried_out, loaded, quiet, weights
+from tests.unit.compression.test_trial_model import (
+    USUAL,
+    carried_out,
+    cost_of,
+    loaded,
+    quiet,
+    weights,
+)
 
 DENSE = Candidate(bits=16)
 
@@ -19,11 +25,11 @@ DENSE = Candidate(bits=16)
 @pytest.mark.parametrize("label", ["w4g16-2:4", "w3g16-s50"])
 def test_the_inputs_decide_what_stays(tiny_model: TinyModel, compressor: str, label: str) -> None:
     model, calibration = loaded(tiny_model, "llama")
-    objective, first = choose_objective(model.kind, model.config), model.units[0]
+    first = model.units[0]
     before = weights(model)
     choices = {unit.name: DENSE for unit in model.units} | {first.name: Candidate.parse(label)}
     bench = build_trial_model(
-        model, calibration, objective, compressor, sparse=True, seed=0, emit=quiet, **USUAL
+        model, calibration, compressor, cost_of(model), sparse=True, seed=0, emit=quiet
     )
     blind = TrialModel(model, compressor, quiet, **USUAL)
     for each in (bench, blind):

@@ -14,6 +14,8 @@ from tokenizers import processors
 
 from cptq.artifact.reader import open_artifact
 from cptq.calibration.batches import Batch
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import choose_objective
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.pipeline.compress import compress, compress_layers, make_plan, measure_sensitivity
 from cptq.pipeline.inputs import CompressInputs, HeldOutText, load_inputs
@@ -86,6 +88,28 @@ def test_a_plan_is_made_again_from_the_same_values(tiny_model: TinyModel, tmp_pa
         compressed.plan = second  # type: ignore[misc]
 
 
+def test_plans_are_compared_with_the_model_as_it_came(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not with one whose embeddings are rounded: what that costs is part of the divergence."""
+    more = {"runtime": "cptq", "embedding_bits": 6, "target": "3.5bit", "group_size": 16}
+    inputs = load(tiny_model("llama", tied=False), tmp_path / "out", **more)
+    plan = make_plan(inputs, measure_sensitivity(inputs, recorder()), recorder())
+    objective = choose_objective(inputs.model.kind, inputs.model.config)
+    dense = DivergenceFromDense(inputs.model, inputs.held_out.judge, objective, units=False)
+    seen: list[DivergenceFromDense] = []
+
+    def stop(*args: Any) -> None:
+        seen.extend(x for x in args if isinstance(x, DivergenceFromDense))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cptq.pipeline.compress.keep_better_plan", stop)
+    with pytest.raises(KeyboardInterrupt):
+        compress_layers(inputs, plan, recorder())
+    assert torch.equal(seen[0].measure_rows(), dense.measure_rows())
+    assert float(dense.measure_rows().mean()) > 0  # the embeddings are rounded by now
+
+
 def test_scores_that_no_plan_needs_are_not_measured(tiny_model: TinyModel, tmp_path: Path) -> None:
     inputs = load(tiny_model("llama"), tmp_path / "out", allocator="even")
     heard = recorder()
@@ -126,7 +150,7 @@ def test_a_classifier_is_compressed_on_pairs(tiny_model: TinyModel, tmp_path: Pa
     )
     inputs = load_inputs(settings, recorder())
     assert all("token_type_ids" in batch for batch in inputs.calibration.batches)
-    assert all("token_type_ids" in batch for batch in inputs.held_out.uniform_check)
+    assert all("token_type_ids" in batch for batch in inputs.held_out.judge)
     outcome = compress(settings, recorder())
     assert outcome.artifact is not None
     manifest = outcome.artifact.manifest
