@@ -16,7 +16,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.errors import CalibrationError
 
 #: tokens of one part of a language model's text, and the fewest and most windows that hold them
-TOKENS, WINDOWS = 4096, (4, 32)
+TOKENS, WINDOWS = 2048, (4, 32)
 #: sentences of one part of any other model's
 SENTENCES = 256
 

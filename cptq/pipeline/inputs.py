@@ -41,6 +41,8 @@ from cptq.sensitivity.prepare import check_units
 from cptq.types import Candidate, Emit, Notice, Plan, SensitivityTable
 
 DEFAULT_TARGET = "4bit"
+#: parts of text that are held out, also for a single use: a judge asked once can read more
+LEAST_PARTS = 2
 #: fewest held-out rows that can judge
 LEAST_CHECK_ROWS = 4
 
@@ -250,7 +252,8 @@ def _read_text(
 ) -> tuple[Calibration, HeldOutText]:
     """Read the text that calibrates, and hold out one part to judge and two for --refine."""
     uses = ["search", "guard", "judge"] if settings.refine else ["judge"]
-    calibration = calibrate(model, settings, recorder, parts=len(uses), reserve=False)
+    count = max(LEAST_PARTS, len(uses))
+    calibration = calibrate(model, settings, recorder, parts=count, reserve=False)
     rows = calibration.held_out
     if not settings.refine and len(rows) < LEAST_CHECK_ROWS:
         return calibration, HeldOutText()
