@@ -29,6 +29,7 @@ from cptq.checkpoint.weights import get_scale_dtype, get_weight, set_weight
 from cptq.layouts import Layout
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import TWO_OF_FOUR
+from cptq.numerics.asymmetric_target import compute_asymmetric_target
 from cptq.numerics.grid import dequantize, dequantize_layer, get_code_range
 from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
 from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec
@@ -112,16 +113,19 @@ def compress_module(
     layout: Layout,
     *,
     dtype: torch.dtype,
+    cross_II: Tensor | None = None,
     held_out_II: Tensor | None = None,
     float16_scales: bool = False,
 ) -> CompressedLayer:
     """Compress a layer in place: the module then computes with the compressed weight.
 
-    `dtype` is the type in which the weight is multiplied out; the rest as in `compress_layer`.
+    `dtype` is the type in which the weight is multiplied out. `cross_II`: E[(x - x^) x^^T] of the
+    inputs in the dense model, x, and as they are, x^; where it is given the layer makes up for part
+    of the difference (`numerics.asymmetric_target`). The rest as in `compress_layer`.
     """
     asked = spec, get_weight(module).float(), H_II, candidate, method, layout
     error_II, held_out = _choose_moment(H_II, held_out_II), held_out_II is not None
-    layer, Q_OI = _compress(*asked, float16_scales, error_II, held_out)
+    layer, Q_OI = _compress(*asked, float16_scales, error_II, held_out, cross_II)
     set_weight(module, _convert(layer, Q_OI, dtype))
     return layer
 
@@ -163,18 +167,23 @@ def _compress(
     float16_scales: bool,
     error_II: Tensor | None,
     held_out: bool,
+    cross_II: Tensor | None = None,
 ) -> tuple[CompressedLayer, Tensor]:
     """Return the compressed layer and its weight (out, in), multiplied out in float32.
 
     The output error is measured on `error_II`, which is that of `held_out` inputs or of those that
-    calibrate.
+    calibrate, and relative to the target, which is W but for a `cross_II`.
     """
     began = time.perf_counter()
-    problem = build_layer_problem(spec, W_OI, H_II, candidate)
+    target_OI = W_OI
+    if H_II is not None and cross_II is not None:
+        target_OI = compute_asymmetric_target(W_OI, H_II, cross_II)
+    problem = build_layer_problem(spec, target_OI, H_II, candidate)
     solution = solve_layer_problem(problem, method, float16_scales=float16_scales)
     codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
     Q_OI = dequantize(codes_OI, scale_OG, zero_OG, problem.mask_OI, dtype=torch.float32)
-    weight_error, output_error = _measure_errors(W_OI, Q_OI, error_II)
+    weight_error = _divide((W_OI - Q_OI).square().sum(), W_OI.square().sum())
+    output_error = None if error_II is None else _measure_output_error(target_OI, Q_OI, error_II)
     result = LayerResult(
         name=spec.name,
         candidate=candidate,
@@ -247,13 +256,9 @@ def _choose_moment(H_II: Tensor | None, held_out_II: Tensor | None) -> Tensor | 
     return H_II if held_out_II is None else held_out_II
 
 
-def _measure_errors(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor | None) -> tuple[float, float | None]:
-    """Return the relative squared error of the weight, and of the output where H is given."""
-    D_OI = W_OI - Q_OI
-    weight_error = _divide(D_OI.square().sum(), W_OI.square().sum())
-    if H_II is None:
-        return weight_error, None
-    return weight_error, _divide(_compute_energy(D_OI, H_II), _compute_energy(W_OI, H_II))
+def _measure_output_error(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor) -> float:
+    """Return the relative squared error of the output."""
+    return _divide(_compute_energy(W_OI - Q_OI, H_II), _compute_energy(W_OI, H_II))
 
 
 def _compute_energy(W_OI: Tensor, H_II: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import forward
 from cptq.compression.blockwise import compress_model
 from cptq.compression.embeddings import compress_embeddings
+from cptq.compression.streams import embed_batches
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, CompressSettings
 from cptq.errors import BudgetError
@@ -171,8 +172,9 @@ def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> C
     with recorder.stage("compression"):
         baseline = _make_baseline_plan(inputs, plan, recorder)
         divergence = None if baseline is None else _record_dense_outputs(inputs)
+        embedded = embed_batches(model, inputs.calibration.batches)
         rest = compress_embeddings(model, space.embedding, space.layout, inputs.runtime)
-        carry_out = partial(_carry_out, inputs)
+        carry_out = partial(_carry_out, inputs, embedded)
         if baseline is None or divergence is None:
             layers = carry_out(plan, recorder)
         else:
@@ -180,7 +182,9 @@ def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> C
         return CompressedModel(plan=plan, layers=(*rest, *layers))
 
 
-def _carry_out(inputs: CompressInputs, plan: Plan, emit: Emit) -> list[CompressedLayer]:
+def _carry_out(
+    inputs: CompressInputs, embedded: Sequence[torch.Tensor], plan: Plan, emit: Emit
+) -> list[CompressedLayer]:
     return compress_model(
         inputs.model,
         inputs.calibration,
@@ -189,6 +193,7 @@ def _carry_out(inputs: CompressInputs, plan: Plan, emit: Emit) -> list[Compresse
         float16_scales=inputs.runtime.float16_scales,
         layout=inputs.space.layout,
         held_out=inputs.held_out.judge[:JUDGED_BATCHES],
+        embedded=embedded,
         emit=emit,
     )
 

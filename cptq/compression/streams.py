@@ -1,0 +1,186 @@
+"""A text on its way through the blocks: as the dense model has it, and as the compressed one does.
+
+The compressed stream gives the inputs x^ that a unit will really see, with the errors of all units
+before it; the dense stream gives x, what it would see without any. Both are hidden states, one per
+batch. For a block:
+
+    enter_block  the dense stream runs it while it is dense, and what its units read is kept
+    collect      the compressed stream runs it up to some units: H = E[x^ x^^T],
+                 C = E[(x - x^) x^^T]
+    leave_block  the compressed stream runs it with its new weights
+
+Memory: two hidden states per token and, of one block, the dense inputs of its units. Limits: no C
+for an expert, to which the router may send other tokens, nor for a unit whose inputs in the two
+streams have different shapes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from cptq.calibration.batches import Batch
+from cptq.calibration.replay import BlockReplay
+from cptq.checkpoint.model import LoadedModel
+from cptq.errors import CalibrationError
+from cptq.numerics.asymmetric_target import CrossMoment
+from cptq.numerics.hessian import SecondMoment
+from cptq.types import Unit
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Moments:
+    """H_II of the inputs of a unit and, where it can be measured, C_II."""
+
+    H_II: Tensor
+    C_II: Tensor | None = None
+
+
+def embed_batches(model: LoadedModel, batches: Sequence[Batch]) -> list[Tensor]:
+    """Return the input of the first block for every batch."""
+    replay = BlockReplay(model, list(batches))
+    return [replay.embed(index) for index in range(len(batches))]
+
+
+class Stream:
+    """Hidden states of a text; `dense`: what `embed_batches` gave while the embeddings were dense.
+
+    Without it there is no dense stream, and no C.
+    """
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        batches: Sequence[Batch],
+        dense: Sequence[Tensor] | None = None,
+    ) -> None:
+        self._model = model
+        self._replay = BlockReplay(model, list(batches))
+        self._masks = [batch.get("attention_mask") for batch in batches]
+        self._hidden = [self._replay.embed(index) for index in range(len(batches))]
+        self._dense = None if dense is None else list(dense)
+        #: what the dense stream hands to a unit: {unit: rows of each call, batch by batch}
+        self._read: dict[str, list[list[Tensor]]] = {}
+
+    def enter_block(self, block: int, units: Sequence[Unit]) -> None:
+        """Run the dense stream through a block that is still dense."""
+        if self._dense is None:
+            return
+        kept = [unit for unit in units if not unit.layers[0].expert]
+        self._read = {unit.name: [] for unit in kept}
+
+        def keep(unit_name: str, x: Tensor) -> None:
+            calls = self._read[unit_name]
+            calls[-1].append(select_real_rows(x, self._masks[len(calls) - 1]))
+
+        with _watch_inputs(self._find_first_linears(kept), keep):
+            for index, state in enumerate(self._dense):
+                for calls in self._read.values():
+                    calls.append([])
+                self._dense[index] = self._replay.run(block, state, index)
+
+    def collect(self, block: int, units: Sequence[Unit]) -> dict[str, Moments]:
+        """Return the moments of the inputs of some units of a block, {unit: moments}.
+
+        Raises:
+            CalibrationError: an input is NaN or infinite.
+        """
+        gathered = {unit.name: _Gathered(unit, self._model.device) for unit in units}
+        firsts = self._find_first_linears(units)
+        calls: list[list[str]] = []
+
+        def add(unit_name: str, x: Tensor) -> None:
+            index, call = len(calls) - 1, calls[-1].count(unit_name)
+            dense = self._find_dense_rows(unit_name, index, call)
+            gathered[unit_name].add(select_real_rows(x, self._masks[index]), dense)
+            calls[-1].append(unit_name)
+            if len(calls) > 1 and len(calls[0]) == len(firsts) == len(calls[-1]):
+                raise _SeenAll
+
+        with _watch_inputs(firsts, add):
+            for index, state in enumerate(self._hidden):
+                calls.append([])
+                with suppress(_SeenAll):
+                    self._replay.run(block, state, index)
+        for name in gathered:
+            self._read.pop(name, None)
+        return {name: found.join() for name, found in gathered.items()}
+
+    def leave_block(self, block: int) -> None:
+        """Run the compressed stream through a block; its states are then the block's output."""
+        self._hidden = [self._replay.run(block, h, i) for i, h in enumerate(self._hidden)]
+
+    def _find_first_linears(self, units: Sequence[Unit]) -> dict[str, nn.Module]:
+        """Return {unit: its first linear}; those of a fused unit read the same input."""
+        return {unit.name: self._model.linear(unit.layers[0].name) for unit in units}
+
+    def _find_dense_rows(self, unit_name: str, index: int, call: int) -> Tensor | None:
+        """Return what the dense stream handed to a unit in one call of one batch."""
+        batches = self._read.get(unit_name, [])
+        calls = batches[index] if index < len(batches) else []
+        return calls[call] if call < len(calls) else None
+
+
+class _Gathered:
+    """The sums of one unit while a text runs; no C once the streams do not match."""
+
+    def __init__(self, unit: Unit, device: torch.device) -> None:
+        features = unit.layers[0].shape[1]
+        self._name = unit.name
+        self._second = SecondMoment(features, device=device)
+        self._cross: CrossMoment | None = CrossMoment(features, device=device)
+
+    def add(self, seen_TI: Tensor, dense_TI: Tensor | None) -> None:
+        self._second.add(seen_TI)
+        if dense_TI is None or dense_TI.shape != seen_TI.shape:
+            self._cross = None
+        elif self._cross is not None:
+            self._cross.add(dense_TI, seen_TI)
+
+    def join(self) -> Moments:
+        H_II = self._second.mean_II
+        C_II = None if self._cross is None or not self._second.tokens else self._cross.mean_II
+        for X_II in (H_II, C_II):
+            if X_II is not None and not bool(torch.isfinite(X_II).all()):
+                raise CalibrationError(
+                    f"the inputs of {self._name} are NaN or infinite on the calibration text",
+                    hint="try --dtype float32, or another --calibration text",
+                )
+        return Moments(H_II=H_II, C_II=C_II)
+
+
+class _SeenAll(Exception):
+    """Every linear that is watched has its input: what would follow is run for nothing.
+
+    Raised only where the first batch called each of them exactly once.
+    """
+
+
+def select_real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return activations (rows, tokens, in) as (real tokens, in), padding left out.
+
+    Some families hand on (rows * tokens, in); what has no row per token is kept whole.
+    """
+    x_MI = x.reshape(-1, x.shape[-1])
+    if mask is None or len(x_MI) != mask.numel():
+        return x_MI
+    return x_MI[mask.flatten().bool()]
+
+
+@contextmanager
+def _watch_inputs(
+    modules: Mapping[str, nn.Module], add: Callable[[str, Tensor], None]
+) -> Iterator[None]:
+    def watcher(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda _module, args: add(name, args[0].detach())
+
+    handles = [m.register_forward_pre_hook(watcher(name)) for name, m in modules.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
