@@ -36,3 +36,33 @@ def naive_moment(module: nn.Module, name: str, batches: Sequence[Mapping[str, Te
                 count += 1
     hook.remove()
     return total_II / count
+
+
+def naive_cross_moment(
+    dense: nn.Module, now: nn.Module, name: str, batches: Sequence[Mapping[str, Tensor]]
+) -> Tensor:
+    """Mean of (x - x^) x^^T: what `dense` hands to a linear, x, and what the model does `now`, x^."""
+    width = dense.get_submodule(name).weight.shape[1]
+    total_II, count = torch.zeros(width, width, dtype=torch.float64), 0
+    for batch in batches:
+        rows = [_read(module, name, batch).reshape(-1, width).double() for module in (dense, now)]
+        mask = batch["attention_mask"].flatten().bool().tolist()
+        if len(rows[0]) != len(mask):  # one row per example
+            mask = [True] * len(rows[0])
+        for x_I, seen_I, real in zip(*rows, mask, strict=True):
+            if real:
+                total_II += torch.outer(x_I - seen_I, seen_I)
+                count += 1
+    return total_II / count
+
+
+@torch.no_grad()
+def _read(module: nn.Module, name: str, batch: Mapping[str, Tensor]) -> Tensor:
+    """What a linear reads in one forward pass."""
+    caught: list[Tensor] = []
+    hook = module.get_submodule(name).register_forward_hook(
+        lambda _module, args, _output: caught.append(args[0].detach())
+    )
+    module(**batch)
+    hook.remove()
+    return caught[0]

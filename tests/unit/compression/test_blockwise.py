@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import cycle
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,15 +17,17 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import blockwise, gptq, nearest
-from cptq.compression.blockwise import compress_model, select_real_rows
+from cptq.compression.blockwise import compress_model
 from cptq.compression.layer import LayerProblem, LayerSolution
+from cptq.compression.streams import embed_batches, select_real_rows
 from cptq.errors import CalibrationError, UnknownNameError
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.pack_quantized import list_packed_tensors
+from cptq.numerics.asymmetric_target import compute_asymmetric_target
 from cptq.numerics.grid import dequantize_layer
 from cptq.types import Budget, Candidate, CompressedLayer, Event, Notice, Plan, Progress
 from tests.conftest import TinyModel
-from tests.reference.moments import naive_moment
+from tests.reference.moments import naive_cross_moment, naive_moment
 from tests.reference.sensitivity import loaded, random_calibration
 from tests.tiny_models import RECIPES, VOCABULARY
 
@@ -107,6 +110,53 @@ def test_a_block_sees_what_the_compressed_blocks_before_it_give(
         expected = naive_moment(partly, layer.spec.name, calibration.batches)
         torch.testing.assert_close(problem.H_II.double(), expected, rtol=1e-3, atol=1e-4)
         assert torch.equal(problem.W_OI, get_weight(dense.get_submodule(layer.spec.name)))
+
+
+def shifted(module: Any) -> Any:
+    """A copy with other embeddings, as if they had been compressed."""
+    other = copy.deepcopy(module)
+    with torch.no_grad():
+        other.get_input_embeddings().weight.mul_(1.1)
+    return other
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "gpt_neox", "bert", "mpnet"])
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_unit_makes_up_for_the_errors_of_those_before_it(
+    arch: str, rounded: bool, tiny_model: TinyModel, seen: list[LayerProblem]
+) -> None:
+    """Its target, against whole forward passes of the dense and of the partly compressed model."""
+    model = loaded(tiny_model(arch))
+    dense, calibration = copy.deepcopy(model.module), padded(model)
+    embedded = embed_batches(model, calibration.batches)
+    if rounded:
+        model.module.load_state_dict(shifted(model.module).state_dict())
+    layers = compress_model(
+        model,
+        calibration,
+        plan_for(model, MIXED),
+        compressor="gptq",
+        embedded=embedded,
+        emit=lambda event: None,
+    )
+    partly = shifted(dense) if rounded else copy.deepcopy(dense)
+    by_name = {layer.spec.name: (layer, asked) for layer, asked in zip(layers, seen, strict=True)}
+    moved = 0
+    for unit in model.units:
+        found = [by_name[spec.name] for spec in unit.layers if spec.name in by_name]
+        for layer, asked in found:
+            name = layer.spec.name
+            H_II = naive_moment(partly, name, calibration.batches)
+            C_II = naive_cross_moment(dense, partly, name, calibration.batches)
+            torch.testing.assert_close(asked.H_II.double(), H_II, rtol=1e-3, atol=1e-4)
+            W_OI = get_weight(dense.get_submodule(name)).double()
+            expected = compute_asymmetric_target(W_OI, H_II, C_II)
+            torch.testing.assert_close(asked.W_OI.double(), expected, rtol=2e-3, atol=2e-3)
+            moved += not torch.allclose(expected, W_OI, atol=1e-4)
+        for layer, _ in found:
+            weight = dequantize_layer(layer, torch.float32)
+            set_weight(partly.get_submodule(layer.spec.name), weight)
+    assert moved > len(layers) / 2
 
 
 def test_output_errors_are_those_on_held_out_text(tiny_model: TinyModel) -> None:

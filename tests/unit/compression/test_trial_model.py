@@ -77,13 +77,13 @@ def grids(runtime: Runtime, asymmetric: bool) -> list[Candidate]:
 
 
 def record_hessians(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
-    """{layer: H_II} that `compress_model` uses from now on."""
+    """{layer: H_II} that `compress_model` uses from now on, towards the dense weights."""
     used: dict[str, torch.Tensor] = {}
     real = blockwise.compress_module
 
     def recording(module: Any, spec: LayerSpec, H_II: torch.Tensor, *rest: Any, **more: Any) -> Any:
         used[spec.name] = H_II
-        return real(module, spec, H_II, *rest, **more)
+        return real(module, spec, H_II, *rest, **(more | {"cross_II": None}))
 
     monkeypatch.setattr(blockwise, "compress_module", recording)
     return used
