@@ -41,7 +41,7 @@ def naive_moment(module: nn.Module, name: str, batches: Sequence[Mapping[str, Te
 def naive_cross_moment(
     dense: nn.Module, now: nn.Module, name: str, batches: Sequence[Mapping[str, Tensor]]
 ) -> Tensor:
-    """Mean of (x - x^) x^^T: what `dense` hands to a linear, x, and what the model does `now`, x^."""
+    """Mean of (x - x^) x^^T: `dense` hands x to a linear, the model `now` x^."""
     width = dense.get_submodule(name).weight.shape[1]
     total_II, count = torch.zeros(width, width, dtype=torch.float64), 0
     for batch in batches:
