@@ -14,8 +14,12 @@ COMPRESSORS: Registry[Compressor] = Registry(
     "compressor",
     {
         "gptq": "cptq.compression.gptq:compress",
+        "gptaq": "cptq.compression.gptq:compress",
         "nearest": "cptq.compression.nearest:compress",
     },
 )
+#: those that take the units of a block one after the other, each towards the weight that makes up
+#: for errors before it (`numerics.asymmetric_target`)
+CORRECTING = ("gptaq",)
 #: those that use weights alone and need no forward pass of the model
 WITHOUT_ACTIVATIONS = ("nearest",)

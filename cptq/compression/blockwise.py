@@ -1,15 +1,17 @@
-"""Compress a model unit by unit, each on the activations of what is already compressed.
+"""Compress a model block by block, each on the activations of what is already compressed.
 
-Units are taken in forward order, one after the other also inside a block, so that each sees the
-errors of all before it (within a block that goes beyond GPTQ, arXiv 2210.17323, section 4, which
-collects a block's Hessians at once), and each is compressed towards the weight that makes up for
-part of these errors (`numerics.asymmetric_target`). Compressors that use no activations round all
-units of a block at once, towards their own weights.
+For every block: run it on the hidden states that the compressed blocks before it produce, sum each
+linear's Hessian on the way, compress its linears, run it again with the new weights. So a block
+sees the errors of those before it (GPTQ, arXiv 2210.17323, section 4).
 
-Memory: `compression.streams`, and the moments of one unit. Cost: of the calibration text one dense
-forward pass over the blocks, and compressed ones up to each unit and through the block, 1.8 times
-the forward work of a pass for the Hessians of a block and one for its output. Held-out text, on
-which output errors are measured, takes the way of the compressed stream.
+A compressor that corrects (`CORRECTING`) goes further: units are taken one after the other also
+inside a block, and each is compressed towards the weight that makes up for part of the errors
+before it, for which the dense model's hidden states travel along (`compression.streams`).
+
+Memory: one hidden state per token, and the Hessians of one block; two states, the dense inputs of a
+block and the moments of one unit where errors are corrected. Cost: two forward passes over the
+blocks, the first without what follows the last linear's input; with correction 1.8 times that and
+twice the sums. Held-out text, on which output errors are measured, takes the compressed way.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 from cptq.calibration.batches import Batch
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
-from cptq.compression import COMPRESSORS, WITHOUT_ACTIVATIONS
+from cptq.compression import COMPRESSORS, CORRECTING
 from cptq.compression.layer import compress_module
 from cptq.compression.streams import Moments, Stream, embed_batches
 from cptq.layouts import Layout
@@ -63,7 +65,7 @@ def compress_model(
         dtype=model.dtype,
         float16_scales=float16_scales,
     )
-    corrects = compressor not in WITHOUT_ACTIVATIONS
+    corrects = compressor in CORRECTING
     if corrects and embedded is None:
         embedded = embed_batches(model, calibration.batches)
     calibrating = Stream(model, calibration.batches, embedded if corrects else None)

@@ -21,6 +21,7 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import forward
+from cptq.compression import CORRECTING
 from cptq.compression.blockwise import compress_model
 from cptq.compression.embeddings import compress_embeddings
 from cptq.compression.streams import embed_batches
@@ -172,7 +173,9 @@ def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> C
     with recorder.stage("compression"):
         baseline = _make_baseline_plan(inputs, plan, recorder)
         divergence = None if baseline is None else _record_dense_outputs(inputs)
-        embedded = embed_batches(model, inputs.calibration.batches)
+        embedded = None
+        if inputs.settings.compressor in CORRECTING:
+            embedded = embed_batches(model, inputs.calibration.batches)
         rest = compress_embeddings(model, space.embedding, space.layout, inputs.runtime)
         carry_out = partial(_carry_out, inputs, embedded)
         if baseline is None or divergence is None:
@@ -183,7 +186,7 @@ def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> C
 
 
 def _carry_out(
-    inputs: CompressInputs, embedded: Sequence[torch.Tensor], plan: Plan, emit: Emit
+    inputs: CompressInputs, embedded: Sequence[torch.Tensor] | None, plan: Plan, emit: Emit
 ) -> list[CompressedLayer]:
     return compress_model(
         inputs.model,

@@ -135,7 +135,7 @@ def test_a_unit_makes_up_for_the_errors_of_those_before_it(
         model,
         calibration,
         plan_for(model, MIXED),
-        compressor="gptq",
+        compressor="gptaq",
         embedded=embedded,
         emit=lambda event: None,
     )
