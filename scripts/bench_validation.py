@@ -74,12 +74,10 @@ def show_ranks(reports: Sequence[dict[str, Any]]) -> None:
         ]
         kept = [a for a in found if a is not None]
         ranks, orders = ([a[f"{k}_within"]["value"] for a in kept] for k in ("spearman", "kendall"))
-        seconds = sum(a["seconds"] for a in kept) / len(kept)
-        row = (sum(ranks) / len(ranks), metric, len(kept), spread(ranks), spread(orders), seconds)
-        rows.append(row)
-    print("| metric | seeds | Spearman | Kendall | seconds |\n|---|--:|--:|--:|--:|")
-    for _, metric, count, ranks_, orders_, seconds in sorted(rows, reverse=True):
-        print(f"| `{metric}` | {count} | {ranks_} | {orders_} | {seconds:.0f} |")
+        rows.append((sum(ranks) / len(ranks), metric, len(kept), spread(ranks), spread(orders)))
+    print("| metric | seeds | Spearman | Kendall |\n|---|--:|--:|--:|")
+    for _, metric, count, ranks_, orders_ in sorted(rows, reverse=True):
+        print(f"| `{metric}` | {count} | {ranks_} | {orders_} |")
     print()
 
 
