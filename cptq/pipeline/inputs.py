@@ -250,12 +250,16 @@ def _read_tables(
 def _read_text(
     settings: CompressSettings, model: LoadedModel, recorder: Recorder
 ) -> tuple[Calibration, HeldOutText]:
-    """Read the text that calibrates, and hold out one part to judge and two for --refine."""
-    uses = ["search", "guard", "judge"] if settings.refine else ["judge"]
-    count = max(LEAST_PARTS, len(uses))
+    """Read the text that calibrates, and hold out one part to judge and two for --refine.
+
+    Where the text is short nothing judges.
+    """
+    needed = ["search", "guard"] if settings.refine else []
+    count = max(LEAST_PARTS, len(needed) + 1)
     calibration = calibrate(model, settings, recorder, parts=count, reserve=False)
     rows = calibration.held_out
-    if not settings.refine and len(rows) < LEAST_CHECK_ROWS:
+    uses = [*needed, "judge"] if len(rows) >= max(LEAST_CHECK_ROWS, len(needed) + 1) else needed
+    if not uses:
         return calibration, HeldOutText()
     parts = split_parts(model, rows, len(uses))
     return calibration, HeldOutText(**dict(zip(uses, parts, strict=True)))

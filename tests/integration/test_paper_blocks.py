@@ -76,7 +76,7 @@ def check_plans(found: dict[str, Any]) -> None:
                 used = {Candidate.parse(label).bits for label in opponent["choices"].values()}
                 assert used <= set(bits)
         tokens = found["judge_tokens"] / len(plan["samples"])
-        assert tokens == 128  # windows, not tokens
+        assert tokens == 256  # whole windows of the model, not tokens
 
 
 def test_ratios_are_paired() -> None:
