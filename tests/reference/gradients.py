@@ -103,7 +103,7 @@ def disturbed_block_trial(
     """Divergence with the hidden state that enters a block replaced by disturb(h, batch)."""
     module = double(model)
     with torch.no_grad():
-        dense = answers(model, module, rows, objective)
+        dense = judged(model, module, rows, objective)
         other = []
         for index, row in enumerate(rows):
             variant = copy.deepcopy(module)
@@ -116,7 +116,7 @@ def disturbed_block_trial(
                 return run(disturb(hidden, at), *rest, **more)
 
             layer.forward = enter  # type: ignore[method-assign]
-            other.append(answers(model, variant, [row], objective))
+            other.append(judged(model, variant, [row], objective))
         return float(divergence(objective, dense, torch.cat(other)))
 
 
