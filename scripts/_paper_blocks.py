@@ -151,6 +151,7 @@ class Bench:
             calibration,
             setup.compressor,
             self.cost,
+            self.candidates,
             seed=settings.calibration.seed,
             emit=recorder,
         )

@@ -13,8 +13,8 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-#: text to calibrate on, by the end of the name of a model's class
-TEXTS = {"ForSequenceClassification": "glue/sst2", "LM": "auto", "Model": "glue/stsb"}
+from _uses import find_use
+
 SEEDS = 3
 
 
@@ -23,7 +23,7 @@ def run_analysis(model: Path, seed: int, given: argparse.Namespace) -> dict[str,
     place = given.out / f"{model.name}-{seed}"
     if not (place / "report.json").exists():
         words: list[object] = ["analyze", model, "--validate", "--seed", seed, "-o", place]
-        words += ["--calibration", given.calibration or choose_text(model)]
+        words += ["--calibration", given.calibration or find_use(str(model))[1]]
         for option in ("metric", "target", "allocator"):
             words += [
                 word for value in getattr(given, option) or () for word in (f"--{option}", value)
@@ -40,14 +40,6 @@ def run_analysis(model: Path, seed: int, given: argparse.Namespace) -> dict[str,
             sys.exit("stopped: cptq analyze failed (above); what is measured is kept in --out")
     found: dict[str, Any] = json.loads((place / "report.json").read_text())
     return found
-
-
-def choose_text(model: Path) -> str:
-    """Return the text that a model is calibrated on unless --calibration names another."""
-    from transformers import AutoConfig
-
-    named = (AutoConfig.from_pretrained(model).architectures or ["Model"])[0]
-    return next((text for end, text in TEXTS.items() if named.endswith(end)), "auto")
 
 
 def spread(values: Sequence[float]) -> str:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from _paper_blocks import Setup, Widths, describe, list_rows, measure_seeds
+from _uses import find_use
 
 #: the paper's names of the metrics; the others are shown beside them
 PAPER = {"cca": "CMPQ", "pruning": "PMPQ", "taylor": "TDMPQ"}
@@ -31,14 +32,6 @@ TARGETS = ("2.5bit", "3bit", "4bit")
 AT_HAND = ("smollm2-135m-dithered", "stories260k", "minilm-l6-sst2", "all-MiniLM-L6-v2")
 #: weight files up to this many bytes have every unit's divergence measured without being asked
 SMALL = 100_000_000
-#: what a model is for, by the end of its class: (in words, text to calibrate on, task)
-USES = {
-    "ForSequenceClassification": ("classification", "glue/sst2", "glue/sst2"),
-    "ForCausalLM": ("language modelling", "auto", "wikitext"),
-    "LMHeadModel": ("language modelling", "auto", "wikitext"),
-    "ForMaskedLM": ("language modelling", "auto", None),
-    "Model": ("embedding", "glue/stsb", "glue/stsb"),
-}
 
 
 def at_hand() -> list[str]:
@@ -67,14 +60,7 @@ class Study:
         self.model, self.given = model, given
         self.name = Path(model).name
         self.place = given.out / self.name
-        self.use, self.calibration, self.task = self._use()
-
-    def _use(self) -> tuple[str, str, str | None]:
-        from transformers import AutoConfig
-
-        config = AutoConfig.from_pretrained(self.model)
-        named = (config.architectures or ["Model"])[0]
-        return next(use for end, use in USES.items() if named.endswith(end))
+        self.use, self.calibration, self.task = find_use(model)
 
     def _small(self) -> bool:
         files = list(Path(self.model).glob("*.safetensors"))

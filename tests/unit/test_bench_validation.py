@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests.conftest import TinyModel
 from tests.test_model_scripts import script
 
 
@@ -68,3 +69,11 @@ def test_tables_hold_the_mean_and_the_range_of_the_seeds(
         "| `cca`, knapsack | 2 | 1.20 (0.90 to 1.50) | 1.162 |",
     ]
     assert "Divergence under `even` itself: 1.5" in lines
+
+
+@pytest.mark.parametrize(
+    ("arch", "text"), [("gpt2", "auto"), ("llama", "auto"), ("bert", "glue/sst2")]
+)
+def test_the_text_is_that_of_the_use(arch: str, text: str, tiny_model: TinyModel) -> None:
+    """GPT-2's class ends in Model, as an encoder's does."""
+    assert script("_uses").find_use(str(tiny_model(arch)))[1] == text
