@@ -21,7 +21,7 @@ from cptq.types import Candidate
 class Kl(Metric):
     """Measured divergence of one changed unit at a time."""
 
-    needs = Needs(divergence=True, rounding=True)
+    needs = Needs(divergence=True)
 
     @property
     def score_unit(self) -> str:
@@ -37,6 +37,8 @@ class Kl(Metric):
         """Return the divergence of one candidate."""
         compress, divergence = self.context.compress, self.context.divergence
         if compress is None:
+            rounding = self.context.rounding
+            errors = rounding.compute_errors(view.unit, view.weights, candidate)
             return self._measure_change(view, errors)
         assert divergence is not None
         return divergence.measure_unit(view.unit, compress(view.unit, candidate))
