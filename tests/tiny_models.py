@@ -152,6 +152,27 @@ def build_tiny_model(
     return path
 
 
+def pair_tokenizer() -> PreTrainedTokenizerFast:
+    """`tiny_tokenizer`, which also marks the second sentence of a pair, as BERT's does."""
+    tokenizer = tiny_tokenizer(causal=False)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>",
+        pair="<s> $A </s> $B:1 </s>:1",
+        special_tokens=[("<s>", 1), ("</s>", 2)],
+    )
+    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
+    return tokenizer
+
+
+def write_rte(folder: Path, count: int) -> Path:
+    """Write RTE's training part under a data folder: two sentences a row, none like another."""
+    (folder / "glue" / "RTE").mkdir(parents=True)
+    lines = [f"{i}\tleft {SENTENCES[i % 5]} {i}\tright {i}.\tentailment" for i in range(count)]
+    table = "\n".join(["index\tsentence1\tsentence2\tlabel", *lines])
+    (folder / "glue" / "RTE" / "train.tsv").write_text(table)
+    return folder
+
+
 def tiny_tokenizer(*, causal: bool, bos: bool = False) -> PreTrainedTokenizerFast:
     """A byte-level BPE of `VOCABULARY` tokens; `<s> ... </s>` around a text unless `causal`.
 

@@ -20,12 +20,17 @@ from cptq.layouts import Layout
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.layouts.safetensors_header import Entry, measure, sum_bytes
-from cptq.types import DTYPE_BYTES, Candidate, LayerSpec, SizeReport, TensorSpec, Unit
+from cptq.types import (
+    DTYPE_BYTES,
+    Candidate,
+    LayerSpec,
+    SizeReport,
+    TensorSpec,
+    Unit,
+    choose_16bit_dtype,
+)
 
 Choices = Mapping[str, Candidate]
-
-#: floating-point dtypes of more than the 16 bits that sizes are compared with
-_WIDE = ("F32", "F64")
 
 
 class CostModel:
@@ -190,9 +195,7 @@ class CostModel:
     @cached_property
     def dense_file_bytes(self) -> int:
         """Bytes of the uncompressed file at 16 bits per weight, whatever its dtype."""
-        at_16_bits = [
-            replace(spec, dtype="F16") if spec.dtype in _WIDE else spec for spec in self.tensors
-        ]
+        at_16_bits = [replace(spec, dtype=choose_16bit_dtype(spec.dtype)) for spec in self.tensors]
         return sum_bytes(map(measure, at_16_bits))
 
     @cached_property

@@ -145,17 +145,18 @@ class DivergenceFromDense:
             return self._measure_mean(unit.block, f"noise on the inputs of {unit.name}")
 
     @torch.no_grad()
-    def measure_layers(self, weights: Mapping[str, Tensor]) -> float:
+    def measure_layers(self, weights: Mapping[str, Tensor], block: int | None = None) -> float:
         """Return the mean divergence per output row with other weights in any layers.
 
         Args:
             weights: layer name -> W_OI.
+            block: where given, the first that changes: what comes before it is not run again.
 
         Raises:
             CalibrationError: the changed model's output is NaN or infinite.
         """
         with self._replace(weights):
-            return self._measure_mean(None, f"{len(weights)} layers changed")
+            return self._measure_mean(block, f"{len(weights)} layers changed")
 
     def _measure_mean(self, block: int | None, change: str) -> float:
         self.trials += 1
@@ -205,20 +206,6 @@ class DivergenceFromDense:
             for name, W_OI in weights.items():
                 stack.enter_context(replace_weight(self._model.linear(name), W_OI))
             yield
-
-    @torch.no_grad()
-    def measure_block(self, block: int, weights: Mapping[str, Tensor]) -> float:
-        """Return the mean divergence per output row with other weights in one block.
-
-        Args:
-            block: index of the block; what comes before it is not run again.
-            weights: layer name -> W_OI, for the layers of the block that change.
-
-        Raises:
-            CalibrationError: the changed model's output is NaN or infinite.
-        """
-        with self._replace(weights):
-            return self._measure_mean(block, f"block {block} changed")
 
     @torch.no_grad()
     def measure_block_noise(self, block: int, noise: float, seed: int) -> float:

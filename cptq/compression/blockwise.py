@@ -26,7 +26,7 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import COMPRESSORS, CORRECTING
 from cptq.compression.layer import compress_module
-from cptq.compression.streams import Moments, Stream, embed_batches
+from cptq.compression.streams import Moments, Stream
 from cptq.layouts import Layout
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.types import CompressedLayer, Emit, Notice, Plan, Progress, Unit
@@ -66,9 +66,7 @@ def compress_model(
         float16_scales=float16_scales,
     )
     corrects = compressor in CORRECTING
-    if corrects and embedded is None:
-        embedded = embed_batches(model, calibration.batches)
-    calibrating = Stream(model, calibration.batches, embedded if corrects else None)
+    calibrating = Stream(model, calibration.batches, dense=corrects, embedded=embedded)
     judging = Stream(model, held_out) if held_out else None
     done: list[CompressedLayer] = []
     total = len(model.blocks)
@@ -76,7 +74,7 @@ def compress_model(
         emit(Progress(stage="compress", done=block, total=total, message=f"block {block}"))
         units = [u for u in model.units if u.block == block and not plan.choices[u.name].dense]
         calibrating.enter_block(block, units)
-        for stage in _split_stages(units) if corrects else [units]:
+        for stage in _split_stages(units, one_by_one=corrects):
             moments = calibrating.collect(block, stage)
             others = judging.collect(block, stage) if judging else {}
             done += _compress_units(model, stage, plan, moments, others, compress, emit)
@@ -87,11 +85,13 @@ def compress_model(
     return done
 
 
-def _split_stages(units: Sequence[Unit]) -> list[list[Unit]]:
-    """Return the units of a block in the order in which they are compressed.
+def _split_stages(units: Sequence[Unit], *, one_by_one: bool) -> list[list[Unit]]:
+    """Return the units of a block by the pass that collects their moments, in forward order.
 
-    Experts are one stage: there may be hundreds, and each stage costs a pass.
+    Taken one by one experts still are one stage: there may be hundreds, and each costs a pass.
     """
+    if not one_by_one:
+        return [list(units)] if units else []
     stages: list[list[Unit]] = []
     for unit in units:
         if stages and unit.layers[0].expert and stages[-1][0].layers[0].expert:

@@ -47,22 +47,29 @@ def embed_batches(model: LoadedModel, batches: Sequence[Batch]) -> list[Tensor]:
 
 
 class Stream:
-    """Hidden states of a text; `dense`: what `embed_batches` gave while the embeddings were dense.
+    """Hidden states of a text.
 
-    Without it there is no dense stream, and no C.
+    Args:
+        model: its blocks are still dense.
+        batches: the text.
+        dense: let a dense stream run along; without it there is no C.
+        embedded: what `embed_batches` gave before the embeddings were compressed, to begin the
+            dense stream with; without it the embeddings are dense still.
     """
 
     def __init__(
         self,
         model: LoadedModel,
         batches: Sequence[Batch],
-        dense: Sequence[Tensor] | None = None,
+        *,
+        dense: bool = False,
+        embedded: Sequence[Tensor] | None = None,
     ) -> None:
         self._model = model
         self._replay = BlockReplay(model, list(batches))
         self._masks = [batch.get("attention_mask") for batch in batches]
         self._hidden = [self._replay.embed(index) for index in range(len(batches))]
-        self._dense = None if dense is None else list(dense)
+        self._dense = list(embedded or self._hidden) if dense else None
         #: what the dense stream hands to a unit: {unit: rows of each call, batch by batch}
         self._read: dict[str, list[list[Tensor]]] = {}
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from cptq.types import Candidate, LayerSpec, TensorSpec
+from cptq.types import Candidate, LayerSpec, TensorSpec, choose_16bit_dtype
 
 
 class Dense16Layout:
@@ -20,11 +20,6 @@ class Dense16Layout:
         return (
             TensorSpec(name=layer.weight_name, dtype=choose_16bit_dtype(layer.dtype), shape=shape),
         )
-
-
-def choose_16bit_dtype(dtype: str) -> str:
-    """The 16-bit type for values of a storage type; what is no wider float stays."""
-    return "F16" if dtype in ("F32", "F64") else dtype
 
 
 DENSE_16BIT = Dense16Layout()

@@ -108,7 +108,7 @@ def _build_trial_model(inputs: AnalyzeInputs, recorder: Recorder) -> TrialModel 
             calibration,
             settings.compressor,
             build_cost_model(inputs.model, settings),
-            sparse=any(candidate.sparsity for candidate in inputs.candidates),
+            inputs.candidates,
             seed=settings.calibration.seed,
             emit=recorder,
         )

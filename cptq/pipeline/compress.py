@@ -111,7 +111,7 @@ def _build_trial_model(inputs: CompressInputs, emit: Emit) -> TrialModel:
         inputs.calibration,
         inputs.settings.compressor,
         inputs.space.cost,
-        sparse=any(candidate.sparsity for candidate in inputs.space.candidates),
+        inputs.space.candidates,
         seed=inputs.settings.calibration.seed,
         emit=emit,
     )
@@ -174,7 +174,7 @@ def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> C
         baseline = _make_baseline_plan(inputs, plan, recorder)
         divergence = None if baseline is None else _record_dense_outputs(inputs)
         embedded = None
-        if inputs.settings.compressor in CORRECTING:
+        if inputs.settings.compressor in CORRECTING and space.embedding is not None:
             embedded = embed_batches(model, inputs.calibration.batches)
         rest = compress_embeddings(model, space.embedding, space.layout, inputs.runtime)
         carry_out = partial(_carry_out, inputs, embedded)

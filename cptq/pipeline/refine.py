@@ -43,13 +43,13 @@ def refine_plan(
     """
     objective = choose_objective(model.kind, model.config)
     candidates = sorted({candidate for row in ledger.bytes_of.values() for candidate in row})
-    seed, sparse = settings.calibration.seed, any(c.sparsity for c in candidates)
+    seed = settings.calibration.seed
     trial = build_trial_model(
         model,
         calibration,
         settings.compressor,
         ledger.cost,
-        sparse=sparse,
+        candidates,
         seed=seed,
         emit=emit,
     )

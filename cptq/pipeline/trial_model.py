@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import partial
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
 from cptq.compression.trial_model import TrialModel
-from cptq.types import Emit, Notice
+from cptq.types import Candidate, Emit, Notice
 
 #: bytes that the Hessians of all units together may take
 HESSIAN_BYTES = 8 << 30
@@ -24,8 +25,8 @@ def build_trial_model(
     calibration: Calibration,
     compressor: str,
     cost: CostModel,
+    candidates: Iterable[Candidate],
     *,
-    sparse: bool = False,
     seed: int,
     emit: Emit,
 ) -> TrialModel:
@@ -33,11 +34,12 @@ def build_trial_model(
 
     All of the calibration text goes into the Hessians, as in the final compression: from fewer
     tokens wide units look more sensitive than they are. `cost` knows the file and the runtime that
-    the weights are meant for. `sparse`: sparse candidates will be tried, whose masks use
-    activations as well.
+    the weights are meant for. `candidates` may be tried; the masks of sparse ones use activations
+    with any compressor.
     """
     layout, float16_scales = cost.layout, cost.runtime.float16_scales
     build = partial(TrialModel, layout=layout, float16_scales=float16_scales)
+    sparse = any(candidate.sparsity for candidate in candidates)
     if compressor in WITHOUT_ACTIVATIONS and not sparse:
         return build(model, compressor, emit)
     need = sum(4 * unit.layers[0].shape[1] ** 2 for unit in model.units)

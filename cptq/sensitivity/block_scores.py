@@ -133,7 +133,7 @@ def prune_block(
         spec.name: prune_by_magnitude(get_weight(model.linear(spec.name)).float(), sparsity)
         for spec in specs
     }
-    return divergence.measure_block(block, pruned)
+    return divergence.measure_layers(pruned, block)
 
 
 def _score_by_pruning(

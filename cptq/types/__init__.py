@@ -19,6 +19,7 @@ from cptq.types.model import (
     ModelKind,
     TensorSpec,
     Unit,
+    choose_16bit_dtype,
     is_expert,
 )
 from cptq.types.plan import Budget, Candidate, Plan, Scope, SensitivityTable, digest
@@ -66,6 +67,7 @@ __all__ = [
     "TensorSpec",
     "Unit",
     "Validation",
+    "choose_16bit_dtype",
     "digest",
     "is_expert",
     "join_results",

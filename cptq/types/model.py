@@ -81,12 +81,17 @@ class LayerSpec:
         Stock transformers multiplies an expert's weight out in the type of its scales before it
         stacks the experts, so there the checkpoint's type is kept.
         """
-        return "F16" if self.dtype in ("F32", "F64") and not self.expert else self.dtype
+        return self.dtype if self.expert else choose_16bit_dtype(self.dtype)
 
     @property
     def expert(self) -> bool:
         """Whether the layer belongs to an expert of a mixture-of-experts model."""
         return is_expert(self.name)
+
+
+def choose_16bit_dtype(dtype: str) -> str:
+    """Return the 16-bit type for values of a storage type; what is no wider float stays."""
+    return "F16" if dtype in ("F32", "F64") else dtype
 
 
 def is_expert(name: str) -> bool:

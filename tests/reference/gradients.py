@@ -76,54 +76,30 @@ def disturbed_trial(
     model: LoadedModel,
     rows: Rows,
     objective: Objective,
-    layers: Sequence[str],
+    modules: Sequence[str],
     disturb: Callable[[Tensor, int], Tensor],
 ) -> float:
-    """Divergence with the inputs of some layers replaced by disturb(x, index of the batch)."""
+    """Divergence with what some linears or blocks read replaced by disturb(x, index of the batch).
+
+    x is the first argument: of a block the hidden state that enters it.
+    """
     module = double(model)
     with torch.no_grad():
         dense = judged(model, module, rows, objective)
         other = []
         for index, row in enumerate(rows):
             variant = copy.deepcopy(module)
-            for name in layers:
-                layer = variant.get_submodule(name)
-                layer.forward = _reading(layer.forward, disturb, index)  # type: ignore[method-assign]
-            other.append(judged(model, variant, [row], objective))
-        return float(divergence(objective, dense, torch.cat(other)))
-
-
-def disturbed_block_trial(
-    model: LoadedModel,
-    rows: Rows,
-    objective: Objective,
-    block: int,
-    disturb: Callable[[Tensor, int], Tensor],
-) -> float:
-    """Divergence with the hidden state that enters a block replaced by disturb(h, batch)."""
-    module = double(model)
-    with torch.no_grad():
-        dense = judged(model, module, rows, objective)
-        other = []
-        for index, row in enumerate(rows):
-            variant = copy.deepcopy(module)
-            layer = variant.get_submodule(model.block_names[block])
-            run = layer.forward
-
-            def enter(
-                hidden: Tensor, *rest: Any, run: Any = run, at: int = index, **more: Any
-            ) -> Any:
-                return run(disturb(hidden, at), *rest, **more)
-
-            layer.forward = enter  # type: ignore[method-assign]
+            for name in modules:
+                inner = variant.get_submodule(name)
+                inner.forward = _reading(inner.forward, disturb, index)  # type: ignore[method-assign]
             other.append(judged(model, variant, [row], objective))
         return float(divergence(objective, dense, torch.cat(other)))
 
 
 def _reading(
-    run: Callable[[Tensor], Tensor], disturb: Callable[[Tensor, int], Tensor], index: int
-) -> Callable[[Tensor], Tensor]:
-    return lambda x: run(disturb(x, index))
+    run: Callable[..., Any], disturb: Callable[[Tensor, int], Tensor], index: int
+) -> Callable[..., Any]:
+    return lambda x, *rest, **more: run(disturb(x, index), *rest, **more)
 
 
 def gradients(

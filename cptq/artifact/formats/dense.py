@@ -23,10 +23,10 @@ from cptq.artifact.formats.interface import CheckpointFormat
 from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.artifact.weights import write_weights
 from cptq.checkpoint.weights import TORCH_DTYPES
-from cptq.layouts.dense import DENSE_16BIT, choose_16bit_dtype
+from cptq.layouts.dense import DENSE_16BIT
 from cptq.layouts.safetensors_header import measure, sum_bytes
 from cptq.numerics.grid import dequantize_layer
-from cptq.types import Emit, ModelKind, TensorSpec
+from cptq.types import Emit, ModelKind, TensorSpec, choose_16bit_dtype
 
 #: allowed difference of outputs due to 16-bit weights, as a share of the largest
 TOLERANCE = 0.05

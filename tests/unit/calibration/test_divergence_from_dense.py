@@ -112,8 +112,8 @@ def test_noise_before_a_block_is_gone_afterwards(arch: str, tiny_model: TinyMode
     assert divergence.measure_block_noise(0, 0.1, seed=0) == first > 0
     assert divergence.measure_block_noise(0, 0.1, seed=1) != first
     assert divergence.measure_block_noise(0, 0.0, seed=0) == 0.0
-    assert divergence.measure_block(0, {}) == 0.0
-    assert divergence.measure_block(0, weights) == divergence.measure_unit(unit, weights) > 0
+    assert divergence.measure_layers({}, 0) == 0.0
+    assert divergence.measure_layers(weights, 0) == divergence.measure_unit(unit, weights) > 0
     with pytest.raises(CalibrationError, match="block 1"):
         divergence.measure_block_noise(1, float("nan"), seed=0)
-    assert divergence.measure_block(1, {}) == 0.0
+    assert divergence.measure_layers({}, 1) == 0.0

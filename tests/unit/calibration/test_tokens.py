@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import processors
 
 from cptq.calibration.batches import split_batches, stack_rows
 from cptq.calibration.tokens import Calibration, build_calibration, digest_tokens
@@ -25,7 +24,7 @@ from cptq.evaluation.sentences import encode_sentences
 from cptq.types import Event, Notice
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded
-from tests.tiny_models import SENTENCES, tiny_tokenizer
+from tests.tiny_models import SENTENCES, pair_tokenizer, tiny_tokenizer, write_rte
 
 ENCODERS = ("bert", "bert-encoder", "bert-mlm", "mpnet")
 
@@ -181,24 +180,13 @@ def test_an_encoder_has_nothing_to_keep_apart_and_that_is_said(
 
 @pytest.fixture
 def pairs(tmp_path: Path) -> Path:
-    """RTE's training part: two sentences a row, none like another."""
-    folder = tmp_path / "glue" / "RTE"
-    folder.mkdir(parents=True)
-    lines = [f"{i}\tleft {SENTENCES[i % 5]} {i}\tright {i}.\tentailment" for i in range(30)]
-    (folder / "train.tsv").write_text("\n".join(["index\tsentence1\tsentence2\tlabel", *lines]))
-    return tmp_path
+    """RTE's training part."""
+    return write_rte(tmp_path, 30)
 
 
 def with_types(model: LoadedModel) -> LoadedModel:
     """The model with a tokenizer that marks the second sentence, as BERT's does."""
-    tokenizer = tiny_tokenizer(causal=False)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        pair="<s> $A </s> $B:1 </s>:1",
-        special_tokens=[("<s>", 1), ("</s>", 2)],
-    )
-    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    model.tokenizer = tokenizer
+    model.tokenizer = pair_tokenizer()
     return model
 
 

@@ -175,7 +175,9 @@ def test_with_activations_the_first_block_is_that_of_compress_model(
     monkeypatch.setattr(samples, "PASS_TOKENS", 64)
     model, calibration = loaded(tiny_model, "llama")
     choices = dict.fromkeys((unit.name for unit in model.units), Candidate(bits=3, group_size=16))
-    bench = build_trial_model(model, calibration, "gptq", cost_of(model), seed=0, emit=quiet)
+    bench = build_trial_model(
+        model, calibration, "gptq", cost_of(model), choices.values(), seed=0, emit=quiet
+    )
     with bench.restore_after():
         bench.apply_choices(choices)
         tried = weights(model)

@@ -29,7 +29,7 @@ def test_the_inputs_decide_what_stays(tiny_model: TinyModel, compressor: str, la
     before = weights(model)
     choices = {unit.name: DENSE for unit in model.units} | {first.name: Candidate.parse(label)}
     bench = build_trial_model(
-        model, calibration, compressor, cost_of(model), sparse=True, seed=0, emit=quiet
+        model, calibration, compressor, cost_of(model), choices.values(), seed=0, emit=quiet
     )
     blind = TrialModel(model, compressor, quiet, **USUAL)
     for each in (bench, blind):

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from tokenizers import processors
 
 from cptq.artifact.reader import open_artifact
 from cptq.calibration.batches import Batch
@@ -22,7 +21,7 @@ from cptq.pipeline.compress import compress, compress_layers, make_plan, measure
 from cptq.pipeline.inputs import CompressInputs, HeldOutText, load_inputs
 from cptq.pipeline.recorder import Recorder
 from tests.conftest import TinyModel
-from tests.tiny_models import SENTENCES, tiny_tokenizer
+from tests.tiny_models import SENTENCES, pair_tokenizer, tiny_tokenizer, write_rte
 
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
 
@@ -120,26 +119,11 @@ def test_scores_that_no_plan_needs_are_not_measured(tiny_model: TinyModel, tmp_p
     assert make_plan(inputs, {}, heard).metric is None
 
 
-def mark_pairs(folder: Path) -> None:
-    """Let the tokenizer in a checkpoint mark the second sentence of a pair, as BERT's does."""
-    tokenizer = tiny_tokenizer(causal=False)
-    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>",
-        pair="<s> $A </s> $B:1 </s>:1",
-        special_tokens=[("<s>", 1), ("</s>", 2)],
-    )
-    tokenizer.model_input_names = ["input_ids", "token_type_ids", "attention_mask"]
-    tokenizer.save_pretrained(folder)
-
-
 def test_a_classifier_is_compressed_on_pairs(tiny_model: TinyModel, tmp_path: Path) -> None:
     """Every stage takes the token types; the sample for reloading has none, as llama.cpp."""
     shutil.copytree(tiny_model("bert"), tmp_path / "bert")
-    mark_pairs(tmp_path / "bert")
-    (tmp_path / "glue" / "RTE").mkdir(parents=True)
-    lines = [f"{i}\t{SENTENCES[i % 5]} {i}\tright {i}.\tentailment" for i in range(40)]
-    table = "\n".join(["index\tsentence1\tsentence2\tlabel", *lines])
-    (tmp_path / "glue" / "RTE" / "train.tsv").write_text(table)
+    pair_tokenizer().save_pretrained(tmp_path / "bert")
+    write_rte(tmp_path, 40)
     text = CalibrationSettings(calibration="glue/rte", samples=8, seqlen=64, data_dir=tmp_path)
     settings = CompressSettings(
         model=ModelSettings(model=str(tmp_path / "bert")),

@@ -76,7 +76,8 @@ def test_noise_enters_a_block_with_its_hidden_state(
             def disturb(h: Tensor, at: int, eps: list[Tensor] = eps) -> Tensor:
                 return h + 0.1 * h.abs() * eps[at]
 
-            losses.append(truth.disturbed_block_trial(model, rows, objective, block, disturb))
+            name = model.block_names[block]
+            losses.append(truth.disturbed_trial(model, rows, objective, [name], disturb))
         assert found.trials[block] == pytest.approx(losses, rel=1e-3)
         assert score == pytest.approx(fmean(losses), rel=1e-3)
         assert found.spread[block] == pytest.approx(stdev(losses), rel=1e-2)
