@@ -22,6 +22,9 @@ def run_analysis(model: Path, seed: int, given: argparse.Namespace) -> dict[str,
     """Return the report of one seed, measured where it is not there yet."""
     place = given.out / f"{model.name}-{seed}"
     if not (place / "report.json").exists():
+        if not model.is_dir():
+            sys.exit(f"{model} is no directory; name one that holds a model")
+        given.out.mkdir(parents=True, exist_ok=True)
         words: list[object] = ["analyze", model, "--validate", "--seed", seed, "-o", place]
         words += ["--calibration", given.calibration or find_use(str(model))[1]]
         for option in ("metric", "target", "allocator"):
@@ -115,7 +118,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/validation"))
     parser.add_argument("--from", dest="caller", type=Path, default=Path())
     given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
     for name in given.models:
         model = (given.caller / name).resolve()
         reports = [run_analysis(model, seed, given) for seed in range(given.seeds)]

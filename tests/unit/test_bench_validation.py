@@ -77,3 +77,14 @@ def test_tables_hold_the_mean_and_the_range_of_the_seeds(
 def test_the_text_is_that_of_the_use(arch: str, text: str, tiny_model: TinyModel) -> None:
     """GPT-2's class ends in Model, as an encoder's does."""
     assert script("_uses").find_use(str(tiny_model(arch)))[1] == text
+
+
+def test_a_model_that_is_not_there_is_named_and_nothing_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    words = ["bench_validation", str(tmp_path / "missing"), "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit, match=r"missing is no directory"):
+        script("bench_validation").main()
+    assert not out.exists()
