@@ -13,7 +13,7 @@ layers is pinned as a whole, since runtimes fuse it.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cptq.errors import BudgetError, PlanError, UsageError
@@ -113,6 +113,7 @@ def apply_constraints(
     units: Sequence[Unit],
     candidates: Sequence[Candidate],
     *,
+    offered: Mapping[str, Sequence[Candidate]] | None = None,
     group_size: int,
     asymmetric: Collection[int] = (),
     layers: Sequence[LayerSpec] = (),
@@ -124,6 +125,8 @@ def apply_constraints(
         constraints: what the user fixed.
         units: the compressible units.
         candidates: those of a unit without constraints.
+        offered: {unit: its own candidates}, of units that have others. Limits without a role that
+            leave none of those do not count: they are meant for what can be so narrow or wide.
         group_size: of a pinned unit whose bits are not among the candidates.
         asymmetric: bits that such a unit has on an asymmetric grid.
         layers: all layers, for the message when a pin finds only layers that stay dense.
@@ -138,14 +141,16 @@ def apply_constraints(
     pinned = _match_pins(constraints.pins, units, layers, emit)
     options: dict[str, tuple[Candidate, ...]] = {}
     for unit in units:
-        pin = pinned.get(unit.name)
+        pin, row = pinned.get(unit.name), (offered or {}).get(unit.name, candidates)
         if pin is not None:
-            options[unit.name] = (_find_candidate(pin, candidates, group_size, asymmetric),)
+            options[unit.name] = (_find_candidate(pin, row, group_size, asymmetric),)
             continue
         least, most = _find_range(constraints, unit)
-        options[unit.name] = tuple(c for c in candidates if least <= c.bits <= most)
+        options[unit.name] = tuple(c for c in row if least <= c.bits <= most)
         if not options[unit.name]:
-            raise _build_empty_error(constraints, unit, candidates)
+            if row is candidates or _has_own_range(constraints, unit):
+                raise _build_empty_error(constraints, unit, row)
+            options[unit.name] = tuple(row)
     return options
 
 
@@ -160,8 +165,10 @@ def _find_candidate(
 
 
 def list_roles(unit: Unit) -> list[str]:
-    """Return the role of a unit and those of its layers: `qkv`, `q`, `k`, `v`."""
-    return list(dict.fromkeys([unit.role, *(layer.role for layer in unit.layers)]))
+    """Return the role of a unit and those of its layers: `qkv`, `q`, `k`, `v`; of a matrix that is
+    both, `embedding` and `head`."""
+    own = unit.role.split("+") if unit.block is None else [unit.role]
+    return list(dict.fromkeys([*own, *(layer.role for layer in unit.layers)]))
 
 
 def _check_roles(constraints: Constraints, units: Sequence[Unit]) -> None:
@@ -191,6 +198,12 @@ def _list_bits(rows: Sequence[RoleBits], unit: Unit) -> list[int]:
     """Return the numbers set for a unit: those of its roles, else those of all units."""
     own = [row.bits for row in rows if row.role in list_roles(unit)]
     return own or [row.bits for row in rows if row.role is None]
+
+
+def _has_own_range(constraints: Constraints, unit: Unit) -> bool:
+    """Whether a limit names a role of the unit."""
+    rows = (*constraints.min_bits, *constraints.max_bits)
+    return any(row.role in list_roles(unit) for row in rows)
 
 
 def _build_empty_error(

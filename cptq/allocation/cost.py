@@ -41,7 +41,6 @@ class CostModel:
         tensors: all tensors of a dense artifact, without tied duplicates.
         layout: how the file format stores a compressed layer.
         runtime: what the program that will load the file supports.
-        fixed: the tensors that weights outside the units become, by the name of the dense tensor.
 
     Raises:
         PlanError: a unit has a layer whose weight is not among the tensors.
@@ -53,7 +52,6 @@ class CostModel:
         tensors: Sequence[TensorSpec],
         layout: Layout = PACK_QUANTIZED,
         runtime: Runtime = RUNTIMES[DEFAULT_RUNTIME],
-        fixed: Mapping[str, Sequence[TensorSpec]] | None = None,
     ) -> None:
         self.units = tuple(units)
         self.tensors = tuple(tensors)
@@ -63,8 +61,7 @@ class CostModel:
         self._specs: dict[tuple[str, Candidate], tuple[TensorSpec, ...]] = {}
         self._entries: dict[tuple[str, Candidate], tuple[Entry, ...]] = {}
         self._dense_entries: dict[str, tuple[Entry, ...]] = {
-            spec.name: tuple(map(measure, (fixed or {}).get(spec.name, (spec,))))
-            for spec in self.tensors
+            spec.name: (measure(spec),) for spec in self.tensors
         }
         known = {spec.name for spec in self.tensors}
         for unit in self.units:
@@ -172,19 +169,32 @@ class CostModel:
         return sum_bytes(chain.from_iterable(entries.values()))
 
     def count_uniform_bytes(self, candidate: Candidate) -> int:
-        """Return `file_bytes` with one candidate for every unit that supports its group size."""
-        usual = replace(candidate, bits=candidate.bits if candidate.dense else self._usual_bits)
-        return self.file_bytes(
-            {
-                unit.name: candidate
-                for unit in self.units
-                if not self.explain_refusal(unit.name, usual)
-            }
-        )
+        """Return `file_bytes` with one candidate for every unit that supports its group size.
+
+        Embeddings and heads that the runtime takes packed, but not so narrow, get the nearest width
+        above; those that it does not take packed stay dense.
+        """
+        choices: dict[str, Candidate] = {}
+        for unit in self.units:
+            own = candidate if unit.block is not None else self._widen(candidate)
+            usual = own if unit.block is None or own.dense else self._usual(own)
+            if not self.explain_refusal(unit.name, usual):
+                choices[unit.name] = own
+        return self.file_bytes(choices)
+
+    def _widen(self, candidate: Candidate) -> Candidate:
+        """Return the candidate at the nearest width in which the runtime takes the vocabulary."""
+        wider = [bits for bits in self.runtime.vocabulary if bits >= candidate.bits]
+        dense = candidate.dense or not wider
+        return Candidate(bits=16) if dense else replace(candidate, bits=min(wider))
+
+    def _usual(self, candidate: Candidate) -> Candidate:
+        """Return the candidate at a width that the runtime supports, to ask about the rest."""
+        return replace(candidate, bits=self._usual_bits)
 
     @property
     def _usual_bits(self) -> int:
-        """A width that the runtime supports, for questions about the rest of a candidate."""
+        """A width that the runtime supports."""
         return 4 if 4 in self.runtime.bits else self.runtime.bits[0]
 
     @cached_property

@@ -155,8 +155,15 @@ def build_problem(
         ledger=ledger,
         candidates=tuple(candidates),
         options=options,
-        per_unit={} if table is None else table.per_unit,
+        per_unit={} if table is None else _fill_per_unit(table, ledger),
     )
+
+
+def _fill_per_unit(table: SensitivityTable, ledger: Ledger) -> dict[str, float]:
+    """Return the metric's numbers; a unit outside the blocks, which has none, gets their mean."""
+    mean = sum(table.per_unit.values()) / max(len(table.per_unit), 1)
+    outer = {unit.name: mean for unit in ledger.cost.units if unit.block is None}
+    return {**outer, **table.per_unit}
 
 
 def _report_refused(ledger: Ledger, candidates: Sequence[Candidate], emit: Emit) -> None:

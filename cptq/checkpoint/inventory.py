@@ -40,11 +40,15 @@ class Trace:
 
 @dataclass(frozen=True, kw_only=True)
 class Inventory:
-    """Layers and units in forward order, and the names of the blocks."""
+    """Layers and units in forward order, and the names of the blocks.
+
+    `vocabulary`: the token embedding, and the output head where it is a matrix of its own.
+    """
 
     block_names: tuple[str, ...]
     layers: tuple[LayerSpec, ...]
     units: tuple[Unit, ...]
+    vocabulary: tuple[Unit, ...] = ()
 
 
 def take_inventory(
@@ -76,7 +80,12 @@ def take_inventory(
     )
     _report_dense(layers, emit)
     _report_unlisted(module, layers, emit)
-    return Inventory(block_names=blocks, layers=layers, units=group_units(layers))
+    return Inventory(
+        block_names=blocks,
+        layers=layers,
+        units=group_units(layers),
+        vocabulary=list_vocabulary(module, layers),
+    )
 
 
 def find_blocks(module: nn.Module, family: Architecture) -> tuple[str, ...]:
@@ -190,6 +199,7 @@ def _describe_layer(
         transposed=isinstance(part, Conv1D),
         compressible=reason is None,
         reason=reason,
+        plain=type(part) in (nn.Linear, nn.Embedding, Conv1D),
     )
 
 
@@ -212,9 +222,9 @@ def _find_dense_reason(
     kind: LayerKind, block: int | None, runs: bool, tied: str | None
 ) -> str | None:
     if kind == "embedding":
-        return "an embedding; dense unless --embedding-bits packs it"
+        return "an embedding outside the blocks"
     if kind == "head":
-        return "the output head; dense unless --embedding-bits packs it"
+        return "the output head"
     if not runs:
         return "never runs in a forward pass, so it cannot be calibrated; kept dense"
     if tied:
@@ -261,7 +271,29 @@ def group_units(layers: tuple[LayerSpec, ...]) -> tuple[Unit, ...]:
     )
 
 
+def list_vocabulary(module: nn.Module, layers: tuple[LayerSpec, ...]) -> tuple[Unit, ...]:
+    """Return units of the token embedding, and of an output head that is a matrix of its own.
+
+    Their roles are `embedding`, `head`, or `embedding+head` of a matrix that is both. Positions and
+    token types are small, and families look them up in their own ways: they are in no unit.
+    """
+    embedding = module.get_input_embeddings()  # type: ignore[operator]
+    known = {spec.name: spec for spec in layers}
+    roles: dict[str, list[str]] = {}
+    for spec in layers:
+        inner = module.get_submodule(spec.name) is embedding
+        if inner or spec.kind == "head":
+            roles.setdefault(spec.tied_to or spec.name, []).append("embedding" if inner else "head")
+    return tuple(
+        Unit(name=name, block=None, role="+".join(sorted(found)), layers=(known[name],))
+        for name, found in roles.items()
+        if name in known
+    )
+
+
 def _report_dense(layers: tuple[LayerSpec, ...], emit: Emit) -> None:
+    # what becomes of the vocabulary is decided, and said, where the runtime is known
+    layers = tuple(layer for layer in layers if layer.kind not in ("embedding", "head"))
     reasons = Counter(layer.reason for layer in layers if layer.reason)
     for reason, count in reasons.items():
         names = [layer.name for layer in layers if layer.reason == reason]

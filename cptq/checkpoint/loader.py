@@ -200,7 +200,12 @@ def _take_inventory(
             )
         named = {spec.name: spec for spec in tensors}
         found = take_inventory(module, family, named, emit, conv1d=conv1d)
-    return {"block_names": found.block_names, "layers": found.layers, "units": found.units}
+    return {
+        "block_names": found.block_names,
+        "layers": found.layers,
+        "units": found.units,
+        "vocabulary": found.vocabulary,
+    }
 
 
 def detect_kind(config: Mapping[str, Any], path: Path) -> ModelKind:

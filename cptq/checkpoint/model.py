@@ -44,13 +44,15 @@ class LoadedModel(ModelSpec):
     """A model in evaluation mode on one device, with its inventory.
 
     `tensors` is what a dense artifact holds: tied duplicates dropped, types as in the checkpoint.
-    `layers` are all weight matrices in forward order, `units` the compressible decisions.
+    `layers` are all weight matrices in forward order, `units` the compressible decisions in the
+    blocks, `vocabulary` those outside: the token embedding and the output head.
     """
 
     module: nn.Module
     block_names: tuple[str, ...]
     layers: tuple[LayerSpec, ...]
     units: tuple[Unit, ...]
+    vocabulary: tuple[Unit, ...]
     tensors: tuple[TensorSpec, ...]
     fingerprint: str
     quantized: bool
@@ -60,6 +62,11 @@ class LoadedModel(ModelSpec):
     def linear(self, name: str) -> nn.Module:
         """The module called `name`."""
         return self.module.get_submodule(name)
+
+    @property
+    def all_units(self) -> tuple[Unit, ...]:
+        """Everything that a plan may decide on."""
+        return (*self.units, *self.vocabulary)
 
     @cached_property
     def blocks(self) -> list[nn.Module]:

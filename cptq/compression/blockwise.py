@@ -8,6 +8,9 @@ A compressor that corrects (`CORRECTING`) goes further: units are taken one afte
 inside a block, and each is compressed towards the weight that makes up for part of the errors
 before it, for which the dense model's hidden states travel along (`compression.streams`).
 
+The vocabulary frames the blocks: an embedding goes first, an output head last
+(`compression.vocabulary`).
+
 Memory: one hidden state per token, and the Hessians of one block; two states, the dense inputs of a
 block and the moments of one unit where errors are corrected. Cost: two forward passes over the
 blocks, the first without what follows the last linear's input; with correction 1.8 times that and
@@ -19,17 +22,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from torch import Tensor
-
 from cptq.calibration.batches import Batch
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
-from cptq.compression import COMPRESSORS, CORRECTING
+from cptq.compression import COMPRESSORS, CORRECTING, WITHOUT_ACTIVATIONS
 from cptq.compression.layer import compress_module
-from cptq.compression.streams import Moments, Stream
+from cptq.compression.streams import Moments, Stream, embed_batches
+from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
-from cptq.types import CompressedLayer, Emit, Notice, Plan, Progress, Unit
+from cptq.types import Candidate, CompressedLayer, Emit, Notice, Plan, Progress, Unit
 
 
 def compress_model(
@@ -41,34 +43,36 @@ def compress_model(
     float16_scales: bool = False,
     layout: Layout = PACK_QUANTIZED,
     held_out: Sequence[Batch] = (),
-    embedded: Sequence[Tensor] | None = None,
     emit: Emit,
 ) -> list[CompressedLayer]:
     """Carry out a plan; afterwards `model.module` computes with the compressed weights.
 
     `layout` counts the bytes of a layer. `float16_scales` makes every scale one that float16 holds,
     whatever the checkpoint's type. `held_out` are batches that do not calibrate, on which output
-    errors are measured; without any, on those that do. `embedded` is what the dense embeddings made
-    of the calibration batches, where they are compressed by now (`streams.embed_batches`).
+    errors are measured; without any, on those that do.
 
     Returns:
-        One `CompressedLayer` for every linear that is not kept dense, in forward order.
+        One `CompressedLayer` for every layer that is not kept dense: embedding, blocks, head.
 
     Raises:
         CalibrationError: an activation is NaN or infinite, naming the layer.
         UnknownNameError: no such compressor.
     """
+    method = COMPRESSORS.get(compressor)
     compress = partial(
         compress_module,
-        method=COMPRESSORS.get(compressor),
+        method=method,
         layout=layout,
         dtype=model.dtype,
         float16_scales=float16_scales,
     )
     corrects = compressor in CORRECTING
+    chosen = [u for u in model.vocabulary if not _get_choice(plan, u).dense]
+    embeddings = [unit for unit in chosen if not is_head(unit)]
+    embedded = embed_batches(model, calibration.batches) if corrects and embeddings else None
+    done = [_compress_outer(model, unit, plan, None, None, compress, emit) for unit in embeddings]
     calibrating = Stream(model, calibration.batches, dense=corrects, embedded=embedded)
     judging = Stream(model, held_out) if held_out else None
-    done: list[CompressedLayer] = []
     total = len(model.blocks)
     for block in range(total):
         emit(Progress(stage="compress", done=block, total=total, message=f"block {block}"))
@@ -81,6 +85,14 @@ def compress_model(
         calibrating.leave_block(block)
         if judging:
             judging.leave_block(block)
+    for unit in chosen:
+        if is_head(unit):
+            emit(Progress(stage="compress", done=total, total=total, message=unit.name))
+            own = other = None
+            if compressor not in WITHOUT_ACTIVATIONS:
+                own = calibrating.collect_head()
+                other = judging.collect_head() if judging else None
+            done.append(_compress_outer(model, unit, plan, own, other, compress, emit))
     emit(Progress(stage="compress", done=total, total=total))
     return done
 
@@ -128,6 +140,34 @@ def _compress_units(
             )
             _emit_notes(done[-1], emit)
     return done
+
+
+def _get_choice(plan: Plan, unit: Unit) -> Candidate:
+    """Return the choice for a unit of the vocabulary; one that the plan does not name is dense."""
+    return plan.choices.get(unit.name, Candidate(bits=16))
+
+
+def _compress_outer(
+    model: LoadedModel,
+    unit: Unit,
+    plan: Plan,
+    own: Moments | None,
+    other: Moments | None,
+    compress: partial[CompressedLayer],
+    emit: Emit,
+) -> CompressedLayer:
+    """Compress a unit of the vocabulary in place, and report its notes."""
+    (spec,) = unit.layers
+    layer = compress(
+        model.linear(spec.name),
+        spec,
+        None if own is None else own.H_II,
+        plan.choices[unit.name],
+        method=choose_compressor(unit, compress.keywords["method"]),
+        held_out_II=None if other is None else other.H_II,
+    )
+    _emit_notes(layer, emit)
+    return layer
 
 
 def _emit_notes(layer: CompressedLayer, emit: Emit) -> None:

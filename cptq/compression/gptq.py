@@ -31,6 +31,7 @@ from torch import Tensor
 
 from cptq.compression import nearest
 from cptq.compression.layer import LayerProblem, LayerSolution
+from cptq.numerics.float8 import round_to_float8
 from cptq.numerics.grid import Grid, count_scale_bits, fit_grid, get_code_range
 from cptq.numerics.hessian import add_damping, factor_damped_inverse, find_dead_inputs
 from cptq.numerics.refit import refit_scales
@@ -54,12 +55,17 @@ def compress(problem: LayerProblem) -> LayerSolution:
     if bool(dead_I.all()):
         return replace(nearest.compress(problem), notes=(UNSEEN,))
     order_I = H_II.diagonal().argsort(descending=True, stable=True)
-    U_II, used = factor_damped_inverse(H_II[order_I][:, order_I], DAMPING)
+    asked = DAMPING if problem.damping is None else problem.damping
+    U_II, used = factor_damped_inverse(H_II[order_I][:, order_I], asked)
     if U_II is None:
         solution = nearest.compress(problem)
         note = "the Hessian could not be factored even with full damping: rounded to nearest"
         return replace(solution, notes=(note,))
-    notes = (f"damping raised from {DAMPING} to {used:g}",) if used != DAMPING else ()
+    notes = (f"damping raised from {asked:g} to {used:g}",) if used != asked else ()
+    if problem.float8:
+        codes_OI = _sweep_float8(W_OI, U_II, order_I, problem.float8)
+        ones_OG = torch.ones_like(W_OI[:, :1])
+        return LayerSolution(codes_OI=codes_OI, scale_OG=ones_OG, notes=notes)
     cost_I = _compute_error_cost(U_II, order_I, dead_I)
     scale_OG, zero_OG = _fit_grid(W_OI, cost_I, problem)
     codes_OI = _sweep(W_OI, U_II, order_I, scale_OG, zero_OG, problem)
@@ -130,6 +136,21 @@ def _sweep(
         return code_O.sub_(zero_O).mul_(scale_O)
 
     sweep_columns(W_OI.T[order_I].contiguous(), U_II, project)
-    restored_IO = torch.empty_like(codes_IO)
-    restored_IO[order_I] = codes_IO
+    return _restore_order(codes_IO, order_I)
+
+
+def _sweep_float8(W_OI: Tensor, U_II: Tensor, order_I: Tensor, name: str) -> Tensor:
+    """Return 8-bit floats (out, in) after one sweep in `order_I`."""
+
+    def project(_position: int, column_O: Tensor) -> Tensor:
+        return round_to_float8(column_O, name).to(column_O.dtype)
+
+    rounded_IO, _ = sweep_columns(W_OI.T[order_I].contiguous(), U_II, project)
+    return round_to_float8(_restore_order(rounded_IO, order_I), name)
+
+
+def _restore_order(found_IO: Tensor, order_I: Tensor) -> Tensor:
+    """Return (out, in) with inputs in natural order."""
+    restored_IO = torch.empty_like(found_IO)
+    restored_IO[order_I] = found_IO
     return restored_IO.T.contiguous()

@@ -42,6 +42,8 @@ LEAST, MOST = 2.0**-17, 65280.0
 class LayerProblem:
     """One linear: weight W_OI (out, in) float32, its Hessian H_II = E[x x^T], and a grid.
 
+    `damping`: share of the mean diagonal that is added to H; the compressor's own where None.
+    `float8` names a grid of 8-bit floats (`numerics.float8`), which has neither groups nor scales.
     Without a Hessian the inputs count as independent and equal. `group` divides `in`;
     `scale_dtype` is the storage type of the scales. Where there is a mask, bool (out, in), a
     weight outside it becomes 0. An asymmetric solution has a `zero`, and with `float16_offset`
@@ -56,12 +58,19 @@ class LayerProblem:
     symmetric: bool = True
     float16_offset: bool = False
     mask_OI: Tensor | None = None
+    damping: float | None = None
+    float8: str = ""
+
+    def damp(self, damping: float) -> LayerProblem:
+        """Return the problem with another damping."""
+        return replace(self, damping=damping)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerSolution:
     """codes int8 (out, in), scale (out, in / group), zero int8 of that shape where the grid is
-    asymmetric, and notes for the report. A masked weight has the code of 0."""
+    asymmetric, and notes for the report. A masked weight has the code of 0. Codes on a grid of
+    8-bit floats are those floats, and the scale is 1."""
 
     codes_OI: Tensor
     scale_OG: Tensor
@@ -142,6 +151,7 @@ def build_layer_problem(
         scale_dtype=get_scale_dtype(spec),
         symmetric=candidate.symmetric,
         mask_OI=_choose_mask(W_OI, H_II, candidate),
+        float8=candidate.float8,
     )
 
 
@@ -149,7 +159,7 @@ def solve_layer_problem(
     problem: LayerProblem, method: Compressor, *, float16_scales: bool = False
 ) -> LayerSolution:
     """Run a compressor; with `float16_scales` its scales are exact in float16 too."""
-    if not float16_scales:
+    if not float16_scales or problem.float8:
         return method(problem)
     if problem.scale_dtype is torch.bfloat16 and problem.symmetric:
         return _bound_scales(method(problem), problem.bits)
@@ -212,6 +222,8 @@ def _convert(layer: CompressedLayer, Q_OI: Tensor, dtype: torch.dtype) -> Tensor
     A step has 8 bits and a 16-bit scale at most 11, so that their product is exact in float32, and
     rounding it to the type of the scale is what a product in that type does.
     """
+    if layer.result.candidate.float8:
+        return Q_OI.to(dtype)
     stored = layer.scale.dtype
     product = stored if layer.spec.expert else dtype
     exact = product is stored and stored in (torch.float16, torch.bfloat16)

@@ -9,6 +9,8 @@ batch. For a block:
                  C = E[(x - x^) x^^T]
     leave_block  the compressed stream runs it with its new weights
 
+After the last block `collect_head` gives H of the output head.
+
 Memory: two hidden states per token and, of one block, the dense inputs of its units. Limits: no C
 for an expert, to which the router may send other tokens, nor for a unit whose inputs in the two
 streams have different shapes.
@@ -26,6 +28,7 @@ from torch import Tensor, nn
 from cptq.calibration.batches import Batch
 from cptq.calibration.replay import BlockReplay
 from cptq.checkpoint.model import LoadedModel
+from cptq.compression.vocabulary import measure_head_moment
 from cptq.errors import CalibrationError
 from cptq.numerics.asymmetric_target import CrossMoment
 from cptq.numerics.hessian import SecondMoment
@@ -120,6 +123,16 @@ class Stream:
     def leave_block(self, block: int) -> None:
         """Run the compressed stream through a block; its states are then the block's output."""
         self._hidden = [self._replay.run(block, h, i) for i, h in enumerate(self._hidden)]
+
+    def collect_head(self) -> Moments:
+        """Return the moment of what the output head is given by the compressed blocks."""
+        return Moments(
+            H_II=measure_head_moment(
+                self._model,
+                self._replay.batches,
+                lambda index: self._replay.finish(self._hidden[index], index),
+            ).mean_II
+        )
 
     def _find_first_linears(self, units: Sequence[Unit]) -> dict[str, nn.Module]:
         """Return {unit: its first linear}; those of a fused unit read the same input."""

@@ -24,6 +24,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import COMPRESSORS
 from cptq.compression.layer import compress_layer
+from cptq.compression.vocabulary import choose_compressor
 from cptq.layouts import Layout
 from cptq.numerics.grid import dequantize_layer
 from cptq.types import Candidate, CompressedLayer, Emit, LayerSpec, Progress, Unit
@@ -59,7 +60,7 @@ class TrialModel:
         self._emit = emit
         self._method = COMPRESSORS.get(compressor)
         self._hessians = hessians or {}
-        self._units = {unit.name: unit for unit in model.units}
+        self._units = {unit.name: unit for unit in model.all_units}
         self._made: dict[tuple[str, Candidate], list[CompressedLayer]] = {}
         self._dense: dict[str, Tensor] = {}
         self._now: dict[str, Candidate] = {}
@@ -69,7 +70,7 @@ class TrialModel:
         """Allow `settle` inside; afterwards the model is dense again, to the bit."""
         self._dense = {
             spec.name: get_weight(self.model.linear(spec.name)).clone()
-            for unit in self.model.units
+            for unit in self.model.all_units
             for spec in unit.layers
         }
         try:
@@ -104,29 +105,40 @@ class TrialModel:
 
     @torch.no_grad()
     def weights(self, unit: Unit, candidate: Candidate) -> dict[str, Tensor]:
-        """Return {layer name: W_OI} of a unit at a candidate, in the model's type."""
+        """Return {layer name: W_OI} of a unit at a candidate, in the model's type, and keep it."""
         if candidate.dense:
             return {spec.name: self._source(spec) for spec in unit.layers}
         key = (unit.name, candidate)
         if key not in self._made:
-            self._made[key] = [self._compress(unit, spec, candidate) for spec in unit.layers]
-        return {
-            layer.spec.name: dequantize_layer(layer, self.model.dtype) for layer in self._made[key]
-        }
+            self._made[key] = self._compress(unit, candidate)
+        return self._multiply_out(self._made[key])
+
+    @torch.no_grad()
+    def compute_weights(self, unit: Unit, candidate: Candidate) -> dict[str, Tensor]:
+        """Return the same for a candidate that is not dense, and keep nothing."""
+        return self._multiply_out(self._compress(unit, candidate))
+
+    def _multiply_out(self, layers: list[CompressedLayer]) -> dict[str, Tensor]:
+        return {layer.spec.name: dequantize_layer(layer, self.model.dtype) for layer in layers}
 
     def _source(self, spec: LayerSpec) -> Tensor:
         """Return the dense weight, whatever the module holds now."""
         known = self._dense.get(spec.name)
         return get_weight(self.model.linear(spec.name)) if known is None else known
 
-    def _compress(self, unit: Unit, spec: LayerSpec, candidate: Candidate) -> CompressedLayer:
-        return compress_layer(
-            spec,
-            self._source(spec).float(),
-            self._hessians.get(unit.name),
-            candidate,
-            self._method,
-            self._layout,
-            float16_scales=self._float16_scales,
-            measure_output=False,
-        )
+    def _compress(self, unit: Unit, candidate: Candidate) -> list[CompressedLayer]:
+        outer = unit.block is None
+        method = choose_compressor(unit, self._method) if outer else self._method
+        return [
+            compress_layer(
+                spec,
+                self._source(spec).float(),
+                self._hessians.get(unit.name),
+                candidate,
+                method,
+                self._layout,
+                float16_scales=self._float16_scales,
+                measure_output=False,
+            )
+            for spec in unit.layers
+        ]

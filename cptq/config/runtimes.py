@@ -3,17 +3,18 @@
 The table is measured on the unmodified tools (transformers 5.23 with compressed-tensors 0.20,
 llama.cpp) and from vLLM's source (0.33; not run here):
 
-| runtime      | bits     | groups                    | dimensions            | scales  |
-|--------------|----------|---------------------------|-----------------------|---------|
-| transformers | 2 to 8   | any that divide, channel  | any                   | any     |
-| vllm         | 4, 8     | 32, 64, 128, channel      | both divisible by 32  | any     |
-| llamacpp     | 4, 5, 8  | 32                        | inputs divisible by 32| float16 |
-| cptq         | 2 to 8   | any that divide, channel  | any                   | any     |
+| runtime      | bits    | groups                   | dimensions            | scales  | vocabulary |
+|--------------|---------|--------------------------|-----------------------|---------|------------|
+| transformers | 2 to 8  | any that divide, channel | any                   | any     | fp8        |
+| vllm         | 4, 8    | 32, 64, 128, channel     | both divisible by 32  | any     | none       |
+| llamacpp     | 4, 5, 8 | 32                       | inputs divisible by 32| float16 | 4, 5, 8    |
+| cptq         | 2 to 8  | any that divide, channel | any                   | any     | 3 to 8     |
 
-All runtimes take any layer at 16 bits. Only `cptq`, which is cptq's own (`cptq.inference`), and
-`llamacpp` take packed embeddings and output heads (llama.cpp at 8 bits: its Q8_0), asymmetric grids
-(llama.cpp at 4 and 5 bits: its Q4_1 and Q5_1) and the Conv1D of GPT-2. The GGUF file for llama.cpp
-is exported from an artifact: `packed` if it has one of these, else `compressed-tensors`.
+All runtimes take any layer at 16 bits. The vocabulary is the token embedding and the output head,
+which most models share; fp8 are 8-bit floats without scales. Only `cptq`, which is cptq's own
+(`cptq.inference`), and `llamacpp` take it packed, and asymmetric grids (llama.cpp at 4 and 5 bits:
+its Q4_1 and Q5_1) and the Conv1D of GPT-2. The GGUF file for llama.cpp is exported from an
+artifact: `packed` if it has one of these, else `compressed-tensors`.
 Query, key and value, and gate and up, are one decision in every plan, as vLLM requires for the
 matrices that it fuses. vLLM also takes 2, 3, 5 and 6 bits by a fallback kernel, which is not
 verified here; `--runtime transformers` plans for it.
@@ -44,9 +45,9 @@ class Runtime:
     may have on an asymmetric grid; `group_size` is the default. `out_multiple` and `in_multiple`
     must divide a packed layer's dimensions, `float16_scales` asks for scales that float16 holds
     exactly, `experts` whether a mixture of experts in one scheme is taken. `conv1d` says that it
-    takes the Conv1D of GPT-2, `embeddings` which widths it takes embeddings and output heads in (an
-    output head, which most models share with the embedding, suffers from fewer), `sparse` that it
-    takes sparse weights. `next_step` is what to type with the artifact, if more is needed.
+    takes the Conv1D of GPT-2, `vocabulary` which widths it takes token embeddings and output heads
+    in, `float8` that it takes them as 8-bit floats, `sparse` that it takes sparse weights.
+    `next_step` is what to type with the artifact, if more is needed.
     """
 
     name: str
@@ -62,7 +63,8 @@ class Runtime:
     wide_format: str | None = None
     asymmetric: tuple[int, ...] = ()
     conv1d: bool = False
-    embeddings: tuple[int, ...] = ()
+    vocabulary: tuple[int, ...] = ()
+    float8: bool = False
     sparse: bool = False
     next_step: str | None = None
 
@@ -83,18 +85,22 @@ class Runtime:
     def _takes(self, option: str) -> bool:
         taken = {
             "--asymmetric": bool(self.asymmetric),
-            "--embedding-bits": bool(self.embeddings),
+            "--embedding-bits": bool(self.list_vocabulary_bits()),
             "--sparsity": self.sparse,
         }
         return taken[option]
 
+    def list_vocabulary_bits(self) -> tuple[int, ...]:
+        """Return the widths below 16 bits in which the runtime takes embeddings and heads."""
+        return self.vocabulary or ((8,) if self.float8 else ())
+
     def format_for(
-        self, layers: Iterable[LayerSpec], *, asymmetric: bool, embedding: bool = False
+        self, layers: Iterable[LayerSpec], *, asymmetric: bool, vocabulary: bool = False
     ) -> str:
         """Return the file format that holds these layers, with asymmetric grids or a packed
-        embedding if so."""
+        vocabulary if so."""
         conv1d = any(layer.compressible and layer.kind == "conv1d" for layer in layers)
-        wide = asymmetric or conv1d or embedding
+        wide = asymmetric or conv1d or vocabulary
         return self.wide_format if self.wide_format and wide else self.format
 
     def check(self, bits: Sequence[int], group_size: int) -> None:
@@ -127,6 +133,11 @@ class Runtime:
         if candidate.dense:
             return None
         out, inputs = layer.shape
+        if candidate.float8:
+            return None if self.float8 else f"{self.name} takes no 8-bit floats"
+        if layer.kind in ("embedding", "head") and candidate.bits not in self.vocabulary:
+            taken = ", ".join(map(str, self.vocabulary)) or "no"
+            return f"{self.name} takes embeddings and heads of {taken} bits, not {candidate.bits}"
         if candidate.bits not in self.bits:
             return f"{self.name} takes {', '.join(map(str, self.bits))} bits, not {candidate.bits}"
         if candidate.sparsity and not self.sparse:
@@ -180,6 +191,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         bits=(2, 3, 4, 5, 6, 7, 8),
         default_bits=(2, 3, 4, 5, 6, 8, 16),
         group_size=64,
+        float8=True,
     ),
     "vllm": Runtime(
         name="vllm",
@@ -203,7 +215,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         wide_format="packed",
         asymmetric=(4, 5),
         conv1d=True,
-        embeddings=(8,),
+        vocabulary=(4, 5, 8),
         next_step="cptq export {out} --format gguf",
     ),
     "cptq": Runtime(
@@ -214,7 +226,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         group_size=64,
         asymmetric=(2, 3, 4, 5, 6, 7, 8),
         conv1d=True,
-        embeddings=(6, 7, 8),
+        vocabulary=(3, 4, 5, 6, 7, 8),
         sparse=True,
     ),
 }

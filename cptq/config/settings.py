@@ -236,11 +236,11 @@ class CompressSettings(CandidateSettings):
     compressor: str = option("gptq", "Quantize by this method.", PLAN, "NAME", registry=COMPRESSORS)
     embedding_bits: int | None = option(
         None,
-        "Pack the token embeddings and the output head in N bits: 6, 7 or 8 with --runtime cptq, "
-        "8 with --runtime llamacpp.",
+        "Store the token embeddings and the output head in exactly N bits: 3 to 8 with --runtime "
+        "cptq, 4, 5 or 8 with llamacpp, 8 (floats) with transformers; 16 keeps them dense.",
         CANDIDATES,
         "N",
-        usual="16 (not packed)",
+        usual="chosen with the layers' widths",
         fixed_by=("plan",),
     )
     plan: Path | None = option(
@@ -297,12 +297,11 @@ class CompressSettings(CandidateSettings):
     def __post_init__(self) -> None:
         CandidateSettings.__post_init__(self)
         check_repository(self.push_to_hub)
-        widths = find_runtime(self.runtime).embeddings
+        widths = (*find_runtime(self.runtime).list_vocabulary_bits(), 16)
         if self.embedding_bits is not None and self.embedding_bits not in widths:
             raise UsageError(
                 f"--embedding-bits is {self.embedding_bits}",
-                allowed=f"{', '.join(map(str, widths))} (fewer bits damage the output head, which "
-                "most models share with the embedding)",
+                allowed=f"{', '.join(map(str, widths))} with --runtime {self.runtime}",
             )
 
 

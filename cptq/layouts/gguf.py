@@ -26,7 +26,8 @@ BLOCK_BYTES: Mapping[str, int] = {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34, "Q4_1": 20
 
 def find_type(candidate: Candidate) -> str | None:
     """The type that holds a candidate's codes; None where there is none."""
-    return None if candidate.sparsity else _TYPES[candidate.symmetric].get(candidate.bits)
+    other = candidate.sparsity or candidate.float8
+    return None if other else _TYPES[candidate.symmetric].get(candidate.bits)
 
 
 class GgufLayout:
@@ -53,6 +54,8 @@ def explain_type(candidate: Candidate) -> str:
     """Why no type holds a candidate."""
     if candidate.sparsity:
         return "sparse weights, for which it has no storage"
+    if candidate.float8:
+        return "8-bit floats"
     grid = "symmetric" if candidate.symmetric else "asymmetric"
     known = ", ".join(map(str, _TYPES[candidate.symmetric]))
     return f"{grid} codes of {candidate.bits} bits, but of {known}"

@@ -6,6 +6,9 @@
 | weight_scale  | the weight's, at most 16 bits | (out, groups)        |
 | weight_shape  | int64                   | (2,)                       |
 
+Token embeddings and output heads can also be stored as 8-bit floats, one tensor `weight` of type
+F8_E4M3 or F8_E5M2, which stock loaders convert to the model's type while they read it.
+
 Pure Python, so that what is budgeted and what is written cannot differ.
 """
 
@@ -24,11 +27,15 @@ class PackQuantized:
     name = "compressed-tensors"
 
     def explain_refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
-        """Everything but symmetric linears of 2 to 8 bits without sparsity."""
+        """Everything but symmetric linears of 2 to 8 bits without sparsity, and 8-bit floats of the
+        vocabulary."""
+        if candidate.float8:
+            vocabulary = layer.kind in ("embedding", "head")
+            return None if vocabulary else "8-bit floats, which are for embeddings and heads"
         if layer.transposed or layer.kind == "conv1d":
             return "a Conv1D, whose packed weights stock transformers replaces by random ones"
         if layer.kind == "embedding":
-            return "an embedding, which the format keeps dense"
+            return "an embedding, which the format has in 16 bits or as 8-bit floats"
         if not candidate.symmetric:
             return "an asymmetric grid, which stock transformers does not load"
         if candidate.sparsity:
@@ -37,12 +44,20 @@ class PackQuantized:
 
     def tensors(self, layer: LayerSpec, candidate: Candidate) -> tuple[TensorSpec, ...]:
         """See `packed_tensors`."""
+        if candidate.float8:
+            return (list_float8_tensor(layer, candidate),)
         inputs = layer.shape[1]
         groups = inputs // resolve_group(inputs, candidate.group_size)
         return list_packed_tensors(layer, candidate.bits, groups)
 
 
 PACK_QUANTIZED = PackQuantized()
+
+
+def list_float8_tensor(layer: LayerSpec, candidate: Candidate) -> TensorSpec:
+    """The one tensor of a weight of 8-bit floats."""
+    dtype = f"F8_{candidate.float8.upper()}"
+    return TensorSpec(name=layer.weight_name, dtype=dtype, shape=layer.shape)
 
 
 def list_packed_tensors(

@@ -103,6 +103,10 @@ class PackedLayout:
 
     def explain_refusal(self, layer: LayerSpec, candidate: Candidate) -> str | None:
         """What cannot be packed, or not in this kind of layer."""
+        if candidate.float8:
+            return "8-bit floats, which packed integers serve better"
+        if not layer.plain:
+            return "a module that does more than look up or multiply"
         if layer.kind == "embedding" and candidate.sparsity:
             return "a sparse embedding, whose rows would have no fixed place"
         if layer.expert:

@@ -14,7 +14,13 @@ from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, RUNTIMES, AnalyzeSettings, find_runtime
 from cptq.errors import UsageError
 from cptq.pipeline.files import encode_stage_files, read_tables
-from cptq.pipeline.inputs import build_candidates, build_cost_model, calibrate, load_dense
+from cptq.pipeline.inputs import (
+    build_candidates,
+    build_cost_model,
+    calibrate,
+    load_dense,
+    offer_vocabulary,
+)
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.summarize import summarize
 from cptq.pipeline.trial_model import build_trial_model
@@ -23,6 +29,7 @@ from cptq.report.render import FILES, render_files
 from cptq.report.summary import AnalyzeOutcome, Summary
 from cptq.sensitivity import SLOW, list_default_metrics
 from cptq.sensitivity.measure import InterruptedMeasurementError, measure, needs_text
+from cptq.sensitivity.metric import Compress
 from cptq.types import Candidate, Emit, Notice, SensitivityTable, Validation
 
 
@@ -31,13 +38,15 @@ class AnalyzeInputs:
     """What `analyze` works on.
 
     `known` are the tables of --sensitivity, `missing` the metrics that remain to be measured;
-    `calibration` is None where nothing needs text. `out` is the output directory as it was typed,
+    `calibration` is None where nothing needs text. `vocabulary` are the ways to store the units
+    outside the blocks. `out` is the output directory as it was typed,
     `place` its absolute path.
     """
 
     settings: AnalyzeSettings
     model: LoadedModel
     candidates: tuple[Candidate, ...]
+    vocabulary: Mapping[str, tuple[Candidate, ...]]
     known: Mapping[str, SensitivityTable]
     missing: tuple[str, ...]
     calibration: Calibration | None
@@ -76,9 +85,9 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs
     candidates = build_candidates(settings)
     # before the work, so that an unreachable target is refused at once
     ledgers = build_ledgers(model, candidates, settings) if settings.validate else []
-    known = read_tables(
-        settings.sensitivity, model.fingerprint, {unit.name: candidates for unit in model.units}
-    )
+    vocabulary = offer_vocabulary(model, candidates)
+    wanted = {unit.name: candidates for unit in model.units} | vocabulary
+    known = read_tables(settings.sensitivity, model.fingerprint, wanted)
     missing = tuple(name for name in settings.metrics if name not in known)
     text = settings.validate or (bool(missing) and needs_text(missing))
     parts = int(settings.validate)
@@ -88,6 +97,7 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs
         settings=settings,
         model=model,
         candidates=candidates,
+        vocabulary=vocabulary,
         ledgers=ledgers,
         known=known,
         missing=missing,
@@ -129,7 +139,28 @@ def _measure_missing(
             seed=inputs.settings.calibration.seed,
             emit=recorder,
             compress=trial.weights if trial else None,
+            vocabulary=inputs.vocabulary,
+            compress_outer=_build_outer_trial(inputs, trial, recorder),
         )
+
+
+def _build_outer_trial(
+    inputs: AnalyzeInputs, trial: TrialModel | None, recorder: Recorder
+) -> Compress | None:
+    """Return what stores units of the vocabulary as candidates; None where nothing reads text."""
+    if inputs.calibration is None or not inputs.vocabulary:
+        return None
+    trial = trial or build_trial_model(
+        inputs.model,
+        inputs.calibration,
+        inputs.settings.compressor,
+        build_cost_model(inputs.model, inputs.settings),
+        inputs.candidates,
+        seed=inputs.settings.calibration.seed,
+        blocks=False,
+        emit=recorder,
+    )
+    return trial.compute_weights
 
 
 def _validate_tables(

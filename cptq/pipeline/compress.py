@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -21,10 +21,7 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import forward
-from cptq.compression import CORRECTING
 from cptq.compression.blockwise import compress_model
-from cptq.compression.embeddings import compress_embeddings
-from cptq.compression.streams import embed_batches
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, CompressSettings
 from cptq.errors import BudgetError
@@ -37,7 +34,7 @@ from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.uniform_check import BASELINE, keep_better_plan
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
-from cptq.sensitivity.measure import measure
+from cptq.sensitivity.measure import measure, needs_text
 from cptq.types import (
     CompressedLayer,
     Emit,
@@ -59,7 +56,7 @@ NARROW_TOLERANCE = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CompressedModel:
-    """A plan and the layers that carry it out, embeddings included."""
+    """A plan and the layers that carry it out."""
 
     plan: Plan
     layers: tuple[CompressedLayer, ...]
@@ -93,7 +90,10 @@ def measure_sensitivity(
     if inputs.plan is not None or settings.sensitivity is not None or settings.allocator in BLIND:
         return inputs.tables
     with recorder.stage("sensitivity"):
-        trial = _build_trial_model(inputs, recorder) if settings.metric == GROUND_TRUTH else None
+        truth = settings.metric == GROUND_TRUTH
+        vocabulary = inputs.space.list_vocabulary_options(inputs.model)
+        text = truth or (vocabulary and needs_text([settings.metric]))
+        trial = _build_trial_model(inputs, truth, recorder) if text else None
         return measure(
             inputs.model,
             inputs.calibration,
@@ -101,11 +101,13 @@ def measure_sensitivity(
             candidates=inputs.space.candidates,
             seed=settings.calibration.seed,
             emit=recorder,
-            compress=trial.weights if trial else None,
+            compress=trial.weights if trial and truth else None,
+            vocabulary=vocabulary,
+            compress_outer=trial.compute_weights if trial else None,
         )
 
 
-def _build_trial_model(inputs: CompressInputs, emit: Emit) -> TrialModel:
+def _build_trial_model(inputs: CompressInputs, blocks: bool, emit: Emit) -> TrialModel:
     return build_trial_model(
         inputs.model,
         inputs.calibration,
@@ -113,6 +115,7 @@ def _build_trial_model(inputs: CompressInputs, emit: Emit) -> TrialModel:
         inputs.space.cost,
         inputs.space.candidates,
         seed=inputs.settings.calibration.seed,
+        blocks=blocks,
         emit=emit,
     )
 
@@ -146,7 +149,7 @@ def _allocate(
 ) -> Plan:
     space = inputs.space
     assert inputs.ledger is not None  # a plan of --plan is not allocated
-    plan = allocate(
+    return allocate(
         allocator,
         table,
         inputs.ledger,
@@ -154,7 +157,6 @@ def _allocate(
         model_fingerprint=inputs.model.fingerprint,
         emit=emit,
     )
-    return replace(plan, embedding=space.embedding)
 
 
 def _restrict_to_refinable(inputs: CompressInputs, plan: Plan) -> Ledger:
@@ -169,25 +171,19 @@ def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> C
 
     The model in memory then computes with the compressed weights.
     """
-    model, space = inputs.model, inputs.space
+    model = inputs.model
     with recorder.stage("compression"):
         baseline = _make_baseline_plan(inputs, plan, recorder)
         divergence = None if baseline is None else _record_dense_outputs(inputs)
-        embedded = None
-        if inputs.settings.compressor in CORRECTING and space.embedding is not None:
-            embedded = embed_batches(model, inputs.calibration.batches)
-        rest = compress_embeddings(model, space.embedding, space.layout, inputs.runtime)
-        carry_out = partial(_carry_out, inputs, embedded)
+        carry_out = partial(_carry_out, inputs)
         if baseline is None or divergence is None:
             layers = carry_out(plan, recorder)
         else:
             plan, layers = keep_better_plan(model, plan, baseline, carry_out, divergence, recorder)
-        return CompressedModel(plan=plan, layers=(*rest, *layers))
+        return CompressedModel(plan=plan, layers=tuple(layers))
 
 
-def _carry_out(
-    inputs: CompressInputs, embedded: Sequence[torch.Tensor] | None, plan: Plan, emit: Emit
-) -> list[CompressedLayer]:
+def _carry_out(inputs: CompressInputs, plan: Plan, emit: Emit) -> list[CompressedLayer]:
     return compress_model(
         inputs.model,
         inputs.calibration,
@@ -196,13 +192,12 @@ def _carry_out(
         float16_scales=inputs.runtime.float16_scales,
         layout=inputs.space.layout,
         held_out=inputs.held_out.judge[:JUDGED_BATCHES],
-        embedded=embedded,
         emit=emit,
     )
 
 
 def _record_dense_outputs(inputs: CompressInputs) -> DivergenceFromDense:
-    """Run the held-out text through the model while all of it, embeddings included, is dense."""
+    """Run the held-out text through the model while it is dense."""
     objective = choose_objective(inputs.model.kind, inputs.model.config)
     return DivergenceFromDense(inputs.model, inputs.held_out.judge, objective, units=False)
 

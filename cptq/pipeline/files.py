@@ -11,7 +11,6 @@ from typing import Any
 from cptq.allocation.allocate import check_plan
 from cptq.allocation.cost import CostModel
 from cptq.checkpoint.model import LoadedModel
-from cptq.config import Runtime
 from cptq.errors import PlanError
 from cptq.report.summary import convert_to_plain
 from cptq.sensitivity import METRICS
@@ -38,7 +37,7 @@ def encode_stage_files(
         "model_fingerprint": model.fingerprint,
         "blocks": list(model.block_names),
         "layers": [convert_to_plain(layer) for layer in model.layers],
-        "units": {unit.name: [layer.name for layer in unit.layers] for unit in model.units},
+        "units": {unit.name: [layer.name for layer in unit.layers] for unit in model.all_units},
     }
     files = {"layers.json": layers}
     if calibration is not None:
@@ -117,36 +116,29 @@ def read_tables(
     return found
 
 
-def read_plan(path: Path, runtime: Runtime) -> Plan:
-    """Read the plan of `--plan`; `fit_plan` checks it against a model.
+def fit_plan(plan: Plan, model: LoadedModel, cost: CostModel) -> Plan:
+    """Check a plan against this model, and return it with its bytes counted anew.
+
+    What the runtime cannot hold of the vocabulary is in no plan that is returned: it stays dense.
 
     Raises:
-        PlanError: it cannot be read, or packs embeddings as the runtime or cptq does not.
+        PlanError: as `check_plan`.
     """
-    plan = Plan.load(path)
-    found = plan.embedding
-    if found is None:
-        return plan
-    if not runtime.embeddings:
-        raise PlanError(
-            f"the plan packs embeddings ({found.label}), which --runtime {runtime.name} does not "
-            "load",
-            hint='name another --runtime, or edit the plan: "embedding": null keeps them dense',
-        )
-    grid = found.symmetric or found.bits in runtime.asymmetric
-    if found.bits not in runtime.embeddings or found.sparsity or not grid:
-        raise PlanError(
-            f"the plan gives the embeddings {found.label}",
-            allowed=f"{', '.join(map(str, runtime.embeddings))} bits without sparsity, or null"
-            + ("" if grid else f"; {runtime.name} has them on symmetric grids alone"),
-        )
-    return plan
-
-
-def fit_plan(plan: Plan, model: LoadedModel, cost: CostModel) -> Plan:
-    """Check a plan against this model, and return it with its bytes counted anew."""
+    choices = dict(plan.choices)
+    known = {unit.name for unit in cost.units}
+    for unit in model.vocabulary:
+        choice = choices.get(unit.name, Candidate(bits=16))
+        if unit.name not in known and choice.dense:
+            choices.pop(unit.name, None)
+        elif unit.name not in known:
+            raise PlanError(
+                f"the plan gives {unit.name} {choice.label}: --runtime {cost.runtime.name} takes "
+                "no packed embeddings and heads",
+                hint="name another --runtime, or edit the plan: w16 keeps it dense",
+            )
+    plan = replace(plan, choices=choices)
     check_plan(plan, cost, model.fingerprint)
-    return replace(plan, predicted_bytes=cost.file_bytes(plan.choices))
+    return replace(plan, predicted_bytes=cost.file_bytes(choices))
 
 
 def check_covers(

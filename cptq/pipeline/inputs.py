@@ -24,8 +24,10 @@ from cptq.calibration.holdout import count_part_rows, split_parts
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
-from cptq.compression.embeddings import list_embedding_tensors
+from cptq.checkpoint.weights import get_weight
+from cptq.compression.vocabulary import list_candidates as list_vocabulary_candidates
 from cptq.config import (
+    RUNTIMES,
     AnalyzeSettings,
     CompressSettings,
     ModelSettings,
@@ -35,10 +37,11 @@ from cptq.config import (
 )
 from cptq.errors import ModelError
 from cptq.layouts import Layout
-from cptq.pipeline.files import check_covers, fit_plan, read_plan, read_table
+from cptq.layouts.groups import resolve_group
+from cptq.pipeline.files import check_covers, fit_plan, read_table
 from cptq.pipeline.recorder import Recorder
 from cptq.sensitivity.prepare import check_units
-from cptq.types import Candidate, Emit, Notice, Plan, SensitivityTable
+from cptq.types import Candidate, Emit, Notice, Plan, SensitivityTable, Unit
 
 DEFAULT_TARGET = "4bit"
 #: parts of text that are held out, also for a single use: a judge asked once can read more
@@ -51,14 +54,12 @@ LEAST_CHECK_ROWS = 4
 class SearchSpace:
     """What each unit may get, and what that costs in the file to be written.
 
-    `candidates` are those that the options name, `options` {unit: those left by --pin, --min-bits
-    and --max-bits}. `embedding` is what embeddings get (None: they stay dense). `form` names the
-    file format.
+    `candidates` are those that the options name, `options` {unit: those left by --pin, --min-bits,
+    --max-bits and --embedding-bits}. `form` names the file format.
     """
 
     candidates: tuple[Candidate, ...]
     options: Mapping[str, tuple[Candidate, ...]]
-    embedding: Candidate | None
     form: str
     cost: CostModel
 
@@ -66,6 +67,11 @@ class SearchSpace:
     def layout(self) -> Layout:
         """The tensors that the file format makes of a layer."""
         return FORMATS.get(self.form).layout
+
+    def list_vocabulary_options(self, model: LoadedModel) -> dict[str, tuple[Candidate, ...]]:
+        """Return what the units of the vocabulary may get, of those that the runtime holds."""
+        names = [unit.name for unit in model.vocabulary if unit.name in self.options]
+        return {name: self.cost.options(name, self.options[name]) for name in names}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -114,7 +120,7 @@ def load_inputs(
         CptqError: anything that makes the run impossible; see the modules that are called.
     """
     runtime = find_runtime(settings.runtime)
-    plan = None if settings.plan is None else read_plan(settings.plan, runtime)
+    plan = None if settings.plan is None else Plan.load(settings.plan)
     model = load_dense(settings.model, recorder, conv1d=runtime.conv1d)
     check_units(model)
     if any(width < 16 for width in settings.bits):
@@ -155,36 +161,85 @@ def _build_search_space(
     plan: Plan | None,
     emit: Emit,
 ) -> SearchSpace:
-    """Find the file format and the candidates; a `plan` that is given decides on embeddings."""
-    asymmetric = list_asymmetric_widths(settings)
-    embedding = plan.embedding if plan is not None else _choose_embedding(settings, asymmetric)
-    choices = plan.choices.values() if plan is not None else ()
-    form = runtime.format_for(
-        model.layers,
-        asymmetric=bool(asymmetric) or not all(choice.symmetric for choice in choices),
-        embedding=embedding is not None,
-    )
-    layout = FORMATS.get(form).layout
+    """Find the file format, and the candidates of every unit that the runtime can hold."""
     candidates = build_candidates(settings)
     if settings.asymmetric:
         _report_symmetric(candidates, runtime, emit)
-    embeddings = list_embedding_tensors(model, embedding, layout, runtime, emit)
-    cost = CostModel(model.units, model.tensors, layout, runtime, embeddings)
+    offered = _offer_vocabulary(settings, model, candidates)
+    chosen = list(plan.choices.items()) if plan is not None else []
+    outer = {unit.name for unit in model.vocabulary}
+    packed = any(not c.dense and not c.float8 for name, c in chosen if name in outer)
+    form = runtime.format_for(
+        model.layers,
+        asymmetric=bool(list_asymmetric_widths(settings))
+        or not all(choice.symmetric for _, choice in chosen),
+        vocabulary=packed or (plan is None and _needs_packing(offered, runtime)),
+    )
+    layout = FORMATS.get(form).layout
+    taken = [u for u in model.vocabulary if _is_taken(u, offered[u.name], layout, runtime)]
+    _report_dense_vocabulary(model, taken, settings, emit)
+    cost = CostModel((*model.units, *taken), model.tensors, layout, runtime)
     return SearchSpace(
         candidates=candidates,
-        options=_apply_constraints(settings, model, candidates, cost, emit),
-        embedding=embedding,
+        options=_apply_constraints(settings, model, candidates, offered, cost, emit),
         form=form,
         cost=cost,
     )
 
 
-def _choose_embedding(settings: CompressSettings, asymmetric: Collection[int]) -> Candidate | None:
-    """Return what --embedding-bits gives to embeddings."""
+def offer_vocabulary(
+    model: LoadedModel, candidates: Sequence[Candidate]
+) -> dict[str, tuple[Candidate, ...]]:
+    """Return what each unit of the vocabulary may get of the candidates, in whatever runtime."""
+    return {
+        unit.name: list_vocabulary_candidates(
+            get_weight(model.linear(unit.layers[0].name)), candidates
+        )
+        for unit in model.vocabulary
+    }
+
+
+def _offer_vocabulary(
+    settings: CompressSettings, model: LoadedModel, candidates: Sequence[Candidate]
+) -> dict[str, tuple[Candidate, ...]]:
+    """Return what each unit of the vocabulary may get; of one width where --embedding-bits says."""
     bits = settings.embedding_bits
     if bits is None:
-        return None
-    return Candidate(bits=bits, group_size=settings.group_size, symmetric=bits not in asymmetric)
+        return offer_vocabulary(model, candidates)
+    one = list_candidates((bits,), settings.group_size, asymmetric=list_asymmetric_widths(settings))
+    return offer_vocabulary(model, one)
+
+
+def _needs_packing(offered: Mapping[str, Sequence[Candidate]], runtime: Runtime) -> bool:
+    """Whether a plan may pack a matrix of the vocabulary in integers."""
+    rows = [candidate for row in offered.values() for candidate in row]
+    return any(c.bits in runtime.vocabulary and not c.float8 for c in rows)
+
+
+def _is_taken(unit: Unit, row: Sequence[Candidate], layout: Layout, runtime: Runtime) -> bool:
+    """Whether format and runtime hold a unit of the vocabulary as anything but dense."""
+    (spec,) = unit.layers
+    return any(
+        layout.explain_refusal(spec, c) is None
+        and runtime.explain_refusal(spec, c, resolve_group(spec.shape[1], c.group_size)) is None
+        for c in row
+        if not c.dense
+    )
+
+
+def _report_dense_vocabulary(
+    model: LoadedModel, taken: Sequence[Unit], settings: CompressSettings, emit: Emit
+) -> None:
+    """Say what stays at 16 bits outside the blocks, its share, and what would not leave it so."""
+    for unit in model.vocabulary:
+        share = unit.numel / max(1, model.parameters)
+        if unit in taken:
+            continue
+        wider = [name for name, known in RUNTIMES.items() if known.list_vocabulary_bits()]
+        asked = settings.embedding_bits == 16 or min(settings.bits, default=16) == 16
+        way = "" if asked else f"; --runtime {' or '.join(wider)} can store it in fewer"
+        message = f"stays at 16 bits ({share:.0%} of the weights){way}"
+        emit(Notice(kind="skipped", subject=unit.name, message=message))
 
 
 def _report_symmetric(candidates: Sequence[Candidate], runtime: Runtime, emit: Emit) -> None:
@@ -199,15 +254,20 @@ def _apply_constraints(
     settings: CompressSettings,
     model: LoadedModel,
     candidates: Sequence[Candidate],
+    offered: Mapping[str, Sequence[Candidate]],
     cost: CostModel,
     emit: Emit,
 ) -> dict[str, tuple[Candidate, ...]]:
-    """Return the candidates of each unit after --pin, --min-bits and --max-bits."""
+    """Return the candidates of each unit after --pin, --min-bits and --max-bits.
+
+    `offered`: those of the units of the vocabulary.
+    """
     constraints = parse_constraints(settings.pins, settings.min_bits, settings.max_bits)
     options = apply_constraints(
         constraints,
-        model.units,
+        cost.units,
         candidates,
+        offered=offered,
         group_size=settings.group_size,
         asymmetric=list_asymmetric_widths(settings),
         layers=model.layers,
@@ -308,8 +368,23 @@ def calibrate(
 def build_cost_model(model: LoadedModel, settings: AnalyzeSettings) -> CostModel:
     """Return the cost model of the file that the runtime loads."""
     runtime = find_runtime(settings.runtime)
-    form = runtime.format_for(model.layers, asymmetric=settings.asymmetric)
-    return CostModel(model.units, model.tensors, FORMATS.get(form).layout, runtime)
+    offered = offer_vocabulary(model, build_candidates(settings))
+    form = runtime.format_for(
+        model.layers,
+        asymmetric=settings.asymmetric,
+        vocabulary=_needs_packing(offered, runtime),
+    )
+    layout = FORMATS.get(form).layout
+    taken = [u for u in model.vocabulary if _is_taken(u, offered[u.name], layout, runtime)]
+    return CostModel((*model.units, *taken), model.tensors, layout, runtime)
+
+
+def list_options(
+    model: LoadedModel, candidates: Sequence[Candidate], cost: CostModel
+) -> dict[str, Sequence[Candidate]]:
+    """Return the candidates of every unit that `cost` counts."""
+    offered = offer_vocabulary(model, candidates)
+    return {unit.name: offered.get(unit.name, candidates) for unit in cost.units}
 
 
 def list_asymmetric_widths(settings: AnalyzeSettings | CompressSettings) -> tuple[int, ...]:

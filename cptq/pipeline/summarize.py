@@ -62,7 +62,7 @@ def summarize(
         dtype=str(model.dtype).removeprefix("torch."),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
         layers=model.layers,
-        units=model.units,
+        units=model.all_units,
         notices=tuple(recorder.notices),
         timings=dict(recorder.timings),
         **found,

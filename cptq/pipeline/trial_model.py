@@ -8,14 +8,18 @@ from functools import partial
 from torch import Tensor
 
 from cptq.allocation.cost import CostModel
+from cptq.calibration.batches import split_batches
 from cptq.calibration.objective import choose_objective
-from cptq.calibration.samples import SampleRequest, collect_samples
+from cptq.calibration.samples import SampleRequest, collect_samples, take_batches
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
 from cptq.compression.trial_model import TrialModel
+from cptq.compression.vocabulary import is_head, measure_head_moment
 from cptq.types import Candidate, Emit, Notice
 
+#: tokens whose second moment stands for all where a head is tried
+HEAD_TOKENS = 4096
 #: bytes that the Hessians of all units together may take
 HESSIAN_BYTES = 8 << 30
 
@@ -28,9 +32,13 @@ def build_trial_model(
     candidates: Iterable[Candidate],
     *,
     seed: int,
+    blocks: bool = True,
     emit: Emit,
 ) -> TrialModel:
     """Build a trial model for `compressor`; where that uses activations, one pass gathers them.
+
+    Without `blocks` only the vocabulary is to be tried, and the blocks' activations are not
+    gathered.
 
     All of the calibration text goes into the Hessians, as in the final compression: from fewer
     tokens wide units look more sensitive than they are. `cost` knows the file and the runtime that
@@ -42,6 +50,9 @@ def build_trial_model(
     sparse = any(candidate.sparsity for candidate in candidates)
     if compressor in WITHOUT_ACTIVATIONS and not sparse:
         return build(model, compressor, emit)
+    heads = _measure_heads(model, calibration)
+    if not blocks:
+        return build(model, compressor, emit, heads)
     need = sum(4 * unit.layers[0].shape[1] ** 2 for unit in model.units)
     if need > HESSIAN_BYTES:
         message = (
@@ -49,7 +60,7 @@ def build_trial_model(
             "if their inputs were independent"
         )
         emit(Notice(kind="fallback", subject=compressor, message=message))
-        return build(model, compressor, emit)
+        return build(model, compressor, emit, heads)
     request = SampleRequest(moments=True)
     samples = collect_samples(
         model,
@@ -61,7 +72,7 @@ def build_trial_model(
         keep=1,
         tokens=calibration.tokens,
     )
-    hessians: dict[str, Tensor] = {}
+    hessians = dict(heads)
     for unit in model.units:
         sample = samples.layers.get(unit.layers[0].name)
         if sample is not None and sample.moment is not None:
@@ -70,3 +81,12 @@ def build_trial_model(
             message = "too wide for a Hessian here: compared as if its inputs were independent"
             emit(Notice(kind="fallback", subject=unit.name, message=message))
     return build(model, compressor, emit, hessians)
+
+
+def _measure_heads(model: LoadedModel, calibration: Calibration) -> dict[str, Tensor]:
+    """Return {unit: second moment of what the output head is given}; empty without a head."""
+    heads = [unit for unit in model.vocabulary if is_head(unit)]
+    if not heads:
+        return {}
+    some = take_batches(split_batches(calibration.batches), HEAD_TOKENS)
+    return {heads[0].name: measure_head_moment(model, some).mean_II}

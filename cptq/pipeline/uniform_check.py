@@ -81,7 +81,7 @@ def keep_better_plan(
 def _copy_weights(model: LoadedModel) -> dict[str, Tensor]:
     return {
         spec.name: get_weight(model.linear(spec.name)).clone()
-        for unit in model.units
+        for unit in model.all_units
         for spec in unit.layers
     }
 
@@ -103,7 +103,7 @@ def _carry_out(
 
 
 def _describe_result(own: _Outcome, other: _Outcome, divergence: DivergenceFromDense) -> Notice:
-    labels = {candidate.label for candidate in other.plan.choices.values()}
+    labels = {c.label for c in other.plan.choices.values() if not c.float8}
     baseline = f"uniform {labels.pop()}" if len(labels) == 1 else "two widths spread evenly"
     gap = own.rows - other.rows
     error = compute_standard_error(gap, divergence.window_R)

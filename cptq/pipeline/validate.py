@@ -33,7 +33,7 @@ from cptq.compression import WITHOUT_ACTIVATIONS
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, AnalyzeSettings
 from cptq.numerics.standard_error import compute_standard_error
-from cptq.pipeline.inputs import build_cost_model
+from cptq.pipeline.inputs import build_cost_model, list_options
 from cptq.report.formatting import format_seconds as spoken
 from cptq.sensitivity.validation.pairs import choose_pairs, classify_depth, rank_depths
 from cptq.sensitivity.validation.ranks import RESAMPLES, measure_agreement
@@ -132,7 +132,8 @@ def build_ledgers(
     cost, ledgers = build_cost_model(model, settings), []
     for text in settings.targets:
         target = parse_target(text)
-        ledger = build_ledger(resolve_budget(target, cost, settings.group_size), cost, candidates)
+        rows = list_options(model, candidates, cost)
+        ledger = build_ledger(resolve_budget(target, cost, settings.group_size), cost, rows)
         plain = ledger
         if any(candidate.sparsity for candidate in candidates):
             plain = ledger.restrict({u: drop_sparse(row) for u, row in ledger.bytes_of.items()})
@@ -251,7 +252,7 @@ class _Trials:
 
     def _judge(self, plan: Plan) -> torch.Tensor:
         """Divergence of each row; equal plans are measured once."""
-        key = tuple(plan.choices[unit.name] for unit in self.model.units)
+        key = tuple(plan.choices.values())
         if key not in self.known:
             self.trial.apply_choices(plan.choices)
             self.known[key] = self.divergence.measure_rows()

@@ -61,8 +61,14 @@ def measure(
     seed: int,
     emit: Emit,
     compress: Compress | None = None,
+    vocabulary: Mapping[str, Sequence[Candidate]] | None = None,
+    compress_outer: Compress | None = None,
 ) -> dict[str, SensitivityTable]:
     """Score every unit at every candidate by each metric.
+
+    Units outside the blocks, the token embedding and the output head, get the divergence measured
+    with that unit alone compressed: there are one or two, and no estimate is as good. Metrics
+    without a unit of loss count them as average units (`Metric.score_outer`).
 
     Args:
         model: the dense model; left unchanged.
@@ -74,6 +80,9 @@ def measure(
         emit: takes progress and notices.
         compress: gives the weights of a unit stored as a candidate, for `kl`; rounding to nearest
             without.
+        vocabulary: {unit outside the blocks: ways to store it}; the others are not scored.
+        compress_outer: gives the weights of such a unit stored as a candidate; needed where a
+            metric reads text.
 
     Returns:
         Metric name -> table, in the order of `metrics`.
@@ -90,7 +99,9 @@ def measure(
     candidates = tuple(dict.fromkeys(candidates))
     check_candidates(candidates)
     check_model(model)
-    context = prepare_context(model, kinds, calibration, candidates, seed, emit, compress)
+    context = prepare_context(
+        model, kinds, calibration, candidates, seed, emit, compress, outer=bool(vocabulary)
+    )
     scoring = _Scoring(
         context=context,
         runs={name: _Run(metric=kind(context)) for name, kind in kinds.items()},
@@ -99,6 +110,7 @@ def measure(
     )
     try:
         scoring.score_units()
+        scoring.score_outer(vocabulary or {}, compress_outer)
         scoring.finish_metrics()
     except KeyboardInterrupt as stop:
         if not scoring.done:
@@ -146,6 +158,32 @@ class _Scoring:
                 self._score(_build_view(unit, context))
             self.done.append(unit.name)
         context.emit(Progress(stage="sensitivity", done=len(units), total=len(units)))
+
+    def score_outer(
+        self, vocabulary: Mapping[str, Sequence[Candidate]], compress: Compress | None
+    ) -> None:
+        """Score the units outside the blocks."""
+        context = self.context
+        units = [unit for unit in context.model.vocabulary if unit.name in vocabulary]
+        for unit in units:
+            view = UnitView(unit=unit, weights=_read_weights(unit, context))
+            rows = {name: dict[Candidate, float]() for name in self.runs}
+            for candidate in vocabulary[unit.name]:
+                message = f"{unit.name} at {candidate.label}"
+                context.emit(Progress(stage="vocabulary", done=0, total=None, message=message))
+                divergence = None
+                if context.divergence is not None and compress is not None and not candidate.dense:
+                    changed = compress(unit, candidate)
+                    divergence = context.divergence.measure_unit(unit, changed)
+                for name, run in self.runs.items():
+                    dense = candidate.dense
+                    rows[name][candidate] = (
+                        0.0
+                        if dense
+                        else run.metric.score_outer(view, candidate, divergence, run.per_unit)
+                    )
+            for name, run in self.runs.items():
+                run.scores[unit.name] = rows[name]
 
     def finish_metrics(self) -> None:
         """Let each metric measure what concerns the model as a whole."""
@@ -221,7 +259,7 @@ class _Scoring:
 def _build_view(unit: Unit, context: Context) -> UnitView:
     """Return the weights and samples of a unit on the model's device; shared inputs stay shared."""
     device = context.model.device
-    weights = tuple(get_weight(context.model.linear(s.name)).float() for s in unit.layers)
+    weights = _read_weights(unit, context)
     if context.samples is None:
         return UnitView(unit=unit, weights=weights)
     inputs: dict[int, torch.Tensor] = {}
@@ -238,6 +276,10 @@ def _build_view(unit: Unit, context: Context) -> UnitView:
             )
         )
     return UnitView(unit=unit, weights=weights, samples=tuple(moved))
+
+
+def _read_weights(unit: Unit, context: Context) -> tuple[torch.Tensor, ...]:
+    return tuple(get_weight(context.model.linear(s.name)).float() for s in unit.layers)
 
 
 def _build_never_ran_error(unit: Unit, samples: Samples | None) -> bool:

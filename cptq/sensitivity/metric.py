@@ -136,6 +136,26 @@ class Metric(ABC):
                 metric `needs` the rounding.
         """
 
+    def score_outer(
+        self,
+        view: UnitView,
+        candidate: Candidate,
+        divergence: float | None,
+        per_unit: Mapping[str, float],
+    ) -> float:
+        """Return the score of storing a unit outside the blocks as a (not dense) candidate.
+
+        Metrics that estimate a divergence take the measured one.
+
+        Args:
+            view: the unit: the token embedding or the output head.
+            candidate: how it would be stored.
+            divergence: measured with this unit alone changed; None where no metric reads text.
+            per_unit: the metric's numbers of all units in blocks.
+        """
+        assert divergence is not None
+        return divergence
+
     def measure_model(self) -> None:  # noqa: B027 - most metrics have nothing to add
         """Measure what concerns the model as a whole, after all units have been scored."""
 

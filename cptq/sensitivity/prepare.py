@@ -66,8 +66,11 @@ def prepare_context(
     seed: int,
     emit: Emit,
     compress: Compress | None = None,
+    *,
+    outer: bool = False,
 ) -> Context:
-    """Run the shared passes that these metrics need.
+    """Run the shared passes that these metrics need; `outer`: units outside the blocks are scored,
+    by their measured divergence.
 
     Raises:
         CalibrationError: no text, too few tokens for a metric, or NaN or infinity in a pass.
@@ -78,7 +81,7 @@ def prepare_context(
     if any(kind.needs.text for kind in kinds.values()):
         split = _split_text(model, kinds, calibration)
         samples = _collect_samples(model, kinds, split, seed, emit)
-        if any(kind.needs.divergence for kind in kinds.values()):
+        if outer or any(kind.needs.divergence for kind in kinds.values()):
             divergence = DivergenceFromDense(model, split.held_out, objective, emit)
         if samples and divergence and split.overlap:
             message = "too little text to exclude the held-out rows from the sampled ones"

@@ -22,7 +22,7 @@ of a layer's weights have the errors; linearity ends below about 3 bits.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -130,6 +130,17 @@ class DimensionlessMetric(SlopeMetric):
         """Return s (n_u / n) t^2 of one candidate."""
         share = view.unit.numel / self._weights
         return share * super().score_candidate(view, candidate, errors)
+
+    def score_outer(
+        self,
+        view: UnitView,
+        candidate: Candidate,
+        divergence: float | None,
+        per_unit: Mapping[str, float],
+    ) -> float:
+        """Return the same with the mean s of the units in blocks: outside, s is not defined."""
+        self._slope = sum(per_unit.values()) / max(len(per_unit), 1)
+        return self.score_candidate(view, candidate, ())
 
 
 class WeightsOnlyMetric(DimensionlessMetric):

@@ -51,7 +51,8 @@ class LayerSpec:
     `shape` is always (out_features, in_features) (embeddings: (vocabulary, width)), also for a
     Conv1D, whose tensor is `transposed` on disk. `dtype` is the storage type in the checkpoint.
     `fused` names the group that inference engines fuse the layer with, `tied_to` the layer whose
-    tensor it shares, and `reason` why it is not compressible.
+    tensor it shares, and `reason` why it is not compressible. `plain`: the module does nothing but
+    multiply, or look up (some embeddings scale what they look up).
     """
 
     name: str
@@ -65,6 +66,7 @@ class LayerSpec:
     transposed: bool = False
     compressible: bool = True
     reason: str | None = None
+    plain: bool = True
 
     @property
     def numel(self) -> int:
@@ -104,7 +106,8 @@ def is_expert(name: str) -> bool:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """The weights that get one candidate together: a linear, or a fused group (q/k/v, gate/up)."""
+    """The weights that get one candidate together: a linear, a fused group (q/k/v, gate/up), or a
+    matrix of the vocabulary (token embeddings, output head), which lies in no block."""
 
     name: str
     block: int | None

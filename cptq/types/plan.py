@@ -27,7 +27,8 @@ def digest(value: Any) -> str:
 class Candidate:
     """One way to store a unit.
 
-    `bits` 16 keeps the unit dense. `group_size` 0 means one scale per output channel.
+    `bits` 16 keeps the unit dense. `group_size` 0 means one scale per output channel. `float8`
+    stores 8-bit floats without scales, "e4m3" or "e5m2"; then `bits` is 8.
     """
 
     bits: int
@@ -35,6 +36,7 @@ class Candidate:
     symmetric: bool = True
     sparsity: float = 0.0
     pattern: str = "none"
+    float8: str = ""
 
     @property
     def dense(self) -> bool:
@@ -42,9 +44,12 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """Short name: `w4g64`, `w4c` (per channel), `w3g64-asym`, `w4c-s50`, `w4c-2:4`, `w16`."""
+        """Short name: `w4g64`, `w4c` (per channel), `w3g64-asym`, `w4c-s50`, `w4c-2:4`, `w16`,
+        `f8e4m3`."""
         if self.dense:
             return "w16"
+        if self.float8:
+            return f"f8{self.float8}"
         grid = f"w{self.bits}" + (f"g{self.group_size}" if self.group_size else "c")
         grid += "" if self.symmetric else "-asym"
         if ":" in self.pattern:
@@ -60,9 +65,13 @@ class Candidate:
         """
         if label == "w16":
             return cls(bits=16)
+        if label in ("f8e4m3", "f8e5m2"):
+            return cls(bits=8, float8=label.removeprefix("f8"))
         match = re.fullmatch(r"w([2-8])(?:g(\d+)|c)(-asym)?(?:-s(\d+)|-(2:4))?", label)
         if match is None:
-            raise ValueError(f"invalid candidate label {label!r} (valid: w4g64, w4c, w16, ...)")
+            raise ValueError(
+                f"invalid candidate label {label!r} (valid: w4g64, w4c, w16, f8e4m3, ...)"
+            )
         bits, group, asym, sparsity, pattern = match.groups()
         return cls(
             bits=int(bits),
@@ -165,11 +174,7 @@ class Budget:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """One candidate per unit: written by every allocator, read by compress, editable by hand.
-
-    `embedding` is the candidate of the token embeddings and of an untied output head; None keeps
-    them dense.
-    """
+    """One candidate per unit: written by every allocator, read by compress, editable by hand."""
 
     model_fingerprint: str
     budget: Budget
@@ -180,7 +185,6 @@ class Plan:
     predicted_bytes: int
     predicted_loss: float | None
     notes: tuple[str, ...] = ()
-    embedding: Candidate | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON; candidates become their labels."""
@@ -188,7 +192,6 @@ class Plan:
         data["budget"] = asdict(self.budget)
         data["choices"] = {unit: choice.label for unit, choice in self.choices.items()}
         data["notes"] = list(self.notes)
-        data["embedding"] = None if self.embedding is None else self.embedding.label
         return data
 
     @classmethod
@@ -226,6 +229,9 @@ class Plan:
         fields["budget"] = Budget.from_dict(data["budget"])
         fields["choices"] = {unit: Candidate.parse(c) for unit, c in data["choices"].items()}
         fields["notes"] = tuple(data.get("notes", ()))
-        if data.get("embedding") is not None:
-            fields["embedding"] = Candidate.parse(data["embedding"])
+        if fields.pop("embedding", None) is not None:
+            raise ValueError(
+                "an earlier cptq wrote it, with one choice for embeddings and output head outside "
+                "the plan; now they are units of the plan"
+            )
         return cls(**fields)

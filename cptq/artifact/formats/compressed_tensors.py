@@ -5,6 +5,9 @@ by its exact name, one `config_groups` entry per distinct scheme, names never ov
 linear layers listed in `ignore`. Experts are the exception to exact names: transformers stacks them
 when it loads, and a regular expression gives their one scheme.
 
+Token embeddings and output heads of 8-bit floats are stored as such under the name of the weight;
+stock transformers converts them to the model's type.
+
 A Conv1D is refused here, because transformers silently re-initializes its weights. Codes are packed
 from our own integers; the library's `compress` would quantize again.
 """
@@ -22,7 +25,8 @@ from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.checkpoint.weights import get_dtype_name, get_scale_dtypes
 from cptq.errors import ArtifactError
-from cptq.layouts.pack_quantized import PACK_QUANTIZED, list_packed_tensors
+from cptq.layouts.pack_quantized import PACK_QUANTIZED, list_float8_tensor, list_packed_tensors
+from cptq.numerics.float8 import FORMATS as FLOAT8
 from cptq.numerics.packing import count_words, pack_rows, unpack_rows
 from cptq.types import CompressedLayer, LayerResult, LayerSpec, TensorSpec
 
@@ -51,6 +55,8 @@ class CompressedTensors(SafetensorsFormat):
     def read_layer(
         self, spec: LayerSpec, result: LayerResult, get: Callable[[str], Tensor]
     ) -> CompressedLayer:
+        if result.candidate.float8:
+            return _read_float8(spec, result, get(spec.weight_name))
         packed, scale = (get(f"{spec.name}.{part}") for part in ("weight_packed", "weight_scale"))
         bits, (out, inputs) = result.candidate.bits, spec.shape
         if packed.shape != (out, count_words(inputs, bits)) or packed.dtype is not torch.int32:
@@ -77,6 +83,13 @@ class CompressedTensors(SafetensorsFormat):
         return lines
 
 
+def _read_float8(spec: LayerSpec, result: LayerResult, codes: Tensor) -> CompressedLayer:
+    ones_OG = torch.ones(spec.shape[0], 1)
+    layer = CompressedLayer(spec=spec, result=result, codes=codes, scale=ones_OG)
+    check_layer(layer)
+    return layer
+
+
 def format_loading_code(content: Content) -> list[str]:
     """Return the code that loads a directory with transformers, as Markdown lines."""
     auto = AUTO_CLASSES[content.kind]
@@ -99,6 +112,9 @@ def check_layer(layer: CompressedLayer) -> None:
             a wrong type or shape; a scale of 0.
     """
     spec, name = layer.spec, layer.spec.name
+    if layer.result.candidate.float8:
+        _check_float8(layer)
+        return
     if spec.kind == "conv1d" or spec.transposed:
         raise ArtifactError(
             f"{name} is a Conv1D, whose packed weights stock transformers replaces by random ones",
@@ -118,14 +134,26 @@ def check_layer(layer: CompressedLayer) -> None:
         raise ArtifactError(f"{name} has a scale that is 0, infinite or not a number")
 
 
+def _check_float8(layer: CompressedLayer) -> None:
+    dtype, name = FLOAT8[layer.result.candidate.float8], layer.spec.name
+    if layer.codes.dtype is not dtype or layer.codes.shape != layer.spec.shape:
+        raise ArtifactError(f"{name} has codes {layer.codes.dtype} {tuple(layer.codes.shape)}")
+    if not bool(torch.isfinite(layer.codes.float()).all()):
+        raise ArtifactError(f"{name} has a weight that is infinite or not a number")
+
+
 def list_layer_tensors(layer: CompressedLayer) -> tuple[TensorSpec, ...]:
     """List the tensors of a layer as shapes and types."""
+    if layer.result.candidate.float8:
+        return (list_float8_tensor(layer.spec, layer.result.candidate),)
     bits, groups = layer.result.candidate.bits, layer.scale.shape[1]
     return list_packed_tensors(layer.spec, bits, groups, get_dtype_name(layer.scale.dtype))
 
 
 def pack_layer_tensor(layer: CompressedLayer, spec: TensorSpec) -> Tensor:
     """Return the value of one of the tensors of a layer."""
+    if layer.result.candidate.float8:
+        return layer.codes
     packed, scale, _ = list_layer_tensors(layer)
     if spec.name == packed.name:
         return pack_rows(layer.codes, layer.result.candidate.bits)
@@ -150,7 +178,8 @@ def _get_group_size(layer: CompressedLayer) -> int:
 def build_quantization_config(
     layers: Sequence[CompressedLayer], all_layers: Sequence[LayerSpec]
 ) -> dict[str, Any] | None:
-    """Build the entry of config.json; None if no layer is compressed."""
+    """Build the entry of config.json; None if no layer is packed."""
+    layers = [layer for layer in layers if not layer.result.candidate.float8]
     if not layers:
         return None
     targets: dict[tuple[int, int], list[str]] = {}

@@ -1,0 +1,129 @@
+"""The matrices outside the blocks: the token embedding and the output head, mostly one and the same.
+
+They are units of a plan like every linear, and are compressed like them, with two differences.
+
+When: an embedding that is no head goes first, so that the blocks are calibrated on what it gives. A
+head goes last, on the hidden states that the compressed blocks give it.
+
+On what: a head is a linear, so its second moment H calibrates it. Where the same matrix is the
+embedding, its rows are looked up too, and an error there costs whatever direction it has, as if the
+inputs were independent and equal. Both uses together are H + l I, so a head is damped by l =
+`HEAD_DAMPING` instead of 0.01. smollm2-135m-dithered, the tied matrix alone, KL at 3 / 4 / 5 / 6
+bits: to nearest 0.989 / 0.217 / 0.058 / 0.010, so 0.157 / 0.042 / 0.010 / 0.003. An embedding that
+is no head has no inputs: it is rounded to nearest.
+
+Cost: of a head one factorisation of width^3 and vocabulary * width^2 multiply-adds; a few float32
+copies of the matrix, which in a small model is the largest there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+
+import torch
+from torch import Tensor, nn
+
+from cptq.calibration.batches import Batch
+from cptq.calibration.replay import forward
+from cptq.checkpoint.model import LoadedModel
+from cptq.compression import nearest
+from cptq.compression.layer import Compressor, LayerProblem, LayerSolution
+from cptq.numerics.float8 import FORMATS, measure_float8_error
+from cptq.numerics.hessian import SecondMoment
+from cptq.types import Candidate, Unit
+
+#: share of the mean diagonal added to a head's H
+HEAD_DAMPING = 0.1
+#: fewest bits of a candidate: at 2 a vocabulary is lost
+LEAST_BITS = 3
+
+
+class _SeenInput(Exception):
+    """The input of the head is there: the head itself need not run."""
+
+
+def is_head(unit: Unit) -> bool:
+    """Whether a unit of the vocabulary is multiplied with, and not only looked up."""
+    return "head" in unit.role.split("+")
+
+
+def find_head_module(model: LoadedModel) -> nn.Module:
+    """Return the module that multiplies, which may be another than the one a shared matrix is
+    named after."""
+    head: nn.Module = model.module.get_output_embeddings()  # type: ignore[operator]
+    return head
+
+
+def choose_compressor(unit: Unit, method: Compressor) -> Compressor:
+    """Return how a unit of the vocabulary is compressed where linears are by `method`."""
+    if not is_head(unit):
+        return nearest.compress
+
+    def compress(problem: LayerProblem) -> LayerSolution:
+        return method(problem.damp(HEAD_DAMPING))
+
+    return compress
+
+
+def list_candidates(W_OI: Tensor, candidates: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """Return what a matrix of the vocabulary may become, of what the linears may.
+
+    The integer grids of `LEAST_BITS` and more without sparsity, 16 bits, and beside 8 bits the
+    8-bit floats that hold the matrix better.
+    """
+    plain = [c for c in candidates if c.bits >= LEAST_BITS and not c.sparsity]
+    if any(c.bits == 8 for c in plain):
+        best = min(FORMATS, key=lambda name: measure_float8_error(W_OI, name))
+        plain.append(Candidate(bits=8, float8=best))
+    return tuple(sorted(plain))
+
+
+@torch.no_grad()
+def measure_head_moment(
+    model: LoadedModel, batches: Sequence[Batch], run: Callable[[int], object] | None = None
+) -> SecondMoment:
+    """Return the second moment of the inputs of the output head over the real tokens.
+
+    Args:
+        model: with an output head.
+        batches: the text.
+        run: runs the model on the batch of an index as far as the head; a whole pass without.
+    """
+    head = find_head_module(model)
+    moment = SecondMoment(_count_inputs(head), device=model.device)
+    for index, batch in enumerate(batches):
+        with _stop_at(head) as seen, suppress(_SeenInput):
+            forward(model, batch) if run is None else run(index)
+        moment.add(_select_real_rows(seen[0], batch))
+    return moment
+
+
+@contextmanager
+def _stop_at(head: nn.Module) -> Iterator[list[Tensor]]:
+    """End a forward pass at the head; the list then holds what the head is given."""
+    seen: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].detach())
+        raise _SeenInput
+
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+def _count_inputs(head: nn.Module) -> int:
+    weight = head.weight
+    assert isinstance(weight, Tensor)
+    return int(weight.shape[1])
+
+
+def _select_real_rows(x: Tensor, batch: Batch) -> Tensor:
+    """Return (real tokens, in); a head that was given fewer positions than there are gets all."""
+    x_MI, mask = x.reshape(-1, x.shape[-1]), batch.get("attention_mask")
+    if mask is None or len(x_MI) != mask.numel():
+        return x_MI
+    return x_MI[mask.flatten().bool()]
