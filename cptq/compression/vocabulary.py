@@ -1,4 +1,4 @@
-"""The matrices outside the blocks: the token embedding and the output head, mostly one and the same.
+"""The matrices outside the blocks: the token embedding and the output head, mostly one matrix.
 
 They are units of a plan like every linear, and are compressed like them, with two differences.
 
