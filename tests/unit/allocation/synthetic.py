@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from cptq.allocation.allocate import allocate
 from cptq.allocation.cost import CostModel
@@ -61,11 +61,28 @@ def packed_model(
     *,
     seed: int = 0,
     sizes: Sequence[int] = (48, 64, 80, 130, 7),
-    fixed: Mapping[str, Sequence[TensorSpec]] | None = None,
+    vocabulary: bool = False,
 ) -> CostModel:
-    """`model` in the packed format, which holds sparse and asymmetric candidates as well."""
+    """`model` in the packed format, which holds sparse and asymmetric candidates as well.
+
+    With `vocabulary` the embedding is a unit.
+    """
     dense = model(count, seed=seed, sizes=sizes)
-    return CostModel(dense.units, dense.tensors, PACKED_LAYOUT, RUNTIMES["cptq"], fixed)
+    units = list(dense.units)
+    if vocabulary:
+        units.append(embedding_unit(dense.tensors[0]))
+    return CostModel(units, dense.tensors, PACKED_LAYOUT, RUNTIMES["cptq"])
+
+
+def embedding_unit(tensor: TensorSpec) -> Unit:
+    """The unit of an embedding that is the output head as well."""
+    out, width = tensor.shape
+    name = tensor.name.removesuffix(".weight")
+    spec = LayerSpec(
+        name=name, block=None, role="embed", kind="embedding", shape=(out, width),
+        dtype=tensor.dtype, compressible=False,
+    )  # fmt: skip
+    return Unit(name=name, block=None, role="embedding+head", layers=(spec,))
 
 
 def table(

@@ -1,26 +1,21 @@
-"""`gptq` on asymmetric grids and under masks, against elimination; and the embeddings."""
+"""`gptq` on asymmetric grids and under masks, against elimination."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from cptq.compression import gptq, nearest
-from cptq.compression.embeddings import compress_embeddings, list_embedding_tensors
 from cptq.compression.gptq import DAMPING
 from cptq.compression.layer import LayerProblem, LayerSolution, compress_layer
-from cptq.config import RUNTIMES
 from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.numerics.grid import dequantize, dequantize_layer, fit_grid
 from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
-from cptq.types import Candidate, Event, LayerSpec
-from tests.conftest import TinyModel
+from cptq.types import Candidate, LayerSpec
 from tests.reference import gptq as truth
-from tests.unit.artifact.builders import load
 
 SHAPES = [(5, 7, 7), (3, 33, 11), (4, 40, 8), (2, 150, 30)]
 
@@ -109,49 +104,3 @@ def test_a_sparse_candidate_keeps_what_matters_most(label: str) -> None:
         assert torch.equal(layer.mask, build_magnitude_mask(score_OI, choice.sparsity))
     assert bool((dequantize_layer(layer, torch.float32)[~layer.mask] == 0).all())
     assert layer.result.nbytes == sum(t.nbytes for t in PACKED_LAYOUT.tensors(spec, choice))
-
-
-@pytest.mark.parametrize(
-    ("arch", "options", "names"),
-    [
-        ("llama", {"tied": True}, ["model.embed_tokens"]),
-        ("llama", {"tied": False}, ["model.embed_tokens", "lm_head"]),
-        ("gpt2", {}, ["transformer.wte"]),
-        ("bert", {}, ["bert.embeddings.word_embeddings"]),
-    ],
-)
-def test_embeddings_and_heads_are_rounded(
-    tiny_model: TinyModel, arch: str, options: dict[str, bool], names: list[str]
-) -> None:
-    model, events = load(tiny_model(arch, **options)), []
-    before = {name: model.linear(name).weight.clone() for name in names}
-    choice = Candidate(bits=8, group_size=16, symmetric=False)
-    tensors = list_embedding_tensors(model, choice, PACKED_LAYOUT, RUNTIMES["cptq"], events.append)
-    layers = compress_embeddings(model, choice, PACKED_LAYOUT, RUNTIMES["cptq"])
-    assert [layer.spec.name for layer in layers] == names
-    assert set(tensors) == {f"{name}.weight" for name in names}
-    for layer in layers:
-        weight = model.linear(layer.spec.name).weight
-        assert torch.equal(weight, dequantize_layer(layer, torch.float32))
-        gap = float((weight - before[layer.spec.name]).square().sum())
-        energy = float(before[layer.spec.name].square().sum())
-        assert layer.result.weight_error == pytest.approx(gap / energy, rel=1e-4)
-        assert layer.result.weight_error < 1e-4
-    head = model.module.get_output_embeddings()  # type: ignore[operator]
-    if options.get("tied"):
-        assert torch.equal(head.weight, dequantize_layer(layers[0], torch.float32))
-
-
-def test_an_embedding_that_does_more_is_left_alone(tiny_model: TinyModel, tmp_path: Path) -> None:
-    model = load(tiny_model("llama"))
-
-    class Scaled(torch.nn.Embedding):
-        pass
-
-    scaled = Scaled(300, 48)
-    model.module.set_input_embeddings(scaled)  # type: ignore[operator]
-    events: list[Event] = []
-    choice = Candidate(bits=8, group_size=16)
-    tensors = list_embedding_tensors(model, choice, PACKED_LAYOUT, RUNTIMES["cptq"], events.append)
-    assert "model.embed_tokens.weight" not in tensors
-    assert "a Scaled, which does more than look up" in str(events[0])
