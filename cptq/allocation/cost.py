@@ -1,6 +1,7 @@
 """The cost model: the exact bytes on disk of any choice of candidates. Nothing else counts bytes.
 
-A checkpoint is a safetensors file (or shards): 8 bytes of header length, a JSON header, the
+A GGUF file's bytes are a plain sum (`cptq.layouts.gguf`). A checkpoint's are not. It
+is a safetensors file (or shards): 8 bytes of header length, a JSON header, the
 tensors. The header counts too, and its size depends on the choice: a packed layer has three entries
 where a dense one has one, and offsets have more or fewer digits. So the size of a whole file is not
 a sum over units. It is computed exactly, by the code that the writer uses
@@ -17,6 +18,7 @@ from itertools import chain
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime
 from cptq.errors import PlanError
 from cptq.layouts import Layout
+from cptq.layouts.gguf import BLOCK, GgufSizes, align, count_block_bytes
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.layouts.safetensors_header import Entry, measure, sum_bytes
@@ -41,6 +43,7 @@ class CostModel:
         tensors: all tensors of a dense artifact, without tied duplicates.
         layout: how the file format stores a compressed layer.
         runtime: what the program that will load the file supports.
+        gguf: what a GGUF file holds beside packed weights, where that is the file to count.
 
     Raises:
         PlanError: a unit has a layer whose weight is not among the tensors.
@@ -52,11 +55,13 @@ class CostModel:
         tensors: Sequence[TensorSpec],
         layout: Layout = PACK_QUANTIZED,
         runtime: Runtime = RUNTIMES[DEFAULT_RUNTIME],
+        gguf: GgufSizes | None = None,
     ) -> None:
         self.units = tuple(units)
         self.tensors = tuple(tensors)
         self.layout = layout
         self.runtime = runtime
+        self.gguf = gguf
         self._unit = {unit.name: unit for unit in self.units}
         self._specs: dict[tuple[str, Candidate], tuple[TensorSpec, ...]] = {}
         self._entries: dict[tuple[str, Candidate], tuple[Entry, ...]] = {}
@@ -127,6 +132,10 @@ class CostModel:
 
     def count_unit_bytes(self, unit_name: str, candidate: Candidate) -> int:
         """Return the bytes of a unit's tensors, without their entries in the header."""
+        if self.gguf is not None:
+            tensors = self.list_unit_tensors(unit_name, candidate)
+            dense = self.gguf.dense if candidate.dense else {}
+            return sum(dense.get(spec.name, align(spec.nbytes)) for spec in tensors)
         return sum(entry.nbytes for entry in self.list_unit_entries(unit_name, candidate))
 
     def list_unit_entries(self, unit_name: str, candidate: Candidate) -> tuple[Entry, ...]:
@@ -149,7 +158,8 @@ class CostModel:
         )
 
     def file_bytes(self, choices: Choices) -> int:
-        """Return the bytes of the safetensors file, or of all its shards if it exceeds 5 GB.
+        """Return the bytes of the safetensors file, or of all its shards if it exceeds 5 GB; or of
+        the GGUF file.
 
         A unit without a choice is dense, so `file_bytes({})` is the uncompressed checkpoint. The
         JSON index beside shards is not counted: it holds no weights.
@@ -158,6 +168,8 @@ class CostModel:
             PlanError: as `unit_tensors`.
         """
         self._refuse_unknown(choices)
+        if self.gguf is not None:
+            return self.other_bytes + self.weight_bytes(choices)
         entries = dict(self._dense_entries)
         for unit in self.units:
             candidate = _get_choice(choices, unit)
@@ -180,7 +192,22 @@ class CostModel:
             usual = own if unit.block is None or own.dense else self._usual(own)
             if not self.explain_refusal(unit.name, usual):
                 choices[unit.name] = own
+        if self.gguf is not None:
+            return self._sum_ideal_blocks(choices)
         return self.file_bytes(choices)
+
+    def _sum_ideal_blocks(self, choices: Choices) -> int:
+        """Return the bytes of a GGUF file in which every width has a block type, which ggml has for
+        4, 5 and 8 bits alone: targets such as `6bit` then lie between those, and `3bit` below."""
+        total = self.other_bytes
+        for unit in self.units:
+            candidate = _get_choice(choices, unit)
+            if candidate.dense:
+                total += self.count_unit_bytes(unit.name, candidate)
+                continue
+            block = count_block_bytes(candidate.bits)
+            total += sum(align(layer.numel // BLOCK * block) for layer in unit.layers)
+        return total
 
     def _widen(self, candidate: Candidate) -> Candidate:
         """Return the candidate at the nearest width in which the runtime takes the vocabulary."""
@@ -196,6 +223,14 @@ class CostModel:
     def _usual_bits(self) -> int:
         """A width that the runtime supports."""
         return 4 if 4 in self.runtime.bits else self.runtime.bits[0]
+
+    @cached_property
+    def other_bytes(self) -> int:
+        """Bytes of a GGUF file beside the weights of the units."""
+        assert self.gguf is not None
+        own = {layer.weight_name for unit in self.units for layer in unit.layers}
+        rest = (nbytes for name, nbytes in self.gguf.dense.items() if name not in own)
+        return self.gguf.frame + sum(rest)
 
     @cached_property
     def dense_bytes(self) -> int:

@@ -23,8 +23,9 @@ A plan whose sum is within the limit fits; one whose sum exceeds the limit by mo
 does not; only between the two the exact bytes are counted. With fewer candidates per unit the
 offsets vary less, and the slack is smaller.
 
-A budget on the compressible weights alone ("weights", a target in bpw) has no header in it. There
-the sum is exact: `base` and `slack` are 0.
+A budget on the compressible weights alone ("weights", a target in bpw) has no header in it, and in
+a GGUF file an entry of the header takes the same bytes in every plan. There the sum is exact:
+`slack` is 0.
 """
 
 from __future__ import annotations
@@ -95,6 +96,8 @@ class Ledger:
         """Return the most bytes that the file of a plan within the limit can take."""
         if self.budget.scope == "file":
             return self.limit
+        if self.cost.gguf is not None:
+            return self.limit + self.cost.other_bytes
         file = _build_file_ledger(self.budget, self.cost, self.bytes_of)
         # what the file can hold beside the compressible weights: other tensors and headers
         headers = sum(
@@ -127,16 +130,18 @@ def build_ledger(budget: Budget, cost: CostModel, candidates: Candidates) -> Led
 
 
 def _build(budget: Budget, cost: CostModel, options: Options) -> Ledger:
-    build = _build_weights_ledger if budget.scope == "weights" else _build_file_ledger
-    return build(budget, cost, options)
+    if budget.scope == "file" and cost.gguf is None:
+        return _build_file_ledger(budget, cost, options)
+    return _build_plain_ledger(budget, cost, options)
 
 
-def _build_weights_ledger(budget: Budget, cost: CostModel, options: Options) -> Ledger:
-    """Build the ledger of a limit on the compressible weights: tensors alone, an exact sum."""
+def _build_plain_ledger(budget: Budget, cost: CostModel, options: Options) -> Ledger:
+    """Build the ledger of an exact sum: the compressible weights' tensors, or a GGUF file."""
     bytes_of = {
         unit: {c: cost.count_unit_bytes(unit, c) for c in row} for unit, row in options.items()
     }
-    return Ledger(cost=cost, budget=budget, base=0, slack=0, bytes_of=bytes_of)
+    base = cost.other_bytes if budget.scope == "file" else 0
+    return Ledger(cost=cost, budget=budget, base=base, slack=0, bytes_of=bytes_of)
 
 
 def _build_file_ledger(budget: Budget, cost: CostModel, options: Options) -> Ledger:

@@ -47,7 +47,8 @@ class Runtime:
     exactly, `experts` whether a mixture of experts in one scheme is taken. `conv1d` says that it
     takes the Conv1D of GPT-2, `vocabulary` which widths it takes token embeddings and output heads
     in, `float8` that it takes them as 8-bit floats, `sparse` that it takes sparse weights.
-    `next_step` is what to type with the artifact, if more is needed.
+    `next_step` is what to type with the artifact, if more is needed. `gguf`: what the program loads
+    is a GGUF file that is exported from the artifact, so targets count that file.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Runtime:
     float8: bool = False
     sparse: bool = False
     next_step: str | None = None
+    gguf: bool = False
 
     def check_wider(self, *options: str) -> None:
         """Refuse given options that only other runtimes take.
@@ -217,6 +219,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         conv1d=True,
         vocabulary=(4, 5, 8),
         next_step="cptq export {out} --format gguf",
+        gguf=True,
     ),
     "cptq": Runtime(
         name="cptq",

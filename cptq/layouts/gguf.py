@@ -8,12 +8,15 @@ and those of 6 and 7 in Q8_0, exactly, with bits to spare. Asymmetric ones are o
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, LayerSpec, TensorSpec
 
 #: weights of one block
 BLOCK = 32
+#: every tensor starts at a multiple of so many bytes
+ALIGNMENT = 32
 #: whether the grid is symmetric -> bits of the codes -> type that holds them
 _TYPES: Mapping[bool, Mapping[int, str]] = {
     True: {2: "Q4_0", 3: "Q4_0", 4: "Q4_0", 5: "Q5_0", 6: "Q8_0", 7: "Q8_0", 8: "Q8_0"},
@@ -28,6 +31,29 @@ def find_type(candidate: Candidate) -> str | None:
     """The type that holds a candidate's codes; None where there is none."""
     other = candidate.sparsity or candidate.float8
     return None if other else _TYPES[candidate.symmetric].get(candidate.bits)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GgufSizes:
+    """What a GGUF file holds beside packed weights; its bytes are a plain sum.
+
+    `frame`: metadata with the vocabulary, the list of tensors (an entry takes the same bytes
+    whatever the type), and factors of rotary embeddings. `dense`: {tensor of the checkpoint: its
+    bytes where it stays dense}; 0 where llama.cpp does without it.
+    """
+
+    frame: int
+    dense: Mapping[str, int]
+
+
+def count_block_bytes(bits: int) -> int:
+    """The bytes of a symmetric block of so many bits: codes and a float16 scale."""
+    return BLOCK * bits // 8 + 2
+
+
+def align(nbytes: int) -> int:
+    """The bytes that a tensor takes in the file."""
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 class GgufLayout:

@@ -17,7 +17,9 @@ from cptq.allocation.cost import CostModel
 from cptq.allocation.ledger import Ledger
 from cptq.allocation.targets import resolve_target
 from cptq.artifact.atomic import check_output, check_space
+from cptq.artifact.content import build_content
 from cptq.artifact.formats import FORMATS
+from cptq.artifact.formats.gguf import measure_sizes
 from cptq.artifact.hub import check_push
 from cptq.calibration.batches import Batch
 from cptq.calibration.holdout import count_part_rows, split_parts
@@ -37,6 +39,7 @@ from cptq.config import (
 )
 from cptq.errors import ModelError
 from cptq.layouts import Layout
+from cptq.layouts.gguf import GGUF_LAYOUT
 from cptq.layouts.groups import resolve_group
 from cptq.pipeline.files import check_covers, fit_plan, read_table
 from cptq.pipeline.recorder import Recorder
@@ -178,7 +181,7 @@ def _build_search_space(
     layout = FORMATS.get(form).layout
     taken = [u for u in model.vocabulary if _is_taken(u, offered[u.name], layout, runtime)]
     _report_dense_vocabulary(model, taken, settings, emit)
-    cost = CostModel((*model.units, *taken), model.tensors, layout, runtime)
+    cost = _build_cost(model, taken, layout, runtime)
     return SearchSpace(
         candidates=candidates,
         options=_apply_constraints(settings, model, candidates, offered, cost, emit),
@@ -376,7 +379,18 @@ def build_cost_model(model: LoadedModel, settings: AnalyzeSettings) -> CostModel
     )
     layout = FORMATS.get(form).layout
     taken = [u for u in model.vocabulary if _is_taken(u, offered[u.name], layout, runtime)]
-    return CostModel((*model.units, *taken), model.tensors, layout, runtime)
+    return _build_cost(model, taken, layout, runtime)
+
+
+def _build_cost(
+    model: LoadedModel, taken: Sequence[Unit], layout: Layout, runtime: Runtime
+) -> CostModel:
+    """Return the cost model of the file that the runtime reads; `taken` of the vocabulary."""
+    units = (*model.units, *taken)
+    if not runtime.gguf:
+        return CostModel(units, model.tensors, layout, runtime)
+    sizes = measure_sizes(build_content(model, (), lambda event: None))
+    return CostModel(units, model.tensors, GGUF_LAYOUT, runtime, sizes)
 
 
 def list_options(

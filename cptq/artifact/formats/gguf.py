@@ -19,6 +19,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import gguf
@@ -47,6 +48,8 @@ from cptq.errors import ArtifactError
 from cptq.layouts.gguf import (
     BLOCK_BYTES,
     GGUF_LAYOUT,
+    GgufSizes,
+    align,
     explain_shape,
     explain_type,
     find_type,
@@ -229,6 +232,30 @@ def _choose_dense_type(content: Content, spec: TensorSpec, family: Family) -> st
     return "F16" if spec.dtype == "F16" or fits_float16(content.get_dense(spec)) else spec.dtype
 
 
+def measure_sizes(content: Content) -> GgufSizes:
+    """Return what the file of a model holds beside packed weights, to count budgets with.
+
+    The header is written to a temporary file: its size does not depend on how tensors are packed.
+
+    Raises:
+        ArtifactError: llama.cpp does not know the family or the tokenizer.
+    """
+    config = read_config(content)
+    family = find_family(config, content.kind)
+    find_tokenizer_model(read_tokenizer(content.path))
+    entries = list(_list_entries(content, family, config))
+    with TemporaryDirectory(prefix="cptq-gguf-") as folder:
+        path = Path(folder) / "header.gguf"
+        writer, factors = _write_header(path, content, config, family, entries, lambda event: None)
+        writer.close()
+        frame = align(path.stat().st_size)
+    if factors is not None:
+        frame += align(4 * len(factors))
+    dense = dict.fromkeys((spec.name for spec in content.tensors), 0)
+    dense |= {entry.spec.name: align(int(np.prod(entry.byte_shape))) for entry in entries}
+    return GgufSizes(frame=frame, dense=dense)
+
+
 def _write_file(
     path: Path,
     content: Content,
@@ -237,6 +264,26 @@ def _write_file(
     entries: Sequence[_Entry],
     emit: Emit,
 ) -> None:
+    writer, factors = _write_header(path, content, config, family, entries, emit)
+    if factors is not None:
+        writer.write_tensor_data(factors.numpy())
+    for entry in entries:
+        order = order_rows(family, config, entry.spec.name)
+        writer.write_tensor_data(_pack_bytes(content, entry, order))
+    writer.close()
+    with path.open("rb") as stream:
+        os.fsync(stream.fileno())
+
+
+def _write_header(
+    path: Path,
+    content: Content,
+    config: Config,
+    family: Family,
+    entries: Sequence[_Entry],
+    emit: Emit,
+) -> tuple[gguf.GGUFWriter, Tensor | None]:
+    """Write all that comes before the tensors; return the writer, and the rotary factors if any."""
     writer = gguf.GGUFWriter(path, gguf.MODEL_ARCH_NAMES[family.arch])
     _describe(writer, content, entries)
     family.sizes(writer, config)
@@ -251,14 +298,7 @@ def _write_file(
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
-    if factors is not None:
-        writer.write_tensor_data(factors.numpy())
-    for entry in entries:
-        order = order_rows(family, config, entry.spec.name)
-        writer.write_tensor_data(_pack_bytes(content, entry, order))
-    writer.close()
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
+    return writer, factors
 
 
 def _describe(writer: gguf.GGUFWriter, content: Content, entries: Sequence[_Entry]) -> None:
