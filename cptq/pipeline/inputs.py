@@ -179,8 +179,7 @@ def _build_search_space(
         vocabulary=packed or (plan is None and _needs_packing(offered, runtime)),
     )
     layout = FORMATS.get(form).layout
-    taken = [u for u in model.vocabulary if _is_taken(u, offered[u.name], layout, runtime)]
-    _report_dense_vocabulary(model, taken, settings, emit)
+    taken = _take_vocabulary(model, offered, layout, runtime, emit)
     cost = _build_cost(model, taken, layout, runtime)
     return SearchSpace(
         candidates=candidates,
@@ -219,30 +218,43 @@ def _needs_packing(offered: Mapping[str, Sequence[Candidate]], runtime: Runtime)
     return any(c.bits in runtime.vocabulary and not c.float8 for c in rows)
 
 
-def _is_taken(unit: Unit, row: Sequence[Candidate], layout: Layout, runtime: Runtime) -> bool:
-    """Whether format and runtime hold a unit of the vocabulary as anything but dense."""
+def _explain_dense(
+    unit: Unit, row: Sequence[Candidate], layout: Layout, runtime: Runtime
+) -> str | None:
+    """Return why a unit of the vocabulary can only be dense; None where it can be more."""
     (spec,) = unit.layers
-    return any(
-        layout.explain_refusal(spec, c) is None
-        and runtime.explain_refusal(spec, c, resolve_group(spec.shape[1], c.group_size)) is None
-        for c in row
-        if not c.dense
-    )
-
-
-def _report_dense_vocabulary(
-    model: LoadedModel, taken: Sequence[Unit], settings: CompressSettings, emit: Emit
-) -> None:
-    """Say what stays at 16 bits outside the blocks, its share, and what would not leave it so."""
-    for unit in model.vocabulary:
-        share = unit.numel / max(1, model.parameters)
-        if unit in taken:
+    why: str | None = "--bits and --embedding-bits leave it no other width"
+    for candidate in row:
+        if candidate.dense:
             continue
-        wider = [name for name, known in RUNTIMES.items() if known.list_vocabulary_bits()]
-        asked = settings.embedding_bits == 16 or min(settings.bits, default=16) == 16
-        way = "" if asked else f"; --runtime {' or '.join(wider)} can store it in fewer"
-        message = f"stays at 16 bits ({share:.0%} of the weights){way}"
+        group = resolve_group(spec.shape[1], candidate.group_size)
+        why = layout.explain_refusal(spec, candidate)
+        why = why or runtime.explain_refusal(spec, candidate, group)
+        if why is None:
+            return None
+    return why
+
+
+def _take_vocabulary(
+    model: LoadedModel,
+    offered: Mapping[str, Sequence[Candidate]],
+    layout: Layout,
+    runtime: Runtime,
+    emit: Emit,
+) -> list[Unit]:
+    """Return the units of the vocabulary that can be more than dense; report the others."""
+    taken = []
+    for unit in model.vocabulary:
+        why = _explain_dense(unit, offered[unit.name], layout, runtime)
+        if why is None:
+            taken.append(unit)
+            continue
+        share = unit.numel / max(1, model.parameters)
+        others = [name for name, known in RUNTIMES.items() if known.list_vocabulary_bits()]
+        way = "" if runtime.list_vocabulary_bits() else f"; --runtime {' or '.join(others)} can"
+        message = f"kept dense, {share:.0%} of the weights: {why}{way}"
         emit(Notice(kind="skipped", subject=unit.name, message=message))
+    return taken
 
 
 def _report_symmetric(candidates: Sequence[Candidate], runtime: Runtime, emit: Emit) -> None:
@@ -378,7 +390,7 @@ def build_cost_model(model: LoadedModel, settings: AnalyzeSettings) -> CostModel
         vocabulary=_needs_packing(offered, runtime),
     )
     layout = FORMATS.get(form).layout
-    taken = [u for u in model.vocabulary if _is_taken(u, offered[u.name], layout, runtime)]
+    taken = _take_vocabulary(model, offered, layout, runtime, lambda event: None)
     return _build_cost(model, taken, layout, runtime)
 
 

@@ -21,7 +21,7 @@ from cptq.config import (
     ExportSettings,
     ModelSettings,
 )
-from cptq.errors import PlanError
+from cptq.errors import BudgetError, PlanError
 from cptq.numerics.grid import dequantize_layer
 from cptq.pipeline import analyze, compress, export
 from cptq.report.summary import CompressOutcome
@@ -73,7 +73,7 @@ def exported(artifact: Path, out: Path) -> gguf.GGUFReader:
         ("gpt2", True, "packed"),
         ("bert", True, "packed"),
         ("llama", True, "packed"),
-        ("bert", False, "compressed-tensors"),
+        ("bert", False, "packed"),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -116,10 +116,10 @@ def test_an_embedding_comes_out_as_q8_0(
         source, tmp_path / "out", asymmetric=asymmetric, bits=(4, 8), embedding_bits=8
     )
     assert done.artifact.manifest["form"] == "packed"
-    assert done.artifact.manifest["plan"]["embedding"] == "w8g32"
     content = open_artifact(done.out).content
     name = {"llama": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}[arch]
     reader = exported(done.out, tmp_path / "gguf")
+    assert done.artifact.manifest["plan"]["choices"][name.removesuffix(".weight")] == "w8g32"
     tensor = next(t for t in reader.tensors if t.name == "token_embd.weight")
     assert tensor.tensor_type.name == "Q8_0"
     found = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float64)
@@ -167,7 +167,31 @@ def test_an_embedding_that_no_block_holds_stays_dense_and_that_is_said(
     done = compressed(source, tmp_path / "out", embedding_bits=8, target="15bit")
     assert done.artifact.manifest["form"] == "packed"
     said = [n.message for n in done.summary.notices if n.subject == "model.embed_tokens"]
-    assert "kept dense: llamacpp takes inputs that 32 divides, and this is 300 x 48" in said
+    assert any("48 inputs, which blocks of 32 do not divide" in message for message in said)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_target_counts_the_gguf(
+    tiny_model: TinyModel, tmp_path: Path, arch: str, dtype: torch.dtype
+) -> None:
+    """To the byte: vocabulary, padding and what llama.cpp does without."""
+    source = tiny_model(arch, dtype=dtype, **SIZES[arch])
+    done = compressed(source, tmp_path / "out", asymmetric=True)
+    exported(done.out, tmp_path / "gguf")
+    nbytes = next((tmp_path / "gguf").glob("*.gguf")).stat().st_size
+    assert done.summary.size.file_bytes == done.summary.plan.predicted_bytes == nbytes
+    assert nbytes <= done.summary.plan.budget.limit_bytes
+    labels = {choice.label for choice in done.summary.plan.choices.values()}
+    assert len(labels) > 1
+
+
+def test_a_target_below_what_blocks_can_do_is_refused(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    source = tiny_model("llama", dtype=torch.float16, **SIZES["llama"])
+    with pytest.raises(BudgetError, match="the target 3bit is below the smallest plan"):
+        compressed(source, tmp_path / "out", target="3bit")
 
 
 def _sums(reader: gguf.GGUFReader, kinds: set[str]) -> list[tuple[float, ...]]:

@@ -89,8 +89,9 @@ def test_a_plan_may_ask_for_sparse_layers(tiny_model: TinyModel, tmp_path: Path)
     ("options", "words"),
     [
         ({"asymmetric": True}, "transformers.*--asymmetric"),
-        ({"embedding_bits": 8}, "transformers.*--embedding-bits"),
-        ({"embedding_bits": 4, "runtime": "cptq"}, "--embedding-bits is 4; allowed: 6, 7, 8"),
+        ({"embedding_bits": 8, "runtime": "vllm"}, "vllm.*--embedding-bits"),
+        ({"embedding_bits": 2, "runtime": "cptq"}, "--embedding-bits is 2; allowed: 3, 4, 5, 6"),
+        ({"embedding_bits": 4}, "--embedding-bits is 4; allowed: 8, 16 with --runtime transf"),
     ],
 )
 def test_options_that_the_runtime_does_not_take(options: dict[str, Any], words: str) -> None:
