@@ -47,7 +47,7 @@ def test_everything_is_packed_within_the_budget(
 ) -> None:
     source = tiny_model(arch, dtype=torch.float16)
     asked = settings(
-        source, tmp_path / "out", asymmetric=asymmetric, embedding_bits=8, target="5bit"
+        source, tmp_path / "out", asymmetric=asymmetric, embedding_bits=8, target="7bit"
     )
     outcome = compress(asked, lambda event: None)
     artifact, report = outcome.artifact, outcome.summary
@@ -89,7 +89,7 @@ def test_a_plan_may_ask_for_sparse_layers(tiny_model: TinyModel, tmp_path: Path)
     ("options", "words"),
     [
         ({"asymmetric": True}, "transformers.*--asymmetric"),
-        ({"embedding_bits": 8, "runtime": "vllm"}, "vllm.*--embedding-bits"),
+        ({"embedding_bits": 8, "runtime": "vllm", "bits": (4, 8)}, "vllm.*--embedding-bits"),
         ({"embedding_bits": 2, "runtime": "cptq"}, "--embedding-bits is 2; allowed: 3, 4, 5, 6"),
         ({"embedding_bits": 4}, "--embedding-bits is 4; allowed: 8, 16 with --runtime transf"),
     ],
