@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from cptq.types import LayerSpec
+from cptq.numerics.scale_grids import Float8Scales, RowScales, ScaleType
+from cptq.types import Candidate, LayerSpec
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -37,8 +38,24 @@ def get_scale_dtype(spec: LayerSpec) -> torch.dtype:
     return TORCH_DTYPES[spec.scale_dtype]
 
 
-def get_scale_dtypes(spec: LayerSpec) -> tuple[torch.dtype, ...]:
-    """Return the types that stored scales may have: earlier versions kept the checkpoint's."""
+def get_scale_type(spec: LayerSpec, candidate: Candidate) -> ScaleType:
+    """Return how the scales of a layer are stored under a candidate."""
+    if not candidate.scales:
+        return get_scale_dtype(spec)
+    return (
+        RowScales(get_scale_dtype(spec))
+        if candidate.scales == "row"
+        else Float8Scales(candidate.scales)
+    )
+
+
+def get_scale_dtypes(spec: LayerSpec, candidate: Candidate) -> tuple[torch.dtype, ...]:
+    """Return the types that scales may have in memory.
+
+    16-bit ones the type of the file; earlier versions kept the checkpoint's. Narrower ones float32.
+    """
+    if candidate.scales:
+        return (torch.float32,)
     return get_scale_dtype(spec), get_storage_dtype(spec)
 
 

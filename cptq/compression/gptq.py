@@ -72,7 +72,9 @@ def compress(problem: LayerProblem) -> LayerSolution:
     steps_OI = codes_OI if zero_OG is None else _count_steps(codes_OI, zero_OG)
     limited_OG = _limit_precision(zero_OG, problem)
     damped_II = add_damping(H_II, used, dead_share=DEAD_SHARE)
-    scale_OG = refit_scales(W_OI, damped_II, steps_OI, scale_OG, limited_OG)
+    scale_OG = refit_scales(
+        W_OI, damped_II, steps_OI, scale_OG, limited_OG, scale_dtype=problem.scale_dtype
+    )
     return LayerSolution(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, notes=notes)
 
 

@@ -25,13 +25,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from cptq.checkpoint.weights import get_scale_dtype, get_weight, set_weight
+from cptq.checkpoint.weights import get_scale_type, get_weight, set_weight
 from cptq.layouts import Layout
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import TWO_OF_FOUR
 from cptq.numerics.asymmetric_target import compute_asymmetric_target
 from cptq.numerics.grid import dequantize, dequantize_layer, get_code_range
 from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
+from cptq.numerics.scale_grids import ScaleType
 from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec
 
 #: the smallest and largest bfloat16 all of whose neighbours inside are float16 as well
@@ -54,7 +55,7 @@ class LayerProblem:
     H_II: Tensor | None
     bits: int
     group: int
-    scale_dtype: torch.dtype
+    scale_dtype: ScaleType
     symmetric: bool = True
     float16_offset: bool = False
     mask_OI: Tensor | None = None
@@ -148,7 +149,7 @@ def build_layer_problem(
         H_II=H_II,
         bits=candidate.bits,
         group=resolve_group(spec.shape[1], candidate.group_size),
-        scale_dtype=get_scale_dtype(spec),
+        scale_dtype=get_scale_type(spec, candidate),
         symmetric=candidate.symmetric,
         mask_OI=_choose_mask(W_OI, H_II, candidate),
         float8=candidate.float8,

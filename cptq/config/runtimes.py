@@ -46,7 +46,8 @@ class Runtime:
     must divide a packed layer's dimensions, `float16_scales` asks for scales that float16 holds
     exactly, `experts` whether a mixture of experts in one scheme is taken. `conv1d` says that it
     takes the Conv1D of GPT-2, `vocabulary` which widths it takes token embeddings and output heads
-    in, `float8` that it takes them as 8-bit floats, `sparse` that it takes sparse weights.
+    in, `float8` that it takes them, and scales, as 8-bit floats, `row_scales` that it takes scales
+    as codes times a factor per row, `sparse` that it takes sparse weights.
     `next_step` is what to type with the artifact, if more is needed. `gguf`: what the program loads
     is a GGUF file that is exported from the artifact, so targets count that file.
     """
@@ -66,6 +67,7 @@ class Runtime:
     conv1d: bool = False
     vocabulary: tuple[int, ...] = ()
     float8: bool = False
+    row_scales: bool = False
     sparse: bool = False
     next_step: str | None = None
     gguf: bool = False
@@ -95,6 +97,10 @@ class Runtime:
     def list_vocabulary_bits(self) -> tuple[int, ...]:
         """Return the widths below 16 bits in which the runtime takes embeddings and heads."""
         return self.vocabulary or ((8,) if self.float8 else ())
+
+    def list_scale_kinds(self) -> tuple[str, ...]:
+        """Return the ways to store scales in fewer than 16 bits that the runtime takes."""
+        return (("e4m3", "e5m2") if self.float8 else ()) + (("row",) if self.row_scales else ())
 
     def format_for(
         self, layers: Iterable[LayerSpec], *, asymmetric: bool, vocabulary: bool = False
@@ -142,6 +148,8 @@ class Runtime:
             return f"{self.name} takes embeddings and heads of {taken} bits, not {candidate.bits}"
         if candidate.bits not in self.bits:
             return f"{self.name} takes {', '.join(map(str, self.bits))} bits, not {candidate.bits}"
+        if candidate.scales and candidate.scales not in self.list_scale_kinds():
+            return f"{self.name} takes no {candidate.scales} scales"
         if candidate.sparsity and not self.sparse:
             return f"{self.name} takes no sparse weights"
         if not candidate.symmetric and candidate.bits not in self.asymmetric:
@@ -230,6 +238,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         asymmetric=(2, 3, 4, 5, 6, 7, 8),
         conv1d=True,
         vocabulary=(3, 4, 5, 6, 7, 8),
+        row_scales=True,
         sparse=True,
     ),
 }

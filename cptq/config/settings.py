@@ -45,6 +45,8 @@ from cptq.errors import UsageError
 
 DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
 DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
+#: values of --scales
+SCALE_KINDS = ("auto", "16bit")
 DEFAULT_TASKS = ("wikitext",)
 DEFAULT_PAIRS = 96
 DEFAULT_TARGETS = ("2.5bit", "3bit", "4bit")
@@ -80,12 +82,22 @@ class CandidateSettings:
     )
     group_size: int = option(
         DEFAULT_GROUP_SIZE,
-        "Share one scale among N inputs. 0: one scale per output channel.",
+        "Share one 16-bit scale among N inputs, a narrower one among N/2. 0: one scale per output "
+        "channel.",
         CANDIDATES,
         "N",
         minimum=0,
         fixed_by=("plan",),
         usual=f"{DEFAULT_GROUP_SIZE}, or {RUNTIMES['llamacpp'].group_size} for llamacpp",
+    )
+    scales: str = option(
+        "auto",
+        "Store scales in 16 bits each (16bit), or in 8 or 6 for groups of half the size (auto: "
+        "where the runtime takes them and they lose less).",
+        CANDIDATES,
+        "KIND",
+        allowed=", ".join(SCALE_KINDS),
+        fixed_by=("plan",),
     )
     asymmetric: bool = option(
         False,
@@ -107,6 +119,8 @@ class CandidateSettings:
     def __post_init__(self) -> None:
         check_options(self)
         runtime = find_runtime(self.runtime)
+        if self.scales not in SCALE_KINDS:
+            raise UsageError(f"--scales is {self.scales!r}", allowed=", ".join(SCALE_KINDS))
         check_bits(self.bits)
         runtime.check(self.bits, self.group_size)
         restricted = ("asymmetric", "sparsity", "embedding_bits")

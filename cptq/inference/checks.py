@@ -15,7 +15,7 @@ from torch import nn
 
 from cptq.errors import ArtifactError
 from cptq.inference.operations import PackedWeight
-from cptq.layouts.packed import FORMAT_VERSION, count_stored, explain_misfit, list_packed_tensors
+from cptq.layouts.packed import READABLE, count_stored, explain_misfit, list_packed_tensors
 from cptq.numerics.packing import unpack_values
 from cptq.numerics.sparse import PATTERN_BITS, PATTERNS
 from cptq.types import Candidate
@@ -30,10 +30,10 @@ def read_modules(modules: Any, version: Any) -> Mapping[str, str]:
     Raises:
         ArtifactError: another format version, or not a table of schemes.
     """
-    if version != FORMAT_VERSION:
+    if version not in READABLE:
         raise ArtifactError(
             f"the artifact has version {version!r} of the packed format",
-            allowed=f"version {FORMAT_VERSION}",
+            allowed=f"version {' or '.join(map(str, READABLE))}",
             hint="install the version of cptq that wrote it",
         )
     if not isinstance(modules, Mapping) or not modules:
@@ -75,7 +75,7 @@ def check_header(
         for spec in list_packed_tensors(name, shape, "F32", scheme):
             names = (spec.name, spec.name.removeprefix(prefix), prefix + spec.name)
             known = next((found[other] for other in names if other in found), None)
-            allowed = _FLOATS if spec.name.endswith("_scale") else (spec.dtype,)
+            allowed = (spec.dtype,) if spec.dtype == "I32" else _FLOATS
             if known is None or known[1] != spec.shape or known[0] not in allowed:
                 found_as = "missing" if known is None else f"{known[0]} {list(known[1])}"
                 raise ArtifactError(

@@ -19,6 +19,7 @@ from cptq.types import Candidate
 PARAMETERS = {
     "codes": "weight",
     "scale": "weight_scale",
+    "factor": "weight_factor",
     "zero": "weight_zero",
     "mask": "weight_mask",
     "pattern": "weight_pattern",
@@ -30,6 +31,7 @@ class PackedModule(nn.Module):
 
     weight: nn.Parameter
     weight_scale: nn.Parameter
+    weight_factor: nn.Parameter | None
 
     def __init__(self, shape: tuple[int, int], scheme: Candidate) -> None:
         super().__init__()
@@ -40,9 +42,14 @@ class PackedModule(nn.Module):
             if spec is None:
                 self.register_parameter(part, None)
                 continue
-            dtype = torch.get_default_dtype() if part == "weight_scale" else torch.int32
+            dtype = torch.int32 if spec.dtype == "I32" else torch.get_default_dtype()
             value = torch.zeros(spec.shape, dtype=dtype)
             self.register_parameter(part, nn.Parameter(value, requires_grad=False))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The model's type, in which the weight is multiplied out."""
+        return (self.weight_scale if self.weight_factor is None else self.weight_factor).dtype
 
     @property
     def packed(self) -> PackedWeight:
@@ -113,7 +120,7 @@ class PackedEmbedding(PackedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids (...) to (..., width) in the type of the scales, which is the model's."""
-        return operations.embedding(ids, self.packed, self.weight_scale.dtype)
+        return operations.embedding(ids, self.packed, self.dtype)
 
     def make_dense(self, dtype: torch.dtype) -> nn.Module:
         """Return the dense module that this one replaces."""

@@ -34,6 +34,7 @@ class PackedWeight:
     shape: tuple[int, int]
     codes: Tensor
     scale: Tensor
+    factor: Tensor | None = None
     zero: Tensor | None = None
     mask: Tensor | None = None
     pattern: Tensor | None = None
@@ -41,7 +42,7 @@ class PackedWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of the tensors in memory."""
-        parts = (self.codes, self.scale, self.zero, self.mask, self.pattern)
+        parts = (self.codes, self.scale, self.factor, self.zero, self.mask, self.pattern)
         return sum(part.nbytes for part in parts if part is not None)
 
 

@@ -106,7 +106,8 @@ class CptqQuantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
         for name, module in find_packed_modules(model).items():
-            module.weight_scale.requires_grad_(False)  # transformers sets it on all floats
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)  # transformers sets it on all floats
             check_positions(name, module.packed)
         config: Any = model.config
         if hasattr(config, "transformers_weights"):
@@ -119,7 +120,7 @@ class CptqQuantizer(HfQuantizer):
         if isinstance(dtype, str):  # as save_pretrained writes it to the config
             dtype = getattr(torch, dtype)
         for name, module in find_packed_modules(model).items():
-            model.set_submodule(name, module.make_dense(dtype or module.weight_scale.dtype))
+            model.set_submodule(name, module.make_dense(dtype or module.dtype))
         vars(model).pop("_tied_weights_keys", None)  # use those of the class again
         model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
         model.tie_weights()

@@ -17,9 +17,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from cptq.inference.operations import Backend, PackedWeight
-from cptq.layouts.packed import TWO_OF_FOUR
+from cptq.layouts.packed import ROW_BITS, TWO_OF_FOUR
 from cptq.numerics import grid
 from cptq.numerics.packing import unpack_rows, unpack_values
+from cptq.numerics.scale_grids import join_rows
 from cptq.numerics.sparse import PATTERN_BITS, join_2_of_4, scatter_codes, unpack_range
 
 #: weights unpacked at once
@@ -72,12 +73,13 @@ def _select_rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
     def pick(part: Tensor | None) -> Tensor | None:
         return None if part is None else part[rows]
 
-    scale_RG = weight.scale[rows]
+    scale = weight.scale[rows]
     return replace(
         weight,
-        shape=(len(scale_RG), weight.shape[1]),
+        shape=(len(scale), weight.shape[1]),
         codes=weight.codes if weight.mask is not None else weight.codes[rows],
-        scale=scale_RG,
+        scale=scale,
+        factor=pick(weight.factor),
         zero=pick(weight.zero),
         mask=pick(weight.mask),
         pattern=pick(weight.pattern),
@@ -99,10 +101,13 @@ def _multiply_out(
     codes_RI: Tensor, mask_RI: Tensor | None, weight: PackedWeight, dtype: torch.dtype
 ) -> Tensor:
     """Return the values of codes; exact zeros outside the mask, also on an asymmetric grid."""
-    zero_RG = weight.zero
+    zero_RG, scale_RG = weight.zero, weight.scale
     if zero_RG is not None:
-        zero_RG = unpack_rows(zero_RG, weight.scheme.bits, weight.scale.shape[1])
-    return grid.dequantize(codes_RI, weight.scale, zero_RG, mask_RI, dtype=dtype)
+        zero_RG = unpack_rows(zero_RG, weight.scheme.bits, scale_RG.shape[1])
+    if weight.factor is not None:
+        groups = weight.shape[1] // (weight.scheme.group_size or weight.shape[1])
+        scale_RG = join_rows(unpack_rows(scale_RG, ROW_BITS, groups), weight.factor)
+    return grid.dequantize(codes_RI, scale_RG, zero_RG, mask_RI, dtype=dtype)
 
 
 def _convert_to_signed(values: Tensor, bits: int) -> Tensor:

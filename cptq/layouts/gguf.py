@@ -29,7 +29,7 @@ BLOCK_BYTES: Mapping[str, int] = {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34, "Q4_1": 20
 
 def find_type(candidate: Candidate) -> str | None:
     """The type that holds a candidate's codes; None where there is none."""
-    other = candidate.sparsity or candidate.float8
+    other = candidate.sparsity or candidate.float8 or candidate.scales
     return None if other else _TYPES[candidate.symmetric].get(candidate.bits)
 
 
@@ -82,6 +82,8 @@ def explain_type(candidate: Candidate) -> str:
         return "sparse weights, for which it has no storage"
     if candidate.float8:
         return "8-bit floats"
+    if candidate.scales:
+        return f"{candidate.scales} scales"
     grid = "symmetric" if candidate.symmetric else "asymmetric"
     known = ", ".join(map(str, _TYPES[candidate.symmetric]))
     return f"{grid} codes of {candidate.bits} bits, but of {known}"

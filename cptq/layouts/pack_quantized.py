@@ -3,7 +3,7 @@
 | tensor        | type                    | shape                      |
 |---------------|-------------------------|----------------------------|
 | weight_packed | int32                   | (out, ceil(in * bits / 32)) |
-| weight_scale  | the weight's, at most 16 bits | (out, groups)        |
+| weight_scale  | the weight's, at most 16 bits; or 8-bit float | (out, groups) |
 | weight_shape  | int64                   | (2,)                       |
 
 Token embeddings and output heads can also be stored as 8-bit floats, one tensor `weight` of type
@@ -36,6 +36,8 @@ class PackQuantized:
             return "a Conv1D, whose packed weights stock transformers replaces by random ones"
         if layer.kind == "embedding":
             return "an embedding, which the format has in 16 bits or as 8-bit floats"
+        if candidate.scales == "row" or (candidate.scales and layer.expert):
+            return "scales in another form than stock transformers multiplies with"
         if not candidate.symmetric:
             return "an asymmetric grid, which stock transformers does not load"
         if candidate.sparsity:
@@ -48,7 +50,8 @@ class PackQuantized:
             return (list_float8_tensor(layer, candidate),)
         inputs = layer.shape[1]
         groups = inputs // resolve_group(inputs, candidate.group_size)
-        return list_packed_tensors(layer, candidate.bits, groups)
+        narrow = f"F8_{candidate.scales.upper()}" if candidate.scales else None
+        return list_packed_tensors(layer, candidate.bits, groups, narrow)
 
 
 PACK_QUANTIZED = PackQuantized()

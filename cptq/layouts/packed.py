@@ -5,7 +5,9 @@
 | weight         | int32            | (out, words(in, b))                    | all codes stored  |
 |                |                  | (words(stored, b),)                    | unstructured      |
 |                |                  | (out, words(in / 2, b))                | 2:4               |
-| weight_scale   | float16, bfloat16 | (out, groups)                         | always            |
+| weight_scale   | float16, bfloat16 | (out, groups)                         | 16-bit scales     |
+|                | int32            | (out, words(groups, 6))                | `row` scales      |
+| weight_factor  | float16, bfloat16 | (out, 1)                              | `row` scales      |
 | weight_zero    | int32            | (out, words(groups, b))                | asymmetric        |
 | weight_mask    | int32            | (out, words(in, 1))                    | unstructured      |
 | weight_pattern | int32            | (out, words(in / 4, 3))                | 2:4               |
@@ -24,8 +26,12 @@ from dataclasses import replace
 from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, LayerSpec, TensorSpec
 
-#: grows when a tensor changes its meaning
-FORMAT_VERSION = 1
+#: grows when a tensor changes its meaning; 2 added `row` scales
+FORMAT_VERSION = 2
+#: versions that this code reads
+READABLE = (1, 2)
+#: bits of a code of a `row` scale
+ROW_BITS = 6
 #: `quant_method` in config.json
 METHOD = "cptq"
 NEEDS = "cptq (pip install cptq, then `import cptq` before from_pretrained, or cptq.load)"
@@ -61,6 +67,10 @@ def explain_misfit(shape: tuple[int, int], scheme: Candidate) -> str | None:
         return f"groups of {scheme.group_size} do not divide {shape[1]} inputs"
     if scheme.sparsity and count_stored(shape, scheme) < 1:
         return f"a sparsity of {scheme.sparsity:g}, which stores no weight"
+    if scheme.scales not in ("", "row"):
+        return f"{scheme.scales} scales, which compressed-tensors has"
+    if scheme.scales and not scheme.symmetric:
+        return "row scales beside zero points"
     if scheme.pattern == TWO_OF_FOUR and shape[1] % 4:
         return f"2:4 needs a multiple of 4 inputs, and there are {shape[1]}"
     return None
@@ -89,9 +99,13 @@ def list_packed_tensors(
         more.append(("weight_mask", count_words(inputs, 1)))
     if not scheme.symmetric:
         more.append(("weight_zero", count_words(groups, scheme.bits)))
+    scales = (TensorSpec(name=f"{name}.weight_scale", dtype=scale_dtype, shape=(out, groups)),)
+    if scheme.scales:
+        more.append(("weight_scale", count_words(groups, ROW_BITS)))
+        scales = (TensorSpec(name=f"{name}.weight_factor", dtype=scale_dtype, shape=(out, 1)),)
     return (
         TensorSpec(name=f"{name}.weight", dtype="I32", shape=codes),
-        TensorSpec(name=f"{name}.weight_scale", dtype=scale_dtype, shape=(out, groups)),
+        *scales,
         *(TensorSpec(name=f"{name}.{part}", dtype="I32", shape=(out, n)) for part, n in more),
     )
 

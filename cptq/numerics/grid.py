@@ -60,6 +60,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cptq.numerics.scale_grids import ScaleType
 from cptq.types import CompressedLayer
 
 #: scale (out, groups), and the zero point of the same shape where the grid is asymmetric
@@ -133,7 +134,7 @@ def quantize_nearest(
     *,
     symmetric: bool = True,
     clip: bool = True,
-    scale_dtype: torch.dtype = torch.float16,
+    scale_dtype: ScaleType = torch.float16,
     importance_I: Tensor | None = None,
     float16_offset: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -174,7 +175,7 @@ def fit_grid(
     *,
     symmetric: bool = True,
     clip: bool = True,
-    scale_dtype: torch.dtype = torch.float16,
+    scale_dtype: ScaleType = torch.float16,
     importance_I: Tensor | None = None,
     float16_offset: bool = False,
 ) -> Grid:
@@ -194,15 +195,17 @@ def fit_grid(
     return round_scales(scale_OG, scale_dtype, precision_OG), zero_OG
 
 
-def round_scales(
-    scale_OG: Tensor, dtype: torch.dtype, precision_OG: Tensor | None = None
-) -> Tensor:
+def round_scales(scale_OG: Tensor, dtype: ScaleType, precision_OG: Tensor | None = None) -> Tensor:
     """Round scales to their storage type; what would become 0 or overflow is pulled back inside.
+
+    Narrower ways to store them give float32 (`numerics.scale_grids`).
 
     `precision_OG`: the significant bits that each may have (`count_scale_bits`), if fewer.
     """
     if precision_OG is not None:
         scale_OG = round_to_precision(scale_OG, precision_OG)
+    if not isinstance(dtype, torch.dtype):
+        return dtype.round(scale_OG)
     limits = torch.finfo(dtype)
     sign = torch.where(scale_OG < 0, -1.0, 1.0).to(scale_OG.dtype)
     tiny = 2.0**-24 if dtype is torch.float16 else limits.tiny

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cptq.numerics.grid import dequantize, round_scales
+from cptq.numerics.scale_grids import ScaleType
 
 RIDGE = 1e-6
 #: floats of the largest intermediate, rows x in x groups
@@ -34,6 +35,8 @@ def refit_scales(
     codes_OI: Tensor,
     scale_OG: Tensor,
     precision_OG: Tensor | None = None,
+    *,
+    scale_dtype: ScaleType | None = None,
 ) -> Tensor:
     """Scales in their storage type with an output error no larger in any row.
 
@@ -43,12 +46,14 @@ def refit_scales(
         codes_OI: int8 codes, not changed.
         scale_OG: present scales (out, groups), in storage type.
         precision_OG: significant bits that each may have, as in `numerics.grid.round_scales`.
+        scale_dtype: how they are stored; without, in their type.
     """
+    stored = scale_dtype or scale_OG.dtype
     features, groups = W_OI.shape[1], scale_OG.shape[1]
     rows = max(1, CHUNK // (features * groups))
     parts = zip(W_OI.split(rows), codes_OI.split(rows), scale_OG.split(rows), strict=True)
     limits = repeat(None) if precision_OG is None else iter(precision_OG.split(rows))
-    return torch.cat([_refit_rows(*part, H_II, next(limits)) for part in parts])
+    return torch.cat([_refit_rows(*part, H_II, next(limits), stored) for part in parts])
 
 
 def compute_output_error(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
@@ -58,11 +63,16 @@ def compute_output_error(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG:
 
 
 def _refit_rows(
-    W_OI: Tensor, codes_OI: Tensor, scale_OG: Tensor, H_II: Tensor, precision_OG: Tensor | None
+    W_OI: Tensor,
+    codes_OI: Tensor,
+    scale_OG: Tensor,
+    H_II: Tensor,
+    precision_OG: Tensor | None,
+    stored: ScaleType,
 ) -> Tensor:
     present_OG = scale_OG.to(W_OI.dtype)
     change_OG = _solve_change(W_OI, H_II, codes_OI, present_OG)
-    fitted_OG = round_scales(present_OG + change_OG, scale_OG.dtype, precision_OG)
+    fitted_OG = round_scales(present_OG + change_OG, stored, precision_OG)
     before_O = compute_output_error(W_OI, H_II, codes_OI, scale_OG)
     better_O = compute_output_error(W_OI, H_II, codes_OI, fitted_OG) < before_O
     return torch.where(better_O.unsqueeze(1), fitted_OG, scale_OG)

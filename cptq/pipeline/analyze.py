@@ -82,7 +82,7 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs
     _report_dense_layers(model, settings, recorder)
     out = settings.out or Path(f"{model.path.name}-analysis")
     place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])
-    candidates = build_candidates(settings)
+    candidates = build_candidates(settings, model)
     # before the work, so that an unreachable target is refused at once
     ledgers = build_ledgers(model, candidates, settings) if settings.validate else []
     vocabulary = offer_vocabulary(model, candidates)

@@ -162,8 +162,8 @@ def check_covers(
             raise PlanError(
                 f"{path} has no score for {', '.join(c.label for c in missing)}",
                 allowed=", ".join(candidate.label for candidate in measured),
-                hint=f"type {words}, or measure again with cptq analyze and your --bits, "
-                "--group-size and --sparsity",
+                hint=f"type {words}, or measure again with cptq analyze and your --runtime, "
+                "--bits, --group-size and --sparsity",
             )
 
 

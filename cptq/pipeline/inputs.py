@@ -43,6 +43,7 @@ from cptq.layouts.gguf import GGUF_LAYOUT
 from cptq.layouts.groups import resolve_group
 from cptq.pipeline.files import check_covers, fit_plan, read_table
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.scales import choose_scales
 from cptq.sensitivity.prepare import check_units
 from cptq.types import Candidate, Emit, Notice, Plan, SensitivityTable, Unit
 
@@ -165,7 +166,7 @@ def _build_search_space(
     emit: Emit,
 ) -> SearchSpace:
     """Find the file format, and the candidates of every unit that the runtime can hold."""
-    candidates = build_candidates(settings)
+    candidates = build_candidates(settings, model)
     if settings.asymmetric:
         _report_symmetric(candidates, runtime, emit)
     offered = _offer_vocabulary(settings, model, candidates)
@@ -208,8 +209,7 @@ def _offer_vocabulary(
     bits = settings.embedding_bits
     if bits is None:
         return offer_vocabulary(model, candidates)
-    one = list_candidates((bits,), settings.group_size, asymmetric=list_asymmetric_widths(settings))
-    return offer_vocabulary(model, one)
+    return offer_vocabulary(model, build_candidates(settings, model, (bits,)))
 
 
 def _needs_packing(offered: Mapping[str, Sequence[Candidate]], runtime: Runtime) -> bool:
@@ -383,7 +383,7 @@ def calibrate(
 def build_cost_model(model: LoadedModel, settings: AnalyzeSettings) -> CostModel:
     """Return the cost model of the file that the runtime loads."""
     runtime = find_runtime(settings.runtime)
-    offered = offer_vocabulary(model, build_candidates(settings))
+    offered = offer_vocabulary(model, build_candidates(settings, model))
     form = runtime.format_for(
         model.layers,
         asymmetric=settings.asymmetric,
@@ -418,14 +418,21 @@ def list_asymmetric_widths(settings: AnalyzeSettings | CompressSettings) -> tupl
     return find_runtime(settings.runtime).asymmetric if settings.asymmetric else ()
 
 
-def build_candidates(settings: AnalyzeSettings | CompressSettings) -> tuple[Candidate, ...]:
-    """Return the candidates that the options name."""
-    return list_candidates(
-        settings.bits,
+def build_candidates(
+    settings: AnalyzeSettings | CompressSettings,
+    model: LoadedModel,
+    bits: Sequence[int] | None = None,
+) -> tuple[Candidate, ...]:
+    """Return the candidates that the options name, at other `bits` where given."""
+    named = list_candidates(
+        bits or settings.bits,
         settings.group_size,
         asymmetric=list_asymmetric_widths(settings),
-        sparsity=settings.sparsity,
+        sparsity=settings.sparsity if bits is None else (),
     )
+    if settings.scales == "16bit":
+        return named
+    return choose_scales(model, named, find_runtime(settings.runtime))
 
 
 def list_candidates(

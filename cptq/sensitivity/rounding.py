@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cptq.checkpoint.weights import get_scale_dtype
+from cptq.checkpoint.weights import get_scale_type
 from cptq.errors import UsageError
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import TWO_OF_FOUR, UNSTRUCTURED
+from cptq.numerics.float8 import round_to_float8
 from cptq.numerics.grid import Grid, dequantize, encode, fit_grid
 from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
 from cptq.types import Candidate, LayerSpec, Unit
@@ -67,6 +68,8 @@ class NearestRounding:
         kept_OI = W_OI * _build_mask(W_OI, candidate) if candidate.sparsity else W_OI
         if candidate.dense:
             return W_OI - kept_OI
+        if candidate.float8:
+            return W_OI - round_to_float8(kept_OI, candidate.float8).to(W_OI.dtype)
         scale_OG, zero_OG = self._grid(kept_OI, spec, candidate)
         kept_OGK = kept_OI.reshape(*scale_OG.shape, -1)
         codes_OGK = encode(kept_OGK, candidate.bits, scale_OG.to(W_OI.dtype), zero_OG)
@@ -81,7 +84,7 @@ class NearestRounding:
                 candidate.bits,
                 resolve_group(spec.shape[1], candidate.group_size),
                 symmetric=candidate.symmetric,
-                scale_dtype=get_scale_dtype(spec),
+                scale_dtype=get_scale_type(spec, candidate),
             )
         return self._grids[key]
 

@@ -28,7 +28,8 @@ class Candidate:
     """One way to store a unit.
 
     `bits` 16 keeps the unit dense. `group_size` 0 means one scale per output channel. `float8`
-    stores 8-bit floats without scales, "e4m3" or "e5m2"; then `bits` is 8.
+    stores 8-bit floats without scales, "e4m3" or "e5m2"; then `bits` is 8. `scales` names a narrow
+    way to store scales (`numerics.scale_grids`); empty: 16 bits each.
     """
 
     bits: int
@@ -37,6 +38,7 @@ class Candidate:
     sparsity: float = 0.0
     pattern: str = "none"
     float8: str = ""
+    scales: str = ""
 
     @property
     def dense(self) -> bool:
@@ -44,14 +46,15 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """Short name: `w4g64`, `w4c` (per channel), `w3g64-asym`, `w4c-s50`, `w4c-2:4`, `w16`,
-        `f8e4m3`."""
+        """Short name: `w4g64`, `w4c` (per channel), `w3g64-asym`, `w4g32-row`, `w4c-s50`, `w16`,
+        `w4c-2:4`, `f8e4m3`."""
         if self.dense:
             return "w16"
         if self.float8:
             return f"f8{self.float8}"
         grid = f"w{self.bits}" + (f"g{self.group_size}" if self.group_size else "c")
         grid += "" if self.symmetric else "-asym"
+        grid += f"-{self.scales}" if self.scales else ""
         if ":" in self.pattern:
             return f"{grid}-{self.pattern}"
         return grid + (f"-s{round(100 * self.sparsity)}" if self.sparsity else "")
@@ -67,18 +70,21 @@ class Candidate:
             return cls(bits=16)
         if label in ("f8e4m3", "f8e5m2"):
             return cls(bits=8, float8=label.removeprefix("f8"))
-        match = re.fullmatch(r"w([2-8])(?:g(\d+)|c)(-asym)?(?:-s(\d+)|-(2:4))?", label)
+        match = re.fullmatch(
+            r"w([2-8])(?:g(\d+)|c)(-asym)?(?:-(row|e4m3|e5m2))?(?:-s(\d+)|-(2:4))?", label
+        )
         if match is None:
             raise ValueError(
                 f"invalid candidate label {label!r} (valid: w4g64, w4c, w16, f8e4m3, ...)"
             )
-        bits, group, asym, sparsity, pattern = match.groups()
+        bits, group, asym, scales, sparsity, pattern = match.groups()
         return cls(
             bits=int(bits),
             group_size=int(group or 0),
             symmetric=asym is None,
             sparsity=0.5 if pattern else int(sparsity or 0) / 100,
             pattern=pattern or ("unstructured" if sparsity else "none"),
+            scales=scales or "",
         )
 
 

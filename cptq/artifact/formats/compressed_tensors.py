@@ -23,7 +23,7 @@ from torch import Tensor
 from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
-from cptq.checkpoint.weights import get_dtype_name, get_scale_dtypes
+from cptq.checkpoint.weights import TORCH_DTYPES, get_dtype_name, get_scale_dtypes
 from cptq.errors import ArtifactError
 from cptq.layouts.pack_quantized import PACK_QUANTIZED, list_float8_tensor, list_packed_tensors
 from cptq.numerics.float8 import FORMATS as FLOAT8
@@ -62,6 +62,7 @@ class CompressedTensors(SafetensorsFormat):
         if packed.shape != (out, count_words(inputs, bits)) or packed.dtype is not torch.int32:
             raise ArtifactError(f"the packed tensors of {spec.name} do not match the manifest")
         codes = unpack_rows(packed, bits, inputs)
+        scale = scale.float() if result.candidate.scales else scale
         layer = CompressedLayer(spec=spec, result=result, codes=codes, scale=scale)
         check_layer(layer)
         return layer
@@ -128,7 +129,7 @@ def check_layer(layer: CompressedLayer) -> None:
         raise ArtifactError(f"{name} has codes {layer.codes.dtype} {tuple(layer.codes.shape)}")
     if layer.scale.shape != (out, groups) or groups < 1 or inputs % groups:
         raise ArtifactError(f"{name} has scales {tuple(layer.scale.shape)} for {inputs} inputs")
-    if layer.scale.dtype not in get_scale_dtypes(spec):
+    if layer.scale.dtype not in get_scale_dtypes(spec, layer.result.candidate):
         raise ArtifactError(f"{name} has {layer.scale.dtype} scales in a {spec.dtype} checkpoint")
     if not bool((torch.isfinite(layer.scale) & (layer.scale != 0)).all()):
         raise ArtifactError(f"{name} has a scale that is 0, infinite or not a number")
@@ -146,8 +147,10 @@ def list_layer_tensors(layer: CompressedLayer) -> tuple[TensorSpec, ...]:
     """List the tensors of a layer as shapes and types."""
     if layer.result.candidate.float8:
         return (list_float8_tensor(layer.spec, layer.result.candidate),)
-    bits, groups = layer.result.candidate.bits, layer.scale.shape[1]
-    return list_packed_tensors(layer.spec, bits, groups, get_dtype_name(layer.scale.dtype))
+    candidate, groups = layer.result.candidate, layer.scale.shape[1]
+    narrow = f"F8_{candidate.scales.upper()}" if candidate.scales else None
+    dtype = narrow or get_dtype_name(layer.scale.dtype)
+    return list_packed_tensors(layer.spec, candidate.bits, groups, dtype)
 
 
 def pack_layer_tensor(layer: CompressedLayer, spec: TensorSpec) -> Tensor:
@@ -158,7 +161,7 @@ def pack_layer_tensor(layer: CompressedLayer, spec: TensorSpec) -> Tensor:
     if spec.name == packed.name:
         return pack_rows(layer.codes, layer.result.candidate.bits)
     if spec.name == scale.name:
-        return layer.scale
+        return layer.scale.to(TORCH_DTYPES[scale.dtype])
     return torch.tensor(layer.spec.shape, dtype=torch.int64)
 
 

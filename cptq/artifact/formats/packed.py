@@ -19,13 +19,19 @@ from torch import Tensor
 from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
-from cptq.checkpoint.weights import get_dtype_name, get_scale_dtypes
+from cptq.checkpoint.weights import (
+    get_dtype_name,
+    get_scale_dtype,
+    get_scale_dtypes,
+    get_storage_dtype,
+)
 from cptq.errors import ArtifactError
 from cptq.layouts.packed import (
     FORMAT_VERSION,
     METHOD,
     NEEDS,
     PACKED_LAYOUT,
+    ROW_BITS,
     STEM,
     TWO_OF_FOUR,
     WEIGHT_FILES,
@@ -35,6 +41,7 @@ from cptq.layouts.packed import (
 )
 from cptq.layouts.safetensors_header import split_shards
 from cptq.numerics.packing import pack_rows, pack_values, unpack_rows, unpack_values
+from cptq.numerics.scale_grids import join_rows, split_rows
 from cptq.numerics.sparse import (
     PATTERN_BITS,
     gather_codes,
@@ -58,8 +65,9 @@ class Packed(SafetensorsFormat):
         check_layer(layer)
 
     def list_layer_tensors(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
-        spec, stored = layer.spec, get_dtype_name(layer.scale.dtype)
-        return list_packed_tensors(spec.name, spec.shape, stored, get_scheme(layer))
+        spec, scheme = layer.spec, get_scheme(layer)
+        stored = spec.scale_dtype if scheme.scales else get_dtype_name(layer.scale.dtype)
+        return list_packed_tensors(spec.name, spec.shape, stored, scheme)
 
     def pack_layer_tensor(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
         return _PACKERS[spec.name.rpartition(".")[2]](layer)
@@ -71,7 +79,8 @@ class Packed(SafetensorsFormat):
         tensors = {part.name.rpartition(".")[2]: part for part in PACKED_LAYOUT.tensors(spec, grid)}
         values = {part: get(tensor.name) for part, tensor in tensors.items()}
         for part, value in values.items():
-            known = (torch.int32,) if tensors[part].dtype == "I32" else get_scale_dtypes(spec)
+            packed = tensors[part].dtype == "I32"
+            known = (torch.int32,) if packed else (get_scale_dtype(spec), get_storage_dtype(spec))
             if tuple(value.shape) != tensors[part].shape or value.dtype not in known:
                 raise ArtifactError(f"{tensors[part].name} does not match the manifest")
         layer = _unpack_layer(spec, result, grid, values)
@@ -84,7 +93,7 @@ class Packed(SafetensorsFormat):
             return None
         return {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION,
+            "format_version": FORMAT_VERSION if any(get_scheme(x).scales for x in layers) else 1,
             "needs": NEEDS,
             "weights": WEIGHT_FILES[len(split_shards(self._list_tensors(content))) > 1],
             "modules": {layer.spec.name: get_scheme(layer).label for layer in layers},
@@ -126,7 +135,7 @@ def check_layer(layer: CompressedLayer) -> None:
         raise ArtifactError(f"{name} cannot be packed as {grid.label}: {why}")
     places = (spec.shape[0], spec.shape[1] // (grid.group_size or spec.shape[1]))
     _check_part(name, "codes", layer.codes, spec.shape, torch.int8)
-    _check_part(name, "scales", layer.scale, places, *get_scale_dtypes(spec))
+    _check_part(name, "scales", layer.scale, places, *get_scale_dtypes(spec, grid))
     if not grid.symmetric:
         _check_part(name, "zero points", layer.zero, places, torch.int8)
     if grid.sparsity:
@@ -184,9 +193,24 @@ def _pack_pattern(layer: CompressedLayer) -> Tensor:
     return pack_values(split_2_of_4(layer.codes, layer.mask)[0], PATTERN_BITS)
 
 
+def _pack_scale(layer: CompressedLayer) -> Tensor:
+    if not layer.result.candidate.scales:
+        return layer.scale
+    return pack_rows(_split_scales(layer)[0], ROW_BITS)
+
+
+def _split_scales(layer: CompressedLayer) -> tuple[Tensor, Tensor]:
+    """Return codes and factors of `row` scales."""
+    try:
+        return split_rows(layer.scale, get_scale_dtype(layer.spec))
+    except ValueError as error:
+        raise ArtifactError(f"{layer.spec.name}: {error}") from error
+
+
 _PACKERS: dict[str, Callable[[CompressedLayer], Tensor]] = {
     "weight": _pack_codes,
-    "weight_scale": lambda layer: layer.scale,
+    "weight_scale": _pack_scale,
+    "weight_factor": lambda layer: _split_scales(layer)[1],
     "weight_zero": _pack_zero,
     "weight_mask": _pack_mask,
     "weight_pattern": _pack_pattern,
@@ -198,6 +222,9 @@ def _unpack_layer(
 ) -> CompressedLayer:
     """Unpack the tensors of a layer, the inverse of `_PACKERS`."""
     inputs, scale = spec.shape[1], values["weight_scale"]
+    if grid.scales:
+        groups = inputs // (grid.group_size or inputs)
+        scale = join_rows(unpack_rows(scale, ROW_BITS, groups), values["weight_factor"])
     zero = values.get("weight_zero")
     codes, mask = _unpack_sparse_codes(spec, grid, values)
     return CompressedLayer(

@@ -1,0 +1,64 @@
+"""Which candidates get narrow scales: those that then lose less, in no more bytes.
+
+A scale of 8 bits (or 6 and a factor per row) among half as many inputs takes no more bytes than one
+of 16 bits. Whether it serves better depends on the weights: 8-bit floats lose precision where
+scales are small, and half the group may not divide the inputs of some layers. So both are tried on
+some rows of every shape of layer, rounded to nearest, and the kind of least relative error is taken
+for each width, for the whole model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.weights import get_weight
+from cptq.config import Runtime
+from cptq.sensitivity.slope_metric import estimate_rounding_error
+from cptq.types import Candidate, LayerSpec
+
+#: layers of one shape that are tried, spread over depth
+TRIED = 3
+
+
+def choose_scales(
+    model: LoadedModel, candidates: Sequence[Candidate], runtime: Runtime
+) -> tuple[Candidate, ...]:
+    """Return the candidates, each with the scales that lose least of those that the runtime takes.
+
+    Candidates without groups, on asymmetric grids, sparse or dense stay as they are; so do all of a
+    mixture of experts, whose scales stock transformers multiplies with in their own type.
+    """
+    kinds = runtime.list_scale_kinds()
+    if not kinds or any(spec.expert for spec in model.layers):
+        return tuple(candidates)
+    samples = list(_sample_layers(model))
+    found = []
+    for candidate in candidates:
+        plain = candidate.symmetric and not candidate.dense and not candidate.sparsity
+        rivals = [candidate]
+        if plain and candidate.group_size > 1:
+            half = candidate.group_size // 2
+            rivals += [replace(candidate, group_size=half, scales=kind) for kind in kinds]
+        found.append(min(rivals, key=lambda c: _measure_error(samples, c)))
+    return tuple(found)
+
+
+def _sample_layers(model: LoadedModel) -> Iterator[tuple[LayerSpec, Tensor]]:
+    """Yield some layers of every shape, with their weights."""
+    by_shape: dict[tuple[int, int], list[LayerSpec]] = {}
+    for unit in model.units:
+        for spec in unit.layers:
+            by_shape.setdefault(spec.shape, []).append(spec)
+    for specs in by_shape.values():
+        step = max(1, len(specs) // TRIED)
+        for spec in specs[::step][:TRIED]:
+            yield spec, get_weight(model.linear(spec.name)).float()
+
+
+def _measure_error(samples: Sequence[tuple[LayerSpec, Tensor]], candidate: Candidate) -> float:
+    """Return the sum of the layers' relative squared errors."""
+    return sum(estimate_rounding_error([W_OI], [spec], candidate) for spec, W_OI in samples)
