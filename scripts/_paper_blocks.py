@@ -141,8 +141,8 @@ class Bench:
         from cptq.pipeline.trial_model import build_trial_model
 
         self.settings, self.model, self.emit = settings, model, recorder
-        self.cost = build_cost_model(model, settings)
         self.candidates = build_candidates(settings, model)
+        self.cost = build_cost_model(model, settings, self.candidates)
         self.objective = choose_objective(model.kind, model.config)
         rows = split_parts(model, calibration.held_out, 1)[0]
         self.divergence = DivergenceFromDense(model, rows, self.objective, units=False)

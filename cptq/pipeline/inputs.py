@@ -380,10 +380,12 @@ def calibrate(
         )
 
 
-def build_cost_model(model: LoadedModel, settings: AnalyzeSettings) -> CostModel:
+def build_cost_model(
+    model: LoadedModel, settings: AnalyzeSettings, candidates: Sequence[Candidate]
+) -> CostModel:
     """Return the cost model of the file that the runtime loads."""
     runtime = find_runtime(settings.runtime)
-    offered = offer_vocabulary(model, build_candidates(settings, model))
+    offered = offer_vocabulary(model, candidates)
     form = runtime.format_for(
         model.layers,
         asymmetric=settings.asymmetric,

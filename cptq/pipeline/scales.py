@@ -1,10 +1,14 @@
-"""Which candidates get narrow scales: those that then lose less, in no more bytes.
+"""Which candidates get narrow scales: those that then lose less for their bytes.
 
-A scale of 8 bits (or 6 and a factor per row) among half as many inputs takes no more bytes than one
-of 16 bits. Whether it serves better depends on the weights: 8-bit floats lose precision where
-scales are small, and half the group may not divide the inputs of some layers. So both are tried on
-some rows of every shape of layer, rounded to nearest, and the kind of least relative error is taken
-for each width, for the whole model.
+A scale of 8 bits (or 6 and a factor per row) among half as many inputs takes about the bytes of one
+of 16 bits. Whether it serves better depends on the model: 8-bit floats lose precision where scales
+are small, a factor per row is dear where rows are short, and half the group may not divide the
+inputs of some layers. So both are tried on some rows of every shape of layer, rounded to nearest,
+and each width takes, for the whole model, the kind with the least
+
+    relative squared error * 4^(stored bits per weight),
+
+as one bit more divides the error by four.
 """
 
 from __future__ import annotations
@@ -17,11 +21,13 @@ from torch import Tensor
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
 from cptq.config import Runtime
+from cptq.layouts.pack_quantized import PACK_QUANTIZED
+from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.sensitivity.slope_metric import estimate_rounding_error
 from cptq.types import Candidate, LayerSpec
 
 #: layers of one shape that are tried, spread over depth
-TRIED = 3
+TRIED = 2
 
 
 def choose_scales(
@@ -43,7 +49,7 @@ def choose_scales(
         if plain and candidate.group_size > 1:
             half = candidate.group_size // 2
             rivals += [replace(candidate, group_size=half, scales=kind) for kind in kinds]
-        found.append(min(rivals, key=lambda c: _measure_error(samples, c)))
+        found.append(min(rivals, key=lambda c: _weigh(samples, c)))
     return tuple(found)
 
 
@@ -59,6 +65,13 @@ def _sample_layers(model: LoadedModel) -> Iterator[tuple[LayerSpec, Tensor]]:
             yield spec, get_weight(model.linear(spec.name)).float()
 
 
-def _measure_error(samples: Sequence[tuple[LayerSpec, Tensor]], candidate: Candidate) -> float:
-    """Return the sum of the layers' relative squared errors."""
-    return sum(estimate_rounding_error([W_OI], [spec], candidate) for spec, W_OI in samples)
+def _weigh(samples: Sequence[tuple[LayerSpec, Tensor]], candidate: Candidate) -> float:
+    """Return the mean of the layers' relative squared errors at equal bits per weight."""
+    # 16-bit scales take the same bytes in both layouts
+    layout = PACKED_LAYOUT if candidate.scales == "row" else PACK_QUANTIZED
+    errors, nbytes, weights = 0.0, 0, 0
+    for spec, W_OI in samples:
+        errors += estimate_rounding_error([W_OI], [spec], candidate) * spec.numel
+        nbytes += sum(tensor.nbytes for tensor in layout.tensors(spec, candidate))
+        weights += spec.numel
+    return float(errors / weights * 4 ** (8 * nbytes / weights))

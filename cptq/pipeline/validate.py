@@ -80,7 +80,7 @@ def validate(
     """
     _warn_of_foreign_texts(tables, calibration, emit)
     seed = settings.calibration.seed
-    cost = build_cost_model(model, settings)
+    cost = build_cost_model(model, settings, candidates)
     objective = choose_objective(model.kind, model.config)
     divergence = DivergenceFromDense(
         model, split_parts(model, calibration.held_out, 1)[0], objective
@@ -129,7 +129,7 @@ def build_ledgers(
         BudgetError: no plan reaches a target, or only plans with sparse weights do: the baseline
             plan has none.
     """
-    cost, ledgers = build_cost_model(model, settings), []
+    cost, ledgers = build_cost_model(model, settings, candidates), []
     for text in settings.targets:
         target = parse_target(text)
         rows = list_options(model, candidates, cost)
