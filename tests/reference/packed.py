@@ -15,9 +15,18 @@ def signed(words: Sequence[int], index: int, bits: int) -> int:
 
 
 def dense(
-    tensors: Mapping[str, Any], out: int, inputs: int, bits: int, *, pattern: str = "none"
+    tensors: Mapping[str, Any],
+    out: int,
+    inputs: int,
+    bits: int,
+    *,
+    pattern: str = "none",
+    group: int = 0,
 ) -> list[list[float]]:
-    """The weight (out, in); `tensors` are nested lists by the last part of their names."""
+    """The weight (out, in); `tensors` are nested lists by the last part of their names.
+
+    `group`: inputs of a group; 0: the whole row.
+    """
     rows, used = [], 0
     for i in range(out):
         stored = _places(tensors, i, inputs, pattern)
@@ -29,14 +38,21 @@ def dense(
                     code, used = signed(tensors["weight"], used, bits), used + 1
                 else:
                     code = signed(tensors["weight"][i], stored.index(j), bits)
-                scales = tensors["weight_scale"][i]
-                group = j // (inputs // len(scales))
+                place = j // (group or inputs)
                 zeros = tensors.get("weight_zero")
-                zero = 0 if zeros is None else signed(zeros[i], group, bits)
-                value = (code - zero) * scales[group]
+                zero = 0 if zeros is None else signed(zeros[i], place, bits)
+                value = (code - zero) * _scale(tensors, i, place)
             row.append(value)
         rows.append(row)
     return rows
+
+
+def _scale(tensors: Mapping[str, Any], i: int, place: int) -> float:
+    """The scale of a group: a number, or a 6-bit code times the factor of the row."""
+    scales = tensors["weight_scale"][i]
+    if "weight_factor" in tensors:
+        return signed(scales, place, 6) * float(tensors["weight_factor"][i][0])
+    return float(scales[place])
 
 
 def _places(tensors: Mapping[str, Any], i: int, inputs: int, pattern: str) -> list[int]:

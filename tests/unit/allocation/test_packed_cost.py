@@ -18,6 +18,7 @@ from cptq.types import Budget, Candidate
 from tests.unit.allocation.synthetic import packed_model
 
 LABELS = ("w2g16", "w3g16-asym", "w4c", "w4g16-s50", "w5c-asym", "w8g16", "w8c-asym-s37", "w16")
+LABELS += ("w4g16-row", "w8g16-row-2:4")
 CANDIDATES = tuple(map(Candidate.parse, LABELS))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_scale_dtype, get_weight, set_weight
+from cptq.checkpoint.weights import get_scale_type, get_weight, set_weight
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import PACKED_LAYOUT, TWO_OF_FOUR
 from cptq.numerics.grid import dequantize_layer, quantize_nearest
@@ -29,7 +29,8 @@ SYMMETRIC = ("w2g16", "w3c", "w4g32", "w5g16", "w6c", "w7g24", "w8c")
 ASYMMETRIC = tuple(f"{label}-asym" for label in SYMMETRIC)
 SPARSE = ("w4g16-s50", "w8c-s75", "w3c-asym-s60", "w2g16-s30")
 TWO_FOUR = ("w4g16-2:4", "w8c-2:4", "w3c-asym-2:4")
-EVERYTHING = SYMMETRIC + ASYMMETRIC + SPARSE + TWO_FOUR
+ROW = ("w4g16-row", "w3g8-row", "w6g24-row")
+EVERYTHING = SYMMETRIC + ASYMMETRIC + SPARSE + TWO_FOUR + ROW
 
 
 def mask_of(W_OI: torch.Tensor, choice: Candidate) -> torch.Tensor | None:
@@ -51,7 +52,11 @@ def pack_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Compre
         resolve_group(spec.shape[1], choice.group_size),
     )
     codes, scale, zero = quantize_nearest(
-        kept_OI, choice.bits, group, symmetric=choice.symmetric, scale_dtype=get_scale_dtype(spec)
+        kept_OI,
+        choice.bits,
+        group,
+        symmetric=choice.symmetric,
+        scale_dtype=get_scale_type(spec, choice),
     )
     result = LayerResult(
         name=spec.name,

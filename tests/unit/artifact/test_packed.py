@@ -28,6 +28,7 @@ from tests.unit.artifact.builders import inputs_of
 from tests.unit.artifact.packed_builders import (
     ASYMMETRIC,
     EVERYTHING,
+    ROW,
     SPARSE,
     SYMMETRIC,
     TWO_FOUR,
@@ -45,7 +46,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("mpnet", {}),
     ("qwen3", {"dtype": torch.bfloat16}),
 ]
-KINDS = (SYMMETRIC, ASYMMETRIC, (*SPARSE, "w4g16"), (*TWO_FOUR, "w4g16"))
+KINDS = (SYMMETRIC, ASYMMETRIC, (*SPARSE, "w4g16"), (*TWO_FOUR, "w4g16"), ROW)
 
 
 @torch.no_grad()
@@ -84,6 +85,15 @@ def test_loads_and_computes_the_same(
         assert torch.equal(module.dequantize(torch.float32), dequantize_layer(layer, torch.float32))
     ways = {layer.spec.kind for layer in layers}
     assert ways >= {"embedding", "conv1d" if arch == "gpt2" else "linear"}
+
+
+@pytest.mark.parametrize(("labels", "version"), [(("w4g16",), 1), (("w4g16", "w4g16-row"), 2)])
+def test_only_what_needs_it_is_of_a_later_version(
+    tiny_model: TinyModel, tmp_path: Path, labels: tuple[str, ...], version: int
+) -> None:
+    _, _, artifact = write_packed(tiny_model("llama"), tmp_path / "out", labels)
+    config = json.loads((artifact.path / "config.json").read_text())["quantization_config"]
+    assert config["format_version"] == version
 
 
 def test_the_bytes_are_those_that_are_counted(tiny_model: TinyModel, tmp_path: Path) -> None:

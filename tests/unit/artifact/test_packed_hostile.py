@@ -56,8 +56,8 @@ def refused(path: Path, words: str) -> None:
     ("change", "words"),
     [
         (
-            lambda q: q.update(format_version=2),
-            r"version 2\b.*; allowed: version 1",
+            lambda q: q.update(format_version=3),
+            r"version 3\b.*; allowed: version 1 or 2",
         ),
         (lambda q: q.pop("modules"), "packed modules"),
         (lambda q: q.update(modules=["a"]), "packed modules"),

@@ -21,7 +21,7 @@ from tests.unit.artifact.packed_builders import mask_of
 from tests.unit.compression.test_gptq_grids import problem
 
 LABELS = ("w2c", "w3g8", "w4g8-asym", "w5c-asym", "w8g4", "w4g8-s50", "w3c-asym-s70", "w6g4-2:4")
-LABELS += ("w2c-asym-2:4", "w7g8")
+LABELS += ("w2c-asym-2:4", "w7g8", "w4g8-row", "w8g4-row", "w3g8-row-s50", "w5g4-row-2:4")
 SHAPES = [(1, 8), (7, 24), (33, 40)]
 
 
@@ -65,7 +65,10 @@ def test_every_weight_is_where_its_bits_say(
     choice = layer.result.candidate
     lists = {name: tensor.tolist() for name, tensor in tensors_of(layer).items()}
     expected = torch.tensor(
-        truth.dense(lists, out, inputs, choice.bits, pattern=choice.pattern), dtype=torch.float64
+        truth.dense(
+            lists, out, inputs, choice.bits, pattern=choice.pattern, group=choice.group_size
+        ),
+        dtype=torch.float64,
     )
     module = module_of(layer, PackedLinear)
     weight = module.packed

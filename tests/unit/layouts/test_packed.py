@@ -21,6 +21,7 @@ def layer(out: int, inputs: int, kind: LayerKind = "linear") -> LayerSpec:
 
 
 LABELS = ("w4g64", "w4c", "w3g64-asym", "w2c-asym", "w4g32-s50", "w8c-asym-s37", "w4g8-2:4", "w16")
+LABELS += ("w4g32-row", "w3g32-e4m3", "w2g32-e5m2", "f8e4m3", "f8e5m2", "w4g32-row-s50")
 
 
 @pytest.mark.parametrize("label", LABELS)
