@@ -21,6 +21,7 @@ from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Budget, Candidate, Event, Notice, Plan, Validation
 from tests.conftest import TinyModel
 
+pytestmark = pytest.mark.usefixtures("short_manual")
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
 
 
