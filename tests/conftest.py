@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as `cptq` itself sets it
 import pytest
 import torch
 
+from cptq.artifact import reload
+from cptq.data.pydoc_text import load_topics
 from cptq.types import Event, Notice, Progress
 from tests.tiny_models import build_tiny_model
+from tests.unit.artifact.same_process import run_here
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TinyModel = Callable[..., Path]
@@ -53,6 +56,25 @@ def _existing(path: Path, what: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {what}: {path} is absent (CPTQ_ASSETS names the directory of assets)")
     return path
+
+
+@pytest.fixture(scope="module")
+def same_process() -> Iterator[None]:
+    """Artifacts of the module are verified in this process: a new one takes seconds to start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reload, "_run", run_here)
+        yield
+
+
+@pytest.fixture(scope="module")
+def short_manual() -> Iterator[None]:
+    """The text pydoc is a fifth of its topics: a tiny model takes longer to tokenize it whole than
+    to calibrate on what it draws."""
+    topics, origin = load_topics()
+    some = {name: topics[name] for name in sorted(topics)[1::5]}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("cptq.data.text.load_topics", lambda: (some, origin))
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from cptq.errors import CptqError, OutputExistsError, PlanError, UsageError
 from cptq.types import Event, Notice, Plan, Progress
 from tests.conftest import TinyModel
 
+pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 TEXT = {"calibration": "pydoc", "samples": 4, "seqlen": 32}
 
 

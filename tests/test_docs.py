@@ -16,7 +16,6 @@ from typer.testing import CliRunner
 
 import cptq
 from cptq.allocation import ALLOCATORS
-from cptq.artifact import reload
 from cptq.artifact.formats import FORMATS
 from cptq.checkpoint import architectures
 from cptq.cli.app import app
@@ -29,8 +28,8 @@ from cptq.registry import Registry
 from cptq.sensitivity import METRICS
 from tests.conftest import TinyModel
 from tests.tiny_models import SENTENCES
-from tests.unit.artifact.same_process import run_here
 
+pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 CODE = re.compile(r"^```.*?^```", flags=re.MULTILINE | re.DOTALL)
@@ -112,7 +111,6 @@ def _register(monkeypatch: pytest.MonkeyPatch, registry: Registry[Any], name: st
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(reload, "_run", run_here)
     small = ("--calibration", "pydoc", "--samples", "4", "--seqlen", "32", "--device", "cpu")
 
     def call(command: str, *words: object) -> str:

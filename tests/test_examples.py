@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,17 +14,13 @@ import pytest
 from tests.conftest import TinyModel
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+Run = Callable[..., str]
+pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("examples")
-
-
-def run(name: str, place: Path, *arguments: object) -> str:
+def run_process(name: str, *arguments: object) -> str:
     done = subprocess.run(
         [sys.executable, EXAMPLES / f"{name}.py", *map(str, arguments)],
-        cwd=place,
         env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "HF_HUB_OFFLINE": "1"},
         capture_output=True,
         text=True,
@@ -32,21 +30,42 @@ def run(name: str, place: Path, *arguments: object) -> str:
     return done.stdout
 
 
-def test_every_example_runs(tiny_model: TinyModel, place: Path) -> None:
+@pytest.fixture(params=["here", pytest.param("in processes", marks=pytest.mark.slow)])
+def run(
+    request: pytest.FixtureRequest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> Run:
+    """Run an example in `tmp_path` and return what it prints. Every process takes seconds to import
+    torch, so the quick tests run the files in this one."""
+    monkeypatch.chdir(tmp_path)
+
+    def run_here(name: str, *arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_here if request.param == "here" else run_process
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning:cptq")  # fallbacks, where nothing is listening
+def test_every_example_runs(tiny_model: TinyModel, tmp_path: Path, run: Run) -> None:
     model = tiny_model("llama")
-    compressed = run("compress_a_model", place, model)
-    assert (place / "example-4bit" / "report.html").is_file()
+    compressed = run("compress_a_model", model)
+    assert (tmp_path / "example-4bit" / "report.html").is_file()
     assert "bits a weight" in compressed
 
-    planned = run("plan_three_targets", place, model, "plans")
+    planned = run("plan_three_targets", model, "plans")
     assert [line.split(":")[0] for line in planned.splitlines()[::2]] == ["3bit", "4bit", "5bit"]
-    assert (place / "plans" / "4bit.json").is_file()
+    assert (tmp_path / "plans" / "4bit.json").is_file()
 
-    compared = run("evaluate_and_compare", place, model)
+    compared = run("evaluate_and_compare", model)
     assert "perplexity" in compared
     assert "size-quality front" in compared
 
-    assert "tensors as written" in run("load_and_generate", place)
+    assert "tensors as written" in run("load_and_generate")
 
 
 def test_there_is_no_example_that_is_not_run() -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,7 @@ def test_the_documents_name_no_script_or_document_that_is_not_there() -> None:
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
 
 
+@cache
 def _help(*arguments: str) -> str:
     code = "from cptq.cli.app import main; main()"
     answer = subprocess.run(

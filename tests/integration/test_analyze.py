@@ -22,6 +22,7 @@ from cptq.sensitivity import list_default_metrics
 from cptq.types import Event, Notice
 
 TinyModel = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("short_manual")
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=12, seqlen=128, batch_size=4)
 #: the command line with trials that take long enough to be interrupted, and a line at each
 SLOW = """

@@ -17,6 +17,7 @@ from cptq.types import Event, Notice
 from tests.conftest import TinyModel
 from tests.unit.artifact.same_process import run_here
 
+pytestmark = pytest.mark.usefixtures("short_manual")
 TEXT = CalibrationSettings(calibration="pydoc", samples=12, seqlen=64, batch_size=4)
 UNITS = 8  # four Conv1D in each of two blocks
 

@@ -16,6 +16,7 @@ from cptq.report import AnalyzeOutcome
 from tests.integration.test_analyze import quiet, settings
 
 TinyModel = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("short_manual")
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from cptq.types import Candidate
 from tests.conftest import TinyModel
 from tests.test_model_scripts import script
 
+pytestmark = pytest.mark.usefixtures("short_manual")
 WORDS = ("--part", "blocks", "--calibration", "pydoc", "--samples", "2", "--seeds", "2")
 
 

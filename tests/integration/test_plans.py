@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from cptq.artifact import reload, stock_load
 from cptq.artifact.inspect import inspect
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.errors import BudgetError, CalibrationError, PlanError
@@ -17,22 +17,11 @@ from cptq.pipeline import compress
 from cptq.types import Event, Notice
 from tests.conftest import TinyModel
 
+pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
 
 
 def quiet(_event: Event) -> None: ...
-
-
-@pytest.fixture(autouse=True)
-def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Artifacts are checked in this process: a new one takes seconds to import torch."""
-
-    def run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-        (folder / "job.json").write_text(json.dumps(job))
-        stock_load.main(str(folder / "job.json"))
-        return json.loads(Path(job["report"]).read_text()) | {"cptq": []}
-
-    monkeypatch.setattr(reload, "_run", run)
 
 
 @pytest.fixture(scope="module")
@@ -52,11 +41,12 @@ def sha256(folder: Path) -> str:
     return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
 
 
-@pytest.fixture
-def measured(model: Path, tmp_path: Path) -> Path:
-    """The table of a first run."""
-    compress(settings(model, tmp_path / "first", target="3bit"), quiet)
-    return tmp_path / "first" / "sensitivity" / "output.json"
+@pytest.fixture(scope="module")
+def measured(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The table of a first run, which no test changes."""
+    first = tmp_path_factory.mktemp("plans") / "first"
+    compress(settings(model, first, target="3bit"), quiet)
+    return first / "sensitivity" / "output.json"
 
 
 def test_pins_and_limits_are_obeyed_and_the_budget_still_holds(model: Path, tmp_path: Path) -> None:
@@ -131,8 +121,8 @@ def inspect_target(folder: Path) -> str:
     return inspect(folder).provenance["target"]
 
 
-def test_an_artifact_of_before_scopes_is_inspected(model: Path, tmp_path: Path) -> None:
-    compress(settings(model, tmp_path / "a", target="4bit"), quiet)
+def test_an_artifact_of_before_scopes_is_inspected(measured: Path, tmp_path: Path) -> None:
+    shutil.copytree(measured.parents[1], tmp_path / "a")
     path = tmp_path / "a" / "cptq.json"
     manifest = json.loads(path.read_text())
     assert manifest["plan"]["budget"].pop("scope") == "file"

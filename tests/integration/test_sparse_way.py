@@ -26,6 +26,7 @@ from cptq.types import Candidate, Event, Notice
 from tests.conftest import TinyModel
 from tests.unit.artifact.same_process import run_here
 
+pytestmark = pytest.mark.usefixtures("short_manual")
 TEXT = CalibrationSettings(calibration="pydoc", samples=12, seqlen=64, batch_size=4)
 SPARSE = {"runtime": "cptq", "sparsity": ("2:4", "50%"), "bits": (3, 4, 16), "group_size": 16}
 

@@ -21,6 +21,7 @@ from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Budget, Candidate, Event, Notice, Plan, Validation
 from tests.conftest import TinyModel
 
+pytestmark = pytest.mark.usefixtures("short_manual")
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
 
 
@@ -156,7 +157,10 @@ def test_the_model_is_left_as_it_was_and_the_same_seed_gives_the_same(
 
 
 @pytest.mark.parametrize("arch", ["bert", "mpnet"])
-def test_sentences_are_judged_whole(tiny_model: TinyModel, tmp_path: Path, arch: str) -> None:
+def test_sentences_are_judged_whole(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str
+) -> None:
+    monkeypatch.setattr("cptq.calibration.holdout.SENTENCES", 40)
     found = validated(
         tiny_model(arch), tmp_path / "a", compressor="gptq", metrics=("output",), targets=("3bit",)
     )

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from cptq.artifact import reload, stock_load
+from cptq.artifact import reload
 from cptq.config import (
     AnalyzeSettings,
     CalibrationSettings,
@@ -29,7 +29,14 @@ from cptq.types import Event, Notice
 from tests.conftest import TinyModel
 from tests.tiny_models import RECIPES
 
+pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
+#: a causal model, one with experts, an encoder, and one without a description of its family
+KINDS = ("llama", "olmoe", "bert", "generic")
+FAMILIES = [
+    pytest.param(arch, marks=() if arch in KINDS else pytest.mark.slow)
+    for arch in sorted(set(RECIPES) - {"gpt2"})
+]
 
 
 def settings(model: Path, out: Path, **more: Any) -> CompressSettings:
@@ -45,23 +52,11 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-@pytest.fixture
-def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Artifacts are checked in this process: a new one takes seconds to import torch."""
-
-    def run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-        (folder / "job.json").write_text(json.dumps(job))
-        stock_load.main(str(folder / "job.json"))
-        return json.loads(Path(job["report"]).read_text()) | {"cptq": []}
-
-    monkeypatch.setattr(reload, "_run", run)
-
-
 @pytest.fixture(scope="module")
 def stories_4bit(
     stories: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, CompressOutcome]:
-    """stories260k in the default way, verified in a fresh process."""
+    """stories260k in the default way."""
     out = tmp_path_factory.mktemp("whole") / "small"
     return out, compress(settings(stories, out), quiet)
 
@@ -114,7 +109,6 @@ def test_the_plan_replays_to_the_same_bytes(
     assert sha256(again / "model.safetensors") == sha256(out / "model.safetensors")
 
 
-@pytest.mark.usefixtures("same_process")
 def test_a_measurement_is_reused(
     stories: Path, stories_4bit: tuple[Path, CompressOutcome], tmp_path: Path
 ) -> None:
@@ -138,8 +132,7 @@ def test_a_foreign_or_stale_measurement_is_refused(
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.usefixtures("same_process")
-@pytest.mark.parametrize("arch", sorted(set(RECIPES) - {"gpt2"}))
+@pytest.mark.parametrize("arch", FAMILIES)
 def test_every_family_goes_the_whole_way(tiny_model: TinyModel, tmp_path: Path, arch: str) -> None:
     out = tmp_path / "small"
     outcome = compress(settings(tiny_model(arch), out, target="3.5bit", group_size=16), quiet)
@@ -161,7 +154,6 @@ def test_gpt2_is_refused_with_the_reason(tiny_model: TinyModel, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.usefixtures("same_process")
 def test_uniform_measures_nothing(tiny_model: TinyModel, tmp_path: Path) -> None:
     asked = settings(tiny_model("llama"), tmp_path / "u", group_size=16, allocator="uniform")
     outcome = compress(asked, quiet)

@@ -74,13 +74,16 @@ def test_stock_transformers_computes_the_same(
     assert_round_trip(tiny_model(arch, **options), groups, tmp_path / "out")
 
 
-def test_in_a_fresh_process_too(stories: Path, tmp_path: Path) -> None:
-    assert_round_trip(stories, (64, 32, 0), tmp_path / "out")
+def test_in_a_fresh_process_too(tiny_model: TinyModel, tmp_path: Path) -> None:
+    assert_round_trip(tiny_model("llama"), (16, 0), tmp_path / "out")
 
 
 @pytest.mark.slow
-def test_a_trained_classifier_in_a_fresh_process(minilm_sst2: Path, tmp_path: Path) -> None:
-    assert_round_trip(minilm_sst2, (64, 32, 0), tmp_path / "out")
+@pytest.mark.parametrize("trained", ["stories", "minilm_sst2"])
+def test_trained_models_in_a_fresh_process(
+    request: pytest.FixtureRequest, tmp_path: Path, trained: str
+) -> None:
+    assert_round_trip(request.getfixturevalue(trained), (64, 32, 0), tmp_path / "out")
 
 
 def test_the_file_is_the_one_that_the_library_would_write(

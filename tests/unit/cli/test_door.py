@@ -19,44 +19,47 @@ from cptq.cli.progress import ProgressBars, ProgressLog
 from cptq.cli.sparkline import WIDEST, draw_sparkline
 from cptq.types import Notice, Progress
 
-HELPS = [[command.name, "--help"] for command in COMMANDS]
-
 
 def process(*words: str) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "COLUMNS": "80", "PYTHONPATH": os.getcwd()}
     return subprocess.run(words, capture_output=True, text=True, env=env, check=False)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["--version"], [], *HELPS])
-def test_help_imports_no_torch_and_nothing_else_heavy(words: list[str]) -> None:
+def run_lines(*lines: str) -> list[tuple[int, set[str]]]:
+    """(exit code, packages imported by then) of each line, all in one process."""
     code = (
         "import sys; from cptq.cli.app import main\n"
-        "try: main(sys.argv[1:])\n"
-        "finally: print(sorted({name.split('.')[0] for name in sys.modules}), file=sys.stderr)"
+        "for line in sys.argv[1:]:\n"
+        "    try: main(line.split())\n"
+        "    except SystemExit as end:\n"
+        "        print('END', end.code, *{name.split('.')[0] for name in sys.modules})"
     )
-    done = process(sys.executable, "-c", code, *words)
-    assert done.returncode == 0, done.stderr
-    for heavy in ("torch", "transformers", "numpy", "scipy", "datasets", "jinja2", "yaml", "rich"):
-        assert f"'{heavy}'" not in done.stderr
+    done = process(sys.executable, "-c", code, *lines)
+    ends = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("END ")]
+    assert len(ends) == len(lines), done.stderr
+    return [(int(code), set(names)) for code, *names in ends]
+
+
+def test_help_imports_no_torch_and_nothing_else_heavy() -> None:
+    heavy = {"torch", "transformers", "numpy", "scipy", "datasets", "jinja2", "yaml", "rich"}
+    lines = ["--help", "--version", "", *(f"{command.name} --help" for command in COMMANDS)]
+    for line, (code, imported) in zip(lines, run_lines(*lines), strict=True):
+        assert code == 0, line
+        assert imported & heavy == set(), line
 
 
 def test_an_early_refusal_imports_no_torch() -> None:
-    code = (
-        "import sys; from cptq.cli.app import main\n"
-        "try: main(sys.argv[1:])\n"
-        "finally: print('torch' in sys.modules)"
-    )
-    for line in (
+    lines = (
         "compress m --metric banana",
         "compress m --target banana",
         "compress m --allocator banana",
         "compress m --compressor banana",
         "eval m --task banana",
         "compress m -o /",
-    ):
-        done = process(sys.executable, "-c", code, *line.split())
-        assert done.returncode == 2, (line, done.stderr)
-        assert done.stdout == "False\n", line
+    )
+    for line, (code, imported) in zip(lines, run_lines(*lines), strict=True):
+        assert code == 2, line
+        assert "torch" not in imported, line
 
 
 def test_help_names_the_commands_and_version_the_version() -> None:

@@ -25,6 +25,7 @@ from tests.conftest import TinyModel
 from tests.reference.sensitivity import random_calibration
 from tests.unit.artifact.builders import load
 
+pytestmark = pytest.mark.usefixtures("short_manual")
 TEXT = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
 WIDTHS = [Candidate(bits=b, group_size=16) for b in (2, 3, 4)] + [Candidate(bits=16)]
 

@@ -18,6 +18,7 @@ from tests.unit.compression.test_trial_model import (
     weights,
 )
 
+pytestmark = pytest.mark.usefixtures("short_manual")
 DENSE = Candidate(bits=16)
 
 

@@ -41,9 +41,9 @@ def test_kl_agreement_and_flips_equal_the_naive_ones(
     load, heard, tmp_path: Path, file: str, arch: str
 ) -> None:
     base, model = load(arch), shaken(load(arch))
-    found = compared(base, model, file, tmp_path, heard)
+    found = compared(base, model, file, tmp_path, heard, limit=10)
     ids = base.tokenizer(Path(file).read_text())["input_ids"]
-    windows = [ids[i : i + 24] for i in range(0, len(ids) - 23, 24)]
+    windows = [ids[i : i + 24] for i in range(0, 10 * 24, 24)]
     kl = [value for row in windows for value in naive_kl(base.module, model.module, row)]
     assert len(kl) == found["kl"].tokens
     assert found["kl"].value == pytest.approx(np.mean(kl), rel=1e-4)

@@ -76,7 +76,7 @@ def test_a_failing_process_is_one_sentence(load, heard, monkeypatch) -> None:
         measure_footprint(load("llama"), EvalOptions(), heard)
 
 
-@pytest.mark.parametrize("arch", ["bert", "gpt2"])
+@pytest.mark.parametrize("arch", ["gpt2", pytest.param("bert", marks=pytest.mark.slow)])
 def test_the_task_in_a_fresh_process(load, heard, arch: str) -> None:
     results = evaluate(load(arch), "footprint", EvalOptions(), heard)
     assert all(r.stderr is not None and r.stderr > 0 for r in results if r.task == "speed")
@@ -85,6 +85,16 @@ def test_the_task_in_a_fresh_process(load, heard, arch: str) -> None:
     assert 0 < found["memory", "peak_above_imports"] < found["memory", "peak_resident"]
     speed = "forward" if arch == "bert" else "decode"
     assert found["speed", speed] > 0
+
+
+def test_what_the_process_does_with_an_encoder(tiny_model: Callable[..., Path]) -> None:
+    line = [str(tiny_model("bert")), "--kind", "classifier", "--batch-size", "3"]
+    found = footprint_process.measure_checkpoint(footprint_process._build_parser().parse_args(line))
+    assert 0 < found["load_seconds"] < found["first_output_seconds"]
+    assert 0 < found["import_bytes"] <= found["peak_bytes"]
+    assert found["tokens_per_second"] == pytest.approx(64 * found["rows_per_second"])
+    assert found["tokens_per_second_stderr"] > 0
+    assert "decode_tokens_per_second" not in found
 
 
 def test_the_prompt_leaves_room_for_new_tokens(load) -> None:

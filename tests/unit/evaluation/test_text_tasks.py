@@ -122,7 +122,10 @@ def test_pydoc_needs_nothing(load, heard) -> None:
     assert found[0].data_source.startswith("pydoc_data.topics of CPython")
 
 
-@pytest.mark.parametrize(("bos", "expected"), [("every", 124.8459), ("first", 119.5188)])
+@pytest.mark.parametrize(
+    ("bos", "expected"),
+    [("every", 124.8459), pytest.param("first", 119.5188, marks=pytest.mark.slow)],
+)
 def test_stories260k_on_wikitext(
     load, heard, stories: Path, data_dir: Path, bos: str, expected: float
 ) -> None:

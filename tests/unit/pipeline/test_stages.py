@@ -23,6 +23,7 @@ from cptq.pipeline.recorder import Recorder
 from tests.conftest import TinyModel
 from tests.tiny_models import SENTENCES, pair_tokenizer, tiny_tokenizer, write_rte
 
+pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
 
 
