@@ -37,9 +37,10 @@ def rows(metrics: list[str], targets: list[str]) -> list[Row]:
     for target in targets:
         plain = ("--target", target, "--allocator", "uniform")
         found.append(Row("uniform, nearest", target, (*plain, "--compressor", "nearest")))
-        found.append(Row("uniform, gptq", target, plain))
+        found.append(Row("uniform, gptq", target, (*plain, "--compressor", "gptq")))
+        found.append(Row("uniform, gptaq", target, plain))
         mixed = ("--target", target, "--no-check-uniform")
-        found += [Row(f"mixed by {m}, gptq", target, mixed, m) for m in metrics]
+        found += [Row(f"mixed by {m}, gptaq", target, mixed, m) for m in metrics]
     return found
 
 

@@ -275,6 +275,7 @@ class CostModel:
             nominal_bits=nominal / count,
             effective_bits=8 * compressible_bytes / count,
             file_bits=8 * file_bytes / max(1, self.parameters),
+            file="weight file" if self.gguf is None else "GGUF file",
         )
 
     def _refuse_unknown(self, choices: Choices) -> None:

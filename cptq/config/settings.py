@@ -184,7 +184,7 @@ class AnalyzeSettings(CandidateSettings):
         registry=ALLOCATORS,
     )
     compressor: str = option(
-        "gptq",
+        "gptaq",
         "Carry out plans, and the trials of --metric kl, by this method; nearest is faster. Needs "
         "--validate or --metric kl.",
         VALIDATION,
@@ -211,7 +211,7 @@ class AnalyzeSettings(CandidateSettings):
             if not self.validate and getattr(self, name) != usual:
                 flag = find_flag(type(self), name)
                 raise UsageError(f"{flag} has no effect without --validate", hint="add --validate")
-        if self.compressor != "gptq" and not (self.validate or GROUND_TRUTH in self.metrics):
+        if self.compressor != "gptaq" and not (self.validate or GROUND_TRUTH in self.metrics):
             raise UsageError(
                 f"--compressor has no effect without --validate or --metric {GROUND_TRUTH}",
                 hint="add --validate",
@@ -247,7 +247,9 @@ class CompressSettings(CandidateSettings):
         registry=ALLOCATORS,
         fixed_by=("plan",),
     )
-    compressor: str = option("gptq", "Quantize by this method.", PLAN, "NAME", registry=COMPRESSORS)
+    compressor: str = option(
+        "gptaq", "Quantize by this method.", PLAN, "NAME", registry=COMPRESSORS
+    )
     embedding_bits: int | None = option(
         None,
         "Store the token embeddings and the output head in exactly N bits: 3 to 8 with --runtime "

@@ -242,17 +242,24 @@ def _take_vocabulary(
     runtime: Runtime,
     emit: Emit,
 ) -> list[Unit]:
-    """Return the units of the vocabulary that can be more than dense; report the others."""
+    """Return the units of the vocabulary that can be more than dense.
+
+    Report, before any work, what stays at 16 bits or cannot go below 8, and where it could.
+    """
+    packing = [name for name, known in RUNTIMES.items() if known.vocabulary]
+    way = f"--runtime {' or '.join(packing)} packs it in fewer bits"
     taken = []
     for unit in model.vocabulary:
+        share = f"{unit.numel / max(1, model.parameters):.0%} of the weights"
         why = _explain_dense(unit, offered[unit.name], layout, runtime)
         if why is None:
             taken.append(unit)
+            if not runtime.vocabulary:
+                message = f"{share}, stored in 8 or 16 bits; {way}"
+                emit(Notice(kind="info", subject=unit.name, message=message))
             continue
-        share = unit.numel / max(1, model.parameters)
-        others = [name for name, known in RUNTIMES.items() if known.list_vocabulary_bits()]
-        way = "" if runtime.list_vocabulary_bits() else f"; --runtime {' or '.join(others)} can"
-        message = f"kept dense, {share:.0%} of the weights: {why}{way}"
+        message = f"kept dense, {share}: {why}"
+        message += "" if runtime.vocabulary else f"; {way}"
         emit(Notice(kind="skipped", subject=unit.name, message=message))
     return taken
 

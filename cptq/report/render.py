@@ -194,7 +194,7 @@ def _build_size_tiles(summary: Summary) -> list[Tile]:
     dense = f"of {format_bytes(size.dense_file_bytes)} dense"
     more = f"nominal {size.nominal_bits:.2f}, whole file {size.file_bits:.2f}"
     return [
-        Tile(label="weight file", value=format_bytes(size.file_bytes), more=dense),
+        Tile(label=size.file, value=format_bytes(size.file_bytes), more=dense),
         Tile(label="effective bits", value=f"{size.effective_bits:.2f}", more=more),
     ]
 

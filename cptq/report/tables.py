@@ -151,7 +151,7 @@ def build_size_table(summary: Summary) -> Table | None:
     )
     rows = [
         ("weight file, dense", format_bytes_exact(size.dense_file_bytes)),
-        ("weight file, compressed", f"{format_bytes_exact(size.file_bytes)}, {share} of dense"),
+        (f"{size.file}, compressed", f"{format_bytes_exact(size.file_bytes)}, {share} of dense"),
         *_build_budget_rows(summary, size),
         ("nominal bits", f"{size.nominal_bits:.3f} (codes only)"),
         ("effective bits", f"{size.effective_bits:.3f} (compressible weights with their scales)"),
@@ -215,9 +215,22 @@ def build_width_table(summary: Summary) -> Table | None:
         columns=("stored as", "layers", "weights", "of planned"),
         rows=tuple(rows),
         right=("layers", "weights", "of planned"),
-        note="w4g64: 4 bits, one scale per 64 inputs; c: one scale per output channel; w16: dense",
+        note=_explain_labels([label for label, *_ in rows]),
         leading=True,
     )
+
+
+def _explain_labels(labels: Sequence[str]) -> str:
+    """Return what the labels in a table mean."""
+    known = {
+        "w16": "w16: dense",
+        "f8": "f8: 8-bit floats",
+        "-row": "row: scales of 6 bits and a factor per row",
+        "-e": "e4m3, e5m2: scales are 8-bit floats",
+        "-asym": "asym: with zero points",
+    }
+    found = [text for part, text in known.items() if any(part in label for label in labels)]
+    return "; ".join(["w4g64: 4 bits, one scale per 64 inputs; c: one per output channel", *found])
 
 
 def build_notice_tables(summary: Summary) -> list[Table]:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 class SizeReport:
     """Bytes of the whole file and of the compressible weights in it, and three averages of bits.
 
-    `compressible_bytes` are those of the compressible weights as stored.
+    `compressible_bytes` are those of the compressible weights as stored. `file` says which file is
+    counted: that of the artifact, or the GGUF that is exported from it.
     """
 
     file_bytes: int
@@ -28,6 +29,7 @@ class SizeReport:
     nominal_bits: float
     effective_bits: float
     file_bits: float
+    file: str = "weight file"
 
     def count_bytes(self, scope: Scope) -> int:
         """Return the bytes that a budget of this scope limits."""
