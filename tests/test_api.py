@@ -47,7 +47,7 @@ def test_names_of_flags_and_texts_of_the_line_are_taken(
     one = cptq.plan(tiny_model("llama"), bits="4,8", target="5bit", pin=["down=8bit"], **TEXT)
     two = cptq.plan(tiny_model("llama"), bits=(4, 8), target="5bit", pins=("down=8bit",), **TEXT)
     assert one == two
-    assert {choice.bits for choice in one.choices.values()} == {4, 8}
+    assert {choice.bits for choice in one.choices.values()} <= {4, 8}
     one.save(tmp_path / "plan.json")
     assert (
         cptq.api._build(  # the file is one that `compress` takes

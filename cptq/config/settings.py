@@ -96,7 +96,7 @@ class CandidateSettings:
         "where the runtime takes them and they lose less).",
         CANDIDATES,
         "KIND",
-        allowed=", ".join(SCALE_KINDS),
+        choices=SCALE_KINDS,
         fixed_by=("plan",),
     )
     asymmetric: bool = option(
@@ -119,8 +119,6 @@ class CandidateSettings:
     def __post_init__(self) -> None:
         check_options(self)
         runtime = find_runtime(self.runtime)
-        if self.scales not in SCALE_KINDS:
-            raise UsageError(f"--scales is {self.scales!r}", allowed=", ".join(SCALE_KINDS))
         check_bits(self.bits)
         runtime.check(self.bits, self.group_size)
         restricted = ("asymmetric", "sparsity", "embedding_bits")

@@ -156,7 +156,8 @@ def check_covers(
             raise PlanError(f"{path} has no scores of {unit}", hint=_MEASURE)
         missing = [candidate for candidate in row if candidate not in scores]
         if missing and len(row) > 1:
-            sizes = sorted({c.group_size for c in measured if not c.dense})
+            grids = [c for c in measured if not c.dense and not c.float8]
+            sizes = sorted({2 * c.group_size if c.scales else c.group_size for c in grids})
             words = f"--bits {','.join(str(b) for b in sorted({c.bits for c in measured}))}"
             words += f" --group-size {sizes[0]}" if len(sizes) == 1 else ""
             raise PlanError(

@@ -325,7 +325,8 @@ def _read_tables(
     if settings.sensitivity is None:
         return {}
     table = read_table(settings.sensitivity, model.fingerprint)
-    check_covers(table, settings.sensitivity, space.options)
+    wanted = {**space.options, **space.list_vocabulary_options(model)}
+    check_covers(table, settings.sensitivity, wanted)
     return {table.metric: table}
 
 

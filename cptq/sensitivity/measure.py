@@ -67,8 +67,8 @@ def measure(
     """Score every unit at every candidate by each metric.
 
     Units outside the blocks, the token embedding and the output head, get the divergence measured
-    with that unit alone compressed: there are one or two, and no estimate is as good. Metrics
-    without a unit of loss count them as average units (`Metric.score_outer`).
+    with that unit alone compressed: there are one or two, and no estimate is as good. `cca` counts
+    them as average units, and metrics of the weights alone score them as every unit.
 
     Args:
         model: the dense model; left unchanged.
@@ -105,12 +105,13 @@ def measure(
     scoring = _Scoring(
         context=context,
         runs={name: _Run(metric=kind(context)) for name, kind in kinds.items()},
+        vocabulary=vocabulary or {},
         calibration_fingerprint=calibration.record.fingerprint if calibration else "",
         started=started,
     )
     try:
         scoring.score_units()
-        scoring.score_outer(vocabulary or {}, compress_outer)
+        scoring.score_outer(compress_outer)
         scoring.finish_metrics()
     except KeyboardInterrupt as stop:
         if not scoring.done:
@@ -140,6 +141,7 @@ class _Scoring:
 
     context: Context
     runs: dict[str, _Run]
+    vocabulary: Mapping[str, Sequence[Candidate]]
     calibration_fingerprint: str
     started: float
     done: list[str] = field(default_factory=list)
@@ -159,31 +161,38 @@ class _Scoring:
             self.done.append(unit.name)
         context.emit(Progress(stage="sensitivity", done=len(units), total=len(units)))
 
-    def score_outer(
-        self, vocabulary: Mapping[str, Sequence[Candidate]], compress: Compress | None
-    ) -> None:
+    def score_outer(self, compress: Compress | None) -> None:
         """Score the units outside the blocks."""
         context = self.context
-        units = [unit for unit in context.model.vocabulary if unit.name in vocabulary]
-        for unit in units:
-            view = UnitView(unit=unit, weights=_read_weights(unit, context))
-            rows = {name: dict[Candidate, float]() for name in self.runs}
-            for candidate in vocabulary[unit.name]:
-                message = f"{unit.name} at {candidate.label}"
-                context.emit(Progress(stage="vocabulary", done=0, total=None, message=message))
-                divergence = None
-                if context.divergence is not None and compress is not None and not candidate.dense:
-                    changed = compress(unit, candidate)
-                    divergence = context.divergence.measure_unit(unit, changed)
-                for name, run in self.runs.items():
-                    dense = candidate.dense
-                    rows[name][candidate] = (
-                        0.0
-                        if dense
-                        else run.metric.score_outer(view, candidate, divergence, run.per_unit)
-                    )
-            for name, run in self.runs.items():
-                run.scores[unit.name] = rows[name]
+        known = {unit.name: unit for unit in context.model.vocabulary}
+        trials = [(known[name], c) for name, row in self.vocabulary.items() for c in row]
+        for done, (unit, candidate) in enumerate(trials):
+            message = f"{unit.name} at {candidate.label}"
+            context.emit(
+                Progress(stage="vocabulary", done=done, total=len(trials), message=message)
+            )
+            self._score_outer(unit, candidate, compress)
+        if trials:
+            context.emit(Progress(stage="vocabulary", done=len(trials), total=len(trials)))
+
+    def _score_outer(self, unit: Unit, candidate: Candidate, compress: Compress | None) -> None:
+        context = self.context
+        view = UnitView(unit=unit, weights=_read_weights(unit, context))
+        divergence = None
+        if context.divergence is not None and compress is not None and not candidate.dense:
+            divergence = context.divergence.measure_unit(unit, compress(unit, candidate))
+        for run in self.runs.values():
+            row = run.scores.setdefault(unit.name, {})
+            if candidate.dense:
+                row[candidate] = 0.0
+            elif run.metric.needs.text:
+                assert divergence is not None
+                row[candidate] = run.metric.score_outer(view, candidate, divergence, run.per_unit)
+            else:
+                run.metric.measure_unit(view)
+                row[candidate] = run.metric.score_candidate(
+                    view, candidate, self._round(view, candidate)
+                )
 
     def finish_metrics(self) -> None:
         """Let each metric measure what concerns the model as a whole."""
@@ -194,7 +203,7 @@ class _Scoring:
         """Return the error that holds the tables of the units that are done."""
         for run in self.runs.values():
             run.keep_units(self.done)
-        done, total = len(self.done), len(self.context.model.units)
+        done, total = len(self.done), len(self.context.model.units) + len(self.vocabulary)
         tables = self.build_tables({PARTIAL: {"units": done, "of": total}})
         return InterruptedMeasurementError(tables, done, total)
 

@@ -140,20 +140,20 @@ class Metric(ABC):
         self,
         view: UnitView,
         candidate: Candidate,
-        divergence: float | None,
+        divergence: float,
         per_unit: Mapping[str, float],
     ) -> float:
         """Return the score of storing a unit outside the blocks as a (not dense) candidate.
 
-        Metrics that estimate a divergence take the measured one.
+        Asked of metrics that read text alone, which take the measured divergence; the others score
+        such a unit as every unit.
 
         Args:
             view: the unit: the token embedding or the output head.
             candidate: how it would be stored.
-            divergence: measured with this unit alone changed; None where no metric reads text.
+            divergence: measured with this unit alone changed.
             per_unit: the metric's numbers of all units in blocks.
         """
-        assert divergence is not None
         return divergence
 
     def measure_model(self) -> None:  # noqa: B027 - most metrics have nothing to add

@@ -135,7 +135,7 @@ class DimensionlessMetric(SlopeMetric):
         self,
         view: UnitView,
         candidate: Candidate,
-        divergence: float | None,
+        divergence: float,
         per_unit: Mapping[str, float],
     ) -> float:
         """Return the same with the mean s of the units in blocks: outside, s is not defined."""

@@ -37,7 +37,7 @@ def test_all_metrics_then_a_plan_of_each(tiny_model: TinyModel, tmp_path: Path) 
     heard: list[Event] = []
     analyze(AnalyzeSettings(metrics=list_default_metrics(), out=out, **asked), heard.append)
     layers = json.loads((out / "layers.json").read_text())
-    assert len(layers["units"]) == UNITS
+    assert len(layers["units"]) == UNITS + 1  # and the embedding, which is the head as well
     told = [e.message for e in heard if isinstance(e, Notice) and "--runtime" in e.subject]
     assert told == [
         f"{UNITS} Conv1D layers are measured, and stay dense except with --runtime llamacpp or cptq"
@@ -45,11 +45,13 @@ def test_all_metrics_then_a_plan_of_each(tiny_model: TinyModel, tmp_path: Path) 
     for name in list_default_metrics():
         table = out / "sensitivity" / f"{name}.json"
         scores = json.loads(table.read_text())["scores"]
+        wte = scores.pop("transformer.wte")
         assert len(scores) == UNITS
-        assert all(row["w2g16"] > 0 for row in scores.values()), name
+        assert all(next(iter(row.values())) > 0 for row in scores.values()), name
+        assert wte["f8e4m3"] > 0
     outcome = compress(
         CompressSettings(
-            sensitivity=out / "sensitivity" / "output.json", runtime="cptq", target="3bit",
+            sensitivity=out / "sensitivity" / "output.json", runtime="cptq", target="4bit",
             out=tmp_path / "small", **asked,
         ),
         lambda event: None,
@@ -74,7 +76,7 @@ def test_validation_plans_for_the_runtime_that_is_named(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     settings = AnalyzeSettings(
-        validate=True, pairs=6, targets=("3bit",), metrics=("kurtosis",), runtime="cptq",
+        validate=True, pairs=6, targets=("4.5bit",), metrics=("kurtosis",), runtime="cptq",
         asymmetric=True, out=tmp_path / "x", **common(tiny_model("gpt2")),
     )  # fmt: skip
     validation = analyze(settings, lambda event: None).summary.validation

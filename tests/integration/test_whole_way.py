@@ -25,7 +25,7 @@ from cptq.config import (
 from cptq.errors import ArtifactError, ModelError, OutputExistsError, PlanError
 from cptq.pipeline import analyze, compress, evaluate
 from cptq.report import CompressOutcome
-from cptq.types import Event, Notice
+from cptq.types import Candidate, Event, Notice
 from tests.conftest import TinyModel
 from tests.tiny_models import RECIPES
 
@@ -69,11 +69,14 @@ def test_an_artifact_has_what_its_report_says(stories_4bit: tuple[Path, Compress
     assert size <= report["budget"]["limit_bytes"]
     assert report["verification"]["max_abs_difference"] == 0.0
     assert set(report["timings"]) >= {"load", "calibration", "sensitivity", "compression"}
-    assert len(report["results"]) == 35
-    assert {line["candidate"] for line in report["results"]} > {"w4g64"}
+    assert len(report["results"]) == 36  # 35 linears and the embedding, which is the head as well
+    labels = {line["name"]: line["candidate"] for line in report["results"]}
+    assert labels.pop("model.embed_tokens") == "f8e4m3"
+    assert {Candidate.parse(label).bits for label in labels.values()} <= {4, 5, 6, 8}
+    assert any(label.endswith("g32-e4m3") for label in labels.values())
     for name in ("report.md", "report.html", "plan.json", "cptq.json", "tokenizer.json"):
         assert (out / name).stat().st_size > 100
-    # down_proj has 172 inputs, which 64 does not divide
+    # down_proj has 172 inputs, which neither 64 nor 32 divides
     fallbacks = [n["subject"] for n in report["notices"] if n["kind"] == "fallback"]
     assert [name.split(".")[-1] for name in fallbacks] == ["down_proj"] * 5
 
@@ -138,9 +141,12 @@ def test_every_family_goes_the_whole_way(tiny_model: TinyModel, tmp_path: Path, 
     outcome = compress(settings(tiny_model(arch), out, target="3.5bit", group_size=16), quiet)
     assert outcome.summary.verification is not None
     assert outcome.summary.verification.clean
-    assert len(outcome.summary.results) == len(load_file(out / "model.safetensors").keys() & {
-        f"{line.name}.weight_packed" for line in outcome.summary.results
+    packed = [line for line in outcome.summary.results if not line.candidate.float8]
+    assert len(packed) == len(load_file(out / "model.safetensors").keys() & {
+        f"{line.name}.weight_packed" for line in packed
     })  # fmt: skip
+    names = {line.name for line in outcome.summary.results} - {line.name for line in packed}
+    assert all(name.endswith(("embed_tokens", "word_embeddings", "lm_head")) for name in names)
 
 
 def test_gpt2_is_refused_with_the_reason(tiny_model: TinyModel, tmp_path: Path) -> None:
@@ -157,7 +163,10 @@ def test_gpt2_is_refused_with_the_reason(tiny_model: TinyModel, tmp_path: Path) 
 def test_uniform_measures_nothing(tiny_model: TinyModel, tmp_path: Path) -> None:
     asked = settings(tiny_model("llama"), tmp_path / "u", group_size=16, allocator="uniform")
     outcome = compress(asked, quiet)
-    assert {line.candidate.label for line in outcome.summary.results} == {"w4g16"}
+    labels = {line.name: line.candidate.label for line in outcome.summary.results}
+    vocabulary = {labels.pop(name) for name in ("model.embed_tokens", "lm_head")}
+    assert vocabulary == {"f8e4m3"}
+    assert len(set(labels.values())) == 1
     assert outcome.summary.sensitivity == {}
 
 

@@ -149,7 +149,7 @@ class TestPlan:
         fixed = {option.name for option in list_fixed(CompressSettings)["plan"]}
         assert fixed == {
             *("target", "metric", "allocator", "bits", "group_size", "sparsity", "asymmetric"),
-            *("embedding_bits", "sensitivity", "pins", "min_bits", "max_bits", "refine"),
+            *("scales", "embedding_bits", "sensitivity", "pins", "min_bits", "max_bits", "refine"),
         }
         assert [o.name for o in list_fixed(CompressSettings)["sensitivity"]] == ["metric"]
 

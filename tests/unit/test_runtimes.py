@@ -152,10 +152,11 @@ def test_embeddings_are_for_the_runtimes_and_widths_that_have_them() -> None:
     six = {"runtime": "llamacpp", **plain, "embedding_bits": 6}
     error = catch(UsageError, lambda: settings(**six))
     assert error.problem == "--embedding-bits is 6"
-    assert str(error.allowed).startswith("8 ")
-    error = catch(UsageError, lambda: settings(**plain, embedding_bits=8))
+    assert error.allowed == "4, 5, 8, 16 with --runtime llamacpp"
+    assert settings(**plain, embedding_bits=8).embedding_bits == 8
+    error = catch(UsageError, lambda: settings(runtime="vllm", **plain, embedding_bits=8))
     assert "--embedding-bits" in error.problem
-    assert error.allowed == "--runtime llamacpp or cptq"
+    assert error.allowed == "--runtime transformers or llamacpp or cptq"
     error = catch(UsageError, lambda: settings(runtime="llamacpp", **plain, sparsity=("2:4",)))
     assert "--sparsity" in error.problem
     assert error.allowed == "--runtime cptq"

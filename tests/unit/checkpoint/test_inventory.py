@@ -182,7 +182,8 @@ def test_what_is_kept_dense_says_why(made: Made) -> None:
     assert all(spec.reason and not spec.compressible and not spec.fused for spec in dense)
     assert not any(s.reason or not s.compressible for s in model.layers if s.name in members)
     told = {event.message for event in events if isinstance(event, Notice)}
-    assert {spec.reason for spec in dense} <= told
+    # of embeddings and heads it is said once the runtime is known
+    assert {s.reason for s in dense if s.kind not in ("embedding", "head")} <= told
     conv1d = [spec for spec in dense if spec.kind == "conv1d"]
     assert len(conv1d) == (4 * BLOCKS if arch == "gpt2" else 0)
     assert all("Conv1D" in spec.reason for spec in conv1d)

@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 import torch
 
+from cptq.calibration.batches import choose_held_out_tokens, split_held_out
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import choose_objective
 from cptq.checkpoint.weights import get_weight
 from cptq.errors import CalibrationError, ModelError, UnknownNameError, UsageError
 from cptq.numerics.masks import prune_by_magnitude
 from cptq.sensitivity import METRICS, SLOW, list_default_metrics
+from cptq.sensitivity.kurtosis import compute_kurtosis
 from cptq.sensitivity.measure import InterruptedMeasurementError, measure
 from cptq.sensitivity.metric import Memo
 from cptq.sensitivity.rounding import compute_rounding_error
-from cptq.types import Candidate, Notice, Progress, SensitivityTable
+from cptq.types import Candidate, Notice, Progress, SensitivityTable, Unit
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded, random_calibration
 from tests.unit.sensitivity.conftest import Score
@@ -235,3 +239,55 @@ def test_metrics_rank_like_the_truth_on_a_trained_model(stories: Path) -> None:
                 for metric in (name, "kl")
             ]
             assert spearmanr(*pair).statistic > least, (name, candidate.label)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_vocabulary_has_the_divergence_that_it_causes(
+    tiny_model: TinyModel, tied: bool
+) -> None:
+    """Of losses what was measured, of `cca` that of an average unit, of weights their own."""
+    model = loaded(tiny_model("llama", tied=tied))
+    calibration = random_calibration(model, rows=20)
+    rows = {unit.name: (*CANDIDATES, DENSE) for unit in model.vocabulary}
+
+    def compress(unit: Unit, candidate: Candidate) -> dict[str, torch.Tensor]:
+        (spec,) = unit.layers
+        W_OI = get_weight(model.linear(spec.name)).float()
+        return {spec.name: W_OI - compute_rounding_error(W_OI, spec, candidate)}
+
+    found = measure(
+        model,
+        calibration,
+        metrics=("output", "taylor", "pruning", "kurtosis", "cca"),
+        candidates=(*CANDIDATES, DENSE),
+        seed=0,
+        emit=lambda event: None,
+        vocabulary=rows,
+        compress_outer=compress,
+    )
+    split = split_held_out(
+        calibration.batches, model.kind, choose_held_out_tokens(model.parameters, True)
+    )
+    judge = DivergenceFromDense(
+        model, split.held_out, choose_objective(model.kind, model.config), units=False
+    )
+    weights = sum(unit.numel for unit in model.units)
+    for unit in model.vocabulary:
+        (spec,) = unit.layers
+        W_OI = get_weight(model.linear(spec.name)).float()
+        for candidate in CANDIDATES:
+            truth = judge.measure_layers(compress(unit, candidate))
+            for metric in ("output", "taylor", "pruning"):
+                assert found[metric].scores[unit.name][candidate] == pytest.approx(truth, rel=1e-5)
+            dW_OI = compute_rounding_error(W_OI, spec, candidate)
+            lost = float(dW_OI.square().sum() / W_OI.square().sum())
+            own = compute_kurtosis(W_OI)
+            mean = sum(found["cca"].per_unit.values()) / len(found["cca"].per_unit)
+            for metric, slope in (("kurtosis", own), ("cca", mean)):
+                expected = slope * unit.numel / weights * lost
+                # from some rows of the matrix
+                score = found[metric].scores[unit.name][candidate]
+                assert score == pytest.approx(expected, rel=0.1)
+        for table in found.values():
+            assert table.scores[unit.name][DENSE] == 0
+            assert unit.name not in table.per_unit
