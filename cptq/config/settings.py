@@ -82,8 +82,7 @@ class CandidateSettings:
     )
     group_size: int = option(
         DEFAULT_GROUP_SIZE,
-        "Share one 16-bit scale among N inputs, a narrower one among N/2. 0: one scale per output "
-        "channel.",
+        "Share a 16-bit scale among N inputs, a narrower one among N/2. 0: one per output channel.",
         CANDIDATES,
         "N",
         minimum=0,
