@@ -49,6 +49,7 @@ DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
 SCALE_KINDS = ("auto", "16bit")
 DEFAULT_TASKS = ("wikitext",)
 DEFAULT_PAIRS = 96
+DEFAULT_TUNE_MINUTES = 10
 DEFAULT_TARGETS = ("2.5bit", "3bit", "4bit")
 #: the metric that measures what the others estimate, with the compressor of the run
 GROUND_TRUTH = "kl"
@@ -304,6 +305,19 @@ class CompressSettings(CandidateSettings):
         "Compress by the uniform baseline plan of the same size too, and keep the better result.",
         PLAN,
     )
+    tune: bool = option(
+        False,
+        "After rounding, tune the scales of the compressed layers, and norms and biases, by the "
+        "divergence from the dense model.",
+        PLAN,
+    )
+    tune_minutes: int = option(
+        DEFAULT_TUNE_MINUTES,
+        "Tune for at most N minutes. Needs --tune.",
+        PLAN,
+        "N",
+        minimum=1,
+    )
     out: Path | None = out_option(
         "Write the artifact to this directory.", "DIR", "MODEL-cptq-TARGET"
     )
@@ -313,6 +327,8 @@ class CompressSettings(CandidateSettings):
     def __post_init__(self) -> None:
         CandidateSettings.__post_init__(self)
         check_repository(self.push_to_hub)
+        if self.tune_minutes != DEFAULT_TUNE_MINUTES and not self.tune:
+            raise UsageError("--tune-minutes has no effect without --tune", hint="add --tune")
         widths = (*find_runtime(self.runtime).list_vocabulary_bits(), 16)
         if self.embedding_bits is not None and self.embedding_bits not in widths:
             raise UsageError(
