@@ -172,18 +172,16 @@ def tune(
         seed: of the order of the batches.
         emit: receives progress with the divergence on held-out text.
     """
-    free: list[_Free] = [_Scales(model, layer, float16_scales) for layer in layers]
-    rate = RATE * math.sqrt(sum(x.result.weight_error for x in layers) / len(layers))
-    free += [_Vector(model, name, x, rate) for name, x in find_free_vectors(model).items()]
+    free = _list_free(model, layers, float16_scales)
     judges = [choose, *([judge] if judge else [])]
     start, before = [part.store() for part in free], [text.measure_rows() for text in judges]
     search = _Search(free, choose, start, float(before[0].mean()))
-    pace, order, made = _Pace(steps, seconds), _repeat(len(batches), seed), 0
+    pace = _Pace(steps, seconds)
+    made, order = 0, _repeat(len(batches), seed)
     optimizer = torch.optim.Adam([{"params": [part.r]} for part in free], eps=EPSILON)
     with _receive_gradients(free):
         while made < pace.estimate_steps(made) and math.isfinite(search.last):
-            for part, group in zip(free, optimizer.param_groups, strict=True):
-                group["lr"] = part.rate * pace.anneal(made)
+            _set_rates(optimizer, free, pace.anneal(made))
             optimizer.zero_grad()
             _backpropagate(model, dense, batches[next(order)], objective)
             optimizer.step()
@@ -196,19 +194,45 @@ def tune(
     if made % CHECK_EVERY:
         search.look()
     _load(free, search.best)
-    after = [text.measure_rows() for text in judges]
-    kept = search.improved and bool(after[-1].mean() <= before[-1].mean())
-    if not kept:
-        _load(free, start)
+    after = _measure_rows(judges[-1])
+    kept = search.improved and bool(after.mean() <= before[-1].mean())
+    final = search.best if kept else start
+    _load(free, final)
+    moved = [not torch.equal(*pair) for pair in zip(final, start, strict=True)]
     return Tuned(
         layers=[part.layer for part in free if isinstance(part, _Scales)],
-        dense=tuple(part.name for part in free if isinstance(part, _Vector)) if kept else (),
+        dense=tuple(x.name for x, yes in zip(free, moved, strict=True) if yes and x.name),
         before=before[-1],
-        after=after[-1],
+        after=after,
         steps=made,
         planned=steps,
         kept=kept,
     )
+
+
+def _list_free(
+    model: LoadedModel, layers: Sequence[CompressedLayer], float16_scales: bool
+) -> list[_Free]:
+    """Return all that may move."""
+    rate = RATE * math.sqrt(sum(x.result.weight_error for x in layers) / len(layers))
+    vectors = find_free_vectors(model).items()
+    return [
+        *(_Scales(model, layer, float16_scales) for layer in layers),
+        *(_Vector(model, name, vector, rate) for name, vector in vectors),
+    ]
+
+
+def _set_rates(optimizer: torch.optim.Adam, free: Sequence[_Free], share: float) -> None:
+    for part, group in zip(free, optimizer.param_groups, strict=True):
+        group["lr"] = part.rate * share
+
+
+def _measure_rows(text: DivergenceFromDense) -> Tensor:
+    """Return the divergence of each row; infinite where the model's output is not finite."""
+    try:
+        return text.measure_rows()
+    except CalibrationError:
+        return torch.full(text.window_R.shape, math.inf, dtype=torch.float64)
 
 
 class _Pace:
@@ -237,7 +261,12 @@ class _Pace:
 
 
 class _Free:
-    """Something that may move, by a relative change `r` with a gradient of its own."""
+    """Something that may move, by a relative change `r` with a gradient of its own.
+
+    `name`: of the dense tensor, if it is one.
+    """
+
+    name: str | None = None
 
     def __init__(self, parameter: nn.Parameter, shape: torch.Size, rate: float) -> None:
         self.parameter, self.rate = parameter, rate
@@ -322,10 +351,7 @@ class _Search:
 
     def look(self) -> None:
         """Measure the model as it is; NaN counts as infinite."""
-        try:
-            self.last = float(self._choose.measure_rows().mean())
-        except CalibrationError:
-            self.last = math.inf
+        self.last = float(_measure_rows(self._choose).mean())
         if self.last < self._least:
             self._least, self.improved = self.last, True
             self.best = [part.store() for part in self._free]

@@ -10,7 +10,15 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import Objective, choose_objective
 from cptq.checkpoint.model import LoadedModel
-from cptq.compression.tune import STEP_TOKENS, Tuned, copy_dense, cut_steps, measure_errors, tune
+from cptq.compression.tune import (
+    STEP_TOKENS,
+    STEPS,
+    Tuned,
+    copy_dense,
+    cut_steps,
+    measure_errors,
+    tune,
+)
 from cptq.numerics.standard_error import compute_standard_error
 from cptq.pipeline.inputs import CompressInputs
 from cptq.report.formatting import format_number
@@ -87,6 +95,7 @@ def tune_layers(
         dense.choose,
         dense.judge,
         float16_scales=inputs.runtime.float16_scales,
+        steps=STEPS,
         seconds=60 * settings.tune_minutes,
         seed=settings.calibration.seed,
         emit=emit,
