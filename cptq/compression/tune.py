@@ -16,9 +16,11 @@ Departures:
 - The loss is the divergence from the dense model, not the likelihood of the text: it needs no
   labels, works for classifiers and encoders, and does not teach the model the calibration text.
 - A step is relative: s = s_0 e^r and v = v_0 + rms(v_0) r, with Adam on r. So scales keep their
-  sign and never reach 0, and layers of any size move alike. Adam's rate is `RATE` |W - Q| / |W|
-  of the layer, for v that of all layers: noise in a gradient must not move weights by more than
-  rounding did, and what there is to gain is larger where fewer bits were left.
+  sign and never reach 0, and layers of any size move alike. Adam's rate is `RATES` times
+  |W - Q| / |W| of the layer, for v that of all layers: noise in a gradient must not move weights
+  by more than rounding did, and there is more to gain where fewer bits were left. It falls along a
+  cosine. Where steps end at a worse model than the first, they go on from the best one with a
+  third of the rate.
 - Norms and biases move as well.
 - The model always computes with s and v as they are stored, rounded to their types and bounds
   (`layer.round_layer_scales`); the gradient passes through the rounding as if it were not there.
@@ -69,8 +71,11 @@ from cptq.types import CompressedLayer, Emit, Progress
 STEP_TOKENS = 512
 #: steps at most, and between two looks at the held-out text
 STEPS, CHECK_EVERY = 512, 16
-#: size of a step of Adam at the beginning, as a share of the relative error of the weights
-RATE = 0.07
+#: size of a step of Adam at the beginning, as a share of the relative error of the weights, by what
+#: an output row is; a step has hundreds of tokens, but few sentences, and more noise
+RATES = {"token": 0.07, "sentence": 0.02, "example": 0.02}
+#: what is left of it after steps that led to a worse model than the first
+CUT = 1 / 3
 #: the gradients of a model that is confident of its classes are small
 EPSILON = 1e-12
 
@@ -81,8 +86,8 @@ class Tuned:
 
     `before` and `after` are the divergences of each held-out row of the text that judges, `after`
     that of the best state on the text that chooses. `dense` names the dense tensors that changed.
-    `steps` were made of `planned`. Where that state is no better, `kept` is False and the model and
-    its layers are as they were.
+    `steps` were made of `planned`; `in_time`: time did not end them. Where that state is no better,
+    `kept` is False and the model and its layers are as they were.
     """
 
     layers: list[CompressedLayer]
@@ -91,6 +96,7 @@ class Tuned:
     after: Tensor
     steps: int
     planned: int
+    in_time: bool
     kept: bool
 
 
@@ -172,15 +178,15 @@ def tune(
         seed: of the order of the batches.
         emit: receives progress with the divergence on held-out text.
     """
-    free = _list_free(model, layers, float16_scales)
+    free = _list_free(model, layers, float16_scales, RATES[objective.row])
     judges = [choose, *([judge] if judge else [])]
     start, before = [part.store() for part in free], [text.measure_rows() for text in judges]
-    search = _Search(free, choose, start, float(before[0].mean()))
+    search = _Search(free, choose, float(before[0].mean()))
     pace = _Pace(steps, seconds)
     made, order = 0, _repeat(len(batches), seed)
     optimizer = torch.optim.Adam([{"params": [part.r]} for part in free], eps=EPSILON)
     with _receive_gradients(free):
-        while made < pace.estimate_steps(made) and math.isfinite(search.last):
+        while made < pace.estimate_steps(made):
             _set_rates(optimizer, free, pace.anneal(made))
             optimizer.zero_grad()
             _backpropagate(model, dense, batches[next(order)], objective)
@@ -191,6 +197,10 @@ def tune(
                 search.look()
                 message = f"{search.last:.4g} {choose.unit} on held-out text"
                 emit(Progress(stage="tune", done=made, total=pace.total, message=message))
+                if search.worse:
+                    search.return_to_best()
+                    optimizer.state.clear()
+                    pace.share *= CUT
     if made % CHECK_EVERY:
         search.look()
     _load(free, search.best)
@@ -206,19 +216,20 @@ def tune(
         after=after,
         steps=made,
         planned=steps,
+        in_time=pace.total == steps,
         kept=kept,
     )
 
 
 def _list_free(
-    model: LoadedModel, layers: Sequence[CompressedLayer], float16_scales: bool
+    model: LoadedModel, layers: Sequence[CompressedLayer], float16_scales: bool, rate: float
 ) -> list[_Free]:
     """Return all that may move."""
-    rate = RATE * math.sqrt(sum(x.result.weight_error for x in layers) / len(layers))
+    mean = math.sqrt(sum(x.result.weight_error for x in layers) / len(layers))
     vectors = find_free_vectors(model).items()
     return [
-        *(_Scales(model, layer, float16_scales) for layer in layers),
-        *(_Vector(model, name, vector, rate) for name, vector in vectors),
+        *(_Scales(model, layer, float16_scales, rate) for layer in layers),
+        *(_Vector(model, name, vector, rate * mean) for name, vector in vectors),
     ]
 
 
@@ -239,11 +250,11 @@ class _Pace:
     """How many steps there will be, and how large: Adam's step falls along a cosine to 0.
 
     If the time will not suffice for all steps, fewer are planned, so that the steps are small at
-    the end in any case.
+    the end in any case. `share`: of the rate that is in use.
     """
 
     def __init__(self, steps: int, seconds: float) -> None:
-        self.total = steps
+        self.total, self.share = steps, 1.0
         self._seconds, self._began = seconds, time.perf_counter()
 
     def estimate_steps(self, made: int) -> int:
@@ -257,7 +268,7 @@ class _Pace:
 
     def anneal(self, made: int) -> float:
         """Return the size of the next step as a share of the first one's."""
-        return 0.5 * (1 + math.cos(math.pi * made / self.total))
+        return self.share * 0.5 * (1 + math.cos(math.pi * made / self.total))
 
 
 class _Free:
@@ -288,11 +299,14 @@ class _Free:
 class _Scales(_Free):
     """The scales of one compressed linear: s = s_0 e^r."""
 
-    def __init__(self, model: LoadedModel, layer: CompressedLayer, float16_scales: bool) -> None:
+    def __init__(
+        self, model: LoadedModel, layer: CompressedLayer, float16_scales: bool, rate: float
+    ) -> None:
         self._module = model.linear(layer.spec.name)
         weight = self._module.weight
         assert isinstance(weight, nn.Parameter)
-        super().__init__(weight, layer.scale.shape, RATE * math.sqrt(layer.result.weight_error))
+        rate *= math.sqrt(layer.result.weight_error)
+        super().__init__(weight, layer.scale.shape, rate)
         self.layer = layer
         self._start_OG = layer.scale.float()
         self._dtype, self._float16_scales = model.dtype, float16_scales
@@ -340,21 +354,39 @@ def fold_gradient(layer: CompressedLayer, gradient_OI: Tensor) -> Tensor:
 
 
 class _Search:
-    """The best state seen on the text that chooses."""
+    """The best state seen on the text that chooses, and the changes `r` that make it."""
 
-    def __init__(
-        self, free: list[_Free], choose: DivergenceFromDense, start: list[Tensor], value: float
-    ) -> None:
-        self._free, self._choose = free, choose
-        self.best, self._least, self.last = start, value, value
-        self.improved = False
+    def __init__(self, free: list[_Free], choose: DivergenceFromDense, before: float) -> None:
+        self._free, self._choose, self._before = free, choose, before
+        self._least = self.last = before
+        self._keep()
+
+    def _keep(self) -> None:
+        self.best = [part.store() for part in self._free]
+        self._changes = [part.r.clone() for part in self._free]
+
+    @property
+    def improved(self) -> bool:
+        """Whether some state was better than the first."""
+        return self._least < self._before
+
+    @property
+    def worse(self) -> bool:
+        """Whether the last state was worse than the first."""
+        return not self.last <= self._before
 
     def look(self) -> None:
-        """Measure the model as it is; NaN counts as infinite."""
+        """Measure the model as it is."""
         self.last = float(_measure_rows(self._choose).mean())
         if self.last < self._least:
-            self._least, self.improved = self.last, True
-            self.best = [part.store() for part in self._free]
+            self._least = self.last
+            self._keep()
+
+    def return_to_best(self) -> None:
+        """Go on from the best state."""
+        for part, r in zip(self._free, self._changes, strict=True):
+            part.r.copy_(r)
+        _load(self._free, self.best)
 
 
 @torch.no_grad()

@@ -109,7 +109,7 @@ def tune_layers(
 
 
 def _report(found: Tuned, judge: DivergenceFromDense, minutes: int, emit: Emit) -> None:
-    if found.steps < found.planned:
+    if not found.in_time:
         message = (
             f"{found.steps} of {found.planned} steps fitted into {minutes} minutes: another run "
             "may make more or fewer, and write other bytes; a larger --tune-minutes allows all"

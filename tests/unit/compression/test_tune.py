@@ -111,7 +111,7 @@ def snapshot(model: LoadedModel) -> dict[str, Tensor]:
 def test_gradients_are_those_of_autograd_in_float64(arch: str, tiny_model: TinyModel) -> None:
     case = build(tiny_model(arch), CANDIDATES, conv1d=True)
     vectors = find_free_vectors(case.model)
-    free = [tuning._Scales(case.model, layer, False) for layer in case.layers]
+    free = [tuning._Scales(case.model, layer, False, 1.0) for layer in case.layers]
     free += [tuning._Vector(case.model, name, x, 1.0) for name, x in vectors.items()]
     with tuning._receive_gradients(free):
         tuning._backpropagate(case.model, case.dense, case.batches[0], case.objective)
@@ -174,6 +174,7 @@ def test_tuning_brings_a_model_closer_to_the_dense_one(arch: str, tiny_model: Ti
     vectors = [x for x in find_free_vectors(case.model) if "pooler" not in x]
     assert set(vectors) <= set(found.dense)
     assert found.steps == found.planned == 24
+    assert found.in_time
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -194,18 +195,27 @@ def test_vectors_are_kept_in_the_type_of_the_checkpoint(
     assert all(torch.equal(case.model.module.state_dict()[x], before[x]) for x in frozen)
 
 
-@pytest.mark.parametrize("rate", [3.0, 1e30])
+@pytest.mark.parametrize("rate", [1e3, 1e30])
 def test_what_makes_it_worse_is_not_kept(
     rate: float, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     case = build(tiny_model("llama"))
     before = snapshot(case.model)
-    monkeypatch.setattr(tuning, "RATE", rate)
+    monkeypatch.setitem(tuning.RATES, "token", rate)
     found = case.tune()
     assert not found.kept
     assert found.dense == ()
     assert all(a.scale.equal(b.scale) for a, b in zip(found.layers, case.layers, strict=True))
     assert all(torch.equal(x, before[n]) for n, x in case.model.module.state_dict().items())
+
+
+def test_too_large_a_rate_is_cut(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = build(tiny_model("llama"))
+    monkeypatch.setitem(tuning.RATES, "token", 1.0)
+    monkeypatch.setattr(tuning, "CHECK_EVERY", 4)
+    found = case.tune(steps=32)
+    assert found.kept
+    assert float(found.after.mean()) < 0.97 * float(found.before.mean())
 
 
 def test_what_is_worse_on_the_second_text_is_not_kept(tiny_model: TinyModel) -> None:
@@ -268,7 +278,7 @@ def test_time_ends_it_and_small_steps_come_last(
 
     monkeypatch.setattr(tuning._Pace, "anneal", note)
     found = case.tune(steps=512, seconds=40.0)
-    assert found.planned == 512
+    assert (found.planned, found.in_time) == (512, False)
     assert 30 <= found.steps <= 40
     assert len(shares) == found.steps
     assert shares[0] == 1.0
@@ -279,7 +289,7 @@ def test_time_ends_it_and_small_steps_come_last(
 def test_no_time_leaves_the_model_as_it_is(tiny_model: TinyModel) -> None:
     case = build(tiny_model("llama"))
     found = case.tune(seconds=-1.0)
-    assert (found.steps, found.kept) == (0, False)
+    assert (found.steps, found.in_time, found.kept) == (0, False, False)
 
 
 def test_the_copy_stays_dense_and_shares_what_stays_as_it_is(tiny_model: TinyModel) -> None:
