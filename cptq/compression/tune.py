@@ -21,7 +21,7 @@ Departures:
   by more than rounding did, and there is more to gain where fewer bits were left. It falls along a
   cosine. Where steps end at a worse model than the first, they go on from the best one with a
   third of the rate.
-- Norms and biases move as well.
+- Norms and biases move as well, as stored in the checkpoint's type.
 - The model always computes with s and v as they are stored, rounded to their types and bounds
   (`layer.round_layer_scales`); the gradient passes through the rounding as if it were not there.
   So the states that are compared are those that would ship.
@@ -31,15 +31,16 @@ Departures:
 The best state on held-out text is kept, judged every `CHECK_EVERY` steps. If it is not better than
 the beginning there, or worse on a second text that chose nothing, the model is left as it began.
 
-Cost: per step three forward passes of `STEP_TOKENS` tokens (one of them of the dense model, which
-is cheaper than to keep its logits) and one of the backward kind, all compressed weights multiplied
-out once, and a share of two passes over held-out text. Memory: the dense weights once more, on the
-model's device (`copy_dense`; the embeddings are shared where they stay dense), the activations of
-one step, the gradient of one weight at a time, four numbers per scale, and the held-out text's
-dense outputs.
-Limits: codes do not move, so what is lost by a code stays lost; embeddings, heads and routers are
-frozen. The gain is that on text like the calibration text. The number of steps fits what 32,768
-tokens of text can teach; `seconds` may end it earlier, and then the result depends on the machine.
+Cost: per step of `STEP_TOKENS` tokens a forward pass of the dense model, which is cheaper than to
+keep its logits, and a forward and a backward pass of the compressed one, as much as four forward
+passes; with a look at the held-out text every `CHECK_EVERY` steps, a quarter of a pass more.
+Memory: the dense weights once more, on the model's device (`copy_dense`; what is never changed is
+shared), the activations of one step, the gradient of one weight at a time, four numbers per scale,
+and the dense outputs for the held-out text.
+Limits: codes do not move, so what is lost by a code stays lost; embeddings, heads, routers and
+vectors of zeros are frozen. The gain is that on text like the calibration text. Rates were measured
+on stories260k at 2 to 4 bits and on small encoders. `seconds` may end it early, and then the result
+depends on the machine's speed.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from cptq.config.checks import check_bits, check_limit, check_repository, parse_sparsity
 from cptq.config.inputs import (
+    DEFAULT_TASKS,
     CalibrationSettings,
     ModelSettings,
     batch_size_option,
@@ -23,6 +24,7 @@ from cptq.config.inputs import (
     overwrite_option,
     push_to_hub_option,
     seed_option,
+    tasks_option,
     token_option,
     trust_remote_code_option,
 )
@@ -47,7 +49,6 @@ DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
 DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
 #: values of --scales
 SCALE_KINDS = ("auto", "16bit")
-DEFAULT_TASKS = ("wikitext",)
 DEFAULT_PAIRS = 96
 DEFAULT_TUNE_MINUTES = 10
 DEFAULT_TARGETS = ("2.5bit", "3bit", "4bit")
@@ -56,7 +57,6 @@ GROUND_TRUTH = "kl"
 
 METRICS, ALLOCATORS = "cptq.sensitivity:METRICS", "cptq.allocation:ALLOCATORS"
 COMPRESSORS, FORMATS = "cptq.compression:COMPRESSORS", "cptq.artifact.formats:FORMATS"
-TASKS = "cptq.evaluation:TASKS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,25 +337,12 @@ class CompressSettings(CandidateSettings):
             )
 
 
-def _tasks_option(default: tuple[str, ...]) -> tuple[str, ...]:
-    return option(
-        default,
-        "Run this task.",
-        EVALUATION,
-        "NAME",
-        flags=("--task",),
-        registry=TASKS,
-        allowed="text:PATH",
-        usual=", ".join(DEFAULT_TASKS),
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSettings:
     """What `eval` and `compare` share: a model, and tasks with their data."""
 
     model: ModelSettings
-    tasks: tuple[str, ...] = _tasks_option(DEFAULT_TASKS)
+    tasks: tuple[str, ...] = tasks_option(DEFAULT_TASKS)
     limit: float | None = option(
         None,
         "Evaluate N samples per task, or a share of them if N is at most 1.",
@@ -397,7 +384,7 @@ class EvaluationSettings:
 class EvalSettings(EvaluationSettings):
     """`cptq eval`. Without tasks it runs wikitext, unless `lm_eval` names tasks."""
 
-    tasks: tuple[str, ...] = _tasks_option(())
+    tasks: tuple[str, ...] = tasks_option(())
     lm_eval: tuple[str, ...] = option(
         (),
         "Run these tasks by lm-evaluation-harness: its names or YAML files, separated by commas.",
