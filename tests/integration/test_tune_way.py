@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,8 @@ from tests.conftest import Heard, TinyModel
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=16, seqlen=64, batch_size=4)
 
 
-@pytest.fixture(autouse=True)
-def in_short(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="module", autouse=True)
+def in_short() -> Iterator[None]:
     """Few steps; artifacts are checked in this process, as a new one imports torch for seconds."""
 
     def run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
@@ -34,8 +35,11 @@ def in_short(monkeypatch: pytest.MonkeyPatch) -> None:
         stock_load.main(str(folder / "job.json"))
         return json.loads(Path(job["report"]).read_text()) | {"cptq": []}
 
-    monkeypatch.setattr(reload, "_run", run)
-    monkeypatch.setattr(tuning, "STEPS", 32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reload, "_run", run)
+        patch.setattr(tuning, "STEPS", 16)
+        patch.setattr("cptq.compression.tune.CHECK_EVERY", 4)
+        yield
 
 
 def run(model: Path, out: Path, heard: Heard, **more: Any) -> CompressOutcome:
@@ -51,18 +55,42 @@ def told(heard: Heard) -> list[Notice]:
     return [e for e in heard if isinstance(e, Notice) and e.subject == "--tune"]
 
 
-def test_tuned_norms_and_scales_are_in_the_file_that_stock_transformers_loads(
-    tiny_model: TinyModel, tmp_path: Path, heard: Heard
-) -> None:
-    source = tiny_model("llama", dtype=torch.bfloat16)
-    plain = run(source, tmp_path / "plain", Heard(), tune=False)
-    tuned = run(source, tmp_path / "tuned", heard, plan=tmp_path / "plain/plan.json", target=None)
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """One plan carried out without and with tuning, and what was heard of the latter."""
+
+    source: Path
+    folder: Path
+    plain: CompressOutcome
+    tuned: CompressOutcome
+    heard: Heard
+
+    def read(self, name: str) -> list[Any]:
+        """The JSON file of that name in either."""
+        return [json.loads((self.folder / x / name).read_text()) for x in ("plain", "tuned")]
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory, in_short: None) -> Pair:
+    source, folder, heard = (
+        tiny_model("llama", dtype=torch.bfloat16),
+        tmp_path_factory.mktemp("pair"),
+        Heard(),
+    )
+    plain = run(source, folder / "plain", Heard(), tune=False)
+    same = {"plan": folder / "plain/plan.json", "target": None}
+    tuned = run(source, folder / "tuned", heard, **same)
+    return Pair(source=source, folder=folder, plain=plain, tuned=tuned, heard=heard)
+
+
+def test_tuned_norms_and_scales_are_in_the_file_that_stock_transformers_loads(pair: Pair) -> None:
+    plain, tuned, folder = pair.plain, pair.tuned, pair.folder
     assert plain.artifact is not None
     assert tuned.artifact is not None
     assert tuned.artifact.weight_bytes == plain.artifact.weight_bytes
     before, after, dense = (
         load_file(path / "model.safetensors")
-        for path in (tmp_path / "plain", tmp_path / "tuned", source)
+        for path in (folder / "plain", folder / "tuned", pair.source)
     )
     assert {n: (x.dtype, x.shape) for n, x in after.items()} == {
         n: (x.dtype, x.shape) for n, x in before.items()
@@ -72,19 +100,18 @@ def test_tuned_norms_and_scales_are_in_the_file_that_stock_transformers_loads(
     norms = {name for name in dense if dense[name].dim() == 1}
     assert norms == set(record["dense_tensors"])
     assert changed == norms | {name for name in after if name.endswith("weight_scale")}
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "tuned").state_dict()
+    loaded = AutoModelForCausalLM.from_pretrained(folder / "tuned").state_dict()
     for name in norms:
         assert torch.equal(loaded[name].bfloat16(), after[name])
     assert record["after"] < record["before"]
-    (note,) = told(heard)
+    (note,) = told(pair.heard)
     assert note.kind == "info"
     assert "the divergence from the dense model fell from" in note.message
-    assert note.message in (tmp_path / "tuned/report.md").read_text()
-    assert "Tuned on the calibration text in 32 steps" in (tmp_path / "tuned/README.md").read_text()
+    assert note.message in (folder / "tuned/report.md").read_text()
+    assert "Tuned on the calibration text in 16 steps" in (folder / "tuned/README.md").read_text()
     assert "tuned" not in plain.artifact.manifest
-    assert (tmp_path / "plain/plan.json").read_bytes() == (
-        tmp_path / "tuned/plan.json"
-    ).read_bytes()
+    first, second = pair.read("plan.json")
+    assert first == second
 
 
 @pytest.mark.parametrize("arch", ["bert", "bert-encoder"])
@@ -125,16 +152,8 @@ def test_the_better_of_two_plans_is_tuned(
     assert subjects.index("--check-uniform") < subjects.index("--tune")
 
 
-def test_errors_are_those_of_the_tuned_layers(
-    tiny_model: TinyModel, tmp_path: Path, heard: Heard
-) -> None:
-    source = tiny_model("llama")
-    run(source, tmp_path / "plain", Heard(), tune=False)
-    run(source, tmp_path / "tuned", heard, plan=tmp_path / "plain/plan.json", target=None)
-    rows = [
-        json.loads((tmp_path / name / "cptq.json").read_text())["layers"]
-        for name in ("plain", "tuned")
-    ]
+def test_errors_are_those_of_the_tuned_layers(pair: Pair) -> None:
+    rows = [manifest["layers"] for manifest in pair.read("cptq.json")]
     for before, after in zip(*rows, strict=True):
         assert before["name"] == after["name"]
         assert before["nbytes"] == after["nbytes"]
@@ -158,19 +177,17 @@ def test_a_plan_without_compressed_layers_has_nothing_to_tune(
 
 
 def test_when_nothing_is_better_that_is_said(
-    tiny_model: TinyModel, tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
+    pair: Pair, tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(RATES, "token", 1e6)
-    source = tiny_model("llama")
-    run(source, tmp_path / "plain", Heard(), tune=False)
-    outcome = run(source, tmp_path / "tuned", heard, tune_minutes=3)
+    monkeypatch.setitem(RATES, "token", 1e9)
+    outcome = run(pair.source, tmp_path / "out", heard)
     (note,) = told(heard)
     assert note.kind == "warning"
     assert "no better state was found" in note.message
     assert outcome.artifact is not None
     assert "tuned" not in outcome.artifact.manifest
-    files = [(tmp_path / n / "model.safetensors").read_bytes() for n in ("plain", "tuned")]
-    assert files[0] == files[1]
+    files = [path / "model.safetensors" for path in (pair.folder / "plain", tmp_path / "out")]
+    assert files[0].read_bytes() == files[1].read_bytes()
 
 
 def test_a_run_that_is_cut_short_says_so(
@@ -178,7 +195,7 @@ def test_a_run_that_is_cut_short_says_so(
 ) -> None:
     monkeypatch.setattr(tuning, "STEPS", 10**6)
     tune = tuning.tune
-    monkeypatch.setattr(tuning, "tune", lambda *args, **more: tune(*args, **more | {"seconds": 2}))
+    monkeypatch.setattr(tuning, "tune", lambda *args, **more: tune(*args, **more | {"seconds": 1}))
     run(tiny_model("llama"), tmp_path / "out", heard, tune_minutes=3)
     first, second = told(heard)
     assert first.kind == "warning"
