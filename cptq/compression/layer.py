@@ -179,11 +179,14 @@ def round_layer_scales(layer: CompressedLayer, scale_OG: Tensor, *, float16_scal
 
     `float16_scales` as in `compress_layer`. Scales that the layer has already stay as they are.
     """
-    dtype, bits = layer.scale.dtype, layer.result.candidate.bits
+    candidate = layer.result.candidate
+    if candidate.scales:
+        return round_scales(scale_OG, get_scale_type(layer.spec, candidate))
+    dtype = layer.scale.dtype
     if not float16_scales:
         return round_scales(scale_OG, dtype)
     if layer.zero is not None:
-        return round_scales(scale_OG, dtype, count_scale_bits(layer.zero, bits))
+        return round_scales(scale_OG, dtype, count_scale_bits(layer.zero, candidate.bits))
     if dtype is torch.bfloat16:
         scale_OG = scale_OG.sign() * scale_OG.abs().clamp(LEAST, MOST)
     return round_scales(scale_OG, dtype)

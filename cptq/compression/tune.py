@@ -101,15 +101,11 @@ class Tuned:
     kept: bool
 
 
-def copy_dense(model: LoadedModel, *, embeddings: bool) -> LoadedModel:
-    """Return the dense model with weights of its own; what is never changed is shared.
-
-    `embeddings`: they will be compressed, too.
-    """
+def copy_dense(model: LoadedModel) -> LoadedModel:
+    """Return the dense model with weights of its own; what is never changed is shared."""
     changed = {id(vector) for vector in find_free_vectors(model).values()}
-    for spec in model.layers:
-        if spec.compressible or (embeddings and spec.kind in ("embedding", "head")):
-            changed.add(id(model.linear(spec.name).weight))
+    for unit in model.all_units:
+        changed |= {id(model.linear(spec.name).weight) for spec in unit.layers}
     shared = {id(p): p for p in model.module.parameters() if id(p) not in changed}
     return replace(model, module=copy.deepcopy(model.module, shared))
 

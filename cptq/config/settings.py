@@ -306,17 +306,10 @@ class CompressSettings(CandidateSettings):
         PLAN,
     )
     tune: bool = option(
-        False,
-        "After rounding, tune the scales of the compressed layers, and norms and biases, by the "
-        "divergence from the dense model.",
-        PLAN,
+        False, "Tune scales, norms and biases by the divergence from the dense model.", PLAN
     )
     tune_minutes: int = option(
-        DEFAULT_TUNE_MINUTES,
-        "Tune for at most N minutes. Needs --tune.",
-        PLAN,
-        "N",
-        minimum=1,
+        DEFAULT_TUNE_MINUTES, "Tune for at most N minutes. Needs --tune.", PLAN, "N", minimum=1
     )
     out: Path | None = out_option(
         "Write the artifact to this directory.", "DIR", "MODEL-cptq-TARGET"

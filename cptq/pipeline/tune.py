@@ -49,7 +49,7 @@ def record_dense(inputs: CompressInputs) -> DenseRecord:
         return DivergenceFromDense(model, batches, objective, units=False)
 
     return DenseRecord(
-        model=copy_dense(model, embeddings=inputs.space.embedding is not None),
+        model=copy_dense(model),
         objective=objective,
         choose=measure(text.tune),
         judge=measure(text.judge) if text.judge else None,
@@ -76,7 +76,6 @@ def tune_layers(
         All layers, and what the manifest says; None where nothing was tuned.
     """
     linears = [layer for layer in layers if layer.spec.kind in ("linear", "conv1d")]
-    others = [layer for layer in layers if layer.spec.kind not in ("linear", "conv1d")]
     if not linears:
         message = "the plan keeps every linear dense: nothing to tune"
         emit(Notice(kind="warning", subject=SUBJECT, message=message))
@@ -105,7 +104,8 @@ def tune_layers(
     if not found.kept:
         return list(layers), None
     tuned = measure_errors(model, dense.model, found.layers, held_out)
-    return [*others, *tuned], _record(found, judge)
+    by_name = {layer.spec.name: layer for layer in tuned}
+    return [by_name.get(x.spec.name, x) for x in layers], _record(found, judge)
 
 
 def _report(found: Tuned, judge: DivergenceFromDense, minutes: int, emit: Emit) -> None:

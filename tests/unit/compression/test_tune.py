@@ -31,8 +31,10 @@ from cptq.compression.layer import (
 from cptq.compression.tune import Tuned, copy_dense, cut_steps, find_free_vectors, fold_gradient
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.layouts.packed import PACKED_LAYOUT
+from cptq.numerics.float8 import round_to_float8
 from cptq.numerics.gguf_blocks import compute_minimum, fits_float16
 from cptq.numerics.grid import dequantize_layer
+from cptq.numerics.scale_grids import join_rows, split_rows
 from cptq.types import Candidate, CompressedLayer, LayerSpec
 from tests.conftest import Heard, TinyModel
 from tests.reference.sensitivity import loaded, random_calibration
@@ -86,7 +88,7 @@ def build(
         for k, count in enumerate((rows, 8, 8))
     ]
     choose, judge = (DivergenceFromDense(model, x, objective, units=False) for x in texts[1:])
-    dense, layers = copy_dense(model, embeddings=False), []
+    dense, layers = copy_dense(model), []
     specs = [spec for unit in model.units for spec in unit.layers]
     for spec, candidate in zip(specs, cycle(candidates), strict=False):
         if not candidate.dense:
@@ -293,17 +295,15 @@ def test_no_time_leaves_the_model_as_it_is(tiny_model: TinyModel) -> None:
 
 
 def test_the_copy_stays_dense_and_shares_what_stays_as_it_is(tiny_model: TinyModel) -> None:
-    model = loaded(tiny_model("llama", tied=True))
+    model = loaded(tiny_model("opt", tied=True))
     before = snapshot(model)
-    dense = copy_dense(model, embeddings=False)
-    other = copy_dense(model, embeddings=True)
-    table = model.module.get_input_embeddings().weight
-    assert dense.module.get_input_embeddings().weight is table
-    assert other.module.get_input_embeddings().weight is not table
-    assert other.module.get_output_embeddings().weight is other.module.get_input_embeddings().weight
+    dense = copy_dense(model)
+    positions = model.module.model.decoder.embed_positions.weight
+    assert dense.module.model.decoder.embed_positions.weight is positions
+    assert dense.module.get_output_embeddings().weight is dense.module.get_input_embeddings().weight
     with torch.no_grad():
         for vector in model.module.parameters():
-            if vector is not table:
+            if vector is not positions:
                 vector.add_(1.0)
     assert all(torch.equal(x, before[n]) for n, x in dense.module.state_dict().items())
 
@@ -355,6 +355,25 @@ def test_stored_scales_keep_the_bounds_of_float16(dtype: str, symmetric: bool) -
             assert float(moved.abs()[0, 0]) == (LEAST if factor < 1 else MOST)
     free = round_layer_scales(layer, layer.scale.float() * 1.1137, float16_scales=False)
     assert torch.equal(free, (layer.scale.float() * 1.1137).to(layer.scale.dtype))
+
+
+@pytest.mark.parametrize("scales", ["row", "e4m3", "e5m2"])
+def test_narrow_scales_stay_what_their_kind_holds(scales: str) -> None:
+    W_OI = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
+    spec = LayerSpec(name="a.b", block=0, role="b", kind="linear", shape=(6, 64), dtype="BF16")
+    candidate = Candidate(bits=3, group_size=16, scales=scales)
+    layer = compress_layer(spec, W_OI, None, candidate, nearest.compress, PACKED_LAYOUT)
+    same = round_layer_scales(layer, layer.scale.float(), float16_scales=False)
+    assert torch.equal(same, layer.scale)
+    moved = round_layer_scales(layer, layer.scale.float() * 1.37, float16_scales=False)
+    assert moved.dtype is layer.scale.dtype
+    assert torch.equal(moved.sign(), layer.scale.sign())
+    if scales == "row":
+        codes_OG, factor_O1 = split_rows(moved, torch.bfloat16)
+        assert torch.equal(join_rows(codes_OG, factor_O1), moved)
+    else:
+        assert torch.equal(round_to_float8(moved, scales).float(), moved)
+    assert float((moved / layer.scale - 1.37).abs().max()) < 0.37
 
 
 def test_errors_are_measured_again() -> None:
