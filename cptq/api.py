@@ -65,7 +65,10 @@ _FUNCTIONS: Mapping[type, str] = {
     ExportSettings: "export",
 }
 #: options that decide how a plan is carried out and written, which `plan` does not do
-_NOT_FOR_PLANS = ("plan", "out", "overwrite", "push_to_hub", "compressor", "check_uniform")
+_NOT_FOR_PLANS = (
+    *("plan", "out", "overwrite", "push_to_hub", "compressor", "check_uniform"),
+    *("tune", "tune_minutes"),
+)
 
 
 def execute(settings: AnySettings, emit: Emit) -> Any:

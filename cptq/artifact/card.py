@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cptq.artifact.companions import MODULES
 from cptq.artifact.content import Content
@@ -28,8 +29,13 @@ def build_card(
     plan: Plan,
     calibration: CalibrationRecord,
     weight_bytes: int,
+    *,
+    tuned: Mapping[str, Any] | None = None,
 ) -> str:
-    """Build the card: base model, loading, compression, results; Markdown with front matter."""
+    """Build the card: base model, loading, compression, results; Markdown with front matter.
+
+    `tuned` as in `draft.Record`.
+    """
     layers = list(model.compressed.values())
     licence = next((x.split(":", 1)[1].strip() for x in _read_licence(model.path / CARD)), "")
     return "\n".join(
@@ -44,6 +50,7 @@ def build_card(
             "## Compression",
             "",
             *_describe_compression(layers, plan, calibration, weight_bytes),
+            *_describe_tuning(tuned),
             "",
             "## Results",
             "",
@@ -109,10 +116,21 @@ def _describe_compression(
     return [
         f"- Target `{plan.budget.asked}`: {plan.budget.limit_text}; the weight files take "
         f"{weight_bytes:,} bytes.",
-        f"- Compressed layers: {spread}; all others are stored as in the base model.",
+        f"- Compressed layers: {spread}; all other matrices are stored as in the base model.",
         f"- Bits were chosen by `{plan.allocator}`{scores}.",
         f"- Calibration: {calibration.source}, {calibration.samples} samples, "
         f"{calibration.tokens:,} tokens, seed {calibration.seed}.",
+    ]
+
+
+def _describe_tuning(tuned: Mapping[str, Any] | None) -> list[str]:
+    if tuned is None:
+        return []
+    return [
+        f"- Tuned on the calibration text in {tuned['steps']} steps of {tuned['tokens_per_step']} "
+        f"tokens: the scales of the compressed layers and {len(tuned['dense_tensors'])} norms and "
+        "biases, which therefore differ from the base model's. Divergence from it on held-out "
+        f"text: {tuned['before']:.4g} before, {tuned['after']:.4g} after, {tuned['unit']}."
     ]
 
 

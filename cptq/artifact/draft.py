@@ -31,7 +31,13 @@ from cptq.artifact.companions import count_companion_bytes
 from cptq.artifact.content import Content
 from cptq.artifact.formats import DEFAULT_FORMAT, FORMATS
 from cptq.artifact.formats.interface import Format
-from cptq.artifact.manifest import MANIFEST, build_manifest, compute_file_digests, encode_manifest
+from cptq.artifact.manifest import (
+    MANIFEST,
+    TUNED,
+    build_manifest,
+    compute_file_digests,
+    encode_manifest,
+)
 from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.artifact.sample import record_sample
 from cptq.errors import ArtifactError
@@ -40,11 +46,15 @@ from cptq.types import Artifact, CalibrationRecord, Emit, Notice, Plan, Progress
 
 @dataclass(frozen=True, kw_only=True)
 class Record:
-    """How the content was made; `more` goes into the manifest as it is."""
+    """How the content was made; `more` goes into the manifest as it is.
+
+    `tuned` says what `compress --tune` changed and what that brought; None: nothing was tuned.
+    """
 
     plan: Plan
     calibration: CalibrationRecord
     seed: int
+    tuned: Mapping[str, Any] | None = None
     more: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -124,7 +134,9 @@ class Draft:
         self.emit(Progress(stage="write", done=0, total=2, message=f"{size:,} bytes"))
         files = self.form.write(content, self.folder, self.emit)
         total = sum(files.values())
-        card = build_card(content, self.form, record.plan, record.calibration, total)
+        card = build_card(
+            content, self.form, record.plan, record.calibration, total, tuned=record.tuned
+        )
         write_bytes(self.folder / CARD, card.encode())
         write_files(self.folder, extras)
         self._written = _Written(content=content, record=record, files=files)
@@ -196,7 +208,8 @@ def _build_manifest(form: Format, written: _Written, folder: Path) -> dict[str, 
         digests=form.compute_digests(folder, files),
     )
     manifest["files_sha256"] = compute_file_digests(folder, files)
-    return manifest | dict(record.more)
+    tuned = {} if record.tuned is None else {TUNED: dict(record.tuned)}
+    return manifest | tuned | dict(record.more)
 
 
 def _check_names(files: Mapping[str, bytes]) -> None:

@@ -19,6 +19,8 @@ from cptq.types import CalibrationRecord, LayerResult, Plan
 
 MANIFEST = "cptq.json"
 FORMAT_VERSION = 1
+#: the field of an artifact that was tuned
+TUNED = "tuned"
 #: suffixes of the other files that a loader reads
 LOADED = (".json", ".jinja", ".model", ".txt", ".py", ".tiktoken")
 _PACKAGES = ("torch", "transformers", "safetensors", "compressed-tensors")

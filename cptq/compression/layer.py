@@ -30,7 +30,13 @@ from cptq.layouts import Layout
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import TWO_OF_FOUR
 from cptq.numerics.asymmetric_target import compute_asymmetric_target
-from cptq.numerics.grid import dequantize, dequantize_layer, get_code_range
+from cptq.numerics.grid import (
+    count_scale_bits,
+    dequantize,
+    dequantize_layer,
+    get_code_range,
+    round_scales,
+)
 from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
 from cptq.numerics.scale_grids import ScaleType
 from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec
@@ -166,6 +172,42 @@ def solve_layer_problem(
         return _bound_scales(method(problem), problem.bits)
     dtype = torch.bfloat16 if problem.scale_dtype is torch.bfloat16 else torch.float16
     return method(replace(problem, scale_dtype=dtype, float16_offset=not problem.symmetric))
+
+
+def round_layer_scales(layer: CompressedLayer, scale_OG: Tensor, *, float16_scales: bool) -> Tensor:
+    """Round other scales of a layer, float32, to what it may store: its type and its bounds.
+
+    `float16_scales` as in `compress_layer`. Scales that the layer has already stay as they are.
+    """
+    candidate = layer.result.candidate
+    if candidate.scales:
+        return round_scales(scale_OG, get_scale_type(layer.spec, candidate))
+    dtype = layer.scale.dtype
+    if not float16_scales:
+        return round_scales(scale_OG, dtype)
+    if layer.zero is not None:
+        return round_scales(scale_OG, dtype, count_scale_bits(layer.zero, candidate.bits))
+    if dtype is torch.bfloat16:
+        scale_OG = scale_OG.sign() * scale_OG.abs().clamp(LEAST, MOST)
+    return round_scales(scale_OG, dtype)
+
+
+def measure_layer(layer: CompressedLayer, W_OI: Tensor, H_II: Tensor | None) -> CompressedLayer:
+    """Return a layer whose scales were changed with its errors of now.
+
+    Args:
+        layer: the layer.
+        W_OI: its dense weight, float32.
+        H_II: second moment of inputs that do not calibrate; None: the output error is not known.
+    """
+    Q_OI = dequantize_layer(layer, torch.float32)
+    result = replace(
+        layer.result,
+        weight_error=_divide((W_OI - Q_OI).square().sum(), W_OI.square().sum()),
+        output_error=None if H_II is None else _measure_output_error(W_OI, Q_OI, H_II),
+        held_out=H_II is not None,
+    )
+    return replace(layer, result=result)
 
 
 def _compress(

@@ -10,6 +10,7 @@ from cptq.config.options import (
     ACCESS,
     ARGUMENTS,
     CALIBRATION,
+    EVALUATION,
     EXECUTION,
     OUTPUT,
     check_options,
@@ -19,6 +20,7 @@ from cptq.config.options import (
 from cptq.errors import UsageError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_TASKS, TASKS = ("wikitext",), "cptq.evaluation:TASKS"
 _MODEL = "a Hub id or a local directory"
 
 
@@ -29,6 +31,19 @@ def batch_size_option() -> int:
 def seed_option() -> int:
     help = "Set the random seed. The same seed gives the same bytes."
     return option(0, help, EXECUTION, "N", minimum=0)
+
+
+def tasks_option(default: tuple[str, ...]) -> tuple[str, ...]:
+    return option(
+        default,
+        "Run this task.",
+        EVALUATION,
+        "NAME",
+        flags=("--task",),
+        registry=TASKS,
+        allowed="text:PATH",
+        usual=", ".join(DEFAULT_TASKS),
+    )
 
 
 def data_dir_option() -> Path | None:

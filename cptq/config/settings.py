@@ -15,6 +15,7 @@ from typing import ClassVar
 
 from cptq.config.checks import check_bits, check_limit, check_repository, parse_sparsity
 from cptq.config.inputs import (
+    DEFAULT_TASKS,
     CalibrationSettings,
     ModelSettings,
     batch_size_option,
@@ -23,6 +24,7 @@ from cptq.config.inputs import (
     overwrite_option,
     push_to_hub_option,
     seed_option,
+    tasks_option,
     token_option,
     trust_remote_code_option,
 )
@@ -47,15 +49,14 @@ DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
 DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
 #: values of --scales
 SCALE_KINDS = ("auto", "16bit")
-DEFAULT_TASKS = ("wikitext",)
 DEFAULT_PAIRS = 96
+DEFAULT_TUNE_MINUTES = 10
 DEFAULT_TARGETS = ("2.5bit", "3bit", "4bit")
 #: the metric that measures what the others estimate, with the compressor of the run
 GROUND_TRUTH = "kl"
 
 METRICS, ALLOCATORS = "cptq.sensitivity:METRICS", "cptq.allocation:ALLOCATORS"
 COMPRESSORS, FORMATS = "cptq.compression:COMPRESSORS", "cptq.artifact.formats:FORMATS"
-TASKS = "cptq.evaluation:TASKS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,6 +302,12 @@ class CompressSettings(CandidateSettings):
         "Compress by the uniform baseline plan of the same size too, and keep the better result.",
         PLAN,
     )
+    tune: bool = option(
+        False, "Tune scales, norms and biases by the divergence from the dense model.", PLAN
+    )
+    tune_minutes: int = option(
+        DEFAULT_TUNE_MINUTES, "Tune for at most N minutes. Needs --tune.", PLAN, "N", minimum=1
+    )
     out: Path | None = out_option(
         "Write the artifact to this directory.", "DIR", "MODEL-cptq-TARGET"
     )
@@ -310,6 +317,8 @@ class CompressSettings(CandidateSettings):
     def __post_init__(self) -> None:
         CandidateSettings.__post_init__(self)
         check_repository(self.push_to_hub)
+        if self.tune_minutes != DEFAULT_TUNE_MINUTES and not self.tune:
+            raise UsageError("--tune-minutes has no effect without --tune", hint="add --tune")
         widths = (*find_runtime(self.runtime).list_vocabulary_bits(), 16)
         if self.embedding_bits is not None and self.embedding_bits not in widths:
             raise UsageError(
@@ -318,25 +327,12 @@ class CompressSettings(CandidateSettings):
             )
 
 
-def _tasks_option(default: tuple[str, ...]) -> tuple[str, ...]:
-    return option(
-        default,
-        "Run this task.",
-        EVALUATION,
-        "NAME",
-        flags=("--task",),
-        registry=TASKS,
-        allowed="text:PATH",
-        usual=", ".join(DEFAULT_TASKS),
-    )
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationSettings:
     """What `eval` and `compare` share: a model, and tasks with their data."""
 
     model: ModelSettings
-    tasks: tuple[str, ...] = _tasks_option(DEFAULT_TASKS)
+    tasks: tuple[str, ...] = tasks_option(DEFAULT_TASKS)
     limit: float | None = option(
         None,
         "Evaluate N samples per task, or a share of them if N is at most 1.",
@@ -378,7 +374,7 @@ class EvaluationSettings:
 class EvalSettings(EvaluationSettings):
     """`cptq eval`. Without tasks it runs wikitext, unless `lm_eval` names tasks."""
 
-    tasks: tuple[str, ...] = _tasks_option(())
+    tasks: tuple[str, ...] = tasks_option(())
     lm_eval: tuple[str, ...] = option(
         (),
         "Run these tasks by lm-evaluation-harness: its names or YAML files, separated by commas.",

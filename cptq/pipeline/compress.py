@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,7 @@ from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
 from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
+from cptq.pipeline.tune import record_dense, tune_layers
 from cptq.pipeline.uniform_check import BASELINE, keep_better_plan
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
@@ -56,10 +57,11 @@ NARROW_TOLERANCE = 0.05
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CompressedModel:
-    """A plan and the layers that carry it out."""
+    """A plan and the layers that carry it out. `tuned` says what --tune did; None: nothing."""
 
     plan: Plan
     layers: tuple[CompressedLayer, ...]
+    tuned: Mapping[str, Any] | None = None
 
 
 def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
@@ -68,7 +70,7 @@ def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
     inputs = load_inputs(settings, recorder)
     tables = measure_sensitivity(inputs, recorder)
     plan = make_plan(inputs, tables, recorder)
-    compressed = compress_layers(inputs, plan, recorder)
+    compressed = compress_and_tune(inputs, plan, recorder)
     outcome = write_artifact(inputs, tables, compressed, recorder)
     _report_next_step(inputs, emit)
     _push_artifact(inputs, outcome, recorder)
@@ -166,6 +168,19 @@ def _restrict_to_refinable(inputs: CompressInputs, plan: Plan) -> Ledger:
     return fix_experts(inputs.ledger, plan.choices[experts[0]]) if experts else inputs.ledger
 
 
+def compress_and_tune(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> CompressedModel:
+    """Carry out the plan by `compress_layers`, and tune the result where --tune asks for it."""
+    if not inputs.settings.tune:
+        return compress_layers(inputs, plan, recorder)
+    with recorder.stage("tuning"):
+        dense = record_dense(inputs)
+    compressed = compress_layers(inputs, plan, recorder)
+    with recorder.stage("tuning"):
+        judged = inputs.held_out.judge[:JUDGED_BATCHES]
+        layers, tuned = tune_layers(inputs, compressed.layers, dense, judged, recorder)
+    return replace(compressed, layers=tuple(layers), tuned=tuned)
+
+
 def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> CompressedModel:
     """Carry out the plan, or the baseline plan where --check-uniform finds that better.
 
@@ -237,7 +252,10 @@ def write_artifact(
     """Write the artifact, verify it by reloading it, and add the report."""
     settings, model, plan = inputs.settings, inputs.model, compressed.plan
     record = Record(
-        plan=plan, calibration=inputs.calibration.record, seed=settings.calibration.seed
+        plan=plan,
+        calibration=inputs.calibration.record,
+        seed=settings.calibration.seed,
+        tuned=compressed.tuned,
     )
     with recorder.stage("artifact"):
         sample = _build_sample(inputs)

@@ -9,7 +9,7 @@ from pathlib import Path
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.hub import check_push, push
-from cptq.artifact.manifest import MANIFEST
+from cptq.artifact.manifest import MANIFEST, TUNED
 from cptq.artifact.reader import StoredArtifact, open_artifact
 from cptq.config import ExportSettings
 from cptq.types import Artifact, Emit, Notice
@@ -59,5 +59,6 @@ def _record(stored: StoredArtifact) -> Record:
         plan=stored.plan,
         calibration=stored.calibration,
         seed=stored.seed,
+        tuned=stored.manifest.get(TUNED),
         more={"exported_from": origin, "sample": stored.manifest["sample"]},
     )

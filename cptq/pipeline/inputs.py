@@ -83,11 +83,13 @@ class HeldOutText:
     """Batches of text that does not calibrate, by use; empty where there is no use, or no text.
 
     `search` chooses between plans of --refine, `guard` confirms its choice, `judge` measures what
-    is reported: output errors, and how the plan compares with the baseline plan.
+    is reported: output errors, how the plan compares with the baseline plan, and what --tune
+    brings, whose states `tune` chooses between.
     """
 
     search: Sequence[Batch] = ()
     guard: Sequence[Batch] = ()
+    tune: Sequence[Batch] = ()
     judge: Sequence[Batch] = ()
 
 
@@ -333,11 +335,12 @@ def _read_tables(
 def _read_text(
     settings: CompressSettings, model: LoadedModel, recorder: Recorder
 ) -> tuple[Calibration, HeldOutText]:
-    """Read the text that calibrates, and hold out one part to judge and two for --refine.
+    """Read the text that calibrates, and hold out one part to judge.
 
-    Where the text is short nothing judges.
+    Two more are held out for --refine, and one for --tune. Where the text is short nothing judges.
     """
     needed = ["search", "guard"] if settings.refine else []
+    needed += ["tune"] if settings.tune else []
     count = max(LEAST_PARTS, len(needed) + 1)
     calibration = calibrate(model, settings, recorder, parts=count, reserve=False)
     rows = calibration.held_out

@@ -43,7 +43,7 @@ class LayerResult:
     `group_size` is the size in use (0 = per channel). `weight_error` is |W - Q|^2 / |W|^2,
     `output_error` E|x(W - Q)|^2 / E|xW|^2 (None if not measured), on inputs from text that is
     `held_out`, or else on the calibration inputs, on which codes and scales were fitted, so that it
-    is too small.
+    is too small. Both are of the layer as it is stored: after --tune, where that changed it.
     """
 
     name: str

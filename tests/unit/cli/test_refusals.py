@@ -39,6 +39,8 @@ REFUSED = {
     "compress m --bits four": ("UsageError", "--bits", "'four'", "whole number"),
     "compress m --samples 0": ("UsageError", "--samples", "0", "at least 1"),
     "compress m --refine -3": ("UsageError", "--refine", "-3", "at least 0"),
+    "compress m --tune --tune-minutes 0": ("UsageError", "--tune-minutes", "0", "at least 1"),
+    "compress m --tune-minutes 5": ("UsageError", "--tune-minutes", "add --tune"),
     "compress m --dtype int8": ("UsageError", "--dtype", "'int8'", "bfloat16"),
     "compress m --device gpu": ("UsageError", "--device", "'gpu'", "cuda"),
     "compress m --calibration wikitxt": ("UnknownNameError", "'wikitxt'", "'wikitext'"),

@@ -44,9 +44,9 @@ def rows_of(batches: Sequence[Batch]) -> set[tuple[int, ...]]:
 def test_each_use_of_held_out_text_has_rows_of_its_own(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
-    inputs = load(tiny_model("llama"), tmp_path / "out", refine=2)
+    inputs = load(tiny_model("llama"), tmp_path / "out", refine=2, tune=True)
     text = inputs.held_out
-    parts = [rows_of(part) for part in (text.search, text.guard, text.judge)]
+    parts = [rows_of(part) for part in (text.search, text.guard, text.tune, text.judge)]
     parts.append(rows_of(inputs.calibration.batches))
     assert all(parts)
     assert len(set.union(*parts)) == sum(map(len, parts))
@@ -59,6 +59,7 @@ def test_each_use_of_held_out_text_has_rows_of_its_own(
         ({"check_uniform": False}, {"judge"}),
         ({"check_uniform": False, "refine": 2}, {"search", "guard", "judge"}),
         ({"allocator": "uniform"}, {"judge"}),
+        ({"check_uniform": False, "tune": True}, {"tune", "judge"}),
     ],
 )
 def test_text_is_held_out_for_what_uses_it(

@@ -1,0 +1,458 @@
+"""Tune a compressed model end to end: gradient steps on what its format leaves free.
+
+After rounding, the integer codes q and zero points z stay as they are. Free are the scales s of the
+compressed linears and the vectors v that stay dense (weights of norms, biases). They follow the
+gradient of the divergence from the dense model,
+
+    min over s, v of    sum over output rows of KL(p_dense || p(s, v)),      W = (q - z) s,
+
+which sees all layers at once, where a compressor sees one layer's outputs. For models that give
+plain numbers (encoders, regressors) the divergence is that of `calibration.objective`.
+
+Sources: EfficientQAT's end-to-end phase (Chen et al., arXiv 2407.11062, section 3.3), which trains
+scales at frozen codes; mlx-lm's DWQ, which trains scales and biases by KL to the dense logits.
+Departures:
+
+- The loss is the divergence from the dense model, not the likelihood of the text: it needs no
+  labels, works for classifiers and encoders, and does not teach the model the calibration text.
+- A step is relative: s = s_0 e^r and v = v_0 + rms(v_0) r, with Adam on r. So scales keep their
+  sign and never reach 0, and layers of any size move alike. Adam's rate is `RATES` times
+  |W - Q| / |W| of the layer, for v that of all layers: noise in a gradient must not move weights
+  by more than rounding did, and there is more to gain where fewer bits were left. It falls along a
+  cosine. Where steps end at a worse model than the first, they go on from the best one with a
+  third of the rate.
+- Norms and biases move as well, as stored in the checkpoint's type.
+- The model always computes with s and v as they are stored, rounded to their types and bounds
+  (`layer.round_layer_scales`); the gradient passes through the rounding as if it were not there.
+  So the states that are compared are those that would ship.
+- W is linear in s, hence dL/ds = sum over the group of (q - z) dL/dW: weights need no graph of
+  their own. Each weight's gradient is folded into that of its scales as soon as it is complete.
+
+The best state on held-out text is kept, judged every `CHECK_EVERY` steps. If it is not better than
+the beginning there, or worse on a second text that chose nothing, the model is left as it began.
+
+Cost: per step of `STEP_TOKENS` tokens a forward pass of the dense model, which is cheaper than to
+keep its logits, and a forward and a backward pass of the compressed one, as much as four forward
+passes; with a look at the held-out text every `CHECK_EVERY` steps, a quarter of a pass more.
+Memory: the dense weights once more, on the model's device (`copy_dense`; what is never changed is
+shared), the activations of one step, the gradient of one weight at a time, four numbers per scale,
+and the dense outputs for the held-out text.
+Limits: codes do not move, so what is lost by a code stays lost; embeddings, heads, routers and
+vectors of zeros are frozen. The gain is that on text like the calibration text. Rates were measured
+on stories260k at 2 to 4 bits and on small encoders. `seconds` may end it early, and then the result
+depends on the machine's speed.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from cptq.calibration.batches import Batch, split_batches, stack_rows
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import Objective
+from cptq.calibration.replay import forward
+from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.weights import TORCH_DTYPES, get_weight, set_weight
+from cptq.compression.layer import measure_layer, round_layer_scales
+from cptq.compression.streams import Stream
+from cptq.errors import CalibrationError
+from cptq.numerics.grid import dequantize_layer
+from cptq.types import CompressedLayer, Emit, Progress
+
+#: tokens of one step
+STEP_TOKENS = 512
+#: steps at most, and between two looks at the held-out text
+STEPS, CHECK_EVERY = 512, 16
+#: size of a step of Adam at the beginning, as a share of the relative error of the weights, by what
+#: an output row is; a step has hundreds of tokens, but few sentences, and more noise
+RATES = {"token": 0.07, "sentence": 0.02, "example": 0.02}
+#: what is left of it after steps that led to a worse model than the first
+CUT = 1 / 3
+#: the gradients of a model that is confident of its classes are small
+EPSILON = 1e-12
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Tuned:
+    """What became of a model.
+
+    `before` and `after` are the divergences of each held-out row of the text that judges, `after`
+    that of the best state on the text that chooses. `dense` names the dense tensors that changed.
+    `steps` were made of `planned`; `in_time`: time did not end them. Where that state is no better,
+    `kept` is False and the model and its layers are as they were.
+    """
+
+    layers: list[CompressedLayer]
+    dense: tuple[str, ...]
+    before: Tensor
+    after: Tensor
+    steps: int
+    planned: int
+    in_time: bool
+    kept: bool
+
+
+def copy_dense(model: LoadedModel) -> LoadedModel:
+    """Return the dense model with weights of its own; what is never changed is shared."""
+    changed = {id(vector) for vector in find_free_vectors(model).values()}
+    for unit in model.all_units:
+        changed |= {id(model.linear(spec.name).weight) for spec in unit.layers}
+    shared = {id(p): p for p in model.module.parameters() if id(p) not in changed}
+    return replace(model, module=copy.deepcopy(model.module, shared))
+
+
+def find_free_vectors(model: LoadedModel) -> dict[str, nn.Parameter]:
+    """Return the weights of norms and the biases, by the names that they are stored under."""
+    stored = {spec.name for spec in model.tensors}
+    found: dict[int, tuple[str, nn.Parameter]] = {}
+    for name, vector in model.module.named_parameters(remove_duplicate=False):
+        named = name.rpartition(".")[2] in ("weight", "bias")
+        if named and vector.dim() == 1 and vector.is_floating_point() and name in stored:
+            found.setdefault(id(vector), (name, vector))
+    return dict(found.values())
+
+
+def cut_steps(batches: Sequence[Batch], *, windows: bool, bos: bool) -> list[Batch]:
+    """Cut calibration text into batches of at most `STEP_TOKENS` tokens, of whole rows if they fit.
+
+    Args:
+        batches: the text.
+        windows: rows are running text, so that longer ones are cut.
+        bos: every row begins with a BOS; then so does every piece.
+    """
+    rows = split_batches(batches, tokens=1)
+    if windows:
+        rows = [piece for row in rows for piece in _cut_row(row, bos)]
+    return stack_rows(rows, STEP_TOKENS)
+
+
+def _cut_row(row: Batch, bos: bool) -> list[Batch]:
+    ids = row["input_ids"]
+    if ids.shape[1] <= STEP_TOKENS:
+        return [row]
+    first, rest = ids[:, : int(bos)], ids[:, int(bos) :]
+    pieces = [torch.cat([first, part], 1) for part in rest.split(STEP_TOKENS - int(bos), 1)]
+    return [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in pieces]
+
+
+def tune(
+    model: LoadedModel,
+    dense: LoadedModel,
+    layers: Sequence[CompressedLayer],
+    batches: Sequence[Batch],
+    objective: Objective,
+    choose: DivergenceFromDense,
+    judge: DivergenceFromDense | None,
+    *,
+    float16_scales: bool = False,
+    steps: int = STEPS,
+    seconds: float = math.inf,
+    seed: int = 0,
+    emit: Emit,
+) -> Tuned:
+    """Tune scales, norms and biases; afterwards `model` computes with the best state found.
+
+    Args:
+        model: computes with the compressed weights.
+        dense: a copy from before it was compressed (`copy_dense`).
+        layers: the compressed linears.
+        batches: text to learn from, one step each, again and again in seeded order.
+        objective: what divergence is.
+        choose: measures the model on text that is not learnt from; chooses the best state.
+        judge: measures it on a second such text; a state that is worse there is not kept.
+        float16_scales: as in `compress_layer`.
+        steps: how many.
+        seconds: no step begins after so much time.
+        seed: of the order of the batches.
+        emit: receives progress with the divergence on held-out text.
+    """
+    free = _list_free(model, layers, float16_scales, RATES[objective.row])
+    judges = [choose, *([judge] if judge else [])]
+    start, before = [part.store() for part in free], [text.measure_rows() for text in judges]
+    search = _Search(free, choose, float(before[0].mean()))
+    pace = _Pace(steps, seconds)
+    made, order = 0, _repeat(len(batches), seed)
+    optimizer = torch.optim.Adam([{"params": [part.r]} for part in free], eps=EPSILON)
+    with _receive_gradients(free):
+        while made < pace.estimate_steps(made):
+            _set_rates(optimizer, free, pace.anneal(made))
+            optimizer.zero_grad()
+            _backpropagate(model, dense, batches[next(order)], objective)
+            optimizer.step()
+            _load(free, [part.store() for part in free])
+            made += 1
+            if made % CHECK_EVERY == 0:
+                search.look()
+                message = f"{search.last:.4g} {choose.unit} on held-out text"
+                emit(Progress(stage="tune", done=made, total=pace.total, message=message))
+                if search.worse:
+                    search.return_to_best()
+                    optimizer.state.clear()
+                    pace.share *= CUT
+    if made % CHECK_EVERY:
+        search.look()
+    _load(free, search.best)
+    after = _measure_rows(judges[-1])
+    kept = search.improved and bool(after.mean() <= before[-1].mean())
+    final = search.best if kept else start
+    _load(free, final)
+    moved = [not torch.equal(*pair) for pair in zip(final, start, strict=True)]
+    return Tuned(
+        layers=[part.layer for part in free if isinstance(part, _Scales)],
+        dense=tuple(x.name for x, yes in zip(free, moved, strict=True) if yes and x.name),
+        before=before[-1],
+        after=after,
+        steps=made,
+        planned=steps,
+        in_time=pace.total == steps,
+        kept=kept,
+    )
+
+
+def _list_free(
+    model: LoadedModel, layers: Sequence[CompressedLayer], float16_scales: bool, rate: float
+) -> list[_Free]:
+    """Return all that may move."""
+    mean = math.sqrt(sum(x.result.weight_error for x in layers) / len(layers))
+    vectors = find_free_vectors(model).items()
+    return [
+        *(_Scales(model, layer, float16_scales, rate) for layer in layers),
+        *(_Vector(model, name, vector, rate * mean) for name, vector in vectors),
+    ]
+
+
+def _set_rates(optimizer: torch.optim.Adam, free: Sequence[_Free], share: float) -> None:
+    for part, group in zip(free, optimizer.param_groups, strict=True):
+        group["lr"] = part.rate * share
+
+
+def _measure_rows(text: DivergenceFromDense) -> Tensor:
+    """Return the divergence of each row; infinite where the model's output is not finite."""
+    try:
+        return text.measure_rows()
+    except CalibrationError:
+        return torch.full(text.window_R.shape, math.inf, dtype=torch.float64)
+
+
+class _Pace:
+    """How many steps there will be, and how large: Adam's step falls along a cosine to 0.
+
+    If the time will not suffice for all steps, fewer are planned, so that the steps are small at
+    the end in any case. `share`: of the rate that is in use.
+    """
+
+    def __init__(self, steps: int, seconds: float) -> None:
+        self.total, self.share = steps, 1.0
+        self._seconds, self._began = seconds, time.perf_counter()
+
+    def estimate_steps(self, made: int) -> int:
+        """Return how many steps there will be, by the time that those `made` took."""
+        spent = time.perf_counter() - self._began
+        if spent > self._seconds:
+            self.total = min(self.total, made)
+        elif made and made % CHECK_EVERY == 0:  # then a share of looks is counted
+            self.total = min(self.total, max(made, int(made * min(self._seconds / spent, 1e9))))
+        return self.total
+
+    def anneal(self, made: int) -> float:
+        """Return the size of the next step as a share of the first one's."""
+        return self.share * 0.5 * (1 + math.cos(math.pi * made / self.total))
+
+
+class _Free:
+    """Something that may move, by a relative change `r` with a gradient of its own.
+
+    `name`: of the dense tensor, if it is one.
+    """
+
+    name: str | None = None
+
+    def __init__(self, parameter: nn.Parameter, shape: torch.Size, rate: float) -> None:
+        self.parameter, self.rate = parameter, rate
+        self.r = torch.zeros(shape, device=parameter.device)
+
+    def receive(self, gradient: Tensor) -> None:
+        """Turn the gradient of the model's parameter into that of `r`."""
+        raise NotImplementedError
+
+    def store(self) -> Tensor:
+        """Return the value as it would be stored."""
+        raise NotImplementedError
+
+    def load(self, value: Tensor) -> None:
+        """Let the model compute with a stored value."""
+        raise NotImplementedError
+
+
+class _Scales(_Free):
+    """The scales of one compressed linear: s = s_0 e^r."""
+
+    def __init__(
+        self, model: LoadedModel, layer: CompressedLayer, float16_scales: bool, rate: float
+    ) -> None:
+        self._module = model.linear(layer.spec.name)
+        weight = self._module.weight
+        assert isinstance(weight, nn.Parameter)
+        rate *= math.sqrt(layer.result.weight_error)
+        super().__init__(weight, layer.scale.shape, rate)
+        self.layer = layer
+        self._start_OG = layer.scale.float()
+        self._dtype, self._float16_scales = model.dtype, float16_scales
+
+    def receive(self, gradient: Tensor) -> None:
+        gradient_OI = gradient.T if isinstance(self._module, Conv1D) else gradient
+        slope_OG = fold_gradient(self.layer, gradient_OI)
+        self.r.grad = slope_OG.mul_(self._start_OG * self.r.exp())
+
+    def store(self) -> Tensor:
+        scale_OG = self._start_OG * self.r.exp()
+        return round_layer_scales(self.layer, scale_OG, float16_scales=self._float16_scales)
+
+    def load(self, value: Tensor) -> None:
+        self.layer = replace(self.layer, scale=value)
+        set_weight(self._module, dequantize_layer(self.layer, self._dtype))
+
+
+class _Vector(_Free):
+    """A norm's weight or a bias: v = v_0 + rms(v_0) r."""
+
+    def __init__(self, model: LoadedModel, name: str, vector: nn.Parameter, rate: float) -> None:
+        super().__init__(vector, vector.shape, rate)
+        self.name = name
+        self._start = vector.detach().float().clone()
+        self._size = float(self._start.square().mean().sqrt())
+        stored = next(spec.dtype for spec in model.tensors if spec.name == name)
+        self._dtype = TORCH_DTYPES[stored]
+
+    def receive(self, gradient: Tensor) -> None:
+        self.r.grad = gradient.float() * self._size
+
+    def store(self) -> Tensor:
+        return (self._start + self._size * self.r).to(self._dtype)
+
+    def load(self, value: Tensor) -> None:
+        self.parameter.data.copy_(value)
+
+
+def fold_gradient(layer: CompressedLayer, gradient_OI: Tensor) -> Tensor:
+    """Return the gradient by the scales (out, groups), float32, from that by the weight."""
+    ones_OG = torch.ones_like(layer.scale, dtype=torch.float32)
+    steps_OI = dequantize_layer(replace(layer, scale=ones_OG), torch.float32)
+    return steps_OI.mul_(gradient_OI).view(*layer.scale.shape, -1).sum(-1)
+
+
+class _Search:
+    """The best state seen on the text that chooses, and the changes `r` that make it."""
+
+    def __init__(self, free: list[_Free], choose: DivergenceFromDense, before: float) -> None:
+        self._free, self._choose, self._before = free, choose, before
+        self._least = self.last = before
+        self._keep()
+
+    def _keep(self) -> None:
+        self.best = [part.store() for part in self._free]
+        self._changes = [part.r.clone() for part in self._free]
+
+    @property
+    def improved(self) -> bool:
+        """Whether some state was better than the first."""
+        return self._least < self._before
+
+    @property
+    def worse(self) -> bool:
+        """Whether the last state was worse than the first."""
+        return not self.last <= self._before
+
+    def look(self) -> None:
+        """Measure the model as it is."""
+        self.last = float(_measure_rows(self._choose).mean())
+        if self.last < self._least:
+            self._least = self.last
+            self._keep()
+
+    def return_to_best(self) -> None:
+        """Go on from the best state."""
+        for part, r in zip(self._free, self._changes, strict=True):
+            part.r.copy_(r)
+        _load(self._free, self.best)
+
+
+@torch.no_grad()
+def _load(free: Sequence[_Free], state: Sequence[Tensor]) -> None:
+    for part, value in zip(free, state, strict=True):
+        part.load(value)
+
+
+@contextmanager
+def _receive_gradients(free: Sequence[_Free]) -> Iterator[None]:
+    """Ask for the gradients of what is free alone, and drop each once it is received."""
+    with ExitStack() as stack:
+        for part in free:
+            part.parameter.requires_grad_(True)
+            stack.callback(part.parameter.requires_grad_, False)
+            hook = _make_hook(part.receive)
+            stack.callback(part.parameter.register_post_accumulate_grad_hook(hook).remove)
+        yield
+
+
+def _make_hook(receive: Callable[[Tensor], None]) -> Callable[[Tensor], None]:
+    def hook(parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        with torch.no_grad():
+            receive(parameter.grad)
+        parameter.grad = None
+
+    return hook
+
+
+def _repeat(count: int, seed: int) -> Iterator[int]:
+    """Yield the numbers below `count` in random order, again and again."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        yield from torch.randperm(count, generator=generator).tolist()
+
+
+def _backpropagate(
+    model: LoadedModel, dense: LoadedModel, batch: Batch, objective: Objective
+) -> None:
+    """Send the gradient of the divergence, summed over the output rows, back through the model."""
+    with torch.no_grad():
+        wanted_RV = objective.select_rows(forward(dense, batch), batch)
+        reference_RV = objective.compute_reference(wanted_RV)
+    with torch.enable_grad():
+        z_RV = objective.select_rows(forward(model, batch), batch)
+    z_RV.backward(objective.compute_gradient(reference_RV, z_RV).to(z_RV.dtype))
+
+
+def measure_errors(
+    model: LoadedModel,
+    dense: LoadedModel,
+    layers: Sequence[CompressedLayer],
+    held_out: Sequence[Batch],
+) -> list[CompressedLayer]:
+    """Return the layers with their errors as they are now, the outputs' on `held_out` text.
+
+    `model` computes with the layers. Without text the errors of outputs are unknown.
+    """
+    found = {layer.spec.name: layer for layer in layers}
+    stream = Stream(model, held_out) if held_out else None
+    for block in range(len(model.blocks)):
+        units = [u for u in model.units if u.block == block and u.layers[0].name in found]
+        moments = stream.collect(block, units) if stream else {}
+        for unit in units:
+            H_II = moments[unit.name].H_II if stream else None
+            for spec in unit.layers:
+                W_OI = get_weight(dense.linear(spec.name)).float()
+                found[spec.name] = measure_layer(found[spec.name], W_OI, H_II)
+        if stream:
+            stream.leave_block(block)
+    return list(found.values())

@@ -1,0 +1,150 @@
+"""`compress --tune`: tune what was compressed, and say what that brought."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from cptq.calibration.batches import Batch
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import Objective, choose_objective
+from cptq.checkpoint.model import LoadedModel
+from cptq.compression.tune import (
+    STEP_TOKENS,
+    STEPS,
+    Tuned,
+    copy_dense,
+    cut_steps,
+    measure_errors,
+    tune,
+)
+from cptq.numerics.standard_error import compute_standard_error
+from cptq.pipeline.inputs import CompressInputs
+from cptq.report.formatting import format_number
+from cptq.types import CompressedLayer, Emit, Notice
+
+SUBJECT = "--tune"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class DenseRecord:
+    """The model before it was compressed, and what measures the divergence from it.
+
+    `judge` is None where there is no second text that is held out.
+    """
+
+    model: LoadedModel
+    objective: Objective
+    choose: DivergenceFromDense
+    judge: DivergenceFromDense | None
+
+
+def record_dense(inputs: CompressInputs) -> DenseRecord:
+    """Copy the dense weights, and run the held-out text through the dense model."""
+    model, text = inputs.model, inputs.held_out
+    objective = choose_objective(model.kind, model.config)
+
+    def measure(batches: Sequence[Batch]) -> DivergenceFromDense:
+        return DivergenceFromDense(model, batches, objective, units=False)
+
+    return DenseRecord(
+        model=copy_dense(model),
+        objective=objective,
+        choose=measure(text.tune),
+        judge=measure(text.judge) if text.judge else None,
+    )
+
+
+def tune_layers(
+    inputs: CompressInputs,
+    layers: Sequence[CompressedLayer],
+    dense: DenseRecord,
+    held_out: Sequence[Batch],
+    emit: Emit,
+) -> tuple[list[CompressedLayer], Mapping[str, Any] | None]:
+    """Tune the compressed linears in place, with norms and biases; embeddings stay as they are.
+
+    Args:
+        inputs: what is compressed; its model computes with the layers.
+        layers: all compressed layers.
+        dense: from before anything was compressed.
+        held_out: text on which the errors of the tuned layers are measured.
+        emit: receives progress and the result.
+
+    Returns:
+        All layers, and what the manifest says; None where nothing was tuned.
+    """
+    linears = [layer for layer in layers if layer.spec.kind in ("linear", "conv1d")]
+    if not linears:
+        message = "the plan keeps every linear dense: nothing to tune"
+        emit(Notice(kind="warning", subject=SUBJECT, message=message))
+        return list(layers), None
+    model, settings = inputs.model, inputs.settings
+    record = inputs.calibration.record
+    batches = cut_steps(
+        inputs.calibration.batches, windows=model.kind == "causal-lm", bos=record.bos
+    )
+    found = tune(
+        model,
+        dense.model,
+        linears,
+        batches,
+        dense.objective,
+        dense.choose,
+        dense.judge,
+        float16_scales=inputs.runtime.float16_scales,
+        steps=STEPS,
+        seconds=60 * settings.tune_minutes,
+        seed=settings.calibration.seed,
+        emit=emit,
+    )
+    judge = dense.judge or dense.choose
+    _report(found, judge, settings.tune_minutes, emit)
+    if not found.kept:
+        return list(layers), None
+    tuned = measure_errors(model, dense.model, found.layers, held_out)
+    by_name = {layer.spec.name: layer for layer in tuned}
+    return [by_name.get(x.spec.name, x) for x in layers], _record(found, judge)
+
+
+def _report(found: Tuned, judge: DivergenceFromDense, minutes: int, emit: Emit) -> None:
+    if not found.in_time:
+        message = (
+            f"{found.steps} of {found.planned} steps fitted into {minutes} minutes: another run "
+            "may make more or fewer, and write other bytes; a larger --tune-minutes allows all"
+        )
+        emit(Notice(kind="warning", subject=SUBJECT, message=message))
+    before, after = float(found.before.mean()), float(found.after.mean())
+    gap = found.after - found.before
+    error = compute_standard_error(gap, judge.window_R)
+    numbers = (
+        f"{format_number(before)} to {format_number(after)} {judge.unit} (difference "
+        f"{float(gap.mean()):+.3g} ± {error:.2g}, {judge.tokens:,} tokens, {judge.samples:,} "
+        f"{judge.sample_name}s)"
+    )
+    if found.kept:
+        message = (
+            f"the divergence from the dense model fell from {numbers} on held-out text in "
+            f"{found.steps} steps; the scales of {len(found.layers)} matrices and "
+            f"{len(found.dense)} norms and biases changed"
+        )
+        emit(Notice(kind="info", subject=SUBJECT, message=message))
+    else:
+        message = (
+            f"no better state was found in {found.steps} steps: the best one changed the "
+            f"divergence on held-out text from {numbers}; the model is left as it was rounded"
+        )
+        emit(Notice(kind="warning", subject=SUBJECT, message=message))
+
+
+def _record(found: Tuned, judge: DivergenceFromDense) -> dict[str, Any]:
+    """Return what was done as plain data."""
+    return {
+        "steps": found.steps,
+        "tokens_per_step": STEP_TOKENS,
+        "before": float(found.before.mean()),
+        "after": float(found.after.mean()),
+        "unit": judge.unit,
+        "dense_tensors": list(found.dense),
+    }
