@@ -79,7 +79,10 @@ def measure_seed(
     began = time.perf_counter()
     text = CalibrationSettings(calibration=setup.calibration, seed=seed)
     text = replace(text, samples=setup.samples or text.samples)
-    settings = AnalyzeSettings(model=ModelSettings(model=setup.model), calibration=text)
+    # the paper's grids: one 16-bit scale per group
+    settings = AnalyzeSettings(
+        model=ModelSettings(model=setup.model), calibration=text, scales="16bit"
+    )
     recorder = Recorder(lambda event: None)
     model = load_dense(settings.model, recorder, conv1d=True)
     calibration = calibrate(model, settings, recorder, parts=setup.judge)

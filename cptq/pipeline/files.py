@@ -15,7 +15,15 @@ from cptq.errors import PlanError
 from cptq.report.summary import convert_to_plain
 from cptq.sensitivity import METRICS
 from cptq.sensitivity.measure import PARTIAL
-from cptq.types import CalibrationRecord, Candidate, Plan, SensitivityTable, Validation
+from cptq.types import (
+    CalibrationRecord,
+    Candidate,
+    Emit,
+    Notice,
+    Plan,
+    SensitivityTable,
+    Validation,
+)
 
 #: version of the layout of sensitivity/*.json; grows when a field or a score changes its meaning
 TABLE_SCHEMA = 1
@@ -139,6 +147,39 @@ def fit_plan(plan: Plan, model: LoadedModel, cost: CostModel) -> Plan:
     plan = replace(plan, choices=choices)
     check_plan(plan, cost, model.fingerprint)
     return replace(plan, predicted_bytes=cost.file_bytes(choices))
+
+
+def fill_in_scales(
+    table: SensitivityTable, options: Mapping[str, Sequence[Candidate]], emit: Emit
+) -> SensitivityTable:
+    """Let a score stand for candidates that differ in how scales are stored alone.
+
+    Which way that is depends on the runtime, and it hardly changes how units compare, so that one
+    measurement serves several runtimes. What stands for what is said.
+    """
+    scores = {unit: dict(row) for unit, row in table.scores.items()}
+    stood: dict[str, str] = {}
+    for unit, row in options.items():
+        known = scores.get(unit, {})
+        alike = {_forget_scales(c): c for c in sorted(known, reverse=True)}
+        for candidate in row:
+            other = alike.get(_forget_scales(candidate))
+            if candidate not in known and other is not None:
+                known[candidate] = known[other]
+                stood[candidate.label] = other.label
+    if not stood:
+        return table
+    pairs = ", ".join(f"{own} by that of {other}" for own, other in stood.items())
+    message = f"scales are stored in another way than when it was measured: {pairs}"
+    emit(Notice(kind="info", subject="--sensitivity", message=message))
+    return replace(table, scores=scores)
+
+
+def _forget_scales(candidate: Candidate) -> Candidate:
+    """Return the candidate with 16-bit scales that takes about the same bytes."""
+    if not candidate.scales:
+        return candidate
+    return replace(candidate, scales="", group_size=2 * candidate.group_size)
 
 
 def check_covers(

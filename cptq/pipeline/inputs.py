@@ -41,7 +41,7 @@ from cptq.errors import ModelError
 from cptq.layouts import Layout
 from cptq.layouts.gguf import GGUF_LAYOUT
 from cptq.layouts.groups import resolve_group
-from cptq.pipeline.files import check_covers, fit_plan, read_table
+from cptq.pipeline.files import check_covers, fill_in_scales, fit_plan, read_table
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.scales import choose_scales
 from cptq.sensitivity.prepare import check_units
@@ -137,7 +137,7 @@ def load_inputs(
             check_push(settings.push_to_hub, settings.model.token)
         plan = None if plan is None else fit_plan(plan, model, space.cost)
         ledger = _build_ledger(settings, plan, space)
-        tables = _read_tables(settings, model, space)
+        tables = _read_tables(settings, model, space, recorder)
         asked, need = _find_size(ledger, plan)
         out = settings.out or Path(f"{model.path.name}-cptq-{asked}")
         if writes:
@@ -321,13 +321,13 @@ def _find_size(ledger: Ledger | None, plan: Plan | None) -> tuple[str, int]:
 
 
 def _read_tables(
-    settings: CompressSettings, model: LoadedModel, space: SearchSpace
+    settings: CompressSettings, model: LoadedModel, space: SearchSpace, emit: Emit
 ) -> dict[str, SensitivityTable]:
     """Read the table of --sensitivity."""
     if settings.sensitivity is None:
         return {}
-    table = read_table(settings.sensitivity, model.fingerprint)
     wanted = {**space.options, **space.list_vocabulary_options(model)}
+    table = fill_in_scales(read_table(settings.sensitivity, model.fingerprint), wanted, emit)
     check_covers(table, settings.sensitivity, wanted)
     return {table.metric: table}
 

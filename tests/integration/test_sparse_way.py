@@ -53,7 +53,14 @@ def test_a_budget_that_only_sparse_weights_reach(model: Path, tmp_path: Path) ->
     """2:4 at 3 bits takes fewer bytes than any dense width: the plan is sparse, and loads."""
     heard: list[Event] = []
     outcome = compress(
-        CompressSettings(target="3.9bpw", refine=3, out=tmp_path / "x", **common(model), **SPARSE),
+        CompressSettings(
+            target="3.9bpw",
+            refine=3,
+            embedding_bits=16,
+            out=tmp_path / "x",
+            **common(model),
+            **SPARSE,
+        ),
         heard.append,
     )
     artifact, size = outcome.artifact, outcome.summary.size
@@ -88,7 +95,7 @@ def test_a_measurement_is_reused_and_names_what_it_lacks(model: Path, tmp_path: 
         "w16",
     ]
     asked = common(model) | SPARSE | {"sensitivity": table, "target": "3.75bpw"}
-    asked |= {"check_uniform": False}
+    asked |= {"check_uniform": False, "embedding_bits": 16}
     outcome = compress(CompressSettings(out=tmp_path / "x", **asked), lambda e: None)
     assert any(line.candidate.sparsity for line in outcome.summary.results)
     plan = tmp_path / "x" / "plan.json"

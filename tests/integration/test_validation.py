@@ -31,6 +31,7 @@ def quiet(_event: Event) -> None: ...
 def validated(model: Path, out: Path, **more: Any) -> Validation:
     wanted: dict[str, Any] = {
         "metrics": ("output", "kl"), "pairs": 12, "targets": ("2.5bit", "4bit"), "group_size": 16,
+        "bits": (2, 3, 4, 16), "scales": "16bit",
         "calibration": CALIBRATION, "validate": True, "compressor": "nearest",
     }  # fmt: skip
     settings = AnalyzeSettings(model=ModelSettings(model=str(model)), out=out, **wanted | more)
