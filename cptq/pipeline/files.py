@@ -125,28 +125,9 @@ def read_tables(
 
 
 def fit_plan(plan: Plan, model: LoadedModel, cost: CostModel) -> Plan:
-    """Check a plan against this model, and return it with its bytes counted anew.
-
-    What the runtime cannot hold of the vocabulary is in no plan that is returned: it stays dense.
-
-    Raises:
-        PlanError: as `check_plan`.
-    """
-    choices = dict(plan.choices)
-    known = {unit.name for unit in cost.units}
-    for unit in model.vocabulary:
-        choice = choices.get(unit.name, Candidate(bits=16))
-        if unit.name not in known and choice.dense:
-            choices.pop(unit.name, None)
-        elif unit.name not in known:
-            raise PlanError(
-                f"the plan gives {unit.name} {choice.label}: --runtime {cost.runtime.name} takes "
-                "no packed embeddings and heads",
-                hint="name another --runtime, or edit the plan: w16 keeps it dense",
-            )
-    plan = replace(plan, choices=choices)
+    """Check a plan against this model, and return it with its bytes counted anew."""
     check_plan(plan, cost, model.fingerprint)
-    return replace(plan, predicted_bytes=cost.file_bytes(choices))
+    return replace(plan, predicted_bytes=cost.file_bytes(plan.choices))
 
 
 def fill_in_scales(

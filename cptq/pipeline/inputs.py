@@ -182,7 +182,10 @@ def _build_search_space(
         vocabulary=packed or (plan is None and _needs_packing(offered, runtime)),
     )
     layout = FORMATS.get(form).layout
-    taken = _take_vocabulary(model, offered, layout, runtime, emit)
+    if plan is None:
+        taken = _take_vocabulary(model, offered, layout, runtime, emit)
+    else:
+        taken = [unit for unit in model.vocabulary if unit.name in plan.choices]
     cost = _build_cost(model, taken, layout, runtime)
     return SearchSpace(
         candidates=candidates,

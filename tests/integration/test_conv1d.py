@@ -47,7 +47,9 @@ def test_all_metrics_then_a_plan_of_each(tiny_model: TinyModel, tmp_path: Path) 
         scores = json.loads(table.read_text())["scores"]
         wte = scores.pop("transformer.wte")
         assert len(scores) == UNITS
-        assert all(next(iter(row.values())) > 0 for row in scores.values()), name
+        coarse = [s for row in scores.values() for c, s in row.items() if c.startswith("w2")]
+        assert len(coarse) == UNITS
+        assert min(coarse) > 0, name
         assert wte["f8e4m3"] > 0
     outcome = compress(
         CompressSettings(
@@ -58,7 +60,7 @@ def test_all_metrics_then_a_plan_of_each(tiny_model: TinyModel, tmp_path: Path) 
     )  # fmt: skip
     assert outcome.artifact.manifest["verification"]["max_abs_difference"] < 1e-4
     assert len(outcome.summary.results) >= UNITS // 2
-    assert all(line.name.startswith("transformer.h.") for line in outcome.summary.results)
+    assert all(line.name.startswith("transformer.") for line in outcome.summary.results)
 
 
 def test_plans_for_a_runtime_that_takes_no_conv1d_are_refused(

@@ -64,7 +64,7 @@ def test_a_plan_replays_with_the_embedding(tiny_model: TinyModel, tmp_path: Path
     ("label", "runtime", "words"),
     [
         ("w8g16", "transformers", r"w8g16 for model.embed_tokens .* the format has in 16 bits"),
-        ("w8g16", "vllm", r"embed_tokens w8g16: --runtime vllm takes no packed embeddings"),
+        ("f8e4m3", "vllm", r"gives model.embed_tokens f8e4m3: vllm takes no 8-bit floats"),
         ("w2g16", "cptq", r"w2g16: cptq takes embeddings and heads of 3, 4, 5, 6, 7, 8 bits"),
         ("w8g16-s50", "cptq", r"w8g16-s50 for .*a sparse embedding"),
         ("f8e4m3", "cptq", r"f8e4m3 for .*packed integers serve better"),
