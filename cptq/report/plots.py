@@ -226,7 +226,7 @@ def draw_bits(summary: Summary, ident: str = "bits") -> Figure | None:
     return Figure(
         ident=ident,
         title=title,
-        caption="Linear layers in forward order; embeddings and other dense layers: see All layers",
+        caption="In forward order; an embedding and a head in the plan stand at the end",
         svg=wrap_svg(body, ident, title, description, (WIDTH, HEIGHT)),
         legend=tuple(
             (f"b{bits}", f"{bits} bits" + (" (dense)" if bits == 16 else "")) for bits in used
