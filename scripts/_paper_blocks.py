@@ -141,12 +141,13 @@ class Bench:
         from cptq.calibration.divergence_from_dense import DivergenceFromDense
         from cptq.calibration.holdout import split_parts
         from cptq.calibration.objective import choose_objective
-        from cptq.pipeline.inputs import build_candidates, build_cost_model
+        from cptq.pipeline.inputs import build_candidates, build_cost_model, offer_vocabulary
         from cptq.pipeline.trial_model import build_trial_model
 
         self.settings, self.model, self.emit = settings, model, recorder
         self.candidates = build_candidates(settings, model)
-        usual = build_cost_model(model, settings, self.candidates)
+        vocabulary = offer_vocabulary(model, self.candidates)
+        usual = build_cost_model(model, settings, vocabulary)
         # the paper has blocks alone: embeddings and heads stay dense on both sides
         self.cost = CostModel(model.units, usual.tensors, usual.layout, usual.runtime)
         self.objective = choose_objective(model.kind, model.config)

@@ -1,11 +1,11 @@
 """The cost model: the exact bytes on disk of any choice of candidates. Nothing else counts bytes.
 
-A GGUF file's bytes are a plain sum (`cptq.layouts.gguf`). A checkpoint's are not. It
-is a safetensors file (or shards): 8 bytes of header length, a JSON header, the
-tensors. The header counts too, and its size depends on the choice: a packed layer has three entries
-where a dense one has one, and offsets have more or fewer digits. So the size of a whole file is not
-a sum over units. It is computed exactly, by the code that the writer uses
-(`cptq.layouts.safetensors_header`); `ledger` encloses it in sums.
+A GGUF file's bytes are a plain sum (`cptq.layouts.gguf`). A checkpoint's are not. It is a
+safetensors file (or shards): 8 bytes of header length, a JSON header, the tensors. The header
+counts too, and its size depends on the choice: a packed layer has three entries where a dense one
+has one, and offsets have more or fewer digits. So the size of a whole file is not a sum over units.
+It is computed exactly, by the code that the writer uses (`cptq.layouts.safetensors_header`);
+`ledger` encloses it in sums.
 """
 
 from __future__ import annotations
@@ -95,9 +95,7 @@ class CostModel:
         if candidate.dense:
             return None
         for layer in self._layers(unit_name):
-            group = resolve_group(layer.shape[1], candidate.group_size)
-            why = self.layout.explain_refusal(layer, candidate)
-            why = why or self.runtime.explain_refusal(layer, candidate, group)
+            why = explain_layer_refusal(layer, candidate, self.layout, self.runtime)
             if why is not None:
                 return why
         return None
@@ -189,7 +187,7 @@ class CostModel:
         choices: dict[str, Candidate] = {}
         for unit in self.units:
             own = candidate if unit.block is not None else self._widen(candidate)
-            usual = own if unit.block is None or own.dense else self._usual(own)
+            usual = own if unit.block is None or own.dense else replace(own, bits=self._usual_bits)
             if not self.explain_refusal(unit.name, usual):
                 choices[unit.name] = own
         if self.gguf is not None:
@@ -215,13 +213,9 @@ class CostModel:
         dense = candidate.dense or not wider
         return Candidate(bits=16) if dense else replace(candidate, bits=min(wider))
 
-    def _usual(self, candidate: Candidate) -> Candidate:
-        """Return the candidate at a width that the runtime supports, to ask about the rest."""
-        return replace(candidate, bits=self._usual_bits)
-
     @property
     def _usual_bits(self) -> int:
-        """A width that the runtime supports."""
+        """A width that the runtime supports, for questions about the rest of a candidate."""
         return 4 if 4 in self.runtime.bits else self.runtime.bits[0]
 
     @cached_property
@@ -282,6 +276,15 @@ class CostModel:
         for name, candidate in choices.items():
             if name not in self._unit:
                 self.list_unit_tensors(name, candidate)
+
+
+def explain_layer_refusal(
+    layer: LayerSpec, candidate: Candidate, layout: Layout, runtime: Runtime
+) -> str | None:
+    """Return why format or runtime refuse a candidate, not dense, for a layer; None if neither."""
+    group = resolve_group(layer.shape[1], candidate.group_size)
+    why = layout.explain_refusal(layer, candidate)
+    return why or runtime.explain_refusal(layer, candidate, group)
 
 
 def list_layer_tensors(

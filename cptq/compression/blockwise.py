@@ -31,7 +31,7 @@ from cptq.compression.streams import Moments, Stream, embed_batches
 from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
-from cptq.types import Candidate, CompressedLayer, Emit, Notice, Plan, Progress, Unit
+from cptq.types import CompressedLayer, Emit, Notice, Plan, Progress, Unit
 
 
 def compress_model(
@@ -58,16 +58,19 @@ def compress_model(
         CalibrationError: an activation is NaN or infinite, naming the layer.
         UnknownNameError: no such compressor.
     """
-    method = COMPRESSORS.get(compressor)
     compress = partial(
         compress_module,
-        method=method,
+        method=COMPRESSORS.get(compressor),
         layout=layout,
         dtype=model.dtype,
         float16_scales=float16_scales,
     )
     corrects = compressor in CORRECTING
-    chosen = [u for u in model.vocabulary if not _get_choice(plan, u).dense]
+    chosen = [
+        unit
+        for unit in model.vocabulary
+        if unit.name in plan.choices and not plan.choices[unit.name].dense
+    ]
     embeddings = [unit for unit in chosen if not is_head(unit)]
     embedded = embed_batches(model, calibration.batches) if corrects and embeddings else None
     done = [_compress_outer(model, unit, plan, None, None, compress, emit) for unit in embeddings]
@@ -140,11 +143,6 @@ def _compress_units(
             )
             _emit_notes(done[-1], emit)
     return done
-
-
-def _get_choice(plan: Plan, unit: Unit) -> Candidate:
-    """Return the choice for a unit of the vocabulary; one that the plan does not name is dense."""
-    return plan.choices.get(unit.name, Candidate(bits=16))
 
 
 def _compress_outer(

@@ -26,9 +26,8 @@ import torch
 from torch import Tensor, nn
 
 from cptq.calibration.batches import Batch
-from cptq.calibration.replay import BlockReplay
+from cptq.calibration.replay import BlockReplay, forward
 from cptq.checkpoint.model import LoadedModel
-from cptq.compression.vocabulary import measure_head_moment
 from cptq.errors import CalibrationError
 from cptq.numerics.asymmetric_target import CrossMoment
 from cptq.numerics.hessian import SecondMoment
@@ -47,6 +46,31 @@ def embed_batches(model: LoadedModel, batches: Sequence[Batch]) -> list[Tensor]:
     """Return the input of the first block for every batch."""
     replay = BlockReplay(model, list(batches))
     return [replay.embed(index) for index in range(len(batches))]
+
+
+@torch.no_grad()
+def measure_head_moment(
+    model: LoadedModel, batches: Sequence[Batch], run: Callable[[int], object] | None = None
+) -> SecondMoment:
+    """Return the second moment of the inputs of the output head over the real tokens.
+
+    Args:
+        model: with an output head.
+        batches: the text.
+        run: runs the model on the batch of an index as far as the head; a whole pass without.
+    """
+    head: nn.Linear = model.module.get_output_embeddings()  # type: ignore[operator]
+    moment = SecondMoment(head.weight.shape[1], device=model.device)
+
+    def add(_name: str, x: Tensor) -> None:
+        moment.add(select_real_rows(x, batch.get("attention_mask")))
+        raise _SeenAll
+
+    with _watch_inputs({"head": head}, add):
+        for index, batch in enumerate(batches):
+            with suppress(_SeenAll):
+                forward(model, batch) if run is None else run(index)
+    return moment
 
 
 class Stream:
@@ -176,7 +200,7 @@ class _Gathered:
 class _SeenAll(Exception):
     """Every linear that is watched has its input: what would follow is run for nothing.
 
-    Raised only where the first batch called each of them exactly once.
+    Of linears in a block raised only where the first batch called each of them exactly once.
     """
 
 

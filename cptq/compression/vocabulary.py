@@ -18,19 +18,13 @@ copies of the matrix, which in a small model is the largest there is.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from cptq.calibration.batches import Batch
-from cptq.calibration.replay import forward
-from cptq.checkpoint.model import LoadedModel
 from cptq.compression import nearest
 from cptq.compression.layer import Compressor, LayerProblem, LayerSolution
 from cptq.numerics.float8 import FORMATS, measure_float8_error
-from cptq.numerics.hessian import SecondMoment
 from cptq.types import Candidate, Unit
 
 #: share of the mean diagonal added to a head's H
@@ -39,20 +33,9 @@ HEAD_DAMPING = 0.1
 LEAST_BITS = 3
 
 
-class _SeenInput(Exception):
-    """The input of the head is there: the head itself need not run."""
-
-
 def is_head(unit: Unit) -> bool:
     """Whether a unit of the vocabulary is multiplied with, and not only looked up."""
     return "head" in unit.role.split("+")
-
-
-def find_head_module(model: LoadedModel) -> nn.Module:
-    """Return the module that multiplies, which may be another than the one a shared matrix is
-    named after."""
-    head: nn.Module = model.module.get_output_embeddings()  # type: ignore[operator]
-    return head
 
 
 def choose_compressor(unit: Unit, method: Compressor) -> Compressor:
@@ -77,53 +60,3 @@ def list_candidates(W_OI: Tensor, candidates: Sequence[Candidate]) -> tuple[Cand
         best = min(FORMATS, key=lambda name: measure_float8_error(W_OI, name))
         plain.append(Candidate(bits=8, float8=best))
     return tuple(sorted(plain))
-
-
-@torch.no_grad()
-def measure_head_moment(
-    model: LoadedModel, batches: Sequence[Batch], run: Callable[[int], object] | None = None
-) -> SecondMoment:
-    """Return the second moment of the inputs of the output head over the real tokens.
-
-    Args:
-        model: with an output head.
-        batches: the text.
-        run: runs the model on the batch of an index as far as the head; a whole pass without.
-    """
-    head = find_head_module(model)
-    moment = SecondMoment(_count_inputs(head), device=model.device)
-    for index, batch in enumerate(batches):
-        with _stop_at(head) as seen, suppress(_SeenInput):
-            forward(model, batch) if run is None else run(index)
-        moment.add(_select_real_rows(seen[0], batch))
-    return moment
-
-
-@contextmanager
-def _stop_at(head: nn.Module) -> Iterator[list[Tensor]]:
-    """End a forward pass at the head; the list then holds what the head is given."""
-    seen: list[Tensor] = []
-
-    def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        seen.append(args[0].detach())
-        raise _SeenInput
-
-    handle = head.register_forward_pre_hook(stop)
-    try:
-        yield seen
-    finally:
-        handle.remove()
-
-
-def _count_inputs(head: nn.Module) -> int:
-    weight = head.weight
-    assert isinstance(weight, Tensor)
-    return int(weight.shape[1])
-
-
-def _select_real_rows(x: Tensor, batch: Batch) -> Tensor:
-    """Return (real tokens, in); a head that was given fewer positions than there are gets all."""
-    x_MI, mask = x.reshape(-1, x.shape[-1]), batch.get("attention_mask")
-    if mask is None or len(x_MI) != mask.numel():
-        return x_MI
-    return x_MI[mask.flatten().bool()]

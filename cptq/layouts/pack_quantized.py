@@ -50,7 +50,7 @@ class PackQuantized:
             return (list_float8_tensor(layer, candidate),)
         inputs = layer.shape[1]
         groups = inputs // resolve_group(inputs, candidate.group_size)
-        narrow = f"F8_{candidate.scales.upper()}" if candidate.scales else None
+        narrow = name_float8_dtype(candidate.scales) if candidate.scales else None
         return list_packed_tensors(layer, candidate.bits, groups, narrow)
 
 
@@ -59,8 +59,13 @@ PACK_QUANTIZED = PackQuantized()
 
 def list_float8_tensor(layer: LayerSpec, candidate: Candidate) -> TensorSpec:
     """The one tensor of a weight of 8-bit floats."""
-    dtype = f"F8_{candidate.float8.upper()}"
+    dtype = name_float8_dtype(candidate.float8)
     return TensorSpec(name=layer.weight_name, dtype=dtype, shape=layer.shape)
+
+
+def name_float8_dtype(kind: str) -> str:
+    """The name in safetensors of `e4m3` or `e5m2`."""
+    return f"F8_{kind.upper()}"
 
 
 def list_packed_tensors(

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from cptq.allocation.cost import CostModel
 from cptq.allocation.ledger import Ledger
 from cptq.artifact.atomic import check_output, create_directory, write_files
 from cptq.calibration.tokens import Calibration
@@ -29,7 +30,6 @@ from cptq.report.render import FILES, render_files
 from cptq.report.summary import AnalyzeOutcome, Summary
 from cptq.sensitivity import SLOW, list_default_metrics
 from cptq.sensitivity.measure import InterruptedMeasurementError, measure, needs_text
-from cptq.sensitivity.metric import Compress
 from cptq.types import Candidate, Emit, Notice, SensitivityTable, Validation
 
 
@@ -38,9 +38,9 @@ class AnalyzeInputs:
     """What `analyze` works on.
 
     `known` are the tables of --sensitivity, `missing` the metrics that remain to be measured;
-    `calibration` is None where nothing needs text. `vocabulary` are the ways to store the units
-    outside the blocks. `out` is the output directory as it was typed,
-    `place` its absolute path.
+    `calibration` and `cost` are None where nothing needs text. `vocabulary` are the ways to store
+    the units outside the blocks. `out` is the output directory as it was typed, `place` its
+    absolute path.
     """
 
     settings: AnalyzeSettings
@@ -50,6 +50,7 @@ class AnalyzeInputs:
     known: Mapping[str, SensitivityTable]
     missing: tuple[str, ...]
     calibration: Calibration | None
+    cost: CostModel | None
     ledgers: Sequence[Ledger]
     out: Path
     place: Path
@@ -83,13 +84,16 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs
     out = settings.out or Path(f"{model.path.name}-analysis")
     place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])
     candidates = build_candidates(settings, model)
-    # before the work, so that an unreachable target is refused at once
-    ledgers = build_ledgers(model, candidates, settings) if settings.validate else []
     vocabulary = offer_vocabulary(model, candidates)
     wanted = {unit.name: candidates for unit in model.units} | vocabulary
     known = read_tables(settings.sensitivity, model.fingerprint, wanted)
     missing = tuple(name for name in settings.metrics if name not in known)
     text = settings.validate or (bool(missing) and needs_text(missing))
+    cost = build_cost_model(model, settings, vocabulary) if text else None
+    ledgers: list[Ledger] = []
+    if settings.validate and cost is not None:
+        # before the work, so that an unreachable target is refused at once
+        ledgers = build_ledgers(cost, candidates, vocabulary, settings)
     parts = int(settings.validate)
     calibration = calibrate(model, settings, recorder, parts=parts) if text else None
     _report_slow_metrics(settings.metrics, recorder)
@@ -102,24 +106,29 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs
         known=known,
         missing=missing,
         calibration=calibration,
+        cost=cost,
         out=out,
         place=place,
     )
 
 
 def _build_trial_model(inputs: AnalyzeInputs, recorder: Recorder) -> TrialModel | None:
-    """Build the trial model where units are to be compressed, else return None."""
+    """Build the trial model where anything reads text, else return None.
+
+    Its blocks can be tried only where --validate or --metric kl need them.
+    """
     settings, calibration = inputs.settings, inputs.calibration
-    if calibration is None or not (settings.validate or GROUND_TRUTH in inputs.missing):
+    if calibration is None or inputs.cost is None:
         return None
     with recorder.stage("calibration"):
         return build_trial_model(
             inputs.model,
             calibration,
             settings.compressor,
-            build_cost_model(inputs.model, settings, inputs.candidates),
+            inputs.cost,
             inputs.candidates,
             seed=settings.calibration.seed,
+            blocks=settings.validate or GROUND_TRUTH in inputs.missing,
             emit=recorder,
         )
 
@@ -140,27 +149,8 @@ def _measure_missing(
             emit=recorder,
             compress=trial.weights if trial else None,
             vocabulary=inputs.vocabulary,
-            compress_outer=_build_outer_trial(inputs, trial, recorder),
+            compress_outer=trial.compute_weights if trial else None,
         )
-
-
-def _build_outer_trial(
-    inputs: AnalyzeInputs, trial: TrialModel | None, recorder: Recorder
-) -> Compress | None:
-    """Return what stores units of the vocabulary as candidates; None where nothing reads text."""
-    if inputs.calibration is None or not inputs.vocabulary:
-        return None
-    trial = trial or build_trial_model(
-        inputs.model,
-        inputs.calibration,
-        inputs.settings.compressor,
-        build_cost_model(inputs.model, inputs.settings, inputs.candidates),
-        inputs.candidates,
-        seed=inputs.settings.calibration.seed,
-        blocks=False,
-        emit=recorder,
-    )
-    return trial.compute_weights
 
 
 def _validate_tables(
@@ -172,12 +162,14 @@ def _validate_tables(
     """Compare the scores with measured divergences where --validate is given."""
     if not inputs.settings.validate or inputs.calibration is None or trial is None:
         return None
+    assert inputs.cost is not None
     with recorder.stage("validation"):
         return validate(
             inputs.model,
             inputs.calibration,
             tables,
             inputs.candidates,
+            inputs.cost,
             inputs.ledgers,
             trial,
             inputs.settings,

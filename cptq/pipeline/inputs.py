@@ -13,7 +13,7 @@ from pathlib import Path
 
 from cptq.allocation import BLIND
 from cptq.allocation.constraints import apply_constraints, parse_constraints
-from cptq.allocation.cost import CostModel
+from cptq.allocation.cost import CostModel, explain_layer_refusal
 from cptq.allocation.ledger import Ledger
 from cptq.allocation.targets import resolve_target
 from cptq.artifact.atomic import check_output, check_space
@@ -40,7 +40,6 @@ from cptq.config import (
 from cptq.errors import ModelError
 from cptq.layouts import Layout
 from cptq.layouts.gguf import GGUF_LAYOUT
-from cptq.layouts.groups import resolve_group
 from cptq.pipeline.files import check_covers, fill_in_scales, fit_plan, read_table
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.scales import choose_scales
@@ -232,9 +231,7 @@ def _explain_dense(
     for candidate in row:
         if candidate.dense:
             continue
-        group = resolve_group(spec.shape[1], candidate.group_size)
-        why = layout.explain_refusal(spec, candidate)
-        why = why or runtime.explain_refusal(spec, candidate, group)
+        why = explain_layer_refusal(spec, candidate, layout, runtime)
         if why is None:
             return None
     return why
@@ -395,11 +392,10 @@ def calibrate(
 
 
 def build_cost_model(
-    model: LoadedModel, settings: AnalyzeSettings, candidates: Sequence[Candidate]
+    model: LoadedModel, settings: AnalyzeSettings, offered: Mapping[str, Sequence[Candidate]]
 ) -> CostModel:
-    """Return the cost model of the file that the runtime loads."""
+    """Return the cost model of the file that the runtime loads; `offered`: `offer_vocabulary`."""
     runtime = find_runtime(settings.runtime)
-    offered = offer_vocabulary(model, candidates)
     form = runtime.format_for(
         model.layers,
         asymmetric=settings.asymmetric,
@@ -419,14 +415,6 @@ def _build_cost(
         return CostModel(units, model.tensors, layout, runtime)
     sizes = measure_sizes(build_content(model, (), lambda event: None))
     return CostModel(units, model.tensors, GGUF_LAYOUT, runtime, sizes)
-
-
-def list_options(
-    model: LoadedModel, candidates: Sequence[Candidate], cost: CostModel
-) -> dict[str, Sequence[Candidate]]:
-    """Return the candidates of every unit that `cost` counts."""
-    offered = offer_vocabulary(model, candidates)
-    return {unit.name: offered.get(unit.name, candidates) for unit in cost.units}
 
 
 def list_asymmetric_widths(settings: AnalyzeSettings | CompressSettings) -> tuple[int, ...]:

@@ -14,8 +14,9 @@ from cptq.calibration.samples import SampleRequest, collect_samples, take_batche
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
+from cptq.compression.streams import measure_head_moment
 from cptq.compression.trial_model import TrialModel
-from cptq.compression.vocabulary import is_head, measure_head_moment
+from cptq.compression.vocabulary import is_head
 from cptq.types import Candidate, Emit, Notice
 
 #: tokens whose second moment stands for all where a head is tried

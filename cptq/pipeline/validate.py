@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 import torch
 
 from cptq.allocation.allocate import allocate, drop_sparse
+from cptq.allocation.cost import CostModel
 from cptq.allocation.ledger import Ledger, build_ledger
 from cptq.allocation.targets import check_target, parse_target, resolve_budget
 from cptq.calibration.batches import choose_held_out_tokens, count_tokens, split_held_out
@@ -33,7 +34,6 @@ from cptq.compression import WITHOUT_ACTIVATIONS
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, AnalyzeSettings
 from cptq.numerics.standard_error import compute_standard_error
-from cptq.pipeline.inputs import build_cost_model, list_options
 from cptq.report.formatting import format_seconds as spoken
 from cptq.sensitivity.validation.pairs import choose_pairs, classify_depth, rank_depths
 from cptq.sensitivity.validation.ranks import RESAMPLES, measure_agreement
@@ -64,6 +64,7 @@ def validate(
     calibration: Calibration,
     tables: Mapping[str, SensitivityTable],
     candidates: Sequence[Candidate],
+    cost: CostModel,
     ledgers: Sequence[Ledger],
     trial: TrialModel,
     settings: AnalyzeSettings,
@@ -72,6 +73,7 @@ def validate(
     """Compare the tables with measured divergences; the model is left as it was.
 
     Args:
+        cost: the bytes of the file that the runtime loads.
         ledgers: one per target, from `build_ledgers`.
         trial: gives units as the compressor stores them.
 
@@ -80,7 +82,6 @@ def validate(
     """
     _warn_of_foreign_texts(tables, calibration, emit)
     seed = settings.calibration.seed
-    cost = build_cost_model(model, settings, candidates)
     objective = choose_objective(model.kind, model.config)
     divergence = DivergenceFromDense(
         model, split_parts(model, calibration.held_out, 1)[0], objective
@@ -121,18 +122,21 @@ def validate(
 
 
 def build_ledgers(
-    model: LoadedModel, candidates: Sequence[Candidate], settings: AnalyzeSettings
+    cost: CostModel,
+    candidates: Sequence[Candidate],
+    vocabulary: Mapping[str, Sequence[Candidate]],
+    settings: AnalyzeSettings,
 ) -> list[Ledger]:
-    """Build the ledger of every target.
+    """Build the ledger of every target; `vocabulary`: the candidates of units outside the blocks.
 
     Raises:
         BudgetError: no plan reaches a target, or only plans with sparse weights do: the baseline
             plan has none.
     """
-    cost, ledgers = build_cost_model(model, settings, candidates), []
+    rows = {unit.name: vocabulary.get(unit.name, candidates) for unit in cost.units}
+    ledgers = []
     for text in settings.targets:
         target = parse_target(text)
-        rows = list_options(model, candidates, cost)
         ledger = build_ledger(resolve_budget(target, cost, settings.group_size), cost, rows)
         plain = ledger
         if any(candidate.sparsity for candidate in candidates):

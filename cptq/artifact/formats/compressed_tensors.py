@@ -25,7 +25,12 @@ from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.checkpoint.weights import TORCH_DTYPES, get_dtype_name, get_scale_dtypes
 from cptq.errors import ArtifactError
-from cptq.layouts.pack_quantized import PACK_QUANTIZED, list_float8_tensor, list_packed_tensors
+from cptq.layouts.pack_quantized import (
+    PACK_QUANTIZED,
+    list_float8_tensor,
+    list_packed_tensors,
+    name_float8_dtype,
+)
 from cptq.numerics.float8 import FORMATS as FLOAT8
 from cptq.numerics.packing import count_words, pack_rows, unpack_rows
 from cptq.types import CompressedLayer, LayerResult, LayerSpec, TensorSpec
@@ -148,7 +153,7 @@ def list_layer_tensors(layer: CompressedLayer) -> tuple[TensorSpec, ...]:
     if layer.result.candidate.float8:
         return (list_float8_tensor(layer.spec, layer.result.candidate),)
     candidate, groups = layer.result.candidate, layer.scale.shape[1]
-    narrow = f"F8_{candidate.scales.upper()}" if candidate.scales else None
+    narrow = name_float8_dtype(candidate.scales) if candidate.scales else None
     dtype = narrow or get_dtype_name(layer.scale.dtype)
     return list_packed_tensors(layer.spec, candidate.bits, groups, dtype)
 

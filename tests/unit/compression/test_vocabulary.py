@@ -16,11 +16,11 @@ from cptq.checkpoint.weights import get_weight
 from cptq.compression import gptq, nearest
 from cptq.compression.blockwise import compress_model
 from cptq.compression.layer import LayerProblem, compress_layer
+from cptq.compression.streams import measure_head_moment
 from cptq.compression.vocabulary import (
     HEAD_DAMPING,
     choose_compressor,
     list_candidates,
-    measure_head_moment,
 )
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.layouts.packed import PACKED_LAYOUT
