@@ -30,6 +30,7 @@ from cptq.calibration.replay import BlockReplay, forward
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import replace_weight
 from cptq.errors import CalibrationError
+from cptq.numerics.standard_error import compute_standard_error
 from cptq.types import Emit, Progress, Unit
 
 #: of the positions of a language model's window, one in so many is judged
@@ -186,6 +187,15 @@ class DivergenceFromDense:
                 hint="run in --dtype float32",
             )
         return divergence_R
+
+    def describe_difference(self, gap_R: Tensor) -> str:
+        """Return the mean of a difference (rows,) between two `measure_rows`, with its standard
+        error and its sample, in words."""
+        error = compute_standard_error(gap_R, self.window_R)
+        return (
+            f"difference {float(gap_R.mean()):+.3g} ± {error:.2g}, {self.tokens:,} tokens, "
+            f"{self.samples:,} {self.sample_name}s"
+        )
 
     def _measure_batch(self, block: int | None, index: int) -> Tensor:
         z_RV = self._select(self._run(block, index), index)

@@ -19,7 +19,6 @@ from cptq.compression.tune import (
     measure_errors,
     tune,
 )
-from cptq.numerics.standard_error import compute_standard_error
 from cptq.pipeline.inputs import CompressInputs
 from cptq.report.formatting import format_number
 from cptq.types import CompressedLayer, Emit, Notice
@@ -116,12 +115,9 @@ def _report(found: Tuned, judge: DivergenceFromDense, minutes: int, emit: Emit) 
         )
         emit(Notice(kind="warning", subject=SUBJECT, message=message))
     before, after = float(found.before.mean()), float(found.after.mean())
-    gap = found.after - found.before
-    error = compute_standard_error(gap, judge.window_R)
     numbers = (
-        f"{format_number(before)} to {format_number(after)} {judge.unit} (difference "
-        f"{float(gap.mean()):+.3g} ± {error:.2g}, {judge.tokens:,} tokens, {judge.samples:,} "
-        f"{judge.sample_name}s)"
+        f"{format_number(before)} to {format_number(after)} {judge.unit} "
+        f"({judge.describe_difference(found.after - found.before)})"
     )
     if found.kept:
         message = (

@@ -18,7 +18,6 @@ from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.numerics.grid import dequantize_layer
-from cptq.numerics.standard_error import compute_standard_error
 from cptq.report.formatting import format_number
 from cptq.types import CompressedLayer, Emit, Event, Notice, Plan, Progress
 
@@ -105,12 +104,9 @@ def _carry_out(
 def _describe_result(own: _Outcome, other: _Outcome, divergence: DivergenceFromDense) -> Notice:
     labels = {c.label for c in other.plan.choices.values() if not c.float8}
     baseline = f"uniform {labels.pop()}" if len(labels) == 1 else "two widths spread evenly"
-    gap = own.rows - other.rows
-    error = compute_standard_error(gap, divergence.window_R)
     numbers = (
         f"{format_number(own.divergence)} against {format_number(other.divergence)} "
-        f"{divergence.unit} (difference {float(gap.mean()):+.3g} ± {error:.2g}, "
-        f"{divergence.tokens:,} tokens, {divergence.samples:,} {divergence.sample_name}s)"
+        f"{divergence.unit} ({divergence.describe_difference(own.rows - other.rows)})"
     )
     if own.divergence <= other.divergence:
         message = f"the mixed plan is kept: {numbers} of {baseline} at the same bytes"
