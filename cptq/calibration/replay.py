@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from cptq.calibration.batches import Batch
 from cptq.checkpoint.model import LoadedModel
 
 Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+Result = TypeVar("Result")
 #: replaces a block's forward: receives the arguments and the real forward
 Replacement = Callable[[Arguments, Callable[..., Any]], Any]
 
@@ -69,6 +70,23 @@ class BlockReplay:
 
         return self._capture(block, run_block, batch_index)
 
+    @torch.no_grad()
+    def take_arguments(self, block: int, hidden: Tensor, batch_index: int) -> Arguments:
+        """Return what the model calls a block with, its hidden state replaced by `hidden`.
+
+        For a caller that runs the block itself, outside of the model's forward.
+        """
+
+        def take(arguments: Arguments, _run: Callable[..., Any]) -> Arguments:
+            return _replace_hidden(arguments, hidden)
+
+        return self._capture(block, take, batch_index)
+
+    def call(self, block: int, arguments: Arguments) -> Tensor:
+        """Run a block on arguments that were taken; return its output hidden state."""
+        args, kwargs = arguments
+        return _get_hidden_output(self.model.blocks[block](*args, **kwargs))
+
     def run_from(self, block: int, hidden: Tensor, batch_index: int) -> Any:
         """Return the model's output, given the input of `block`.
 
@@ -113,9 +131,9 @@ class BlockReplay:
 
         return dict.fromkeys(range(before), skip)
 
-    def _capture(self, block: int, replacement: Replacement, batch_index: int) -> Tensor:
+    def _capture(self, block: int, replacement: Callable[..., Result], batch_index: int) -> Result:
         """Return what `replacement` returns at `block`; the forward ends there."""
-        captured: list[Tensor] = []
+        captured: list[Result] = []
 
         def stop(arguments: Arguments, run: Callable[..., Any]) -> Any:
             captured.append(replacement(arguments, run))

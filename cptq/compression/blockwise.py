@@ -11,16 +11,20 @@ before it, for which the dense model's hidden states travel along (`compression.
 The vocabulary frames the blocks: an embedding goes first, an output head last
 (`compression.vocabulary`).
 
-Memory: one hidden state per token, and the Hessians of one block; two states, the dense inputs of a
-block and the moments of one unit where errors are corrected. Cost: two forward passes over the
-blocks, the first without what follows the last linear's input; with correction 1.8 times that and
-twice the sums. Held-out text, on which output errors are measured, takes the compressed way.
+Memory: one hidden state per token, and the Hessians of one block; where errors are corrected two
+states, the dense inputs of a block, what waiting passes hold and the moments of one unit. Cost: two
+forward passes over the blocks, one for the moments, to the last linear's input, and one with the
+new weights; with correction one of the dense model and one of the compressed, and twice the sums
+(`compression.streams`). Held-out text, on which output errors are measured, takes the compressed
+way.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+
+import torch
 
 from cptq.calibration.batches import Batch
 from cptq.calibration.tokens import Calibration
@@ -34,6 +38,7 @@ from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.types import CompressedLayer, Emit, Notice, Plan, Progress, Unit
 
 
+@torch.no_grad()
 def compress_model(
     model: LoadedModel,
     calibration: Calibration,
@@ -81,21 +86,20 @@ def compress_model(
         emit(Progress(stage="compress", done=block, total=total, message=f"block {block}"))
         units = [u for u in model.units if u.block == block and not plan.choices[u.name].dense]
         calibrating.enter_block(block, units)
-        for stage in _split_stages(units, one_by_one=corrects):
-            moments = calibrating.collect(block, stage)
-            others = judging.collect(block, stage) if judging else {}
-            done += _compress_units(model, stage, plan, moments, others, compress, emit)
-        calibrating.leave_block(block)
-        if judging:
-            judging.leave_block(block)
+        stages = _split_stages(units, one_by_one=corrects)
+        in_order = len(stages) == len(units) > 1 and calibrating.calls_in_order(block, units)
+        owns = calibrating.walk(block, stages, in_order=in_order)
+        others = judging.walk(block, stages, in_order=in_order) if judging else [{}] * len(stages)
+        # strict: asks the walks for one more than there is, so that they go on to the block's end
+        for stage, own, other in zip(stages, owns, others, strict=True):
+            done += _compress_units(model, stage, plan, own, other, compress, emit)
     for unit in chosen:
         if is_head(unit):
             emit(Progress(stage="compress", done=total, total=total, message=unit.name))
-            own = other = None
-            if compressor not in WITHOUT_ACTIVATIONS:
-                own = calibrating.collect_head()
-                other = judging.collect_head() if judging else None
-            done.append(_compress_outer(model, unit, plan, own, other, compress, emit))
+            reads = compressor not in WITHOUT_ACTIVATIONS
+            at_head = calibrating.collect_head() if reads else None
+            judged = judging.collect_head() if reads and judging else None
+            done.append(_compress_outer(model, unit, plan, at_head, judged, compress, emit))
     emit(Progress(stage="compress", done=total, total=total))
     return done
 

@@ -5,15 +5,20 @@ before it; the dense stream gives x, what it would see without any. Both are hid
 batch. For a block:
 
     enter_block  the dense stream runs it while it is dense, and what its units read is kept
-    collect      the compressed stream runs it up to some units: H = E[x^ x^^T],
-                 C = E[(x - x^) x^^T]
-    leave_block  the compressed stream runs it with its new weights
+    walk         the compressed stream runs it, stage by stage: H = E[x^ x^^T], C = E[(x - x^) x^^T]
+                 of the units of a stage, which the caller then compresses
 
 After the last block `collect_head` gives H of the output head.
 
-Memory: two hidden states per token and, of one block, the dense inputs of its units. Limits: no C
-for an expert, to which the router may send other tokens, nor for a unit whose inputs in the two
-streams have different shapes.
+A walk is one pass where it can be: each batch runs in a greenlet, stops where a unit is about to
+read its input, waits until that unit is compressed, and goes on with the new weight. So nothing is
+run twice. Where the units of a block are not called once each in the order of the stages (experts,
+a linear used twice), or a stage is all there is, every stage has a pass of its own, and another
+follows that hands on what the compressed block gives. Both give the same numbers.
+
+Memory: two hidden states per token and, of one block, the dense inputs of its units and what
+waiting batches hold (in an MLP its widest activation). Limits: no C for an expert, to which the
+router may send other tokens, nor for a unit whose inputs in the two streams have different shapes.
 """
 
 from __future__ import annotations
@@ -21,8 +26,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from cptq.calibration.batches import Batch
@@ -117,6 +124,62 @@ class Stream:
                     calls.append([])
                 self._dense[index] = self._replay.run(block, state, index)
 
+    def calls_in_order(self, block: int, units: Sequence[Unit]) -> bool:
+        """Say whether the first batch calls each unit once, in this order."""
+        called: list[str] = []
+        with _watch_inputs(self._find_first_linears(units), lambda name, _x: called.append(name)):
+            self._replay.run(block, self._hidden[0], 0)
+        return called == [unit.name for unit in units]
+
+    def walk(
+        self, block: int, stages: Sequence[Sequence[Unit]], *, in_order: bool
+    ) -> Iterator[dict[str, Moments]]:
+        """Run a block; yield the moments of stage after stage, {unit: moments}.
+
+        The caller compresses the units of a stage before it asks for the next, with gradients
+        disabled all the while (a pass that waits shares the switch with those that run).
+
+        Args:
+            block: its index.
+            stages: its units in the order in which they are compressed.
+            in_order: stages are single units, which every batch calls once each and in this order.
+
+        Raises:
+            CalibrationError: an input is NaN or infinite.
+        """
+        if in_order and len(stages) > 1:
+            yield from self._walk_in_one_pass(block, [unit for (unit,) in stages])
+            return
+        for stage in stages:
+            yield self.collect(block, stage)
+        self._hidden = [self._replay.run(block, h, i) for i, h in enumerate(self._hidden)]
+
+    def _walk_in_one_pass(self, block: int, units: Sequence[Unit]) -> Iterator[dict[str, Moments]]:
+        passes = [
+            greenlet(partial(self._run_block, block, index)) for index in range(len(self._hidden))
+        ]
+        own = set(passes)
+
+        def wait(unit_name: str, x: Tensor) -> None:
+            if getcurrent() in own:  # else it is another stream's pass
+                getcurrent().parent.switch(unit_name, x)
+
+        with _watch_inputs(self._find_first_linears(units), wait):
+            for unit in units:
+                gathered = _Gathered(unit, self._model.device)
+                for index, run in enumerate(passes):
+                    name, x = run.switch()
+                    assert name == unit.name, f"{name} was called before {unit.name}"
+                    dense = self._find_dense_rows(unit.name, index, 0)
+                    gathered.add(select_real_rows(x, self._masks[index]), dense)
+                self._read.pop(unit.name, None)
+                yield {unit.name: gathered.join()}
+            self._hidden = [run.switch() for run in passes]
+
+    def _run_block(self, block: int, index: int) -> Tensor:
+        arguments = self._replay.take_arguments(block, self._hidden[index], index)
+        return self._replay.call(block, arguments)
+
     def collect(self, block: int, units: Sequence[Unit]) -> dict[str, Moments]:
         """Return the moments of the inputs of some units of a block, {unit: moments}.
 
@@ -143,10 +206,6 @@ class Stream:
         for name in gathered:
             self._read.pop(name, None)
         return {name: found.join() for name, found in gathered.items()}
-
-    def leave_block(self, block: int) -> None:
-        """Run the compressed stream through a block; its states are then the block's output."""
-        self._hidden = [self._replay.run(block, h, i) for i, h in enumerate(self._hidden)]
 
     def collect_head(self) -> Moments:
         """Return the moment of what the output head is given by the compressed blocks."""

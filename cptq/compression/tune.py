@@ -447,12 +447,10 @@ def measure_errors(
     stream = Stream(model, held_out) if held_out else None
     for block in range(len(model.blocks)):
         units = [u for u in model.units if u.block == block and u.layers[0].name in found]
-        moments = stream.collect(block, units) if stream else {}
-        for unit in units:
-            H_II = moments[unit.name].H_II if stream else None
-            for spec in unit.layers:
-                W_OI = get_weight(dense.linear(spec.name)).float()
-                found[spec.name] = measure_layer(found[spec.name], W_OI, H_II)
-        if stream:
-            stream.leave_block(block)
+        for moments in stream.walk(block, [units], in_order=False) if stream else [{}]:
+            for unit in units:
+                H_II = moments[unit.name].H_II if moments else None
+                for spec in unit.layers:
+                    W_OI = get_weight(dense.linear(spec.name)).float()
+                    found[spec.name] = measure_layer(found[spec.name], W_OI, H_II)
     return list(found.values())

@@ -12,8 +12,9 @@ compensation. Damping adds a share of that mean; if the
 factorization fails it grows tenfold up to `MOST_DAMPING`, and `factor_damped_inverse` returns the
 damping used, for the report.
 
-Cost: n * in^2 multiply-adds per batch, then three in^3 / 3 factorizations. float32 throughout;
-products of float16 activations are never summed in float16.
+Cost: n * in^2 multiply-adds per batch, less a third of them: X^T X is symmetric, so it is summed
+in panels of columns, each from its diagonal on. Then three in^3 / 3 factorizations. float32
+throughout; products of float16 activations are never summed in float16.
 """
 
 from __future__ import annotations
@@ -23,24 +24,33 @@ from torch import Tensor
 
 #: largest damping that is tried
 MOST_DAMPING = 1.0
+#: panels that a second moment is summed in: 0.63 of the multiply-adds, 0.68 of the time
+PANELS = 4
+#: features of the narrowest panel
+LEAST_PANEL = 64
 
 
 class SecondMoment:
     """Running mean of x x^T over tokens; `mean_II` is H, `tokens` how many rows went in."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        self._sum_II = torch.zeros(features, features, device=device)
+        # in panels of columns, of which the part left of the diagonal stays 0
+        self._upper_II = torch.zeros(features, features, device=device)
+        self._starts = range(0, features, max(LEAST_PANEL, -(-features // PANELS)))
         self.tokens = 0
 
     def add(self, x_TI: Tensor) -> None:
         """Add rows (tokens, in)."""
         x_TI = x_TI.float()
-        self._sum_II.addmm_(x_TI.T, x_TI)
+        for start in self._starts:
+            end = start + self._starts.step
+            self._upper_II[start:end, start:].addmm_(x_TI[:, start:end].T, x_TI[:, start:])
         self.tokens += x_TI.shape[0]
 
     @property
     def mean_II(self) -> Tensor:
-        return self._sum_II / max(self.tokens, 1)
+        upper_II = self._upper_II.triu() / max(self.tokens, 1)
+        return upper_II + upper_II.triu(1).T
 
 
 def find_dead_inputs(H_II: Tensor) -> Tensor:

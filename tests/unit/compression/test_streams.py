@@ -1,0 +1,89 @@
+"""A pass that waits at each unit against a pass for every stage, and when it cannot be taken."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.weights import get_weight, set_weight
+from cptq.compression.streams import Moments, Stream
+from tests.conftest import TinyModel
+from tests.reference.sensitivity import loaded, random_calibration
+
+
+def crush(model: LoadedModel, name: str) -> None:
+    """Change a weight far enough for everything after it to differ."""
+    set_weight(model.linear(name), get_weight(model.linear(name)).round(decimals=1))
+
+
+def walk_blocks(
+    model: LoadedModel, *, in_order: bool, judged: bool = False
+) -> Iterator[tuple[str, Moments]]:
+    """Walk all blocks unit by unit, changing each unit's weights as soon as it has been met."""
+    batches = random_calibration(model, rows=5, length=21).batches
+    stream = Stream(model, batches, dense=True)
+    other = Stream(model, batches[:1]) if judged else None
+    for block in range(len(model.blocks)):
+        units = [unit for unit in model.units if unit.block == block]
+        assert stream.calls_in_order(block, units)
+        stream.enter_block(block, units)
+        stages = [[unit] for unit in units]
+        walk = stream.walk(block, stages, in_order=in_order)
+        beside = other.walk(block, stages, in_order=in_order) if other else [{}] * len(stages)
+        for unit, moments, _ in zip(units, walk, beside, strict=True):
+            yield unit.name, moments[unit.name]
+            for spec in unit.layers:
+                crush(model, spec.name)
+
+
+def equal(one: Tensor | None, two: Tensor | None) -> bool:
+    return one is not None and two is not None and torch.equal(one, two)
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "gpt_neox", "bert", "mpnet"])
+@pytest.mark.parametrize("judged", [False, True])
+@torch.no_grad()
+def test_waiting_passes_see_what_a_pass_per_unit_sees(
+    arch: str, judged: bool, tiny_model: TinyModel
+) -> None:
+    model = loaded(tiny_model(arch))
+    twin = copy.deepcopy(model)
+    waiting = list(walk_blocks(model, in_order=True, judged=judged))
+    repeated = list(walk_blocks(twin, in_order=False))
+    assert [name for name, _ in waiting] == [name for name, _ in repeated]
+    assert len(waiting) == len(model.units) > 2
+    for (_, one), (_, two) in zip(waiting, repeated, strict=True):
+        assert equal(one.H_II, two.H_II)
+        assert equal(one.C_II, two.C_II)
+    assert any(bool(one.C_II.any()) for _, one in waiting if one.C_II is not None)
+    assert not [m for m in model.module.modules() if m._forward_pre_hooks or "forward" in vars(m)]
+
+
+@torch.no_grad()
+def test_a_walk_runs_each_block_once_per_batch(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    calls: list[int] = []
+    model.blocks[1].mlp.register_forward_hook(lambda *_: calls.append(1))
+    batches = random_calibration(model, rows=5, length=21).batches
+    stream = Stream(model, batches)
+    units = [unit for unit in model.units if unit.block == 1]
+    list(stream.walk(1, [[unit] for unit in units], in_order=True))
+    assert len(calls) == len(batches)
+
+
+@torch.no_grad()
+def test_what_is_called_twice_or_in_another_order_is_found_out(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    stream = Stream(model, random_calibration(model, rows=2, length=9).batches)
+    units = [unit for unit in model.units if unit.block == 0]
+    assert stream.calls_in_order(0, units)
+    assert not stream.calls_in_order(0, units[::-1])
+    attention = model.blocks[0].self_attn
+    once = attention.o_proj.forward
+    attention.o_proj.forward = lambda x: once(x) + attention.q_proj(x)
+    assert not stream.calls_in_order(0, units)
