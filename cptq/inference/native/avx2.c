@@ -32,6 +32,8 @@
 
 /* loops over registers, whose bounds are constants where they are inlined */
 #define UNROLL _Pragma("GCC unroll 8")
+/* keeps compilers from reordering sums, for which they run out of registers */
+#define KEEP(v) __asm__("" : "+x"(v))
 
 /* tokens from which tiles are unpacked once and kept */
 #define TILE_TOKENS 8
@@ -39,6 +41,9 @@
 #define TILE_INPUTS 512
 /* rows that share the loads of one token's activations */
 #define ROWS 4
+/* bytes to fetch ahead, at least and at most; rows side by side confuse the hardware's prediction */
+#define AHEAD 4096
+#define FAR_AHEAD 16384
 
 /* ---- units and planes ----------------------------------------------------------------------- */
 
@@ -244,6 +249,8 @@ AVX2 static void read_scales(const cptq_weight *w, int64_t row, int rows, row_pa
             read_row_codes(w, row + r, parts.bytes, parts.scale + r * groups);
         return;
     }
+    for (int64_t k = 0; k < count; k += 32) /* the scales of the next but one call */
+        _mm_prefetch((const char *)w->scale + 2 * (from + 2 * count + k), _MM_HINT_T0);
     for (; g + 8 <= count; g += 8)
         _mm256_storeu_ps(parts.scale + g, load_numbers(w->scale, w->scale_type, from + g));
     for (; g < count; g++)
@@ -463,6 +470,16 @@ static void fill_lanes(const cptq_weight *w, const input_layout *in, int rows, r
                 k * per < w->in ? parts.scale[r * in->groups + k * per / w->group] : 0.0f;
 }
 
+/* How far ahead of a byte to fetch: whole strips of four rows where these are short. An address
+ * behind the weight is harmless. */
+static int64_t choose_distance(int64_t row_bytes)
+{
+    int64_t rows = ROWS * row_bytes;
+    if (rows < AHEAD)
+        return (AHEAD + rows - 1) / rows * rows;
+    return rows < FAR_AHEAD ? rows : FAR_AHEAD;
+}
+
 /* 32-bit sums of a block's products */
 INLINE __m256i multiply_block(int bits, const __m256i *plane, const int8_t *q)
 {
@@ -489,6 +506,7 @@ INLINE void run_strip(int bits, int rows, int tokens, const cptq_weight *w, cons
                                             3 * plan.spread / 8, 4 * plan.spread / 8,
                                             5 * plan.spread / 8, 6 * plan.spread / 8,
                                             7 * plan.spread / 8);
+    int64_t ahead = choose_distance(row_bytes);
     uint8_t copy[ROWS][32];
     __m256 scale[ROWS];
     for (int r = 0; whole < in->blocks && r < rows; r++)
@@ -509,6 +527,7 @@ INLINE void run_strip(int bits, int rows, int tokens, const cptq_weight *w, cons
             for (int r = 0; r < rows; r++) {
                 const uint8_t *at = b < whole ? codes + r * row_bytes + b * size : copy[r];
                 __m256i plane[4];
+                _mm_prefetch((const char *)at + ahead, _MM_HINT_T0);
                 part_planes(bits, load_units(bits, at), plane);
                 for (int t = 0; t < tokens; t++) {
                     const char *token = input + (size_t)t * in->bytes;
@@ -575,7 +594,7 @@ static void multiply_rows(const cptq_weight *w, const input_layout *in, schedule
     const uint8_t *codes = (const uint8_t *)(w->codes + row * w->code_words);
     bias = bias ? bias + row : NULL;
     y += row;
-    if (tokens == 1 && rows == 4) {
+    if (tokens == 1 && rows == ROWS) {
         run[FOUR_ROWS](w, in, plan, codes, &parts, input, bias, y, stride);
         return;
     }

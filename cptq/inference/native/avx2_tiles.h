@@ -58,7 +58,7 @@ INLINE void unpack_tile(int bits, const uint8_t *codes, int64_t row_bytes, int64
 
 /* one step (16 or 32 inputs, `units` of four) of 16 rows for some tokens */
 INLINE void multiply_step(int bits, int tokens, int units, const uint8_t *codes, const char *input,
-                          size_t bytes, int64_t place, int first, __m256i (*dot)[2])
+                          size_t bytes, __m256i (*dot)[2])
 {
     const int planes = count_planes(bits), most = count_sums(bits);
     const __m256i ones = _mm256_set1_epi16(1);
@@ -67,13 +67,13 @@ INLINE void multiply_step(int bits, int tokens, int units, const uint8_t *codes,
     for (int k = 0; k < 2 * tokens; k++)
         pairs[k / 2][k % 2] = dot[k / 2][k % 2] = zero;
     UNROLL for (int u = 0; u < units; u++) {
-        int at = u / per * 8 + first + u % per; /* the unit within the block */
+        int at = u / per * 8 + u % per; /* the unit, from the step's first one */
         __m256i row[2];
         for (int h = 0; h < 2; h++)
             row[h] = _mm256_load_si256((const __m256i *)(codes + 64 * at + 32 * h));
         UNROLL for (int t = 0; t < tokens; t++) {
             int32_t four;
-            memcpy(&four, input + (size_t)t * bytes + place + 4 * at, 4);
+            memcpy(&four, input + (size_t)t * bytes + 4 * at, 4);
             __m256i x = _mm256_set1_epi32(four);
             UNROLL for (int h = 0; h < 2; h++) {
                 __m256i product =
@@ -81,9 +81,12 @@ INLINE void multiply_step(int bits, int tokens, int units, const uint8_t *codes,
                                                      _mm256_sign_epi8(x, row[h]))
                               : _mm256_maddubs_epi16(row[h], x);
                 pairs[t][h] = u % most ? _mm256_add_epi16(pairs[t][h], product) : product;
-                if (u % most == most - 1 || u == units - 1)
+                KEEP(pairs[t][h]);
+                if (u % most == most - 1 || u == units - 1) {
                     dot[t][h] =
                         _mm256_add_epi32(dot[t][h], _mm256_madd_epi16(pairs[t][h], ones));
+                    KEEP(dot[t][h]);
+                }
             }
         }
     }
@@ -99,8 +102,8 @@ INLINE void run_tile(int bits, int tokens, int units, const tile *from, const in
         int64_t b = k / per_block, block = from->block + b;
         int first = (int)(k % per_block) * lanes;
         __m256i dot[4][2];
-        multiply_step(bits, tokens, units, from->codes + b * planes * 512, input, in->bytes,
-                      block * 32 * planes, first, dot);
+        multiply_step(bits, tokens, units, from->codes + b * planes * 512 + 64 * first,
+                      input + block * 32 * planes + 4 * first, in->bytes, dot);
         UNROLL for (int t = 0; t < tokens; t++) {
             const char *token = input + (size_t)t * in->bytes;
             __m256 by = _mm256_broadcast_ss((const float *)(token + in->lanes) + 8 * block + first);
