@@ -123,7 +123,9 @@ def _run(folder: Path, job: Mapping[str, Any]) -> dict[str, Any]:
     done = subprocess.run(
         [sys.executable, "-P", str(stock_load.__file__), str(job_file)],
         cwd=folder,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"},
+        # exact: the packed format's kernels would round activations, the model in memory does not
+        env=os.environ
+        | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "CPTQ_EXACT": "1"},
         capture_output=True,
         text=True,
         errors="replace",

@@ -6,6 +6,8 @@ and transformers' tying of embeddings work as usual. None of them is trainable.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -24,6 +26,7 @@ PARAMETERS = {
     "mask": "weight_mask",
     "pattern": "weight_pattern",
 }
+_NAMES = tuple(PARAMETERS.values())
 
 
 class PackedModule(nn.Module):
@@ -36,6 +39,7 @@ class PackedModule(nn.Module):
     def __init__(self, shape: tuple[int, int], scheme: Candidate) -> None:
         super().__init__()
         self.shape, self.scheme = shape, scheme
+        self._kept: tuple[list[Any], PackedWeight] | None = None
         specs = {spec.name[1:]: spec for spec in list_packed_tensors("", shape, "F32", scheme)}
         for part in PARAMETERS.values():
             spec = specs.get(part)
@@ -53,9 +57,29 @@ class PackedModule(nn.Module):
 
     @property
     def packed(self) -> PackedWeight:
-        """The weight in the form that the operations take."""
-        parts = {field: getattr(self, part) for field, part in PARAMETERS.items()}
-        return PackedWeight(scheme=self.scheme, shape=self.shape, **parts)
+        """The weight in the form that the operations take.
+
+        It is kept, with what backends derive from it, until a parameter has other memory or type.
+        """
+        kept, memory = self._kept, self._describe_memory()
+        if kept is None or kept[0] != memory:
+            parts = {field: self._parameters[part] for field, part in PARAMETERS.items()}
+            weight = PackedWeight(scheme=self.scheme, shape=self.shape, **parts)  # type: ignore[arg-type]
+            self._kept = kept = memory, weight
+        return kept[1]
+
+    def _describe_memory(self) -> list[Any]:
+        """Return what changes when a parameter is replaced, moved or converted."""
+        found: list[Any] = []
+        for part in _NAMES:
+            value = self._parameters[part]
+            if value is not None:
+                found += (id(value), value.data_ptr(), value.dtype)
+        return found
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles go without what is kept, which points into memory."""
+        return self.__dict__ | {"_kept": None}
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the dense weight (out, in)."""

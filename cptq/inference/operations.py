@@ -9,12 +9,19 @@
 A backend implements all three for the weights, devices and types that it supports. The first one in
 `BACKENDS` that supports a weight is used. To add a fast one, write a file with a `Backend` and list
 it above `reference`, which supports everything and is what the others are tested against.
+
+A backend may round activations to 8 bits, as `native` does. `set_exact(True)`, `exact_products()`
+or the environment variable CPTQ_EXACT=1 forbid it: products then are those of the dequantized
+weight, but for the order of summation. What compares a packed model with a dense one wants that.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +35,7 @@ class PackedWeight:
     """A packed weight (out, in): the tensors of docs/format-packed.md and their scheme.
 
     `scheme` has the group size in use (0: per channel). `cptq.layouts.packed` gives the shapes.
+    `prepared` is where a backend keeps what it derives from the tensors, by its name.
     """
 
     scheme: Candidate
@@ -38,6 +46,7 @@ class PackedWeight:
     zero: Tensor | None = None
     mask: Tensor | None = None
     pattern: Tensor | None = None
+    prepared: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def nbytes(self) -> int:
@@ -57,7 +66,38 @@ class Backend:
     dequantize: Callable[[PackedWeight, torch.dtype], Tensor]
 
 
-BACKENDS: Registry[Backend] = Registry("backend", {"reference": "cptq.inference.reference:BACKEND"})
+BACKENDS: Registry[Backend] = Registry(
+    "backend",
+    {
+        "native": "cptq.inference.native.backend:BACKEND",
+        "reference": "cptq.inference.reference:BACKEND",
+    },
+)
+
+#: whether activations must not be rounded; for the whole process
+_exact = os.environ.get("CPTQ_EXACT", "") == "1"
+
+
+def is_exact() -> bool:
+    """Return whether products must be those of the dequantized weight."""
+    return _exact
+
+
+def set_exact(exact: bool) -> None:
+    """Forbid (or allow again) that a backend rounds activations, in the whole process."""
+    global _exact
+    _exact = exact
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Forbid it for the time of a `with` block, in all threads."""
+    before = is_exact()
+    set_exact(True)
+    try:
+        yield
+    finally:
+        set_exact(before)
 
 
 def find_backend(weight: PackedWeight, dtype: torch.dtype) -> Backend:

@@ -139,7 +139,8 @@ def test_dense_modules_compute_the_same() -> None:
     layer = compressed(7, 24, "w4g8-asym")
     for kind, x in ((PackedLinear, torch.randn(2, 24)), (PackedEmbedding, torch.tensor([3, 0]))):
         module = module_of(layer, kind)
-        assert torch.equal(module.make_dense(torch.float32)(x), module(x))
+        # two backends may sum in another order
+        torch.testing.assert_close(module.make_dense(torch.float32)(x), module(x))
 
 
 def test_backends_are_asked_in_order(monkeypatch: pytest.MonkeyPatch) -> None:

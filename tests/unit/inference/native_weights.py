@@ -1,0 +1,75 @@
+"""Random packed weights, and what they stand for."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from cptq.inference.operations import PackedWeight
+from cptq.numerics.packing import pack_values
+from cptq.types import Candidate
+from tests.reference import packed_products as truth
+
+SCALE_TYPES = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def make_weight(
+    out: int,
+    inputs: int,
+    *,
+    bits: int,
+    group: int = 0,
+    symmetric: bool = True,
+    scales: str = "float16",
+    seed: int = 0,
+) -> PackedWeight:
+    """Random codes and scales; `scales` is a type, or `row` or `row-bfloat16`."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = inputs // (group or inputs)
+
+    def draw(most: int, *shape: int) -> Tensor:
+        return torch.randint(0, most, shape, generator=generator).to(torch.uint8)
+
+    factor = None
+    if scales.startswith("row"):
+        dtype = torch.bfloat16 if scales == "row-bfloat16" else torch.float16
+        codes_OG = draw(63, out, groups) + 1
+        codes_OG[codes_OG == 32] = 40
+        scale = pack_values(codes_OG, 6)
+        factor = (torch.rand(out, 1, generator=generator) * 0.01 + 0.001).to(dtype)
+    else:
+        sign = torch.randn(out, groups, generator=generator).sign() if symmetric else 1.0
+        scale = (torch.rand(out, groups, generator=generator) + 0.1) * 0.1 * sign
+        scale = scale.to(SCALE_TYPES[scales])
+    return PackedWeight(
+        scheme=Candidate(
+            bits=bits,
+            group_size=0 if group == inputs else group,
+            symmetric=symmetric,
+            scales="row" if factor is not None else "",
+        ),
+        shape=(out, inputs),
+        codes=pack_values(draw(1 << bits, out, inputs), bits),
+        scale=scale,
+        factor=factor,
+        zero=None if symmetric else pack_values(draw(1 << bits, out, groups), bits),
+    )
+
+
+def dense(weight: PackedWeight) -> NDArray[np.float64]:
+    """The weight (out, in) in float64."""
+    return truth.weight(
+        weight.codes.numpy(),
+        weight.scale.numpy() if weight.factor is not None else weight.scale.double().numpy(),
+        None if weight.factor is None else weight.factor.double().numpy(),
+        None if weight.zero is None else weight.zero.numpy(),
+        weight.scheme.bits,
+        weight.shape[1],
+        weight.scheme.group_size or weight.shape[1],
+    )
