@@ -36,6 +36,7 @@ from cptq.config import (
     CompressSettings,
     EvalSettings,
     ExportSettings,
+    GenerateSettings,
     InspectSettings,
     VerifySettings,
     list_options,
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from cptq.artifact.verify import VerifiedArtifact
     from cptq.pipeline.export import ExportOutcome
     from cptq.report.comparison import CompareOutcome
+    from cptq.report.generation import GenerateOutcome
     from cptq.report.summary import AnalyzeOutcome, CompressOutcome, EvalOutcome
     from cptq.types import Plan
 
@@ -63,6 +65,7 @@ _FUNCTIONS: Mapping[type, str] = {
     EvalSettings: "evaluate",
     CompareSettings: "compare",
     ExportSettings: "export",
+    GenerateSettings: "generate",
 }
 #: options that decide how a plan is carried out and written, which `plan` does not do
 _NOT_FOR_PLANS = (
@@ -242,6 +245,28 @@ def export(
     """
     settings = _build(ExportSettings, {"artifact": artifact, "format": format, **options})
     outcome: ExportOutcome = execute(settings, progress or _warn)
+    return outcome
+
+
+@_takes(GenerateSettings, "model", "prompt")
+def generate(
+    model: Source, prompt: str, *, progress: Emit | None = None, **options: Any
+) -> GenerateOutcome:
+    """Continue a text with a causal language model, greedily unless `temperature=` is given.
+
+    Args:
+        model: a Hub id, or a directory of a checkpoint or an artifact.
+        prompt: the text; "-" reads the standard input.
+        progress: called with events; `cptq.types.Fragment` is a piece of the text.
+
+    Returns:
+        `text`, without the prompt, the numbers of tokens and the seconds they took.
+
+    Raises:
+        CptqError: an option or the model cannot be used, or the context does not hold the prompt.
+    """
+    settings = _build(GenerateSettings, {"model": model, "prompt": prompt, **options})
+    outcome: GenerateOutcome = execute(settings, progress or _warn)
     return outcome
 
 

@@ -28,6 +28,7 @@ from cptq.config import (
     CompressSettings,
     EvalSettings,
     ExportSettings,
+    GenerateSettings,
     InspectSettings,
     Option,
     VerifySettings,
@@ -138,6 +139,15 @@ COMMANDS = (
         help="""Compare the size, quality, speed and memory of several models.
 
         Each model is compared with the first one on the same samples.""",
+    ),
+    Command(
+        name="generate",
+        settings=GenerateSettings,
+        presentation=ConfiguredPresentation,
+        help="""Continue a text with a language model or an artifact.
+
+        The text goes to stdout piece by piece, without the prompt; numbers of tokens and their
+        speed go to stderr.""",
     ),
 )
 

@@ -7,5 +7,6 @@ from cptq.pipeline.compare import compare
 from cptq.pipeline.compress import compress, plan
 from cptq.pipeline.evaluate import evaluate
 from cptq.pipeline.export import export
+from cptq.pipeline.generate import generate
 
-__all__ = ["analyze", "compare", "compress", "evaluate", "export", "plan"]
+__all__ = ["analyze", "compare", "compress", "evaluate", "export", "generate", "plan"]
