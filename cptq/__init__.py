@@ -15,6 +15,7 @@ from cptq.inference.registration import ensure_registered
 if TYPE_CHECKING:
     from cptq.api import (
         analyze,
+        bench,
         compare,
         compress,
         evaluate,
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = [
     "__version__",
     "analyze",
+    "bench",
     "compare",
     "compress",
     "evaluate",

@@ -32,7 +32,7 @@ DOCUMENTS = "".join(
     )
 )
 COMMANDS = (
-    *("analyze", "compress", "eval", "compare", "generate"),
+    *("analyze", "compress", "eval", "compare", "bench", "generate"),
     *("export", "inspect", "verify"),
 )
 MOST_LINES = 500

@@ -24,6 +24,7 @@ from cptq.cli.parameters import (
 from cptq.config import (
     AnalyzeSettings,
     AnySettings,
+    BenchSettings,
     CompareSettings,
     CompressSettings,
     EvalSettings,
@@ -139,6 +140,15 @@ COMMANDS = (
         help="""Compare the size, quality, speed and memory of several models.
 
         Each model is compared with the first one on the same samples.""",
+    ),
+    Command(
+        name="bench",
+        settings=BenchSettings,
+        presentation=ConfiguredPresentation,
+        help="""Measure the speed, load time and memory of several models.
+
+        Each model runs in a process of its own; they take turns, so that other work on the machine
+        meets all of them alike. Figures are medians, compared with the first model's.""",
     ),
     Command(
         name="generate",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cptq.cli.console import Console
 from cptq.cli.sparkline import draw_sparkline
 from cptq.config import AnySettings, InspectSettings
+from cptq.report.bench import BenchOutcome, build_bench_tables
 from cptq.report.comparison import (
     CompareOutcome,
     build_cost_table,
@@ -187,6 +188,19 @@ def present_export(settings: AnySettings, outcome: ExportOutcome) -> Output:
     return Output(tables=[tabulate_pairs("Exported", rows)], document=document, lines=lines)
 
 
+def present_bench(settings: AnySettings, outcome: BenchOutcome) -> Output:
+    """Present speed, start and memory; for scripts, the decoding (or forward) speed of each."""
+    found = outcome.bench
+    speed, size = "decode" if found.generates else "forward", found.batch_sizes[0]
+    rows = [("time", format_seconds(sum(found.timings.values()))), ("written to", outcome.out)]
+    out = None if outcome.out is None else str(outcome.out)
+    return Output(
+        tables=[*build_bench_tables(found), tabulate_pairs("Done", rows)],
+        document={"command": "bench", "out": out, **found.to_dict()},
+        lines=[repr(model.find(speed, size)) for model in found.models],
+    )
+
+
 def present_generate(settings: AnySettings, outcome: GenerateOutcome) -> Output:
     """Present the numbers of tokens and their speed; the text itself was printed as it came."""
     document = {"command": "generate", **outcome.to_dict()}
@@ -238,6 +252,7 @@ PRESENTERS: Mapping[str, Callable[[Any, Any], Output]] = {
     "eval": present_eval,
     "compare": present_compare,
     "export": present_export,
+    "bench": present_bench,
     "generate": present_generate,
     "verify": present_verify,
     "inspect": present_inspect,
