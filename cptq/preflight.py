@@ -22,6 +22,7 @@ from cptq.config import (
     CompressSettings,
     EvalSettings,
     ExportSettings,
+    GenerateSettings,
     list_options,
 )
 from cptq.errors import ModelError, OutputExistsError, PlanError, UsageError
@@ -51,6 +52,12 @@ def check_settings(settings: AnySettings, *, writes: bool = True) -> AnySettings
         return _check_compare(settings)
     if isinstance(settings, BenchSettings):
         return _check_bench(settings)
+    if isinstance(settings, GenerateSettings) and settings.model.model.endswith(GGUF):
+        raise ModelError(
+            f"{settings.model.model} is a GGUF file, which cptq generate does not run",
+            allowed="a checkpoint or an artifact",
+            hint="run it with llama.cpp",
+        )
     if isinstance(settings, ExportSettings):
         _check_names(settings, "format")
     return settings

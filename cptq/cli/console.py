@@ -73,7 +73,8 @@ class Console:
         A terminal must not obey control characters that a model writes; a file gets all of them.
         """
         if self.output_format != "json":
-            self.progress.close()
+            if not self.line_is_open:
+                self.progress.close()
             typer.echo(make_printable(text) if self.out.is_terminal else text, nl=False)
             self.line_is_open = not text.endswith("\n")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cptq.config.inputs import ModelSettings, out_option, overwrite_option, seed_option
+from cptq.config.inputs import ModelSettings, out_option, overwrite_option
 from cptq.config.options import (
     ARGUMENTS,
     EVALUATION,
@@ -61,7 +61,7 @@ class BenchSettings:
         minimum=1,
         usual="as many as torch chooses",
     )
-    seed: int = seed_option()
+    seed: int = option(0, "Draw the prompt with this random seed.", EXECUTION, "N", minimum=0)
     out: Path | None = out_option("Write every repetition to this JSON file.", "FILE")
     overwrite: bool = overwrite_option()
 
