@@ -13,16 +13,29 @@ from typing import TYPE_CHECKING, Any
 from cptq.inference.registration import ensure_registered
 
 if TYPE_CHECKING:
-    from cptq.api import analyze, compare, compress, evaluate, export, inspect, plan, verify
+    from cptq.api import (
+        analyze,
+        bench,
+        compare,
+        compress,
+        evaluate,
+        export,
+        generate,
+        inspect,
+        plan,
+        verify,
+    )
     from cptq.checkpoint.loader import load
 
 __all__ = [
     "__version__",
     "analyze",
+    "bench",
     "compare",
     "compress",
     "evaluate",
     "export",
+    "generate",
     "inspect",
     "load",
     "plan",

@@ -32,10 +32,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from cptq.config import (
     AnalyzeSettings,
     AnySettings,
+    BenchSettings,
     CompareSettings,
     CompressSettings,
     EvalSettings,
     ExportSettings,
+    GenerateSettings,
     InspectSettings,
     VerifySettings,
     list_options,
@@ -49,7 +51,9 @@ if TYPE_CHECKING:
     from cptq.artifact.inspect import Inspection
     from cptq.artifact.verify import VerifiedArtifact
     from cptq.pipeline.export import ExportOutcome
+    from cptq.report.bench import BenchOutcome
     from cptq.report.comparison import CompareOutcome
+    from cptq.report.generation import GenerateOutcome
     from cptq.report.summary import AnalyzeOutcome, CompressOutcome, EvalOutcome
     from cptq.types import Plan
 
@@ -63,6 +67,8 @@ _FUNCTIONS: Mapping[type, str] = {
     EvalSettings: "evaluate",
     CompareSettings: "compare",
     ExportSettings: "export",
+    BenchSettings: "bench",
+    GenerateSettings: "generate",
 }
 #: options that decide how a plan is carried out and written, which `plan` does not do
 _NOT_FOR_PLANS = (
@@ -242,6 +248,51 @@ def export(
     """
     settings = _build(ExportSettings, {"artifact": artifact, "format": format, **options})
     outcome: ExportOutcome = execute(settings, progress or _warn)
+    return outcome
+
+
+@_takes(BenchSettings, "model", "others")
+def bench(
+    model: Source, *others: Source, progress: Emit | None = None, **options: Any
+) -> BenchOutcome:
+    """Measure speed, load time and memory of models, each in a process of its own, in turns.
+
+    Args:
+        model: a Hub id, a directory of a checkpoint or an artifact, or a .gguf file.
+        others: likewise; their figures are compared with the first model's.
+        progress: called with events.
+
+    Returns:
+        `bench.models`, each with its `figures` and all their repetitions.
+
+    Raises:
+        CptqError: an option or a model cannot be used, or a process ended.
+    """
+    given = {"model": model, "others": tuple(os.fspath(other) for other in others)}
+    settings = _build(BenchSettings, {**given, **options})
+    outcome: BenchOutcome = execute(settings, progress or _warn)
+    return outcome
+
+
+@_takes(GenerateSettings, "model", "prompt")
+def generate(
+    model: Source, prompt: str, *, progress: Emit | None = None, **options: Any
+) -> GenerateOutcome:
+    """Continue a text with a causal language model, greedily unless `temperature=` is given.
+
+    Args:
+        model: a Hub id, or a directory of a checkpoint or an artifact.
+        prompt: the text; "-" reads the standard input.
+        progress: called with events; `cptq.types.Fragment` is a piece of the text.
+
+    Returns:
+        `text`, without the prompt, the numbers of tokens and the seconds they took.
+
+    Raises:
+        CptqError: an option or the model cannot be used, or the context does not hold the prompt.
+    """
+    settings = _build(GenerateSettings, {"model": model, "prompt": prompt, **options})
+    outcome: GenerateOutcome = execute(settings, progress or _warn)
     return outcome
 
 

@@ -9,19 +9,23 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from cptq.config import (
+    GGUF,
     AnalyzeSettings,
     AnySettings,
+    BenchSettings,
     CompareSettings,
     CompressSettings,
     EvalSettings,
     ExportSettings,
+    GenerateSettings,
     list_options,
 )
-from cptq.errors import OutputExistsError, PlanError, UsageError
+from cptq.errors import ModelError, OutputExistsError, PlanError, UsageError
 from cptq.registry import find_closest
 from cptq.types import Plan
 
@@ -46,6 +50,14 @@ def check_settings(settings: AnySettings, *, writes: bool = True) -> AnySettings
         return _check_eval(settings)
     if isinstance(settings, CompareSettings):
         return _check_compare(settings)
+    if isinstance(settings, BenchSettings):
+        return _check_bench(settings)
+    if isinstance(settings, GenerateSettings) and settings.model.model.endswith(GGUF):
+        raise ModelError(
+            f"{settings.model.model} is a GGUF file, which cptq generate does not run",
+            allowed="a checkpoint or an artifact",
+            hint="run it with llama.cpp",
+        )
     if isinstance(settings, ExportSettings):
         _check_names(settings, "format")
     return settings
@@ -85,11 +97,33 @@ def _check_compress(settings: CompressSettings, writes: bool) -> CompressSetting
 
 def _check_eval(settings: EvalSettings) -> EvalSettings:
     _check_tasks(settings.tasks)
-    if settings.out is not None:
-        check_place(settings.out, settings.model.model, overwrite=settings.overwrite)
-        if settings.out.is_dir():
-            raise UsageError(f"{settings.out} is a directory", hint="name a file: -o results.json")
+    _check_result_file(settings.out, settings.model.model, overwrite=settings.overwrite)
     return settings
+
+
+def _check_result_file(out: Path | None, model: str, *, overwrite: bool) -> None:
+    if out is not None:
+        check_place(out, model, overwrite=overwrite)
+        if out.is_dir():
+            raise UsageError(f"{out} is a directory", hint="name a file: -o results.json")
+
+
+def _check_bench(settings: BenchSettings) -> BenchSettings:
+    for source in settings.sources:
+        _check_result_file(settings.out, source, overwrite=settings.overwrite)
+        if source.endswith(GGUF):
+            _check_gguf(Path(source).expanduser())
+    return settings
+
+
+def _check_gguf(path: Path) -> None:
+    if not path.is_file():
+        raise ModelError(f"no file {str(path)!r}", hint="cptq export --format gguf writes one")
+    if find_spec("llama_cpp") is None:
+        raise ModelError(
+            f"{path} needs llama-cpp-python, which is not installed",
+            hint='type pip install "cptq[llamacpp]"',
+        )
 
 
 def _check_compare(settings: CompareSettings) -> CompareSettings:

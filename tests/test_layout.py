@@ -31,7 +31,10 @@ DOCUMENTS = "".join(
         *sorted((ROOT / "docs").glob("*.md")),
     )
 )
-COMMANDS = ("analyze", "compress", "eval", "compare", "export", "inspect", "verify")
+COMMANDS = (
+    *("analyze", "compress", "eval", "compare", "bench", "generate"),
+    *("export", "inspect", "verify"),
+)
 MOST_LINES = 500
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
 

@@ -24,10 +24,12 @@ from cptq.cli.parameters import (
 from cptq.config import (
     AnalyzeSettings,
     AnySettings,
+    BenchSettings,
     CompareSettings,
     CompressSettings,
     EvalSettings,
     ExportSettings,
+    GenerateSettings,
     InspectSettings,
     Option,
     VerifySettings,
@@ -138,6 +140,24 @@ COMMANDS = (
         help="""Compare the size, quality, speed and memory of several models.
 
         Each model is compared with the first one on the same samples.""",
+    ),
+    Command(
+        name="bench",
+        settings=BenchSettings,
+        presentation=ConfiguredPresentation,
+        help="""Measure the speed, load time and memory of several models.
+
+        Each model runs in a process of its own; they take turns, so that other work on the machine
+        meets all of them alike. Figures are medians, compared with the first model's.""",
+    ),
+    Command(
+        name="generate",
+        settings=GenerateSettings,
+        presentation=ConfiguredPresentation,
+        help="""Continue a text with a language model or an artifact.
+
+        The text goes to stdout piece by piece, without the prompt; numbers of tokens and their
+        speed go to stderr.""",
     ),
 )
 

@@ -21,7 +21,7 @@ from rich.text import Text
 from cptq.cli.parameters import OutputFormat
 from cptq.cli.progress import NoProgress, ProgressBars, ProgressDisplay, ProgressLog
 from cptq.report.formatting import Table
-from cptq.types import Event, Notice, Progress
+from cptq.types import Event, Fragment, Notice, Progress
 
 #: how many notices of a kind are printed while running; the report lists all of them
 SHOWN = {"skipped": 6, "info": 6}
@@ -42,6 +42,7 @@ class Console:
         self.out = RichConsole(markup=False, highlight=False, emoji=False)
         self.err = RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
         self.counts: Counter[str] = Counter()
+        self.line_is_open = False
         self.progress = self._choose_progress()
 
     def _choose_progress(self) -> ProgressDisplay:
@@ -51,15 +52,31 @@ class Console:
         return ProgressBars(self.err) if terminal else ProgressLog(self.print_message)
 
     def close(self) -> None:
-        """End the display of progress; a second call has no effect."""
+        """End the display of progress and the line of a text; a second call has no effect."""
         self.progress.close()
+        if self.line_is_open:
+            self.line_is_open = False
+            self.print_line("")
 
     def emit(self, event: Event) -> None:
         """Show an event of the pipeline."""
         if isinstance(event, Progress):
             self.progress.update(event)
+        elif isinstance(event, Fragment):
+            self._print_fragment(event.text)
         else:
             self._print_notice(event)
+
+    def _print_fragment(self, text: str) -> None:
+        """Print a piece of a text on stdout at once; for json, the document will hold it whole.
+
+        A terminal must not obey control characters that a model writes; a file gets all of them.
+        """
+        if self.output_format != "json":
+            if not self.line_is_open:
+                self.progress.close()
+            typer.echo(make_printable(text) if self.out.is_terminal else text, nl=False)
+            self.line_is_open = not text.endswith("\n")
 
     def _print_notice(self, notice: Notice) -> None:
         self.counts[notice.kind] += 1

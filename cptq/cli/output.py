@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from cptq.cli.console import Console
 from cptq.cli.sparkline import draw_sparkline
 from cptq.config import AnySettings, InspectSettings
+from cptq.report.bench import BenchOutcome, build_bench_tables
 from cptq.report.comparison import (
     CompareOutcome,
     build_cost_table,
@@ -25,6 +26,7 @@ from cptq.report.formatting import (
     format_seconds,
     tabulate_pairs,
 )
+from cptq.report.generation import GenerateOutcome
 from cptq.report.summary import (
     AnalyzeOutcome,
     CompressOutcome,
@@ -59,11 +61,15 @@ MANY = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """What a command prints in each of the formats human, json and quiet."""
+    """What a command prints in each of the formats human, json and quiet.
+
+    For people, `messages` follow the tables; they go to stderr.
+    """
 
     tables: Iterable[Table | None]
     document: Mapping[str, Any]
     lines: Sequence[str]
+    messages: Sequence[str] = ()
 
 
 def print_outcome(console: Console, command: str, settings: AnySettings, outcome: Any) -> None:
@@ -76,6 +82,8 @@ def print_outcome(console: Console, command: str, settings: AnySettings, outcome
             console.print_line(line)
     else:
         console.print_tables(output.tables)
+        for message in output.messages:
+            console.print_message(message, "dim")
 
 
 def present_analyze(settings: AnySettings, outcome: AnalyzeOutcome) -> Output:
@@ -180,6 +188,25 @@ def present_export(settings: AnySettings, outcome: ExportOutcome) -> Output:
     return Output(tables=[tabulate_pairs("Exported", rows)], document=document, lines=lines)
 
 
+def present_bench(settings: AnySettings, outcome: BenchOutcome) -> Output:
+    """Present speed, start and memory; for scripts, the decoding (or forward) speed of each."""
+    found = outcome.bench
+    speed, size = "decode" if found.generates else "forward", found.batch_sizes[0]
+    rows = [("time", format_seconds(sum(found.timings.values()))), ("written to", outcome.out)]
+    out = None if outcome.out is None else str(outcome.out)
+    return Output(
+        tables=[*build_bench_tables(found), tabulate_pairs("Done", rows)],
+        document={"command": "bench", "out": out, **found.to_dict()},
+        lines=[repr(model.find(speed, size)) for model in found.models],
+    )
+
+
+def present_generate(settings: AnySettings, outcome: GenerateOutcome) -> Output:
+    """Present the numbers of tokens and their speed; the text itself was printed as it came."""
+    document = {"command": "generate", **outcome.to_dict()}
+    return Output(tables=(), document=document, lines=(), messages=[outcome.describe()])
+
+
 def present_verify(settings: AnySettings, found: VerifiedArtifact) -> Output:
     """Present how many files and tensors were compared, and how far the outputs differ."""
     verified = found.reload
@@ -225,6 +252,8 @@ PRESENTERS: Mapping[str, Callable[[Any, Any], Output]] = {
     "eval": present_eval,
     "compare": present_compare,
     "export": present_export,
+    "bench": present_bench,
+    "generate": present_generate,
     "verify": present_verify,
     "inspect": present_inspect,
 }

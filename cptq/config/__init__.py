@@ -3,6 +3,7 @@
 from cptq.config.checks import ALLOWED_BITS, check_repository, parse_sparsity
 from cptq.config.inputs import DTYPES, CalibrationSettings, ModelSettings
 from cptq.config.options import Option, find_flag, list_options
+from cptq.config.running import GGUF, BenchSettings, GenerateSettings
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.config.settings import (
     DEFAULT_BITS,
@@ -39,15 +40,18 @@ __all__ = [
     "DEFAULT_RUNTIME",
     "DEFAULT_TARGETS",
     "DTYPES",
+    "GGUF",
     "GROUND_TRUTH",
     "RUNTIMES",
     "AnalyzeSettings",
     "AnySettings",
+    "BenchSettings",
     "CalibrationSettings",
     "CompareSettings",
     "CompressSettings",
     "EvalSettings",
     "ExportSettings",
+    "GenerateSettings",
     "InspectSettings",
     "ModelSettings",
     "Option",

@@ -20,11 +20,11 @@ ARGUMENTS = "Arguments"
 PLAN, CANDIDATES, CONSTRAINTS = "Plan", "Candidates", "Constraints"
 SENSITIVITY, VALIDATION, EVALUATION = "Sensitivity", "Validation", "Evaluation"
 CALIBRATION, EXECUTION, ACCESS = "Calibration", "Execution", "Access"
-OUTPUT, GENERAL = "Output", "General"
+OUTPUT, GENERAL, GENERATION = "Output", "General", "Generation"
 #: the sections of `--help`, in their order
 SECTIONS = (
     *(ARGUMENTS, PLAN, SENSITIVITY, CANDIDATES, CONSTRAINTS, VALIDATION, EVALUATION),
-    *(CALIBRATION, EXECUTION, ACCESS, OUTPUT, GENERAL),
+    *(GENERATION, CALIBRATION, EXECUTION, ACCESS, OUTPUT, GENERAL),
 )
 _KEY = "option"
 T = TypeVar("T")
@@ -49,6 +49,7 @@ class Option:
             registries belong to packages above this one.
         allowed: accepted values in words; with `registry`, those beside its names.
         usual: the default in words, where the value itself does not say it.
+        verbatim: a text whose spaces at both ends matter, so that none are removed.
         fixed_by: options that already determine this one; giving both is an error.
         name: the field's name.
         hint: the field's type.
@@ -66,6 +67,7 @@ class Option:
     registry: str | None = None
     allowed: str | None = None
     usual: str | None = None
+    verbatim: bool = False
     fixed_by: tuple[str, ...] = ()
 
     name: str = ""

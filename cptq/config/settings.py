@@ -42,6 +42,7 @@ from cptq.config.options import (
     find_flag,
     option,
 )
+from cptq.config.running import BenchSettings, GenerateSettings, RunSettings
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, find_runtime
 from cptq.errors import UsageError
 
@@ -483,7 +484,7 @@ class VerifySettings:
 
 
 Settings = AnalyzeSettings | CompressSettings | EvalSettings | CompareSettings
-AnySettings = Settings | ExportSettings | InspectSettings | VerifySettings
+AnySettings = Settings | ExportSettings | InspectSettings | VerifySettings | RunSettings
 COMMANDS: Mapping[type, str] = {
     AnalyzeSettings: "analyze",
     CompressSettings: "compress",
@@ -492,4 +493,6 @@ COMMANDS: Mapping[type, str] = {
     InspectSettings: "inspect",
     VerifySettings: "verify",
     CompareSettings: "compare",
+    BenchSettings: "bench",
+    GenerateSettings: "generate",
 }

@@ -32,7 +32,7 @@ def settings_from(kind: type[S], line: Mapping[str, Any], file: Path | None = No
     """
     options = list_options(kind)
     given = {
-        name: convert(options[name].title, options[name].hint, value)
+        name: _convert_given(options[name], options[name].title, value)
         for name, value in line.items()
         if value is not None
     }
@@ -77,7 +77,7 @@ def read_file(kind: type, path: Path) -> dict[str, Any]:
     options = list_options(kind)
     given = name_fields(options, load_mapping(path), f"{path}: unknown key")
     return {
-        name: convert(f"{path}: {key}", options[name].hint, value)
+        name: _convert_given(options[name], f"{path}: {key}", value)
         for name, (key, value) in given.items()
     }
 
@@ -186,6 +186,11 @@ def _spell(option: Option, value: Any) -> list[str]:
     values = value if isinstance(value, list) else [value]
     whole = [int(v) if isinstance(v, float) and v.is_integer() else v for v in values]
     return [word for item in whole for word in (option.flag, f"{item}")]
+
+
+def _convert_given(option: Option, where: str, value: Any) -> Any:
+    kept = option.verbatim and isinstance(value, str)
+    return value if kept else convert(where, option.hint, value)
 
 
 def convert(where: str, hint: Any, value: Any) -> Any:

@@ -28,11 +28,12 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+
+from cptq.evaluation.fresh_process import read_resident_bytes
 
 PROMPT, NEW = 64, 32
 REPEATS, BUDGET_SECONDS = 5, 6.0
@@ -165,23 +166,6 @@ def read_clock(device: str) -> float:
     if device.startswith("cuda"):
         torch.cuda.synchronize()
     return time.perf_counter()
-
-
-def read_resident_bytes(field: str) -> float:
-    """Read the resident memory now (VmRSS) or at its peak (VmHWM), in bytes.
-
-    From /proc, because `getrusage` of a child starts from its parent's peak on Linux; elsewhere
-    `getrusage` gives the peak for both.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        lines = status.read_text().splitlines()
-        line = next(line for line in lines if line.startswith(f"{field}:"))
-        return float(line.split()[1]) * 1024
-    import resource
-
-    peak = float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def _read_device_peak(device: str) -> dict[str, float]:

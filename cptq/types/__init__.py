@@ -11,7 +11,7 @@ from cptq.types.comparison import (
     PairedDifference,
     join_results,
 )
-from cptq.types.event import Emit, Event, Notice, Progress
+from cptq.types.event import Emit, Event, Fragment, Notice, Progress
 from cptq.types.model import (
     DTYPE_BYTES,
     LayerKind,
@@ -47,6 +47,7 @@ __all__ = [
     "Emit",
     "EvalResult",
     "Event",
+    "Fragment",
     "Interval",
     "LayerKind",
     "LayerResult",

@@ -1,4 +1,4 @@
-"""Events of a run: progress and notices."""
+"""Events of a run: progress, notices and pieces of a generated text."""
 
 from __future__ import annotations
 
@@ -29,5 +29,12 @@ class Notice:
     message: str
 
 
-Event = Progress | Notice
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fragment:
+    """The next piece of a text that a model writes."""
+
+    text: str
+
+
+Event = Progress | Notice | Fragment
 Emit = Callable[[Event], None]

@@ -10,7 +10,6 @@ have none, and their notes say why.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 import time
@@ -23,6 +22,7 @@ import torch
 from cptq.checkpoint.files import find_weight_files
 from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.errors import EvaluationError
+from cptq.evaluation.fresh_process import build_environment, explain_end
 from cptq.evaluation.task import EvalOptions
 from cptq.types import Emit, EvalResult, Progress
 
@@ -132,25 +132,18 @@ def _run_process(model: LoadedModel, options: EvalOptions) -> dict[str, float]:
     try:
         done = subprocess.run(
             command,
-            env=_build_environment(),
+            env=build_environment(),
             capture_output=True,
             text=True,
             check=True,
             timeout=TIMEOUT_SECONDS,
         )
     except subprocess.CalledProcessError as error:
-        last = (error.stderr.strip().splitlines() or [f"exit status {error.returncode}"])[-1]
-        raise EvaluationError(f"a fresh process cannot run {model.path}: {last}") from error
+        reason = explain_end(error.returncode, error.stderr)
+        raise EvaluationError(f"a fresh process cannot run {model.path}: {reason}") from error
     except subprocess.TimeoutExpired as error:
         raise EvaluationError(
             f"a fresh process did not load and run {model.path} in {TIMEOUT_SECONDS} s"
         ) from error
     numbers: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])
     return numbers
-
-
-def _build_environment() -> dict[str, str]:
-    """This process's environment, without the network and with this very cptq first on the path."""
-    here = str(Path(__file__).resolve().parents[3])
-    paths = [here, *filter(None, [os.environ.get("PYTHONPATH")])]
-    return {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}

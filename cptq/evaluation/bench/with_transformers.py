@@ -1,0 +1,79 @@
+"""Run a checkpoint or an artifact with transformers, as its users do.
+
+It is loaded by stock `from_pretrained`. A causal language model decodes through
+`cptq.inference.generation`; other kinds compute a forward pass of the prompt.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from typing import Any
+
+import torch
+import transformers
+
+from cptq.evaluation.bench.process import Rows
+from cptq.evaluation.footprint_process import AUTO_CLASSES, import_model_code, read_clock
+from cptq.inference.generation import decode
+
+
+class TransformersEngine:
+    """See `cptq.evaluation.bench.process.Engine`.
+
+    Args:
+        path: directory of the model.
+        kind: one of AUTO_CLASSES.
+        device: such as "cpu" or "cuda:0".
+        dtype: type to compute in, such as "float32".
+        threads: of torch.
+        trust_remote_code: let the model's own code run.
+    """
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        kind: str,
+        device: str,
+        dtype: str,
+        threads: int,
+        trust_remote_code: bool,
+    ) -> None:
+        torch.set_num_threads(threads)
+        self.path, self.kind, self.device = path, kind, device
+        self.dtype, self.trust_remote_code = getattr(torch, dtype), trust_remote_code
+        self.auto = getattr(transformers, AUTO_CLASSES[kind])
+        self.model: Any = None
+        import_model_code(self.auto, Namespace(path=path, trust_remote_code=trust_remote_code))
+
+    def load(self) -> None:
+        """Load the model and move it to its device."""
+        model = self.auto.from_pretrained(
+            self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        )
+        self.model = model.to(self.device).eval()
+        read_clock(self.device)
+
+    def run(self, rows: Rows, new_tokens: int) -> dict[str, Any]:
+        """Generate exactly `new_tokens` tokens greedily, or compute one forward pass."""
+        ids_BT = torch.tensor(rows, device=self.device)
+        if self.kind == "causal-lm":
+            found = decode(self.model, ids_BT, new_tokens=new_tokens)
+            return {
+                "first_seconds": found.first_seconds,
+                "later_seconds": found.later_seconds,
+                "way": found.way,
+            }
+        with torch.inference_mode():
+            begin = read_clock(self.device)
+            self.model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
+            return {"first_seconds": read_clock(self.device) - begin, "way": "forward pass"}
+
+    def read_device_bytes(self) -> dict[str, float]:
+        """Read the memory of torch's tensors on a CUDA device."""
+        if not self.device.startswith("cuda"):
+            return {}
+        return {
+            "loaded_device_bytes": float(torch.cuda.memory_allocated()),
+            "peak_device_bytes": float(torch.cuda.max_memory_allocated()),
+        }

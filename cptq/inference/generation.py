@@ -1,0 +1,145 @@
+"""Decode with a causal language model: the one place where cptq chooses tokens.
+
+`decode` reads a prompt and chooses new tokens after it, greedily or by sampling, and notes when
+each was known. It runs `model.generate` of transformers (`way` "generate"). The checkpoint's own
+generation config is set aside meanwhile: only what the caller names is applied, so that two models
+do the same work (no penalties, no top-k, no stop token that was not asked for).
+
+Cost: one forward pass of the prompt, whose last logits alone are computed, and one pass per further
+token, with a cache of keys and values.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+#: how tokens were decoded: by transformers' `generate`, or by a loop of cptq
+Way = Literal["generate", "own loop"]
+Receive = Callable[[list[int]], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How a token is chosen: the most likely one (`temperature` 0), or drawn.
+
+    Attributes:
+        temperature: divides the logits before the softmax.
+        top_p: draw from the fewest most likely tokens whose probabilities sum up to this share.
+        seed: of the draws.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """New tokens and when each was known.
+
+    Attributes:
+        way: what decoded.
+        steps: per step the tokens of all rows (B).
+        began: clock in seconds before the prompt was read.
+        known: clock in seconds when the tokens of each step were known.
+    """
+
+    way: Way
+    steps: tuple[tuple[int, ...], ...]
+    began: float
+    known: tuple[float, ...]
+
+    @property
+    def first_seconds(self) -> float:
+        """Seconds until the first token: reading the prompt and choosing."""
+        return self.known[0] - self.began
+
+    @property
+    def later_seconds(self) -> float:
+        """Seconds from the first token to the last: `len(steps) - 1` steps."""
+        return self.known[-1] - self.known[0]
+
+
+def decode(
+    model: Any,
+    ids_BT: Tensor,
+    *,
+    new_tokens: int,
+    stop: Sequence[int] = (),
+    sampling: Sampling = GREEDY,
+    receive: Receive | None = None,
+) -> Decoded:
+    """Read a prompt (rows, tokens) and choose up to `new_tokens` tokens after each row.
+
+    Args:
+        model: a causal language model of transformers.
+        ids_BT: token ids without padding.
+        new_tokens: at most so many steps; exactly so many without `stop`.
+        stop: token ids that end a row. They are among the steps.
+        sampling: how a token is chosen.
+        receive: called after each step with the tokens of all rows.
+    """
+    clock = _Clock(receive)
+    config = _build_config(new_tokens, tuple(stop), sampling)
+    torch.manual_seed(sampling.seed)
+    with _set_config(model, config):
+        began = time.perf_counter()
+        model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), streamer=clock)
+    return Decoded(way="generate", steps=tuple(clock.steps), began=began, known=tuple(clock.known))
+
+
+def _build_config(new_tokens: int, stop: tuple[int, ...], sampling: Sampling) -> GenerationConfig:
+    drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+    return GenerationConfig(  # type: ignore[no-untyped-call]
+        max_new_tokens=new_tokens,
+        do_sample=sampling.temperature > 0,
+        eos_token_id=list(stop) or None,
+        pad_token_id=stop[0] if stop else 0,  # fills rows that have ended
+        **(drawn if sampling.temperature > 0 else {}),
+    )
+
+
+@contextmanager
+def _set_config(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Let `generate` read this config alone: it completes a passed one by the model's own."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+class _Clock(BaseStreamer):
+    """Notes tokens and times; `generate` hands it the prompt first, then each step."""
+
+    def __init__(self, receive: Receive | None) -> None:
+        self.receive = receive
+        self.steps: list[tuple[int, ...]] = []
+        self.known: list[float] = []
+        self.prompt_seen = False
+
+    def put(self, value: Tensor) -> None:
+        """Take the prompt, or the tokens of a step; they are on the CPU, so the device is done."""
+        if not self.prompt_seen:
+            self.prompt_seen = True
+            return
+        tokens = [int(token) for token in value.reshape(-1)]
+        self.known.append(time.perf_counter())
+        self.steps.append(tuple(tokens))
+        if self.receive is not None:
+            self.receive(tokens)
+
+    def end(self) -> None:
+        """Do nothing: the times end with the last token."""
