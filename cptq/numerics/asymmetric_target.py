@@ -32,21 +32,21 @@ DAMPING = 0.05
 
 
 class CrossMoment:
-    """Running mean of (x - x^) x^^T over tokens; `mean_II` is C."""
+    """Running mean of (x - x^) x^^T over tokens; `mean_II` is C, `tokens` how many rows went in."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self._sum_II = torch.zeros(features, features, device=device)
-        self._tokens = 0
+        self.tokens = 0
 
     def add(self, x_TI: Tensor, seen_TI: Tensor) -> None:
         """Add the same tokens as the dense model has them, x, and as they reach the layer, x^."""
         seen_TI = seen_TI.float()
         self._sum_II.addmm_((x_TI.float() - seen_TI).T, seen_TI)
-        self._tokens += len(seen_TI)
+        self.tokens += len(seen_TI)
 
     @property
     def mean_II(self) -> Tensor:
-        return self._sum_II / max(self._tokens, 1)
+        return self._sum_II / max(self.tokens, 1)
 
 
 def compute_asymmetric_target(
