@@ -1,9 +1,15 @@
 """Decode with a causal language model: the one place where cptq chooses tokens.
 
 `decode` reads a prompt and chooses new tokens after it, greedily or by sampling, and notes when
-each was known. It runs `model.generate` of transformers (`way` "generate"). The checkpoint's own
-generation config is set aside meanwhile: only what the caller names is applied, so that two models
-do the same work (no penalties, no top-k, no stop token that was not asked for).
+each was known. Two ways lead there:
+
+- "own loop": a packed model on the CPU whose family the C library knows, one row. The library runs
+  the whole model in one call per token (`native.decoder`).
+- "generate": `model.generate` of transformers, for all else. The checkpoint's own generation config
+  is set aside meanwhile: only what the caller names is applied, so that two models do the same work
+  (no penalties, no top-k, no stop token that was not asked for).
+
+Greedy tokens are the same either way, up to ties within float32 rounding; draws are not.
 
 Cost: one forward pass of the prompt, whose last logits alone are computed, and one pass per further
 token, with a cache of keys and values.
@@ -22,6 +28,11 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
+from cptq.inference.modules import find_packed_modules
+from cptq.inference.native.decoder import NativeDecoder, UnsupportedModelError
+
+#: where a model keeps its decoder
+_DECODER = "_cptq_decoder"
 #: how tokens were decoded: by transformers' `generate`, or by a loop of cptq
 Way = Literal["generate", "own loop"]
 Receive = Callable[[list[int]], None]
@@ -92,12 +103,66 @@ def decode(
         receive: called after each step with the tokens of all rows.
     """
     clock = _Clock(receive)
+    decoder = _find_decoder(model, ids_BT, new_tokens)
+    if decoder is not None:
+        began = time.perf_counter()
+        _run_own_loop(decoder, ids_BT[0].tolist(), new_tokens, tuple(stop), sampling, clock)
+        steps, known = tuple(clock.steps), tuple(clock.known)
+        return Decoded(way="own loop", steps=steps, began=began, known=known)
     config = _build_config(new_tokens, tuple(stop), sampling)
     torch.manual_seed(sampling.seed)
     with _set_config(model, config):
         began = time.perf_counter()
         model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), streamer=clock)
     return Decoded(way="generate", steps=tuple(clock.steps), began=began, known=tuple(clock.known))
+
+
+def _find_decoder(model: Any, ids_BT: Tensor, new_tokens: int) -> NativeDecoder | None:
+    """Return a decoder in C for a packed model and one row, if there is one; kept with the model.
+
+    One that is too small is made anew.
+    """
+    if len(ids_BT) != 1 or not ids_BT.is_cpu or not find_packed_modules(model):
+        return None
+    capacity = ids_BT.shape[1] + new_tokens
+    decoder: NativeDecoder | None = vars(model).get(_DECODER)
+    if decoder is None or decoder.capacity < capacity:
+        try:
+            decoder = NativeDecoder(model, capacity=capacity)
+        except UnsupportedModelError:
+            return None
+        vars(model)[_DECODER] = decoder
+    decoder.reset()
+    return decoder
+
+
+@torch.no_grad()
+def _run_own_loop(
+    decoder: NativeDecoder,
+    ids: list[int],
+    new_tokens: int,
+    stop: tuple[int, ...],
+    sampling: Sampling,
+    clock: _Clock,
+) -> None:
+    generator = torch.Generator().manual_seed(sampling.seed)
+    clock.prompt_seen = True
+    for _ in range(new_tokens):
+        token = choose_token(decoder.run(ids), sampling, generator)
+        clock.put(torch.tensor([token]))
+        if token in stop:
+            return
+        ids = [token]
+
+
+def choose_token(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
+    """Return the most likely token, or draw one as `Sampling` says."""
+    if sampling.temperature <= 0:
+        return int(logits_V.argmax())
+    p_V, order_V = (logits_V / sampling.temperature).softmax(dim=0).sort(descending=True)
+    before_V = p_V.cumsum(dim=0) - p_V
+    p_V[before_V >= sampling.top_p] = 0.0  # the first token always stays
+    return int(order_V[torch.multinomial(p_V, 1, generator=generator)])
 
 
 def _build_config(new_tokens: int, stop: tuple[int, ...], sampling: Sampling) -> GenerationConfig:

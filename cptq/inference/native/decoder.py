@@ -1,0 +1,356 @@
+"""A whole causal decoder in C: one call takes tokens to logits.
+
+    decoder = NativeDecoder(model, capacity=1024)
+    logits_V = decoder.run(ids)       # a prompt, or the next token; the cache is inside
+
+Which models: those of `FAMILIES`, packed or dense in any mixture, on the CPU. Weights are read
+where they are, nothing is copied but norms, biases and rotations, in float32. What a family
+computes is described in decoder.c; that a given model really is computed so is checked when a
+decoder is made: a few tokens go through it and through the model's own forward, with exact
+products, and logits must agree. So a configuration that is not known here is refused and not
+computed wrongly.
+
+Limits: one sequence at a time, no sliding window shorter than the capacity, no rotation that
+changes with the length.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cptq.inference import operations
+from cptq.inference.modules import PackedModule
+from cptq.inference.native.library import (
+    TYPES,
+    LibraryError,
+    WeightStruct,
+    describe_weight,
+    load_library,
+)
+
+#: codes of enum cptq_norm and enum cptq_activation
+RMS_NORM, LAYER_NORM = 0, 1
+ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
+#: types of dense weights: enum cptq_type and enum cptq_float8
+DENSE_TYPES = {**TYPES, torch.float8_e4m3fn: 8, torch.float8_e5m2: 9}
+#: a prompt goes through in parts of so many tokens, which bounds the workspace
+CHUNK = 256
+#: rotations that do not depend on the length of the text
+FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
+#: tokens of the comparison with the model's forward
+CHECKED = 8
+#: how far logits may differ, as a share of their largest, by the type that the model computes in
+TOLERANCES = {torch.float32: 2e-3, torch.float16: 2e-2, torch.bfloat16: 0.2}
+
+
+class UnsupportedModelError(Exception):
+    """The decoder cannot compute this model; says why."""
+
+
+class _Projection(ctypes.Structure):
+    _fields_ = (
+        ("weight", WeightStruct),
+        ("dense", ctypes.c_void_p),
+        ("dense_type", ctypes.c_int32),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+_PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
+_NORMS = ("attention_norm", "attention_norm_bias", "mlp_norm", "mlp_norm_bias")
+_HEAD_NORMS = ("query_norm", "key_norm")
+
+
+class _Block(ctypes.Structure):
+    _fields_ = (
+        *((name, _Projection) for name in _PROJECTIONS),
+        *((name, ctypes.c_void_p) for name in (*_NORMS, *_HEAD_NORMS)),
+    )
+
+
+class _Decoder(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_int64) for name in ("blocks", "width", "heads", "key_heads", "head")),
+        *((name, ctypes.c_int64) for name in ("inner", "vocabulary", "capacity")),
+        *((name, ctypes.c_int32) for name in ("norm", "activation", "exact")),
+        *((name, ctypes.c_float) for name in ("epsilon", "scale")),
+        ("block", ctypes.POINTER(_Block)),
+        ("embedding", _Projection),
+        *((name, ctypes.c_void_p) for name in ("positions", "cosine", "sine")),
+        *((name, ctypes.c_void_p) for name in ("final_norm", "final_norm_bias")),
+        ("to_logits", _Projection),
+        *((name, ctypes.c_void_p) for name in ("keys", "values")),
+    )
+
+
+class NativeDecoder:
+    """A model with a cache for one sequence.
+
+    Args:
+        model: a causal language model of transformers; it must stay as it is and alive.
+        capacity: tokens of the longest sequence, prompt included.
+
+    Attributes:
+        capacity: as given.
+        length: tokens that are in the cache.
+
+    Raises:
+        UnsupportedModelError: another family, a configuration that is not known, too long a
+            sequence, or no C library.
+    """
+
+    def __init__(self, model: Any, *, capacity: int) -> None:
+        try:
+            self._library = load_library()
+        except LibraryError as error:
+            raise UnsupportedModelError(f"the C library of cptq is missing: {error}") from error
+        self._library.cptq_decoder_bytes.restype = ctypes.c_size_t
+        builder = _Builder(model, max(capacity, CHECKED))
+        self._struct, self._kept = builder.build(), builder.kept
+        self._vocabulary, self.capacity = int(self._struct.vocabulary), capacity
+        self._memory = torch.empty(0, dtype=torch.uint8)
+        self.length = 0
+        self._compare_with(model)
+
+    def reset(self, length: int = 0) -> None:
+        """Forget all but the first `length` tokens."""
+        self.length = min(self.length, length)
+
+    def run(self, ids: Sequence[int]) -> Tensor:
+        """Append tokens; return the logits after the last, float32 (vocabulary,).
+
+        Raises:
+            ValueError: more tokens than the capacity has room for.
+            IndexError: an id outside the vocabulary.
+        """
+        if not ids or self.length + len(ids) > self.capacity:
+            raise ValueError(f"{self.length + len(ids)} tokens; 1 to {self.capacity} have room")
+        self._struct.exact = operations.is_exact()
+        for start in range(0, len(ids), CHUNK):
+            logits_TV = self._run_part(ids[start : start + CHUNK], every=False)
+        return logits_TV[0]
+
+    def _run_part(self, ids: Sequence[int], *, every: bool) -> Tensor:
+        """Append some tokens; return the logits of the last, or of every one."""
+        threads = torch.get_num_threads()
+        logits_TV = torch.empty(len(ids) if every else 1, self._vocabulary)
+        memory = self._get_memory(len(ids), threads)
+        failed = self._library.cptq_decode(
+            ctypes.byref(self._struct),
+            (ctypes.c_int64 * len(ids))(*ids),
+            ctypes.c_int64(len(ids)),
+            ctypes.c_int64(self.length),
+            int(every),
+            ctypes.c_void_p(logits_TV.data_ptr()),
+            ctypes.c_void_p(memory.data_ptr()),
+            ctypes.c_size_t(memory.nbytes),
+            threads,
+        )
+        if failed:
+            raise IndexError("a token id lies outside the vocabulary")
+        self.length += len(ids)
+        return logits_TV
+
+    def _get_memory(self, tokens: int, threads: int) -> Tensor:
+        wanted = self._library.cptq_decoder_bytes(
+            ctypes.byref(self._struct), ctypes.c_int64(tokens), threads
+        )
+        if self._memory.nbytes < wanted:
+            self._memory = torch.empty(wanted, dtype=torch.uint8)
+        return self._memory
+
+    def _compare_with(self, model: Any) -> None:
+        """Raise where the first tokens do not come out as the model's own forward has them."""
+        count = min(CHECKED, self._vocabulary)
+        ids = torch.arange(count) * (self._vocabulary // count)
+        with torch.no_grad(), operations.exact_products():
+            logits_TV = model(ids[None], use_cache=False).logits[0]
+            expected_TV = logits_TV.float()
+            self._struct.exact = 1
+            found_TV = torch.cat(
+                [
+                    self._run_part(ids[:-1].tolist(), every=True),
+                    self._run_part(ids[-1:].tolist(), every=True),
+                ]
+            )
+        self.reset()
+        error = float((found_TV - expected_TV).abs().max() / expected_TV.abs().max())
+        if not error < TOLERANCES.get(logits_TV.dtype, 0.0):
+            raise UnsupportedModelError(f"logits differ by {error:.1g} from the model's own")
+
+
+class _Builder:
+    """Describes a model to the library; `kept` holds what the structures point to."""
+
+    def __init__(self, model: Any, capacity: int) -> None:
+        self.kept: list[Any] = [model]
+        self._model, self._config, self._capacity = model, model.config, capacity
+        _refuse_unknown(model, capacity)
+
+    def build(self) -> _Decoder:
+        build = FAMILIES[self._config.model_type]
+        decoder = _Decoder(capacity=self._capacity)
+        blocks = build(self, decoder)
+        decoder.blocks, decoder.block = len(blocks), (_Block * len(blocks))(*blocks)
+        head = self._model.get_output_embeddings()
+        decoder.to_logits, decoder.vocabulary = self.project(head), _get_shape(head)[0]
+        shape = (len(blocks), decoder.key_heads, self._capacity, decoder.head)
+        decoder.keys, decoder.values = self.keep(torch.zeros(shape)), self.keep(torch.zeros(shape))
+        self.kept.append(decoder.block)
+        return decoder
+
+    def keep(self, tensor: Tensor | None) -> int | None:
+        """Return the address of a float32 copy (or of the tensor itself, if it is one)."""
+        if tensor is None:
+            return None
+        tensor = tensor.detach().float().contiguous()
+        self.kept.append(tensor)
+        return tensor.data_ptr()
+
+    def project(self, module: nn.Module) -> _Projection:
+        """Describe a packed or dense linear or embedding."""
+        bias = self.keep(getattr(module, "bias", None))
+        if isinstance(module, PackedModule):
+            self.kept.append(module)
+            return _Projection(weight=describe_weight(module.packed), bias=bias)
+        weight: Tensor = module.weight  # type: ignore[assignment]
+        if type(module) not in (nn.Linear, nn.Embedding) or weight.dtype not in DENSE_TYPES:
+            raise UnsupportedModelError(f"it has a {type(module).__name__} of {weight.dtype}")
+        weight = weight.detach().contiguous()
+        self.kept.append(weight)
+        return _Projection(
+            weight=WeightStruct(out=weight.shape[0], inputs=weight.shape[1]),
+            dense=weight.data_ptr(),
+            dense_type=DENSE_TYPES[weight.dtype],
+            bias=bias,
+        )
+
+    def describe_norm(self, block: _Block, place: str, norm: Any) -> None:
+        """Set a norm of a block, and its bias where it has one."""
+        setattr(block, place, self.keep(norm.weight))
+        if place not in _HEAD_NORMS:
+            setattr(block, f"{place}_bias", self.keep(getattr(norm, "bias", None)))
+
+
+def _refuse_unknown(model: Any, capacity: int) -> None:
+    config = model.config
+    if config.model_type not in FAMILIES:
+        known = ", ".join(sorted(FAMILIES))
+        raise UnsupportedModelError(f"the family {config.model_type!r} is not among {known}")
+    if any(not parameter.is_cpu for parameter in model.parameters()):
+        raise UnsupportedModelError("it is not on the CPU")
+    longest = getattr(config, "max_position_embeddings", None)
+    if longest is not None and capacity > longest:
+        raise UnsupportedModelError(f"{capacity} tokens exceed its {longest} positions")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and capacity > window:
+        raise UnsupportedModelError(f"{capacity} tokens exceed its window of {window}")
+
+
+def _get_shape(module: Any) -> tuple[int, int]:
+    shape = module.shape if isinstance(module, PackedModule) else module.weight.shape
+    return int(shape[0]), int(shape[1])
+
+
+def _set_activation(decoder: _Decoder, name: str) -> None:
+    if name not in ACTIVATIONS:
+        raise UnsupportedModelError(f"its activation is {name!r}")
+    decoder.activation = ACTIVATIONS[name]
+
+
+def _build_llama(builder: _Builder, decoder: _Decoder) -> list[_Block]:
+    """Llama and those that differ from it by biases or norms of heads: Mistral, Qwen-2, Qwen-3."""
+    body = builder._model.model
+    layers, config = body.layers, builder._config
+    attention = layers[0].self_attn
+    decoder.embedding, decoder.width = builder.project(body.embed_tokens), config.hidden_size
+    decoder.heads, decoder.key_heads = config.num_attention_heads, config.num_key_value_heads
+    decoder.head, decoder.inner = attention.head_dim, _get_shape(layers[0].mlp.up_proj)[0]
+    decoder.norm, decoder.epsilon = RMS_NORM, body.norm.variance_epsilon
+    decoder.scale = attention.scaling
+    decoder.final_norm = builder.keep(body.norm.weight)
+    _set_activation(decoder, config.hidden_act)
+    _set_rotation(builder, decoder, body.rotary_emb)
+    return [_build_llama_block(builder, layer) for layer in layers]
+
+
+def _set_rotation(builder: _Builder, decoder: _Decoder, rotary: Any) -> None:
+    kind = getattr(rotary, "rope_type", "default")
+    if kind not in FIXED_ROTATIONS:
+        raise UnsupportedModelError(f"its rotation is {kind!r}")
+    positions = torch.arange(builder._capacity)[None]
+    cosine, sine = rotary(torch.zeros(1, dtype=torch.float32), positions)
+    half = decoder.head // 2
+    if cosine.shape[-1] != decoder.head or not torch.equal(cosine[..., :half], cosine[..., half:]):
+        raise UnsupportedModelError("it rotates a part of each head")
+    decoder.cosine = builder.keep(cosine[0, :, :half])
+    decoder.sine = builder.keep(sine[0, :, :half])
+
+
+def _build_llama_block(builder: _Builder, layer: Any) -> _Block:
+    attention, mlp = layer.self_attn, layer.mlp
+    modules = {
+        "query": attention.q_proj,
+        "key": attention.k_proj,
+        "value": attention.v_proj,
+        "output": attention.o_proj,
+        "gate": mlp.gate_proj,
+        "up": mlp.up_proj,
+        "down": mlp.down_proj,
+    }
+    block = _Block(**{place: builder.project(module) for place, module in modules.items()})
+    builder.describe_norm(block, "attention_norm", layer.input_layernorm)
+    builder.describe_norm(block, "mlp_norm", layer.post_attention_layernorm)
+    for place, name in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
+        if getattr(attention, name, None) is not None:
+            builder.describe_norm(block, place, getattr(attention, name))
+    return block
+
+
+def _build_opt(builder: _Builder, decoder: _Decoder) -> list[_Block]:
+    body, config = builder._model.model.decoder, builder._config
+    if not config.do_layer_norm_before or body.project_in is not None:
+        raise UnsupportedModelError("it is one of OPT's with the norm after, or a projected width")
+    decoder.embedding, decoder.width = builder.project(body.embed_tokens), config.hidden_size
+    decoder.heads = decoder.key_heads = config.num_attention_heads
+    decoder.head, decoder.inner = config.hidden_size // config.num_attention_heads, config.ffn_dim
+    decoder.norm, decoder.epsilon = LAYER_NORM, body.final_layer_norm.eps
+    decoder.scale = decoder.head**-0.5
+    decoder.final_norm = builder.keep(body.final_layer_norm.weight)
+    decoder.final_norm_bias = builder.keep(body.final_layer_norm.bias)
+    _set_activation(decoder, config.activation_function)
+    first = body.embed_positions.offset
+    table = body.embed_positions.weight[first : first + builder._capacity]
+    decoder.positions = builder.keep(table)
+    return [_build_opt_block(builder, layer) for layer in body.layers]
+
+
+def _build_opt_block(builder: _Builder, layer: Any) -> _Block:
+    attention = layer.self_attn
+    modules = {
+        "query": attention.q_proj,
+        "key": attention.k_proj,
+        "value": attention.v_proj,
+        "output": attention.out_proj,
+        "up": layer.fc1,
+        "down": layer.fc2,
+    }
+    block = _Block(**{place: builder.project(module) for place, module in modules.items()})
+    builder.describe_norm(block, "attention_norm", layer.self_attn_layer_norm)
+    builder.describe_norm(block, "mlp_norm", layer.final_layer_norm)
+    return block
+
+
+#: `model_type` -> fills a decoder in and returns its blocks
+FAMILIES: dict[str, Callable[[_Builder, _Decoder], list[_Block]]] = {
+    "llama": _build_llama,
+    "mistral": _build_llama,
+    "qwen2": _build_llama,
+    "qwen3": _build_llama,
+    "opt": _build_opt,
+}
