@@ -219,6 +219,7 @@ def collect_figures(
     bytes_by_name = {
         "file": subject.file_bytes,
         "loaded_memory": loaded["loaded_bytes"] - before,
+        "used_memory": end["used_bytes"] - before,
         "peak_memory": end["peak_bytes"] - before,
         "loaded_device_memory": loaded.get("loaded_device_bytes"),
         "peak_device_memory": end.get("peak_device_bytes"),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from cptq.checkpoint.loader import load_model, read_spec
-from cptq.checkpoint.model import ModelSpec
+from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.config import GenerateSettings
 from cptq.errors import DataError, ModelError, UsageError
 from cptq.inference.generation import Decoded, Sampling, decode
@@ -37,15 +37,39 @@ def generate(settings: GenerateSettings, emit: Emit) -> GenerateOutcome:
     ids = encode_prompt(spec, prompt, chat=settings.chat)
     room = find_room(len(ids), settings.max_new_tokens, spec.max_positions)
     if room < settings.max_new_tokens:
-        message = (
-            f"{len(ids)} tokens of the prompt and {settings.max_new_tokens} new ones exceed the "
-            f"context of {spec.max_positions}: at most {room} are generated"
-        )
-        emit(Notice(kind="warning", subject="--max-new-tokens", message=message))
+        _announce_end(spec, len(ids), settings.max_new_tokens, room, emit)
     model = load_model(settings.model, emit)
     ends = find_end_tokens(model.module, spec.tokenizer)
-    stream = TextStream(_build_decoder(spec.tokenizer), ids)
-    pieces: list[str] = []
+    decoded, text = _write_text(settings, model, ids, room, ends, emit)
+    return GenerateOutcome(
+        text=text,
+        prompt_tokens=len(ids),
+        new_tokens=len(decoded.steps),
+        first_seconds=decoded.first_seconds,
+        later_seconds=decoded.later_seconds,
+        ending=_find_ending(decoded, ends, room < settings.max_new_tokens),
+        way=decoded.way,
+    )
+
+
+def _announce_end(spec: ModelSpec, prompt: int, new: int, room: int, emit: Emit) -> None:
+    message = (
+        f"{prompt} tokens of the prompt and {new} new ones exceed the context of "
+        f"{spec.max_positions}: at most {room} are generated"
+    )
+    emit(Notice(kind="warning", subject="--max-new-tokens", message=message))
+
+
+def _write_text(
+    settings: GenerateSettings,
+    model: LoadedModel,
+    ids: list[int],
+    room: int,
+    ends: tuple[int, ...],
+    emit: Emit,
+) -> tuple[Decoded, str]:
+    """Decode up to `room` tokens, emit their text piece by piece, and return it whole."""
+    stream, pieces = TextStream(_build_decoder(model.tokenizer), ids), list[str]()
 
     def show(piece: str) -> None:
         if piece:
@@ -65,15 +89,7 @@ def generate(settings: GenerateSettings, emit: Emit) -> GenerateOutcome:
         receive=lambda tokens: show(stream.add(tokens[0])),
     )
     show(stream.finish())
-    return GenerateOutcome(
-        text="".join(pieces),
-        prompt_tokens=len(ids),
-        new_tokens=len(decoded.steps),
-        first_seconds=decoded.first_seconds,
-        later_seconds=decoded.later_seconds,
-        ending=_find_ending(decoded, ends, room < settings.max_new_tokens),
-        way=decoded.way,
-    )
+    return decoded, "".join(pieces)
 
 
 def read_prompt(given: str) -> str:

@@ -33,6 +33,7 @@ FIGURES: Mapping[str, tuple[str, bool]] = {
     "forward": ("sentences per second", True),
     "file": ("bytes", False),
     "loaded_memory": ("bytes", False),
+    "used_memory": ("bytes", False),
     "peak_memory": ("bytes", False),
     "loaded_device_memory": ("bytes", False),
     "peak_device_memory": ("bytes", False),
@@ -213,23 +214,30 @@ def _build_start_table(bench: Bench) -> Table:
         ("first_token", "first token") if bench.generates else ("first_output", "first output")
     )
     rows = tuple(
-        (model.name, _spell(bench, model, "load"), _spell(bench, model, name, bench.batch_sizes[0]))
+        (
+            model.name,
+            *(_spell(bench, model, figure) for figure in ("file", "load")),
+            _spell(bench, model, name, bench.batch_sizes[0]),
+        )
         for model in bench.models
     )
     return Table(
         title="Start of a fresh process, measured once",
-        columns=("model", "load", column),
+        columns=("model", "file", "load", column),
         rows=rows,
-        right=("load", column),
+        right=("file", "load", column),
         note=f"{column}: after loading, at batch {bench.batch_sizes[0]}",
     )
 
 
 def _build_memory_tables(bench: Bench) -> list[Table]:
-    """Build the table of files and memory, and where a GPU was used that of its memory."""
-    columns = {"file": "file", "after loading": "loaded_memory", "peak": "peak_memory"}
-    note = "memory: resident, beyond that of the process with the same imports and no model"
-    tables = [_build_memory_table(bench, "Files and memory", columns, note)]
+    """Build the table of resident memory, and where a GPU was used that of its memory."""
+    columns = {"after loading": "loaded_memory", "in use": "used_memory", "peak": "peak_memory"}
+    note = (
+        "beyond the process with the same imports and no model; weights that are mapped from the "
+        "file count once they are used"
+    )
+    tables = [_build_memory_table(bench, "Resident memory", columns, note)]
     if any(model.find("peak_device_memory") is not None for model in bench.models):
         columns = {"after loading": "loaded_device_memory", "peak": "peak_device_memory"}
         tables.append(_build_memory_table(bench, "Memory of the device", columns))

@@ -62,7 +62,9 @@ def answer(engine: Engine, request: dict[str, Any]) -> dict[str, Any]:
         return {"load_seconds": seconds, "import_bytes": before, "loaded_bytes": after, **device}
     if request["do"] == "run":
         return engine.run(request["rows"], request["new_tokens"])
-    return {"peak_bytes": read_resident_bytes("VmHWM"), **engine.read_device_bytes()}
+    gc.collect()
+    used, peak = read_resident_bytes("VmRSS"), read_resident_bytes("VmHWM")
+    return {"used_bytes": used, "peak_bytes": peak, **engine.read_device_bytes()}
 
 
 def main(job: dict[str, Any]) -> None:

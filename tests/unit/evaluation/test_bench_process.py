@@ -44,7 +44,8 @@ def test_a_causal_model_generates(tiny_model: TinyModel) -> None:
     assert found["way"] == "generate"
     assert found["first_seconds"] > 0
     assert found["later_seconds"] > 0
-    assert answer(engine, {"do": "finish"})["peak_bytes"] >= loaded["import_bytes"]
+    end = answer(engine, {"do": "finish"})
+    assert 0 < end["used_bytes"] <= end["peak_bytes"] + 2**20
 
 
 @pytest.mark.parametrize(("arch", "kind"), [("bert", "classifier"), ("bert-encoder", "encoder")])

@@ -42,7 +42,7 @@ class FakeWorker:
         if do == "load":
             return {"load_seconds": 1.0 * place, "import_bytes": 100.0, "loaded_bytes": 300.0}
         if do == "finish":
-            return {"peak_bytes": 400.0 * place}
+            return {"used_bytes": 350.0, "peak_bytes": 400.0 * place}
         self.runs += 1
         self.order.append((self.name, len(more["rows"])))
         found = {"first_seconds": float(self.runs), "way": "generate"}
@@ -86,6 +86,7 @@ def test_figures_come_from_the_seconds(
     assert (first.find("decode", 1), first.find("decode", 4)) == (4 / 0.5, 4 * 4 / 0.5)
     assert second.find("decode", 1) == 4 / 1.0
     assert (first.find("loaded_memory"), first.find("peak_memory")) == (200.0, 300.0)
+    assert first.find("used_memory") == 250.0
     assert second.find("file") == (two / "model.safetensors").stat().st_size
     assert [worker.job["dtype"] for worker in workers] == ["float32", "float32"]
     assert all(worker.closed and worker.job["threads"] == 2 for worker in workers)

@@ -36,6 +36,7 @@ def make_model(name: str, scale: float, kind: str = "causal-lm", **more: float) 
         ),
         Figure(name="file", values=(123_456_789.0 * scale,)),
         Figure(name="loaded_memory", values=(234_567_890.0 * scale,)),
+        Figure(name="used_memory", values=(256_789_012.0 * scale,)),
         Figure(name="peak_memory", values=(345_678_901.0 * scale,)),
         *(Figure(name=figure, values=(value,)) for figure, value in more.items()),
     ]
@@ -116,8 +117,8 @@ def test_what_the_tables_say() -> None:
     )
     assert "up to 30% of their median" in speed.note
     assert "2 threads of A CPU" in speed.note
-    assert start.rows[1] == ("two", "0.75 s 0.50x", "0.062 s 0.50x")
-    assert memory.rows[0] == ("one", "123.5 MB 1.00x", "234.6 MB 1.00x", "345.7 MB 1.00x")
+    assert start.rows[1] == ("two", "61.73 MB 0.50x", "0.75 s 0.50x", "0.062 s 0.50x")
+    assert memory.rows[0] == ("one", "234.6 MB 1.00x", "256.8 MB 1.00x", "345.7 MB 1.00x")
 
 
 def test_a_device_has_a_table_of_its_own() -> None:
