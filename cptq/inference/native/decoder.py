@@ -38,6 +38,8 @@ RMS_NORM, LAYER_NORM = 0, 1
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
 #: types of dense weights: enum cptq_type and enum cptq_float8
 DENSE_TYPES = {**TYPES, torch.float8_e4m3fn: 8, torch.float8_e5m2: 9}
+#: CPTQ_KEY_TILE: the cache holds a multiple of so many tokens
+KEY_TILE = 32
 #: a prompt goes through in parts of so many tokens, which bounds the workspace
 CHUNK = 256
 #: rotations that do not depend on the length of the text
@@ -189,8 +191,9 @@ class _Builder:
 
     def __init__(self, model: Any, capacity: int) -> None:
         self.kept: list[Any] = [model]
-        self._model, self._config, self._capacity = model, model.config, capacity
+        self._model, self._config = model, model.config
         _refuse_unknown(model, capacity)
+        self._capacity = -(-capacity // KEY_TILE) * KEY_TILE
 
     def build(self) -> _Decoder:
         build = FAMILIES[self._config.model_type]
@@ -325,8 +328,7 @@ def _build_opt(builder: _Builder, decoder: _Decoder) -> list[_Block]:
     decoder.final_norm_bias = builder.keep(body.final_layer_norm.bias)
     _set_activation(decoder, config.activation_function)
     first = body.embed_positions.offset
-    table = body.embed_positions.weight[first : first + builder._capacity]
-    decoder.positions = builder.keep(table)
+    decoder.positions = builder.keep(body.embed_positions.weight[first:])
     return [_build_opt_block(builder, layer) for layer in body.layers]
 
 
