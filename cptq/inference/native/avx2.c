@@ -621,6 +621,13 @@ static int planes(const cptq_weight *w)
     return w->group == w->in || w->group % (4 * count) == 0 ? count : 1;
 }
 
+static size_t scratch_bytes(const cptq_weight *w, int64_t tokens)
+{
+    if (tokens < TILE_TOKENS)
+        return ROWS * row_scratch(w);
+    return TILE_ROWS * (row_scratch(w) + pad64((size_t)tokens * 4));
+}
+
 static void multiply(const cptq_weight *w, const input_layout *in, const char *input,
                      int64_t tokens, const float *bias, float *y, int64_t stride, int64_t first,
                      int64_t last, void *scratch)
@@ -704,7 +711,7 @@ AVX2 static void dot(const float *row, int64_t in, const char *x, size_t x_strid
         dot_tokens(1, row, in, x + (size_t)t * x_stride, x_stride, bias, y + t * stride, stride);
 }
 
-static const implementation avx2 = {"avx2", planes, quantize, multiply, dequantize, dot};
+static const implementation avx2 = {"avx2", planes, quantize, scratch_bytes, multiply, dequantize, dot};
 
 const implementation *cptq_find_avx2(void)
 {
