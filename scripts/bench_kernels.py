@@ -4,6 +4,7 @@
 Of each weight there are as many copies as fill COLD bytes, used in turn. Every round measures each
 product once (and the read bandwidth: the sum of an array of COLD bytes); a figure is the median of
 the rounds, a speed-up the median of the rounds' ratios, so that a busy machine slows both sides.
+With one thread, times are its processor seconds.
 Codes and scales are random: this is about speed alone.
 """
 
@@ -44,10 +45,11 @@ def make_weight(out: int, inputs: int, bits: int, group: int) -> PackedWeight:
 
 
 def seconds(run: Callable[[], object], calls: int) -> float:
-    began = time.perf_counter()
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    began = clock()
     for _ in range(calls):
         run()
-    return (time.perf_counter() - began) / calls
+    return (clock() - began) / calls
 
 
 def count_calls(run: Callable[[], object]) -> int:
