@@ -118,6 +118,13 @@ void cptq_dequantize(const cptq_weight *w, int64_t row, float *out, void *scratc
     choose()->dequantize(w, row, out, scratch);
 }
 
+int64_t cptq_find_share(int64_t rows, int k, int n)
+{
+    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t start = tiles * k / n * TILE_ROWS;
+    return start < rows ? start : rows;
+}
+
 /* ---- whole operations ---------------------------------------------------------------------- */
 
 static int count_threads(const cptq_weight *w, int64_t rows, int64_t tokens, int asked)
@@ -131,14 +138,6 @@ static int count_threads(const cptq_weight *w, int64_t rows, int64_t tokens, int
     (void)w, (void)rows, (void)tokens, (void)asked;
     return 1;
 #endif
-}
-
-/* the k-th of n runs of rows, whole tiles each */
-static int64_t find_start(int64_t rows, int k, int n)
-{
-    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    int64_t start = tiles * k / n * TILE_ROWS;
-    return start < rows ? start : rows;
 }
 
 /* one product, as its threads see it */
@@ -161,7 +160,8 @@ static void prepare_share(const job *j, int k, int team)
 static void compute_share(const job *j, int k, int team)
 {
     const cptq_weight *w = j->w;
-    int64_t first = find_start(w->out, k, team), last = find_start(w->out, k + 1, team);
+    int64_t first = cptq_find_share(w->out, k, team);
+    int64_t last = cptq_find_share(w->out, k + 1, team);
     char *scratch = j->scratch + (size_t)k * j->scratch_bytes;
     if (j->exact)
         compute_exact(w, (const char *)j->x, (size_t)w->in * 4, j->tokens, j->bias, j->y, w->out,
