@@ -17,6 +17,7 @@ from collections.abc import Callable
 from itertools import cycle
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from cptq.inference import operations
@@ -32,15 +33,23 @@ COLD = 1 << 26
 SPAN = 0.02
 
 
-def make_weight(out: int, inputs: int, bits: int, group: int) -> PackedWeight:
-    """A random symmetric weight with float16 scales."""
-    words = torch.randint(-(2**31), 2**31, (out, count_words(inputs, bits)), dtype=torch.int64)
-    scale = (torch.rand(out, inputs // group) * 0.01 + 0.001).half()
+def draw_words(out: int, values: int, bits: int) -> Tensor:
+    words = torch.randint(-(2**31), 2**31, (out, count_words(values, bits)), dtype=torch.int64)
+    return words.to(torch.int32)
+
+
+def make_weight(out: int, inputs: int, bits: int, group: int, row: bool) -> PackedWeight:
+    """A random symmetric weight with float16 scales, or 6-bit ones times a factor per row."""
+    groups = inputs // group
+    scale = (torch.rand(out, groups) * 0.01 + 0.001).half()
     return PackedWeight(
-        scheme=Candidate(bits=bits, group_size=0 if group == inputs else group),
+        scheme=Candidate(
+            bits=bits, group_size=0 if group == inputs else group, scales="row" if row else ""
+        ),
         shape=(out, inputs),
-        codes=words.to(torch.int32),
-        scale=scale,
+        codes=draw_words(out, inputs, bits),
+        scale=draw_words(out, groups, 6) if row else scale,
+        factor=scale[:, :1].contiguous() if row else None,
     )
 
 
@@ -77,10 +86,10 @@ def measure(
     runs: dict[int, Callable[[], object]] = {0: lambda: functional.linear(x, next(dense))}
     nbytes = {}
     for bits in options.bits:
-        weight = make_weight(out, inputs, bits, group)
+        weight = make_weight(out, inputs, bits, group, options.row)
         nbytes[bits] = weight.nbytes
         number = max(2, min(2048, COLD // weight.nbytes))
-        turn = cycle([make_weight(out, inputs, bits, group) for _ in range(number)])
+        turn = cycle([make_weight(out, inputs, bits, group, options.row) for _ in range(number)])
         runs[bits] = lambda turn=turn: backend.linear(x, next(turn), None)
     read = Read()
     calls = {key: count_calls(run) for key, run in runs.items()}
@@ -109,6 +118,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 4, 16, 128])
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--group", type=int, default=64)
+    parser.add_argument("--row", action="store_true", help="scales of 6 bits and factors per row")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--exact", action="store_true", help="float32 activations")
     options = parser.parse_args()
@@ -116,7 +126,11 @@ def main() -> None:
     operations.set_exact(options.exact)
     features = load_library().cptq_cpu_features().decode()
     mode = "float32" if options.exact else "8-bit"
-    print(f"{features}, {options.threads} threads, groups of {options.group}, {mode} activations\n")
+    scales = "row" if options.row else "float16"
+    print(
+        f"{features}, {options.threads} threads, groups of {options.group} with {scales} scales, "
+        f"{mode} activations\n"
+    )
     titles = ["shape", "bits", "share of bandwidth, 1 token"]
     print(f"| {' | '.join(titles + [f'x, {n} tokens' for n in options.tokens])} |")
     print("|" + "---|" * (len(titles) + len(options.tokens)))
