@@ -127,8 +127,11 @@ INLINE const uint8_t *find_block(const uint8_t *row, int64_t row_bytes, int64_t 
     int64_t left = row_bytes - b * size;
     if (left >= size)
         return row + b * size;
-    memset(copy, 0, 32);
-    memcpy(copy, row + b * size, (size_t)left);
+    /* whole words, of which a masked load reads no others */
+    __m256i word = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)left), word);
+    _mm256_storeu_si256((__m256i *)copy,
+                        _mm256_maskload_epi32((const int *)(row + b * size), mask));
     return copy;
 }
 
@@ -227,16 +230,24 @@ static row_parts divide_scratch(const cptq_weight *w, int rows, void *scratch)
     return parts;
 }
 
-AVX2 static void read_row_codes(const cptq_weight *w, int64_t row, uint8_t *bytes, float *scale)
+/* 6-bit codes times the row's factor; up to 7 floats behind the last one are written */
+INLINE void read_row_codes(const cptq_weight *w, int64_t row, float *scale)
 {
-    int64_t groups = count_groups(w);
-    const uint32_t *words = (const uint32_t *)w->scale + row * w->scale_words;
+    int64_t groups = count_groups(w), bytes = 4 * w->scale_words;
+    const uint8_t *codes = (const uint8_t *)w->scale + row * bytes;
     __m256 factor = _mm256_set1_ps(read_number(w->factor, w->factor_type, row));
-    unpack_natural(ROW_BITS, words, groups, bytes);
-    for (int64_t g = 0; g < groups; g += 8)
-        _mm256_storeu_ps(scale + g,
-                         _mm256_mul_ps(_mm256_sub_ps(widen(bytes + g), _mm256_set1_ps(32.0f)),
-                                       factor));
+    uint8_t copy[32];
+    for (int64_t first = 0, b = 0; first < groups; first += 32, b++) {
+        __m256i plane, units =
+            load_units(ROW_BITS, find_block(codes, bytes, b, unit_bytes(ROW_BITS), copy));
+        int8_t code[32];
+        part_planes(ROW_BITS, units, &plane);
+        _mm256_storeu_si256((__m256i *)code, _mm256_sub_epi8(plane, _mm256_set1_epi8(32)));
+        for (int k = 0; k < 32 && first + k < groups; k += 8) {
+            __m256i eight = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(code + k)));
+            _mm256_storeu_ps(scale + first + k, _mm256_mul_ps(_mm256_cvtepi32_ps(eight), factor));
+        }
+    }
 }
 
 /* scale[r * groups + g] of `rows` rows; up to 8 floats behind them are written, which a part of a
@@ -246,7 +257,7 @@ AVX2 static void read_scales(const cptq_weight *w, int64_t row, int rows, row_pa
     int64_t groups = count_groups(w), from = row * groups, count = rows * groups, g = 0;
     if (w->scale_type == CPTQ_ROW_CODES) {
         for (int r = 0; r < rows; r++)
-            read_row_codes(w, row + r, parts.bytes, parts.scale + r * groups);
+            read_row_codes(w, row + r, parts.scale + r * groups);
         return;
     }
     for (int64_t k = 0; k < count; k += 32) /* the scales of the next but one call */
@@ -287,8 +298,8 @@ INLINE __m256 mask_last(int64_t count, int64_t *whole)
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(left, lane));
 }
 
-/* sum_g scale[g] zero[g] totals[g]; zero NULL: 1 */
-INLINE float correct(const float *scale, const float *zero, const float *totals, int64_t groups)
+/* sum_g scale[g] zero[g] totals[g], by lane; zero NULL: 1 */
+INLINE __m256 correct(const float *scale, const float *zero, const float *totals, int64_t groups)
 {
     int64_t whole, g = 0;
     __m256 mask = mask_last(groups, &whole), sum = _mm256_setzero_ps(), s;
@@ -302,8 +313,7 @@ INLINE float correct(const float *scale, const float *zero, const float *totals,
     s = _mm256_and_ps(mask, _mm256_loadu_ps(scale + g));
     if (zero)
         s = _mm256_mul_ps(s, _mm256_and_ps(mask, _mm256_loadu_ps(zero + g)));
-    sum = _mm256_fmadd_ps(s, _mm256_and_ps(mask, _mm256_loadu_ps(totals + g)), sum);
-    return add_lanes(sum);
+    return _mm256_fmadd_ps(s, _mm256_and_ps(mask, _mm256_loadu_ps(totals + g)), sum);
 }
 
 /* ---- activations ------------------------------------------------------------------------------ */
@@ -502,10 +512,10 @@ INLINE void run_strip(int bits, int rows, int tokens, const cptq_weight *w, cons
 {
     int size = unit_bytes(bits), planes = count_planes(bits);
     int64_t row_bytes = w->code_words * 4, whole = row_bytes / size;
-    const __m256i index = _mm256_setr_epi32(0, 1 * plan.spread / 8, 2 * plan.spread / 8,
-                                            3 * plan.spread / 8, 4 * plan.spread / 8,
-                                            5 * plan.spread / 8, 6 * plan.spread / 8,
-                                            7 * plan.spread / 8);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    /* the scale of a lane, among 4 or 8 that are loaded: lane * spread / 8 */
+    const __m256i index = _mm256_srli_epi32(
+        _mm256_mullo_epi32(lane, _mm256_set1_epi32(plan.spread)), 3);
     int64_t ahead = choose_distance(row_bytes);
     uint8_t copy[ROWS][32];
     __m256 scale[ROWS];
@@ -518,8 +528,11 @@ INLINE void run_strip(int bits, int rows, int tokens, const cptq_weight *w, cons
             const float *row = parts->scale + r * in->groups;
             if (plan.spread == 0)
                 scale[r] = _mm256_broadcast_ss(row + o);
+            else if (plan.spread == 8)
+                scale[r] = _mm256_loadu_ps(row + o * 8);
             else if (plan.spread > 0)
-                scale[r] = _mm256_permutevar8x32_ps(_mm256_loadu_ps(row + o * plan.spread), index);
+                scale[r] = _mm256_permutevar_ps(
+                    _mm256_broadcast_ps((const __m128 *)(row + o * plan.spread)), index);
             else
                 scale[r] = _mm256_loadu_ps(parts->lane + (r * in->blocks + o) * 8);
         }
@@ -551,11 +564,11 @@ INLINE void finish_strip(int bits, int rows, int tokens, const cptq_weight *w,
             const float *totals = (const float *)(input + (size_t)t * in->bytes + in->totals);
             const float *scale = parts->scale + r * in->groups;
             const float *zero = w->zero ? parts->zero + r * in->groups : NULL;
-            float value = add_lanes(sum[r * tokens + t]);
+            __m256 all = sum[r * tokens + t];
             if (zero || bits < 8)
-                value -= (zero ? 1.0f : (float)(1 << (bits - 1))) *
-                         correct(scale, zero, totals, in->groups);
-            y[t * stride + r] = value + (bias ? bias[r] : 0.0f);
+                all = _mm256_fnmadd_ps(_mm256_set1_ps(zero ? 1.0f : (float)(1 << (bits - 1))),
+                                       correct(scale, zero, totals, in->groups), all);
+            y[t * stride + r] = add_lanes(all) + (bias ? bias[r] : 0.0f);
         }
 }
 
@@ -619,6 +632,13 @@ static int planes(const cptq_weight *w)
 {
     int count = count_planes(w->bits);
     return w->group == w->in || w->group % (4 * count) == 0 ? count : 1;
+}
+
+static size_t scratch_bytes(const cptq_weight *w, int64_t tokens)
+{
+    if (tokens < TILE_TOKENS)
+        return ROWS * row_scratch(w);
+    return TILE_ROWS * (row_scratch(w) + pad64((size_t)tokens * 4));
 }
 
 static void multiply(const cptq_weight *w, const input_layout *in, const char *input,
@@ -704,7 +724,7 @@ AVX2 static void dot(const float *row, int64_t in, const char *x, size_t x_strid
         dot_tokens(1, row, in, x + (size_t)t * x_stride, x_stride, bias, y + t * stride, stride);
 }
 
-static const implementation avx2 = {"avx2", planes, quantize, multiply, dequantize, dot};
+static const implementation avx2 = {"avx2", planes, quantize, scratch_bytes, multiply, dequantize, dot};
 
 const implementation *cptq_find_avx2(void)
 {

@@ -38,6 +38,8 @@ typedef struct {
     int (*planes)(const cptq_weight *w);
     /* 8-bit form of one token */
     void (*quantize)(const cptq_weight *w, const input_layout *in, const float *x, void *out);
+    /* scratch of `multiply`, a multiple of 64 */
+    size_t (*scratch_bytes)(const cptq_weight *w, int64_t tokens);
     /* rows [first, last) with 8-bit activations */
     void (*multiply)(const cptq_weight *w, const input_layout *in, const char *input,
                      int64_t tokens, const float *bias, float *y, int64_t stride, int64_t first,
