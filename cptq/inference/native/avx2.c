@@ -26,6 +26,7 @@
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
 
+#include <cpuid.h>
 #include <immintrin.h>
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -752,11 +753,12 @@ static const implementation avx2 = {"avx2", planes, quantize, scratch_bytes, mul
 
 const implementation *cptq_find_avx2(void)
 {
+    unsigned a, b, c = 0, d;
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-        return &avx2;
-    return NULL;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return NULL;
+    /* older compilers do not know f16c by name: bit 29 of leaf 1 */
+    return __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1 ? &avx2 : NULL;
 }
 
 #else
