@@ -16,15 +16,17 @@
  * Prompts (many tokens): 16 rows by 512 inputs are unpacked into bytes, four inputs of each of 16
  * rows side by side, and multiplied with four tokens at a time. A lane then is a row, so up to eight
  * products are added in 16 bits before they are widened, and scales are applied once per 32 inputs
- * for eight rows: about 3 instructions for 32 multiplications.
+ * for eight rows: about 5 instructions for 32 multiplications of 4-bit codes.
  *
  * Limits: a group must be whole lanes (4 * planes inputs), or portable.c is used. For prompts it
- * must be a multiple of 16. Loads never leave a row: a part of a block is copied first.
+ * must be a multiple of 16, and with float32 activations, where bytes are widened group by group, as
+ * well. Loads never leave a row: a part of a block is copied first.
  */
 #include "internal.h"
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
 
+#include <cpuid.h>
 #include <immintrin.h>
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -685,54 +687,78 @@ AVX2 static void dequantize(const cptq_weight *w, int64_t row, float *out, void 
     }
 }
 
-INLINE void dot_tokens(int tokens, const float *row, int64_t in, const char *x, size_t x_stride,
-                       float bias, float *y, int64_t stride)
+/* one row times some tokens; `width` inputs at once, which divide a group */
+INLINE void multiply_floats(int tokens, int width, const cptq_weight *w, const row_parts *row,
+                            const char *x, size_t x_stride, float bias, float *y, int64_t stride)
 {
-    __m256 sum[8];
-    int64_t j = 0;
-    int each = 8 / tokens; /* registers per token */
-    for (int k = 0; k < 8; k++)
-        sum[k] = _mm256_setzero_ps();
-    for (; j + 8 * each <= in; j += 8 * each)
-        for (int k = 0; k < each; k++) {
-            __m256 value = _mm256_loadu_ps(row + j + 8 * k);
-            for (int t = 0; t < tokens; t++) {
-                const float *token = (const float *)(x + (size_t)t * x_stride);
-                sum[t * each + k] =
-                    _mm256_fmadd_ps(value, _mm256_loadu_ps(token + j + 8 * k), sum[t * each + k]);
+    /* sums that run side by side, so that additions need not wait for one another */
+    const int parts = tokens == 1 ? width / 8 : 1;
+    const uint8_t *bytes = row->bytes;
+    __m256 all[4], part[4];
+    for (int t = 0; t < tokens; t++)
+        all[t] = _mm256_setzero_ps();
+    for (int64_t g = 0, j = 0; g < count_groups(w); g++) {
+        __m256 scale = _mm256_broadcast_ss(row->scale + g);
+        __m256 zero =
+            _mm256_set1_ps(w->zero ? row->zero[g] : (float)(1 << (w->bits - 1)));
+        for (int k = 0; k < tokens * parts; k++)
+            part[k] = _mm256_setzero_ps();
+        for (int64_t last = j + w->group; j < last; j += width)
+            UNROLL for (int k = 0; k < width / 8; k++) {
+                __m256 step = _mm256_sub_ps(widen(bytes + j + 8 * k), zero);
+                UNROLL for (int t = 0; t < tokens; t++) {
+                    const float *token = (const float *)(x + (size_t)t * x_stride);
+                    int at = tokens == 1 ? k : t;
+                    part[at] = _mm256_fmadd_ps(step, _mm256_loadu_ps(token + j + 8 * k), part[at]);
+                }
             }
+        for (int t = 0; t < tokens; t++)
+            for (int k = 0; k < parts; k++)
+                all[t] = _mm256_fmadd_ps(part[t + k], scale, all[t]);
+    }
+    for (int t = 0; t < tokens; t++)
+        y[t * stride] = add_lanes(all[t]) + bias;
+}
+
+AVX2 static void multiply_exact(const cptq_weight *w, const char *x, size_t x_stride,
+                                int64_t tokens, const float *bias, float *y, int64_t stride,
+                                int64_t first, int64_t last, void *scratch)
+{
+    if (w->group % 16) {
+        cptq_portable.multiply_exact(w, x, x_stride, tokens, bias, y, stride, first, last, scratch);
+        return;
+    }
+    row_parts row = divide_scratch(w, 1, scratch);
+    int wide = w->group % 32 == 0;
+    for (int64_t i = first; i < last; i++) {
+        float add = bias ? bias[i] : 0.0f, *to = y + i;
+        int64_t t = 0;
+        read_scales(w, i, 1, row);
+        read_zeros(w, i, 1, 0.0f, row);
+        unpack_natural(w->bits, w->codes + i * w->code_words, w->in, row.bytes);
+        for (; t + 4 <= tokens; t += 4)
+            multiply_floats(4, 16, w, &row, x + (size_t)t * x_stride, x_stride, add,
+                            to + t * stride, stride);
+        for (; t < tokens; t++) {
+            const char *token = x + (size_t)t * x_stride;
+            if (wide)
+                multiply_floats(1, 32, w, &row, token, x_stride, add, to + t * stride, stride);
+            else
+                multiply_floats(1, 16, w, &row, token, x_stride, add, to + t * stride, stride);
         }
-    for (int t = 0; t < tokens; t++) {
-        const float *token = (const float *)(x + (size_t)t * x_stride);
-        __m256 all = sum[t * each];
-        float rest = 0.0f;
-        for (int k = 1; k < each; k++)
-            all = _mm256_add_ps(all, sum[t * each + k]);
-        for (int64_t i = j; i < in; i++)
-            rest += row[i] * token[i];
-        y[t * stride] = add_lanes(all) + rest + bias;
     }
 }
 
-AVX2 static void dot(const float *row, int64_t in, const char *x, size_t x_stride, int64_t tokens,
-                     float bias, float *y, int64_t stride)
-{
-    int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4)
-        dot_tokens(4, row, in, x + (size_t)t * x_stride, x_stride, bias, y + t * stride, stride);
-    for (; t < tokens; t++)
-        dot_tokens(1, row, in, x + (size_t)t * x_stride, x_stride, bias, y + t * stride, stride);
-}
-
-static const implementation avx2 = {"avx2", planes, quantize, scratch_bytes, multiply, dequantize, dot};
+static const implementation avx2 = {"avx2", planes, quantize, scratch_bytes, multiply, dequantize, multiply_exact};
 
 const implementation *cptq_find_avx2(void)
 {
+    unsigned a, b, c = 0, d;
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-        return &avx2;
-    return NULL;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return NULL;
+    /* older compilers do not know f16c by name: bit 29 of leaf 1 */
+    return __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1 ? &avx2 : NULL;
 }
 
 #else

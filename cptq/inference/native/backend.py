@@ -34,7 +34,7 @@ from cptq.inference.native.library import (
 from cptq.inference.operations import Backend, PackedWeight
 
 #: tokens from which an exact product is faster as a dense one of unpacked tiles
-DENSE_TOKENS = 16
+DENSE_TOKENS = 24
 
 
 def supports(weight: PackedWeight, dtype: torch.dtype) -> bool:

@@ -90,23 +90,12 @@ void cptq_prepare(const cptq_weight *w, const float *x, int64_t first, int64_t l
     }
 }
 
-static void compute_exact(const cptq_weight *w, const char *x, size_t x_stride, int64_t tokens,
-                          const float *bias, float *y, int64_t stride, int64_t first,
-                          int64_t last, char *scratch)
-{
-    float *row = (float *)(scratch + row_scratch(w));
-    for (int64_t i = first; i < last; i++) {
-        choose()->dequantize(w, i, row, scratch);
-        choose()->dot(row, w->in, x, x_stride, tokens, bias ? bias[i] : 0.0f, y + i, stride);
-    }
-}
-
 void cptq_compute(const cptq_weight *w, const void *input, int64_t tokens, const float *bias,
                   float *y, int64_t stride, int64_t first, int64_t last, int exact, void *scratch)
 {
     if (exact) {
-        compute_exact(w, input, cptq_input_bytes(w, 1), tokens, bias, y, stride, first, last,
-                      scratch);
+        choose()->multiply_exact(w, input, cptq_input_bytes(w, 1), tokens, bias, y, stride, first,
+                                 last, scratch);
         return;
     }
     input_layout in = describe(w);
@@ -164,8 +153,8 @@ static void compute_share(const job *j, int k, int team)
     int64_t last = cptq_find_share(w->out, k + 1, team);
     char *scratch = j->scratch + (size_t)k * j->scratch_bytes;
     if (j->exact)
-        compute_exact(w, (const char *)j->x, (size_t)w->in * 4, j->tokens, j->bias, j->y, w->out,
-                      first, last, scratch);
+        choose()->multiply_exact(w, (const char *)j->x, (size_t)w->in * 4, j->tokens, j->bias, j->y,
+                                 w->out, first, last, scratch);
     else
         cptq_compute(w, j->input, j->tokens, j->bias, j->y, w->out, first, last, 0, scratch);
 }

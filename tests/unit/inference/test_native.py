@@ -136,7 +136,7 @@ def test_products_of_rounded_activations(bits: int, path: str, rounded: None) ->
 def test_exact_products(bits: int, path: str) -> None:
     for seed, weight in enumerate(list_weights(bits)):
         W, (out, inputs) = dense(weight), weight.shape
-        for tokens in TOKENS:
+        for tokens in (*TOKENS, backend.DENSE_TOKENS):
             x = draw(tokens, inputs, seed)
             bias = torch.randn(out) if (seed + tokens) % 2 else None
             y = backend.linear(x, weight, bias)
