@@ -209,3 +209,12 @@ def test_what_does_not_fit_is_refused(load: Any) -> None:
     with pytest.raises(IndexError, match="vocabulary"):
         decoder.run([VOCABULARY])
     assert decoder.length == 0
+
+
+def test_what_generate_decodes_says_why(load: Any) -> None:
+    model = load("gpt_neox")
+    pack_at_random(model, ["w4c"])
+    found = decode(model, torch.tensor([PROMPT]), new_tokens=2)
+    assert (found.way, found.why[:23]) == ("generate", "the family 'gpt_neox' i")
+    rows = decode(load("llama"), torch.tensor([PROMPT]), new_tokens=2)
+    assert (rows.way, rows.why) == ("generate", "")
