@@ -1,20 +1,18 @@
 #!/usr/bin/env python3
 """What `scripts/bench_ingredients` runs: `cptq compress` with parts of the default switched off.
 
-Every row has the same target, so the same bytes. Seconds are processor time (user and system, all
-threads) of the whole command, measuring included; memory is the largest resident set.
+Every row has the same target, so the same bytes. Cost is that of `cptq compress`, with measuring.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
+
+from _runs import Cost, count_weight_bytes, read_metric, run
 
 #: part of the default -> the options without it
 OFF = {
@@ -38,26 +36,6 @@ def rows(tune: bool) -> dict[str, tuple[str, ...]]:
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Of one command: processor seconds, and the peak of memory in GB."""
-
-    seconds: float
-    memory: float
-
-
-def run(*words: object) -> Cost:
-    """Run one cptq command in a process of its own."""
-    line = [sys.executable, "-m", "cptq", *map(str, words)]
-    print("$ cptq", *line[3:], file=sys.stderr, flush=True)
-    child = subprocess.Popen(line, stdout=subprocess.DEVNULL)
-    _, status, used = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise SystemExit(f"scripts/bench_ingredients: cptq {words[0]} failed")
-    return Cost(seconds=used.ru_utime + used.ru_stime, memory=used.ru_maxrss / 1e6)
-
-
-@dataclass(frozen=True)
 class Bench:
     """Compresses and evaluates; remembers what it did in `out`."""
 
@@ -77,17 +55,11 @@ class Bench:
             against = ("--baseline", self.model, "--task", self.task, *self.limit)
             results = place.with_name(f"{place.name}-eval.json")
             run("eval", place, *against, "-o", results, "--overwrite")
-            sizes = json.loads((place / "cptq.json").read_text())["weight_files"]
-            row = {"kl": read_kl(results), "bytes": sum(sizes.values()), **vars(cost)}
+            found = {"kl": read_metric(results, "kl"), "bytes": count_weight_bytes(place)}
+            row = {**found, **vars(cost)}
             file.write_text(json.dumps(row))
         row = json.loads(file.read_text())
         return row["kl"], Cost(seconds=row["seconds"], memory=row["memory"]), row["bytes"]
-
-
-def read_kl(path: Path) -> float:
-    """Return the divergence from the dense model in an eval.json."""
-    results = json.loads(path.read_text())["evaluation"]
-    return next(float(row["value"]) for row in results if row["metric"] == "kl")
 
 
 def main() -> None:
