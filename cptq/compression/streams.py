@@ -42,8 +42,8 @@ from cptq.numerics.asymmetric_target import CrossMoment
 from cptq.numerics.hessian import SecondMoment
 from cptq.types import Unit
 
-#: batches that the dense stream takes, which give C. KL of stories260k at 3 bits, two seeds: all
-#: 0.383 and 0.389, half 0.386 and 0.393, a quarter 0.387 and 0.384
+#: batches that the dense stream takes, which give C. KL of smollm2-135m at 3 bits: all 0.0243, half
+#: 0.0244, a quarter 0.0253, for 605, 485 and 398 processor seconds
 DENSE_SHARE = 0.5
 
 
