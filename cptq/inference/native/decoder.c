@@ -583,3 +583,15 @@ int cptq_decode(const cptq_decoder *d, const int64_t *ids, int64_t tokens, int64
 #endif
     return 0;
 }
+
+int cptq_dense_rows(const cptq_projection *p, int64_t first, int64_t count, float *out)
+{
+    if (!p->dense || first < 0 || count < 0 || first + count > p->weight.out)
+        return CPTQ_EINDEX;
+    for (int64_t i = 0; i < count; i++) {
+        const float *row = read_row(p, first + i, out + i * p->weight.in);
+        if (row != out + i * p->weight.in)
+            memcpy(out + i * p->weight.in, row, sizeof(float) * (size_t)p->weight.in);
+    }
+    return 0;
+}
