@@ -7,7 +7,7 @@ measured, the baseline first, so that two models are never in memory at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -187,7 +187,7 @@ def _choose_activations(
         else "no weight stays packed in memory, so --activations 8bit changes nothing"
     )
     emit(Notice(kind="info" if packed else "skipped", subject=model.source, message=message))
-    return nullcontext()
+    return exact_products(False)
 
 
 def _measure_both(
