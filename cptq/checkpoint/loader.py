@@ -111,6 +111,21 @@ def _warn(event: Event) -> None:
         warnings.warn(f"{event.subject}: {event.message}", stacklevel=4)
 
 
+def open_module(
+    path: str, kind: ModelKind, *, device: str, dtype: str, trust_remote_code: bool
+) -> nn.Module:
+    """Load the module alone, as `load` does: no tokenizer, no inventory, no hashes.
+
+    Raises:
+        ModelError: not readable, or random weights.
+    """
+    settings = ModelSettings(model=path, trust_remote_code=trust_remote_code)
+    place, run_dtype = torch.device(device), getattr(torch, dtype)
+    with _explain_load_errors(path):
+        module = _load_module(Path(path), kind, run_dtype, place, settings, _warn)
+        return module.to(place).eval()
+
+
 def load_model(
     settings: ModelSettings, emit: Emit, *, conv1d: bool = False, experts: bool = False
 ) -> LoadedModel:
