@@ -18,7 +18,7 @@ FOLDER = Path("cptq", "inference", "native")
 SOURCES = sorted(path.as_posix() for path in FOLDER.glob("*.c"))
 HEADERS = sorted(path.as_posix() for path in FOLDER.glob("*.h"))
 #: portable: instructions of the machine are chosen at run time
-FLAGS = ["-std=c11", "-O3"]
+FLAGS = ["-std=c11", "-O3", "-g0"]
 
 
 class BuildLibrary(build_ext):

@@ -6,6 +6,7 @@ heavy.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from difflib import get_close_matches
 from importlib import import_module
@@ -66,4 +67,5 @@ class Registry(Generic[T]):
             UnknownNameError: as `check`.
         """
         module, _, attribute = self._entries[self.check(name)].partition(":")
-        return cast(T, getattr(import_module(module), attribute))
+        # looked up first: this is called for every product with a packed weight
+        return cast(T, getattr(sys.modules.get(module) or import_module(module), attribute))

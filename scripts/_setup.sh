@@ -1,7 +1,7 @@
 # Sourced by the scripts beside it. Afterwards the working directory is the repository's root and
 # `python`, `cptq` and the tools are those of a virtual environment in .venv (or $CPTQ_VENV), made
-# or brought up to date where pyproject.toml or constraints.txt have changed. $PYTHON names the
-# interpreter to make it with (default python3).
+# or brought up to date where pyproject.toml, constraints.txt or the C library have changed. $PYTHON
+# names the interpreter to make it with (default python3).
 # shellcheck shell=bash
 
 # `scripts/NAME --help` prints the comment at the head of the script.
@@ -19,7 +19,7 @@ stamp=$venv/.installed
 # Everything that decides what the environment must hold; the path, as the install is editable.
 wanted() {
     printf '%s\n' "$PWD"
-    cat pyproject.toml constraints.txt
+    cat pyproject.toml constraints.txt setup.py cptq/inference/native/*.[ch]
 }
 
 create_environment() {

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""What the demo prints: before and after, from the JSON that `cptq eval --baseline` wrote.
+"""What the demo prints: before and after, from the JSON of `cptq eval --baseline` and `cptq bench`.
 
 Sizes are read from the files themselves.
 """
@@ -17,6 +17,14 @@ from cptq.data import load_text
 from cptq.report.formatting import format_number
 
 Row = tuple[str, str, str, str]
+
+#: figures of `cptq bench` that the table has, and what it calls them
+SPEED = {
+    "prefill": "reading a prompt",
+    "decode": "writing",
+    "first_token": "first token",
+    "used_memory": "memory in use",
+}
 
 
 def choose_task() -> str:
@@ -50,6 +58,19 @@ def rows(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
     return found
 
 
+def speed_rows(models: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """The figures of speed and memory that both models have."""
+    before, after = (
+        {(item["name"], item["batch_size"]): item for item in model["figures"]} for model in models
+    )
+    found = []
+    for key, item in before.items():
+        if key in after and key[0] in SPEED:
+            label = f"{SPEED[key[0]]} ({item['unit']})"
+            found.append(row(label, float(item["median"]), float(after[key]["median"])))
+    return found
+
+
 def show(table: Sequence[Row]) -> None:
     """Print columns as wide as they need to be, numbers to the right."""
     widths = [max(len(line[column]) for line in table) for column in range(4)]
@@ -62,6 +83,7 @@ def show(table: Sequence[Row]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, nargs="?", help="what `cptq eval -o` wrote")
+    parser.add_argument("--speed", type=Path, help="what `cptq bench -o` wrote, before first")
     parser.add_argument("--before", type=Path, help="directory of the dense model")
     parser.add_argument("--after", type=Path, help="directory of the compressed model")
     parser.add_argument("--choose-task", action="store_true", help="print the task to measure by")
@@ -75,7 +97,10 @@ def main() -> None:
     sizes = weight_bytes(options.before), weight_bytes(options.after)
     table = [("", "before", "after", "after/before"), row("weight files (bytes)", *sizes)]
     print()
-    show(table + rows(data["baseline"], data["evaluation"]))
+    table += rows(data["baseline"], data["evaluation"])
+    if options.speed:
+        table += speed_rows(json.loads(options.speed.read_text(encoding="utf-8"))["models"])
+    show(table)
 
 
 if __name__ == "__main__":

@@ -62,12 +62,14 @@ class Decoded:
 
     Attributes:
         way: what decoded.
+        why: of a packed model that `generate` decoded: why not the own loop; else empty.
         steps: per step the tokens of all rows (B).
         began: clock in seconds before the prompt was read.
         known: clock in seconds when the tokens of each step were known.
     """
 
     way: Way
+    why: str = ""
     steps: tuple[tuple[int, ...], ...]
     began: float
     known: tuple[float, ...]
@@ -104,33 +106,36 @@ def decode(
     """
     clock = _Clock(receive)
     decoder = _find_decoder(model, ids_BT, new_tokens)
-    if decoder is not None:
+    if isinstance(decoder, NativeDecoder):
         began = time.perf_counter()
         _run_own_loop(decoder, ids_BT[0].tolist(), new_tokens, tuple(stop), sampling, clock)
         steps, known = tuple(clock.steps), tuple(clock.known)
-        return Decoded(way="own loop", steps=steps, began=began, known=known)
+        return Decoded(way="own loop", why="", steps=steps, began=began, known=known)
     config = _build_config(new_tokens, tuple(stop), sampling)
     torch.manual_seed(sampling.seed)
     with _set_config(model, config):
         began = time.perf_counter()
         model.generate(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT), streamer=clock)
-    return Decoded(way="generate", steps=tuple(clock.steps), began=began, known=tuple(clock.known))
+    steps, known = tuple(clock.steps), tuple(clock.known)
+    return Decoded(way="generate", why=decoder, steps=steps, began=began, known=known)
 
 
-def _find_decoder(model: Any, ids_BT: Tensor, new_tokens: int) -> NativeDecoder | None:
-    """Return a decoder in C for a packed model and one row, if there is one; kept with the model.
+def _find_decoder(model: Any, ids_BT: Tensor, new_tokens: int) -> NativeDecoder | str:
+    """Return a decoder in C for a packed model and one row, or why there is none.
 
-    One that is too small is made anew.
+    It is kept with the model; one that is too small is made anew. A dense model wants none.
     """
-    if len(ids_BT) != 1 or not ids_BT.is_cpu or not find_packed_modules(model):
-        return None
+    if not find_packed_modules(model):
+        return ""
+    if len(ids_BT) != 1 or not ids_BT.is_cpu:
+        return "it takes one sequence, on the CPU"
     capacity = ids_BT.shape[1] + new_tokens
     decoder: NativeDecoder | None = vars(model).get(_DECODER)
     if decoder is None or decoder.capacity < capacity:
         try:
             decoder = NativeDecoder(model, capacity=capacity)
-        except UnsupportedModelError:
-            return None
+        except UnsupportedModelError as error:
+            return str(error)
         vars(model)[_DECODER] = decoder
     decoder.reset()
     return decoder

@@ -115,7 +115,7 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
-        return operations.linear(x, self.packed, self.bias)
+        return operations.linear(x, self.packed, self._parameters["bias"])
 
     def make_dense(self, dtype: torch.dtype) -> nn.Module:
         """Return the dense module that this one replaces."""

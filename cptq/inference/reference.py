@@ -40,7 +40,7 @@ def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Unpack only the requested rows."""
     if weight.mask is not None:
         raise ValueError("rows of a weight with a bitmask have no fixed position in the file")
-    rows_RI = _unpack_dense(_select_rows(weight, ids.reshape(-1)), dtype)
+    rows_RI = _unpack_dense(select_rows(weight, ids.reshape(-1)), dtype)
     return rows_RI.view(*ids.shape, weight.shape[1])
 
 
@@ -54,7 +54,7 @@ def _iterate_tiles(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[i
     out, inputs = weight.shape
     rows, used = max(1, TILE // inputs), 0
     for start in range(0, out, rows):
-        part = _select_rows(weight, slice(start, start + rows))
+        part = select_rows(weight, slice(start, start + rows))
         if part.mask is None:
             yield start, _unpack_dense(part, dtype)
             continue
@@ -67,7 +67,7 @@ def _iterate_tiles(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[i
         yield start, _multiply_out(codes_RI, mask_RI, part, dtype)
 
 
-def _select_rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
+def select_rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
     """Return some rows as a weight of their own; codes under a bitmask are kept whole."""
 
     def pick(part: Tensor | None) -> Tensor | None:

@@ -41,6 +41,9 @@ def generate(settings: GenerateSettings, emit: Emit) -> GenerateOutcome:
     model = load_model(settings.model, emit)
     ends = find_end_tokens(model.module, spec.tokenizer)
     decoded, text = _write_text(settings, model, ids, room, ends, emit)
+    if decoded.why:
+        message = f"decoded by transformers' generate, not by cptq's faster loop: {decoded.why}"
+        emit(Notice(kind="info", subject=spec.source, message=message))
     return GenerateOutcome(
         text=text,
         prompt_tokens=len(ids),

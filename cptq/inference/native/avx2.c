@@ -16,15 +16,17 @@
  * Prompts (many tokens): 16 rows by 512 inputs are unpacked into bytes, four inputs of each of 16
  * rows side by side, and multiplied with four tokens at a time. A lane then is a row, so up to eight
  * products are added in 16 bits before they are widened, and scales are applied once per 32 inputs
- * for eight rows: about 3 instructions for 32 multiplications.
+ * for eight rows: about 5 instructions for 32 multiplications of 4-bit codes.
  *
  * Limits: a group must be whole lanes (4 * planes inputs), or portable.c is used. For prompts it
- * must be a multiple of 16. Loads never leave a row: a part of a block is copied first.
+ * must be a multiple of 16, and with float32 activations, where bytes are widened group by group, as
+ * well. Loads never leave a row: a part of a block is copied first.
  */
 #include "internal.h"
 
 #if (defined(__x86_64__) || defined(__i386__)) && (defined(__GNUC__) || defined(__clang__))
 
+#include <cpuid.h>
 #include <immintrin.h>
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
@@ -127,8 +129,11 @@ INLINE const uint8_t *find_block(const uint8_t *row, int64_t row_bytes, int64_t 
     int64_t left = row_bytes - b * size;
     if (left >= size)
         return row + b * size;
-    memset(copy, 0, 32);
-    memcpy(copy, row + b * size, (size_t)left);
+    /* whole words, of which a masked load reads no others */
+    __m256i word = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+    __m256i mask = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)left), word);
+    _mm256_storeu_si256((__m256i *)copy,
+                        _mm256_maskload_epi32((const int *)(row + b * size), mask));
     return copy;
 }
 
@@ -227,16 +232,24 @@ static row_parts divide_scratch(const cptq_weight *w, int rows, void *scratch)
     return parts;
 }
 
-AVX2 static void read_row_codes(const cptq_weight *w, int64_t row, uint8_t *bytes, float *scale)
+/* 6-bit codes times the row's factor; up to 7 floats behind the last one are written */
+INLINE void read_row_codes(const cptq_weight *w, int64_t row, float *scale)
 {
-    int64_t groups = count_groups(w);
-    const uint32_t *words = (const uint32_t *)w->scale + row * w->scale_words;
+    int64_t groups = count_groups(w), bytes = 4 * w->scale_words;
+    const uint8_t *codes = (const uint8_t *)w->scale + row * bytes;
     __m256 factor = _mm256_set1_ps(read_number(w->factor, w->factor_type, row));
-    unpack_natural(ROW_BITS, words, groups, bytes);
-    for (int64_t g = 0; g < groups; g += 8)
-        _mm256_storeu_ps(scale + g,
-                         _mm256_mul_ps(_mm256_sub_ps(widen(bytes + g), _mm256_set1_ps(32.0f)),
-                                       factor));
+    uint8_t copy[32];
+    for (int64_t first = 0, b = 0; first < groups; first += 32, b++) {
+        __m256i plane, units =
+            load_units(ROW_BITS, find_block(codes, bytes, b, unit_bytes(ROW_BITS), copy));
+        int8_t code[32];
+        part_planes(ROW_BITS, units, &plane);
+        _mm256_storeu_si256((__m256i *)code, _mm256_sub_epi8(plane, _mm256_set1_epi8(32)));
+        for (int k = 0; k < 32 && first + k < groups; k += 8) {
+            __m256i eight = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)(code + k)));
+            _mm256_storeu_ps(scale + first + k, _mm256_mul_ps(_mm256_cvtepi32_ps(eight), factor));
+        }
+    }
 }
 
 /* scale[r * groups + g] of `rows` rows; up to 8 floats behind them are written, which a part of a
@@ -246,7 +259,7 @@ AVX2 static void read_scales(const cptq_weight *w, int64_t row, int rows, row_pa
     int64_t groups = count_groups(w), from = row * groups, count = rows * groups, g = 0;
     if (w->scale_type == CPTQ_ROW_CODES) {
         for (int r = 0; r < rows; r++)
-            read_row_codes(w, row + r, parts.bytes, parts.scale + r * groups);
+            read_row_codes(w, row + r, parts.scale + r * groups);
         return;
     }
     for (int64_t k = 0; k < count; k += 32) /* the scales of the next but one call */
@@ -287,8 +300,8 @@ INLINE __m256 mask_last(int64_t count, int64_t *whole)
     return _mm256_castsi256_ps(_mm256_cmpgt_epi32(left, lane));
 }
 
-/* sum_g scale[g] zero[g] totals[g]; zero NULL: 1 */
-INLINE float correct(const float *scale, const float *zero, const float *totals, int64_t groups)
+/* sum_g scale[g] zero[g] totals[g], by lane; zero NULL: 1 */
+INLINE __m256 correct(const float *scale, const float *zero, const float *totals, int64_t groups)
 {
     int64_t whole, g = 0;
     __m256 mask = mask_last(groups, &whole), sum = _mm256_setzero_ps(), s;
@@ -302,8 +315,7 @@ INLINE float correct(const float *scale, const float *zero, const float *totals,
     s = _mm256_and_ps(mask, _mm256_loadu_ps(scale + g));
     if (zero)
         s = _mm256_mul_ps(s, _mm256_and_ps(mask, _mm256_loadu_ps(zero + g)));
-    sum = _mm256_fmadd_ps(s, _mm256_and_ps(mask, _mm256_loadu_ps(totals + g)), sum);
-    return add_lanes(sum);
+    return _mm256_fmadd_ps(s, _mm256_and_ps(mask, _mm256_loadu_ps(totals + g)), sum);
 }
 
 /* ---- activations ------------------------------------------------------------------------------ */
@@ -502,10 +514,10 @@ INLINE void run_strip(int bits, int rows, int tokens, const cptq_weight *w, cons
 {
     int size = unit_bytes(bits), planes = count_planes(bits);
     int64_t row_bytes = w->code_words * 4, whole = row_bytes / size;
-    const __m256i index = _mm256_setr_epi32(0, 1 * plan.spread / 8, 2 * plan.spread / 8,
-                                            3 * plan.spread / 8, 4 * plan.spread / 8,
-                                            5 * plan.spread / 8, 6 * plan.spread / 8,
-                                            7 * plan.spread / 8);
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    /* the scale of a lane, among 4 or 8 that are loaded: lane * spread / 8 */
+    const __m256i index = _mm256_srli_epi32(
+        _mm256_mullo_epi32(lane, _mm256_set1_epi32(plan.spread)), 3);
     int64_t ahead = choose_distance(row_bytes);
     uint8_t copy[ROWS][32];
     __m256 scale[ROWS];
@@ -518,8 +530,11 @@ INLINE void run_strip(int bits, int rows, int tokens, const cptq_weight *w, cons
             const float *row = parts->scale + r * in->groups;
             if (plan.spread == 0)
                 scale[r] = _mm256_broadcast_ss(row + o);
+            else if (plan.spread == 8)
+                scale[r] = _mm256_loadu_ps(row + o * 8);
             else if (plan.spread > 0)
-                scale[r] = _mm256_permutevar8x32_ps(_mm256_loadu_ps(row + o * plan.spread), index);
+                scale[r] = _mm256_permutevar_ps(
+                    _mm256_broadcast_ps((const __m128 *)(row + o * plan.spread)), index);
             else
                 scale[r] = _mm256_loadu_ps(parts->lane + (r * in->blocks + o) * 8);
         }
@@ -551,11 +566,11 @@ INLINE void finish_strip(int bits, int rows, int tokens, const cptq_weight *w,
             const float *totals = (const float *)(input + (size_t)t * in->bytes + in->totals);
             const float *scale = parts->scale + r * in->groups;
             const float *zero = w->zero ? parts->zero + r * in->groups : NULL;
-            float value = add_lanes(sum[r * tokens + t]);
+            __m256 all = sum[r * tokens + t];
             if (zero || bits < 8)
-                value -= (zero ? 1.0f : (float)(1 << (bits - 1))) *
-                         correct(scale, zero, totals, in->groups);
-            y[t * stride + r] = value + (bias ? bias[r] : 0.0f);
+                all = _mm256_fnmadd_ps(_mm256_set1_ps(zero ? 1.0f : (float)(1 << (bits - 1))),
+                                       correct(scale, zero, totals, in->groups), all);
+            y[t * stride + r] = add_lanes(all) + (bias ? bias[r] : 0.0f);
         }
 }
 
@@ -621,6 +636,13 @@ static int planes(const cptq_weight *w)
     return w->group == w->in || w->group % (4 * count) == 0 ? count : 1;
 }
 
+static size_t scratch_bytes(const cptq_weight *w, int64_t tokens)
+{
+    if (tokens < TILE_TOKENS)
+        return ROWS * row_scratch(w);
+    return TILE_ROWS * (row_scratch(w) + pad64((size_t)tokens * 4));
+}
+
 static void multiply(const cptq_weight *w, const input_layout *in, const char *input,
                      int64_t tokens, const float *bias, float *y, int64_t stride, int64_t first,
                      int64_t last, void *scratch)
@@ -665,54 +687,78 @@ AVX2 static void dequantize(const cptq_weight *w, int64_t row, float *out, void 
     }
 }
 
-INLINE void dot_tokens(int tokens, const float *row, int64_t in, const char *x, size_t x_stride,
-                       float bias, float *y, int64_t stride)
+/* one row times some tokens; `width` inputs at once, which divide a group */
+INLINE void multiply_floats(int tokens, int width, const cptq_weight *w, const row_parts *row,
+                            const char *x, size_t x_stride, float bias, float *y, int64_t stride)
 {
-    __m256 sum[8];
-    int64_t j = 0;
-    int each = 8 / tokens; /* registers per token */
-    for (int k = 0; k < 8; k++)
-        sum[k] = _mm256_setzero_ps();
-    for (; j + 8 * each <= in; j += 8 * each)
-        for (int k = 0; k < each; k++) {
-            __m256 value = _mm256_loadu_ps(row + j + 8 * k);
-            for (int t = 0; t < tokens; t++) {
-                const float *token = (const float *)(x + (size_t)t * x_stride);
-                sum[t * each + k] =
-                    _mm256_fmadd_ps(value, _mm256_loadu_ps(token + j + 8 * k), sum[t * each + k]);
+    /* sums that run side by side, so that additions need not wait for one another */
+    const int parts = tokens == 1 ? width / 8 : 1;
+    const uint8_t *bytes = row->bytes;
+    __m256 all[4], part[4];
+    for (int t = 0; t < tokens; t++)
+        all[t] = _mm256_setzero_ps();
+    for (int64_t g = 0, j = 0; g < count_groups(w); g++) {
+        __m256 scale = _mm256_broadcast_ss(row->scale + g);
+        __m256 zero =
+            _mm256_set1_ps(w->zero ? row->zero[g] : (float)(1 << (w->bits - 1)));
+        for (int k = 0; k < tokens * parts; k++)
+            part[k] = _mm256_setzero_ps();
+        for (int64_t last = j + w->group; j < last; j += width)
+            UNROLL for (int k = 0; k < width / 8; k++) {
+                __m256 step = _mm256_sub_ps(widen(bytes + j + 8 * k), zero);
+                UNROLL for (int t = 0; t < tokens; t++) {
+                    const float *token = (const float *)(x + (size_t)t * x_stride);
+                    int at = tokens == 1 ? k : t;
+                    part[at] = _mm256_fmadd_ps(step, _mm256_loadu_ps(token + j + 8 * k), part[at]);
+                }
             }
+        for (int t = 0; t < tokens; t++)
+            for (int k = 0; k < parts; k++)
+                all[t] = _mm256_fmadd_ps(part[t + k], scale, all[t]);
+    }
+    for (int t = 0; t < tokens; t++)
+        y[t * stride] = add_lanes(all[t]) + bias;
+}
+
+AVX2 static void multiply_exact(const cptq_weight *w, const char *x, size_t x_stride,
+                                int64_t tokens, const float *bias, float *y, int64_t stride,
+                                int64_t first, int64_t last, void *scratch)
+{
+    if (w->group % 16) {
+        cptq_portable.multiply_exact(w, x, x_stride, tokens, bias, y, stride, first, last, scratch);
+        return;
+    }
+    row_parts row = divide_scratch(w, 1, scratch);
+    int wide = w->group % 32 == 0;
+    for (int64_t i = first; i < last; i++) {
+        float add = bias ? bias[i] : 0.0f, *to = y + i;
+        int64_t t = 0;
+        read_scales(w, i, 1, row);
+        read_zeros(w, i, 1, 0.0f, row);
+        unpack_natural(w->bits, w->codes + i * w->code_words, w->in, row.bytes);
+        for (; t + 4 <= tokens; t += 4)
+            multiply_floats(4, 16, w, &row, x + (size_t)t * x_stride, x_stride, add,
+                            to + t * stride, stride);
+        for (; t < tokens; t++) {
+            const char *token = x + (size_t)t * x_stride;
+            if (wide)
+                multiply_floats(1, 32, w, &row, token, x_stride, add, to + t * stride, stride);
+            else
+                multiply_floats(1, 16, w, &row, token, x_stride, add, to + t * stride, stride);
         }
-    for (int t = 0; t < tokens; t++) {
-        const float *token = (const float *)(x + (size_t)t * x_stride);
-        __m256 all = sum[t * each];
-        float rest = 0.0f;
-        for (int k = 1; k < each; k++)
-            all = _mm256_add_ps(all, sum[t * each + k]);
-        for (int64_t i = j; i < in; i++)
-            rest += row[i] * token[i];
-        y[t * stride] = add_lanes(all) + rest + bias;
     }
 }
 
-AVX2 static void dot(const float *row, int64_t in, const char *x, size_t x_stride, int64_t tokens,
-                     float bias, float *y, int64_t stride)
-{
-    int64_t t = 0;
-    for (; t + 4 <= tokens; t += 4)
-        dot_tokens(4, row, in, x + (size_t)t * x_stride, x_stride, bias, y + t * stride, stride);
-    for (; t < tokens; t++)
-        dot_tokens(1, row, in, x + (size_t)t * x_stride, x_stride, bias, y + t * stride, stride);
-}
-
-static const implementation avx2 = {"avx2", planes, quantize, multiply, dequantize, dot};
+static const implementation avx2 = {"avx2", planes, quantize, scratch_bytes, multiply, dequantize, multiply_exact};
 
 const implementation *cptq_find_avx2(void)
 {
+    unsigned a, b, c = 0, d;
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-        __builtin_cpu_supports("f16c"))
-        return &avx2;
-    return NULL;
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma"))
+        return NULL;
+    /* older compilers do not know f16c by name: bit 29 of leaf 1 */
+    return __get_cpuid(1, &a, &b, &c, &d) && c >> 29 & 1 ? &avx2 : NULL;
 }
 
 #else

@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from math import prod
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ from cptq.inference.native.library import (
 from cptq.inference.operations import Backend, PackedWeight
 
 #: tokens from which an exact product is faster as a dense one of unpacked tiles
-DENSE_TOKENS = 16
+DENSE_TOKENS = 24
 
 
 def supports(weight: PackedWeight, dtype: torch.dtype) -> bool:
@@ -68,18 +70,20 @@ def is_available() -> bool:
 def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     """Return x W^T + b."""
     out, inputs = weight.shape
-    if x.shape[-1] != inputs or not x.is_cpu:
+    *leading, width = x.shape
+    if width != inputs or not x.is_cpu:
         raise RuntimeError(f"x {tuple(x.shape)} on {x.device} and a CPU weight {weight.shape}")
     if x.requires_grad and torch.is_grad_enabled():
         return reference.linear(x, weight, bias)
-    exact, tokens = operations.is_exact(), x.numel() // inputs
+    exact, tokens = operations.is_exact(), prod(leading)
     if exact and tokens >= DENSE_TOKENS:
         return _multiply_tiles(x, weight, bias)
     x_TI = _convert(x, torch.float32)
-    y = torch.empty((*x.shape[:-1], out), dtype=torch.float32)
     bias_O = None if bias is None else _convert(bias, torch.float32)
-    failed = load_library().cptq_linear(
-        _find_struct(weight),
+    y = torch.empty((*leading, out), dtype=torch.float32)
+    struct, library = _find_struct(weight)
+    failed = library.cptq_linear(
+        struct,
         x_TI.data_ptr(),
         tokens,
         None if bias_O is None else bias_O.data_ptr(),
@@ -87,7 +91,8 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
         exact,
         torch.get_num_threads(),
     )
-    _check(failed)
+    if failed:
+        _fail(failed)
     return y if x.dtype is torch.float32 else y.to(x.dtype)
 
 
@@ -95,14 +100,16 @@ def embedding(ids: Tensor, weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Unpack only the requested rows."""
     ids_N = _convert(ids, torch.int64)
     rows = torch.empty((*ids.shape, weight.shape[1]), dtype=torch.float32)
-    failed = load_library().cptq_rows(
-        _find_struct(weight),
+    struct, library = _find_struct(weight)
+    failed = library.cptq_rows(
+        struct,
         ids_N.data_ptr(),
         ids.numel(),
         rows.data_ptr(),
         torch.get_num_threads(),
     )
-    _check(failed)
+    if failed:
+        _fail(failed)
     return rows.to(dtype)
 
 
@@ -123,44 +130,48 @@ def _multiply_tiles(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Ten
     return torch.cat(parts, dim=-1).to(x.dtype)
 
 
-def _iterate_tiles(weight: PackedWeight) -> Any:
+def _iterate_tiles(weight: PackedWeight) -> Iterator[tuple[int, Tensor]]:
     """Yield (first row, rows as float32); the memory of the rows is used again."""
     out, inputs = weight.shape
     rows = max(1, reference.TILE // inputs)
     buffer_RI = torch.empty((min(rows, out), inputs), dtype=torch.float32)
+    struct, library = _find_struct(weight)
     for start in range(0, out, rows):
         ids_R = torch.arange(start, min(start + rows, out))
-        failed = load_library().cptq_rows(
-            _find_struct(weight),
+        failed = library.cptq_rows(
+            struct,
             ids_R.data_ptr(),
             len(ids_R),
             buffer_RI.data_ptr(),
             torch.get_num_threads(),
         )
-        _check(failed)
+        if failed:
+            _fail(failed)
         yield start, buffer_RI[: len(ids_R)]
 
 
-def _find_struct(weight: PackedWeight) -> Any:
-    """Return a pointer to the structure of a weight, which is made once."""
-    found = weight.prepared.get("native")
+def _find_struct(weight: PackedWeight) -> tuple[Any, ctypes.CDLL]:
+    """Return a pointer to the structure of a weight, which is made once, and the library."""
+    found: tuple[Any, ctypes.CDLL] | None = weight.prepared.get("native")
     if found is None:
-        found = weight.prepared["native"] = ctypes.pointer(describe_weight(weight))
+        found = ctypes.pointer(describe_weight(weight)), load_library()
+        weight.prepared["native"] = found
     return found
 
 
 def _convert(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return a tensor in a type, without gaps."""
-    return tensor.to(dtype).contiguous()
+    """Return a tensor in a type, without gaps; itself where nothing is to do."""
+    if tensor.dtype is not dtype:
+        tensor = tensor.to(dtype)
+    return tensor if tensor.is_contiguous() else tensor.contiguous()
 
 
-def _check(failed: int) -> None:
-    if failed == NO_SUCH_ROW:
+def _fail(error: int) -> NoReturn:
+    if error == NO_SUCH_ROW:
         raise IndexError("an id lies outside the rows of the embedding")
-    if failed == NO_MEMORY:
+    if error == NO_MEMORY:
         raise MemoryError("no memory for the workspace of a packed product")
-    if failed:
-        raise ValueError("the tensors of a packed weight contradict one another")
+    raise ValueError("the tensors of a packed weight contradict one another")
 
 
 BACKEND = Backend(

@@ -26,7 +26,7 @@
 
 /* A function compiled twice, for the machine's vectors and for any; chosen when the library loads. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define VECTORISED __attribute__((target_clones("arch=haswell", "default")))
+#define VECTORISED __attribute__((target_clones("arch=x86-64-v3", "default")))
 #else
 #define VECTORISED
 #endif
@@ -102,7 +102,7 @@ static workspace lay_out(const cptq_decoder *d, int64_t tokens, int threads, cha
     s.gate = take_floats(base, &s.bytes, n * (size_t)d->inner);
     s.up = take_floats(base, &s.bytes, n * (size_t)d->inner);
     s.added = take_floats(base, &s.bytes, n * (size_t)d->width);
-    s.scores = take_floats(base, &s.bytes, (size_t)threads * (size_t)d->capacity);
+    s.scores = take_floats(base, &s.bytes, (size_t)threads * (size_t)d->capacity); /* whole tiles */
     s.input = base + s.bytes;
     s.bytes += pad(n * input);
     s.scratch = base + s.bytes;
@@ -138,6 +138,8 @@ PART float fast_exp(float x)
 
 /* sums side by side: enough to hide the latency of an addition */
 #define LANES 32
+/* keys that stand together in the cache, feature by feature: (tiles, head, TILE) */
+#define TILE CPTQ_KEY_TILE
 
 /* sum of a b for `count` vectors b, `stride` apart */
 PART void dot_many(const float *restrict a, const float *restrict b, int64_t stride, int count,
@@ -229,12 +231,6 @@ VECTORISED static void add_into(float *restrict y, const float *restrict x, int6
 {
     for (int64_t i = 0; i < n; i++)
         y[i] += x[i];
-}
-
-PART void add_scaled(float *restrict y, const float *restrict x, float a, int64_t n)
-{
-    for (int64_t i = 0; i < n; i++)
-        y[i] += a * x[i];
 }
 
 /* y may be x */
@@ -445,25 +441,50 @@ static void store(const team *t, int64_t block)
         int64_t i = j / d->key_heads, head = j % d->key_heads, at = (t->start + i) * d->head;
         float *key = t->s->key + j * d->head;
         turn(t, key, k->key_norm, t->start + i);
-        memcpy(find_cache(d, d->keys, block, head) + at, key, sizeof(float) * (size_t)d->head);
+        float *tile = find_cache(d, d->keys, block, head) + (t->start + i) / TILE * TILE * d->head;
+        for (int64_t f = 0; f < d->head; f++)
+            tile[f * TILE + (t->start + i) % TILE] = key[f];
         memcpy(find_cache(d, d->values, block, head) + at, t->s->value + j * d->head,
                sizeof(float) * (size_t)d->head);
     }
     meet();
 }
 
+/* scores[j] = query . key j * scale for one tile of keys */
+PART void score_tile(const float *restrict query, const float *restrict tile, float scale,
+                     int64_t head, float *restrict scores)
+{
+    float sums[TILE] = {0.0f};
+    for (int64_t i = 0; i < head; i++)
+        for (int k = 0; k < TILE; k++)
+            sums[k] += query[i] * tile[i * TILE + k];
+    for (int k = 0; k < TILE; k++)
+        scores[k] = sums[k] * scale;
+}
+
+/* y[0..count) = sum of scores[j] values[j] / divisor; count is LANES but for odd sizes */
+PART void mix_values(const float *restrict values, const float *restrict scores, float divisor,
+                     int64_t seen, int64_t head, int count, float *restrict y)
+{
+    float sums[LANES] = {0.0f};
+    for (int64_t j = 0; j < seen; j++)
+        for (int k = 0; k < count; k++)
+            sums[k] += scores[j] * values[j * head + k];
+    for (int k = 0; k < count; k++)
+        y[k] = sums[k] / divisor;
+}
+
 VECTORISED static void attend_one(const float *query, const float *keys, const float *values,
                                   float scale, int64_t seen, int64_t head, float *scores, float *y)
 {
-    for (int64_t j = 0; j < seen; j++)
-        scores[j] = dot(query, keys + j * head, head) * scale;
+    for (int64_t j = 0; j < seen; j += TILE)
+        score_tile(query, keys + j * head, scale, head, scores + j);
     float sum = exponentiate(scores, seen);
-    for (int64_t i = 0; i < head; i++)
-        y[i] = 0.0f;
-    for (int64_t j = 0; j < seen; j++)
-        add_scaled(y, values + j * head, scores[j], head);
-    for (int64_t i = 0; i < head; i++)
-        y[i] /= sum;
+    int64_t i = 0;
+    for (; i + LANES <= head; i += LANES)
+        mix_values(values + i, scores, sum, seen, head, LANES, y + i);
+    if (i < head)
+        mix_values(values + i, scores, sum, seen, head, (int)(head - i), y + i);
 }
 
 static void attend(const team *t, int64_t block)

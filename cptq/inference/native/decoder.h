@@ -14,6 +14,8 @@
 extern "C" {
 #endif
 
+#define CPTQ_KEY_TILE 32
+
 enum cptq_norm { CPTQ_RMS_NORM = 0, CPTQ_LAYER_NORM = 1 };
 enum cptq_activation { CPTQ_SILU = 0, CPTQ_GELU_TANH = 1, CPTQ_GELU = 2, CPTQ_RELU = 3 };
 
@@ -42,7 +44,7 @@ typedef struct {
     int64_t blocks, width, heads, key_heads, head; /* `head`: features of one head */
     int64_t inner;      /* features inside the MLP */
     int64_t vocabulary; /* logits */
-    int64_t capacity;   /* tokens that the cache, the rotation and the positions hold */
+    int64_t capacity;   /* tokens that the cache and the rotation hold; in whole CPTQ_KEY_TILEs */
     int32_t norm;       /* enum cptq_norm */
     int32_t activation; /* enum cptq_activation */
     int32_t exact;      /* as in cptq_linear */
@@ -53,7 +55,9 @@ typedef struct {
     const float *cosine, *sine; /* (capacity, head / 2) of the rotation of halves, or NULL */
     const float *final_norm, *final_norm_bias; /* (width,) */
     cptq_projection to_logits;
-    float *keys, *values; /* the cache, (blocks, key_heads, capacity, head) */
+    /* the cache: (blocks, key_heads, capacity / CPTQ_KEY_TILE, head, CPTQ_KEY_TILE), finite where
+     * there is no token yet, and (blocks, key_heads, capacity, head) */
+    float *keys, *values;
 } cptq_decoder;
 
 /* Bytes of the workspace of a call with so many tokens and threads. */

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from cptq.inference import operations
 from cptq.inference.float8 import Float8Embedding, Float8Linear
@@ -34,10 +35,15 @@ from cptq.inference.native.library import (
     describe_weight,
     load_library,
 )
+from cptq.inference.reference import select_rows
 
 #: codes of enum cptq_norm and enum cptq_activation
 RMS_NORM, LAYER_NORM = 0, 1
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
+#: CPTQ_KEY_TILE: the cache holds a multiple of so many tokens
+KEY_TILE = 32
+DENSE_MODULES = (nn.Linear, nn.Embedding, Conv1D, Float8Linear, Float8Embedding)
+ALL = slice(None)
 #: a prompt goes through in parts of so many tokens, which bounds the workspace
 CHUNK = 256
 #: rotations that do not depend on the length of the text
@@ -180,8 +186,9 @@ class _Builder:
 
     def __init__(self, model: Any, capacity: int) -> None:
         self.kept: list[Any] = [model]
-        self._model, self._config, self._capacity = model, model.config, capacity
+        self._model, self._config = model, model.config
         _refuse_unknown(model, capacity)
+        self._capacity = -(-capacity // KEY_TILE) * KEY_TILE
 
     def build(self) -> _Decoder:
         build = FAMILIES[self._config.model_type]
@@ -189,7 +196,7 @@ class _Builder:
         blocks = build(self, decoder)
         decoder.blocks, decoder.block = len(blocks), (_Block * len(blocks))(*blocks)
         head = self._model.get_output_embeddings()
-        decoder.to_logits, decoder.vocabulary = self.project(head), _get_shape(head)[0]
+        decoder.to_logits, decoder.vocabulary = self.project(head), _count_outputs(head)
         shape = (len(blocks), decoder.key_heads, self._capacity, decoder.head)
         decoder.keys, decoder.values = self.keep(torch.zeros(shape)), self.keep(torch.zeros(shape))
         self.kept.append(decoder.block)
@@ -203,17 +210,18 @@ class _Builder:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def project(self, module: nn.Module) -> Projection:
-        """Describe a packed or dense linear or embedding."""
-        bias = self.keep(getattr(module, "bias", None))
+    def project(self, module: Any, rows: slice = ALL) -> Projection:
+        """Describe a packed or dense linear, Conv1D or embedding, or some of its rows (outputs)."""
+        bias = getattr(module, "bias", None)
+        bias = self.keep(None if bias is None else bias[rows])
         if isinstance(module, PackedModule):
-            self.kept.append(module)
-            return Projection(weight=describe_weight(module.packed), bias=bias)
-        weight: Tensor = getattr(module, "floats", module.weight)  # type: ignore[arg-type]
-        known = type(module) in (nn.Linear, nn.Embedding, Float8Linear, Float8Embedding)
-        if not known or weight.dtype not in DENSE_TYPES:
+            packed = module.packed if rows == ALL else select_rows(module.packed, rows)
+            self.kept += [module, packed]
+            return Projection(weight=describe_weight(packed), bias=bias)
+        weight: Tensor = getattr(module, "floats", module.weight).detach()
+        if type(module) not in DENSE_MODULES or weight.dtype not in DENSE_TYPES:
             raise UnsupportedModelError(f"it has a {type(module).__name__} of {weight.dtype}")
-        weight = weight.detach().contiguous()
+        weight = (weight.T if type(module) is Conv1D else weight)[rows].contiguous()
         self.kept.append(weight)
         described = describe_dense(weight)
         described.bias = bias
@@ -241,9 +249,10 @@ def _refuse_unknown(model: Any, capacity: int) -> None:
         raise UnsupportedModelError(f"{capacity} tokens exceed its window of {window}")
 
 
-def _get_shape(module: Any) -> tuple[int, int]:
-    shape = module.shape if isinstance(module, PackedModule) else module.weight.shape
-    return int(shape[0]), int(shape[1])
+def _count_outputs(module: Any) -> int:
+    if isinstance(module, PackedModule):
+        return module.shape[0]
+    return int(module.nf if type(module) is Conv1D else module.weight.shape[0])
 
 
 def _set_activation(decoder: _Decoder, name: str) -> None:
@@ -253,13 +262,13 @@ def _set_activation(decoder: _Decoder, name: str) -> None:
 
 
 def _build_llama(builder: _Builder, decoder: _Decoder) -> list[_Block]:
-    """Llama and those that differ from it by biases or norms of heads: Mistral, Qwen-2, Qwen-3."""
+    """Llama and those that differ by biases, norms of heads or fused linears (`FAMILIES`)."""
     body = builder._model.model
     layers, config = body.layers, builder._config
     attention = layers[0].self_attn
     decoder.embedding, decoder.width = builder.project(body.embed_tokens), config.hidden_size
     decoder.heads, decoder.key_heads = config.num_attention_heads, config.num_key_value_heads
-    decoder.head, decoder.inner = attention.head_dim, _get_shape(layers[0].mlp.up_proj)[0]
+    decoder.head, decoder.inner = attention.head_dim, config.intermediate_size
     decoder.norm, decoder.epsilon = RMS_NORM, body.norm.variance_epsilon
     decoder.scale = attention.scaling
     decoder.final_norm = builder.keep(body.norm.weight)
@@ -283,22 +292,33 @@ def _set_rotation(builder: _Builder, decoder: _Decoder, rotary: Any) -> None:
 
 def _build_llama_block(builder: _Builder, layer: Any) -> _Block:
     attention, mlp = layer.self_attn, layer.mlp
-    modules = {
-        "query": attention.q_proj,
-        "key": attention.k_proj,
-        "value": attention.v_proj,
-        "output": attention.o_proj,
-        "gate": mlp.gate_proj,
-        "up": mlp.up_proj,
-        "down": mlp.down_proj,
-    }
-    block = _Block(**{place: builder.project(module) for place, module in modules.items()})
+    block = _Block(output=builder.project(attention.o_proj), down=builder.project(mlp.down_proj))
+    if hasattr(attention, "qkv_proj"):  # Phi-3: outputs one after the other
+        query, key = attention.o_proj.in_features, layer.self_attn.num_key_value_heads
+        ends = (query, key * attention.head_dim, key * attention.head_dim)
+        _split_rows(builder, block, ("query", "key", "value"), attention.qkv_proj, ends)
+        inner = mlp.down_proj.in_features
+        _split_rows(builder, block, ("gate", "up"), mlp.gate_up_proj, (inner, inner))
+    else:
+        block.query, block.key = map(builder.project, (attention.q_proj, attention.k_proj))
+        block.value = builder.project(attention.v_proj)
+        block.gate, block.up = map(builder.project, (mlp.gate_proj, mlp.up_proj))
     builder.describe_norm(block, "attention_norm", layer.input_layernorm)
     builder.describe_norm(block, "mlp_norm", layer.post_attention_layernorm)
     for place, name in (("query_norm", "q_norm"), ("key_norm", "k_norm")):
         if getattr(attention, name, None) is not None:
             builder.describe_norm(block, place, getattr(attention, name))
     return block
+
+
+def _split_rows(
+    builder: _Builder, block: _Block, places: Sequence[str], module: Any, counts: Sequence[int]
+) -> None:
+    """Give each place of a block its rows of a fused linear."""
+    first = 0
+    for place, count in zip(places, counts, strict=True):
+        setattr(block, place, builder.project(module, slice(first, first + count)))
+        first += count
 
 
 def _build_opt(builder: _Builder, decoder: _Decoder) -> list[_Block]:
@@ -314,8 +334,7 @@ def _build_opt(builder: _Builder, decoder: _Decoder) -> list[_Block]:
     decoder.final_norm_bias = builder.keep(body.final_layer_norm.bias)
     _set_activation(decoder, config.activation_function)
     first = body.embed_positions.offset
-    table = body.embed_positions.weight[first : first + builder._capacity]
-    decoder.positions = builder.keep(table)
+    decoder.positions = builder.keep(body.embed_positions.weight[first:])
     return [_build_opt_block(builder, layer) for layer in body.layers]
 
 
@@ -335,11 +354,40 @@ def _build_opt_block(builder: _Builder, layer: Any) -> _Block:
     return block
 
 
+def _build_gpt2(builder: _Builder, decoder: _Decoder) -> list[_Block]:
+    body, config = builder._model.transformer, builder._config
+    decoder.embedding, decoder.width = builder.project(body.wte), config.n_embd
+    decoder.heads = decoder.key_heads = config.n_head
+    decoder.head = config.n_embd // config.n_head
+    decoder.inner = _count_outputs(body.h[0].mlp.c_fc)
+    decoder.norm, decoder.epsilon = LAYER_NORM, config.layer_norm_epsilon
+    decoder.scale = decoder.head**-0.5
+    decoder.final_norm = builder.keep(body.ln_f.weight)
+    decoder.final_norm_bias = builder.keep(body.ln_f.bias)
+    _set_activation(decoder, config.activation_function)
+    decoder.positions = builder.keep(body.wpe.weight)
+    return [_build_gpt2_block(builder, layer, config.n_embd) for layer in body.h]
+
+
+def _build_gpt2_block(builder: _Builder, layer: Any, width: int) -> _Block:
+    block = _Block(
+        output=builder.project(layer.attn.c_proj),
+        up=builder.project(layer.mlp.c_fc),
+        down=builder.project(layer.mlp.c_proj),
+    )
+    _split_rows(builder, block, ("query", "key", "value"), layer.attn.c_attn, (width,) * 3)
+    builder.describe_norm(block, "attention_norm", layer.ln_1)
+    builder.describe_norm(block, "mlp_norm", layer.ln_2)
+    return block
+
+
 #: `model_type` -> fills a decoder in and returns its blocks
 FAMILIES: dict[str, Callable[[_Builder, _Decoder], list[_Block]]] = {
     "llama": _build_llama,
     "mistral": _build_llama,
     "qwen2": _build_llama,
     "qwen3": _build_llama,
+    "phi3": _build_llama,
     "opt": _build_opt,
+    "gpt2": _build_gpt2,
 }

@@ -38,15 +38,19 @@ typedef struct {
     int (*planes)(const cptq_weight *w);
     /* 8-bit form of one token */
     void (*quantize)(const cptq_weight *w, const input_layout *in, const float *x, void *out);
+    /* scratch of `multiply`, a multiple of 64 */
+    size_t (*scratch_bytes)(const cptq_weight *w, int64_t tokens);
     /* rows [first, last) with 8-bit activations */
     void (*multiply)(const cptq_weight *w, const input_layout *in, const char *input,
                      int64_t tokens, const float *bias, float *y, int64_t stride, int64_t first,
                      int64_t last, void *scratch);
     /* one row as float32; scratch of `row_scratch` bytes */
     void (*dequantize)(const cptq_weight *w, int64_t row, float *out, void *scratch);
-    /* y[t * stride] = bias + <row, x_t> for all tokens, x (tokens, in) with a stride in bytes */
-    void (*dot)(const float *row, int64_t in, const char *x, size_t x_stride, int64_t tokens,
-                float bias, float *y, int64_t stride);
+    /* rows [first, last) with float32 activations, x (tokens, in) with a stride in bytes; scratch
+     * of `row_scratch` bytes and a row of float32 */
+    void (*multiply_exact)(const cptq_weight *w, const char *x, size_t x_stride, int64_t tokens,
+                           const float *bias, float *y, int64_t stride, int64_t first,
+                           int64_t last, void *scratch);
 } implementation;
 
 extern const implementation cptq_portable;

@@ -17,6 +17,8 @@ from torch import Tensor
 
 from cptq.inference.operations import PackedWeight
 
+#: where setuptools places the library
+FOLDER = Path(__file__).parent
 #: CPTQ_ABI_VERSION of packed.h
 ABI_VERSION = 2
 #: codes of enum cptq_type
@@ -70,7 +72,7 @@ def load_library() -> ctypes.CDLL:
     Raises:
         LibraryError: it was not built, does not load, or belongs to another version.
     """
-    places = [Path(__file__).with_name(f"_packed{suffix}") for suffix in EXTENSION_SUFFIXES]
+    places = [FOLDER / f"_packed{suffix}" for suffix in EXTENSION_SUFFIXES]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
         raise LibraryError("it was not built")

@@ -65,7 +65,7 @@ size_t cptq_scratch_bytes(const cptq_weight *w, int64_t tokens, int exact)
 {
     if (exact)
         return row_scratch(w) + pad64((size_t)w->in * 4 + 64);
-    return TILE_ROWS * row_scratch(w) + (size_t)tokens * TILE_ROWS * 4 + (1 << 15);
+    return choose()->scratch_bytes(w, tokens);
 }
 
 int cptq_same_input(const cptq_weight *a, const cptq_weight *b, int exact)
@@ -90,23 +90,12 @@ void cptq_prepare(const cptq_weight *w, const float *x, int64_t first, int64_t l
     }
 }
 
-static void compute_exact(const cptq_weight *w, const char *x, size_t x_stride, int64_t tokens,
-                          const float *bias, float *y, int64_t stride, int64_t first,
-                          int64_t last, char *scratch)
-{
-    float *row = (float *)(scratch + row_scratch(w));
-    for (int64_t i = first; i < last; i++) {
-        choose()->dequantize(w, i, row, scratch);
-        choose()->dot(row, w->in, x, x_stride, tokens, bias ? bias[i] : 0.0f, y + i, stride);
-    }
-}
-
 void cptq_compute(const cptq_weight *w, const void *input, int64_t tokens, const float *bias,
                   float *y, int64_t stride, int64_t first, int64_t last, int exact, void *scratch)
 {
     if (exact) {
-        compute_exact(w, input, cptq_input_bytes(w, 1), tokens, bias, y, stride, first, last,
-                      scratch);
+        choose()->multiply_exact(w, input, cptq_input_bytes(w, 1), tokens, bias, y, stride, first,
+                                 last, scratch);
         return;
     }
     input_layout in = describe(w);
@@ -116,6 +105,13 @@ void cptq_compute(const cptq_weight *w, const void *input, int64_t tokens, const
 void cptq_dequantize(const cptq_weight *w, int64_t row, float *out, void *scratch)
 {
     choose()->dequantize(w, row, out, scratch);
+}
+
+int64_t cptq_find_share(int64_t rows, int k, int n)
+{
+    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t start = tiles * k / n * TILE_ROWS;
+    return start < rows ? start : rows;
 }
 
 /* ---- whole operations ---------------------------------------------------------------------- */
@@ -133,12 +129,54 @@ static int count_threads(const cptq_weight *w, int64_t rows, int64_t tokens, int
 #endif
 }
 
-/* the k-th of n runs of rows, whole tiles each */
-static int64_t find_start(int64_t rows, int k, int n)
+/* one product, as its threads see it */
+typedef struct {
+    const cptq_weight *w;
+    const float *x, *bias;
+    float *y;
+    int64_t tokens;
+    int exact;
+    char *input, *scratch;
+    size_t scratch_bytes; /* of one thread */
+} job;
+
+static void prepare_share(const job *j, int k, int team)
 {
-    int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    int64_t start = tiles * k / n * TILE_ROWS;
-    return start < rows ? start : rows;
+    if (!j->exact) /* exact products read x in place */
+        cptq_prepare(j->w, j->x, j->tokens * k / team, j->tokens * (k + 1) / team, 0, j->input);
+}
+
+static void compute_share(const job *j, int k, int team)
+{
+    const cptq_weight *w = j->w;
+    int64_t first = cptq_find_share(w->out, k, team);
+    int64_t last = cptq_find_share(w->out, k + 1, team);
+    char *scratch = j->scratch + (size_t)k * j->scratch_bytes;
+    if (j->exact)
+        choose()->multiply_exact(w, (const char *)j->x, (size_t)w->in * 4, j->tokens, j->bias, j->y,
+                                 w->out, first, last, scratch);
+    else
+        cptq_compute(w, j->input, j->tokens, j->bias, j->y, w->out, first, last, 0, scratch);
+}
+
+static void run_job(const job *j, int threads)
+{
+#ifdef _OPENMP
+    if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+        {
+            int k = omp_get_thread_num(), team = omp_get_num_threads(); /* or fewer */
+            prepare_share(j, k, team);
+#pragma omp barrier
+            compute_share(j, k, team);
+        }
+        return;
+    }
+#else
+    (void)threads;
+#endif
+    prepare_share(j, 0, 1);
+    compute_share(j, 0, 1);
 }
 
 int cptq_linear(const cptq_weight *w, const float *x, int64_t tokens, const float *bias, float *y,
@@ -148,35 +186,13 @@ int cptq_linear(const cptq_weight *w, const float *x, int64_t tokens, const floa
     if (error || tokens <= 0 || w->out == 0)
         return error;
     int n = count_threads(w, w->out, tokens, threads);
-    /* exact products read x in place */
     size_t input_bytes = exact ? 0 : (size_t)tokens * cptq_input_bytes(w, exact);
     size_t scratch_bytes = cptq_scratch_bytes(w, tokens, exact);
     char *memory = aligned_alloc(64, pad64(input_bytes + (size_t)n * scratch_bytes));
     if (!memory)
         return CPTQ_EMEMORY;
-    char *scratch = memory + input_bytes;
-#ifdef _OPENMP
-#pragma omp parallel num_threads(n) if (n > 1)
-#endif
-    {
-        int k = 0, team = 1; /* the team may be smaller than asked for */
-#ifdef _OPENMP
-        k = omp_get_thread_num(), team = omp_get_num_threads();
-#endif
-        if (!exact) {
-            cptq_prepare(w, x, tokens * k / team, tokens * (k + 1) / team, 0, memory);
-#ifdef _OPENMP
-#pragma omp barrier
-#endif
-        }
-        int64_t first = find_start(w->out, k, team), last = find_start(w->out, k + 1, team);
-        char *own = scratch + (size_t)k * scratch_bytes;
-        if (exact)
-            compute_exact(w, (const char *)x, (size_t)w->in * 4, tokens, bias, y, w->out, first,
-                          last, own);
-        else
-            cptq_compute(w, memory, tokens, bias, y, w->out, first, last, 0, own);
-    }
+    job j = {w, x, bias, y, tokens, exact, memory, memory + input_bytes, scratch_bytes};
+    run_job(&j, n);
     free(memory);
     return 0;
 }

@@ -78,8 +78,12 @@ int cptq_same_input(const cptq_weight *a, const cptq_weight *b, int exact);
 void cptq_prepare(const cptq_weight *w, const float *x, int64_t first, int64_t last, int exact,
                   void *input);
 
+/* The first row of thread k of n (k = n: `rows`); shares are whole multiples of 16 rows, but for the
+ * last one. */
+int64_t cptq_find_share(int64_t rows, int k, int n);
+
 /* Rows [first, last) of the product, for all tokens: y[t * stride + i] = (x W^T)[t][i] + bias[i].
- * Divide rows among threads at multiples of 16. `scratch` belongs to the thread alone. */
+ * `scratch` belongs to the thread alone. */
 void cptq_compute(const cptq_weight *w, const void *input, int64_t tokens, const float *bias,
                   float *y, int64_t stride, int64_t first, int64_t last, int exact, void *scratch);
 

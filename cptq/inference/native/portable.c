@@ -132,6 +132,12 @@ static float multiply_row(const cptq_weight *w, row_parts row, const int8_t *q, 
     return sum;
 }
 
+static size_t portable_scratch_bytes(const cptq_weight *w, int64_t tokens)
+{
+    (void)tokens;
+    return row_scratch(w);
+}
+
 static void portable_multiply(const cptq_weight *w, const input_layout *in, const char *input,
                               int64_t tokens, const float *bias, float *y, int64_t stride,
                               int64_t first, int64_t last, void *scratch)
@@ -173,6 +179,18 @@ static void portable_dot(const float *row, int64_t in, const char *x, size_t x_s
     }
 }
 
+static void portable_multiply_exact(const cptq_weight *w, const char *x, size_t x_stride,
+                                    int64_t tokens, const float *bias, float *y, int64_t stride,
+                                    int64_t first, int64_t last, void *scratch)
+{
+    float *row = (float *)((char *)scratch + row_scratch(w));
+    for (int64_t i = first; i < last; i++) {
+        portable_dequantize(w, i, row, scratch);
+        portable_dot(row, w->in, x, x_stride, tokens, bias ? bias[i] : 0.0f, y + i, stride);
+    }
+}
+
 const implementation cptq_portable = {
-    "portable", portable_planes, portable_quantize, portable_multiply, portable_dequantize, portable_dot,
+    "portable",        portable_planes,     portable_quantize, portable_scratch_bytes,
+    portable_multiply, portable_dequantize, portable_multiply_exact,
 };

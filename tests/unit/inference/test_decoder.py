@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Phi3Config
+from transformers.pytorch_utils import Conv1D
 
 from cptq.inference import operations
 from cptq.inference.generation import GREEDY, Sampling, decode
@@ -18,9 +19,9 @@ from cptq.inference.native import decoder as native
 from cptq.inference.native.decoder import NativeDecoder, UnsupportedModelError
 from cptq.types import Candidate
 from tests.conftest import TinyModel
-from tests.tiny_models import POSITIONS, VOCABULARY
+from tests.tiny_models import POSITIONS, RECIPES, VOCABULARY
 
-FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "opt"]
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "gpt2"]
 #: cycled over the modules, so that neighbours differ; None stays dense
 SCHEMES = ["w4g16-row", None, "w3c", "w2g16-asym", "w8g16", "w5c-asym", "w6g16-row"]
 PROMPT = [5, 77, 123, 9, 250, 31, 64, 8, 199, 140, 71]
@@ -31,7 +32,7 @@ def pack_at_random(model: nn.Module, schemes: list[str | None] = SCHEMES) -> Non
     torch.manual_seed(3)
     labels = cycle(schemes)
     for name, module in list(model.named_modules()):
-        if type(module) not in (nn.Linear, nn.Embedding):
+        if type(module) not in (nn.Linear, nn.Embedding, Conv1D):
             continue
         label = next(labels)
         packed = None if label is None else make_packed_module(module, Candidate.parse(label))
@@ -49,6 +50,10 @@ def pack_at_random(model: nn.Module, schemes: list[str | None] = SCHEMES) -> Non
 @pytest.fixture
 def load(tiny_model: TinyModel) -> Any:
     def load_model(arch: str, **options: Any) -> Any:
+        if arch == "phi3":
+            torch.manual_seed(0)
+            sizes = dict(RECIPES["llama"].config) | {"vocab_size": VOCABULARY, "pad_token_id": 0}
+            return AutoModelForCausalLM.from_config(Phi3Config(**sizes)).eval()
         return AutoModelForCausalLM.from_pretrained(tiny_model(arch), **options).eval()
 
     return load_model
@@ -73,7 +78,7 @@ def test_logits_are_those_of_the_model(
     model = load(arch)
     if packed:
         pack_at_random(model)
-        assert sum(isinstance(m, PackedModule) for m in model.modules()) > 8
+        assert sum(isinstance(m, PackedModule) for m in model.modules()) > 6
     expected_TV = model(torch.tensor([PROMPT])).logits[0]
     decoder = NativeDecoder(model, capacity=len(PROMPT))
     for cut in (1, 6, len(PROMPT)):
@@ -166,7 +171,11 @@ def test_it_stops_where_generate_stops(load: Any) -> None:
 @pytest.mark.parametrize(
     ("arch", "change", "why"),
     [
-        ("gpt_neox", {}, "the family 'gpt_neox' is not among llama, mistral, opt, qwen2, qwen3"),
+        (
+            "gpt_neox",
+            {},
+            "the family 'gpt_neox' is not among gpt2, llama, mistral, opt, phi3, qwen2, qwen3",
+        ),
         ("mistral", {"sliding_window": 16}, "exceed its window of 16"),
         ("llama", {"hidden_act": "tanh"}, "its activation is 'tanh'"),
         (
@@ -200,3 +209,12 @@ def test_what_does_not_fit_is_refused(load: Any) -> None:
     with pytest.raises(IndexError, match="vocabulary"):
         decoder.run([VOCABULARY])
     assert decoder.length == 0
+
+
+def test_what_generate_decodes_says_why(load: Any) -> None:
+    model = load("gpt_neox")
+    pack_at_random(model, ["w4c"])
+    found = decode(model, torch.tensor([PROMPT]), new_tokens=2)
+    assert (found.way, found.why[:23]) == ("generate", "the family 'gpt_neox' i")
+    rows = decode(load("llama"), torch.tensor([PROMPT]), new_tokens=2)
+    assert (rows.way, rows.why) == ("generate", "")
