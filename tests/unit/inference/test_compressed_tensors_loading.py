@@ -25,6 +25,7 @@ from cptq.inference.float8 import Float8Embedding, Float8Linear, find_float8_mod
 from cptq.inference.generation import decode
 from cptq.inference.modules import find_packed_modules
 from cptq.inference.native.library import has_library
+from cptq.numerics.float8 import FORMATS
 from cptq.types import Candidate, Event, Notice
 from tests.conftest import TinyModel
 from tests.unit.inference.compressed_builders import write_compressed
@@ -405,3 +406,16 @@ def test_every_8_bit_float_is_converted_exactly(kind: str) -> None:
             row.weight = module.weight
             assert torch.equal(module(torch.ones(1, 1)), expected), code
             assert torch.equal(row(torch.tensor([0])), expected[:1]), code
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
+@pytest.mark.parametrize("width", [1, 15, 16, 47, 254])
+def test_rows_of_any_width_are_converted_exactly(kind: str, width: int) -> None:
+    """Sixteen at a time where the processor can, the rest one by one."""
+    codes = torch.arange(256, dtype=torch.uint8)
+    finite = codes[torch.isfinite(codes.view(FORMATS[kind]).float())]
+    module = Float8Linear((len(finite), width), kind, bias=False)
+    order = torch.arange(len(finite))[:, None] + torch.arange(width)
+    module.weight = nn.Parameter(finite[order % len(finite)], requires_grad=False)
+    found = torch.cat([W_RI.clone() for _, W_RI in module._iterate_tiles()])
+    assert torch.equal(found, module.floats.float())
