@@ -400,6 +400,8 @@ def _open_packed(
     try:
         read_groups(stock)
         _refuse_slow(device)
+        if not find_weight_files(path):
+            raise UnsupportedError("its weights are pickled")
         config.quantization_config = {"quant_method": compressed_quantizer.METHOD, "stock": stock}
         return load(config=config)
     except UnsupportedError as error:

@@ -212,6 +212,15 @@ def test_saves_the_same_checkpoint(whole: Path, tmp_path: Path, dtype: str) -> N
         check_equal(answer(again, draw(2)), answer(stock, draw(2)))
 
 
+def test_shards_are_one_checkpoint(whole: Path, tmp_path: Path) -> None:
+    own = cptq.load(whole, device="cpu")
+    own.save_pretrained(tmp_path / "saved", max_shard_size="30KB")
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    again, stock = open_both(tmp_path / "saved")
+    assert torch.equal(answer(again, draw(2)), answer(own, draw(2)))
+    check_equal(answer(again, draw(2)), answer(stock, draw(2)))
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_dequantizes_to_the_dense_model(tiny_model: TinyModel, tmp_path: Path, tied: bool) -> None:
     write_compressed(tiny_model("llama", tied=tied), tmp_path / "out")
