@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -36,7 +37,11 @@ from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
 from cptq.errors import CptqError, ModelError, UsageError
+from cptq.inference import compressed_quantizer
+from cptq.inference.compressed_tensors import METHOD as COMPRESSED_TENSORS
+from cptq.inference.compressed_tensors import UnsupportedError, read_groups
 from cptq.inference.modules import find_packed_modules
+from cptq.inference.native.library import has_library
 from cptq.types import Emit, Event, ModelKind, Notice, Progress, TensorSpec
 
 if TYPE_CHECKING:
@@ -106,6 +111,21 @@ def _warn(event: Event) -> None:
         warnings.warn(f"{event.subject}: {event.message}", stacklevel=4)
 
 
+def open_module(
+    path: str, kind: ModelKind, *, device: str, dtype: str, trust_remote_code: bool
+) -> nn.Module:
+    """Load the module alone, as `load` does: no tokenizer, no inventory, no hashes.
+
+    Raises:
+        ModelError: not readable, or random weights.
+    """
+    settings = ModelSettings(model=path, trust_remote_code=trust_remote_code)
+    place, run_dtype = torch.device(device), getattr(torch, dtype)
+    with _explain_load_errors(path):
+        module = _load_module(Path(path), kind, run_dtype, place, settings, _warn)
+        return module.to(place).eval()
+
+
 def load_model(
     settings: ModelSettings, emit: Emit, *, conv1d: bool = False, experts: bool = False
 ) -> LoadedModel:
@@ -127,7 +147,7 @@ def load_model(
     dtype = pick_dtype(settings.dtype, device, stored)
     emit(Progress(stage="load", done=0, total=None, message=settings.model))
     with _explain_load_errors(settings.model):
-        module = _load_module(path, kind, dtype, settings, emit).to(device).eval()
+        module = _load_module(path, kind, dtype, device, settings, emit).to(device).eval()
     module.requires_grad_(False)
     quantized = config.get("quantization_config") is not None
     if not quantized:
@@ -325,10 +345,15 @@ def _read_stored_tensors(
 
 
 def _load_module(
-    path: Path, kind: ModelKind, dtype: torch.dtype, settings: ModelSettings, emit: Emit
+    path: Path,
+    kind: ModelKind,
+    dtype: torch.dtype,
+    device: torch.device,
+    settings: ModelSettings,
+    emit: Emit,
 ) -> nn.Module:
-    auto = getattr(transformers, AUTO_CLASSES[kind])
-    module, info = auto.from_pretrained(
+    load = partial(
+        getattr(transformers, AUTO_CLASSES[kind]).from_pretrained,
         path,
         dtype=dtype,
         output_loading_info=True,
@@ -336,6 +361,8 @@ def _load_module(
         trust_remote_code=settings.trust_remote_code,
         use_safetensors=False if settings.allow_pickle and not find_weight_files(path) else None,
     )
+    opened = _open_packed(load, path, device, settings, emit)
+    module, info = opened or load()
     bad = {key: sorted(map(str, info[key])) for key in ("missing_keys", "mismatched_keys")}
     for key, names in bad.items():
         if names:
@@ -349,6 +376,46 @@ def _load_module(
         message = f"{len(names)} tensors of the checkpoint are not in the model and are dropped"
         emit(Notice(kind="warning", subject=names[0], message=message))
     return module  # type: ignore[no-any-return]
+
+
+def _open_packed(
+    load: Callable[..., Any],
+    path: Path,
+    device: torch.device,
+    settings: ModelSettings,
+    emit: Emit,
+) -> Any:
+    """Open a compressed-tensors checkpoint packed.
+
+    Returns None for all other checkpoints, and for those that stock transformers must compute,
+    which a notice says.
+    """
+    config = transformers.AutoConfig.from_pretrained(
+        path, trust_remote_code=settings.trust_remote_code
+    )
+    stock = getattr(config, "quantization_config", None)
+    if not isinstance(stock, dict) or stock.get("quant_method") != COMPRESSED_TENSORS:
+        return None
+    compressed_quantizer.register()
+    try:
+        read_groups(stock)
+        _refuse_slow(device)
+        if not find_weight_files(path):
+            raise UnsupportedError("its weights are pickled")
+        config.quantization_config = {"quant_method": compressed_quantizer.METHOD, "stock": stock}
+        return load(config=config)
+    except UnsupportedError as error:
+        message = f"it is not kept packed, but multiplied out by stock transformers: {error}"
+        emit(Notice(kind="info", subject=settings.model, message=message))
+        return None
+
+
+def _refuse_slow(device: torch.device) -> None:
+    """Refuse where packed products would be slower than dense ones."""
+    if device.type != "cpu":
+        raise UnsupportedError(f"packed products on {device.type} are slow")
+    if not has_library():
+        raise UnsupportedError("the C library of cptq is missing")
 
 
 @contextmanager

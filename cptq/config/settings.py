@@ -357,6 +357,14 @@ class EvaluationSettings:
         "WINDOWS",
         choices=("every", "first"),
     )
+    activations: str = option(
+        "exact",
+        "Multiply packed weights with activations as they are, or rounded to 8 bits, as generate "
+        "and bench do. exact: what compression cost in any runtime.",
+        EVALUATION,
+        "KIND",
+        choices=("exact", "8bit"),
+    )
     batch_size: int = batch_size_option()
     data_dir: Path | None = data_dir_option()
     seed: int = seed_option()

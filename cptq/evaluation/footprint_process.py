@@ -2,13 +2,13 @@
 
     python -m cptq.evaluation.footprint_process PATH --kind causal-lm [--device cpu] ...
 
-prints one line of JSON. The checkpoint is loaded as its users will load it, by stock transformers,
-in a process that has loaded nothing else: a peak of memory cannot be reset, and what the caller
-holds would count.
+prints one line of JSON. The checkpoint is loaded as `cptq.load` does, in a process that has loaded
+nothing else: a peak of memory cannot be reset, and what the caller holds would count.
 
-- `load_seconds`: `from_pretrained` and the move to the device. The file may be in the system's
+- `load_seconds`: reading the weights and the move to the device. The file may be in the system's
   cache or not; it is not cleared.
-- `first_output_seconds`: that and the first forward, in which a packed checkpoint unpacks itself.
+- `first_output_seconds`: that and the first forward, in which a checkpoint that only stock
+  transformers computes unpacks itself.
 - `peak_bytes`: the most memory the process had resident at once; `import_bytes` of it were there
   before the model was loaded (Python, torch, the model's code). Pages of a mapped file count.
 - causal LMs: tokens per second of reading a prompt (prefill) and of greedy decoding with a cache
@@ -33,6 +33,7 @@ from typing import Any
 import torch
 import transformers
 
+from cptq.checkpoint.loader import open_module
 from cptq.evaluation.fresh_process import read_resident_bytes
 
 PROMPT, NEW = 64, 32
@@ -53,12 +54,13 @@ def measure_checkpoint(arguments: argparse.Namespace) -> dict[str, float]:
     auto, device = getattr(transformers, AUTO_CLASSES[arguments.kind]), arguments.device
     import_model_code(auto, arguments)
     before, begin = read_resident_bytes("VmRSS"), time.perf_counter()
-    model = auto.from_pretrained(
+    model = open_module(
         arguments.path,
-        dtype=getattr(torch, arguments.dtype),
+        arguments.kind,
+        device=device,
+        dtype=arguments.dtype,
         trust_remote_code=arguments.trust_remote_code,
     )
-    model = model.to(device).eval()
     loaded = time.perf_counter()
     ids = make_prompt(model, 1 if arguments.kind == "causal-lm" else arguments.batch_size, device)
     with torch.inference_mode():

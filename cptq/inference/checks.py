@@ -21,7 +21,10 @@ from cptq.numerics.sparse import PATTERN_BITS, PATTERNS
 from cptq.types import Candidate
 
 _AGAIN = "download or copy the artifact again"
-_FLOATS = ("F32", "F16", "BF16", "F64")
+#: types of scales of 16 bits and more
+FLOATS = ("F32", "F16", "BF16", "F64")
+#: type and shape of a tensor
+Header = tuple[str, tuple[int, ...]]
 
 
 def read_modules(modules: Any, version: Any) -> Mapping[str, str]:
@@ -67,7 +70,7 @@ def check_header(
         why = explain_misfit(shape, scheme)
         if why is not None:
             raise ArtifactError(f"config.json packs {name!r} as {scheme.label}: {why}")
-    found = _read_headers(files)
+    found = read_headers(files)
     if not found:
         return
     prefix = f"{model.base_model_prefix}."
@@ -75,14 +78,29 @@ def check_header(
         for spec in list_packed_tensors(name, shape, "F32", scheme):
             names = (spec.name, spec.name.removeprefix(prefix), prefix + spec.name)
             known = next((found[other] for other in names if other in found), None)
-            allowed = (spec.dtype,) if spec.dtype == "I32" else _FLOATS
-            if known is None or known[1] != spec.shape or known[0] not in allowed:
-                found_as = "missing" if known is None else f"{known[0]} {list(known[1])}"
-                raise ArtifactError(
-                    f"{spec.name} is {found_as} in the weight file; {scheme.label} needs "
-                    f"{' or '.join(allowed)} {list(spec.shape)}",
-                    hint=_AGAIN,
-                )
+            allowed = (spec.dtype,) if spec.dtype == "I32" else FLOATS
+            require_tensor(spec.name, known, allowed, spec.shape, scheme)
+
+
+def require_tensor(
+    name: str,
+    found: Header | None,
+    types: tuple[str, ...],
+    shape: tuple[int, ...],
+    scheme: Candidate,
+) -> None:
+    """Compare what the header of a file says of a tensor with what a scheme needs.
+
+    Raises:
+        ArtifactError: the tensor is missing (`found` is None), or has another type or shape.
+    """
+    if found is None or found[1] != shape or found[0] not in types:
+        found_as = "missing" if found is None else f"{found[0]} {list(found[1])}"
+        raise ArtifactError(
+            f"{name} is {found_as} in the weight file; {scheme.label} needs "
+            f"{' or '.join(types)} {list(shape)}",
+            hint=_AGAIN,
+        )
 
 
 def check_positions(name: str, weight: PackedWeight) -> None:
@@ -104,9 +122,9 @@ def check_positions(name: str, weight: PackedWeight) -> None:
         )
 
 
-def _read_headers(files: Iterable[Path]) -> dict[str, tuple[str, tuple[int, ...]]]:
+def read_headers(files: Iterable[Path]) -> dict[str, Header]:
     """Return {tensor: (type, shape)} of all files."""
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    found: dict[str, Header] = {}
     for file in files:
         try:
             with safe_open(file, framework="pt") as opened:

@@ -90,10 +90,10 @@ def set_exact(exact: bool) -> None:
 
 
 @contextmanager
-def exact_products() -> Iterator[None]:
-    """Forbid it for the time of a `with` block, in all threads."""
+def exact_products(exact: bool = True) -> Iterator[None]:
+    """Forbid it (or allow it) for the time of a `with` block, in all threads."""
     before = is_exact()
-    set_exact(True)
+    set_exact(exact)
     try:
         yield
     finally:

@@ -28,6 +28,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cptq.errors import ArtifactError
 from cptq.inference.checks import check_header, check_positions, read_modules
+from cptq.inference.float8 import Float8Module, find_float8_modules
 from cptq.inference.modules import (
     PARAMETERS,
     PackedLinear,
@@ -116,15 +117,7 @@ class CptqQuantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        """Replace every packed module by its dense equivalent; ties stay."""
-        if isinstance(dtype, str):  # as save_pretrained writes it to the config
-            dtype = getattr(torch, dtype)
-        for name, module in find_packed_modules(model).items():
-            model.set_submodule(name, module.make_dense(dtype or module.dtype))
-        vars(model).pop("_tied_weights_keys", None)  # use those of the class again
-        model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
-        model.tie_weights()
-        return model
+        return make_model_dense(model, dtype)
 
     def is_serializable(self) -> bool:
         return True
@@ -132,6 +125,20 @@ class CptqQuantizer(HfQuantizer):
     @property
     def is_trainable(self) -> bool:
         return False
+
+
+def make_model_dense(model: Any, dtype: Any) -> Any:
+    """Replace every packed module and every one of 8-bit floats by a dense one; ties stay."""
+    if isinstance(dtype, str):  # as save_pretrained writes it to the config
+        dtype = getattr(torch, dtype)
+    modules: dict[str, PackedModule | Float8Module]
+    modules = {**find_packed_modules(model), **find_float8_modules(model)}
+    for name, module in modules.items():
+        model.set_submodule(name, module.make_dense(dtype or module.dtype))
+    vars(model).pop("_tied_weights_keys", None)  # use those of the class again
+    model.all_tied_weights_keys = model.get_expanded_tied_weights_keys(all_submodels=True)
+    model.tie_weights()
+    return model
 
 
 def register() -> None:

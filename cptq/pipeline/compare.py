@@ -129,7 +129,8 @@ def _measure(
 
 
 def _build_eval_settings(settings: CompareSettings) -> EvalSettings:
-    shared = ("model", "limit", "seqlen", "bos", "batch_size", "data_dir", "seed", "strict")
+    text = ("limit", "seqlen", "bos", "batch_size", "data_dir")
+    shared = ("model", *text, "activations", "seed", "strict")
     costs = () if settings.no_footprint else ("footprint",)
     tasks = tuple(dict.fromkeys((*settings.tasks, *costs)))
     return EvalSettings(tasks=tasks, **{name: getattr(settings, name) for name in shared})

@@ -7,6 +7,7 @@ measured, the baseline first, so that two models are never in memory at once.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,6 +25,8 @@ from cptq.evaluation.in_domain import mark_in_domain
 from cptq.evaluation.leak_check import CalibrationText, check_leaks
 from cptq.evaluation.task import EvalOptions, Observer, PreparedTask, prepare_task
 from cptq.evaluation.tasks.harness import prepare_harness, resolve_tasks
+from cptq.inference.modules import find_packed_modules
+from cptq.inference.operations import exact_products
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.summarize import summarize
 from cptq.report.render import render_json
@@ -31,6 +34,8 @@ from cptq.report.summary import EvalOutcome
 from cptq.types import Comparison, Emit, EvalResult, Notice, Progress, join_results
 
 Results = tuple[EvalResult, ...]
+#: `--activations` that are not rounded
+EXACT = "exact"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,6 +74,7 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
         seed=settings.seed,
         comparison=joined,
         baseline_source=settings.baseline,
+        activations=settings.activations if find_packed_modules(model.module) else "",
     )
     if settings.out is not None:
         write_file(settings.out, render_json(report), overwrite=settings.overwrite)
@@ -162,10 +168,26 @@ def measure_model(
         model = load_model(prepared.settings, recorder)
     options = replace(_build_options(settings), observer=observer)
     results: list[EvalResult] = []
-    with recorder.stage(stage):
+    with recorder.stage(stage), _choose_activations(settings, model, recorder):
         for task in prepared.tasks:
             results += task.measure(model, options, recorder)
     return model, tuple(mark_in_domain(results, prepared.calibrated_on))
+
+
+def _choose_activations(
+    settings: EvalSettings, model: LoadedModel, emit: Emit
+) -> AbstractContextManager[None]:
+    """Return the context in which packed weights are multiplied as the settings say."""
+    if settings.activations == EXACT:
+        return exact_products()
+    packed = bool(find_packed_modules(model.module))
+    message = (
+        "activations were rounded to 8 bits where packed weights were multiplied"
+        if packed
+        else "no weight stays packed in memory, so --activations 8bit changes nothing"
+    )
+    emit(Notice(kind="info" if packed else "skipped", subject=model.source, message=message))
+    return exact_products(False)
 
 
 def _measure_both(

@@ -73,7 +73,10 @@ class VerificationFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
-    """Everything a report contains. Field names give the units: bytes, seconds."""
+    """Everything a report contains. Field names give the units: bytes, seconds.
+
+    `activations`: how packed weights were multiplied, "exact" or "8bit"; empty if there are none.
+    """
 
     command: str
     command_line: str
@@ -83,6 +86,7 @@ class Summary:
     seed: int = 0
     device: str = ""
     dtype: str = ""
+    activations: str = ""
     created: str = ""
     layers: tuple[LayerSpec, ...] = ()
     units: tuple[Unit, ...] = ()

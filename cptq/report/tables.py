@@ -283,6 +283,7 @@ def build_model_table(summary: Summary) -> Table:
             ("dense weights", format_bytes_exact(model.dense_bytes)),
             ("sha256 of the weights", model.fingerprint),
             ("ran on", ", ".join(word for word in (summary.device, summary.dtype) if word)),
+            ("activations", summary.activations or None),
             ("seed", summary.seed),
         ],
     )

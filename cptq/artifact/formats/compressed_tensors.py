@@ -83,7 +83,8 @@ class CompressedTensors(SafetensorsFormat):
         if content.compressed:
             lines += [
                 "Loading needs `compressed-tensors>=0.18`, not cptq. The weights are compressed on "
-                "disk; transformers unpacks them in memory at the first forward pass.",
+                "disk; transformers unpacks them in memory at the first forward pass. "
+                '`cptq.load("PATH")` keeps them packed on a CPU.',
                 "",
             ]
         return lines

@@ -1,6 +1,6 @@
 """Run a checkpoint or an artifact with transformers, as its users do.
 
-It is loaded by stock `from_pretrained`. A causal language model decodes through
+It is loaded as by `cptq.load`. A causal language model decodes through
 `cptq.inference.generation`; other kinds compute a forward pass of the prompt.
 """
 
@@ -12,9 +12,11 @@ from typing import Any
 import torch
 import transformers
 
+from cptq.checkpoint.loader import open_module
 from cptq.evaluation.bench.process import Rows
 from cptq.evaluation.footprint_process import AUTO_CLASSES, import_model_code, read_clock
 from cptq.inference.generation import decode
+from cptq.types import ModelKind
 
 
 class TransformersEngine:
@@ -33,7 +35,7 @@ class TransformersEngine:
         self,
         *,
         path: str,
-        kind: str,
+        kind: ModelKind,
         device: str,
         dtype: str,
         threads: int,
@@ -41,17 +43,20 @@ class TransformersEngine:
     ) -> None:
         torch.set_num_threads(threads)
         self.path, self.kind, self.device = path, kind, device
-        self.dtype, self.trust_remote_code = getattr(torch, dtype), trust_remote_code
-        self.auto = getattr(transformers, AUTO_CLASSES[kind])
+        self.dtype, self.trust_remote_code = dtype, trust_remote_code
         self.model: Any = None
-        import_model_code(self.auto, Namespace(path=path, trust_remote_code=trust_remote_code))
+        auto = getattr(transformers, AUTO_CLASSES[kind])
+        import_model_code(auto, Namespace(path=path, trust_remote_code=trust_remote_code))
 
     def load(self) -> None:
         """Load the model and move it to its device."""
-        model = self.auto.from_pretrained(
-            self.path, dtype=self.dtype, trust_remote_code=self.trust_remote_code
+        self.model = open_module(
+            self.path,
+            self.kind,
+            device=self.device,
+            dtype=self.dtype,
+            trust_remote_code=self.trust_remote_code,
         )
-        self.model = model.to(self.device).eval()
         read_clock(self.device)
 
     def run(self, rows: Rows, new_tokens: int) -> dict[str, Any]:

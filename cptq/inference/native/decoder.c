@@ -16,6 +16,7 @@
  * some dozens of vectors per token of the call. Limits: one sequence, no sliding window.
  */
 #include "decoder.h"
+#include "internal.h"
 
 #include <math.h>
 #include <string.h>
@@ -197,6 +198,15 @@ DEFINE_WIDEN(widen_bf16, uint16_t, 0x8000u, 16, 1.0f)
 DEFINE_WIDEN(widen_e4m3, uint8_t, 0x80u, 20, 0x1p120f)
 DEFINE_WIDEN(widen_e5m2, uint8_t, 0x80u, 21, 0x1p112f)
 
+static void widen_float8(const uint8_t *x, float *y, int64_t n, int e4m3)
+{
+    static int fast = -1; /* threads may find it out at once, all alike */
+    if (fast < 0)
+        fast = strcmp(cptq_cpu_features(), "avx2") == 0;
+    int64_t done = fast ? cptq_widen_float8_avx2(x, y, n, e4m3) : 0;
+    (e4m3 ? widen_e4m3 : widen_e5m2)(x + done, y + done, n - done);
+}
+
 /* Row i of a dense weight as float32: `out`, or the weight's own memory. */
 static const float *read_row(const cptq_projection *p, int64_t i, float *out)
 {
@@ -207,8 +217,7 @@ static const float *read_row(const cptq_projection *p, int64_t i, float *out)
     case CPTQ_F32: return (const float *)p->dense + i * n;
     case CPTQ_F16: widen_f16(halves, out, n); break;
     case CPTQ_BF16: widen_bf16(halves, out, n); break;
-    case CPTQ_E4M3: widen_e4m3(bytes, out, n); break;
-    default: widen_e5m2(bytes, out, n);
+    default: widen_float8(bytes, out, n, p->dense_type == CPTQ_E4M3);
     }
     return out;
 }
@@ -602,5 +611,17 @@ int cptq_decode(const cptq_decoder *d, const int64_t *ids, int64_t tokens, int64
     team t = {d, &s, tokens, start, 0, 1};
     run(&t, ids, all, logits);
 #endif
+    return 0;
+}
+
+int cptq_dense_rows(const cptq_projection *p, int64_t first, int64_t count, float *out)
+{
+    if (!p->dense || first < 0 || count < 0 || first + count > p->weight.out)
+        return CPTQ_EINDEX;
+    for (int64_t i = 0; i < count; i++) {
+        const float *row = read_row(p, first + i, out + i * p->weight.in);
+        if (row != out + i * p->weight.in)
+            memcpy(out + i * p->weight.in, row, sizeof(float) * (size_t)p->weight.in);
+    }
     return 0;
 }

@@ -70,6 +70,9 @@ size_t cptq_decoder_bytes(const cptq_decoder *d, int64_t tokens, int threads);
 int cptq_decode(const cptq_decoder *d, const int64_t *ids, int64_t tokens, int64_t start, int all,
                 float *logits, void *workspace, size_t bytes, int threads);
 
+/* Convert `count` rows of a dense weight, from row `first` on, to float32 (count, in). */
+int cptq_dense_rows(const cptq_projection *p, int64_t first, int64_t count, float *out);
+
 #ifdef __cplusplus
 }
 #endif

@@ -25,11 +25,13 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cptq.inference import operations
+from cptq.inference.float8 import Float8Embedding, Float8Linear
 from cptq.inference.modules import PackedModule
 from cptq.inference.native.library import (
-    TYPES,
+    DENSE_TYPES,
     LibraryError,
-    WeightStruct,
+    Projection,
+    describe_dense,
     describe_weight,
     load_library,
 )
@@ -38,11 +40,9 @@ from cptq.inference.reference import select_rows
 #: codes of enum cptq_norm and enum cptq_activation
 RMS_NORM, LAYER_NORM = 0, 1
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
-#: types of dense weights: enum cptq_type and enum cptq_float8
-DENSE_TYPES = {**TYPES, torch.float8_e4m3fn: 8, torch.float8_e5m2: 9}
 #: CPTQ_KEY_TILE: the cache holds a multiple of so many tokens
 KEY_TILE = 32
-DENSE_MODULES = (nn.Linear, nn.Embedding, Conv1D)
+DENSE_MODULES = (nn.Linear, nn.Embedding, Conv1D, Float8Linear, Float8Embedding)
 ALL = slice(None)
 #: a prompt goes through in parts of so many tokens, which bounds the workspace
 CHUNK = 256
@@ -58,15 +58,6 @@ class UnsupportedModelError(Exception):
     """The decoder cannot compute this model; says why."""
 
 
-class _Projection(ctypes.Structure):
-    _fields_ = (
-        ("weight", WeightStruct),
-        ("dense", ctypes.c_void_p),
-        ("dense_type", ctypes.c_int32),
-        ("bias", ctypes.c_void_p),
-    )
-
-
 _PROJECTIONS = ("query", "key", "value", "output", "gate", "up", "down")
 _NORMS = ("attention_norm", "attention_norm_bias", "mlp_norm", "mlp_norm_bias")
 _HEAD_NORMS = ("query_norm", "key_norm")
@@ -74,7 +65,7 @@ _HEAD_NORMS = ("query_norm", "key_norm")
 
 class _Block(ctypes.Structure):
     _fields_ = (
-        *((name, _Projection) for name in _PROJECTIONS),
+        *((name, Projection) for name in _PROJECTIONS),
         *((name, ctypes.c_void_p) for name in (*_NORMS, *_HEAD_NORMS)),
     )
 
@@ -86,10 +77,10 @@ class _Decoder(ctypes.Structure):
         *((name, ctypes.c_int32) for name in ("norm", "activation", "exact")),
         *((name, ctypes.c_float) for name in ("epsilon", "scale")),
         ("block", ctypes.POINTER(_Block)),
-        ("embedding", _Projection),
+        ("embedding", Projection),
         *((name, ctypes.c_void_p) for name in ("positions", "cosine", "sine")),
         *((name, ctypes.c_void_p) for name in ("final_norm", "final_norm_bias")),
-        ("to_logits", _Projection),
+        ("to_logits", Projection),
         *((name, ctypes.c_void_p) for name in ("keys", "values")),
     )
 
@@ -219,25 +210,22 @@ class _Builder:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
-    def project(self, module: Any, rows: slice = ALL) -> _Projection:
+    def project(self, module: Any, rows: slice = ALL) -> Projection:
         """Describe a packed or dense linear, Conv1D or embedding, or some of its rows (outputs)."""
         bias = getattr(module, "bias", None)
         bias = self.keep(None if bias is None else bias[rows])
         if isinstance(module, PackedModule):
             packed = module.packed if rows == ALL else select_rows(module.packed, rows)
             self.kept += [module, packed]
-            return _Projection(weight=describe_weight(packed), bias=bias)
-        weight: Tensor = module.weight.detach()
+            return Projection(weight=describe_weight(packed), bias=bias)
+        weight: Tensor = getattr(module, "floats", module.weight).detach()
         if type(module) not in DENSE_MODULES or weight.dtype not in DENSE_TYPES:
             raise UnsupportedModelError(f"it has a {type(module).__name__} of {weight.dtype}")
         weight = (weight.T if type(module) is Conv1D else weight)[rows].contiguous()
         self.kept.append(weight)
-        return _Projection(
-            weight=WeightStruct(out=weight.shape[0], inputs=weight.shape[1]),
-            dense=weight.data_ptr(),
-            dense_type=DENSE_TYPES[weight.dtype],
-            bias=bias,
-        )
+        described = describe_dense(weight)
+        described.bias = bias
+        return described
 
     def describe_norm(self, block: _Block, place: str, norm: Any) -> None:
         """Set a norm of a block, and its bias where it has one."""

@@ -56,6 +56,9 @@ typedef struct {
 extern const implementation cptq_portable;
 /* NULL where the machine lacks it, or the compiler */
 const implementation *cptq_find_avx2(void);
+/* Convert 8-bit floats, on machines where `cptq_find_avx2` finds something; returns how many of the
+ * first n: a multiple of 16. */
+int64_t cptq_widen_float8_avx2(const uint8_t *x, float *y, int64_t n, int e4m3);
 
 static inline size_t pad64(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 

@@ -20,10 +20,12 @@ from cptq.inference.operations import PackedWeight
 #: where setuptools places the library
 FOLDER = Path(__file__).parent
 #: CPTQ_ABI_VERSION of packed.h
-ABI_VERSION = 1
+ABI_VERSION = 2
 #: codes of enum cptq_type
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ROW_CODES = 3
+#: types of dense weights: enum cptq_type and enum cptq_float8 of decoder.h
+DENSE_TYPES = {**TYPES, torch.float8_e4m3fn: 8, torch.float8_e5m2: 9}
 #: enum cptq_error
 NO_MEMORY, NO_SUCH_ROW = -2, -3
 
@@ -45,6 +47,17 @@ class WeightStruct(ctypes.Structure):
         ("zero", ctypes.c_void_p),
         ("scale_words", ctypes.c_int64),
         ("zero_words", ctypes.c_int64),
+    )
+
+
+class Projection(ctypes.Structure):
+    """`cptq_projection` of decoder.h: a packed weight or a dense one, and a bias."""
+
+    _fields_ = (
+        ("weight", WeightStruct),
+        ("dense", ctypes.c_void_p),
+        ("dense_type", ctypes.c_int32),
+        ("bias", ctypes.c_void_p),
     )
 
 
@@ -74,12 +87,22 @@ def load_library() -> ctypes.CDLL:
     return library
 
 
+def has_library() -> bool:
+    """Return whether the library can be used."""
+    try:
+        load_library()
+    except LibraryError:
+        return False
+    return True
+
+
 def _declare(library: ctypes.CDLL) -> None:
     pointer, number, count = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
     library.cptq_cpu_features.restype = ctypes.c_char_p
     library.cptq_check.argtypes = (pointer,)
     library.cptq_linear.argtypes = (pointer, pointer, count, pointer, pointer, number, number)
     library.cptq_rows.argtypes = (pointer, pointer, count, pointer, number)
+    library.cptq_dense_rows.argtypes = (pointer, count, count, pointer)
 
 
 def describe_weight(weight: PackedWeight) -> WeightStruct:
@@ -108,6 +131,15 @@ def describe_weight(weight: PackedWeight) -> WeightStruct:
     if out and load_library().cptq_check(ctypes.byref(struct)):
         raise ValueError(f"the tensors of a packed weight do not fit {weight.scheme.label}")
     return struct
+
+
+def describe_dense(weight: Tensor) -> Projection:
+    """Return the structure of a dense weight (out, in) without gaps, which must outlive it."""
+    return Projection(
+        weight=WeightStruct(out=weight.shape[0], inputs=weight.shape[1]),
+        dense=weight.data_ptr(),
+        dense_type=DENSE_TYPES[weight.dtype],
+    )
 
 
 def _find(tensor: Tensor) -> int:

@@ -14,9 +14,12 @@ import pytest
 from cptq.config import CompareSettings, EvalSettings, ModelSettings
 from cptq.errors import CptqError, DataError, EvaluationError, UnknownNameError
 from cptq.evaluation.tasks import harness
+from cptq.inference.native.library import has_library
+from cptq.inference.operations import is_exact
 from cptq.pipeline import compare, evaluate
 from cptq.report.render import render_json, render_markdown
 from cptq.types import Notice
+from tests.unit.inference.compressed_builders import write_compressed
 from tests.unit.pipeline.conftest import OTHER, TEXT
 
 
@@ -48,6 +51,29 @@ def test_without_strict_a_leak_is_a_warning(place: Path, heard) -> None:
     (warning,) = [event for event in heard if getattr(event, "kind", "") == "warning"]
     assert warning.subject == f"text:{place / 'a.txt'}"
     assert "a.txt" in warning.message
+
+
+@pytest.mark.skipif(not has_library(), reason="needs the C library, which has to be compiled")
+def test_activations_are_exact_unless_8_bits_are_asked_for(
+    place: Path, tmp_path: Path, heard
+) -> None:
+    found, packed = {}, tmp_path / "packed"
+    write_compressed(place / "one", packed)
+    for kind in ("exact", "8bit"):
+        heard.clear()
+        asked = settings(place, "b.txt", activations=kind)
+        model = replace(asked.model, model=str(packed))
+        summary = evaluate(replace(asked, model=model), heard).summary
+        assert summary.activations == kind
+        assert f"| activations | {kind} |" in render_markdown(summary)
+        found[kind] = {r.metric: r.value for r in summary.evaluation}
+        said = [e for e in heard if isinstance(e, Notice) and "activations" in e.message]
+        notices = {(notice.subject, notice.kind) for notice in said}
+        expected = {(str(place / "one"), "skipped"), (str(packed), "info")}
+        assert notices == (expected if kind == "8bit" else set())
+    assert found["exact"].keys() == found["8bit"].keys()
+    assert found["exact"] != found["8bit"]
+    assert is_exact()  # as it was, by CPTQ_EXACT
 
 
 @pytest.mark.parametrize(
