@@ -3,7 +3,13 @@
 from cptq.config.checks import ALLOWED_BITS, check_repository, parse_sparsity
 from cptq.config.inputs import DTYPES, CalibrationSettings, ModelSettings
 from cptq.config.options import Option, find_flag, list_options
-from cptq.config.running import GGUF, BenchSettings, GenerateSettings
+from cptq.config.running import (
+    GGUF,
+    BenchSettings,
+    CompareSettings,
+    EvalSettings,
+    GenerateSettings,
+)
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.config.settings import (
     DEFAULT_BITS,
@@ -13,9 +19,7 @@ from cptq.config.settings import (
     GROUND_TRUTH,
     AnalyzeSettings,
     AnySettings,
-    CompareSettings,
     CompressSettings,
-    EvalSettings,
     ExportSettings,
     InspectSettings,
     Settings,

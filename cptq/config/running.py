@@ -1,11 +1,21 @@
-"""The settings of the commands that run a finished model: `bench` and `generate`."""
+"""The settings of the commands that run a model: `eval`, `compare`, `bench`, `generate`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cptq.config.inputs import ModelSettings, out_option, overwrite_option
+from cptq.config.checks import check_limit
+from cptq.config.inputs import (
+    DEFAULT_TASKS,
+    ModelSettings,
+    batch_size_option,
+    data_dir_option,
+    out_option,
+    overwrite_option,
+    seed_option,
+    tasks_option,
+)
 from cptq.config.options import (
     ARGUMENTS,
     EVALUATION,
@@ -19,6 +29,121 @@ from cptq.errors import UsageError
 
 #: what a GGUF file's name ends in
 GGUF = ".gguf"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvaluationSettings:
+    """What `eval` and `compare` share: a model, and tasks with their data."""
+
+    model: ModelSettings
+    tasks: tuple[str, ...] = tasks_option(DEFAULT_TASKS)
+    limit: float | None = option(
+        None,
+        "Evaluate N samples per task, or a share of them if N is at most 1.",
+        EVALUATION,
+        "N",
+        usual="all samples",
+    )
+    seqlen: int | None = option(
+        None,
+        "Measure perplexity in windows of N tokens.",
+        EVALUATION,
+        "N",
+        minimum=2,
+        usual="2048, or what the model takes",
+    )
+    bos: str = option(
+        "every",
+        "Begin every window of perplexity, or only the first, with the BOS where the tokenizer "
+        "adds one. first: the protocol of the GPTQ repository.",
+        EVALUATION,
+        "WINDOWS",
+        choices=("every", "first"),
+    )
+    activations: str = option(
+        "exact",
+        "Multiply packed weights with activations as they are, or rounded to 8 bits, as generate "
+        "and bench do. exact: what compression cost in any runtime.",
+        EVALUATION,
+        "KIND",
+        choices=("exact", "8bit"),
+    )
+    batch_size: int = batch_size_option()
+    data_dir: Path | None = data_dir_option()
+    seed: int = seed_option()
+    strict: bool = option(
+        False,
+        "Refuse to evaluate an artifact on its own calibration text, instead of warning.",
+        EVALUATION,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
+        check_limit(self.limit)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EvalSettings(EvaluationSettings):
+    """`cptq eval`. Without tasks it runs wikitext, unless `lm_eval` names tasks."""
+
+    tasks: tuple[str, ...] = tasks_option(())
+    lm_eval: tuple[str, ...] = option(
+        (),
+        "Run these tasks by lm-evaluation-harness: its names or YAML files, separated by commas.",
+        EVALUATION,
+        "TASKS",
+        commas=True,
+    )
+    baseline: str | None = option(
+        None, "Evaluate this model too and report the differences.", EVALUATION, "MODEL"
+    )
+    stride: int | None = option(
+        None,
+        "Move the windows of perplexity by N tokens and score only those.",
+        EVALUATION,
+        "N",
+        minimum=1,
+        usual="windows side by side",
+    )
+    out: Path | None = out_option("Write the results to this JSON file.", "FILE")
+    overwrite: bool = overwrite_option()
+
+    def __post_init__(self) -> None:
+        EvaluationSettings.__post_init__(self)
+        if not self.tasks and not self.lm_eval:
+            object.__setattr__(self, "tasks", DEFAULT_TASKS)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CompareSettings(EvaluationSettings):
+    """`cptq compare`: the `others` are compared with the first, `model`."""
+
+    others: tuple[str, ...] = option(
+        (),
+        "The models to compare with it. Each model may also be an artifact, or the JSON file of "
+        "cptq eval -o, which is not measured again.",
+        ARGUMENTS,
+        "MODEL...",
+    )
+    no_footprint: bool = option(False, "Do not measure speed and memory.", EVALUATION)
+    out: Path | None = out_option(
+        "Write a web page, a plot of size against quality, and the numbers to this directory."
+    )
+    overwrite: bool = overwrite_option()
+
+    def __post_init__(self) -> None:
+        EvaluationSettings.__post_init__(self)
+        if not self.tasks:
+            raise UsageError("no task is given", hint="type for example --task wikitext")
+        if not self.others:
+            raise UsageError("only one model is given", hint="name two models or more")
+        if len(set(self.sources)) < len(self.sources):
+            raise UsageError("a model is given twice", hint="name each model once")
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """All models, the first one first."""
+        return (self.model.model, *self.others)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
