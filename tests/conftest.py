@@ -13,6 +13,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "3000")  # as `cptq` itself sets it
 # Tests compare packed models with dense ones: activations stay float32, in new processes too. The
 # tests of the kernels ask for 8 bits themselves.
 os.environ["CPTQ_EXACT"] = "1"
+# Before triton is imported: its kernels are interpreted, on a CPU. With 0 they run on a GPU.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch

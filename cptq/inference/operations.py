@@ -70,6 +70,7 @@ BACKENDS: Registry[Backend] = Registry(
     "backend",
     {
         "native": "cptq.inference.native.backend:BACKEND",
+        "triton": "cptq.inference.triton_backend:BACKEND",
         "reference": "cptq.inference.reference:BACKEND",
     },
 )
