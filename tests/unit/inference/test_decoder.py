@@ -17,9 +17,14 @@ from cptq.inference.generation import GREEDY, Sampling, decode
 from cptq.inference.modules import PackedModule, make_packed_module
 from cptq.inference.native import decoder as native
 from cptq.inference.native.decoder import NativeDecoder, UnsupportedModelError
+from cptq.inference.native.library import has_library
 from cptq.types import Candidate
 from tests.conftest import TinyModel
 from tests.tiny_models import POSITIONS, RECIPES, VOCABULARY
+
+pytestmark = pytest.mark.skipif(
+    not has_library(), reason="needs the C library, which has to be compiled"
+)
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "phi3", "opt", "gpt2"]
 #: cycled over the modules, so that neighbours differ; None stays dense
