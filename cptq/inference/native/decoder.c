@@ -10,7 +10,7 @@
  * stages, 9 in a block. Products are those of packed.h; all else is float32, in the order of
  * operations of transformers' modules, so that logits agree to float32 rounding with exact products.
  * Softmax subtracts the largest score first. exp() is a polynomial (Cephes expf, below 2 units in
- * the last place), because the library's does not vectorise and costs a tenth of a token.
+ * the last place), because the library's does not vectorise.
  *
  * Cost: the weights are read once per call; attention reads the cache. Memory: the workspace,
  * some dozens of vectors per token of the call. Limits: one sequence, no sliding window.
@@ -27,7 +27,11 @@
 
 /* A function compiled twice, for the machine's vectors and for any; chosen when the library loads. */
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#if __GNUC__ >= 12 /* with fused multiply-add; older ones do not know the name */
 #define VECTORISED __attribute__((target_clones("arch=x86-64-v3", "default")))
+#else
+#define VECTORISED __attribute__((target_clones("avx2", "default")))
+#endif
 #else
 #define VECTORISED
 #endif
