@@ -63,6 +63,7 @@ class GenerateOutcome:
             f"new: {format_plural(self.new_tokens, 'token')}{_spell(self.decode_rate)}",
             f"first after {format_seconds(self.first_seconds)}",
             f"ended by: {self.ending}",
+            f"decoded by: {self.way}",
         ]
         return "; ".join(parts)
 

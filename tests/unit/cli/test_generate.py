@@ -18,7 +18,10 @@ OUTCOME = GenerateOutcome(
     text="one two", prompt_tokens=3, new_tokens=2, first_seconds=0.5, later_seconds=0.25,
     ending="new tokens", way="generate",
 )  # fmt: skip
-STATISTICS = "prompt: 3 tokens, 6/s; new: 2 tokens, 4/s; first after 0.5 s; ended by: new tokens"
+STATISTICS = (
+    "prompt: 3 tokens, 6/s; new: 2 tokens, 4/s; first after 0.5 s; ended by: new tokens; "
+    "decoded by: generate"
+)
 
 
 @pytest.fixture

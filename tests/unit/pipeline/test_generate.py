@@ -156,7 +156,8 @@ def test_the_statistics() -> None:
     )  # fmt: skip
     assert (found.prompt_rate, found.decode_rate) == (2.0, 2.0)
     assert found.describe() == (
-        "prompt: 1 token, 2/s; new: 5 tokens, 2/s; first after 0.5 s; ended by: context"
+        "prompt: 1 token, 2/s; new: 5 tokens, 2/s; first after 0.5 s; ended by: context; "
+        "decoded by: generate"
     )
 
 
