@@ -61,7 +61,8 @@ def rows(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]
 def speed_rows(models: Sequence[Mapping[str, Any]]) -> list[Row]:
     """The figures of speed and memory that both models have."""
     before, after = (
-        {(item["name"], item["batch_size"]): item for item in model["figures"]} for model in models
+        {(item["name"], item["batch_size"]): item for item in model["figures"]}
+        for model in models[:2]
     )
     found = []
     for key, item in before.items():

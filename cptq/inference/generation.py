@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -31,8 +32,8 @@ from transformers.generation.streamers import BaseStreamer
 from cptq.inference.modules import find_packed_modules
 from cptq.inference.native.decoder import NativeDecoder, UnsupportedModelError
 
-#: where a model keeps its decoder
-_DECODER = "_cptq_decoder"
+#: the decoder of a model, as long as the model lives; not with the model, which may be copied
+_DECODERS: WeakKeyDictionary[Any, NativeDecoder] = WeakKeyDictionary()
 #: how tokens were decoded: by transformers' `generate`, or by a loop of cptq
 Way = Literal["generate", "own loop"]
 Receive = Callable[[list[int]], None]
@@ -123,20 +124,20 @@ def decode(
 def _find_decoder(model: Any, ids_BT: Tensor, new_tokens: int) -> NativeDecoder | str:
     """Return a decoder in C for a packed model and one row, or why there is none.
 
-    It is kept with the model; one that is too small is made anew. A dense model wants none.
+    It is kept for the model; one that is too small is made anew. A dense model wants none.
     """
     if not find_packed_modules(model):
         return ""
     if len(ids_BT) != 1 or not ids_BT.is_cpu:
         return "it takes one sequence, on the CPU"
     capacity = ids_BT.shape[1] + new_tokens
-    decoder: NativeDecoder | None = vars(model).get(_DECODER)
+    decoder = _DECODERS.get(model)
     if decoder is None or decoder.capacity < capacity:
         try:
             decoder = NativeDecoder(model, capacity=capacity)
         except UnsupportedModelError as error:
             return str(error)
-        vars(model)[_DECODER] = decoder
+        _DECODERS[model] = decoder
     decoder.reset()
     return decoder
 

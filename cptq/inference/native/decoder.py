@@ -185,7 +185,7 @@ class _Builder:
     """Describes a model to the library; `kept` holds what the structures point to."""
 
     def __init__(self, model: Any, capacity: int) -> None:
-        self.kept: list[Any] = [model]
+        self.kept: list[Any] = []
         self._model, self._config = model, model.config
         _refuse_unknown(model, capacity)
         self._capacity = -(-capacity // KEY_TILE) * KEY_TILE

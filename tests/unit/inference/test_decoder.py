@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+import weakref
 from collections.abc import Iterator
 from itertools import cycle
 from typing import Any
@@ -223,3 +226,15 @@ def test_what_generate_decodes_says_why(load: Any) -> None:
     assert (found.way, found.why[:23]) == ("generate", "the family 'gpt_neox' i")
     rows = decode(load("llama"), torch.tensor([PROMPT]), new_tokens=2)
     assert (rows.way, rows.why) == ("generate", "")
+
+
+def test_a_decoder_neither_binds_a_model_nor_keeps_it(load: Any) -> None:
+    model = load("llama")
+    pack_at_random(model, ["w4g16"])
+    first = decode(model, torch.tensor([PROMPT]), new_tokens=3)
+    again = decode(copy.deepcopy(model), torch.tensor([PROMPT]), new_tokens=3)
+    assert (again.way, again.steps) == ("own loop", first.steps)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
