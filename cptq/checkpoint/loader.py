@@ -390,18 +390,18 @@ def _open_packed(
     Returns None for all other checkpoints, and for those that stock transformers must compute,
     which a notice says.
     """
-    config = transformers.AutoConfig.from_pretrained(
-        path, trust_remote_code=settings.trust_remote_code
-    )
-    stock = getattr(config, "quantization_config", None)
+    stock = read_config(path).get("quantization_config")
     if not isinstance(stock, dict) or stock.get("quant_method") != COMPRESSED_TENSORS:
         return None
     compressed_quantizer.register()
     try:
         read_groups(stock)
-        _refuse_slow(device)
+        _require_kernels(device)
         if not find_weight_files(path):
             raise UnsupportedError("its weights are pickled")
+        config = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=settings.trust_remote_code
+        )
         config.quantization_config = {"quant_method": compressed_quantizer.METHOD, "stock": stock}
         return load(config=config)
     except UnsupportedError as error:
@@ -410,10 +410,10 @@ def _open_packed(
         return None
 
 
-def _refuse_slow(device: torch.device) -> None:
-    """Refuse where packed products would be slower than dense ones."""
+def _require_kernels(device: torch.device) -> None:
+    """Refuse where packed products would be slower than dense ones, or have not been timed."""
     if device.type != "cpu":
-        raise UnsupportedError(f"packed products on {device.type} are slow")
+        raise UnsupportedError(f"packed products on {device.type} have not been timed yet")
     if not has_library():
         raise UnsupportedError("the C library of cptq is missing")
 

@@ -85,9 +85,8 @@ def compress_model(
     for block in range(total):
         emit(Progress(stage="compress", done=block, total=total, message=f"block {block}"))
         units = [u for u in model.units if u.block == block and not plan.choices[u.name].dense]
-        calibrating.enter_block(block, units)
+        in_order = calibrating.enter_block(block, units)
         stages = _split_stages(units, one_by_one=corrects)
-        in_order = len(stages) == len(units) > 1 and calibrating.calls_in_order(block, units)
         owns = calibrating.walk(block, stages, in_order=in_order)
         others = judging.walk(block, stages, in_order=in_order) if judging else [{}] * len(stages)
         # strict: asks the walks for one more than there is, so that they go on to the block's end

@@ -114,29 +114,31 @@ class Stream:
         #: what the dense stream hands to a unit: {unit: rows of each call, batch by batch}
         self._read: dict[str, list[list[Tensor]]] = {}
 
-    def enter_block(self, block: int, units: Sequence[Unit]) -> None:
-        """Run the dense stream through a block that is still dense."""
+    def enter_block(self, block: int, units: Sequence[Unit]) -> bool:
+        """Run the dense stream through a block that is still dense.
+
+        Returns:
+            Whether every batch of it called each unit once, in this order; False without one.
+        """
         if self._dense is None:
-            return
+            return False
         kept = [unit for unit in units if not unit.layers[0].expert]
         self._read = {unit.name: [] for unit in kept}
 
+        orders: list[list[str]] = []
+
         def keep(unit_name: str, x: Tensor) -> None:
+            orders[-1].append(unit_name)
             calls = self._read[unit_name]
             calls[-1].append(select_real_rows(x, self._masks[len(calls) - 1]))
 
         with _watch_inputs(self._find_first_linears(kept), keep):
             for index, state in enumerate(self._dense):
+                orders.append([])
                 for calls in self._read.values():
                     calls.append([])
                 self._dense[index] = self._replay.run(block, state, index)
-
-    def calls_in_order(self, block: int, units: Sequence[Unit]) -> bool:
-        """Say whether the first batch calls each unit once, in this order."""
-        called: list[str] = []
-        with _watch_inputs(self._find_first_linears(units), lambda name, _x: called.append(name)):
-            self._replay.run(block, self._hidden[0], 0)
-        return called == [unit.name for unit in units]
+        return all(order == [unit.name for unit in units] for order in orders)
 
     def walk(
         self, block: int, stages: Sequence[Sequence[Unit]], *, in_order: bool

@@ -28,7 +28,6 @@ from transformers.quantizers.auto import (
     register_quantization_config,
     register_quantizer,
 )
-from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cptq.errors import ArtifactError
@@ -43,7 +42,7 @@ from cptq.inference.compressed_tensors import (
 )
 from cptq.inference.float8 import STORED, find_float8_modules, make_float8_module
 from cptq.inference.modules import find_packed_modules, make_packed_module
-from cptq.inference.quantizer import make_model_dense
+from cptq.inference.quantizer import PackedQuantizer
 from cptq.numerics.float8 import FORMATS
 
 METHOD = "cptq-compressed-tensors"
@@ -69,10 +68,9 @@ class OwnCompressedTensorsConfig(QuantizationConfigMixin):
         return deepcopy(self.stock)
 
 
-class OwnCompressedTensorsQuantizer(HfQuantizer):
-    """Replaces modules by packed ones; does not quantize."""
+class OwnCompressedTensorsQuantizer(PackedQuantizer):
+    """Loads compressed-tensors checkpoints."""
 
-    requires_calibration = True
     quantization_config: OwnCompressedTensorsConfig
 
     def __init__(self, quantization_config: OwnCompressedTensorsConfig, **kwargs: Any) -> None:
@@ -101,10 +99,8 @@ class OwnCompressedTensorsQuantizer(HfQuantizer):
         return None if dtype is torch.uint8 else super().get_new_dtype(converter, param, dtype)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        super()._process_model_after_weight_loading(model)
         _view_as_bytes(model)
-        for module in find_packed_modules(model).values():
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)  # transformers sets it on all floats
         loaded: Any = model  # saving renames in `get_state_dict_and_metadata`
         loaded._weight_conversions = [
             change for change in loaded._weight_conversions if change is not self._renaming
@@ -122,16 +118,6 @@ class OwnCompressedTensorsQuantizer(HfQuantizer):
         for name, floats in find_float8_modules(model).items():
             state[f"{name}.weight"] = floats.floats
         return state, {}
-
-    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        return make_model_dense(model, dtype)
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
 
 
 def _replace_linears(model: nn.Module, plan: PackedPlan) -> None:

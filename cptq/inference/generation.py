@@ -152,10 +152,9 @@ def _run_own_loop(
     clock: _Clock,
 ) -> None:
     generator = torch.Generator().manual_seed(sampling.seed)
-    clock.prompt_seen = True
     for _ in range(new_tokens):
         token = choose_token(decoder.run(ids), sampling, generator)
-        clock.put(torch.tensor([token]))
+        clock.note([token])
         if token in stop:
             return
         ids = [token]
@@ -206,7 +205,10 @@ class _Clock(BaseStreamer):
         if not self.prompt_seen:
             self.prompt_seen = True
             return
-        tokens = [int(token) for token in value.reshape(-1)]
+        self.note([int(token) for token in value.reshape(-1)])
+
+    def note(self, tokens: list[int]) -> None:
+        """Take the tokens of a step."""
         self.known.append(time.perf_counter())
         self.steps.append(tuple(tokens))
         if self.receive is not None:

@@ -82,10 +82,31 @@ class CptqConfig(QuantizationConfigMixin):
         return {name: value for name, value in vars(self).items() if value is not None}
 
 
-class CptqQuantizer(HfQuantizer):
-    """Replaces modules by packed ones; does not quantize."""
+class PackedQuantizer(HfQuantizer):
+    """Base of those that replace modules by packed ones and do not quantize."""
 
     requires_calibration = True
+
+    def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        for module in find_packed_modules(model).values():
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(False)  # transformers sets it on all floats
+        return model
+
+    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
+        return make_model_dense(model, dtype)
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+
+class CptqQuantizer(PackedQuantizer):
+    """Loads what config.json calls `cptq`."""
+
     quantization_config: CptqConfig
 
     def update_attn_implementation(self, config: Any) -> Any:
@@ -106,25 +127,14 @@ class CptqQuantizer(HfQuantizer):
         _tie(model, packed)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **_: Any) -> nn.Module:
+        super()._process_model_after_weight_loading(model)
         for name, module in find_packed_modules(model).items():
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad_(False)  # transformers sets it on all floats
             check_positions(name, module.packed)
         config: Any = model.config
         if hasattr(config, "transformers_weights"):
             del config.transformers_weights
         self.quantization_config.weights = None
         return model
-
-    def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        return make_model_dense(model, dtype)
-
-    def is_serializable(self) -> bool:
-        return True
-
-    @property
-    def is_trainable(self) -> bool:
-        return False
 
 
 def make_model_dense(model: Any, dtype: Any) -> Any:

@@ -601,10 +601,10 @@ int cptq_decode(const cptq_decoder *d, const int64_t *ids, int64_t tokens, int64
             return CPTQ_EINDEX;
     if (tokens == 0)
         return 0;
-    if (bytes < cptq_decoder_bytes(d, tokens, threads))
-        return CPTQ_EMEMORY;
     char *base = (char *)(((uintptr_t)memory + ALIGNED - 1) & ~(uintptr_t)(ALIGNED - 1));
     workspace s = lay_out(d, tokens, threads, base);
+    if (bytes < s.bytes + ALIGNED)
+        return CPTQ_EMEMORY;
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
     {

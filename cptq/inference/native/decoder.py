@@ -106,7 +106,6 @@ class NativeDecoder:
             self._library = load_library()
         except LibraryError as error:
             raise UnsupportedModelError(f"the C library of cptq is missing: {error}") from error
-        self._library.cptq_decoder_bytes.restype = ctypes.c_size_t
         builder = _Builder(model, max(capacity, CHECKED))
         self._struct, self._kept = builder.build(), builder.kept
         self._vocabulary, self.capacity = int(self._struct.vocabulary), capacity
@@ -140,12 +139,12 @@ class NativeDecoder:
         failed = self._library.cptq_decode(
             ctypes.byref(self._struct),
             (ctypes.c_int64 * len(ids))(*ids),
-            ctypes.c_int64(len(ids)),
-            ctypes.c_int64(self.length),
+            len(ids),
+            self.length,
             int(every),
-            ctypes.c_void_p(logits_TV.data_ptr()),
-            ctypes.c_void_p(memory.data_ptr()),
-            ctypes.c_size_t(memory.nbytes),
+            logits_TV.data_ptr(),
+            memory.data_ptr(),
+            memory.nbytes,
             threads,
         )
         if failed:
@@ -154,9 +153,7 @@ class NativeDecoder:
         return logits_TV
 
     def _get_memory(self, tokens: int, threads: int) -> Tensor:
-        wanted = self._library.cptq_decoder_bytes(
-            ctypes.byref(self._struct), ctypes.c_int64(tokens), threads
-        )
+        wanted = self._library.cptq_decoder_bytes(ctypes.byref(self._struct), tokens, threads)
         if self._memory.nbytes < wanted:
             self._memory = torch.empty(wanted, dtype=torch.uint8)
         return self._memory

@@ -103,6 +103,13 @@ def _declare(library: ctypes.CDLL) -> None:
     library.cptq_linear.argtypes = (pointer, pointer, count, pointer, pointer, number, number)
     library.cptq_rows.argtypes = (pointer, pointer, count, pointer, number)
     library.cptq_dense_rows.argtypes = (pointer, count, count, pointer)
+    size = ctypes.c_size_t
+    library.cptq_decoder_bytes.argtypes = (pointer, count, number)
+    library.cptq_decoder_bytes.restype = size
+    library.cptq_decode.argtypes = (
+        *(pointer, pointer, count, count, number),
+        *(pointer, pointer, size, number),
+    )
 
 
 def describe_weight(weight: PackedWeight) -> WeightStruct:
