@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +20,8 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import forward
+from cptq.calibration.samples import take_batches
+from cptq.calibration.tokens import Calibration
 from cptq.compression.blockwise import compress_model
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, CompressSettings
@@ -32,7 +33,7 @@ from cptq.pipeline.refine import refine_plan
 from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.tune import record_dense, tune_layers
-from cptq.pipeline.uniform_check import BASELINE, keep_better_plan
+from cptq.pipeline.uniform_check import BASELINE, TRIAL_TOKENS, keep_better_plan
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
 from cptq.sensitivity.measure import measure, needs_text
@@ -69,7 +70,7 @@ def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
     recorder = Recorder(emit)
     inputs = load_inputs(settings, recorder)
     tables = measure_sensitivity(inputs, recorder)
-    plan = make_plan(inputs, tables, recorder)
+    plan = check_plan(inputs, make_plan(inputs, tables, recorder), recorder)
     compressed = compress_and_tune(inputs, plan, recorder)
     outcome = write_artifact(inputs, tables, compressed, recorder)
     _report_next_step(inputs, emit)
@@ -181,32 +182,47 @@ def compress_and_tune(inputs: CompressInputs, plan: Plan, recorder: Recorder) ->
     return replace(compressed, layers=tuple(layers), tuned=tuned)
 
 
-def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> CompressedModel:
-    """Carry out the plan, or the baseline plan where --check-uniform finds that better.
-
-    The model in memory then computes with the compressed weights.
-    """
-    model = inputs.model
-    with recorder.stage("compression"):
+def check_plan(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> Plan:
+    """Return the plan, or the baseline plan where --check-uniform finds that better."""
+    with recorder.stage("plan check"):
         baseline = _make_baseline_plan(inputs, plan, recorder)
-        divergence = None if baseline is None else _record_dense_outputs(inputs)
-        carry_out = partial(_carry_out, inputs)
-        if baseline is None or divergence is None:
-            layers = carry_out(plan, recorder)
-        else:
-            plan, layers = keep_better_plan(model, plan, baseline, carry_out, divergence, recorder)
-        return CompressedModel(plan=plan, layers=tuple(layers))
+        if baseline is None:
+            return plan
+        batches = take_batches(inputs.calibration.batches, TRIAL_TOKENS)
+        part = replace(inputs.calibration, batches=batches)
+        return keep_better_plan(
+            inputs.model,
+            plan,
+            baseline,
+            lambda tried, emit: _carry_out(inputs, tried, part, (), emit),
+            _record_dense_outputs(inputs),
+            recorder,
+        )
 
 
-def _carry_out(inputs: CompressInputs, plan: Plan, emit: Emit) -> list[CompressedLayer]:
+def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> CompressedModel:
+    """Carry out the plan; the model in memory then computes with the compressed weights."""
+    judge = inputs.held_out.judge[:JUDGED_BATCHES]
+    with recorder.stage("compression"):
+        layers = _carry_out(inputs, plan, inputs.calibration, judge, recorder)
+    return CompressedModel(plan=plan, layers=tuple(layers))
+
+
+def _carry_out(
+    inputs: CompressInputs,
+    plan: Plan,
+    calibration: Calibration,
+    held_out: Sequence[Batch],
+    emit: Emit,
+) -> list[CompressedLayer]:
     return compress_model(
         inputs.model,
-        inputs.calibration,
+        calibration,
         plan,
         compressor=inputs.settings.compressor,
         float16_scales=inputs.runtime.float16_scales,
         layout=inputs.space.layout,
-        held_out=inputs.held_out.judge[:JUDGED_BATCHES],
+        held_out=held_out,
         emit=emit,
     )
 

@@ -1,44 +1,37 @@
 """`--check-uniform`: keep the better plan, the mixed one or the baseline plan that needs no scores.
 
-Both are carried out by the run's own compressor and compared on held-out text that neither
-calibrated nor chose. The baseline plan is `even`: uniform where the target is a whole number of
-bits, otherwise two neighbouring widths spread over depth, so that both take the same bytes. Cost:
-one more compression, and the dense weights once more in memory.
+Both are carried out by the run's own compressor on a part of the calibration text
+(`TRIAL_TOKENS`), and compared on held-out text that neither calibrated nor chose; the better one is
+then carried out on all of it. The baseline plan is `even`: uniform where the target is a whole
+number of bits, otherwise two neighbouring widths spread over depth, so that both take the same
+bytes.
+
+From less text both plans come out worse, so that their divergences are those of the trial, not of
+what is shipped. What is decided is their order, for which a part of the text is enough where all
+of it costs twice a compression.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
-from cptq.numerics.grid import dequantize_layer
 from cptq.report.formatting import format_number
-from cptq.types import CompressedLayer, Emit, Event, Notice, Plan, Progress
+from cptq.types import Emit, Event, Notice, Plan, Progress
 
 #: the allocator of the baseline plan
 BASELINE = "even"
+#: tokens of the calibration text that both plans are tried on
+TRIAL_TOKENS = 8192
 
-Compress = Callable[[Plan, Emit], list[CompressedLayer]]
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Outcome:
-    """One plan carried out: its layers, its notices, and the divergence of each held-out row."""
-
-    plan: Plan
-    layers: list[CompressedLayer]
-    notices: list[Event]
-    rows: Tensor
-
-    @property
-    def divergence(self) -> float:
-        return float(self.rows.mean())
+#: carries a plan out on the model in memory
+Compress = Callable[[Plan, Emit], object]
 
 
 def keep_better_plan(
@@ -48,33 +41,29 @@ def keep_better_plan(
     compress: Compress,
     divergence: DivergenceFromDense,
     emit: Emit,
-) -> tuple[Plan, list[CompressedLayer]]:
-    """Carry out both plans and return the better one; `model` then has its weights.
+) -> Plan:
+    """Carry out both plans and return the better one; `model` is dense again afterwards.
 
     Args:
         model: dense.
         plan: the mixed plan; at equal divergence it is kept.
         baseline: the plan that needs no scores.
         compress: carries a plan out on the dense model, whose weights it changes.
-        divergence: from the model before anything of it was compressed, on held-out text.
-        emit: receives the notices of the better plan only, and the result.
+        divergence: from the dense model, on held-out text.
+        emit: receives progress and the result; what a trial has to say about its layers is dropped.
     """
     dense = _copy_weights(model)
-    other = _carry_out(baseline, compress, divergence, emit)
-    for name, W_OI in dense.items():
-        set_weight(model.linear(name), W_OI)
-    own = _carry_out(plan, compress, divergence, emit)
-    better = own if own.divergence <= other.divergence else other
-    if better is other:
+    rows = []
+    for tried in (plan, baseline):
+        compress(tried, partial(_show_progress, emit, tried.allocator))
+        rows.append(divergence.measure_rows())
         for name, W_OI in dense.items():
             set_weight(model.linear(name), W_OI)
-        for layer in other.layers:
-            set_weight(model.linear(layer.spec.name), dequantize_layer(layer, model.dtype))
-    for event in better.notices:
-        emit(event)
-    note = _describe_result(own, other, divergence)
+    own_R, other_R = rows
+    better = plan if float(own_R.mean()) <= float(other_R.mean()) else baseline
+    note = _describe_result(own_R, other_R, baseline, divergence)
     emit(note)
-    return replace(better.plan, notes=(*better.plan.notes, note.message)), better.layers
+    return replace(better, notes=(*better.notes, note.message))
 
 
 def _copy_weights(model: LoadedModel) -> dict[str, Tensor]:
@@ -85,33 +74,23 @@ def _copy_weights(model: LoadedModel) -> dict[str, Tensor]:
     }
 
 
-@torch.no_grad()
-def _carry_out(
-    plan: Plan, compress: Compress, divergence: DivergenceFromDense, emit: Emit
-) -> _Outcome:
-    notices: list[Event] = []
-
-    def collect(event: Event) -> None:
-        if isinstance(event, Progress):
-            emit(replace(event, stage=f"{event.stage} {plan.allocator}"))
-        else:
-            notices.append(event)
-
-    layers = compress(plan, collect)
-    return _Outcome(plan=plan, layers=layers, notices=notices, rows=divergence.measure_rows())
+def _show_progress(emit: Emit, allocator: str, event: Event) -> None:
+    if isinstance(event, Progress):
+        emit(replace(event, stage=f"trial of {allocator}"))
 
 
-def _describe_result(own: _Outcome, other: _Outcome, divergence: DivergenceFromDense) -> Notice:
-    labels = {c.label for c in other.plan.choices.values() if not c.float8}
-    baseline = f"uniform {labels.pop()}" if len(labels) == 1 else "two widths spread evenly"
+def _describe_result(
+    own_R: Tensor, other_R: Tensor, baseline: Plan, divergence: DivergenceFromDense
+) -> Notice:
+    own, other = float(own_R.mean()), float(other_R.mean())
+    labels = {c.label for c in baseline.choices.values() if not c.float8}
+    rival = f"uniform {labels.pop()}" if len(labels) == 1 else "two widths spread evenly"
     numbers = (
-        f"{format_number(own.divergence)} against {format_number(other.divergence)} "
-        f"{divergence.unit} ({divergence.describe_difference(own.rows - other.rows)})"
+        f"{format_number(own)} against {format_number(other)} "
+        f"{divergence.unit} ({divergence.describe_difference(own_R - other_R)})"
     )
-    if own.divergence <= other.divergence:
-        message = f"the mixed plan is kept: {numbers} of {baseline} at the same bytes"
+    if own <= other:
+        message = f"the mixed plan is kept: {numbers} of {rival} at the same bytes"
         return Notice(kind="info", subject="--check-uniform", message=message)
-    message = (
-        f"the mixed plan loses to {baseline} at the same bytes, {numbers}: the latter is shipped"
-    )
+    message = f"the mixed plan loses to {rival} at the same bytes, {numbers}: the latter is shipped"
     return Notice(kind="warning", subject="--check-uniform", message=message)
