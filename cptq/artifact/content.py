@@ -83,8 +83,7 @@ def build_content(model: LoadedModel, layers: Sequence[CompressedLayer], emit: E
         raise ArtifactError(
             f"{model.source} is already compressed", hint="compress the model it was made from"
         )
-    state = model.module.state_dict()
-    _report_rounded(model, state, emit)
+    _report_rounded(model, emit)
     return Content(
         source=model.source,
         path=model.path,
@@ -94,7 +93,7 @@ def build_content(model: LoadedModel, layers: Sequence[CompressedLayer], emit: E
         tensors=model.tensors,
         layers=model.layers,
         compressed=index_by_weight(layers, model.tensors),
-        fetch=state.get,
+        fetch=model.fetch,
         tokenizer=model.tokenizer,
         attention=getattr(model.config, "_attn_implementation", None),
         hub_id=None if Path(model.source).expanduser().is_dir() else model.source,
@@ -119,13 +118,14 @@ def index_by_weight(
     return found
 
 
-def _report_rounded(model: LoadedModel, state: Mapping[str, Tensor], emit: Emit) -> None:
+def _report_rounded(model: LoadedModel, emit: Emit) -> None:
     """Emit a warning for dense values that were rounded by the type that the model ran in."""
+    values = ((spec.name, model.fetch(spec.name)) for spec in model.tensors)
+    types = {name: value.dtype for name, value in values if value is not None}
     rounded = [
         spec.name
         for spec in model.tensors
-        if spec.name in state
-        and spec.dtype not in _EXACT_IN.get(state[spec.name].dtype, (spec.dtype,))
+        if spec.name in types and spec.dtype not in _EXACT_IN.get(types[spec.name], (spec.dtype,))
     ]
     if rounded:
         message = (

@@ -6,6 +6,7 @@ config.json names, except that weights which it would initialize randomly are an
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ import transformers
 from torch import nn
 from transformers import PretrainedConfig
 
-from cptq.checkpoint.architectures import GENERIC, get_architecture
+from cptq.checkpoint.architectures import GENERIC, Architecture, get_architecture
 from cptq.checkpoint.experts import unstack_experts
 from cptq.checkpoint.files import (
     PICKLE_INDEX,
@@ -32,8 +33,10 @@ from cptq.checkpoint.files import (
     read_tensor_specs,
 )
 from cptq.checkpoint.hub import resolve_checkpoint
-from cptq.checkpoint.inventory import Inventory, find_ties, take_inventory
+from cptq.checkpoint.inventory import Inventory, find_blocks, find_ties, take_inventory
 from cptq.checkpoint.model import LoadedModel, ModelSpec
+from cptq.checkpoint.pages import MappedFiles
+from cptq.checkpoint.resident import ResidentWeights
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
 from cptq.errors import CptqError, ModelError, UsageError
@@ -103,7 +106,7 @@ def load(
         trust_remote_code=trust_remote_code,
         cache_dir=None if cache_dir is None else Path(cache_dir),
     )
-    return cast("PreTrainedModel", load_model(settings, _warn).module)
+    return cast("PreTrainedModel", load_model(settings, _warn, plain=True).module)
 
 
 def _warn(event: Event) -> None:
@@ -127,12 +130,23 @@ def open_module(
 
 
 def load_model(
-    settings: ModelSettings, emit: Emit, *, conv1d: bool = False, experts: bool = False
+    settings: ModelSettings,
+    emit: Emit,
+    *,
+    conv1d: bool = False,
+    experts: bool = False,
+    limit: int | None = None,
+    plain: bool = False,
 ) -> LoadedModel:
     """Load a dense checkpoint or a compressed artifact.
 
-    `conv1d` counts the Conv1D layers of GPT-2 as compressible, `experts` splits stacks of experts
-    (`cptq.checkpoint.experts`).
+    Args:
+        settings: which, and how.
+        emit: receives progress and notices.
+        conv1d: count the Conv1D layers of GPT-2 as compressible.
+        experts: split stacks of experts (`cptq.checkpoint.experts`).
+        limit: bytes that the matrices of a dense model may take in memory at once; None: no limit.
+        plain: leave the model as transformers loads it, all of it in memory.
 
     Raises:
         ModelError: not found, not readable, not a text model, NaN weights, random weights.
@@ -146,18 +160,29 @@ def load_model(
     check_sizes(path, config, stored)
     dtype = pick_dtype(settings.dtype, device, stored)
     emit(Progress(stage="load", done=0, total=None, message=settings.model))
-    with _explain_load_errors(settings.model):
-        module = _load_module(path, kind, dtype, device, settings, emit).to(device).eval()
-    module.requires_grad_(False)
     quantized = config.get("quantization_config") is not None
+    family = get_architecture(str(config.get("model_type")))
+    narrow = dtype if quantized or plain else _choose_load_dtype(stored, dtype)
+    with _explain_load_errors(settings.model):
+        module = _load_module(path, kind, narrow, device, settings, emit).eval()
+        if narrow is not dtype and _has_rounded_buffers(module):
+            module = _load_module(path, kind, dtype, device, settings, emit).eval()
+    module.requires_grad_(False)
+    mapped = MappedFiles(files)
     if not quantized:
-        _refuse_not_finite(module)
+        _refuse_not_finite(module, mapped)
     if experts and not quantized:
         unstack_experts(module, stored)
+    resident = None
+    if quantized or plain:
+        module.to(device)
+    else:
+        resident = ResidentWeights(device, dtype, limit, mapped)
+        resident.manage(module, _list_parts(module, family))
+        module.config.dtype = dtype
     tensors = (
         list_unpacked_tensors(module, stored) if quantized else list_stored_tensors(module, stored)
     )
-    family = get_architecture(str(config.get("model_type")))
     return LoadedModel(
         source=settings.model,
         path=path,
@@ -171,6 +196,7 @@ def load_model(
         quantized=quantized,
         device=device,
         dtype=dtype,
+        resident=resident,
         **_take_inventory(module, family, tensors, quantized, emit, conv1d),
     )
 
@@ -263,6 +289,34 @@ def pick_dtype(name: str, device: torch.device, stored: Mapping[str, TensorSpec]
         chosen: torch.dtype = getattr(torch, name)
         return chosen
     return torch.float32 if device.type == "cpu" else TORCH_DTYPES[_find_main_dtype(stored)]
+
+
+def _choose_load_dtype(stored: Mapping[str, TensorSpec], dtype: torch.dtype) -> torch.dtype:
+    """Return the type to open a checkpoint in: the stored one, if it is one and `dtype` holds it.
+
+    Its tensors then stay in the files until they are used.
+    """
+    kinds = {TORCH_DTYPES[spec.dtype] for spec in stored.values()}
+    floating = [kind for kind in kinds if kind.is_floating_point]
+    if len(floating) == 1 and torch.promote_types(floating[0], dtype) is dtype:
+        return floating[0]
+    return dtype
+
+
+def _has_rounded_buffers(module: nn.Module) -> bool:
+    """Whether the model computed constants in a narrow type that its weights were opened in."""
+    stored = module.state_dict()
+    return any(
+        buffer.is_floating_point() and buffer.dtype.itemsize < 4 and name not in stored
+        for name, buffer in module.named_buffers()
+    )
+
+
+def _list_parts(module: nn.Module, family: Architecture) -> list[nn.Module]:
+    """Return what comes into memory and goes as a whole: vocabulary matrices and blocks."""
+    ends = (getattr(module, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
+    blocks = [module.get_submodule(name) for name in find_blocks(module, family)]
+    return [part for part in ends if isinstance(part, nn.Module)] + blocks
 
 
 def _find_main_dtype(stored: Mapping[str, TensorSpec]) -> str:
@@ -436,13 +490,15 @@ def _extract_reason(error: Exception) -> str:
     return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
 
 
-def _refuse_not_finite(module: nn.Module) -> None:
+def _refuse_not_finite(module: nn.Module, mapped: MappedFiles) -> None:
     for name, parameter in module.named_parameters():
-        if not bool(torch.isfinite(parameter).all()):
+        ends = parameter.detach().aminmax() if parameter.numel() else ()
+        if not all(math.isfinite(float(end)) for end in ends):
             raise ModelError(
                 f"the weight {name} holds NaN or infinity, so no measurement would be meaningful",
                 hint="use a checkpoint whose weights are finite",
             )
+        mapped.drop_pages(parameter)
 
 
 def _load_tokenizer(path: Path, settings: ModelSettings, emit: Emit) -> Any:

@@ -7,9 +7,10 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from cptq.checkpoint.resident import ResidentWeights, find_weight
 from cptq.types import LayerSpec, ModelKind, TensorSpec, Unit
 
 
@@ -45,7 +46,8 @@ class LoadedModel(ModelSpec):
 
     `tensors` is what a dense artifact holds: tied duplicates dropped, types as in the checkpoint.
     `layers` are all weight matrices in forward order, `units` the compressible decisions in the
-    blocks, `vocabulary` those outside: the token embedding and the output head.
+    blocks, `vocabulary` those outside: the token embedding and the output head. `resident` keeps
+    the matrices of a dense model in memory while they are used.
     """
 
     module: nn.Module
@@ -58,6 +60,31 @@ class LoadedModel(ModelSpec):
     quantized: bool
     device: torch.device
     dtype: torch.dtype
+    resident: ResidentWeights | None = None
+
+    def fetch(self, name: str) -> Tensor | None:
+        """Return a tensor of `tensors` by its name; None if the model has none of that name.
+
+        It may be in the checkpoint's type or in that of the model.
+        """
+        place, _, end = name.rpartition(".")
+        try:
+            module = self.module.get_submodule(place)
+        except AttributeError:
+            return None
+        known = find_weight(module, end)
+        value = getattr(module, end, None) if known is None else known.read()
+        return value.detach() if isinstance(value, Tensor) else None
+
+    def restore_dense(self) -> None:
+        """Have the weights of the checkpoint again, whatever was set.
+
+        Raises:
+            RuntimeError: the model was compressed when it was loaded.
+        """
+        if self.resident is None:
+            raise RuntimeError("only the weights of a dense model can be restored")
+        self.resident.restore()
 
     def linear(self, name: str) -> nn.Module:
         """The module called `name`."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from cptq.checkpoint.resident import find_weight
 from cptq.numerics.scale_grids import Float8Scales, RowScales, ScaleType
 from cptq.types import Candidate, LayerSpec
 
@@ -65,23 +66,45 @@ def get_dtype_name(dtype: torch.dtype) -> str:
 
 
 def get_weight(module: nn.Module) -> Tensor:
-    """Return the weight as an (out, in) view; a Conv1D stores the transpose."""
-    weight = module.weight
+    """Return the weight as an (out, in) view; a Conv1D stores the transpose.
+
+    A weight that is not in memory comes in the type of the checkpoint, which may be narrower than
+    that of the model. Do not write to it: use `set_weight`.
+    """
+    known = find_weight(module)
+    weight = module.weight if known is None else known.read()
     assert isinstance(weight, Tensor)
-    return weight.detach().T if isinstance(module, Conv1D) else weight.detach()
+    weight = weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def get_stored_weight(module: nn.Module) -> Tensor:
+    """Return the weight of the checkpoint as `get_weight` does, whatever was set since."""
+    known = find_weight(module)
+    if known is None:
+        return get_weight(module)
+    return known.stored.T if isinstance(module, Conv1D) else known.stored
 
 
 def set_weight(module: nn.Module, W_OI: Tensor) -> None:
-    """Overwrite the weight in place with an (out, in) tensor."""
-    get_weight(module).copy_(W_OI)
+    """Let the module compute with an (out, in) tensor, which is kept and must not change."""
+    known = find_weight(module)
+    if known is None:
+        get_weight(module).copy_(W_OI)
+        return
+    known.write(W_OI.T.contiguous() if isinstance(module, Conv1D) else W_OI)
 
 
 @contextmanager
 def replace_weight(module: nn.Module, W_OI: Tensor) -> Iterator[None]:
     """Replace the weight by `W_OI` inside the context and restore it afterwards."""
-    before = get_weight(module).clone()
+    known = find_weight(module)
+    before = get_weight(module).clone() if known is None else known.source
     set_weight(module, W_OI)
     try:
         yield
     finally:
-        set_weight(module, before)
+        if known is not None:
+            known.write(before)
+        elif isinstance(before, Tensor):
+            set_weight(module, before)

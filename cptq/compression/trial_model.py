@@ -7,7 +7,7 @@ always for a compressor that uses no activations. For others (GPTQ, and the mask
 candidates) one thing differs: a block does not see the errors of the blocks before it. So a search
 uses the trial model, and what is written is compressed anew.
 
-Cost: each (unit, candidate) once, when it is first needed. Memory: the dense weights, the Hessians
+Cost: each (unit, candidate) once, when it is first needed. Memory: the Hessians
 (in^2 floats per unit, only for compressors that use activations), the codes of everything tried
 (1 byte a weight, and another for the mask of a sparse candidate).
 """
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight, set_weight
+from cptq.checkpoint.weights import get_stored_weight, set_weight
 from cptq.compression import COMPRESSORS
 from cptq.compression.layer import compress_layer
 from cptq.compression.vocabulary import choose_compressor
@@ -62,23 +62,16 @@ class TrialModel:
         self._hessians = hessians or {}
         self._units = {unit.name: unit for unit in model.all_units}
         self._made: dict[tuple[str, Candidate], list[CompressedLayer]] = {}
-        self._dense: dict[str, Tensor] = {}
         self._now: dict[str, Candidate] = {}
 
     @contextmanager
     def restore_after(self) -> Iterator[None]:
         """Allow `settle` inside; afterwards the model is dense again, to the bit."""
-        self._dense = {
-            spec.name: get_weight(self.model.linear(spec.name)).clone()
-            for unit in self.model.all_units
-            for spec in unit.layers
-        }
         try:
             yield
         finally:
-            for name, W_OI in self._dense.items():
-                set_weight(self.model.linear(name), W_OI)
-            self._dense, self._now = {}, {}
+            self.model.restore_dense()
+            self._now = {}
 
     def apply_choices(self, choices: Mapping[str, Candidate]) -> None:
         """Set the model to a choice; only units that differ from now are touched."""
@@ -123,8 +116,7 @@ class TrialModel:
 
     def _source(self, spec: LayerSpec) -> Tensor:
         """Return the dense weight, whatever the module holds now."""
-        known = self._dense.get(spec.name)
-        return get_weight(self.model.linear(spec.name)) if known is None else known
+        return get_stored_weight(self.model.linear(spec.name))
 
     def _compress(self, unit: Unit, candidate: Candidate) -> list[CompressedLayer]:
         outer = unit.block is None

@@ -102,12 +102,11 @@ class Tuned:
 
 
 def copy_dense(model: LoadedModel) -> LoadedModel:
-    """Return the dense model with weights of its own; what is never changed is shared."""
+    """Return the dense model, which stays dense; what is never changed in place is shared."""
     changed = {id(vector) for vector in find_free_vectors(model).values()}
-    for unit in model.all_units:
-        changed |= {id(model.linear(spec.name).weight) for spec in unit.layers}
     shared = {id(p): p for p in model.module.parameters() if id(p) not in changed}
-    return replace(model, module=copy.deepcopy(model.module, shared))
+    module, resident = copy.deepcopy((model.module, model.resident), shared)
+    return replace(model, module=module, resident=resident)
 
 
 def find_free_vectors(model: LoadedModel) -> dict[str, nn.Parameter]:
@@ -175,6 +174,8 @@ def tune(
         seed: of the order of the batches.
         emit: receives progress with the divergence on held-out text.
     """
+    if model.resident is not None:
+        model.resident.pin()
     free = _list_free(model, layers, float16_scales, RATES[objective.row])
     judges = [choose, *([judge] if judge else [])]
     start, before = [part.store() for part in free], [text.measure_rows() for text in judges]

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.report.formatting import format_number
 from cptq.types import Emit, Event, Notice, Plan, Progress
 
@@ -52,26 +51,16 @@ def keep_better_plan(
         divergence: from the dense model, on held-out text.
         emit: receives progress and the result; what a trial has to say about its layers is dropped.
     """
-    dense = _copy_weights(model)
     rows = []
     for tried in (plan, baseline):
         compress(tried, partial(_show_progress, emit, tried.allocator))
         rows.append(divergence.measure_rows())
-        for name, W_OI in dense.items():
-            set_weight(model.linear(name), W_OI)
+        model.restore_dense()
     own_R, other_R = rows
     better = plan if float(own_R.mean()) <= float(other_R.mean()) else baseline
     note = _describe_result(own_R, other_R, baseline, divergence)
     emit(note)
     return replace(better, notes=(*better.notes, note.message))
-
-
-def _copy_weights(model: LoadedModel) -> dict[str, Tensor]:
-    return {
-        spec.name: get_weight(model.linear(spec.name)).clone()
-        for unit in model.all_units
-        for spec in unit.layers
-    }
 
 
 def _show_progress(emit: Emit, allocator: str, event: Event) -> None:

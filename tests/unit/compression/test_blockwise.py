@@ -28,6 +28,7 @@ from cptq.numerics.asymmetric_target import compute_asymmetric_target
 from cptq.numerics.grid import dequantize_layer
 from cptq.types import Budget, Candidate, CompressedLayer, Event, Notice, Plan, Progress
 from tests.conftest import TinyModel
+from tests.left_behind import list_left_behind
 from tests.reference.moments import naive_cross_moment, naive_moment
 from tests.reference.sensitivity import loaded, random_calibration
 from tests.tiny_models import RECIPES, VOCABULARY
@@ -210,7 +211,7 @@ def test_the_module_holds_the_compressed_weights_and_nothing_else_changes(
         assert not torch.equal(W_OI, before.pop(layer.spec.weight_name))
     after = model.module.state_dict()
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert not [m for m in model.module.modules() if m._forward_pre_hooks or "forward" in vars(m)]
+    assert not list_left_behind(model.module)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -292,7 +293,7 @@ def test_an_activation_that_is_not_finite_is_named(
     with pytest.raises(CalibrationError, match=f"the inputs of {unit} are NaN or inf") as caught:
         run(model, random_calibration(model, rows=2, length=20), [MIXED[0]])
     assert "--dtype" in str(caught.value.hint)
-    assert not [m for m in model.module.modules() if m._forward_pre_hooks or "forward" in vars(m)]
+    assert not list_left_behind(model.module)
 
 
 def test_an_unknown_compressor(tiny_model: TinyModel) -> None:

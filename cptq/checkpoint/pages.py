@@ -1,0 +1,60 @@
+"""Give pages of mapped weight files back to the system once they have been read.
+
+Pages that a process has touched count as its memory until the system takes them back, which it
+does when memory is short. `madvise(MADV_DONTNEED)` gives them back at once: of a file that is
+mapped and was not changed nothing is lost, as the next access reads it again. Of memory that is not
+a file's, or that was written to, it would destroy the content, so only ranges that /proc/self/maps
+shows as mapped from one of the given files are touched, and weights are never written in place.
+
+Limits: Linux; elsewhere nothing is done.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+_MADV_DONTNEED = 4
+
+
+class MappedFiles:
+    """Where files are mapped in the memory of this process."""
+
+    def __init__(self, files: Iterable[Path]) -> None:
+        self._ranges = _find_ranges({str(file.resolve()) for file in files})
+        self._advise = ctypes.CDLL(None).madvise if self._ranges else None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> MappedFiles:
+        """Return itself: a copied model has its weights on the same pages."""
+        return self
+
+    def drop_pages(self, tensor: Tensor) -> None:
+        """Give back the whole pages of a tensor that lies in a mapped file; else do nothing."""
+        if self._advise is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
+            return
+        begin, page = tensor.data_ptr(), mmap.PAGESIZE
+        end = begin + tensor.nbytes
+        if not any(low <= begin and end <= high for low, high in self._ranges):
+            return
+        first, last = -(-begin // page) * page, end // page * page
+        if first < last:
+            self._advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
+
+
+def _find_ranges(paths: set[str]) -> list[tuple[int, int]]:
+    """Return the address ranges at which these files are mapped."""
+    if not sys.platform.startswith("linux"):
+        return []
+    found = []
+    for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
+        fields = line.split(maxsplit=5)
+        if len(fields) == 6 and fields[5] in paths:
+            low, high = fields[0].split("-")
+            found.append((int(low, 16), int(high, 16)))
+    return found
