@@ -34,9 +34,11 @@ from cptq.checkpoint.files import (
 )
 from cptq.checkpoint.hub import resolve_checkpoint
 from cptq.checkpoint.inventory import Inventory, find_blocks, find_ties, take_inventory
+from cptq.checkpoint.memory import Memory
 from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.checkpoint.pages import MappedFiles
 from cptq.checkpoint.resident import ResidentWeights
+from cptq.checkpoint.spill import Spill
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
 from cptq.errors import CptqError, ModelError, UsageError
@@ -135,7 +137,7 @@ def load_model(
     *,
     conv1d: bool = False,
     experts: bool = False,
-    limit: int | None = None,
+    memory: Memory | None = None,
     plain: bool = False,
 ) -> LoadedModel:
     """Load a dense checkpoint or a compressed artifact.
@@ -145,7 +147,7 @@ def load_model(
         emit: receives progress and notices.
         conv1d: count the Conv1D layers of GPT-2 as compressible.
         experts: split stacks of experts (`cptq.checkpoint.experts`).
-        limit: bytes that the matrices of a dense model may take in memory at once; None: no limit.
+        memory: what a dense model may take of it; None: it is in memory as a whole.
         plain: leave the model as transformers loads it, all of it in memory.
 
     Raises:
@@ -177,12 +179,15 @@ def load_model(
     if quantized or plain:
         module.to(device)
     else:
-        resident = ResidentWeights(device, dtype, limit, mapped)
+        resident = ResidentWeights(device, dtype, memory.weights if memory else None, mapped)
         resident.manage(module, _list_parts(module, family))
         module.config.dtype = dtype
     tensors = (
         list_unpacked_tensors(module, stored) if quantized else list_stored_tensors(module, stored)
     )
+    found = _take_inventory(module, family, tensors, quantized, emit, conv1d)
+    if memory is not None:
+        memory.check(found.layers)
     return LoadedModel(
         source=settings.model,
         path=path,
@@ -197,7 +202,11 @@ def load_model(
         device=device,
         dtype=dtype,
         resident=resident,
-        **_take_inventory(module, family, tensors, quantized, emit, conv1d),
+        spill=memory.make_spill() if memory else Spill(),
+        block_names=found.block_names,
+        layers=found.layers,
+        units=found.units,
+        vocabulary=found.vocabulary,
     )
 
 
@@ -227,31 +236,19 @@ def read_spec(settings: ModelSettings, emit: Emit) -> ModelSpec:
 
 def _take_inventory(
     module: nn.Module,
-    family: Any,
+    family: Architecture,
     tensors: tuple[TensorSpec, ...],
     quantized: bool,
     emit: Emit,
     conv1d: bool,
-) -> dict[str, Any]:
+) -> Inventory:
     if quantized:
-        found = Inventory(block_names=(), layers=(), units=())
-    else:
-        if family is GENERIC:
-            emit(
-                Notice(
-                    kind="info",
-                    subject=type(module).__name__,
-                    message="unknown family; blocks, roles and fused groups were inferred",
-                )
-            )
-        named = {spec.name: spec for spec in tensors}
-        found = take_inventory(module, family, named, emit, conv1d=conv1d)
-    return {
-        "block_names": found.block_names,
-        "layers": found.layers,
-        "units": found.units,
-        "vocabulary": found.vocabulary,
-    }
+        return Inventory(block_names=(), layers=(), units=())
+    if family is GENERIC:
+        message = "unknown family; blocks, roles and fused groups were inferred"
+        emit(Notice(kind="info", subject=type(module).__name__, message=message))
+    named = {spec.name: spec for spec in tensors}
+    return take_inventory(module, family, named, emit, conv1d=conv1d)
 
 
 def detect_kind(config: Mapping[str, Any], path: Path) -> ModelKind:

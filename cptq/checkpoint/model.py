@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from cptq.checkpoint.resident import ResidentWeights, find_weight
+from cptq.checkpoint.spill import Spill
 from cptq.types import LayerSpec, ModelKind, TensorSpec, Unit
 
 
@@ -47,7 +48,7 @@ class LoadedModel(ModelSpec):
     `tensors` is what a dense artifact holds: tied duplicates dropped, types as in the checkpoint.
     `layers` are all weight matrices in forward order, `units` the compressible decisions in the
     blocks, `vocabulary` those outside: the token embedding and the output head. `resident` keeps
-    the matrices of a dense model in memory while they are used.
+    the matrices of a dense model in memory while they are used, `spill` activations that wait.
     """
 
     module: nn.Module
@@ -61,6 +62,7 @@ class LoadedModel(ModelSpec):
     device: torch.device
     dtype: torch.dtype
     resident: ResidentWeights | None = None
+    spill: Spill = field(default_factory=Spill)
 
     def fetch(self, name: str) -> Tensor | None:
         """Return a tensor of `tensors` by its name; None if the model has none of that name.

@@ -11,7 +11,7 @@ A matrix that is not there is represented by a tensor of its shape and type that
 single number of memory: what reads it by mistake cannot go unnoticed.
 
 A matrix has a source: the stored tensor, another tensor that replaces it (`write`), or a function
-that makes it (`settle`), such as the multiplying out of compressed codes. The stored tensor is
+that makes it (`defer`), such as the multiplying out of compressed codes. The stored tensor is
 never changed, so that the dense model can be had again (`restore`) and needs no copy.
 
 Departure from accelerate's `disk_offload`, which loads linear by linear from a hook: a block is
@@ -90,6 +90,14 @@ class Weight:
         self.source = source
         if self.current is not None:
             self._place(self._convert())
+
+    def defer(self, source: Callable[[], Tensor]) -> None:
+        """Have the values made by a function when they are next brought into memory.
+
+        It gives those that the weight has now, so that what is in memory stays as it is.
+        """
+        if not self._pinned:
+            self.source = source
 
     def load(self) -> None:
         """Bring the values into memory, for one more user."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -93,6 +93,14 @@ def set_weight(module: nn.Module, W_OI: Tensor) -> None:
         get_weight(module).copy_(W_OI)
         return
     known.write(W_OI.T.contiguous() if isinstance(module, Conv1D) else W_OI)
+
+
+def defer_weight(module: nn.Module, make: Callable[[], Tensor]) -> None:
+    """Let a weight (out, in) that was set be made anew when it is needed, without a copy of it."""
+    known = find_weight(module)
+    if known is not None:
+        transposed = isinstance(module, Conv1D)
+        known.defer((lambda: make().T.contiguous()) if transposed else make)
 
 
 @contextmanager

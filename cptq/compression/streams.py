@@ -14,11 +14,13 @@ After the last block `collect_head` gives H of the output head.
 A walk is one pass where it can be: each batch runs in a greenlet, stops where a unit is about to
 read its input, waits until that unit is compressed, and goes on with the new weight. So nothing is
 run twice. Where the units of a block are not called once each in the order of the stages (experts,
-a linear used twice), or a stage is all there is, every stage has a pass of its own, and another
-follows that hands on what the compressed block gives. Both give the same numbers.
+a linear used twice), or a stage is all there is, or memory does not hold what waits, every stage
+has a pass of its own, and another follows that hands on what the compressed block gives. Both give
+the same numbers.
 
-Memory: two hidden states per token and, of one block, the dense inputs of its units and what
-waiting batches hold (in an MLP its widest activation). Limits: no C for an expert, to which the
+Memory: two hidden states per token and, of one block, the dense inputs of its units, which go to
+disk beyond a limit (`checkpoint.spill`), and what waiting batches hold (in an MLP its widest
+activation). Limits: no C for an expert, to which the
 router may send other tokens, nor for a unit whose inputs in the two streams have different shapes.
 """
 
@@ -29,6 +31,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -37,6 +40,7 @@ from torch import Tensor, nn
 from cptq.calibration.batches import Batch
 from cptq.calibration.replay import BlockReplay, forward
 from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.spill import Kept, States
 from cptq.errors import CalibrationError
 from cptq.numerics.asymmetric_target import CrossMoment
 from cptq.numerics.hessian import SecondMoment
@@ -45,6 +49,8 @@ from cptq.types import Unit
 #: batches that the dense stream takes, which give C. KL of smollm2-135m at 3 bits: all 0.0243, half
 #: 0.0244, a quarter 0.0253, for 605, 485 and 398 processor seconds
 DENSE_SHARE = 0.5
+#: bytes per token and feature of the widest layer that a batch holds while it waits in a block
+WAITING = 3 * 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -55,10 +61,10 @@ class Moments:
     C_II: Tensor | None = None
 
 
-def embed_batches(model: LoadedModel, batches: Sequence[Batch]) -> list[Tensor]:
+def embed_batches(model: LoadedModel, batches: Sequence[Batch]) -> States:
     """Return the input of the first block for every batch."""
     replay = BlockReplay(model, list(batches))
-    return [replay.embed(index) for index in range(len(batches))]
+    return States(model.spill, (replay.embed(index) for index in range(len(batches))))
 
 
 @torch.no_grad()
@@ -103,16 +109,17 @@ class Stream:
         batches: Sequence[Batch],
         *,
         dense: bool = False,
-        embedded: Sequence[Tensor] | None = None,
+        embedded: States | None = None,
     ) -> None:
         self._model = model
         self._replay = BlockReplay(model, list(batches))
         self._masks = [batch.get("attention_mask") for batch in batches]
-        self._hidden = [self._replay.embed(index) for index in range(len(batches))]
+        self._hidden = embed_batches(model, batches)
         kept = math.ceil(len(batches) * DENSE_SHARE)
-        self._dense = list(embedded or self._hidden)[:kept] if dense else None
+        begin = self._hidden if embedded is None else embedded
+        self._dense = States(model.spill, islice(begin, kept)) if dense else None
         #: what the dense stream hands to a unit: {unit: rows of each call, batch by batch}
-        self._read: dict[str, list[list[Tensor]]] = {}
+        self._read: dict[str, list[list[Kept]]] = {}
 
     def enter_block(self, block: int, units: Sequence[Unit]) -> bool:
         """Run the dense stream through a block that is still dense.
@@ -130,7 +137,8 @@ class Stream:
         def keep(unit_name: str, x: Tensor) -> None:
             orders[-1].append(unit_name)
             calls = self._read[unit_name]
-            calls[-1].append(select_real_rows(x, self._masks[len(calls) - 1]))
+            rows = select_real_rows(x, self._masks[len(calls) - 1])
+            calls[-1].append(self._model.spill.keep(rows))
 
         with _watch_inputs(self._find_first_linears(kept), keep):
             for index, state in enumerate(self._dense):
@@ -156,12 +164,20 @@ class Stream:
         Raises:
             CalibrationError: an input is NaN or infinite.
         """
-        if in_order and len(stages) > 1:
+        if in_order and len(stages) > 1 and self._can_wait():
             yield from self._walk_in_one_pass(block, [unit for (unit,) in stages])
             return
         for stage in stages:
             yield self.collect(block, stage)
-        self._hidden = [self._replay.run(block, h, i) for i, h in enumerate(self._hidden)]
+        for index, state in enumerate(self._hidden):
+            self._hidden[index] = self._replay.run(block, state, index)
+
+    def _can_wait(self) -> bool:
+        """Whether what all batches hold while they wait in a block fits into memory."""
+        limit = self._model.spill.limit
+        widths = [max(spec.shape) for spec in self._model.layers if spec.block is not None]
+        tokens = sum(batch["input_ids"].numel() for batch in self._replay.batches)
+        return limit is None or WAITING * tokens * max(widths, default=0) <= limit
 
     def _walk_in_one_pass(self, block: int, units: Sequence[Unit]) -> Iterator[dict[str, Moments]]:
         passes = [
@@ -183,7 +199,8 @@ class Stream:
                     gathered.add(select_real_rows(x, self._masks[index]), dense)
                 self._read.pop(unit.name, None)
                 yield {unit.name: gathered.join()}
-            self._hidden = [run.switch() for run in passes]
+            for index, run in enumerate(passes):
+                self._hidden[index] = run.switch()
 
     def _run_block(self, block: int, index: int) -> Tensor:
         arguments = self._replay.take_arguments(block, self._hidden[index], index)
@@ -234,7 +251,7 @@ class Stream:
         """Return what the dense stream handed to a unit in one call of one batch, if it ran it."""
         batches = self._read.get(unit_name, [])
         calls = batches[index] if index < len(batches) else []
-        return calls[call] if call < len(calls) else None
+        return calls[call].get() if call < len(calls) else None
 
 
 class _Gathered:

@@ -1,6 +1,6 @@
 """The settings of a run: immutable values, filled by the command line, YAML files or programs."""
 
-from cptq.config.checks import ALLOWED_BITS, check_repository, parse_sparsity
+from cptq.config.checks import ALLOWED_BITS, check_repository, parse_size, parse_sparsity
 from cptq.config.inputs import DTYPES, CalibrationSettings, ModelSettings
 from cptq.config.options import Option, find_flag, list_options
 from cptq.config.running import (
@@ -72,6 +72,7 @@ __all__ = [
     "flat_fields",
     "list_options",
     "name_fields",
+    "parse_size",
     "parse_sparsity",
     "read_file",
     "settings_from",

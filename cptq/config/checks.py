@@ -54,3 +54,26 @@ def check_repository(name: str | None) -> None:
         raise UsageError(
             f"--push-to-hub is {name!r}", allowed="a repository such as your-name/model-4bit"
         )
+
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*(k|m|g|t)?(i)?b?", re.IGNORECASE)
+
+
+def parse_size(text: str, flag: str) -> int:
+    """Return the bytes of a size such as `3GB` (powers of 1000) or `3GiB` (of 1024).
+
+    Raises:
+        UsageError: it is no size, or 0.
+    """
+    match = _SIZE.fullmatch(text.strip())
+    power = " kmgt".index((match[2] or " ").lower()) if match else 0
+    size = int(float(match[1]) * (1024 if match[3] else 1000) ** power) if match else 0
+    if size <= 0:
+        raise UsageError(f"{flag} is {text!r}", allowed="a size such as 3GB, 800MB or 1.5GiB")
+    return size
+
+
+def check_max_memory(text: str | None) -> None:
+    """Refuse what is no size."""
+    if text is not None:
+        parse_size(text, "--max-memory")

@@ -65,6 +65,14 @@ def push_to_hub_option() -> str | None:
     return option(None, help, OUTPUT, "REPO")
 
 
+def max_memory_option() -> str | None:
+    help = (
+        "Keep within this much memory, such as 3GB: hold one block of the model at a time, and put "
+        "activations on disk. The result is the same."
+    )
+    return option(None, help, EXECUTION, "SIZE", usual="80% of what is free")
+
+
 def out_option(help: str, metavar: str = "DIR", usual: str | None = None) -> Path | None:
     flags = ("--out", "--output", "-o")
     return option(None, help, OUTPUT, metavar, flags=flags, usual=usual)

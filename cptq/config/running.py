@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cptq.config.checks import check_limit
+from cptq.config.checks import check_limit, check_max_memory
 from cptq.config.inputs import (
     DEFAULT_TASKS,
     ModelSettings,
     batch_size_option,
     data_dir_option,
+    max_memory_option,
     out_option,
     overwrite_option,
     seed_option,
@@ -69,6 +70,7 @@ class EvaluationSettings:
         choices=("exact", "8bit"),
     )
     batch_size: int = batch_size_option()
+    max_memory: str | None = max_memory_option()
     data_dir: Path | None = data_dir_option()
     seed: int = seed_option()
     strict: bool = option(
@@ -80,6 +82,7 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         check_options(self)
         check_limit(self.limit)
+        check_max_memory(self.max_memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

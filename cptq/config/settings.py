@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from cptq.config.checks import check_bits, check_repository, parse_sparsity
+from cptq.config.checks import check_bits, check_max_memory, check_repository, parse_sparsity
 from cptq.config.inputs import (
     CalibrationSettings,
     ModelSettings,
+    max_memory_option,
     out_option,
     overwrite_option,
     push_to_hub_option,
@@ -117,8 +118,11 @@ class CandidateSettings:
         usual="none, as it gains little at most sizes",
     )
 
+    max_memory: str | None = max_memory_option()
+
     def __post_init__(self) -> None:
         check_options(self)
+        check_max_memory(self.max_memory)
         runtime = find_runtime(self.runtime)
         check_bits(self.bits)
         runtime.check(self.bits, self.group_size)

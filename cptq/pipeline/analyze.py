@@ -79,7 +79,7 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
 
 def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs:
     """Load the model, the tables and the text, and check them before anything is measured."""
-    model = load_dense(settings.model, recorder, conv1d=True)
+    model = load_dense(settings, recorder, conv1d=True)
     _report_dense_layers(model, settings, recorder)
     out = settings.out or Path(f"{model.path.name}-analysis")
     place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])

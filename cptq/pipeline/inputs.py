@@ -25,6 +25,7 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.holdout import count_part_rows, split_parts
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
+from cptq.checkpoint.memory import choose_memory
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
 from cptq.compression.vocabulary import list_candidates as list_vocabulary_candidates
@@ -32,9 +33,9 @@ from cptq.config import (
     RUNTIMES,
     AnalyzeSettings,
     CompressSettings,
-    ModelSettings,
     Runtime,
     find_runtime,
+    parse_size,
     parse_sparsity,
 )
 from cptq.errors import ModelError
@@ -126,7 +127,7 @@ def load_inputs(
     """
     runtime = find_runtime(settings.runtime)
     plan = None if settings.plan is None else Plan.load(settings.plan)
-    model = load_dense(settings.model, recorder, conv1d=runtime.conv1d)
+    model = load_dense(settings, recorder, conv1d=runtime.conv1d)
     check_units(model)
     if any(width < 16 for width in settings.bits):
         runtime.check_tensors(spec.name for spec in model.tensors)
@@ -351,14 +352,20 @@ def _read_text(
     return calibration, HeldOutText(**dict(zip(uses, parts, strict=True)))
 
 
-def load_dense(settings: ModelSettings, recorder: Recorder, *, conv1d: bool = False) -> LoadedModel:
+def load_dense(
+    settings: AnalyzeSettings | CompressSettings, recorder: Recorder, *, conv1d: bool = False
+) -> LoadedModel:
     """Load a model that is not compressed yet; `conv1d` as in `load_model`.
 
     Raises:
         ModelError: it is compressed, or cannot be loaded.
+        UsageError: --max-memory does not hold a block of it.
     """
+    folder = (settings.out or Path("out")).expanduser().absolute().parent
+    asked = settings.max_memory and parse_size(settings.max_memory, "--max-memory")
+    memory = choose_memory(asked or None, folder)
     with recorder.stage("load"):
-        model = load_model(settings, recorder, conv1d=conv1d, experts=True)
+        model = load_model(settings.model, recorder, conv1d=conv1d, experts=True, memory=memory)
     if model.quantized:
         raise ModelError(
             f"{model.source} is compressed already",

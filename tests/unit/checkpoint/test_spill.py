@@ -1,0 +1,81 @@
+"""Tensors that wait: exact from memory and from files, which go when nobody refers to them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from cptq.checkpoint.memory import BASE, Memory, choose_memory, count_least, measure_free_bytes
+from cptq.checkpoint.pages import MappedFiles
+from cptq.checkpoint.spill import Spill, States
+from cptq.errors import UsageError
+from cptq.types import LayerSpec
+
+
+def list_files(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.bool, torch.int64])
+def test_what_exceeds_the_limit_goes_to_a_file_and_comes_back_exactly(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    x = (torch.randn(7, 5) * 3).to(dtype)
+    spill = Spill(x.nbytes, tmp_path)
+    first, second = spill.keep(x), spill.keep(x.T)
+    assert len(list_files(tmp_path)) == 1
+    assert torch.equal(first.get(), x) and first.get().dtype is dtype
+    assert torch.equal(second.get(), x.T) and second.get().dtype is dtype
+    del second
+    assert list_files(tmp_path) == []
+    del first
+    assert spill.in_memory == 0
+    third = spill.keep(x)
+    assert list_files(tmp_path) == [] and torch.equal(third.get(), x)
+
+
+def test_an_empty_tensor_is_kept_too(tmp_path: Path) -> None:
+    assert Spill(-1, tmp_path).keep(torch.empty(0, 3)).get().shape == (0, 3)
+
+
+def test_states_are_a_list(tmp_path: Path) -> None:
+    states = States(Spill(0, tmp_path), [torch.zeros(2), torch.ones(2)])
+    states[0] = torch.full((2,), 5.0)
+    states.append(torch.full((2,), 7.0))
+    assert [float(state[0]) for state in states] == [5, 1, 7] and len(states) == 3
+    assert len(list_files(tmp_path)) == 3  # the one that was replaced is gone
+
+
+def test_pages_of_a_file_are_given_back_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "weights.bin"
+    torch.arange(1 << 16, dtype=torch.float32).numpy().tofile(path)
+    mapped = torch.from_file(str(path), shared=False, size=1 << 16)
+    own = torch.arange(1 << 16, dtype=torch.float32)
+    files = MappedFiles([path])
+    for tensor in (mapped, own, mapped[::2]):
+        files.drop_pages(tensor)
+    assert torch.equal(mapped, own)
+    assert torch.equal(own, torch.arange(1 << 16, dtype=torch.float32))
+
+
+def spec(shape: tuple[int, int], block: int | None = 0) -> LayerSpec:
+    return LayerSpec(name="x", block=block, role="q", kind="linear", shape=shape, dtype="F32")
+
+
+def test_a_limit_that_holds_no_block_is_refused_with_one_that_does() -> None:
+    layers = (spec((4096, 4096)), spec((4096, 11008)), spec((32000, 4096), None))
+    need = count_least(layers)
+    assert need > BASE + 4 * (4096 * 4096 + 4096 * 11008)
+    Memory(total=need, asked=True).check(layers)
+    with pytest.raises(UsageError, match="--max-memory 1,000,000 bytes") as caught:
+        Memory(total=1_000_000, asked=True).check(layers)
+    assert f"{-(-need // 10**6):,}MB" in str(caught.value.allowed)
+    Memory(total=1_000_000).check(layers)  # chosen by the machine: it is tried
+
+
+def test_a_limit_that_nobody_asked_for_is_less_than_what_is_free() -> None:
+    chosen = choose_memory(None)
+    assert 0 < chosen.total < measure_free_bytes() and not chosen.asked
+    assert choose_memory(5).total == 5
