@@ -56,7 +56,7 @@ def compress(problem: LayerProblem) -> LayerSolution:
         return replace(nearest.compress(problem), notes=(UNSEEN,))
     order_I = H_II.diagonal().argsort(descending=True, stable=True)
     asked = DAMPING if problem.damping is None else problem.damping
-    U_II, used = factor_damped_inverse(H_II[order_I][:, order_I], asked)
+    U_II, used = factor_damped_inverse(H_II[order_I.unsqueeze(1), order_I], asked)
     if U_II is None:
         solution = nearest.compress(problem)
         note = "the Hessian could not be factored even with full damping: rounded to nearest"

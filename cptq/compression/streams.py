@@ -273,8 +273,9 @@ class _Gathered:
             self._cross.add(dense_TI, seen_TI)
 
     def join(self) -> Moments:
-        H_II = self._second.mean_II
-        C_II = None if self._cross is None or not self._cross.tokens else self._cross.mean_II
+        """Return the moments; nothing can be added any more."""
+        H_II = self._second.finish()
+        C_II = None if self._cross is None or not self._cross.tokens else self._cross.finish()
         for X_II in (H_II, C_II):
             if X_II is not None and not bool(torch.isfinite(X_II).all()):
                 raise CalibrationError(

@@ -23,6 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cptq.numerics.cholesky import factor_in_place
 from cptq.numerics.hessian import add_damping
 
 #: a, how much of the correction is made
@@ -32,7 +33,7 @@ DAMPING = 0.05
 
 
 class CrossMoment:
-    """Running mean of (x - x^) x^^T over tokens; `mean_II` is C, `tokens` how many rows went in."""
+    """Running mean of (x - x^) x^^T over tokens; `finish` gives C, `tokens` how many rows went in."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self._sum_II = torch.zeros(features, features, device=device)
@@ -44,9 +45,10 @@ class CrossMoment:
         self._sum_II.addmm_((x_TI.float() - seen_TI).T, seen_TI)
         self.tokens += len(seen_TI)
 
-    @property
-    def mean_II(self) -> Tensor:
-        return self._sum_II / max(self.tokens, 1)
+    def finish(self) -> Tensor:
+        """Return C in the memory of the sums, to which nothing can be added any more."""
+        mean_II, self._sum_II = self._sum_II, torch.empty(0)
+        return mean_II.div_(max(self.tokens, 1))
 
 
 def compute_asymmetric_target(
@@ -67,8 +69,8 @@ def compute_asymmetric_target(
         damping: l as a share of the mean diagonal of H; dead inputs, whose columns of C are 0, take
             no part.
     """
-    L_II, failed = torch.linalg.cholesky_ex(add_damping(H_II, damping))
-    if int(failed):
+    L_II = factor_in_place(add_damping(H_II, damping))
+    if L_II is None:
         return W_OI
     change_OI = torch.cholesky_solve((W_OI @ C_II).T, L_II).T
     return torch.add(W_OI, change_OI, alpha=strength)

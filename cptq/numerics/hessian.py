@@ -22,6 +22,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cptq.numerics.cholesky import factor_in_place
+
 #: largest damping that is tried
 MOST_DAMPING = 1.0
 #: panels that a second moment is summed in: 0.63 of the multiply-adds, 0.68 of the time
@@ -49,8 +51,22 @@ class SecondMoment:
 
     @property
     def mean_II(self) -> Tensor:
-        upper_II = self._upper_II.triu() / max(self.tokens, 1)
-        return upper_II + upper_II.triu(1).T
+        """H, as a matrix of its own."""
+        return self._mirror(self._upper_II / max(self.tokens, 1))
+
+    def finish(self) -> Tensor:
+        """Return H in the memory of the sums, to which nothing can be added any more."""
+        mean_II, self._upper_II = self._upper_II, torch.empty(0)
+        return self._mirror(mean_II.div_(max(self.tokens, 1)))
+
+    def _mirror(self, upper_II: Tensor) -> Tensor:
+        """Fill in, in place, what lies left of the diagonal."""
+        for start in self._starts:
+            end = start + self._starts.step
+            square = upper_II[start:end, start:end]
+            square.copy_(square.triu() + square.triu(1).T)
+            upper_II[end:, start:end] = upper_II[start:end, end:].T
+        return upper_II
 
 
 def find_dead_inputs(H_II: Tensor) -> Tensor:
@@ -83,11 +99,16 @@ def factor_inverse(H_II: Tensor) -> Tensor | None:
     H^-1 = U^T U with U upper means H = L' L'^T reversed: factor the flipped matrix once, invert
     the triangle, and flip back, which is cheaper and more exact than inverting H first.
     """
-    L_II, failed = torch.linalg.cholesky_ex(H_II.flip(0, 1))
-    if int(failed) or not bool(torch.isfinite(L_II).all()):
+    return _factor_inverse_of_flipped(H_II.flip(0, 1))
+
+
+def _factor_inverse_of_flipped(flipped_II: Tensor) -> Tensor | None:
+    """Return U as `factor_inverse` does; the matrix is overwritten."""
+    L_II = factor_in_place(flipped_II)
+    if L_II is None or not bool(torch.isfinite(L_II).all()):
         return None
-    eye_II = torch.eye(H_II.shape[0], dtype=H_II.dtype, device=H_II.device)
-    inverse_II = torch.linalg.solve_triangular(L_II, eye_II, upper=False)
+    inverse_II = torch.eye(L_II.shape[0], dtype=L_II.dtype, device=L_II.device)
+    torch.linalg.solve_triangular(L_II, inverse_II, upper=False, out=inverse_II)
     U_II: Tensor = inverse_II.flip(0, 1)
     return U_II
 
@@ -100,7 +121,8 @@ def factor_damped_inverse(H_II: Tensor, damping: float) -> tuple[Tensor | None, 
     """
     used = damping
     while used <= MOST_DAMPING:
-        U_II = factor_inverse(add_damping(H_II, used))
+        flipped_II = add_damping(H_II, used).flip(0, 1)
+        U_II = _factor_inverse_of_flipped(flipped_II)
         if U_II is not None:
             return U_II, used
         used *= 10

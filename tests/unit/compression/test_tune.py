@@ -17,7 +17,7 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import Objective, choose_objective
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight
+from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import nearest
 from cptq.compression import tune as tuning
 from cptq.compression.layer import (
@@ -301,10 +301,13 @@ def test_the_copy_stays_dense_and_shares_what_stays_as_it_is(tiny_model: TinyMod
     positions = model.module.model.decoder.embed_positions.weight
     assert dense.module.model.decoder.embed_positions.weight is positions
     assert dense.module.get_output_embeddings().weight is dense.module.get_input_embeddings().weight
+    for unit in model.all_units:
+        for spec in unit.layers:
+            set_weight(model.linear(spec.name), torch.ones(spec.shape))
     with torch.no_grad():
-        for vector in model.module.parameters():
-            if vector is not positions:
-                vector.add_(1.0)
+        for vector in find_free_vectors(model).values():
+            vector.add_(1.0)
+    assert not torch.equal(model.module.state_dict()[spec.weight_name], before[spec.weight_name])
     assert all(torch.equal(x, before[n]) for n, x in dense.module.state_dict().items())
 
 
