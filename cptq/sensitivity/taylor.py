@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cptq.calibration.samples import LayerSample, SampleRequest
+from cptq.calibration.recorder import LayerSample, SampleRequest
 from cptq.sensitivity.metric import Metric, Needs, UnitView
 from cptq.types import Candidate
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import re
+import weakref
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
 from cptq.calibration.batches import split_held_out
 from cptq.calibration.objective import choose_objective, mask_real_tokens
+from cptq.calibration.recorder import LayerActivations, LayerSample, SampleRequest
 from cptq.calibration.replay import forward
-from cptq.calibration.samples import RowSampler, SampleRequest, Samples, collect_samples
+from cptq.calibration.row_sampler import RowSampler
+from cptq.calibration.samples import SamplePass, sample_blocks
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, replace_weight
 from cptq.errors import CalibrationError
@@ -20,6 +25,24 @@ from tests.reference.sensitivity import loaded, random_calibration
 
 ALL = SampleRequest(gradients=True, moments=True, activations=40)
 ARCHITECTURES = ("llama", "opt", "gpt_neox", "bert", "bert-encoder", "bert-mlm", "mpnet")
+
+
+@dataclass
+class Samples:
+    """What a pass gave, all blocks together."""
+
+    layers: dict[str, LayerSample]
+    activations: dict[str, LayerActivations]
+    done: SamplePass
+
+
+def collect_samples(*given: Any, **options: Any) -> Samples:
+    """Run a pass to its end and keep everything."""
+    found = Samples({}, {}, sample_blocks(*given, **options))
+    for samples in found.done:
+        found.layers |= samples.layers
+        found.activations |= samples.activations
+    return found
 
 
 def sampled(model: LoadedModel, wants: SampleRequest = ALL, **options: int) -> Samples:
@@ -63,8 +86,8 @@ def test_rows_equal_what_autograd_sees(arch: str, tiny_model: TinyModel) -> None
     x = ours.x_TI
     torch.testing.assert_close(ours.moment.mean_II, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
     assert ours.scale == pytest.approx(1 / len(answer))
-    assert samples.output_rows == len(answer)
-    assert len(samples.block_outputs) == len(model.block_names)
+    assert samples.done.output_rows == len(answer)
+    assert len(samples.done.block_outputs) == len(model.block_names)
 
 
 def test_the_fisher_measures_the_kl_in_nats(tiny_model: TinyModel) -> None:
@@ -108,10 +131,10 @@ def test_the_number_of_rows_is_kept_to(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("bert"))
     samples = sampled(model, keep=37)
     assert {len(layer.x_TI) for layer in samples.layers.values()} == {37}
-    assert {len(block) for block in samples.block_outputs} == {37}  # asked for 40
+    assert {len(block) for block in samples.done.block_outputs} == {37}  # asked for 40
     assert {len(view.y_TO) for view in samples.activations.values()} == {37}
     assert samples.layers[model.units[0].layers[0].name].scale == pytest.approx(
-        samples.tokens / (37 * samples.output_rows)
+        samples.done.tokens / (37 * samples.done.output_rows)
     )
 
 
@@ -200,26 +223,35 @@ def whole(model: LoadedModel, request: SampleRequest) -> Samples:
 
 @pytest.mark.parametrize("few", [1, 7, 100])
 def test_activation_rows_are_spread_over_all_rows_drawn(few: int) -> None:
-    quotas = [5, 0, 9, 16]
-    positions = RowSampler(0, sum(quotas), few)
+    masks = [torch.ones(2, width, dtype=torch.bool) for width in (5, 1, 9, 16)]
+    rows = RowSampler(masks, 0, 30, few)
     drawn: list[int] = []
     viewed: list[int] = []
-    for index, quota in enumerate(quotas):
-        positions.draw_batch(torch.ones(2, 20, dtype=torch.bool), quota)
-        drawn += [100 * index + int(row) for row in positions.get_rows(40)]
-        viewed += [100 * index + int(row) for row in positions.get_few(40)]
-    count = min(few, 30)
-    wanted = torch.linspace(0, 29, count).round().long().tolist()
+    for batch, mask in enumerate(masks):
+        drawn += [100 * batch + int(row) for row in rows.get_rows(batch, mask.numel())]
+        viewed += [100 * batch + int(row) for row in rows.get_few(batch, mask.numel())]
+    assert len(drawn) == 30
+    wanted = torch.linspace(0, 29, min(few, 30)).round().long().tolist()
     assert viewed == [drawn[place] for place in wanted]
 
 
 def test_padding_is_not_drawn_and_other_lengths_have_rows_of_their_own() -> None:
     mask = torch.tensor([[True, True, False, False], [True, False, False, False]])
-    positions = RowSampler(0, 3, 3)
-    positions.draw_batch(mask, 3)
-    assert positions.get_rows(8).tolist() == [0, 1, 4]
-    assert positions.get_rows(2).tolist() == [0, 1]
-    assert positions.get_few(2).tolist() == [0, 1]
+    rows = RowSampler([mask], 0, 3, 3)
+    assert rows.get_rows(0, 8).tolist() == [0, 1, 4]
+    assert rows.get_rows(0, 2).tolist() == [0, 1]
+    assert rows.get_few(0, 2).tolist() == [0, 1]
+
+
+def test_rows_of_other_lengths_depend_on_seed_batch_and_length_alone() -> None:
+    """Not on what was asked for before: blocks run in any order."""
+    masks = [torch.ones(4, 20, dtype=torch.bool)] * 3
+    asked = [(batch, length) for batch in range(3) for length in (50, 51, 80)]
+    first, again = RowSampler(masks, 0, 60, 0), RowSampler(masks, 0, 60, 0)
+    found = {place: first.get_rows(*place).tolist() for place in asked}
+    assert {place: again.get_rows(*place).tolist() for place in reversed(asked)} == found
+    assert len({tuple(rows) for rows in found.values()}) == len(asked)
+    assert RowSampler(masks, 1, 60, 0).get_rows(0, 50).tolist() != found[0, 50]
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt", "bert", "mpnet", "gpt2"])
@@ -245,7 +277,7 @@ def test_activations_are_the_same_whatever_else_is_kept(tiny_model: TinyModel) -
     for name, view in alone.activations.items():
         torch.testing.assert_close(view.x_TI, among.activations[name].x_TI)
         torch.testing.assert_close(view.y_TO, among.activations[name].y_TO)
-    torch.testing.assert_close(alone.block_outputs, among.block_outputs)
+    torch.testing.assert_close(alone.done.block_outputs, among.done.block_outputs)
     assert all(len(layer.x_TI) == 0 for layer in alone.layers.values())
     assert all(len(layer.x_TI) > 25 for layer in among.layers.values())
 
@@ -256,3 +288,29 @@ def test_an_output_that_is_nan_names_the_layer(tiny_model: TinyModel) -> None:
     get_weight(model.linear(last))[0, 0] = float("nan")
     with pytest.raises(CalibrationError, match=re.escape(last)):
         whole(model, SampleRequest(activations=25))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_samples_of_a_block_are_gone_when_the_next_is_there(
+    gradients: bool, tiny_model: TinyModel
+) -> None:
+    """Though the caller's loop still holds the block before."""
+    model = loaded(tiny_model("llama", num_hidden_layers=4))
+    batches = random_calibration(model).batches
+    request = SampleRequest(gradients=gradients, moments=True, activations=9)
+    objective = choose_objective(model.kind, model.config)
+    done = sample_blocks(model, batches, objective, request, seed=0, emit=lambda event: None)
+    kept: list[weakref.ref[Any]] = []
+    blocks = []
+    for samples in done:
+        assert samples.units
+        assert all(there() is None for there in kept)
+        blocks.append(samples.units[0].block)
+        tensors = [sample.x_TI for sample in samples.layers.values()]
+        few = [view.y_TO for view in samples.activations.values()]
+        moments = [sample.moment for sample in samples.layers.values()]
+        kept = [
+            weakref.ref(thing) for thing in (*tensors, *few, *moments, *samples.layers.values())
+        ]
+        del tensors, few, moments
+    assert blocks == ([3, 2, 1, 0] if gradients else [0, 1, 2, 3])
