@@ -43,7 +43,7 @@ class SampleRequest:
         )
 
 
-@dataclass(slots=True, weakref_slot=True, kw_only=True, eq=False)
+@dataclass(slots=True, kw_only=True, eq=False)
 class LayerSample:
     """Sampled rows of one linear, float32 on the CPU.
 

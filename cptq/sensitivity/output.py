@@ -23,7 +23,7 @@ Two forms, which differ in the rounding that they assume:
   sweep, and z^2 is corrected for being fitted and measured on the same tokens
   (`compute_optimism`).
 
-Cost: a forward and a backward pass, then per layer one factorisation in^3 (`output`) or per
+Cost: two forward passes and a backward one, then per layer one factorisation in^3 (`output`) or per
 candidate one product rows x out x in (`output-rtn`). Limits: inputs of the dense model; where an
 input is too wide for its full second moment, columns compensate for one another only within chunks
 of a quarter as many columns as there are rows, which overstates the error.

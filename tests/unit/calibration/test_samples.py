@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from cptq.calibration.batches import split_held_out
-from cptq.calibration.objective import choose_objective, mask_real_tokens
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.recorder import LayerActivations, LayerSample, SampleRequest
 from cptq.calibration.replay import forward
 from cptq.calibration.row_sampler import RowSampler
@@ -22,9 +22,12 @@ from cptq.errors import CalibrationError
 from cptq.types import Notice, Progress
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded, random_calibration
+from tests.reference.whole_passes import sample_linears
 
 ALL = SampleRequest(gradients=True, moments=True, activations=40)
-ARCHITECTURES = ("llama", "opt", "gpt_neox", "bert", "bert-encoder", "bert-mlm", "mpnet")
+ARCHITECTURES = (
+    "llama", "opt", "gpt2", "gpt_neox", "qwen3_moe", "bert", "bert-encoder", "bert-mlm", "mpnet",
+)  # fmt: skip
 
 
 @dataclass
@@ -53,41 +56,41 @@ def sampled(model: LoadedModel, wants: SampleRequest = ALL, **options: int) -> S
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_rows_equal_what_autograd_sees(arch: str, tiny_model: TinyModel) -> None:
-    """All tokens kept: inputs, gradients, moments and outputs, for one batch by plain autograd."""
-    model = loaded(tiny_model(arch))
+def test_block_by_block_equals_one_pass_through_the_whole_model(
+    arch: str, tiny_model: TinyModel
+) -> None:
+    """All tokens kept: inputs, gradients, moments and scales of every linear, of two batches."""
+    model = loaded(tiny_model(arch), conv1d=True)
     objective = choose_objective(model.kind, model.config)
-    batch = random_calibration(model, rows=3, length=17).batches[0]
+    batches = random_calibration(model, rows=7, length=17).batches
     samples = collect_samples(
-        model, [batch], objective, ALL, seed=3, emit=lambda event: None, keep=10_000
+        model, batches, objective, ALL, seed=3, emit=lambda event: None, keep=10_000
     )
-    spec = model.units[-1].layers[-1]
-    seen: list[torch.Tensor] = []
-
-    def look(module: object, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        output.retain_grad()
-        seen.extend([args[0], output])
-
-    module = model.linear(spec.name)
-    get = module.weight.requires_grad_(True)
-    handle = module.register_forward_hook(look)
-    answer = objective.select_rows(forward(model, batch), batch)
-    handle.remove()
-    directions = torch.Generator().manual_seed(3 + 1)
-    answer.backward(objective.draw_direction(answer, directions), retain_graph=True)
-    get.requires_grad_(False)
-    mask = mask_real_tokens(batch).flatten()  # some families flatten their tokens themselves
-    ours = samples.layers[spec.name]
-    assert ours.g_TO is not None
-    assert ours.moment is not None
-    torch.testing.assert_close(ours.x_TI, seen[0].detach().reshape(len(mask), -1)[mask])
-    gradient = seen[1].grad.reshape(len(mask), -1)[mask]
-    torch.testing.assert_close(ours.g_TO, gradient, rtol=1e-4, atol=1e-5)
-    x = ours.x_TI
-    torch.testing.assert_close(ours.moment.mean_II, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
-    assert ours.scale == pytest.approx(1 / len(answer))
-    assert samples.done.output_rows == len(answer)
+    whole, rows = sample_linears(model, batches, objective, seed=3)
+    assert set(samples.layers) == set(samples.activations) == set(whole)
+    assert samples.done.output_rows == rows
     assert len(samples.done.block_outputs) == len(model.block_names)
+    for name, truth in whole.items():
+        ours = samples.layers[name]
+        assert ours.g_TO is not None
+        assert ours.moment is not None
+        torch.testing.assert_close(ours.x_TI, torch.cat(truth.x))
+        torch.testing.assert_close(ours.g_TO, torch.cat(truth.g), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.moment.mean_II.double(), truth.moment, rtol=1e-4, atol=1e-5)
+        assert ours.scale == pytest.approx(truth.seen / (len(ours.x_TI) * rows))
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "qwen3_moe"])
+def test_moments_alone_are_those_of_a_pass_with_gradients(arch: str, tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model(arch))
+    alone, among = (sampled(model, SampleRequest(moments=True, gradients=g)) for g in (False, True))
+    assert set(alone.layers) == set(among.layers)
+    for name, layer in alone.layers.items():
+        other = among.layers[name].moment
+        assert layer.moment is not None
+        assert other is not None
+        assert layer.moment.tokens == other.tokens
+        torch.testing.assert_close(layer.moment.mean_II, other.mean_II)
 
 
 def test_the_fisher_measures_the_kl_in_nats(tiny_model: TinyModel) -> None:
@@ -291,26 +294,34 @@ def test_an_output_that_is_nan_names_the_layer(tiny_model: TinyModel) -> None:
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-def test_the_samples_of_a_block_are_gone_when_the_next_is_there(
+def test_the_samples_of_a_block_are_gone_before_the_next_runs(
     gradients: bool, tiny_model: TinyModel
 ) -> None:
-    """Though the caller's loop still holds the block before."""
+    """Though the caller's loop still holds what it was given."""
     model = loaded(tiny_model("llama", num_hidden_layers=4))
     batches = random_calibration(model).batches
     request = SampleRequest(gradients=gradients, moments=True, activations=9)
     objective = choose_objective(model.kind, model.config)
-    done = sample_blocks(model, batches, objective, request, seed=0, emit=lambda event: None)
     kept: list[weakref.ref[Any]] = []
+    left: list[int] = []
+
+    def count(*_: object) -> None:
+        left.append(sum(there() is not None for there in kept))
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(count)
     blocks = []
-    for samples in done:
-        assert samples.units
-        assert all(there() is None for there in kept)
+    for samples in sample_blocks(
+        model, batches, objective, request, seed=0, emit=lambda event: None
+    ):
         blocks.append(samples.units[0].block)
-        tensors = [sample.x_TI for sample in samples.layers.values()]
-        few = [view.y_TO for view in samples.activations.values()]
-        moments = [sample.moment for sample in samples.layers.values()]
-        kept = [
-            weakref.ref(thing) for thing in (*tensors, *few, *moments, *samples.layers.values())
-        ]
-        del tensors, few, moments
+        layers, few = samples.layers.values(), samples.activations.values()
+        kept += [weakref.ref(layer.x_TI) for layer in layers]
+        kept += [weakref.ref(layer.g_TO) for layer in layers if layer.g_TO is not None]
+        kept += [weakref.ref(layer.moment) for layer in layers if layer.moment is not None]
+        kept += [weakref.ref(view.y_TO) for view in few]
+        assert any(there() is not None for there in kept)
+        del layers, few
     assert blocks == ([3, 2, 1, 0] if gradients else [0, 1, 2, 3])
+    assert len(left) > 4
+    assert not any(left)
