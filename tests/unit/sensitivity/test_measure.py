@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.checkpoint.weights import get_weight
 from cptq.errors import CalibrationError, ModelError, UnknownNameError, UsageError
+from cptq.numerics.grid import fit_grid
 from cptq.numerics.masks import prune_by_magnitude
 from cptq.sensitivity import METRICS, SLOW, list_default_metrics
 from cptq.sensitivity.kurtosis import compute_kurtosis
 from cptq.sensitivity.measure import InterruptedMeasurementError, measure
 from cptq.sensitivity.metric import Memo
-from cptq.sensitivity.rounding import compute_rounding_error
+from cptq.sensitivity.rounding import NearestRounding, compute_rounding_error
 from cptq.types import Candidate, Notice, Progress, SensitivityTable, Unit
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded, random_calibration
@@ -205,6 +207,37 @@ def test_broken_weights_are_named(tiny_model: TinyModel, score: Score) -> None:
     get_weight(model.linear(name))[0, 0] = float("nan")
     with pytest.raises(ModelError, match=re.escape(name)):
         score(model, ["output"], CANDIDATES)
+
+
+def test_a_grid_is_fitted_once_and_kept_until_its_unit_is_scored(
+    tiny_model: TinyModel, score: Score, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes on the path, two metrics that round, and progress from unit to unit."""
+    fitted: list[torch.Size] = []
+    made: list[NearestRounding] = []
+    kept: list[int] = []
+
+    def fit(W_OI: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        fitted.append(W_OI.shape)
+        return fit_grid(W_OI, *rest, **options)
+
+    class Watched(NearestRounding):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    def listen(event: object) -> None:
+        if isinstance(event, Progress) and event.stage == "sensitivity":
+            kept.append(len(made[0]._grids))
+
+    monkeypatch.setattr("cptq.sensitivity.rounding.fit_grid", fit)
+    monkeypatch.setattr("cptq.sensitivity.prepare.NearestRounding", Watched)
+    model = loaded(tiny_model("llama"))
+    score(model, ("output", "taylor", "taylor-integrated"), CANDIDATES, emit=listen)
+    layers = sum(len(unit.layers) for unit in model.units)
+    assert len(fitted) == layers * len(CANDIDATES) == kept[0]
+    assert sorted(kept, reverse=True) == kept
+    assert kept[-1] == 0
 
 
 def test_a_model_without_compressible_layers_is_refused(
