@@ -160,7 +160,7 @@ def turn_by_turn(plain: Plain, run: Callable[[], None]) -> dict[str, Any]:
 def forward_only(needs: Any) -> bool:
     """Whether a metric runs the model forward and in no other way."""
     return not needs.path and bool(
-        needs.divergence or (needs.samples and not needs.samples.backward)
+        needs.divergence or (needs.samples and not needs.samples.gradients)
     )
 
 

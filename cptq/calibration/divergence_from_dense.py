@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from cptq.calibration.batches import Batch, count_tokens
 from cptq.calibration.objective import Objective, mask_real_tokens
 from cptq.calibration.replay import BlockReplay, forward
+from cptq.calibration.states import States
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import replace_weight
 from cptq.errors import CalibrationError
@@ -69,7 +70,8 @@ class DivergenceFromDense:
         self._objective = objective
         self._positions = [_choose_positions(row, objective) for row in self._rows]
         self._replay = BlockReplay(model, self._rows, self._positions)
-        self._inputs: list[list[Tensor]] = []
+        #: what enters each block, batch by batch
+        self._inputs: list[States] = []
         self._reference: list[Tensor] = []
         for index in range(len(self._rows)):
             z_RV = self._select(self._record(index) if units else self._run(None, index), index)
@@ -85,7 +87,7 @@ class DivergenceFromDense:
     def _record(self, index: int) -> object:
         """Return the dense model's output, and keep the input of every block."""
         inputs = list(self._run_dense(index))
-        self._inputs.append(inputs[:-1])
+        self._inputs.append(States(inputs[:-1]))
         return self._replay.finish(inputs[-1], index)
 
     def _number_windows(self) -> Tensor:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -164,19 +164,6 @@ def forward(model: LoadedModel, batch: Batch, positions: Tensor | None = None) -
     ):
         extra["logits_to_keep"] = positions
     return model.module(**batch, **extra)
-
-
-def run_body(model: LoadedModel, batch: Batch) -> Tensor:
-    """Run the model for the hooks on its units; return the last output.
-
-    An output head that holds no unit is skipped: in a language model it is a fifth of the work
-    (smollm2-135m).
-    """
-    prefix = f"{model.module.base_model_prefix}."
-    inside = all(spec.name.startswith(prefix) for unit in model.units for spec in unit.layers)
-    if not inside or model.kind != "causal-lm":
-        return cast(Tensor, forward(model, batch)[0])
-    return cast(Tensor, model.module.base_model(**batch, use_cache=False)[0])  # type: ignore[operator]
 
 
 @contextmanager

@@ -10,14 +10,15 @@ from torch import Tensor
 from cptq.allocation.cost import CostModel
 from cptq.calibration.batches import split_batches
 from cptq.calibration.objective import choose_objective
-from cptq.calibration.samples import SampleRequest, collect_samples, take_batches
+from cptq.calibration.recorder import SampleRequest
+from cptq.calibration.samples import sample_blocks, take_batches
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
 from cptq.compression.streams import measure_head_moment
 from cptq.compression.trial_model import TrialModel
 from cptq.compression.vocabulary import is_head
-from cptq.types import Candidate, Emit, Notice
+from cptq.types import Candidate, Emit, Notice, Progress
 
 #: tokens whose second moment stands for all where a head is tried
 HEAD_TOKENS = 4096
@@ -62,26 +63,38 @@ def build_trial_model(
         )
         emit(Notice(kind="fallback", subject=compressor, message=message))
         return build(model, compressor, emit, heads)
-    request = SampleRequest(moments=True)
-    samples = collect_samples(
+    hessians = _measure_units(model, calibration, compressor, seed, emit)
+    return build(model, compressor, emit, heads | hessians)
+
+
+def _measure_units(
+    model: LoadedModel, calibration: Calibration, compressor: str, seed: int, emit: Emit
+) -> dict[str, Tensor]:
+    """Return {unit: second moment of its inputs over all of the text}."""
+    objective = choose_objective(model.kind, model.config)
+    sampling = sample_blocks(
         model,
         calibration.batches,
-        choose_objective(model.kind, model.config),
-        request,
+        objective,
+        SampleRequest(moments=True),
         seed=seed,
         emit=emit,
         keep=1,
         tokens=calibration.tokens,
     )
-    hessians = dict(heads)
-    for unit in model.units:
-        sample = samples.layers.get(unit.layers[0].name)
-        if sample is not None and sample.moment is not None:
-            hessians[unit.name] = sample.moment.mean_II
-        else:
-            message = "too wide for a Hessian here: compared as if its inputs were independent"
-            emit(Notice(kind="fallback", subject=unit.name, message=message))
-    return build(model, compressor, emit, hessians)
+    hessians: dict[str, Tensor] = {}
+    blocks = len(model.block_names)
+    emit(Progress(stage="samples", done=0, total=blocks, message=f"{sampling.tokens:,} tokens"))
+    for done, samples in enumerate(sampling, 1):
+        for unit in samples.units:
+            sample = samples.layers.get(unit.layers[0].name)
+            if sample is not None and sample.moment is not None:
+                hessians[unit.name] = sample.moment.mean_II
+            else:
+                message = "too wide for a Hessian here: compared as if its inputs were independent"
+                emit(Notice(kind="fallback", subject=unit.name, message=message))
+        emit(Progress(stage="samples", done=done, total=blocks))
+    return hessians
 
 
 def _measure_heads(model: LoadedModel, calibration: Calibration) -> dict[str, Tensor]:

@@ -104,6 +104,7 @@ def measure_blocks(
     context = prepare_context(model, kinds, calibration, (), seed, emit)
     assert context.samples is not None
     assert context.divergence is not None
+    context.samples.run_to_end()
     found = compute_block_dissimilarities(context.samples.block_outputs)
     similarity = [_from_similarity(name, found[summary]) for name, summary in CMPQ.items()]
     pruning = _score_by_pruning(model, context.divergence, context.objective.unit, emit)

@@ -22,13 +22,13 @@ Included because the paper proposes it: check its rank correlation with `kl` bef
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from cptq.calibration.samples import SampleRequest
+from cptq.calibration.recorder import LayerActivations, SampleRequest
 from cptq.checkpoint.model import LoadedModel
 from cptq.numerics.canonical_correlation import (
     COMPONENTS,
@@ -67,6 +67,17 @@ def compute_block_dissimilarities(outputs: list[Tensor]) -> dict[Summary, list[f
     }
 
 
+def pair_activations(layers: Sequence[LayerActivations]) -> list[tuple[Tensor, Tensor]]:
+    """Return each input with the outputs, side by side, of the layers that read it."""
+    found: list[tuple[Tensor, list[Tensor]]] = []
+    for layer in layers:
+        outputs = next((ys for x_TI, ys in found if torch.equal(x_TI, layer.x_TI)), None)
+        if outputs is None:
+            found.append((layer.x_TI, outputs := []))
+        outputs.append(layer.y_TO)
+    return [(x_TI, torch.cat(ys, dim=1)) for x_TI, ys in found]
+
+
 class Cca(DimensionlessMetric):
     """Projection-weighted CCA."""
 
@@ -91,20 +102,9 @@ class Cca(DimensionlessMetric):
         return means[self.summary]
 
     def _average_inputs(self, view: UnitView) -> dict[Summary, float]:
-        scores = [self._compare(view, *pair) for pair in self._pair_activations(view)]
+        pairs = pair_activations(view.activations)
+        scores = [self._compare(view, *pair) for pair in pairs]
         return {s: sum(score[s] for score in scores) / len(scores) for s in SUMMARIES}
-
-    def _pair_activations(self, view: UnitView) -> list[tuple[Tensor, Tensor]]:
-        """Return each input with the outputs, side by side, of the layers that read it."""
-        assert self.context.samples is not None
-        found: list[tuple[Tensor, list[Tensor]]] = []
-        for spec in view.unit.layers:
-            layer = self.context.samples.activations[spec.name]
-            outputs = next((ys for x_TI, ys in found if torch.equal(x_TI, layer.x_TI)), None)
-            if outputs is None:
-                found.append((layer.x_TI, outputs := []))
-            outputs.append(layer.y_TO)
-        return [(x_TI, torch.cat(ys, dim=1)) for x_TI, ys in found]
 
     def _compare(self, view: UnitView, x_TI: Tensor, y_TO: Tensor) -> dict[Summary, float]:
         components = min(COMPONENTS, len(x_TI) // LEAST_PER_COMPONENT)
@@ -117,12 +117,12 @@ class Cca(DimensionlessMetric):
         return compute_dissimilarities(x_TI.to(device), y_TO.to(device), components=components)
 
     def aggregate_blocks(self, per_unit: Mapping[str, float]) -> dict[int, float]:
-        """Return each block's dissimilarity to all other blocks."""
-        samples = self.context.samples
-        assert samples is not None
-        found = self.context.memo.get(
-            "cca", lambda: compute_block_dissimilarities(samples.block_outputs)
-        )
+        """Return each block's dissimilarity to all other blocks; nothing before all have run."""
+        assert self.context.samples is not None
+        outputs = self.context.samples.block_outputs
+        if len(outputs) < len(self.context.model.block_names):
+            return {}
+        found = self.context.memo.get("cca", lambda: compute_block_dissimilarities(outputs))
         return dict(enumerate(found[self.summary]))
 
     def collect_details(self) -> dict[str, Any]:
@@ -130,7 +130,7 @@ class Cca(DimensionlessMetric):
         return {
             "summary": self.summary,
             "components": COMPONENTS,
-            "dissimilarity": self._summaries,
+            "dissimilarity": {n: self._summaries[n] for n in self.sort_units(self._summaries)},
         }
 
 

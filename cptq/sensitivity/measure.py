@@ -1,24 +1,27 @@
 """Measure sensitivity: show every unit to every metric and collect the scores in tables.
 
     shared passes (cptq.sensitivity.prepare)
-    for each unit: weights, for each candidate: dW = W - Q(W)    shared by all metrics
+    for each block, as the pass of the samples gives it:
+        for each unit: weights, for each candidate: dW = W - Q(W)    shared by all metrics
 
-A table does not depend on which other metrics are measured with it, unless memory forces fewer
-sampled rows. After an interrupt (Ctrl-C) the units that all metrics have scored are kept, in
-partial tables: their details hold `partial`, their files are called `METRIC.partial.json`, and no
-plan is made from them.
+Samples and the grids of the rounding are dropped on the way. Whatever the order of blocks, tables
+are in forward order. A table does not depend on which other metrics are measured with it, unless
+memory forces fewer sampled rows. After an interrupt (Ctrl-C) the units that all metrics have scored
+are kept, in partial tables: their details hold `partial`, their files are called
+`METRIC.partial.json`, and no plan is made from them.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from cptq.calibration.samples import LayerSample, Samples
+from cptq.calibration.recorder import LayerSample
+from cptq.calibration.samples import Samples
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
@@ -130,7 +133,7 @@ class _Run:
     negative: int = 0
 
     def keep_units(self, units: Sequence[str]) -> None:
-        """Drop the scores of all units but these."""
+        """Drop the scores of all units but these, and bring these into this order."""
         self.per_unit = {name: self.per_unit[name] for name in units}
         self.scores = {name: self.scores[name] for name in units}
 
@@ -147,19 +150,27 @@ class _Scoring:
     done: list[str] = field(default_factory=list)
 
     def score_units(self) -> None:
-        """Score all units in forward order."""
+        """Score all units, block by block."""
         context = self.context
-        units = context.model.units
-        for index, unit in enumerate(units):
-            context.emit(
-                Progress(stage="sensitivity", done=index, total=len(units), message=unit.name)
-            )
-            if _build_never_ran_error(unit, context.samples):
+        total = len(context.model.units)
+        for unit, samples in _walk_units(context):
+            done = len(self.done)
+            context.emit(Progress(stage="sensitivity", done=done, total=total, message=unit.name))
+            if _never_ran(unit, samples):
                 self._skip(unit)
             else:
-                self._score(_build_view(unit, context))
+                self._score(_build_view(unit, context, samples))
+            context.rounding.forget_unit(unit)
             self.done.append(unit.name)
-        context.emit(Progress(stage="sensitivity", done=len(units), total=len(units)))
+        context.emit(Progress(stage="sensitivity", done=total, total=total))
+        self._keep_done()
+
+    def _keep_done(self) -> None:
+        """Keep the scores of the units that are done, in forward order."""
+        scored = set(self.done)
+        done = [unit.name for unit in self.context.model.units if unit.name in scored]
+        for run in self.runs.values():
+            run.keep_units(done)
 
     def score_outer(self, compress: Compress | None) -> None:
         """Score the units outside the blocks."""
@@ -201,8 +212,7 @@ class _Scoring:
 
     def interrupt(self) -> InterruptedMeasurementError:
         """Return the error that holds the tables of the units that are done."""
-        for run in self.runs.values():
-            run.keep_units(self.done)
+        self._keep_done()
         done, total = len(self.done), len(self.context.model.units) + len(self.vocabulary)
         tables = self.build_tables({PARTIAL: {"units": done, "of": total}})
         return InterruptedMeasurementError(tables, done, total)
@@ -265,16 +275,25 @@ class _Scoring:
             run.scores[unit.name] = dict.fromkeys(self.context.candidates, 0.0)
 
 
-def _build_view(unit: Unit, context: Context) -> UnitView:
+def _walk_units(context: Context) -> Iterator[tuple[Unit, Samples | None]]:
+    """Yield every unit with the samples of its block, if any metric needs some."""
+    if context.samples is None:
+        yield from ((unit, None) for unit in context.model.units)
+        return
+    for samples in context.samples:
+        yield from ((unit, samples) for unit in samples.units)
+
+
+def _build_view(unit: Unit, context: Context, samples: Samples | None) -> UnitView:
     """Return the weights and samples of a unit on the model's device; shared inputs stay shared."""
     device = context.model.device
     weights = _read_weights(unit, context)
-    if context.samples is None:
+    if samples is None:
         return UnitView(unit=unit, weights=weights)
     inputs: dict[int, torch.Tensor] = {}
     moved = []
     for spec in unit.layers:
-        sample = context.samples.layers[spec.name]
+        sample = samples.layers[spec.name]
         x_TI = inputs.setdefault(id(sample.x_TI), sample.x_TI.to(device))
         moved.append(
             LayerSample(
@@ -284,14 +303,15 @@ def _build_view(unit: Unit, context: Context) -> UnitView:
                 scale=sample.scale,
             )
         )
-    return UnitView(unit=unit, weights=weights, samples=tuple(moved))
+    few = tuple(samples.activations[s.name] for s in unit.layers if samples.activations)
+    return UnitView(unit=unit, weights=weights, samples=tuple(moved), activations=few)
 
 
 def _read_weights(unit: Unit, context: Context) -> tuple[torch.Tensor, ...]:
     return tuple(get_weight(context.model.linear(s.name)).float() for s in unit.layers)
 
 
-def _build_never_ran_error(unit: Unit, samples: Samples | None) -> bool:
+def _never_ran(unit: Unit, samples: Samples | None) -> bool:
     return samples is not None and any(s.name not in samples.layers for s in unit.layers)
 
 
@@ -310,8 +330,8 @@ def _describe_passes(metric: Metric) -> dict[str, Any]:
     needs, context = metric.needs, metric.context
     details: dict[str, Any] = {}
     if needs.samples is not None and context.samples is not None:
-        kept = context.samples.layers if needs.samples.gradients else context.samples.activations
-        rows = max((len(sample.x_TI) for sample in kept.values()), default=0)
+        sampled, few = context.samples.sampled_rows, context.samples.activation_rows
+        rows = sampled if needs.samples.gradients else few
         details |= {"sampled_rows": rows, "pass_tokens": context.samples.tokens}
     if needs.path and context.path is not None:
         details |= {"gradient_tokens": context.path.tokens}

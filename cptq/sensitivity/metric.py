@@ -1,15 +1,17 @@
 """The base class of all metrics, and what the driver hands to them.
 
 A metric sees one unit at a time: first `measure_unit`, then `score_candidate` for each way to store
-it. Weights, samples and rounding errors are computed once by the driver and shared, and so is what
-several metrics derive from them (`UnitView.memo`, `Context.memo`); what a metric derives from a
-unit it keeps only until the next one.
+it. Units come block by block, in forward order within a block; the blocks from the last to the
+first where any metric needs gradients, else from the first to the last. Weights, samples and
+rounding errors are computed once by the driver and shared, and so is what several metrics derive
+from them (`UnitView.memo`, `Context.memo`); what a metric derives from a unit it keeps only until
+the next one.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -17,7 +19,8 @@ from torch import Tensor
 
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import Objective
-from cptq.calibration.samples import LayerSample, SampleRequest, Samples
+from cptq.calibration.recorder import LayerActivations, LayerSample, SampleRequest
+from cptq.calibration.samples import SamplePass
 from cptq.checkpoint.model import LoadedModel
 from cptq.sensitivity.rounding import NearestRounding
 from cptq.types import Candidate, Emit, Unit
@@ -69,13 +72,14 @@ class Needs:
 class Context:
     """What all units have in common; `samples`, `divergence` and `path` are None unless needed.
 
+    `samples` is the pass that the driver walks through; what it keeps of a unit is in `UnitView`.
     `calibration_tokens` is how many tokens a compressor will have. `compress` gives {layer: W_OI}
     of a unit stored as a candidate by the compressor of the run, where a metric wants that.
     """
 
     model: LoadedModel
     objective: Objective
-    samples: Samples | None
+    samples: SamplePass | None
     divergence: DivergenceFromDense | None
     path: PathGradients | None
     rounding: NearestRounding
@@ -92,12 +96,13 @@ class UnitView:
     """One unit: weights W_OI (float32) and samples of its layers, in the order of `unit.layers`.
 
     Layers that read the same input share one `x_TI` object. `samples` is empty where no metric
-    needs any.
+    needs any, and so is `activations`, in the order of the layers, too.
     """
 
     unit: Unit
     weights: tuple[Tensor, ...]
     samples: tuple[LayerSample, ...] = field(default=())
+    activations: tuple[LayerActivations, ...] = field(default=())
     memo: Memo = field(default_factory=Memo)
 
 
@@ -174,6 +179,11 @@ class Metric(ABC):
             else:
                 lacking.add(unit.block)
         return {block: total for block, total in sums.items() if block not in lacking}
+
+    def sort_units(self, names: Iterable[str]) -> list[str]:
+        """Return names of units in forward order, whatever the order they were scored in."""
+        order = {unit.name: place for place, unit in enumerate(self.context.model.units)}
+        return sorted(names, key=lambda name: order[name])
 
     def collect_details(self) -> dict[str, Any]:
         """Return what a reader of the table must know, as plain data, without times."""

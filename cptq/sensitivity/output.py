@@ -23,7 +23,7 @@ Two forms, which differ in the rounding that they assume:
   sweep, and z^2 is corrected for being fitted and measured on the same tokens
   (`compute_optimism`).
 
-Cost: a forward and a backward pass, then per layer one factorisation in^3 (`output`) or per
+Cost: two forward passes and a backward one, then per layer one factorisation in^3 (`output`) or per
 candidate one product rows x out x in (`output-rtn`). Limits: inputs of the dense model; where an
 input is too wide for its full second moment, columns compensate for one another only within chunks
 of a quarter as many columns as there are rows, which overstates the error.
@@ -36,7 +36,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cptq.calibration.samples import LayerSample, SampleRequest
+from cptq.calibration.recorder import LayerSample, SampleRequest
 from cptq.numerics.hessian import compute_live_mean, factor_damped_inverse
 from cptq.sensitivity.metric import Context, Metric, Needs, UnitView
 from cptq.sensitivity.taylor import compute_diagonal_fisher, compute_second_order
@@ -187,4 +187,4 @@ class Output(OutputNearest):
 
     def collect_details(self) -> dict[str, Any]:
         """Return the units whose inputs were too wide for a full second moment."""
-        return {"compensated_in_chunks": list(self._chunked)}
+        return {"compensated_in_chunks": self.sort_units(self._chunked)}

@@ -4,25 +4,32 @@ For a candidate c every unit is moved to W + t (Q_c(W) - W) together, and one fo
 backward pass of the rows give the gradient by every weight of L = mean over output rows of
 KL(dense || model there). L needs no labels, and its gradient at t = 0 is exactly 0. A gradient is
 as large as the model, so only two numbers per layer are kept, with d = Q(W) - W as the model holds
-it at t (in its own type), which saves rounding W again:
+it at t (in its own type):
 
     directional = sum_ki g_ki d_ki          absolute = sum_ki |g_ki d_ki|
+
+The passes go from block to block (cptq.calibration.block_chain). A block's weights are moved while
+all rows pass it, forward and later back, and are dense otherwise: both passes see the model with
+all units moved, and neither it nor its gradient ever exists as a whole.
 
 Used by `taylor-quantized`, `taylor-integrated` and `delta-loss`, which share the points that they
 both need.
 
-Cost: per candidate and point one forward pass and two backward passes' worth of products (inputs'
-and weights' gradients) over `PATH_TOKENS` tokens. Memory: two copies of the weights of all units
-(the dense ones and the gradients) beside the model. Limits: a few hundred tokens; the gradient is
-that of a model in which all other units are rounded to the same candidate as well.
+Cost: per candidate and point two forward passes and two backward passes' worth of products (inputs'
+and weights' gradients) over `PATH_TOKENS` tokens; the weights are encoded twice, on grids that are
+fitted once. Memory: three copies of the weights of one block (dense, d, gradients), the grids of
+all units (cptq.sensitivity.rounding), and a hidden state per token and block. Limits: a few hundred
+tokens; the gradient is that of a model in which all other units are rounded to the same candidate
+as well.
 """
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,11 +37,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cptq.calibration.batches import Batch, count_tokens
+from cptq.calibration.block_chain import BlockChain, find_unit_blocks
+from cptq.calibration.finite import build_not_finite_error
 from cptq.calibration.objective import Objective
-from cptq.calibration.replay import forward
-from cptq.calibration.samples import build_not_finite_error
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight, set_weight
+from cptq.checkpoint.weights import get_weight, replace_weight
 from cptq.sensitivity.metric import Metric, UnitView
 from cptq.sensitivity.rounding import NearestRounding, changes_weights
 from cptq.types import Candidate, Emit, Progress, Unit
@@ -132,18 +139,17 @@ def compute_path_gradients(
     emit(Progress(stage="gradients", done=0, total=len(steps), message="the dense model"))
     passes = _PathPasses(model, rows, objective, rounding)
     found = PathGradients(terms={}, divergence={}, tokens=count_tokens(rows))
-    with passes.track_gradients():
-        for done, (candidate, point) in enumerate(steps):
-            message = f"{candidate.label} at {point:g}"
-            emit(Progress(stage="gradients", done=done, total=len(steps), message=message))
-            key = candidate, point
-            found.terms[key], found.divergence[key] = passes.evaluate(candidate, point)
+    for done, (candidate, point) in enumerate(steps):
+        message = f"{candidate.label} at {point:g}"
+        emit(Progress(stage="gradients", done=done, total=len(steps), message=message))
+        key = candidate, point
+        found.terms[key], found.divergence[key] = passes.evaluate(candidate, point)
     emit(Progress(stage="gradients", done=len(steps), total=len(steps)))
     return found
 
 
 class _PathPasses:
-    """The dense weights and outputs, and the passes at any point of the path."""
+    """The dense model's outputs, and the passes at any point of the path, block by block."""
 
     def __init__(
         self,
@@ -154,67 +160,105 @@ class _PathPasses:
     ) -> None:
         self._model, self._rows = model, list(rows)
         self._objective, self._rounding = objective, rounding
-        self._modules = {s.name: model.linear(s.name) for u in model.units for s in u.layers}
-        self._dense = {name: get_weight(m).clone() for name, m in self._modules.items()}
-        with torch.no_grad():
-            outputs = [objective.select_rows(forward(model, row), row) for row in self._rows]
-        self._reference = [objective.compute_reference(z_RV) for z_RV in outputs]
-        self._count = sum(len(z_RV) for z_RV in outputs)
+        self._chain = BlockChain(model, rows)
+        self._where = list(zip(model.units, find_unit_blocks(model), strict=True))
+        self._reference = self._run_dense()
+        self._count = sum(len(reference_RV) for reference_RV in self._reference)
 
-    @contextmanager
-    def track_gradients(self) -> Iterator[None]:
-        """Track gradients of the units' weights only; restore weights and flags afterwards."""
-        flags = [(p, p.requires_grad) for p in self._model.module.parameters()]
-        try:
-            for parameter, _ in flags:
-                parameter.requires_grad_(False)
-            for module in self._modules.values():
-                _get_parameter(module).requires_grad_(True)
-            yield
-        finally:
-            for parameter, flag in flags:
-                parameter.requires_grad_(flag)
-            for name, module in self._modules.items():
-                set_weight(module, self._dense[name])
-                _get_parameter(module).grad = None
+    @torch.no_grad()
+    def _run_dense(self) -> list[Tensor]:
+        """Return what divergences are measured from, batch by batch."""
+        self._chain.embed()
+        for block in range(self._chain.blocks):
+            self._run_block(block, keep=False)
+        return [
+            self._objective.compute_reference(
+                self._objective.select_rows(self._chain.finish(index), row)
+            )
+            for index, row in enumerate(self._rows)
+        ]
+
+    def _run_block(self, block: int, *, keep: bool) -> None:
+        for _hidden in self._chain.forward_block(block, keep=keep):
+            pass
 
     def evaluate(self, candidate: Candidate, point: float) -> tuple[dict[str, Term], float]:
         """Return the terms by unit, and the divergence, at one point."""
-        for unit in self._model.units:
-            for spec, dW_OI in zip(unit.layers, self._round(unit, candidate), strict=True):
-                W_OI = self._dense[spec.name]
-                moved_OI = torch.sub(W_OI.float(), dW_OI, alpha=point)
-                set_weight(self._modules[spec.name], moved_OI)
-                _get_parameter(self._modules[spec.name]).grad = None
-        divergence = sum(self._run_batch(index) for index in range(len(self._rows))) / self._count
-        return {
-            unit.name: self._compute_term(unit, point) for unit in self._model.units
-        }, divergence
+        self._chain.embed()
+        for block in range(self._chain.blocks):
+            with self._move_block(block, candidate, point):
+                self._run_block(block, keep=True)
+        distances: list[float] = []
+        self._chain.turn_around(partial(self._judge, distances))
+        gradients: dict[str, Tensor] = {}
+        terms: dict[str, Term] = {}
+        for block in reversed(range(self._chain.blocks)):
+            with self._move_block(block, candidate, point) as changes:
+                self._go_back(block, gradients)
+                for unit, blocks in self._where:
+                    if block == min(blocks):
+                        terms[unit.name] = self._compute_term(unit, changes, gradients, point)
+        return terms, sum(distances) / self._count
 
-    def _round(self, unit: Unit, candidate: Candidate) -> tuple[Tensor, ...]:
-        weights = [self._dense[spec.name].float() for spec in unit.layers]
-        return self._rounding.compute_errors(unit, weights, candidate)
+    @contextmanager
+    def _move_block(
+        self, block: int, candidate: Candidate, point: float
+    ) -> Iterator[dict[str, Tensor]]:
+        """Move the weights of one block; yield {layer: t d}, as the model holds it, (out, in)."""
+        changes: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for unit in self._list_units(block):
+                modules = [self._model.linear(spec.name) for spec in unit.layers]
+                weights = [get_weight(module).float() for module in modules]
+                errors = self._rounding.compute_errors(unit, weights, candidate)
+                for spec, W_OI, dW_OI in zip(unit.layers, weights, errors, strict=True):
+                    moved_OI = torch.sub(W_OI, dW_OI, alpha=point).to(self._model.dtype)
+                    changes[spec.name] = moved_OI.float() - W_OI
+                    stack.enter_context(replace_weight(self._model.linear(spec.name), moved_OI))
+            yield changes
 
-    def _run_batch(self, index: int) -> float:
-        """Run one batch forward and backward; return the sum of its rows' divergences."""
-        reference_RV, row = self._reference[index], self._rows[index]
-        z_RV = self._objective.select_rows(forward(self._model, row), row)
+    def _list_units(self, block: int) -> list[Unit]:
+        return [unit for unit, blocks in self._where if block in blocks]
+
+    def _judge(self, distances: list[float], batch: int, output: Any) -> tuple[Tensor, Tensor]:
+        """Return the output rows and the gradient of their divergence; add that to `distances`."""
+        reference_RV = self._reference[batch]
+        z_RV = self._objective.select_rows(output, self._rows[batch])
         gradient_RV = self._objective.compute_gradient(reference_RV, z_RV)
         if not bool(torch.isfinite(gradient_RV).all()):
             raise build_not_finite_error("the output of the rounded model")
-        z_RV.backward(gradient_RV.to(z_RV.dtype))
-        return float(self._objective.compute_divergence(reference_RV, z_RV.detach()).sum())
+        rows = self._objective.compute_divergence(reference_RV, z_RV.detach())
+        distances.append(float(rows.sum()))
+        return z_RV, gradient_RV
 
-    def _compute_term(self, unit: Unit, point: float) -> Term:
+    def _go_back(self, block: int, gradients: dict[str, Tensor]) -> None:
+        """Pull gradients back through a block; add those by its weights, (out, in)."""
+        names = [spec.name for unit in self._list_units(block) for spec in unit.layers]
+        modules = [self._model.linear(name) for name in names]
+        with ExitStack() as stack:
+            for module in modules:
+                stack.enter_context(_track_gradient(module))
+            parameters = [_get_parameter(module) for module in modules]
+            found = self._chain.backward_block(block, parameters)
+        for name, module, gradient in zip(names, modules, found, strict=True):
+            if gradient is not None:
+                g_OI = gradient.T if isinstance(module, Conv1D) else gradient
+                gradients[name] = gradients[name] + g_OI if name in gradients else g_OI
+
+    def _compute_term(
+        self,
+        unit: Unit,
+        changes: Mapping[str, Tensor],
+        gradients: dict[str, Tensor],
+        point: float,
+    ) -> Term:
         directional = absolute = 0.0
         for spec in unit.layers:
-            module = self._modules[spec.name]
-            g_OI = _get_gradient(module)
+            g_OI = gradients.pop(spec.name, None)
             if g_OI is None:
                 continue  # it never ran: the driver skips it with a notice
             # the model has moved by t d: divide by t below
-            moved_OI = get_weight(module).float() - self._dense[spec.name].float()
-            product_OI = moved_OI.mul_(g_OI.float())
+            product_OI = changes[spec.name] * g_OI.float()
             directional += float(product_OI.sum()) / point
             absolute += float(product_OI.abs_().sum()) / point
         if directional != directional or absolute == float("inf"):
@@ -228,7 +272,12 @@ def _get_parameter(module: nn.Module) -> Tensor:
     return weight
 
 
-def _get_gradient(module: nn.Module) -> Tensor | None:
-    """Return the weight's gradient as (out, in), as `get_weight` does the weight."""
-    gradient = _get_parameter(module).grad
-    return gradient.T if gradient is not None and isinstance(module, Conv1D) else gradient
+@contextmanager
+def _track_gradient(module: nn.Module) -> Iterator[None]:
+    """Let the weight require a gradient."""
+    flag = _get_parameter(module).requires_grad
+    _get_parameter(module).requires_grad_(True)
+    try:
+        yield
+    finally:
+        _get_parameter(module).requires_grad_(flag)

@@ -1,4 +1,4 @@
-"""Check the input and run the shared passes, before the first unit is scored.
+"""Check the input and prepare the shared passes, before the first unit is scored.
 
     calibration rows -> fit | held out
     fit      -> samples of every linear (inputs, gradients)  for cca, taylor, output
@@ -23,7 +23,8 @@ from cptq.calibration.batches import (
 )
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
-from cptq.calibration.samples import SampleRequest, Samples, collect_samples
+from cptq.calibration.recorder import SampleRequest
+from cptq.calibration.samples import SamplePass, sample_blocks
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
@@ -69,8 +70,10 @@ def prepare_context(
     *,
     outer: bool = False,
 ) -> Context:
-    """Run the shared passes that these metrics need; `outer`: units outside the blocks are scored,
-    by their measured divergence.
+    """Prepare the shared passes that these metrics need: that of the samples runs while units are
+    scored, the others run here.
+
+    `outer`: units outside the blocks are scored, by their measured divergence.
 
     Raises:
         CalibrationError: no text, too few tokens for a metric, or NaN or infinity in a pass.
@@ -80,7 +83,7 @@ def prepare_context(
     samples = divergence = path = None
     if any(kind.needs.text for kind in kinds.values()):
         split = _split_text(model, kinds, calibration)
-        samples = _collect_samples(model, kinds, split, seed, emit)
+        samples = _prepare_samples(model, kinds, split, seed, emit)
         if outer or any(kind.needs.divergence for kind in kinds.values()):
             divergence = DivergenceFromDense(model, split.held_out, objective, emit)
         if samples and divergence and split.overlap:
@@ -122,9 +125,9 @@ def _split_text(model: LoadedModel, kinds: Kinds, calibration: Calibration | Non
     return split
 
 
-def _collect_samples(
+def _prepare_samples(
     model: LoadedModel, kinds: Kinds, split: Split, seed: int, emit: Emit
-) -> Samples | None:
+) -> SamplePass | None:
     requests = [kind.needs.samples for kind in kinds.values() if kind.needs.samples is not None]
     if not requests:
         return None
@@ -133,7 +136,7 @@ def _collect_samples(
         combined = combined | request
     objective = choose_objective(model.kind, model.config)
     least = max(kind.get_min_tokens(model) for kind in kinds.values())
-    return collect_samples(model, split.fit, objective, combined, seed=seed, emit=emit, least=least)
+    return sample_blocks(model, split.fit, objective, combined, seed=seed, emit=emit, least=least)
 
 
 def _compute_path_gradients(

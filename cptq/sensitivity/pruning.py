@@ -115,10 +115,11 @@ class Pruning(SlopeMetric):
         """Return curves and areas per unit, and the curve of the whole model with its knee."""
         whole = dict(sorted(self._whole_curve.items()))
         complete = set(WHOLE_MODEL_SPARSITIES) <= set(whole)
+        units = self.sort_units(self._curves)
         return {
             "sparsities": list(SPARSITIES),
-            "curve": self._curves,
-            "area": self._areas,
+            "curve": {name: self._curves[name] for name in units},
+            "area": {name: self._areas[name] for name in units},
             "whole_model_curve": {f"{p:g}": loss for p, loss in whole.items()},
             "essential_sparsity": find_essential_sparsity(whole) if complete else None,
         }

@@ -5,7 +5,8 @@ inputs, and its grid is fitted to what stays. By magnitude, so that a score need
 the compressors look at those (`cptq.compression.layer`) and lose less.
 
 Fitting the grids takes nearly all the time of rounding, and they are small: `NearestRounding` keeps
-those of every layer and candidate, so that repeating a change only costs the encoding.
+those of every layer and candidate until the unit is forgotten, so that repeating a change only
+costs the encoding.
 
 Memory: one number of the storage type per group, layer and candidate, and a byte for a zero point.
 """
@@ -51,7 +52,7 @@ def compute_rounding_error(W_OI: Tensor, spec: LayerSpec, candidate: Candidate) 
 
 
 class NearestRounding:
-    """Compute rounding errors on demand and keep the fitted grids."""
+    """Compute rounding errors on demand and keep the fitted grids until they are forgotten."""
 
     def __init__(self) -> None:
         self._grids: dict[tuple[str, Candidate], Grid] = {}
@@ -74,6 +75,11 @@ class NearestRounding:
         kept_OGK = kept_OI.reshape(*scale_OG.shape, -1)
         codes_OGK = encode(kept_OGK, candidate.bits, scale_OG.to(W_OI.dtype), zero_OG)
         return W_OI - dequantize(codes_OGK.view(W_OI.shape), scale_OG, zero_OG, dtype=W_OI.dtype)
+
+    def forget_unit(self, unit: Unit) -> None:
+        """Drop the grids of a unit."""
+        names = {spec.name for spec in unit.layers}
+        self._grids = {key: grid for key, grid in self._grids.items() if key[0] not in names}
 
     def _grid(self, kept_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Grid:
         """Return the grid of a layer at a candidate, fitted when it is first needed."""

@@ -12,9 +12,9 @@ but it belongs to another loss, that of the calibration text's own words, and a 
 judged by its distance from the dense one. Added to the second order it ranked units worse on text
 of another domain (CHANGELOG.md has the figures).
 
-Cost: one forward and one backward pass, then one product of size rows x out x in per layer and one
-pass over the weights per candidate. Limits: no products between weights, so correlated inputs (a
-large common mean) are under-counted; `output-rtn` has those between inputs.
+Cost: two forward passes and a backward one, then one product of size rows x out x in per layer and
+one pass over the weights per candidate. Limits: no products between weights, so correlated inputs
+(a large common mean) are under-counted; `output-rtn` has those between inputs.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import Tensor
 
-from cptq.calibration.samples import LayerSample, SampleRequest
+from cptq.calibration.recorder import LayerSample, SampleRequest
 from cptq.sensitivity.metric import Metric, Needs, UnitView
 from cptq.types import Candidate
 

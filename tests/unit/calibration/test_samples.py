@@ -3,23 +3,49 @@
 from __future__ import annotations
 
 import re
+import weakref
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 
 from cptq.calibration.batches import split_held_out
-from cptq.calibration.objective import choose_objective, mask_real_tokens
+from cptq.calibration.objective import choose_objective
+from cptq.calibration.recorder import LayerActivations, LayerSample, SampleRequest
 from cptq.calibration.replay import forward
-from cptq.calibration.samples import RowSampler, SampleRequest, Samples, collect_samples
+from cptq.calibration.row_sampler import RowSampler
+from cptq.calibration.samples import SamplePass, sample_blocks
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, replace_weight
 from cptq.errors import CalibrationError
 from cptq.types import Notice, Progress
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded, random_calibration
+from tests.reference.whole_passes import sample_linears
 
 ALL = SampleRequest(gradients=True, moments=True, activations=40)
-ARCHITECTURES = ("llama", "opt", "gpt_neox", "bert", "bert-encoder", "bert-mlm", "mpnet")
+ARCHITECTURES = (
+    "llama", "opt", "gpt2", "gpt_neox", "qwen3_moe", "bert", "bert-encoder", "bert-mlm", "mpnet",
+)  # fmt: skip
+
+
+@dataclass
+class Samples:
+    """What a pass gave, all blocks together."""
+
+    layers: dict[str, LayerSample]
+    activations: dict[str, LayerActivations]
+    done: SamplePass
+
+
+def collect_samples(*given: Any, **options: Any) -> Samples:
+    """Run a pass to its end and keep everything."""
+    found = Samples({}, {}, sample_blocks(*given, **options))
+    for samples in found.done:
+        found.layers |= samples.layers
+        found.activations |= samples.activations
+    return found
 
 
 def sampled(model: LoadedModel, wants: SampleRequest = ALL, **options: int) -> Samples:
@@ -30,41 +56,41 @@ def sampled(model: LoadedModel, wants: SampleRequest = ALL, **options: int) -> S
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_rows_equal_what_autograd_sees(arch: str, tiny_model: TinyModel) -> None:
-    """All tokens kept: inputs, gradients, moments and outputs, for one batch by plain autograd."""
-    model = loaded(tiny_model(arch))
+def test_block_by_block_equals_one_pass_through_the_whole_model(
+    arch: str, tiny_model: TinyModel
+) -> None:
+    """All tokens kept: inputs, gradients, moments and scales of every linear, of two batches."""
+    model = loaded(tiny_model(arch), conv1d=True)
     objective = choose_objective(model.kind, model.config)
-    batch = random_calibration(model, rows=3, length=17).batches[0]
+    batches = random_calibration(model, rows=7, length=17).batches
     samples = collect_samples(
-        model, [batch], objective, ALL, seed=3, emit=lambda event: None, keep=10_000
+        model, batches, objective, ALL, seed=3, emit=lambda event: None, keep=10_000
     )
-    spec = model.units[-1].layers[-1]
-    seen: list[torch.Tensor] = []
+    whole, rows = sample_linears(model, batches, objective, seed=3)
+    assert set(samples.layers) == set(samples.activations) == set(whole)
+    assert samples.done.output_rows == rows
+    assert len(samples.done.block_outputs) == len(model.block_names)
+    for name, truth in whole.items():
+        ours = samples.layers[name]
+        assert ours.g_TO is not None
+        assert ours.moment is not None
+        torch.testing.assert_close(ours.x_TI, torch.cat(truth.x))
+        torch.testing.assert_close(ours.g_TO, torch.cat(truth.g), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ours.moment.mean_II.double(), truth.moment, rtol=1e-4, atol=1e-5)
+        assert ours.scale == pytest.approx(truth.seen / (len(ours.x_TI) * rows))
 
-    def look(module: object, args: tuple[torch.Tensor], output: torch.Tensor) -> None:
-        output.retain_grad()
-        seen.extend([args[0], output])
 
-    module = model.linear(spec.name)
-    get = module.weight.requires_grad_(True)
-    handle = module.register_forward_hook(look)
-    answer = objective.select_rows(forward(model, batch), batch)
-    handle.remove()
-    directions = torch.Generator().manual_seed(3 + 1)
-    answer.backward(objective.draw_direction(answer, directions), retain_graph=True)
-    get.requires_grad_(False)
-    mask = mask_real_tokens(batch).flatten()  # some families flatten their tokens themselves
-    ours = samples.layers[spec.name]
-    assert ours.g_TO is not None
-    assert ours.moment is not None
-    torch.testing.assert_close(ours.x_TI, seen[0].detach().reshape(len(mask), -1)[mask])
-    gradient = seen[1].grad.reshape(len(mask), -1)[mask]
-    torch.testing.assert_close(ours.g_TO, gradient, rtol=1e-4, atol=1e-5)
-    x = ours.x_TI
-    torch.testing.assert_close(ours.moment.mean_II, x.T @ x / len(x), rtol=1e-4, atol=1e-5)
-    assert ours.scale == pytest.approx(1 / len(answer))
-    assert samples.output_rows == len(answer)
-    assert len(samples.block_outputs) == len(model.block_names)
+@pytest.mark.parametrize("arch", ["llama", "bert", "qwen3_moe"])
+def test_moments_alone_are_those_of_a_pass_with_gradients(arch: str, tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model(arch))
+    alone, among = (sampled(model, SampleRequest(moments=True, gradients=g)) for g in (False, True))
+    assert set(alone.layers) == set(among.layers)
+    for name, layer in alone.layers.items():
+        other = among.layers[name].moment
+        assert layer.moment is not None
+        assert other is not None
+        assert layer.moment.tokens == other.tokens
+        torch.testing.assert_close(layer.moment.mean_II, other.mean_II)
 
 
 def test_the_fisher_measures_the_kl_in_nats(tiny_model: TinyModel) -> None:
@@ -108,10 +134,10 @@ def test_the_number_of_rows_is_kept_to(tiny_model: TinyModel) -> None:
     model = loaded(tiny_model("bert"))
     samples = sampled(model, keep=37)
     assert {len(layer.x_TI) for layer in samples.layers.values()} == {37}
-    assert {len(block) for block in samples.block_outputs} == {37}  # asked for 40
+    assert {len(block) for block in samples.done.block_outputs} == {37}  # asked for 40
     assert {len(view.y_TO) for view in samples.activations.values()} == {37}
     assert samples.layers[model.units[0].layers[0].name].scale == pytest.approx(
-        samples.tokens / (37 * samples.output_rows)
+        samples.done.tokens / (37 * samples.done.output_rows)
     )
 
 
@@ -200,26 +226,35 @@ def whole(model: LoadedModel, request: SampleRequest) -> Samples:
 
 @pytest.mark.parametrize("few", [1, 7, 100])
 def test_activation_rows_are_spread_over_all_rows_drawn(few: int) -> None:
-    quotas = [5, 0, 9, 16]
-    positions = RowSampler(0, sum(quotas), few)
+    masks = [torch.ones(2, width, dtype=torch.bool) for width in (5, 1, 9, 16)]
+    rows = RowSampler(masks, 0, 30, few)
     drawn: list[int] = []
     viewed: list[int] = []
-    for index, quota in enumerate(quotas):
-        positions.draw_batch(torch.ones(2, 20, dtype=torch.bool), quota)
-        drawn += [100 * index + int(row) for row in positions.get_rows(40)]
-        viewed += [100 * index + int(row) for row in positions.get_few(40)]
-    count = min(few, 30)
-    wanted = torch.linspace(0, 29, count).round().long().tolist()
+    for batch, mask in enumerate(masks):
+        drawn += [100 * batch + int(row) for row in rows.get_rows(batch, mask.numel())]
+        viewed += [100 * batch + int(row) for row in rows.get_few(batch, mask.numel())]
+    assert len(drawn) == 30
+    wanted = torch.linspace(0, 29, min(few, 30)).round().long().tolist()
     assert viewed == [drawn[place] for place in wanted]
 
 
 def test_padding_is_not_drawn_and_other_lengths_have_rows_of_their_own() -> None:
     mask = torch.tensor([[True, True, False, False], [True, False, False, False]])
-    positions = RowSampler(0, 3, 3)
-    positions.draw_batch(mask, 3)
-    assert positions.get_rows(8).tolist() == [0, 1, 4]
-    assert positions.get_rows(2).tolist() == [0, 1]
-    assert positions.get_few(2).tolist() == [0, 1]
+    rows = RowSampler([mask], 0, 3, 3)
+    assert rows.get_rows(0, 8).tolist() == [0, 1, 4]
+    assert rows.get_rows(0, 2).tolist() == [0, 1]
+    assert rows.get_few(0, 2).tolist() == [0, 1]
+
+
+def test_rows_of_other_lengths_depend_on_seed_batch_and_length_alone() -> None:
+    """Not on what was asked for before: blocks run in any order."""
+    masks = [torch.ones(4, 20, dtype=torch.bool)] * 3
+    asked = [(batch, length) for batch in range(3) for length in (50, 51, 80)]
+    first, again = RowSampler(masks, 0, 60, 0), RowSampler(masks, 0, 60, 0)
+    found = {place: first.get_rows(*place).tolist() for place in asked}
+    assert {place: again.get_rows(*place).tolist() for place in reversed(asked)} == found
+    assert len({tuple(rows) for rows in found.values()}) == len(asked)
+    assert RowSampler(masks, 1, 60, 0).get_rows(0, 50).tolist() != found[0, 50]
 
 
 @pytest.mark.parametrize("arch", ["llama", "opt", "bert", "mpnet", "gpt2"])
@@ -245,7 +280,7 @@ def test_activations_are_the_same_whatever_else_is_kept(tiny_model: TinyModel) -
     for name, view in alone.activations.items():
         torch.testing.assert_close(view.x_TI, among.activations[name].x_TI)
         torch.testing.assert_close(view.y_TO, among.activations[name].y_TO)
-    torch.testing.assert_close(alone.block_outputs, among.block_outputs)
+    torch.testing.assert_close(alone.done.block_outputs, among.done.block_outputs)
     assert all(len(layer.x_TI) == 0 for layer in alone.layers.values())
     assert all(len(layer.x_TI) > 25 for layer in among.layers.values())
 
@@ -256,3 +291,37 @@ def test_an_output_that_is_nan_names_the_layer(tiny_model: TinyModel) -> None:
     get_weight(model.linear(last))[0, 0] = float("nan")
     with pytest.raises(CalibrationError, match=re.escape(last)):
         whole(model, SampleRequest(activations=25))
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_the_samples_of_a_block_are_gone_before_the_next_runs(
+    gradients: bool, tiny_model: TinyModel
+) -> None:
+    """Though the caller's loop still holds what it was given."""
+    model = loaded(tiny_model("llama", num_hidden_layers=4))
+    batches = random_calibration(model).batches
+    request = SampleRequest(gradients=gradients, moments=True, activations=9)
+    objective = choose_objective(model.kind, model.config)
+    kept: list[weakref.ref[Any]] = []
+    left: list[int] = []
+
+    def count(*_: object) -> None:
+        left.append(sum(there() is not None for there in kept))
+
+    for block in model.blocks:
+        block.register_forward_pre_hook(count)
+    blocks = []
+    for samples in sample_blocks(
+        model, batches, objective, request, seed=0, emit=lambda event: None
+    ):
+        blocks.append(samples.units[0].block)
+        layers, few = samples.layers.values(), samples.activations.values()
+        kept += [weakref.ref(layer.x_TI) for layer in layers]
+        kept += [weakref.ref(layer.g_TO) for layer in layers if layer.g_TO is not None]
+        kept += [weakref.ref(layer.moment) for layer in layers if layer.moment is not None]
+        kept += [weakref.ref(view.y_TO) for view in few]
+        assert any(there() is not None for there in kept)
+        del layers, few
+    assert blocks == ([3, 2, 1, 0] if gradients else [0, 1, 2, 3])
+    assert len(left) > 4
+    assert not any(left)

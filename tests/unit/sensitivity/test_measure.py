@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,12 +16,13 @@ from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.checkpoint.weights import get_weight
 from cptq.errors import CalibrationError, ModelError, UnknownNameError, UsageError
+from cptq.numerics.grid import fit_grid
 from cptq.numerics.masks import prune_by_magnitude
 from cptq.sensitivity import METRICS, SLOW, list_default_metrics
 from cptq.sensitivity.kurtosis import compute_kurtosis
 from cptq.sensitivity.measure import InterruptedMeasurementError, measure
 from cptq.sensitivity.metric import Memo
-from cptq.sensitivity.rounding import compute_rounding_error
+from cptq.sensitivity.rounding import NearestRounding, compute_rounding_error
 from cptq.types import Candidate, Notice, Progress, SensitivityTable, Unit
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded, random_calibration
@@ -101,10 +103,14 @@ def test_all_is_every_metric_but_the_slow_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "metrics", [("output", "pruning", "cca"), ("taylor-integrated", "kurtosis")]
+    ("metrics", "order"),
+    [
+        (("output", "pruning", "cca"), [1, 0]),  # gradients come from behind
+        (("taylor-integrated", "kurtosis"), [0, 1]),
+    ],
 )
 def test_an_interrupt_hands_over_the_units_that_are_done(
-    metrics: tuple[str, ...], tiny_model: TinyModel, score: Score
+    metrics: tuple[str, ...], order: list[int], tiny_model: TinyModel, score: Score
 ) -> None:
     model = loaded(tiny_model("llama"))
     before = {name: value.clone() for name, value in model.module.state_dict().items()}
@@ -118,14 +124,33 @@ def test_an_interrupt_hands_over_the_units_that_are_done(
         score(model, metrics, (*CANDIDATES, DENSE), rows=20, emit=stop)
     assert isinstance(caught.value, KeyboardInterrupt)
     assert (caught.value.done, caught.value.total) == (5, len(model.units))
-    done = [unit.name for unit in model.units[:5]]
+    blocks = [[unit.name for unit in model.units if unit.block == block] for block in order]
+    scored = {*blocks[0], blocks[1][0]}
+    done = [unit.name for unit in model.units if unit.name in scored]  # in forward order
     for name, table in caught.value.tables.items():
+        assert list(table.scores) == list(table.per_unit) == done
         assert table.scores == {unit: whole[name].scores[unit] for unit in done}
         assert table.per_unit == {unit: whole[name].per_unit[unit] for unit in done}
         assert table.details["partial"] == {"units": 5, "of": len(model.units)}
-        if name != "cca":  # which compares whole blocks, and those have all been seen
-            assert set(table.per_block) == {0}
+        if name == "cca":  # which compares whole blocks, and all have run
+            assert table.per_block == whole[name].per_block
+        else:
+            assert set(table.per_block) == {order[0]}
     assert all(torch.equal(before[n], v) for n, v in model.module.state_dict().items())
+
+
+def test_blocks_are_not_compared_before_all_have_run(tiny_model: TinyModel, score: Score) -> None:
+    """Without gradients the last block runs after the units of the first have been scored."""
+
+    def stop(event: object) -> None:
+        if isinstance(event, Progress) and (event.stage, event.done) == ("sensitivity", 2):
+            raise KeyboardInterrupt
+
+    with pytest.raises(InterruptedMeasurementError) as caught:
+        score(loaded(tiny_model("llama")), ("cca",), CANDIDATES, rows=20, emit=stop)
+    table = caught.value.tables["cca"]
+    assert len(table.scores) == 2
+    assert table.per_block == {}
 
 
 def test_an_interrupt_before_any_unit_stays_a_plain_one(
@@ -182,6 +207,37 @@ def test_broken_weights_are_named(tiny_model: TinyModel, score: Score) -> None:
     get_weight(model.linear(name))[0, 0] = float("nan")
     with pytest.raises(ModelError, match=re.escape(name)):
         score(model, ["output"], CANDIDATES)
+
+
+def test_a_grid_is_fitted_once_and_kept_until_its_unit_is_scored(
+    tiny_model: TinyModel, score: Score, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Passes on the path, two metrics that round, and progress from unit to unit."""
+    fitted: list[torch.Size] = []
+    made: list[NearestRounding] = []
+    kept: list[int] = []
+
+    def fit(W_OI: torch.Tensor, *rest: Any, **options: Any) -> Any:
+        fitted.append(W_OI.shape)
+        return fit_grid(W_OI, *rest, **options)
+
+    class Watched(NearestRounding):
+        def __init__(self) -> None:
+            super().__init__()
+            made.append(self)
+
+    def listen(event: object) -> None:
+        if isinstance(event, Progress) and event.stage == "sensitivity":
+            kept.append(len(made[0]._grids))
+
+    monkeypatch.setattr("cptq.sensitivity.rounding.fit_grid", fit)
+    monkeypatch.setattr("cptq.sensitivity.prepare.NearestRounding", Watched)
+    model = loaded(tiny_model("llama"))
+    score(model, ("output", "taylor", "taylor-integrated"), CANDIDATES, emit=listen)
+    layers = sum(len(unit.layers) for unit in model.units)
+    assert len(fitted) == layers * len(CANDIDATES) == kept[0]
+    assert sorted(kept, reverse=True) == kept
+    assert kept[-1] == 0
 
 
 def test_a_model_without_compressible_layers_is_refused(

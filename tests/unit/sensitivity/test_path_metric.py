@@ -15,6 +15,7 @@ from cptq.types import Candidate, Progress
 from tests.conftest import TinyModel
 from tests.reference import gradients as truth
 from tests.reference.sensitivity import loaded, random_calibration
+from tests.reference.whole_passes import move_all
 from tests.unit.sensitivity.conftest import Score
 
 DENSE = Candidate(bits=16)
@@ -55,6 +56,52 @@ def test_terms_equal_autograd_in_float64(
             assert term.absolute == pytest.approx(size, rel=1e-3)
             along = sum(float(p.sum()) for p in products)
             assert term.directional == pytest.approx(along, rel=1e-3, abs=1e-3 * size)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gpt_neox", "qwen3_moe", "bert", "mpnet"])
+def test_block_by_block_equals_all_weights_moved_at_once(arch: str, tiny_model: TinyModel) -> None:
+    """To float32 rounding, also where blocks run that hold experts or transposed weights."""
+    model = loaded(tiny_model(arch), conv1d=True)
+    objective = choose_objective(model.kind, model.config)
+    rows = select_gradient_rows(random_calibration(model).batches, model.kind, 150)
+    found = compute_path_gradients(
+        model, rows, objective, NearestRounding(),
+        candidates=(W3,), points=(0.5,), emit=lambda event: None,
+    )  # fmt: skip
+    specs = {s.name: s for unit in model.units for s in unit.layers}
+    W = {name: get_weight(model.linear(name)).clone() for name in specs}
+    d = {name: -compute_rounding_error(W[name], spec, W3) for name, spec in specs.items()}
+    there = {name: W[name] + 0.5 * d[name] for name in specs}
+    g, loss = move_all(model, rows, objective, there)
+    assert found.divergence[W3, 0.5] == pytest.approx(loss, rel=1e-5)
+    for unit in model.units:
+        term = found.terms[W3, 0.5][unit.name]
+        products = [g[s.name] * d[s.name] for s in unit.layers if s.name in g]
+        size = sum(float(p.abs().sum()) for p in products)
+        assert term.absolute == pytest.approx(size, rel=1e-4)
+        along = sum(float(p.sum()) for p in products)
+        assert term.directional == pytest.approx(along, rel=1e-4, abs=1e-4 * size)
+
+
+def test_a_weight_that_two_blocks_share_is_moved_in_both(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    model.module.model.layers[1].mlp = model.module.model.layers[0].mlp
+    units = tuple(u for u in model.units if "layers.1.mlp" not in u.name)
+    object.__setattr__(model, "units", units)
+    objective = choose_objective(model.kind, model.config)
+    rows = select_gradient_rows(random_calibration(model).batches, model.kind, 100)
+    found = compute_path_gradients(
+        model, rows, objective, NearestRounding(),
+        candidates=(W3,), points=(1.0,), emit=lambda event: None,
+    )  # fmt: skip
+    specs = {s.name: s for unit in units for s in unit.layers}
+    W = {name: get_weight(model.linear(name)).clone() for name in specs}
+    d = {name: -compute_rounding_error(W[name], spec, W3) for name, spec in specs.items()}
+    g, loss = move_all(model, rows, objective, {name: W[name] + d[name] for name in specs})
+    assert found.divergence[W3, 1.0] == pytest.approx(loss, rel=1e-5)
+    for unit in units:
+        size = sum(float((g[s.name] * d[s.name]).abs().sum()) for s in unit.layers)
+        assert found.terms[W3, 1.0][unit.name].absolute == pytest.approx(size, rel=1e-4)
 
 
 @pytest.mark.parametrize("arch", ["llama", "bert-encoder"])
