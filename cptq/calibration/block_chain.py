@@ -31,8 +31,8 @@ from torch import Tensor
 
 from cptq.calibration.batches import Batch
 from cptq.calibration.replay import BlockReplay
-from cptq.calibration.states import States
 from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.spill import States
 from cptq.types import Unit
 
 #: (batch, model output) -> the rows z that count, and the gradient by them that is pulled back
@@ -63,15 +63,18 @@ class BlockChain:
 
     def __init__(self, model: LoadedModel, batches: Sequence[Batch]) -> None:
         self._replay = BlockReplay(model, list(batches))
+        self._spill = model.spill
         self._entered: list[States] = []
-        self._now = States()
+        self._now = States(model.spill)
         self.blocks = len(model.blocks)
         self.batch = 0
 
     def embed(self) -> None:
         """Begin at the first block, also where an earlier way has not been gone to its end."""
         self._entered = []
-        self._now = States(self._replay.embed(index) for index in self._walk_batches())
+        self._now = States(
+            self._spill, (self._replay.embed(index) for index in self._walk_batches())
+        )
 
     def forward_block(self, block: int, *, keep: bool) -> Iterator[Tensor]:
         """Run the next block on every batch; yield its output of each, as `batch` says.
@@ -83,7 +86,7 @@ class BlockChain:
         entered = self._now
         if keep:
             self._entered.append(entered)
-            self._now = States()
+            self._now = States(self._spill)
         for index in self._walk_batches():
             hidden = self._replay.run(block, entered[index], index)
             if keep:

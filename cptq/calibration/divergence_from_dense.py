@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from cptq.calibration.batches import Batch, count_tokens
 from cptq.calibration.objective import Objective, mask_real_tokens
 from cptq.calibration.replay import BlockReplay, forward
-from cptq.calibration.states import States
 from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.spill import States
 from cptq.checkpoint.weights import replace_weight
 from cptq.errors import CalibrationError
 from cptq.numerics.standard_error import compute_standard_error
@@ -72,7 +72,7 @@ class DivergenceFromDense:
         self._replay = BlockReplay(model, self._rows, self._positions)
         #: what enters each block, batch by batch
         self._inputs: list[States] = []
-        self._reference: list[Tensor] = []
+        self._reference = States(model.spill)
         for index in range(len(self._rows)):
             z_RV = self._select(self._record(index) if units else self._run(None, index), index)
             self._reference.append(objective.compute_reference(z_RV))
@@ -87,7 +87,7 @@ class DivergenceFromDense:
     def _record(self, index: int) -> object:
         """Return the dense model's output, and keep the input of every block."""
         inputs = list(self._run_dense(index))
-        self._inputs.append(States(inputs[:-1]))
+        self._inputs.append(States(self._model.spill, inputs[:-1]))
         return self._replay.finish(inputs[-1], index)
 
     def _number_windows(self) -> Tensor:

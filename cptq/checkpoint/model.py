@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -87,6 +89,13 @@ class LoadedModel(ModelSpec):
         if self.resident is None:
             raise RuntimeError("only the weights of a dense model can be restored")
         self.resident.restore()
+
+    @contextmanager
+    def hold(self, block: int) -> Iterator[None]:
+        """Have the weights of a block in memory inside, in tensors that stay the same."""
+        part = self.blocks[block]
+        with nullcontext() if self.resident is None else self.resident.hold(part):
+            yield
 
     def linear(self, name: str) -> nn.Module:
         """The module called `name`."""

@@ -27,7 +27,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -230,11 +231,16 @@ class ResidentWeights:
         if self.limit is not None:
             self._make_room()
 
-    def release(self) -> None:
-        """Let go of everything that is not in use, where there is a limit."""
-        if self.limit is not None:
-            for part in [part for part in self._loaded if not part.users]:
-                self._unload(part)
+    @contextmanager
+    def hold(self, module: nn.Module) -> Iterator[None]:
+        """Have the part that is `module` in memory inside."""
+        forward = vars(module)["forward"]
+        assert isinstance(forward, HeldForward)
+        self.enter(forward.part)
+        try:
+            yield
+        finally:
+            self.leave(forward.part)
 
     def restore(self) -> None:
         """Have the dense model again."""
@@ -280,14 +286,14 @@ class HeldForward:
 
     def __init__(self, resident: ResidentWeights, part: Part, own: Callable[..., Any]) -> None:
         functools.update_wrapper(self, own)
-        self._resident, self._part, self._own = resident, part, own
+        self._resident, self.part, self._own = resident, part, own
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        self._resident.enter(self._part)
+        self._resident.enter(self.part)
         try:
             return self._own(*args, **kwargs)
         finally:
-            self._resident.leave(self._part)
+            self._resident.leave(self.part)
 
 
 class _LookUp(HeldForward):
@@ -300,7 +306,7 @@ class _LookUp(HeldForward):
         self._dtype = dtype
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        (weight,) = self._part.weights
+        (weight,) = self.part.weights
         if weight.current is not None or not isinstance(weight.source, Tensor) or len(args) != 1:
             return super().__call__(*args, **kwargs)
         return functional.embedding(args[0], weight.source).to(self._dtype)

@@ -33,7 +33,7 @@ DAMPING = 0.05
 
 
 class CrossMoment:
-    """Running mean of (x - x^) x^^T over tokens; `finish` gives C, `tokens` how many rows went in."""
+    """Running mean of (x - x^) x^^T over tokens; `finish` gives C, `tokens` counts the rows."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
         self._sum_II = torch.zeros(features, features, device=device)

@@ -1,8 +1,8 @@
 """The Cholesky factor of a symmetric matrix, the same bits with any number of threads.
 
-LAPACK's parallel `potrf` divides a matrix by the number of threads, and its sums come out in another
-order with each: the codes of a compressed model would depend on the machine. Here the matrix is cut
-into panels of `PANEL` columns (Golub & Van Loan, section 4.2.9, right-looking):
+LAPACK's parallel `potrf` divides a matrix by the number of threads, and its sums come out in
+another order with each: the codes of a compressed model would depend on the machine. Here the
+matrix is cut into panels of `PANEL` columns (Golub & Van Loan, section 4.2.9, right-looking):
 
     A_jj = L_jj L_jj^T          a panel's own square, too small for LAPACK to divide
     L_ij = A_ij L_jj^-T         a triangular solve

@@ -236,6 +236,7 @@ class _PathPasses:
         names = [spec.name for unit in self._list_units(block) for spec in unit.layers]
         modules = [self._model.linear(name) for name in names]
         with ExitStack() as stack:
+            stack.enter_context(self._model.hold(block))
             for module in modules:
                 stack.enter_context(_track_gradient(module))
             parameters = [_get_parameter(module) for module in modules]

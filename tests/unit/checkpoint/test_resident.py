@@ -86,7 +86,8 @@ def test_outputs_are_those_of_transformers_in_float32(
 def test_only_what_runs_is_in_memory(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = opened(narrowed(tiny_model("llama"), tmp_path / "m", torch.bfloat16), NOTHING)
     weights = [find_weight(model.linear(s.name)) for s in model.layers if s.block is not None]
-    assert len(weights) > 4 and not any(w is None or w.current is not None for w in weights)
+    assert len(weights) > 4
+    assert not any(w is None or w.current is not None for w in weights)
     there: list[int] = []
 
     def count(*_: Any) -> None:
@@ -102,9 +103,7 @@ def test_only_what_runs_is_in_memory(tiny_model: TinyModel, tmp_path: Path) -> N
     assert there == [each, 0] * len(model.blocks)
 
 
-def test_what_is_not_there_cannot_be_read_by_mistake(
-    tiny_model: TinyModel, tmp_path: Path
-) -> None:
+def test_what_is_not_there_cannot_be_read_by_mistake(tiny_model: TinyModel, tmp_path: Path) -> None:
     model = opened(narrowed(tiny_model("llama"), tmp_path / "m", torch.float16), NOTHING)
     linear = model.linear(model.units[0].layers[0].name)
     assert linear.weight.shape == get_weight(linear).shape
@@ -194,13 +193,15 @@ def test_compression_gives_the_same_bits_one_block_at_a_time(
         )
         made.append((layers, run(model)))
         if memory is not None:
-            assert model.spill.limit == 0 and model.resident is not None
+            assert model.spill.limit == 0
+            assert model.resident is not None
             assert model.resident.limit == 0
     (one, z), (two, other) = made
     assert len(one) == len(two) > 4
     for a, b in zip(one, two, strict=True):
         assert a.spec == b.spec
-        assert torch.equal(a.codes, b.codes) and torch.equal(a.scale, b.scale)
+        assert torch.equal(a.codes, b.codes)
+        assert torch.equal(a.scale, b.scale)
         assert a.result.output_error == b.result.output_error
     assert torch.equal(z, other)
 
@@ -218,7 +219,8 @@ def test_a_copy_stays_dense_when_the_model_changes(
     assert not torch.equal(run(model), before)
     assert torch.equal(run(twin), before)
     own = vars(twin.blocks[0])["forward"]
-    assert isinstance(own, HeldForward) and own.__wrapped__.__self__ is twin.blocks[0]
+    assert isinstance(own, HeldForward)
+    assert own.__wrapped__.__self__ is twin.blocks[0]
 
 
 def test_a_pinned_model_is_there_as_a_whole_and_written_in_place(tiny_model: TinyModel) -> None:
@@ -229,7 +231,8 @@ def test_a_pinned_model_is_there_as_a_whole_and_written_in_place(tiny_model: Tin
     assert torch.equal(run(model), before)
     parameter, dense = linear.weight, get_weight(linear).clone()
     set_weight(linear, dense + 1)
-    assert linear.weight is parameter and torch.equal(parameter.detach(), dense + 1)
+    assert linear.weight is parameter
+    assert torch.equal(parameter.detach(), dense + 1)
     assert torch.equal(get_stored_weight(linear), dense)
 
 

@@ -26,14 +26,17 @@ def test_what_exceeds_the_limit_goes_to_a_file_and_comes_back_exactly(
     spill = Spill(x.nbytes, tmp_path)
     first, second = spill.keep(x), spill.keep(x.T)
     assert len(list_files(tmp_path)) == 1
-    assert torch.equal(first.get(), x) and first.get().dtype is dtype
-    assert torch.equal(second.get(), x.T) and second.get().dtype is dtype
+    assert torch.equal(first.get(), x)
+    assert first.get().dtype is dtype
+    assert torch.equal(second.get(), x.T)
+    assert second.get().dtype is dtype
     del second
     assert list_files(tmp_path) == []
     del first
     assert spill.in_memory == 0
     third = spill.keep(x)
-    assert list_files(tmp_path) == [] and torch.equal(third.get(), x)
+    assert list_files(tmp_path) == []
+    assert torch.equal(third.get(), x)
 
 
 def test_an_empty_tensor_is_kept_too(tmp_path: Path) -> None:
@@ -44,7 +47,8 @@ def test_states_are_a_list(tmp_path: Path) -> None:
     states = States(Spill(0, tmp_path), [torch.zeros(2), torch.ones(2)])
     states[0] = torch.full((2,), 5.0)
     states.append(torch.full((2,), 7.0))
-    assert [float(state[0]) for state in states] == [5, 1, 7] and len(states) == 3
+    assert [float(state[0]) for state in states] == [5, 1, 7]
+    assert len(states) == 3
     assert len(list_files(tmp_path)) == 3  # the one that was replaced is gone
 
 
@@ -77,5 +81,6 @@ def test_a_limit_that_holds_no_block_is_refused_with_one_that_does() -> None:
 
 def test_a_limit_that_nobody_asked_for_is_less_than_what_is_free() -> None:
     chosen = choose_memory(None)
-    assert 0 < chosen.total < measure_free_bytes() and not chosen.asked
+    assert 0 < chosen.total < measure_free_bytes()
+    assert not chosen.asked
     assert choose_memory(5).total == 5

@@ -41,7 +41,8 @@ def test_it_is_computed_in_place_and_reads_the_lower_half_alone() -> None:
     A_II = make_moment(PANEL + 40)
     lower_II = A_II.tril() + torch.full_like(A_II, torch.nan).triu(1)
     L_II, whole_II = factor_in_place(lower_II), factor_in_place(A_II)
-    assert L_II is not None and whole_II is not None
+    assert L_II is not None
+    assert whole_II is not None
     assert L_II.data_ptr() == lower_II.data_ptr()
     torch.testing.assert_close(L_II, whole_II)
 

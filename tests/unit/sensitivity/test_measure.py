@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ import torch
 from cptq.calibration.batches import choose_held_out_tokens, split_held_out
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
+from cptq.checkpoint.loader import load_model
+from cptq.checkpoint.memory import BASE, Memory
 from cptq.checkpoint.weights import get_weight
+from cptq.config import ModelSettings
 from cptq.errors import CalibrationError, ModelError, UnknownNameError, UsageError
 from cptq.numerics.grid import fit_grid
 from cptq.numerics.masks import prune_by_magnitude
@@ -26,6 +30,7 @@ from cptq.sensitivity.rounding import NearestRounding, compute_rounding_error
 from cptq.types import Candidate, Notice, Progress, SensitivityTable, Unit
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import loaded, random_calibration
+from tests.unit.checkpoint.made import edit_weights
 from tests.unit.sensitivity.conftest import Score
 
 CANDIDATES = tuple(Candidate(bits=bits, group_size=16) for bits in (2, 4, 8))
@@ -347,3 +352,30 @@ def test_the_vocabulary_has_the_divergence_that_it_causes(
         for table in found.values():
             assert table.scores[unit.name][DENSE] == 0
             assert unit.name not in table.per_unit
+
+
+@pytest.mark.parametrize("arch", ["llama", "opt", "bert", "bert-encoder", "qwen3_moe"])
+def test_scores_are_the_same_with_one_block_in_memory(
+    arch: str, tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """Also where the checkpoint stores a narrower type than the model computes in."""
+    path = Path(shutil.copytree(tiny_model(arch), tmp_path / "m"))
+    edit_weights(path, lambda tensors: tensors.update({n: t.half() for n, t in tensors.items()}))
+    metrics, found = [*list_default_metrics(), *SLOW], []
+    for memory in (None, Memory(total=BASE)):
+        settings = ModelSettings(model=str(path), device="cpu")
+        model = load_model(settings, lambda _: None, experts=True, memory=memory)
+        found.append(
+            measure(
+                model,
+                random_calibration(model),
+                metrics=metrics,
+                candidates=(*CANDIDATES, DENSE),
+                seed=0,
+                emit=lambda event: None,
+            )
+        )
+    for name, table in found[0].items():
+        assert table.scores == found[1][name].scores, name
+        assert table.per_unit == found[1][name].per_unit, name
+        assert any(score > 0 for row in table.scores.values() for score in row.values())
