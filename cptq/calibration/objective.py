@@ -104,12 +104,17 @@ class Objective:
     def draw_direction(self, z_RV: Tensor, generator: torch.Generator) -> Tensor:
         """Draw random rows d of the output's shape, float32, with covariance A (see above)."""
         signs_RV = torch.randint(0, 2, z_RV.shape, generator=generator, dtype=torch.int8)
-        e_RV = signs_RV.to(z_RV.device).float().mul_(2).sub_(1)
+        signs_RV = signs_RV.to(z_RV.device)
         if self.form == "values":
-            return e_RV
-        p_RV = z_RV.detach().float().softmax(-1)
-        e_RV *= p_RV.sqrt()
-        return e_RV.sub_(p_RV * e_RV.sum(-1, keepdim=True))
+            return signs_RV.float().mul_(2).sub_(1)
+        d_RV = torch.empty(z_RV.shape, device=z_RV.device)
+        rows = max(1, CHUNK // z_RV.shape[1])
+        parts = (x.split(rows) for x in (z_RV.detach(), signs_RV, d_RV))
+        for z_PV, signs_PV, d_PV in zip(*parts, strict=True):
+            p_PV = z_PV.float().softmax(-1)
+            e_PV = signs_PV.float().mul_(2).sub_(1).mul_(p_PV.sqrt())
+            torch.sub(e_PV, p_PV.mul_(e_PV.sum(-1, keepdim=True)), out=d_PV)
+        return d_RV
 
 
 def choose_objective(kind: ModelKind, config: PretrainedConfig) -> Objective:

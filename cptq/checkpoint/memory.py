@@ -24,7 +24,7 @@ from cptq.errors import UsageError
 from cptq.types import LayerSpec
 
 #: bytes of Python, torch and transformers before a model is loaded
-BASE = 450_000_000
+BASE = 600_000_000
 #: share of the memory that is free of which a run makes use where nothing is asked for
 FREE_SHARE = 0.8
 #: copies of the largest second moment, float32, while a layer is compressed
