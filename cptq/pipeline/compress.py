@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from cptq.allocation import BLIND
 from cptq.allocation.allocate import allocate
 from cptq.allocation.experts import fix_experts, list_experts
 from cptq.allocation.ledger import Ledger
+from cptq.artifact.atomic import check_space, refuse_existing
 from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.hub import push
@@ -21,7 +22,7 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import forward
-from cptq.compression.blockwise import compress_model
+from cptq.compression.blockwise import compress_model, restore_layers
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, CompressSettings
 from cptq.errors import BudgetError
@@ -29,9 +30,11 @@ from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
+from cptq.pipeline.resume import estimate_bytes, identify, identify_inputs, keep_blocks
+from cptq.pipeline.run_directory import RunDirectory, open_run
 from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
-from cptq.pipeline.tune import record_dense, tune_layers
+from cptq.pipeline.tune import TuneResult, apply_tuned, record_dense, tune_layers
 from cptq.pipeline.uniform_check import BASELINE, keep_better_plan
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
@@ -48,6 +51,8 @@ from cptq.types import (
 #: batches of held-out text (of `MICRO_TOKENS` tokens) that output errors are measured on: what they
 #: cost is that share of the passes over the calibration text
 JUDGED_BATCHES = 4
+#: the step of what --tune did
+TUNED_STEP = "tuned"
 #: tokens of the input on which a written artifact is compared with the model in memory
 SAMPLE_TOKENS = 64
 #: what a load in float32 may differ by from a run in a narrower type, as a share of the largest
@@ -67,14 +72,38 @@ class CompressedModel:
 def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
     """Compress a model into an artifact that is verified and reported on."""
     recorder = Recorder(emit)
-    inputs = load_inputs(settings, recorder)
-    tables = measure_sensitivity(inputs, recorder)
-    plan = make_plan(inputs, tables, recorder)
-    compressed = compress_and_tune(inputs, plan, recorder)
-    outcome = write_artifact(inputs, tables, compressed, recorder)
+    with _open_run(settings, recorder) as run:
+        inputs = load_inputs(_forget_resume(settings, run), recorder)
+        run.identify(identify_inputs(inputs))
+        check_space(inputs.out, inputs.need + max(0, estimate_bytes(inputs) - run.nbytes))
+        tables = run.keep("sensitivity", lambda: dict(measure_sensitivity(inputs, recorder)))
+        plan = run.keep("plan", lambda: make_plan(inputs, tables, recorder))
+        compressed = compress_and_tune(inputs, plan, run, recorder)
+        outcome = write_artifact(inputs, tables, compressed, run, recorder)
     _report_next_step(inputs, emit)
     _push_artifact(inputs, outcome, recorder)
     return outcome
+
+
+def _open_run(
+    settings: CompressSettings, recorder: Recorder
+) -> AbstractContextManager[RunDirectory]:
+    """Lock the output, and find the steps that an earlier run finished, if it is to go on."""
+    assert settings.out is not None, "check_settings fills it in"
+    return open_run(
+        settings.out,
+        identify(settings),
+        recorder,
+        resume=settings.resume,
+        overwrite=settings.overwrite,
+    )
+
+
+def _forget_resume(settings: CompressSettings, run: RunDirectory) -> CompressSettings:
+    """Return the settings of a run that was never interrupted, which may replace its own output."""
+    overwrite = settings.overwrite or run.owns_output
+    refuse_existing(run.out, overwrite=overwrite)
+    return replace(settings, resume=False, overwrite=overwrite)
 
 
 def plan(settings: CompressSettings, emit: Emit) -> Plan:
@@ -168,37 +197,67 @@ def _restrict_to_refinable(inputs: CompressInputs, plan: Plan) -> Ledger:
     return fix_experts(inputs.ledger, plan.choices[experts[0]]) if experts else inputs.ledger
 
 
-def compress_and_tune(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> CompressedModel:
+def compress_and_tune(
+    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder
+) -> CompressedModel:
     """Carry out the plan by `compress_layers`, and tune the result where --tune asks for it."""
     if not inputs.settings.tune:
-        return compress_layers(inputs, plan, recorder)
+        return compress_layers(inputs, plan, run, recorder)
     with recorder.stage("tuning"):
-        dense = record_dense(inputs)
-    compressed = compress_layers(inputs, plan, recorder)
-    with recorder.stage("tuning"):
+        dense = None if TUNED_STEP in run else record_dense(inputs)
+    compressed = compress_layers(inputs, plan, run, recorder)
+
+    def tune() -> dict[str, Any]:
+        assert dense is not None
         judged = inputs.held_out.judge[:JUDGED_BATCHES]
-        layers, tuned = tune_layers(inputs, compressed.layers, dense, judged, recorder)
-    return replace(compressed, layers=tuple(layers), tuned=tuned)
+        return tune_layers(inputs, compressed.layers, dense, judged, recorder).to_dict()
+
+    with recorder.stage("tuning"):
+        found = TuneResult(**run.keep(TUNED_STEP, tune))
+        layers = apply_tuned(inputs.model, compressed.layers, found)
+    return replace(compressed, layers=tuple(layers), tuned=found.record)
 
 
-def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> CompressedModel:
+def compress_layers(
+    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder
+) -> CompressedModel:
     """Carry out the plan, or the baseline plan where --check-uniform finds that better.
 
     The model in memory then computes with the compressed weights.
     """
-    model = inputs.model
     with recorder.stage("compression"):
-        baseline = _make_baseline_plan(inputs, plan, recorder)
-        divergence = None if baseline is None else _record_dense_outputs(inputs)
-        carry_out = partial(_carry_out, inputs)
-        if baseline is None or divergence is None:
-            layers = carry_out(plan, recorder)
+        plan, layers = run.keep("chosen-plan", lambda: _choose_plan(inputs, plan, run, recorder))
+        if layers is None:
+            layers = _carry_out(inputs, run, plan, recorder)
         else:
-            plan, layers = keep_better_plan(model, plan, baseline, carry_out, divergence, recorder)
+            restore_layers(inputs.model, layers)
         return CompressedModel(plan=plan, layers=tuple(layers))
 
 
-def _carry_out(inputs: CompressInputs, plan: Plan, emit: Emit) -> list[CompressedLayer]:
+def _choose_plan(
+    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder
+) -> tuple[Plan, list[CompressedLayer] | None]:
+    """Return the plan to ship, and the layers of the baseline plan where it is that.
+
+    The layers of the other are steps of their own.
+    """
+    baseline = _make_baseline_plan(inputs, plan, recorder)
+    if baseline is None:
+        return plan, None
+
+    def carry_out(asked: Plan, emit: Emit) -> list[CompressedLayer]:
+        return _carry_out(inputs, run if asked is plan else None, asked, emit)
+
+    divergence = _record_dense_outputs(inputs)
+    chosen, layers = keep_better_plan(inputs.model, plan, baseline, carry_out, divergence, recorder)
+    return chosen, None if chosen.choices == plan.choices else layers
+
+
+def _carry_out(
+    inputs: CompressInputs, run: RunDirectory | None, plan: Plan, emit: Emit
+) -> list[CompressedLayer]:
+    """Carry out a plan; with a run directory its blocks are steps."""
+    steps, emit = (None, emit) if run is None else keep_blocks(run, inputs.model.device, emit)
     return compress_model(
         inputs.model,
         inputs.calibration,
@@ -207,6 +266,7 @@ def _carry_out(inputs: CompressInputs, plan: Plan, emit: Emit) -> list[Compresse
         float16_scales=inputs.runtime.float16_scales,
         layout=inputs.space.layout,
         held_out=inputs.held_out.judge[:JUDGED_BATCHES],
+        steps=steps,
         emit=emit,
     )
 
@@ -247,6 +307,7 @@ def write_artifact(
     inputs: CompressInputs,
     tables: Mapping[str, SensitivityTable],
     compressed: CompressedModel,
+    run: RunDirectory,
     recorder: Recorder,
 ) -> CompressOutcome:
     """Write the artifact, verify it by reloading it, and add the report."""
@@ -265,12 +326,14 @@ def write_artifact(
             overwrite=settings.overwrite,
             source=model.path,
             form=inputs.space.form,
+            inside=run.path,
             emit=recorder,
         ) as d:
             d.write(content, record, encode_stage_files(model, record.calibration, tables, plan))
             check = d.verify(sample)
             report = _summarize(inputs, tables, compressed, check, recorder)
             d.add(render_files(report))
+            run.announce_output(d.folder)
     return CompressOutcome(
         summary=report,
         out=inputs.out,

@@ -97,8 +97,8 @@ class CompressInputs:
     """What `compress` works on. `plan` is that of --plan, `tables` that of --sensitivity.
 
     `ledger` counts the options of the units against the target; None with a `plan`, whose bytes
-    are checked on their own. `compare_with_baseline`: --check-uniform applies, as the plan will be
-    made from scores.
+    are checked on their own. `need`: the most bytes that the file can take.
+    `compare_with_baseline`: --check-uniform applies, as the plan will be made from scores.
     """
 
     settings: CompressSettings
@@ -109,6 +109,7 @@ class CompressInputs:
     plan: Plan | None
     tables: Mapping[str, SensitivityTable]
     out: Path
+    need: int
     calibration: Calibration
     held_out: HeldOutText
     compare_with_baseline: bool
@@ -153,6 +154,7 @@ def load_inputs(
         plan=plan,
         tables=tables,
         out=out,
+        need=need,
         calibration=calibration,
         held_out=held_out,
         compare_with_baseline=compare,
