@@ -329,7 +329,8 @@ def write_artifact(
             inside=run.path,
             emit=recorder,
         ) as d:
-            d.write(content, record, encode_stage_files(model, record.calibration, tables, plan))
+            files = encode_stage_files(model, record.calibration, tables, plan, timed=False)
+            d.write(content, record, files)
             check = d.verify(sample)
             report = _summarize(inputs, tables, compressed, check, recorder)
             d.add(render_files(report))
