@@ -20,7 +20,7 @@ from cptq.calibration.tokens import digest_tokens
 from cptq.compression.blockwise import Steps
 from cptq.config import CompressSettings, spell_options
 from cptq.pipeline.inputs import CompressInputs
-from cptq.pipeline.run_directory import RunDirectory
+from cptq.pipeline.run_directory import THREADS, RunDirectory
 from cptq.types import CompressedLayer, Emit, Event, Notice, digest
 
 #: options that cannot change the artifact, or whose content is compared in their place
@@ -37,6 +37,7 @@ def identify(settings: CompressSettings) -> dict[str, str]:
     """Return the versions and the options of a run as words, by what they are of."""
     found = {"cptq": f"cptq {__version__}"}
     found |= {package: f"{package} {version(package)}" for package in _PACKAGES}
+    found[THREADS] = f"OMP_NUM_THREADS={torch.get_num_threads()}"
     return found | {
         flag: words for flag, words in spell_options(settings).items() if flag not in FREE
     }
