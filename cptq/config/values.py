@@ -180,7 +180,7 @@ def command_line(settings: AnySettings) -> str:
 def spell_options(settings: AnySettings) -> dict[str, str]:
     """Return {flag: the words that give an option its value}; empty where it has none.
 
-    Without the access token. An argument's flag is its name.
+    Without the access token. An argument has a flag here too: `--model`.
     """
     options, given = list_options(type(settings)), describe(settings)
     return {

@@ -26,7 +26,7 @@ from cptq.types import CompressedLayer, Emit, Event, Notice, digest
 #: options that cannot change the artifact, or whose content is compared in their place
 FREE = frozenset(
     (
-        *("model", "--revision", "--plan", "--sensitivity", "--data-dir", "--cache-dir"),
+        *("--model", "--revision", "--plan", "--sensitivity", "--data-dir", "--cache-dir"),
         *("--out", "--overwrite", "--resume", "--push-to-hub", "--allow-pickle"),
     )
 )
