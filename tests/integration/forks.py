@@ -3,9 +3,8 @@
     python -m tests.integration.forks
 
 A server imports what `cptq compress` needs and forks for every command line that it is sent, one
-JSON document per line each way. It never runs torch itself, so that children begin as fresh
-processes do. Calibration text and the reload check are those of `short_manual` and `same_process`,
-and --tune makes few steps.
+JSON document per line each way. The reload check is that of `same_process`, and --tune makes few
+steps. Threads do not survive a fork: a server of several has run nothing before.
 """
 
 from __future__ import annotations
@@ -14,22 +13,28 @@ import json
 import os
 import subprocess
 import sys
-from importlib import import_module
+import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.tiny_models import SENTENCES, build_tiny_model
+
 #: steps of --tune
 FEW = 16
+#: calibration text
+TEXT = "".join(f"{i} {SENTENCES[i % len(SENTENCES)]}\n" for i in range(160))
 REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 class Forks:
     """The server, from the side of a test."""
 
-    def __init__(self) -> None:
+    def __init__(self, **environment: str) -> None:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.forks"],
             cwd=REPOSITORY,
+            env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -61,19 +66,16 @@ class Forks:
 def _serve() -> None:
     import torch
 
+    from cptq.api import compress
     from cptq.artifact import reload
-    from cptq.data import text
-    from cptq.data.pydoc_text import load_topics
     from cptq.pipeline import tune
     from tests.unit.artifact.same_process import run_here
 
-    import_module("transformers.models.llama.modeling_llama")
-    torch.set_num_threads(1)
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     tune.STEPS = FEW  # type: ignore[attr-defined]
-    topics, origin = load_topics()
-    some = {name: topics[name] for name in sorted(topics)[1::5]}
-    text.load_topics = lambda: (some, origin)  # type: ignore[attr-defined]
     reload._run = run_here  # type: ignore[assignment]
+    if torch.get_num_threads() == 1:
+        _warm_up(compress)
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -84,6 +86,17 @@ def _serve() -> None:
         if not pid:
             _become_cptq(request["words"], request["log"])
         print(pid, flush=True)
+
+
+def _warm_up(compress: Callable[..., Any]) -> None:
+    """Let everything be imported that a run imports, without a gradient, which bars forking."""
+    with tempfile.TemporaryDirectory() as folder:
+        text, out = Path(folder) / "text.txt", Path(folder) / "out"
+        text.write_text(TEXT)
+        model = build_tiny_model(Path(folder) / "model", "llama")
+        compress(
+            model, calibration=text, seqlen=64, out=out, metric="pq-index", progress=lambda e: None
+        )
 
 
 def _become_cptq(words: list[str], log: str) -> None:

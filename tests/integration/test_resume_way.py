@@ -6,6 +6,7 @@ import hashlib
 import os
 import random
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,12 +18,13 @@ from typing import Any
 import pytest
 
 from tests.conftest import TinyModel
-from tests.integration.forks import Forks
+from tests.integration.forks import TEXT, Forks
 
-SMALL = [*("--calibration", "pydoc", "--samples", "4", "--seqlen", "64", "--batch-size", "2")]
-SMALL += [*("--target", "3.5bit", "--group-size", "16")]
-#: what the default way and --tune leave, in their order
+SMALL = [*("--samples", "4", "--seqlen", "64", "--batch-size", "2", "--target", "3.5bit")]
+SMALL += ["--group-size", "16"]
+#: what --check-uniform and --tune leave, in their order
 STEPS = ["run", "sensitivity", "plan", "block-0", "block-1", "head", "chosen-plan", "written"]
+MOMENTS = ["sensitivity", "block-0", "chosen-plan"]
 TUNED = [*STEPS[:3], "chosen-plan", *STEPS[3:6], "tuned", "written"]
 #: seconds after which a test gives up
 PATIENCE = 120.0
@@ -31,14 +33,16 @@ PATIENCE = 120.0
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
     """A server of processes that can be killed."""
-    found = Forks()
+    found = Forks(PYTHONHASHSEED="1", OMP_NUM_THREADS="1")
     yield found
     found.close()
 
 
 @pytest.fixture(scope="module")
 def model(tiny_model: TinyModel) -> Path:
-    return tiny_model("llama")
+    path = tiny_model("llama")
+    (path.parent / "text.txt").write_text(TEXT)
+    return path
 
 
 def sha256_of(artifact: Path) -> dict[str, str]:
@@ -52,7 +56,7 @@ def sha256_of(artifact: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def whole(forks: Forks, model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """The files of an uninterrupted run in the default way."""
+    """The files of an uninterrupted run."""
     return compress_whole(forks, model, tmp_path_factory.mktemp("whole"))
 
 
@@ -65,7 +69,10 @@ def compress_whole(forks: Forks, model: Path, place: Path, *more: str) -> dict[s
 
 
 def command(model: Path, out: Path, *more: str) -> list[str]:
-    return ["compress", str(model), "-o", str(out), *SMALL, *more]
+    """A command line; without the comparison of plans, unless it is asked for."""
+    text = ["--calibration", str(model.parent / "text.txt")]
+    plain = [] if "--check-uniform" in more else ["--no-check-uniform"]
+    return ["compress", str(model), "-o", str(out), *text, *SMALL, *plain, *more]
 
 
 def find_run(out: Path) -> Path:
@@ -99,18 +106,18 @@ def send_at(forks: Forks, words: list[str], out: Path, number: signal.Signals, s
 
 
 def test_a_run_that_is_killed_after_every_step_writes_the_same_bytes(
-    forks: Forks, model: Path, whole: dict[str, str], tmp_path: Path
+    forks: Forks, model: Path, tmp_path: Path
 ) -> None:
-    kill_after_steps(forks, model, tmp_path / "out", STEPS, STEPS[1:-1])
-    assert sha256_of(tmp_path / "out") == whole
+    wanted = compress_whole(forks, model, tmp_path / "plain", "--check-uniform")
+    kill_after_steps(forks, model, tmp_path / "out", STEPS, MOMENTS, "--check-uniform")
+    assert sha256_of(tmp_path / "out") == wanted
 
 
 def test_a_run_that_tunes_and_is_killed_writes_the_same_bytes(
     forks: Forks, model: Path, tmp_path: Path
 ) -> None:
-    more = ("--tune", "--no-check-uniform")
-    wanted = compress_whole(forks, model, tmp_path / "plain", *more)
-    kill_after_steps(forks, model, tmp_path / "out", TUNED, ["block-1", "tuned"], *more)
+    wanted = compress_whole(forks, model, tmp_path / "plain", "--tune")
+    kill_after_steps(forks, model, tmp_path / "out", TUNED, ["block-1", "tuned"], "--tune")
     assert sha256_of(tmp_path / "out") == wanted
 
 
@@ -161,10 +168,10 @@ def test_a_run_that_is_killed_when_its_output_is_in_place_replaces_its_own(
     forks: Forks, model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    send_at(forks, command(model, out), out, signal.SIGKILL, "chosen-plan")
+    send_at(forks, command(model, out), out, signal.SIGKILL, "head")
     # a copy of the steps, put back after the end: what a kill between two renames leaves
     kept = tmp_path / "kept"
-    subprocess.run(["cp", "-r", str(find_run(out)), str(kept)], check=True)
+    shutil.copytree(find_run(out), kept, ignore=shutil.ignore_patterns("*-written.*"))
     pid = forks.start(command(model, out, "--resume"), tmp_path / "log")
     wait_for(lambda: "written" in list_steps(out))
     (written,) = find_run(out).glob("*-written.*")
@@ -281,32 +288,45 @@ def test_a_full_disk_ends_with_the_command_that_goes_on(
 
 
 def test_neither_hash_seeds_nor_threads_nor_paths_change_a_byte(
-    model: Path, tmp_path: Path
+    model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
-    """Fresh processes. Larger matrices do depend on the number of threads, in their last bits."""
-    found = []
-    for seed, threads in (("1", "1"), ("2", "2")):
-        place = tmp_path / seed
-        place.mkdir()
-        words = [*command(model, Path("out")), "--no-check-uniform"]
-        subprocess.run(
-            [sys.executable, "-m", "cptq", *words],
-            cwd=place,
-            env=os.environ | {"PYTHONHASHSEED": seed, "OMP_NUM_THREADS": threads},
-            check=True,
-            capture_output=True,
-        )
-        found.append(sha256_of(place / "out"))
-    assert found[0] == found[1]
-    assert {"cptq.json", "model.safetensors", "plan.json", "sensitivity/output.json"} <= set(
-        found[0]
-    )
+    """Larger matrices do depend on the number of threads, in their last bits."""
+    other = Forks(PYTHONHASHSEED="2", OMP_NUM_THREADS="2")
+    elsewhere = shutil.copytree(model.parent, tmp_path / "deep") / model.name
+    assert compress_whole(other, elsewhere, tmp_path / "other") == whole
+    other.close()
+    assert {"cptq.json", "model.safetensors", "plan.json", "sensitivity/output.json"} <= set(whole)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_process_of_the_reload_check(model: Path, tmp_path: Path) -> None:
+    """In a process of its own, with the real check."""
+    out = tmp_path / "out"
+    line = [sys.executable, "-m", "cptq", *command(model, out)]
+    process = subprocess.Popen(line, stderr=subprocess.PIPE, text=True)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
+    wait_for(lambda: list(find_run(out).glob("*check*/job.json")) and children.read_text())
+    (child,) = children.read_text().split()
+    began = time.monotonic()
+    process.terminate()
+    _, told = process.communicate()
+    assert time.monotonic() - began < 5
+    assert process.returncode == 143
+    assert not Path(f"/proc/{child}/exe").exists()  # a zombie where nobody reaps orphans
+    assert not list(find_run(out).glob(".*"))
+    assert not list(find_run(out).glob("*check*"))
+    last = shlex.split(told.splitlines()[-1].partition("type: ")[2])
+    assert last == [*line, "--resume"]
+    subprocess.run(last, check=True, capture_output=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.slow
 def test_twenty_kills_of_a_trained_model(forks: Forks, stories: Path, tmp_path: Path) -> None:
     times = random.Random(1)
-    more = ("--tune", "--tune-minutes", "60")
+    stories = shutil.copytree(stories, tmp_path / "stories260k")
+    (tmp_path / "text.txt").write_text(TEXT)
+    more = ("--tune", "--check-uniform", "--tune-minutes", "60")
     wanted = compress_whole(forks, stories, tmp_path / "plain", *more)
     out = tmp_path / "out"
     words = command(stories, out, *more)
