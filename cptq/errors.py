@@ -79,5 +79,25 @@ class OutputExistsError(ArtifactError):
     exit_code = 2
 
 
+class ResumeError(UsageError):
+    """Another run is writing the output, or its finished steps cannot be resumed as asked."""
+
+
 class EvaluationError(CptqError):
     """A task cannot be run on this model."""
+
+
+_KEPT = "_cptq_kept"
+
+
+def mark_kept(error: BaseException, steps: int, place: str) -> None:
+    """Say on an error, of whatever kind, how many finished steps `--resume` can go on from."""
+    setattr(error, _KEPT, steps)
+    if steps:
+        error.add_note(f"{steps} finished steps are kept in {place}: resume=True goes on from them")
+
+
+def count_kept(error: BaseException) -> int | None:
+    """Return what `mark_kept` said; None where nothing did."""
+    found: int | None = getattr(error, _KEPT, None)
+    return found

@@ -91,7 +91,9 @@ def _check_compress(settings: CompressSettings, writes: bool) -> CompressSetting
     if not writes:
         return settings
     out = settings.out or name_artifact(settings)
-    check_place(out, settings.model.model, overwrite=settings.overwrite)
+    # what was killed at its very end may find its own output there, which only its record tells
+    there = settings.overwrite or settings.resume
+    check_place(out, settings.model.model, overwrite=there)
     return replace(settings, out=out)
 
 

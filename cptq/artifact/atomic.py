@@ -20,6 +20,8 @@ from cptq.errors import ArtifactError, OutputExistsError
 
 #: room for the files beside the weights that are not counted one by one
 _MARGIN = 1 << 20
+#: what the names of a directory in the making, and of one that it replaces, end in
+_PARTIAL, _OLD = ".partial", ".old"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -67,12 +69,14 @@ def refuse_existing(out: Path, *, overwrite: bool) -> None:
 
 
 @contextmanager
-def create_directory(out: Path, need: int = 0) -> Iterator[Path]:
+def create_directory(out: Path, need: int = 0, *, inside: Path | None = None) -> Iterator[Path]:
     """Yield a temporary directory that is renamed to `out` at the end of the with-block.
 
     Args:
         out: the output directory, as `check_output` returned it.
         need: bytes that will be written, checked against the free space; 0 where not known yet.
+        inside: a directory on the same file system that holds it, and for a moment an older output
+            (`put_back`); beside `out` without.
 
     Raises:
         ArtifactError: the disk is or becomes full, or cannot be written to.
@@ -81,7 +85,8 @@ def create_directory(out: Path, need: int = 0) -> Iterator[Path]:
         out.parent.mkdir(parents=True, exist_ok=True)
         if need:
             check_space(out.parent, need)
-        place = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=".partial", dir=out.parent))
+        beside = inside or out.parent
+        place = Path(tempfile.mkdtemp(prefix=f".{out.name}-", suffix=_PARTIAL, dir=beside))
         try:
             yield place
             _settle(place, out)
@@ -104,7 +109,7 @@ def write_file(out: Path, content: str, *, overwrite: bool) -> None:
             draft = Path(place) / out.name
             write_bytes(draft, raw)
             draft.replace(out)
-        _sync(out.parent)
+        sync_directory(out.parent)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -153,7 +158,7 @@ def _count_free_bytes(directory: Path) -> int:
 
 def _build_full_error(path: Path, need: int, free: int) -> ArtifactError:
     return ArtifactError(
-        f"the disk is full: {path} needs {need:,} bytes and {free:,} are free; nothing was kept",
+        f"the disk is full: {path} needs {need:,} bytes and {free:,} are free",
         hint="make room, or name another place with -o",
     )
 
@@ -161,8 +166,8 @@ def _build_full_error(path: Path, need: int, free: int) -> ArtifactError:
 def _settle(place: Path, out: Path) -> None:
     """Rename the temporary directory; an older one is moved aside first and removed last."""
     place.chmod(0o777 & ~_read_umask())
-    _sync(place)
-    aside = place.with_suffix(".old")
+    sync_directory(place)
+    aside = place.with_suffix(_OLD)
     replaced = out.exists()
     if replaced:
         out.rename(aside)
@@ -172,9 +177,17 @@ def _settle(place: Path, out: Path) -> None:
         if replaced:
             aside.rename(out)
         raise
-    _sync(out.parent)
+    sync_directory(out.parent)
     if replaced:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def put_back(out: Path, inside: Path) -> None:
+    """Undo half a replacement, where a process was killed between the two renames of `_settle`."""
+    for aside in inside.glob(f".{out.name}-*{_OLD}"):
+        if not out.exists():
+            aside.rename(out)
+            sync_directory(out.parent)
 
 
 def _read_umask() -> int:
@@ -183,7 +196,7 @@ def _read_umask() -> int:
     return mask
 
 
-def _sync(directory: Path) -> None:
+def sync_directory(directory: Path) -> None:
     """Make the names in a directory as durable as the files."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:

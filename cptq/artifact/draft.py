@@ -6,7 +6,8 @@
         d.add({"report.json": ...})
     artifact = d.artifact
 
-The draft is a temporary directory beside `out`, which takes its place at the end of the with-block.
+The draft is a temporary directory beside `out`, or `inside` another one, which takes the place of
+`out` at the end of the with-block.
 After any exception inside nothing of it is left, and an older artifact is untouched.
 """
 
@@ -69,7 +70,13 @@ class _Written:
 
 @contextmanager
 def draft(
-    out: Path, *, overwrite: bool, source: Path, form: str = DEFAULT_FORMAT, emit: Emit
+    out: Path,
+    *,
+    overwrite: bool,
+    source: Path,
+    form: str = DEFAULT_FORMAT,
+    inside: Path | None = None,
+    emit: Emit,
 ) -> Iterator[Draft]:
     """Yield a draft of the artifact `out`, which replaces `out` at the end of the with-block.
 
@@ -78,6 +85,7 @@ def draft(
         overwrite: replace an older artifact, once the new one is complete.
         source: directory of the model or artifact that it is made from, which is never replaced.
         form: a name of `FORMATS`.
+        inside: the directory that holds the draft, on the same file system; beside `out` without.
         emit: receives progress and notices.
 
     Raises:
@@ -85,7 +93,7 @@ def draft(
         ArtifactError: `out` may not be replaced, or the disk is full or cannot be written to.
     """
     place = check_output(out, overwrite=overwrite, source=source)
-    with create_directory(place) as folder:
+    with create_directory(place, inside=inside) as folder:
         made = Draft(out=place, folder=folder, form=FORMATS.get(form), emit=emit)
         try:
             yield made

@@ -10,9 +10,9 @@ from the beginning, and stays.
 A matrix that is not there is represented by a tensor of its shape and type that holds NaN in a
 single number of memory: what reads it by mistake cannot go unnoticed.
 
-A matrix has a source: the stored tensor, another tensor that replaces it (`write`), or a function
-that makes it (`defer`), such as the multiplying out of compressed codes. The stored tensor is
-never changed, so that the dense model can be had again (`restore`) and needs no copy.
+A matrix has a source: the stored tensor, another tensor that replaces it, or a function that makes
+it, such as the multiplying out of compressed codes (`write`). The stored tensor is never changed,
+so that the dense model can be had again (`restore`) and needs no copy.
 
 Departure from accelerate's `disk_offload`, which loads linear by linear from a hook: a block is
 loaded once for all batches, parts outlive a call, and replaced weights are known. Numbers are the
@@ -91,14 +91,6 @@ class Weight:
         self.source = source
         if self.current is not None:
             self._place(self._convert())
-
-    def defer(self, source: Callable[[], Tensor]) -> None:
-        """Have the values made by a function when they are next brought into memory.
-
-        It gives those that the weight has now, so that what is in memory stays as it is.
-        """
-        if not self._pinned:
-            self.source = source
 
     def load(self) -> None:
         """Bring the values into memory, for one more user."""

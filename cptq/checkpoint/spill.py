@@ -50,7 +50,7 @@ class Spill:
             if self._folder is not None:
                 self._folder.mkdir(parents=True, exist_ok=True)
             self._directory = tempfile.TemporaryDirectory(
-                prefix="spill-", dir=self._folder, ignore_cleanup_errors=True
+                prefix=".spill-", dir=self._folder, ignore_cleanup_errors=True
             )
         return self._directory.name
 

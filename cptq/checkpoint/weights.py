@@ -95,12 +95,14 @@ def set_weight(module: nn.Module, W_OI: Tensor) -> None:
     known.write(W_OI.T.contiguous() if isinstance(module, Conv1D) else W_OI)
 
 
-def defer_weight(module: nn.Module, make: Callable[[], Tensor]) -> None:
-    """Let a weight (out, in) that was set be made anew when it is needed, without a copy of it."""
+def make_weight(module: nn.Module, make: Callable[[], Tensor]) -> None:
+    """Let the module compute with an (out, in) tensor that is made whenever it is needed."""
     known = find_weight(module)
-    if known is not None:
+    if known is None:
+        set_weight(module, make())
+    else:
         transposed = isinstance(module, Conv1D)
-        known.defer((lambda: make().T.contiguous()) if transposed else make)
+        known.write((lambda: make().T.contiguous()) if transposed else make)
 
 
 @contextmanager

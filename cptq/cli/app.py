@@ -21,7 +21,7 @@ Exit codes:
   1    failure: model, data, memory, disk, or an artifact that does not verify
   2    usage error: an option, a name, a value or an output that must change
   70   internal error, a defect of cptq
-  130  interrupted
+  130  interrupted; 143 and 129: by SIGTERM and SIGHUP
 
 CPTQ_DEBUG=1 shows tracebacks and the messages of libraries."""
 

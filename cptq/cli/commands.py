@@ -7,6 +7,7 @@ without it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -170,17 +171,24 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
     """
     from cptq.api import execute
     from cptq.cli.console import Console
+    from cptq.cli.continuation import spell_continuation
     from cptq.cli.failures import report_failures
     from cptq.cli.output import print_outcome
+    from cptq.cli.signals import catch_signals
     from cptq.config import settings_from
     from cptq.preflight import check_settings
 
     line = {name: value for name, value in given.items() if value not in (None, [], ())}
     line.pop("help", None)
     console = Console(line.pop("output_format", "human"))
-    with report_failures(console):
+    settings: AnySettings | None = None
+
+    def continuation() -> str | None:
+        return None if settings is None else spell_continuation(settings, sys.argv)
+
+    with catch_signals() as signals, report_failures(console, signals, continuation):
         file = line.pop("config", None)
         settings = check_settings(settings_from(command.settings, line, file=file))
-        outcome = execute(settings, console.emit)
+        outcome = execute(settings, signals.pass_on(console.emit))
         console.close()
         print_outcome(console, command.name, settings, outcome)

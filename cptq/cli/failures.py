@@ -5,25 +5,32 @@
 | 1, 2 | a `CptqError`, by its own `exit_code` (2: usage)    |
 | 1    | out of memory, disk full, a path that is not usable |
 | 70   | an internal error: a defect of cptq                 |
-| 130  | interrupted                                         |
+| 130  | interrupted (Ctrl-C, SIGINT)                        |
+| 143  | ended by SIGTERM                                    |
+| 129  | ended by SIGHUP: the terminal was closed            |
+
+Where a run has finished steps that are kept, the sentence ends with the command that goes on.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import typer
 
 from cptq.cli.console import Console
 from cptq.cli.environment import is_debugging
-from cptq.errors import CptqError
+from cptq.cli.signals import Signals
+from cptq.errors import CptqError, count_kept
 
 INTERNAL, INTERRUPTED = 70, 130
+#: what shells add to the number of a signal
+ENDED_BY_SIGNAL = 128
 _DISK_FULL = {errno.ENOSPC, errno.EDQUOT}
 _PATH_ERRORS = (
     FileNotFoundError,
@@ -37,46 +44,82 @@ _NO_MEMORY = ("out of memory", "can't allocate memory", "cannot allocate memory"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """What to print about an exception."""
+    """What to print about an exception. `resume`: the command that goes on, if there is one."""
 
     kind: str
     problem: str
     exit_code: int
     allowed: str | None = None
     hint: str | None = None
+    resume: str | None = None
 
     @property
     def sentence(self) -> str:
         """One line: what is wrong, what is allowed, what to do."""
         allowed = f"allowed: {self.allowed}" if self.allowed else None
         parts = [part for part in (self.problem, allowed, self.hint) if part]
-        return " ".join("; ".join(parts).split())
+        sentence = " ".join("; ".join(parts).split())
+        return sentence + (f"; to go on, type: {self.resume}" if self.resume else "")
 
     def to_dict(self) -> dict[str, Any]:
         """Return the document that `--format json` prints."""
         error = {name: getattr(self, name) for name in self.__slots__}
+        if self.resume is None:
+            del error["resume"]
         return {"error": {**error, "message": self.sentence}}
 
 
 @contextmanager
-def report_failures(console: Console) -> Iterator[None]:
-    """Run a command; print any exception as one sentence and exit with its code."""
+def report_failures(
+    console: Console,
+    signals: Signals | None = None,
+    spell_continuation: Callable[[], str | None] = lambda: None,
+) -> Iterator[None]:
+    """Run a command; print any exception as one sentence and exit with its code.
+
+    Args:
+        console: where to print.
+        signals: the signal that ended the command, if one did.
+        spell_continuation: returns the command that goes on from finished steps, if it can.
+    """
     try:
         yield
     except typer.Exit:
         raise
     except (Exception, KeyboardInterrupt) as error:
-        console.close()
-        failure = describe_failure(error)
-        console.print_error(failure.sentence, failure.to_dict())
-        if is_debugging(os.environ):
-            console.print_traceback(error)
+        failure = describe_failure(error, signals)
+        if count_kept(error) is not None:
+            failure = _add_continuation(failure, count_kept(error), spell_continuation())
+        with suppress(OSError):  # a terminal that was closed takes no message
+            console.close()
+            console.print_error(failure.sentence, failure.to_dict())
+            if is_debugging(os.environ):
+                console.print_traceback(error)
         raise typer.Exit(failure.exit_code) from None
 
 
-def describe_failure(error: BaseException) -> Failure:
-    """Return the failure behind an exception and its causes."""
+def _add_continuation(failure: Failure, kept: int | None, command: str | None) -> Failure:
+    """Say what is kept of the work, and the command that goes on."""
+    if kept and command:
+        words = "1 finished step is" if kept == 1 else f"{kept} finished steps are"
+        hint = "; ".join(filter(None, [failure.hint, f"{words} kept"]))
+        return replace(failure, hint=hint, resume=command)
+    if failure.exit_code > ENDED_BY_SIGNAL:
+        return replace(failure, hint="no step was finished yet, so nothing is kept")
+    return failure
+
+
+def describe_failure(error: BaseException, signals: Signals | None = None) -> Failure:
+    """Return the failure behind an exception and its causes; `signals`: what ended the command.
+
+    After a signal every exception is its consequence: libraries turn the interrupt into others.
+    """
     kind = type(error).__name__
+    if signals is not None and signals.received is not None:
+        code, name = signals.exit_code, signals.received.name
+        said = str(error) if isinstance(error, KeyboardInterrupt) else ""
+        problem = said or ("interrupted" if code == INTERRUPTED else f"interrupted by {name}")
+        return Failure(kind=KeyboardInterrupt.__name__, problem=problem, exit_code=code)
     if isinstance(error, CptqError):
         return Failure(
             kind=kind,

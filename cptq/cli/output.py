@@ -284,7 +284,7 @@ def make_leader_table(tables: Sequence[SensitivityTable]) -> Table:
     """Return the most sensitive unit by each metric, and the time of the run that measured it."""
     leaders = [next((unit for unit, _ in rank_units(table, 1)), "-") for table in tables]
     rows = tuple(
-        (table.metric, leader, format_seconds(table.seconds))
+        (table.metric, leader, format_seconds(table.seconds) if table.seconds else "-")
         for table, leader in zip(tables, leaders, strict=True)
     )
     return Table(

@@ -8,6 +8,9 @@ A compressor that corrects (`CORRECTING`) goes further: units are taken one afte
 inside a block, and each is compressed towards the weight that makes up for part of the errors
 before it, for which the dense model's hidden states travel along (`compression.streams`).
 
+Each block is a step that may be finished already (`Steps`): then its layers are taken as they are,
+and only the hidden states run through it.
+
 The vocabulary frames the blocks: an embedding goes first, an output head last
 (`compression.vocabulary`).
 
@@ -21,7 +24,8 @@ way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -29,13 +33,32 @@ import torch
 from cptq.calibration.batches import Batch
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.weights import make_weight
 from cptq.compression import COMPRESSORS, CORRECTING, WITHOUT_ACTIVATIONS
 from cptq.compression.layer import compress_module
 from cptq.compression.streams import Moments, Stream, embed_batches
 from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
+from cptq.numerics.grid import dequantize_layer
 from cptq.types import CompressedLayer, Emit, Notice, Plan, Progress, Unit
+
+#: names of the steps outside the blocks
+EMBEDDING, HEAD = "embedding", "head"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Steps:
+    """What is finished of a plan that is carried out, step by step: embedding, blocks, head.
+
+    Attributes:
+        load: returns the layers of a step by its name; None where it is not finished.
+        save: takes the layers of a step that is finished; returns them as they are from now on,
+            perhaps mapped from a file.
+    """
+
+    load: Callable[[str], list[CompressedLayer] | None] = lambda _step: None
+    save: Callable[[str, list[CompressedLayer]], list[CompressedLayer]] = lambda _step, made: made
 
 
 @torch.no_grad()
@@ -48,13 +71,15 @@ def compress_model(
     float16_scales: bool = False,
     layout: Layout = PACK_QUANTIZED,
     held_out: Sequence[Batch] = (),
+    steps: Steps | None = None,
     emit: Emit,
 ) -> list[CompressedLayer]:
     """Carry out a plan; afterwards `model.module` computes with the compressed weights.
 
     `layout` counts the bytes of a layer. `float16_scales` makes every scale one that float16 holds,
     whatever the checkpoint's type. `held_out` are batches that do not calibrate, on which output
-    errors are measured; without any, on those that do.
+    errors are measured; without any, on those that do. `steps` that are finished are not made
+    again, and the result is the same to the bit.
 
     Returns:
         One `CompressedLayer` for every layer that is not kept dense: embedding, blocks, head.
@@ -70,37 +95,143 @@ def compress_model(
         dtype=model.dtype,
         float16_scales=float16_scales,
     )
-    corrects = compressor in CORRECTING
-    chosen = [
-        unit
-        for unit in model.vocabulary
-        if unit.name in plan.choices and not plan.choices[unit.name].dense
-    ]
-    embeddings = [unit for unit in chosen if not is_head(unit)]
-    embedded = embed_batches(model, calibration.batches) if corrects and embeddings else None
-    done = [_compress_outer(model, unit, plan, None, None, compress, emit) for unit in embeddings]
-    calibrating = Stream(model, calibration.batches, dense=corrects, embedded=embedded)
-    judging = Stream(model, held_out) if held_out else None
+    run = _CarryingOut(model, plan, compressor, compress, steps or Steps(), emit)
+    if not run.restore_all():
+        run.compress_all(calibration, held_out)
     total = len(model.blocks)
-    for block in range(total):
-        emit(Progress(stage="compress", done=block, total=total, message=f"block {block}"))
+    emit(Progress(stage="compress", done=total, total=total))
+    return run.list_layers()
+
+
+class _CarryingOut:
+    """A plan that is carried out, with what is finished of it: {step: layers}."""
+
+    def __init__(
+        self,
+        model: LoadedModel,
+        plan: Plan,
+        compressor: str,
+        compress: partial[CompressedLayer],
+        steps: Steps,
+        emit: Emit,
+    ) -> None:
+        self._model, self._plan, self._emit = model, plan, emit
+        self._compressor, self._compress, self._steps = compressor, compress, steps
+        chosen = [unit for unit in model.vocabulary if unit.name in plan.choices]
+        chosen = [unit for unit in chosen if not plan.choices[unit.name].dense]
+        self._embeddings = [unit for unit in chosen if not is_head(unit)]
+        self._heads = [unit for unit in chosen if is_head(unit)]
+        self._names = [
+            *([EMBEDDING] if self._embeddings else []),
+            *(name_block(block) for block in range(len(model.blocks))),
+            *([HEAD] if self._heads else []),
+        ]
+        self._done = dict(self._load_finished())
+
+    def _load_finished(self) -> Iterator[tuple[str, list[CompressedLayer]]]:
+        for name in self._names:
+            layers = self._steps.load(name)
+            if layers is None:
+                return
+            yield name, layers
+
+    def list_layers(self) -> list[CompressedLayer]:
+        """Return the layers of all steps."""
+        return [layer for name in self._names for layer in self._done[name]]
+
+    def restore_all(self) -> bool:
+        """Give the model its weights where all steps are finished; return whether they are."""
+        if len(self._done) < len(self._names):
+            return False
+        for name in self._names:
+            self._restore(name)
+        return True
+
+    def _restore(self, name: str) -> None:
+        restore_layers(self._model, self._done[name])
+
+    def _save(self, name: str, layers: list[CompressedLayer]) -> None:
+        self._done[name] = self._steps.save(name, layers)
+        self._restore(name)  # from now on from what was saved, so that no copy is kept in memory
+
+    def compress_all(self, calibration: Calibration, held_out: Sequence[Batch]) -> None:
+        """Make the steps that are not finished."""
+        model, corrects = self._model, self._compressor in CORRECTING
+        first = corrects and self._embeddings
+        embedded = embed_batches(model, calibration.batches) if first else None
+        if self._embeddings:
+            self._compress_embeddings()
+        calibrating = Stream(model, calibration.batches, dense=corrects, embedded=embedded)
+        judging = Stream(model, held_out) if held_out else None
+        total = len(model.blocks)
+        for block in range(total):
+            message = f"block {block}"
+            self._emit(Progress(stage="compress", done=block, total=total, message=message))
+            self._compress_block(block, calibrating, judging)
+        if self._heads:
+            self._compress_heads(calibrating, judging)
+
+    def _compress_embeddings(self) -> None:
+        if EMBEDDING in self._done:
+            self._restore(EMBEDDING)
+            return
+        self._save(EMBEDDING, [self._compress_outer(unit, None, None) for unit in self._embeddings])
+
+    def _compress_block(self, block: int, calibrating: Stream, judging: Stream | None) -> None:
+        model, plan, name = self._model, self._plan, name_block(block)
+        if name in self._done:
+            calibrating.enter_block(block, ())
+            self._restore(name)
+            for stream in (calibrating, *([judging] if judging else [])):
+                stream.pass_block(block)
+            return
         units = [u for u in model.units if u.block == block and not plan.choices[u.name].dense]
         in_order = calibrating.enter_block(block, units)
-        stages = _split_stages(units, one_by_one=corrects)
+        stages = _split_stages(units, one_by_one=self._compressor in CORRECTING)
         owns = calibrating.walk(block, stages, in_order=in_order)
         others = judging.walk(block, stages, in_order=in_order) if judging else [{}] * len(stages)
+        made: list[CompressedLayer] = []
         # strict: asks the walks for one more than there is, so that they go on to the block's end
         for stage, own, other in zip(stages, owns, others, strict=True):
-            done += _compress_units(model, stage, plan, own, other, compress, emit)
-    for unit in chosen:
-        if is_head(unit):
-            emit(Progress(stage="compress", done=total, total=total, message=unit.name))
-            reads = compressor not in WITHOUT_ACTIVATIONS
+            made += _compress_units(model, stage, plan, own, other, self._compress, self._emit)
+        self._save(name, made)
+
+    def _compress_heads(self, calibrating: Stream, judging: Stream | None) -> None:
+        made, total = [], len(self._model.blocks)
+        for unit in self._heads:
+            self._emit(Progress(stage="compress", done=total, total=total, message=unit.name))
+            reads = self._compressor not in WITHOUT_ACTIVATIONS
             at_head = calibrating.collect_head() if reads else None
             judged = judging.collect_head() if reads and judging else None
-            done.append(_compress_outer(model, unit, plan, at_head, judged, compress, emit))
-    emit(Progress(stage="compress", done=total, total=total))
-    return done
+            made.append(self._compress_outer(unit, at_head, judged))
+        self._save(HEAD, made)
+
+    def _compress_outer(
+        self, unit: Unit, own: Moments | None, other: Moments | None
+    ) -> CompressedLayer:
+        """Compress a unit of the vocabulary in place, and report its notes."""
+        (spec,) = unit.layers
+        layer = self._compress(
+            self._model.linear(spec.name),
+            spec,
+            None if own is None else own.H_II,
+            self._plan.choices[unit.name],
+            method=choose_compressor(unit, self._compress.keywords["method"]),
+            held_out_II=None if other is None else other.H_II,
+        )
+        _emit_notes(layer, self._emit)
+        return layer
+
+
+def name_block(block: int) -> str:
+    """Return the name of the step of a block."""
+    return f"block-{block}"
+
+
+def restore_layers(model: LoadedModel, layers: Iterable[CompressedLayer]) -> None:
+    """Let a model compute with compressed layers, multiplied out when they are needed."""
+    for layer in layers:
+        make_weight(model.linear(layer.spec.name), partial(dequantize_layer, layer, model.dtype))
 
 
 def _split_stages(units: Sequence[Unit], *, one_by_one: bool) -> list[list[Unit]]:
@@ -146,29 +277,6 @@ def _compress_units(
             )
             _emit_notes(done[-1], emit)
     return done
-
-
-def _compress_outer(
-    model: LoadedModel,
-    unit: Unit,
-    plan: Plan,
-    own: Moments | None,
-    other: Moments | None,
-    compress: partial[CompressedLayer],
-    emit: Emit,
-) -> CompressedLayer:
-    """Compress a unit of the vocabulary in place, and report its notes."""
-    (spec,) = unit.layers
-    layer = compress(
-        model.linear(spec.name),
-        spec,
-        None if own is None else own.H_II,
-        plan.choices[unit.name],
-        method=choose_compressor(unit, compress.keywords["method"]),
-        held_out_II=None if other is None else other.H_II,
-    )
-    _emit_notes(layer, emit)
-    return layer
 
 
 def _emit_notes(layer: CompressedLayer, emit: Emit) -> None:

@@ -9,7 +9,9 @@ batch. For a block:
     walk         the compressed stream runs it, stage by stage: H = E[x^ x^^T], C = E[(x - x^) x^^T]
                  of the units of a stage, which the caller then compresses
 
-After the last block `collect_head` gives H of the output head.
+After the last block `collect_head` gives H of the output head. A block that an earlier run has
+compressed is passed: `enter_block` without units while it is dense, `pass_block` once it has its
+weights.
 
 A walk is one pass where it can be: each batch runs in a greenlet, stops where a unit is about to
 read its input, waits until that unit is compressed, and goes on with the new weight. So nothing is
@@ -169,6 +171,10 @@ class Stream:
             return
         for stage in stages:
             yield self.collect(block, stage)
+        self.pass_block(block)
+
+    def pass_block(self, block: int) -> None:
+        """Run the compressed stream through a block as it is now."""
         for index, state in enumerate(self._hidden):
             self._hidden[index] = self._replay.run(block, state, index)
 

@@ -34,6 +34,7 @@ from cptq.config.values import (
     name_fields,
     read_file,
     settings_from,
+    spell_options,
 )
 
 __all__ = [
@@ -76,4 +77,5 @@ __all__ = [
     "parse_sparsity",
     "read_file",
     "settings_from",
+    "spell_options",
 ]

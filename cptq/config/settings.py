@@ -317,6 +317,12 @@ class CompressSettings(CandidateSettings):
         "Write the artifact to this directory.", "DIR", "MODEL-cptq-TARGET"
     )
     overwrite: bool = overwrite_option()
+    resume: bool = option(
+        False,
+        "Go on with a run of this very command that was interrupted, killed or failed, from the "
+        "steps that it finished.",
+        OUTPUT,
+    )
     push_to_hub: str | None = push_to_hub_option()
 
     def __post_init__(self) -> None:

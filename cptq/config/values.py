@@ -177,6 +177,18 @@ def command_line(settings: AnySettings) -> str:
     return shlex.join(words)
 
 
+def spell_options(settings: AnySettings) -> dict[str, str]:
+    """Return {flag: the words that give an option its value}; empty where it has none.
+
+    Without the access token. An argument has a flag here too: `--model`.
+    """
+    options, given = list_options(type(settings)), describe(settings)
+    return {
+        options[name].flag: "" if value is None else shlex.join(_spell(options[name], value))
+        for name, value in given.items()
+    }
+
+
 def _spell(option: Option, value: Any) -> list[str]:
     """Return an option with a value as words of a command line."""
     if isinstance(value, bool):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +13,7 @@ from cptq.allocation import BLIND
 from cptq.allocation.allocate import allocate
 from cptq.allocation.experts import fix_experts, list_experts
 from cptq.allocation.ledger import Ledger
+from cptq.artifact.atomic import check_space, refuse_existing
 from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.hub import push
@@ -22,7 +24,7 @@ from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import forward
 from cptq.calibration.samples import take_batches
 from cptq.calibration.tokens import Calibration
-from cptq.compression.blockwise import compress_model
+from cptq.compression.blockwise import Steps, compress_model
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, CompressSettings
 from cptq.errors import BudgetError
@@ -30,9 +32,11 @@ from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
+from cptq.pipeline.resume import estimate_bytes, identify, identify_inputs, keep_blocks
+from cptq.pipeline.run_directory import RunDirectory, open_run
 from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
-from cptq.pipeline.tune import record_dense, tune_layers
+from cptq.pipeline.tune import TuneResult, apply_tuned, record_dense, tune_layers
 from cptq.pipeline.uniform_check import BASELINE, TRIAL_TOKENS, keep_better_plan
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
@@ -49,6 +53,8 @@ from cptq.types import (
 #: batches of held-out text (of `MICRO_TOKENS` tokens) that output errors are measured on: what they
 #: cost is that share of the passes over the calibration text
 JUDGED_BATCHES = 4
+#: the step of what --tune did
+TUNED_STEP = "tuned"
 #: tokens of the input on which a written artifact is compared with the model in memory
 SAMPLE_TOKENS = 64
 #: what a load in float32 may differ by from a run in a narrower type, as a share of the largest
@@ -68,14 +74,39 @@ class CompressedModel:
 def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
     """Compress a model into an artifact that is verified and reported on."""
     recorder = Recorder(emit)
-    inputs = load_inputs(settings, recorder)
-    tables = measure_sensitivity(inputs, recorder)
-    plan = check_plan(inputs, make_plan(inputs, tables, recorder), recorder)
-    compressed = compress_and_tune(inputs, plan, recorder)
-    outcome = write_artifact(inputs, tables, compressed, recorder)
+    with _open_run(settings, recorder) as run:
+        inputs = load_inputs(_forget_resume(settings, run), recorder, folder=run.path)
+        run.identify(identify_inputs(inputs))
+        check_space(inputs.out, inputs.need + max(0, estimate_bytes(inputs) - run.nbytes))
+        tables = run.keep("sensitivity", lambda: dict(measure_sensitivity(inputs, recorder)))
+        made = run.keep("plan", lambda: make_plan(inputs, tables, recorder))
+        plan = run.keep("chosen-plan", lambda: check_plan(inputs, made, recorder))
+        compressed = compress_and_tune(inputs, plan, run, recorder)
+        outcome = write_artifact(inputs, tables, compressed, run, recorder)
     _report_next_step(inputs, emit)
     _push_artifact(inputs, outcome, recorder)
     return outcome
+
+
+def _open_run(
+    settings: CompressSettings, recorder: Recorder
+) -> AbstractContextManager[RunDirectory]:
+    """Lock the output, and find the steps that an earlier run finished, if it is to go on."""
+    assert settings.out is not None, "check_settings fills it in"
+    return open_run(
+        settings.out,
+        identify(settings),
+        recorder,
+        resume=settings.resume,
+        overwrite=settings.overwrite,
+    )
+
+
+def _forget_resume(settings: CompressSettings, run: RunDirectory) -> CompressSettings:
+    """Return the settings of a run that was never interrupted, which may replace its own output."""
+    overwrite = settings.overwrite or run.owns_output
+    refuse_existing(run.out, overwrite=overwrite)
+    return replace(settings, resume=False, overwrite=overwrite)
 
 
 def plan(settings: CompressSettings, emit: Emit) -> Plan:
@@ -169,17 +200,25 @@ def _restrict_to_refinable(inputs: CompressInputs, plan: Plan) -> Ledger:
     return fix_experts(inputs.ledger, plan.choices[experts[0]]) if experts else inputs.ledger
 
 
-def compress_and_tune(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> CompressedModel:
+def compress_and_tune(
+    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder
+) -> CompressedModel:
     """Carry out the plan by `compress_layers`, and tune the result where --tune asks for it."""
     if not inputs.settings.tune:
-        return compress_layers(inputs, plan, recorder)
+        return compress_layers(inputs, plan, run, recorder)
     with recorder.stage("tuning"):
-        dense = record_dense(inputs)
-    compressed = compress_layers(inputs, plan, recorder)
-    with recorder.stage("tuning"):
+        dense = None if TUNED_STEP in run else record_dense(inputs)
+    compressed = compress_layers(inputs, plan, run, recorder)
+
+    def tune() -> dict[str, Any]:
+        assert dense is not None
         judged = inputs.held_out.judge[:JUDGED_BATCHES]
-        layers, tuned = tune_layers(inputs, compressed.layers, dense, judged, recorder)
-    return replace(compressed, layers=tuple(layers), tuned=tuned)
+        return tune_layers(inputs, compressed.layers, dense, judged, recorder).to_dict()
+
+    with recorder.stage("tuning"):
+        found = TuneResult(**run.keep(TUNED_STEP, tune))
+        layers = apply_tuned(inputs.model, compressed.layers, found)
+    return replace(compressed, layers=tuple(layers), tuned=found.record)
 
 
 def check_plan(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> Plan:
@@ -200,11 +239,17 @@ def check_plan(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> Plan:
         )
 
 
-def compress_layers(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> CompressedModel:
-    """Carry out the plan; the model in memory then computes with the compressed weights."""
+def compress_layers(
+    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder
+) -> CompressedModel:
+    """Carry out the plan; the model in memory then computes with the compressed weights.
+
+    Every block is a step of the run.
+    """
     judge = inputs.held_out.judge[:JUDGED_BATCHES]
+    steps, emit = keep_blocks(run, inputs.model.device, recorder)
     with recorder.stage("compression"):
-        layers = _carry_out(inputs, plan, inputs.calibration, judge, recorder)
+        layers = _carry_out(inputs, plan, inputs.calibration, judge, emit, steps)
     return CompressedModel(plan=plan, layers=tuple(layers))
 
 
@@ -214,6 +259,7 @@ def _carry_out(
     calibration: Calibration,
     held_out: Sequence[Batch],
     emit: Emit,
+    steps: Steps | None = None,
 ) -> list[CompressedLayer]:
     return compress_model(
         inputs.model,
@@ -223,6 +269,7 @@ def _carry_out(
         float16_scales=inputs.runtime.float16_scales,
         layout=inputs.space.layout,
         held_out=held_out,
+        steps=steps,
         emit=emit,
     )
 
@@ -263,6 +310,7 @@ def write_artifact(
     inputs: CompressInputs,
     tables: Mapping[str, SensitivityTable],
     compressed: CompressedModel,
+    run: RunDirectory,
     recorder: Recorder,
 ) -> CompressOutcome:
     """Write the artifact, verify it by reloading it, and add the report."""
@@ -281,12 +329,15 @@ def write_artifact(
             overwrite=settings.overwrite,
             source=model.path,
             form=inputs.space.form,
+            inside=run.path,
             emit=recorder,
         ) as d:
-            d.write(content, record, encode_stage_files(model, record.calibration, tables, plan))
+            files = encode_stage_files(model, record.calibration, tables, plan, timed=False)
+            d.write(content, record, files)
             check = d.verify(sample)
             report = _summarize(inputs, tables, compressed, check, recorder)
             d.add(render_files(report))
+            run.announce_output(d.folder)
     return CompressOutcome(
         summary=report,
         out=inputs.out,

@@ -36,10 +36,13 @@ def encode_stage_files(
     tables: Mapping[str, SensitivityTable],
     plan: Plan | None,
     validation: Validation | None = None,
+    *,
+    timed: bool = True,
 ) -> dict[str, bytes]:
     """Return {relative path: content} of layers, calibration, tables, plan and validation.
 
-    Without a `calibration` there is no file of it. Partial tables are named so.
+    Without a `calibration` there is no file of it. Partial tables are named so. Unless `timed` no
+    file holds seconds; those that a manifest covers must not: the same run writes the same bytes.
     """
     layers = {
         "model_fingerprint": model.fingerprint,
@@ -52,7 +55,7 @@ def encode_stage_files(
         files["calibration.json"] = convert_to_plain(calibration)
     for name, table in tables.items():
         partial = ".partial" if PARTIAL in table.details else ""
-        files[f"sensitivity/{name}{partial}.json"] = _encode_table(table)
+        files[f"sensitivity/{name}{partial}.json"] = _encode_table(table, timed)
     if plan is not None:
         files["plan.json"] = plan.to_dict()
     if validation is not None:
@@ -63,8 +66,10 @@ def encode_stage_files(
     return {name: _encode_json(content) for name, content in files.items()}
 
 
-def _encode_table(table: SensitivityTable) -> dict[str, Any]:
+def _encode_table(table: SensitivityTable, timed: bool) -> dict[str, Any]:
     data: dict[str, Any] = convert_to_plain(table)
+    if not timed:
+        del data["seconds"]
     return {"schema": TABLE_SCHEMA, **data}
 
 

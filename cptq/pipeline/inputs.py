@@ -98,8 +98,8 @@ class CompressInputs:
     """What `compress` works on. `plan` is that of --plan, `tables` that of --sensitivity.
 
     `ledger` counts the options of the units against the target; None with a `plan`, whose bytes
-    are checked on their own. `compare_with_baseline`: --check-uniform applies, as the plan will be
-    made from scores.
+    are checked on their own. `need`: the most bytes that the file can take.
+    `compare_with_baseline`: --check-uniform applies, as the plan will be made from scores.
     """
 
     settings: CompressSettings
@@ -110,24 +110,33 @@ class CompressInputs:
     plan: Plan | None
     tables: Mapping[str, SensitivityTable]
     out: Path
+    need: int
     calibration: Calibration
     held_out: HeldOutText
     compare_with_baseline: bool
 
 
 def load_inputs(
-    settings: CompressSettings, recorder: Recorder, *, writes: bool = True
+    settings: CompressSettings,
+    recorder: Recorder,
+    *,
+    writes: bool = True,
+    folder: Path | None = None,
 ) -> CompressInputs:
     """Load the model, the text and the files that the settings name, and check them.
 
-    `writes`: check also that the output can be written.
+    Args:
+        settings: of the run.
+        recorder: receives progress and notices.
+        writes: check also that the output can be written.
+        folder: where activations go that memory does not hold; beside the output without.
 
     Raises:
         CptqError: anything that makes the run impossible; see the modules that are called.
     """
     runtime = find_runtime(settings.runtime)
     plan = None if settings.plan is None else Plan.load(settings.plan)
-    model = load_dense(settings, recorder, conv1d=runtime.conv1d)
+    model = load_dense(settings, recorder, conv1d=runtime.conv1d, folder=folder)
     check_units(model)
     if any(width < 16 for width in settings.bits):
         runtime.check_tensors(spec.name for spec in model.tensors)
@@ -154,6 +163,7 @@ def load_inputs(
         plan=plan,
         tables=tables,
         out=out,
+        need=need,
         calibration=calibration,
         held_out=held_out,
         compare_with_baseline=compare,
@@ -353,15 +363,21 @@ def _read_text(
 
 
 def load_dense(
-    settings: AnalyzeSettings | CompressSettings, recorder: Recorder, *, conv1d: bool = False
+    settings: AnalyzeSettings | CompressSettings,
+    recorder: Recorder,
+    *,
+    conv1d: bool = False,
+    folder: Path | None = None,
 ) -> LoadedModel:
     """Load a model that is not compressed yet; `conv1d` as in `load_model`.
+
+    What memory does not hold of its activations goes to `folder`, beside the output without.
 
     Raises:
         ModelError: it is compressed, or cannot be loaded.
         UsageError: --max-memory does not hold a block of it.
     """
-    folder = (settings.out or Path("out")).expanduser().absolute().parent
+    folder = folder or (settings.out or Path("out")).expanduser().absolute().parent
     asked = settings.max_memory and parse_size(settings.max_memory, "--max-memory")
     memory = choose_memory(asked or None, folder)
     with recorder.stage("load"):

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import Objective, choose_objective
 from cptq.checkpoint.model import LoadedModel
+from cptq.compression.blockwise import restore_layers
 from cptq.compression.tune import (
     STEP_TOKENS,
     STEPS,
     Tuned,
     copy_dense,
     cut_steps,
+    find_free_vectors,
     measure_errors,
     tune,
 )
 from cptq.pipeline.inputs import CompressInputs
 from cptq.report.formatting import format_number
-from cptq.types import CompressedLayer, Emit, Notice
+from cptq.types import CompressedLayer, Emit, LayerResult, Notice
 
 SUBJECT = "--tune"
 
@@ -37,6 +42,23 @@ class DenseRecord:
     objective: Objective
     choose: DivergenceFromDense
     judge: DivergenceFromDense | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TuneResult:
+    """What --tune changed.
+
+    `layers` are those of the compressed linears, {name: (scale, result)}; codes stay. `vectors` are
+    norms and biases, {name: value}. `record` is what the manifest says. None of it: nothing.
+    """
+
+    layers: Mapping[str, tuple[Tensor, LayerResult]] = field(default_factory=dict)
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
+    record: Mapping[str, Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields by name; `TuneResult(**fields)` is the inverse."""
+        return {"layers": self.layers, "vectors": self.vectors, "record": self.record}
 
 
 def record_dense(inputs: CompressInputs) -> DenseRecord:
@@ -61,7 +83,7 @@ def tune_layers(
     dense: DenseRecord,
     held_out: Sequence[Batch],
     emit: Emit,
-) -> tuple[list[CompressedLayer], Mapping[str, Any] | None]:
+) -> TuneResult:
     """Tune the compressed linears in place, with norms and biases; embeddings stay as they are.
 
     Args:
@@ -72,13 +94,13 @@ def tune_layers(
         emit: receives progress and the result.
 
     Returns:
-        All layers, and what the manifest says; None where nothing was tuned.
+        What has changed, for `apply_tuned`.
     """
     linears = [layer for layer in layers if layer.spec.kind in ("linear", "conv1d")]
     if not linears:
         message = "the plan keeps every linear dense: nothing to tune"
         emit(Notice(kind="warning", subject=SUBJECT, message=message))
-        return list(layers), None
+        return TuneResult()
     model, settings = inputs.model, inputs.settings
     record = inputs.calibration.record
     batches = cut_steps(
@@ -101,10 +123,30 @@ def tune_layers(
     judge = dense.judge or dense.choose
     _report(found, judge, settings.tune_minutes, emit)
     if not found.kept:
-        return list(layers), None
+        return TuneResult()
     tuned = measure_errors(model, dense.model, found.layers, held_out)
-    by_name = {layer.spec.name: layer for layer in tuned}
-    return [by_name.get(x.spec.name, x) for x in layers], _record(found, judge)
+    vectors = find_free_vectors(model)
+    return TuneResult(
+        layers={layer.spec.name: (layer.scale, layer.result) for layer in tuned},
+        vectors={name: vectors[name].detach() for name in found.dense},
+        record=_record(found, judge),
+    )
+
+
+@torch.no_grad()
+def apply_tuned(
+    model: LoadedModel, layers: Sequence[CompressedLayer], found: TuneResult
+) -> list[CompressedLayer]:
+    """Let a model that computes with the layers compute as it was tuned; return all layers."""
+    changed = []
+    for layer in layers:
+        scale, result = found.layers.get(layer.spec.name, (layer.scale, layer.result))
+        changed.append(replace(layer, scale=scale.to(layer.scale.device), result=result))
+    restore_layers(model, [layer for layer in changed if layer.spec.name in found.layers])
+    vectors = find_free_vectors(model)
+    for name, value in found.vectors.items():
+        vectors[name].copy_(value)
+    return changed
 
 
 def _report(found: Tuned, judge: DivergenceFromDense, minutes: int, emit: Emit) -> None:

@@ -265,8 +265,13 @@ def build_top_table(table: SensitivityTable, summary: Summary, count: int = TOP)
         columns=("#", "unit", "role", "score"),
         rows=tuple(rows),
         right=("#", "score"),
-        note=f"{table.score_unit}; {text}; {format_seconds(table.seconds)}",
+        note="; ".join([table.score_unit, text, *_format_cost(table)]),
     )
+
+
+def _format_cost(table: SensitivityTable) -> list[str]:
+    """Return the seconds of a measurement where they are known."""
+    return [format_seconds(table.seconds)] if table.seconds else []
 
 
 def build_model_table(summary: Summary) -> Table:

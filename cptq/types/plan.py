@@ -96,7 +96,7 @@ class SensitivityTable:
     cca, for example); `per_block` is its sum or mean over a block. `details` holds further facts
     about the measurement. `seconds` is the wall time of the run that measured the table: shared
     passes and all metrics of that run, so it is the metric's own cost only if it was measured alone
-    (`scripts/bench_sensitivity`).
+    (`scripts/bench_sensitivity`); 0 where it is not known: an artifact's table does not hold it.
     """
 
     metric: str
@@ -108,7 +108,7 @@ class SensitivityTable:
     calibration_fingerprint: str
     seed: int
     tokens: int
-    seconds: float
+    seconds: float = 0.0
     details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:

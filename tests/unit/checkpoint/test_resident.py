@@ -17,9 +17,9 @@ from cptq.checkpoint.memory import BASE, Memory
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.resident import HeldForward, find_weight
 from cptq.checkpoint.weights import (
-    defer_weight,
     get_stored_weight,
     get_weight,
+    make_weight,
     replace_weight,
     set_weight,
 )
@@ -117,7 +117,7 @@ def test_what_is_not_there_cannot_be_read_by_mistake(tiny_model: TinyModel, tmp_
 
 @pytest.mark.parametrize("memory", [None, NOTHING])
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_a_weight_can_be_set_replaced_deferred_and_had_again(
+def test_a_weight_can_be_set_replaced_made_and_had_again(
     arch: str, memory: Memory | None, tiny_model: TinyModel
 ) -> None:
     model = opened(tiny_model(arch), memory, conv1d=True)
@@ -133,7 +133,7 @@ def test_a_weight_can_be_set_replaced_deferred_and_had_again(
         assert torch.equal(get_weight(linear), dense * 2)
         assert not torch.equal(run(model), changed)
     assert torch.equal(get_weight(linear), dense + 1)
-    defer_weight(linear, lambda: dense + 1)
+    make_weight(linear, lambda: dense + 1)
     assert torch.equal(get_weight(linear), dense + 1)
     assert torch.equal(run(model), changed)
     model.restore_dense()

@@ -26,6 +26,7 @@ from cptq.pipeline.compress import (
 )
 from cptq.pipeline.inputs import CompressInputs, HeldOutText, load_inputs
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.run_directory import open_run
 from tests.conftest import TinyModel
 from tests.tiny_models import SENTENCES, pair_tokenizer, tiny_tokenizer, write_rte
 
@@ -89,7 +90,8 @@ def test_a_plan_is_made_again_from_the_same_values(tiny_model: TinyModel, tmp_pa
     assert first.predicted_bytes <= inputs.ledger.budget.limit_bytes
     for name, x in inputs.model.module.state_dict().items():
         assert torch.equal(x, before[name])
-    compressed = compress_layers(inputs, first, recorder())
+    with open_run(tmp_path / "out", {}, recorder(), resume=False, overwrite=False) as run:
+        compressed = compress_layers(inputs, first, run, recorder())
     packed = [unit for unit in inputs.model.all_units if not first.choices[unit.name].dense]
     assert len(compressed.layers) == sum(len(unit.layers) for unit in packed)
     with pytest.raises(FrozenInstanceError):

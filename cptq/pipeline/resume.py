@@ -1,0 +1,110 @@
+"""What `cptq compress` keeps of its work, and what tells one run from another.
+
+`identify` says what a run is before anything is loaded, `identify_inputs` once model and text are
+there: whatever can change a byte of the artifact. `keep_blocks` keeps a plan that is carried out
+block by block.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import replace
+from importlib.metadata import version
+
+import torch
+
+from cptq import __version__
+from cptq.calibration.batches import Batch
+from cptq.calibration.tokens import digest_tokens
+from cptq.compression.blockwise import Steps
+from cptq.config import CompressSettings, spell_options
+from cptq.pipeline.inputs import CompressInputs
+from cptq.pipeline.run_directory import THREADS, RunDirectory
+from cptq.types import CompressedLayer, Emit, Event, Notice, digest
+
+#: options that cannot change the artifact, or whose content is compared in their place
+FREE = frozenset(
+    (
+        *("--model", "--revision", "--plan", "--sensitivity", "--data-dir", "--cache-dir"),
+        *("--out", "--overwrite", "--resume", "--push-to-hub", "--allow-pickle", "--max-memory"),
+    )
+)
+_PACKAGES = ("torch", "transformers")
+
+
+def identify(settings: CompressSettings) -> dict[str, str]:
+    """Return the versions and the options of a run as words, by what they are of."""
+    found = {"cptq": f"cptq {__version__}"}
+    found |= {package: f"{package} {version(package)}" for package in _PACKAGES}
+    found[THREADS] = f"OMP_NUM_THREADS={torch.get_num_threads()}"
+    return found | {
+        flag: words for flag, words in spell_options(settings).items() if flag not in FREE
+    }
+
+
+def identify_inputs(inputs: CompressInputs) -> dict[str, str]:
+    """Return the digests of what a run reads, by what they are of."""
+    model, text = inputs.model, inputs.held_out
+    held_out = [*text.search, *text.guard, *text.tune, *text.judge]
+    config = (model.path / "config.json").read_bytes()
+    found = {
+        "the model": model.fingerprint,
+        "the model's config.json": hashlib.sha256(config).hexdigest(),
+        "the calibration text": inputs.calibration.record.fingerprint,
+        "the text held out from calibration": _digest_batches(held_out),
+    }
+    if inputs.plan is not None:
+        found["the plan of --plan"] = digest(inputs.plan.to_dict())
+    for table in inputs.tables.values():
+        found["the table of --sensitivity"] = table.digest
+    return found
+
+
+def _digest_batches(batches: Iterable[Batch]) -> str:
+    rows = (row.cpu() for batch in batches for name in sorted(batch) for row in batch[name])
+    return digest_tokens(rows)
+
+
+def keep_blocks(run: RunDirectory, device: torch.device, emit: Emit) -> tuple[Steps, Emit]:
+    """Return the steps of a plan that is carried out, and what it is to emit its events to.
+
+    The notices of a block are kept with it, and emitted again when it is taken over.
+    """
+    notices: list[Notice] = []
+
+    def note(event: Event) -> None:
+        if isinstance(event, Notice):
+            notices.append(event)
+        emit(event)
+
+    def load(step: str) -> list[CompressedLayer] | None:
+        if step not in run:
+            return None
+        layers, kept = run.read(step)
+        for notice in kept:
+            emit(notice)
+        return _move(layers, device)
+
+    def save(step: str, layers: list[CompressedLayer]) -> list[CompressedLayer]:
+        found = run.save(step, layers, tuple(notices))
+        notices.clear()
+        return _move(found, device)
+
+    return Steps(load=load, save=save), note
+
+
+def _move(layers: Iterable[CompressedLayer], device: torch.device) -> list[CompressedLayer]:
+    """Return layers with their tensors where they were made; files are mapped to the CPU."""
+    names = ("codes", "scale", "zero", "mask")
+    return [
+        replace(layer, **{n: t.to(device) for n in names if (t := getattr(layer, n)) is not None})
+        for layer in layers
+    ]
+
+
+def estimate_bytes(inputs: CompressInputs) -> int:
+    """Return about what the steps take: a byte per code, masks, and scales of 4 bytes at most."""
+    masks = any(c.sparsity for row in inputs.space.options.values() for c in row)
+    weights = sum(unit.numel for unit in inputs.space.cost.units)
+    return weights * (2 if masks else 1) + weights // 8
