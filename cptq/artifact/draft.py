@@ -149,11 +149,15 @@ class Draft:
         write_files(self.folder, extras)
         self._written = _Written(content=content, record=record, files=files)
 
-    def verify(self, sample: ReloadSample | None) -> ReloadCheck | None:
+    def verify(
+        self, sample: ReloadSample | None, *, short: ReloadSample | None = None
+    ) -> ReloadCheck | None:
         """Reload what was written in a fresh process, compare, and write the manifest.
 
         Args:
-            sample: inputs and expected outputs; None skips the check, with a warning.
+            sample: inputs and expected outputs, which the manifest keeps; None skips the check,
+                with a warning.
+            short: compare with these instead, of the first blocks alone.
 
         Raises:
             ArtifactError: it does not load, or its outputs differ.
@@ -165,7 +169,8 @@ class Draft:
         written, content = self._written, self._written.content
         if sample is not None:
             sample = replace(sample, attention=sample.attention or content.attention)
-        check = self._reload(content, sample)
+            short = short and replace(short, attention=sample.attention)
+        check = self._reload(content, short or sample)
         manifest = _build_manifest(self.form, written, self.folder)
         manifest["verification"] = _plain_check(check)
         manifest.setdefault("sample", sample and record_sample(sample))

@@ -39,7 +39,8 @@ class ReloadSample:
 
     `tolerance` is relative to the largest expected value. `attention` is the implementation that
     the model in memory uses (None: transformers' default). Where `partial` is set, only the
-    expected values that are numbers are known.
+    expected values that are numbers are known. `left_out` names the last blocks where they are not
+    run: the outputs are then those of a model without them, and only `blocks` are loaded.
     """
 
     inputs: Mapping[str, Tensor]
@@ -48,6 +49,8 @@ class ReloadSample:
     attention: str | None = None
     trust_remote_code: bool = False
     partial: bool = False
+    blocks: int | None = None
+    left_out: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,29 +65,16 @@ class ReloadCheck:
 
 
 def reload_in_fresh_process(
-    path: Path,
-    kind: ModelKind,
-    sample_inputs: Mapping[str, Tensor],
-    expected: Tensor,
-    *,
-    tolerance: float = TOLERANCE,
-    attention: str | None = None,
-    trust_remote_code: bool = False,
-    imports: Sequence[str] = (),
-    partial: bool = False,
+    path: Path, kind: ModelKind, sample: ReloadSample, *, imports: Sequence[str] = ()
 ) -> ReloadCheck:
     """Load `path` in a fresh process and compare its outputs with the expected ones.
 
     Args:
         path: the artifact.
         kind: of model; names the auto class.
-        sample_inputs: keyword arguments of the model's forward, integers or masks.
-        expected: logits, or the last hidden state of an encoder.
-        tolerance: see `ReloadSample`.
-        attention: as there.
-        trust_remote_code: let the model's own code run.
+        sample: inputs, keyword arguments of the model's forward, and the logits, or the last hidden
+            state of an encoder, that are expected.
         imports: modules that are imported before it is loaded; none means stock transformers.
-        partial: only the expected values that are numbers are known.
 
     Raises:
         ArtifactError: it does not load, keys are missing, unexpected or mismatched, or the outputs
@@ -95,23 +85,26 @@ def reload_in_fresh_process(
         job: dict[str, Any] = {
             "directory": str(path),
             "auto_class": AUTO_CLASSES[kind],
-            "attention": attention,
-            "trust_remote_code": trust_remote_code,
+            "attention": sample.attention,
+            "trust_remote_code": sample.trust_remote_code,
+            "blocks": sample.blocks,
+            "left_out": list(sample.left_out),
             "imports": list(imports),
             "threads": torch.get_num_threads(),
         } | {name: str(Path(folder) / name) for name in ("inputs", "answer", "report")}
-        values = {name: x.detach().cpu().contiguous() for name, x in sample_inputs.items()}
+        values = {name: x.detach().cpu().contiguous() for name, x in sample.inputs.items()}
         save_file(values, job["inputs"])
         report = _run(Path(folder), job)
         answer = load_file(job["answer"])["answer"]
+    expected = sample.expected.detach().float().cpu()
     found = ReloadCheck(
         missing=tuple(report["missing"]),
         unexpected=tuple(report["unexpected"]),
         mismatched=tuple(report["mismatched"]),
-        max_abs_difference=_measure_difference(answer, expected.detach().float().cpu(), partial),
+        max_abs_difference=_measure_difference(answer, expected, sample.partial),
         seconds=time.perf_counter() - start,
     )
-    _check(found, [] if imports else report["cptq"], tolerance * _find_largest(expected))
+    _check(found, [] if imports else report["cptq"], sample.tolerance * _find_largest(expected))
     return found
 
 

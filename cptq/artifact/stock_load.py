@@ -26,12 +26,20 @@ def main(job_file: str) -> None:
     for module in job["imports"]:
         import_module(module)
     torch.set_num_threads(job["threads"])
+    options: dict[str, Any] = {"attn_implementation": job["attention"]} if job["attention"] else {}
+    if job["blocks"] is not None:
+        options["config"] = _shorten(
+            transformers.AutoConfig.from_pretrained(
+                job["directory"], trust_remote_code=job["trust_remote_code"]
+            ),
+            job["blocks"],
+        )
     model, info = getattr(transformers, job["auto_class"]).from_pretrained(
         job["directory"],
         output_loading_info=True,
         dtype=torch.float32,
         trust_remote_code=job["trust_remote_code"],
-        **({"attn_implementation": job["attention"]} if job["attention"] else {}),
+        **options,
     )
     for parameter in model.parameters():  # stacked experts keep the type of their scales
         if parameter.is_floating_point():
@@ -42,12 +50,23 @@ def main(job_file: str) -> None:
     answer = output.last_hidden_state if logits is None else logits
     save_file({"answer": answer.float().contiguous()}, job["answer"])
     with open(job["report"], "w", encoding="utf-8") as stream:
-        json.dump(_report(info), stream)
+        json.dump(_report(info, tuple(job["left_out"])), stream)
 
 
-def _report(info: dict[str, Any]) -> dict[str, Any]:
+def _shorten(config: Any, blocks: int) -> Any:
+    """Return the config of a model of the first blocks alone."""
+    before = config.num_hidden_layers
+    for name, value in list(vars(config).items()):  # what is said block by block
+        if isinstance(value, list) and len(value) == before:
+            setattr(config, name, value[:blocks])
+    config.num_hidden_layers = blocks
+    return config
+
+
+def _report(info: dict[str, Any], left_out: tuple[str, ...]) -> dict[str, Any]:
     keys = ("missing", "unexpected", "mismatched")
     report: dict[str, Any] = {key: sorted(map(str, info[f"{key}_keys"])) for key in keys}
+    report["unexpected"] = [x for x in report["unexpected"] if not x.startswith(left_out)]
     report["cptq"] = sorted(name for name in sys.modules if name.split(".")[0] == "cptq")
     return report
 

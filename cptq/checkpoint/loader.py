@@ -203,6 +203,7 @@ def load_model(
         dtype=dtype,
         resident=resident,
         spill=memory.make_spill() if memory else Spill(),
+        memory=memory,
         block_names=found.block_names,
         layers=found.layers,
         units=found.units,

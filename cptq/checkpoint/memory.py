@@ -45,6 +45,18 @@ class Memory:
         """Bytes that the matrices of a model may take."""
         return max(0, self.total - BASE) // 3
 
+    def count_loadable_blocks(self, layers: tuple[LayerSpec, ...]) -> int | None:
+        """Return how many blocks another process can load beside this one; None: all of them.
+
+        It holds them packed and multiplied out, and the vocabulary. One block is always tried.
+        """
+        blocks = max((spec.block for spec in layers if spec.block is not None), default=-1) + 1
+        inner = sum(spec.numel for spec in layers if spec.block is not None)
+        outer = sum(4 * spec.numel for spec in layers if spec.block is None and not spec.tied_to)
+        room = self.total - 2 * BASE - self.weights - outer
+        fits = max(1, int(room * blocks / max(1, 6 * inner)))
+        return None if fits >= blocks else fits
+
     def make_spill(self) -> Spill:
         """Return what keeps the activations of a run."""
         return Spill(max(0, self.total - BASE) // 4, self.folder)

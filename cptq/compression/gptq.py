@@ -24,6 +24,7 @@ Without H the inputs count as independent and equal.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -42,6 +43,9 @@ DAMPING = 0.01
 #: what an error at a dead input counts where scales are fitted, relative to one at a live input: so
 #: little that live inputs lose nothing, and enough for a group of dead inputs to be fitted
 DEAD_SHARE = 1e-3
+#: outputs that are solved at once: a vocabulary has hundreds of thousands, and every step of the
+#: sweep holds some copies of their weights
+ROWS = 8192
 #: of an expert to which no token was routed, say
 UNSEEN = "no calibration token reaches it: rounded to nearest"
 
@@ -62,20 +66,40 @@ def compress(problem: LayerProblem) -> LayerSolution:
         note = "the Hessian could not be factored even with full damping: rounded to nearest"
         return replace(solution, notes=(note,))
     notes = (f"damping raised from {asked:g} to {used:g}",) if used != asked else ()
+    damped_II = add_damping(H_II, used, dead_share=DEAD_SHARE)
+    parts = [_solve_rows(rows, U_II, order_I, dead_I, damped_II) for rows in _split_rows(problem)]
+    codes, scales, zeros = zip(*parts, strict=True)
+    zero_OG = None if zeros[0] is None else torch.cat(zeros)
+    return LayerSolution(
+        codes_OI=torch.cat(codes), scale_OG=torch.cat(scales), zero_OG=zero_OG, notes=notes
+    )
+
+
+def _split_rows(problem: LayerProblem) -> Iterator[LayerProblem]:
+    """Yield the problem of some outputs after the other: none depends on another's."""
+    for start in range(0, len(problem.W_OI), ROWS):
+        rows = slice(start, start + ROWS)
+        mask_OI = None if problem.mask_OI is None else problem.mask_OI[rows]
+        yield replace(problem, W_OI=problem.W_OI[rows], mask_OI=mask_OI)
+
+
+def _solve_rows(
+    problem: LayerProblem, U_II: Tensor, order_I: Tensor, dead_I: Tensor, damped_II: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return codes, scales and zero points of some outputs."""
+    W_OI = problem.W_OI
     if problem.float8:
         codes_OI = _sweep_float8(W_OI, U_II, order_I, problem.float8)
-        ones_OG = torch.ones_like(W_OI[:, :1])
-        return LayerSolution(codes_OI=codes_OI, scale_OG=ones_OG, notes=notes)
+        return codes_OI, torch.ones_like(W_OI[:, :1]), None
     cost_I = _compute_error_cost(U_II, order_I, dead_I)
     scale_OG, zero_OG = _fit_grid(W_OI, cost_I, problem)
     codes_OI = _sweep(W_OI, U_II, order_I, scale_OG, zero_OG, problem)
     steps_OI = codes_OI if zero_OG is None else _count_steps(codes_OI, zero_OG)
     limited_OG = _limit_precision(zero_OG, problem)
-    damped_II = add_damping(H_II, used, dead_share=DEAD_SHARE)
     scale_OG = refit_scales(
         W_OI, damped_II, steps_OI, scale_OG, limited_OG, scale_dtype=problem.scale_dtype
     )
-    return LayerSolution(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, notes=notes)
+    return codes_OI, scale_OG, zero_OG
 
 
 def _fit_grid(W_OI: Tensor, cost_I: Tensor, problem: LayerProblem) -> Grid:

@@ -16,12 +16,13 @@ from cptq.allocation.ledger import Ledger
 from cptq.artifact.atomic import check_space, refuse_existing
 from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
+from cptq.artifact.formats import FORMATS
 from cptq.artifact.hub import push
 from cptq.artifact.reload import TOLERANCE, ReloadCheck, ReloadSample
 from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
-from cptq.calibration.replay import forward
+from cptq.calibration.replay import BlockReplay, forward
 from cptq.calibration.samples import take_batches
 from cptq.calibration.tokens import Calibration
 from cptq.compression.blockwise import Steps, compress_model
@@ -334,7 +335,7 @@ def write_artifact(
         ) as d:
             files = encode_stage_files(model, record.calibration, tables, plan, timed=False)
             d.write(content, record, files)
-            check = d.verify(sample)
+            check = d.verify(sample, short=_build_short_sample(inputs, sample, recorder))
             report = _summarize(inputs, tables, compressed, check, recorder)
             d.add(render_files(report))
             run.announce_output(d.folder)
@@ -385,6 +386,34 @@ def _build_sample(inputs: CompressInputs) -> ReloadSample:
         expected=_select_output(forward(model, batch)),
         tolerance=TOLERANCE if exact else NARROW_TOLERANCE,
         trust_remote_code=inputs.settings.model.trust_remote_code,
+    )
+
+
+@torch.no_grad()
+def _build_short_sample(
+    inputs: CompressInputs, sample: ReloadSample, emit: Emit
+) -> ReloadSample | None:
+    """Return a sample of the first blocks alone, where memory holds no more of a loaded model."""
+    model = inputs.model
+    if model.memory is None or not FORMATS.get(inputs.space.form).multiplied_out:
+        return None
+    count = model.memory.count_loadable_blocks(model.layers)
+    if count is None:
+        return None
+    message = (
+        f"the check in a fresh process loads the first {count} of {len(model.blocks)} blocks, as "
+        "memory holds no more of the model multiplied out"
+    )
+    emit(Notice(kind="info", subject="artifact", message=message))
+    replay = BlockReplay(model, [dict(sample.inputs)])
+    hidden = replay.embed(0)
+    for block in range(count):
+        hidden = replay.run(block, hidden, 0)
+    return replace(
+        sample,
+        expected=_select_output(replay.finish(hidden, 0)),
+        blocks=count,
+        left_out=tuple(f"{name}." for name in model.block_names[count:]),
     )
 
 

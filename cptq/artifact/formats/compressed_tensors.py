@@ -47,6 +47,7 @@ class CompressedTensors(SafetensorsFormat):
     name = NAME
     layout = PACK_QUANTIZED
     tags = ("compressed-tensors",)
+    multiplied_out = True
 
     def check_layer(self, layer: CompressedLayer) -> None:
         check_layer(layer)

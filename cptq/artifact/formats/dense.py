@@ -38,6 +38,7 @@ class Dense(CheckpointFormat):
 
     name = "dense"
     layout = DENSE_16BIT
+    multiplied_out = True
 
     def check(self, content: Content) -> None:
         """Accept everything: every layer can be dequantized."""

@@ -33,6 +33,8 @@ class Format(ABC):
     #: tags and library of the model card
     tags: tuple[str, ...] = ()
     library: str | None = "transformers"
+    #: whether a loaded model holds its weights multiplied out
+    multiplied_out: bool = False
 
     @abstractmethod
     def check(self, content: Content) -> None:
@@ -108,17 +110,7 @@ class CheckpointFormat(Format):
         emit: Emit,
         source: Path | None = None,
     ) -> ReloadCheck:
-        return reload_in_fresh_process(
-            place,
-            kind,
-            sample.inputs,
-            sample.expected,
-            tolerance=sample.tolerance,
-            attention=sample.attention,
-            trust_remote_code=sample.trust_remote_code,
-            imports=self.imports,
-            partial=sample.partial,
-        )
+        return reload_in_fresh_process(place, kind, sample, imports=self.imports)
 
 
 class SafetensorsFormat(CheckpointFormat):

@@ -158,7 +158,9 @@ def test_a_directory_that_does_not_load_is_said(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     ids = {"input_ids": torch.ones(1, 2, dtype=torch.int64)}
     with pytest.raises(ArtifactError, match=r"stock transformers.*: \w+"):
-        reload.reload_in_fresh_process(tmp_path / "out", "encoder", ids, torch.zeros(1))
+        reload.reload_in_fresh_process(
+            tmp_path / "out", "encoder", reload.ReloadSample(inputs=ids, expected=torch.zeros(1))
+        )
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
