@@ -20,6 +20,7 @@ from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.pipeline.compress import compress, compress_layers, make_plan, measure_sensitivity
 from cptq.pipeline.inputs import CompressInputs, HeldOutText, load_inputs
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.run_directory import RunDirectory
 from tests.conftest import TinyModel
 from tests.tiny_models import SENTENCES, pair_tokenizer, tiny_tokenizer, write_rte
 
@@ -29,6 +30,11 @@ CALIBRATION = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, bat
 
 def recorder() -> Recorder:
     return Recorder(lambda event: None)
+
+
+def a_run(place: Path) -> RunDirectory:
+    """A run that has finished nothing, and holds no lock."""
+    return RunDirectory(place, place / "out", recorder())
 
 
 def load(model: Path, out: Path, **more: Any) -> CompressInputs:
@@ -83,7 +89,7 @@ def test_a_plan_is_made_again_from_the_same_values(tiny_model: TinyModel, tmp_pa
     assert first.predicted_bytes <= inputs.ledger.budget.limit_bytes
     for name, x in inputs.model.module.state_dict().items():
         assert torch.equal(x, before[name])
-    compressed = compress_layers(inputs, first, recorder())
+    compressed = compress_layers(inputs, first, a_run(tmp_path), recorder())
     packed = [unit for unit in inputs.model.all_units if not first.choices[unit.name].dense]
     assert len(compressed.layers) == sum(len(unit.layers) for unit in packed)
     with pytest.raises(FrozenInstanceError):
@@ -108,7 +114,7 @@ def test_plans_are_compared_with_the_model_as_it_came(
     # the package of the same name holds the function
     monkeypatch.setattr(sys.modules["cptq.pipeline.compress"], "keep_better_plan", stop)
     with pytest.raises(KeyboardInterrupt):
-        compress_layers(inputs, plan, recorder())
+        compress_layers(inputs, plan, a_run(tmp_path), recorder())
     with torch.no_grad():  # as if it had been compressed by now
         inputs.model.module.get_input_embeddings().weight.mul_(1.1)  # type: ignore[operator]
     assert torch.equal(seen[0].measure_rows(), dense.measure_rows())
