@@ -203,6 +203,7 @@ class RunDirectory:
 
     def tidy(self) -> None:
         """Remove what a killed process left half-written; a replaced output goes back first."""
+        _remove(_name_aside(self.path))
         put_back(self.out, self.path)
         kept = {_LOCK, *(file.path.name for file in list_step_files(self.path))}
         for path in self.path.iterdir():
@@ -263,9 +264,10 @@ def open_run(
         yield run
         _remove_all(run, made)
     except BaseException as error:
+        left = len(list_step_files(path))
         if not isinstance(error, ResumeError):
-            mark_kept(error, run.finished, str(path))
-        if not list_step_files(path):
+            mark_kept(error, max(0, left - 1), str(path))
+        if not left:
             _remove_all(run, made)
         raise
     finally:
@@ -331,14 +333,22 @@ def _hash_manifest(folder: Path) -> str:
 
 
 def _remove_all(run: RunDirectory, made: list[Path]) -> None:
-    """Remove the directory, its lock last, and directories that were made for an output."""
-    run.clear()
-    (run.path / _LOCK).unlink(missing_ok=True)
-    with suppress(OSError):  # another run may have come
-        run.path.rmdir()
+    """Remove the directory, and those that were made for an output that there is not.
+
+    It is renamed first, so that no kill leaves some of its steps.
+    """
+    with suppress(OSError):
+        aside = _name_aside(run.path)
+        run.path.rename(aside)
+        _remove(aside)
+    with suppress(OSError):
         for place in made:
             if place != run.path:
                 place.rmdir()  # fails where there is an output
+
+
+def _name_aside(path: Path) -> Path:
+    return path.with_name(f"{path.name}.old")
 
 
 def _remove(path: Path) -> None:

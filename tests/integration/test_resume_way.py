@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,26 +142,35 @@ def kill_after_steps(
 def test_a_run_that_is_killed_at_any_time_writes_the_same_bytes(
     forks: Forks, model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
-    out, times = tmp_path / "out", random.Random(0)
-    kill_at_random_times(forks, command(model, out), out, 3, lambda: times.uniform(0.05, 1.5))
-    assert sha256_of(out) == whole
+    times = random.Random(0)
+    draw = partial(times.uniform, 0.05, 1)
+    kill_at_random_times(forks, command(model, tmp_path / "out"), tmp_path / "out", 3, draw, whole)
 
 
 def kill_at_random_times(
-    forks: Forks, words: list[str], out: Path, kills: int, draw: Callable[[], float]
+    forks: Forks,
+    words: list[str],
+    out: Path,
+    kills: int,
+    draw: Callable[[], float],
+    wanted: dict[str, str],
 ) -> None:
-    for _ in range(kills):
+    """Kill a run so often, resuming it each time; what ends before that begins anew."""
+    log = out.with_suffix(".log")
+    while kills:
         more = ["--resume"] if list_steps(out) else []
-        pid = forks.start([*words, *more], out.with_suffix(".log"))
+        pid = forks.start([*words, *more], log)
         time.sleep(draw())
         os.kill(pid, signal.SIGKILL)
-        forks.wait(pid)
-        if out.exists() and not find_run(out).exists():
-            return
+        code = forks.wait(pid)
+        assert code in (0, -signal.SIGKILL), log.read_text()
+        if code == 0:
+            assert sha256_of(out) == wanted
+            shutil.rmtree(out)
+        kills -= code != 0
     more = ["--resume"] if list_steps(out) else []
-    assert forks.run([*words, *more], out.with_suffix(".log")) == 0, out.with_suffix(
-        ".log"
-    ).read_text()
+    assert forks.run([*words, *more], log) == 0, log.read_text()
+    assert sha256_of(out) == wanted
     assert not find_run(out).exists()
 
 
@@ -329,6 +339,5 @@ def test_twenty_kills_of_a_trained_model(forks: Forks, stories: Path, tmp_path: 
     more = ("--tune", "--check-uniform", "--tune-minutes", "60")
     wanted = compress_whole(forks, stories, tmp_path / "plain", *more)
     out = tmp_path / "out"
-    words = command(stories, out, *more)
-    kill_at_random_times(forks, words, out, 20, lambda: times.uniform(0.5, 6))
-    assert sha256_of(out) == wanted
+    draw = partial(times.uniform, 0.2, 2.5)
+    kill_at_random_times(forks, command(stories, out, *more), out, 20, draw, wanted)

@@ -190,6 +190,14 @@ def test_an_empty_directory_of_a_killed_run_is_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_directory_that_was_being_removed_is_removed(tmp_path: Path) -> None:
+    die_after(tmp_path / "out", *STEPS)
+    find_run_directory(tmp_path / "out").rename(tmp_path / ".out.cptq-run.old")
+    with running(tmp_path / "out") as (run, _):
+        assert run.finished == 0
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_half_a_replacement_is_undone(tmp_path: Path) -> None:
     out = tmp_path / "out"
     die_after(out, "plan")
