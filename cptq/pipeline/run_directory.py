@@ -294,17 +294,25 @@ def _make_directories(path: Path) -> list[Path]:
     """Make a directory; return those that were made, the innermost first."""
     made = [place for place in (path, *path.parents) if not place.exists()]
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        _make_directory(path)
     except OSError as error:
         raise explain_error(error, path, 0) from error
     return made
+
+
+def _make_directory(path: Path) -> None:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:  # also where another run removes it between two looks of `mkdir`
+        if path.exists():
+            raise
 
 
 def _acquire(path: Path, out: Path) -> FileLock:
     lock = FileLock(path / _LOCK)
     for _ in range(_TRIES):
         try:
-            path.mkdir(parents=True, exist_ok=True)  # its owner may just have removed it
+            _make_directory(path)  # its owner may just have removed it
             lock.acquire(blocking=False)
         except (Timeout, FileNotFoundError):
             time.sleep(_PAUSE)
