@@ -304,7 +304,7 @@ def _make_directory(path: Path) -> None:
     try:
         path.mkdir(parents=True, exist_ok=True)
     except FileExistsError:  # also where another run removes it between two looks of `mkdir`
-        if path.exists():
+        if path.exists() and not path.is_dir():
             raise
 
 
