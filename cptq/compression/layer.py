@@ -38,6 +38,7 @@ from cptq.numerics.grid import (
     round_scales,
 )
 from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
+from cptq.numerics.reproducible import compute_total
 from cptq.numerics.scale_grids import ScaleType
 from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec
 
@@ -203,7 +204,7 @@ def measure_layer(layer: CompressedLayer, W_OI: Tensor, H_II: Tensor | None) -> 
     Q_OI = dequantize_layer(layer, torch.float32)
     result = replace(
         layer.result,
-        weight_error=_divide((W_OI - Q_OI).square().sum(), W_OI.square().sum()),
+        weight_error=_divide(*map(compute_total, ((W_OI - Q_OI).square(), W_OI.square()))),
         output_error=None if H_II is None else _measure_output_error(W_OI, Q_OI, H_II),
         held_out=H_II is not None,
     )
@@ -235,7 +236,7 @@ def _compress(
     solution = solve_layer_problem(problem, method, float16_scales=float16_scales)
     codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
     Q_OI = dequantize(codes_OI, scale_OG, zero_OG, problem.mask_OI, dtype=torch.float32)
-    weight_error = _divide((W_OI - Q_OI).square().sum(), W_OI.square().sum())
+    weight_error = _divide(*map(compute_total, ((W_OI - Q_OI).square(), W_OI.square())))
     output_error = None if error_II is None else _measure_output_error(target_OI, Q_OI, error_II)
     result = LayerResult(
         name=spec.name,
@@ -318,7 +319,7 @@ def _measure_output_error(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor) -> float:
 
 def _compute_energy(W_OI: Tensor, H_II: Tensor) -> Tensor:
     """Return E|x W^T|^2 for inputs with second moment H."""
-    return ((W_OI @ H_II) * W_OI).sum()
+    return compute_total((W_OI @ H_II) * W_OI)
 
 
 def _divide(part: Tensor, whole: Tensor) -> float:

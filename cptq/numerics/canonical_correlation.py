@@ -39,6 +39,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from cptq.numerics.reproducible import compute_total, one_thread
+
 Summary = Literal["pwcca", "svcca", "first"]
 #: all of them; the first is the default
 SUMMARIES: tuple[Summary, ...] = ("pwcca", "svcca", "first")
@@ -86,7 +88,7 @@ def compute_principal_basis(
     """
     X_TF = X_TF.double()
     X_TF = X_TF - X_TF.mean(0)
-    total = float(X_TF.square().sum())
+    total = float(compute_total(X_TF.square()))
     values_K, U_TK = _compute_left_singular(X_TF)
     if len(values_K) == 0 or total <= 0.0:
         return U_TK[:, :0]
@@ -101,7 +103,8 @@ def _compute_left_singular(X_TF: Tensor) -> tuple[Tensor, Tensor]:
     tokens, features = X_TF.shape
     wide = features > tokens
     gram = X_TF @ X_TF.T if wide else X_TF.T @ X_TF
-    values, vectors = torch.linalg.eigh(gram)
+    with one_thread():
+        values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
     kept = int((values > values[0] * 1e-12).sum()) if float(values[0]) > 0 else 0
     values, vectors = values[:kept], vectors[:, :kept]
@@ -110,7 +113,8 @@ def _compute_left_singular(X_TF: Tensor) -> tuple[Tensor, Tensor]:
 
 def compute_canonical_correlations(Qx_TK: Tensor, Qy_TL: Tensor) -> Tensor:
     """Return rho (min(k, l),), largest first, in [0, 1]."""
-    rho_K: Tensor = torch.linalg.svdvals(Qx_TK.T @ Qy_TL)
+    with one_thread():
+        rho_K: Tensor = torch.linalg.svdvals(Qx_TK.T @ Qy_TL)
     return rho_K.clamp(0.0, 1.0)
 
 
@@ -135,7 +139,8 @@ def compute_similarities(X_TF: Tensor, Qx_TK: Tensor, Qy_TL: Tensor) -> dict[Sum
     """Return all summaries of one decomposition; arguments as in `compute_similarity`."""
     if min(Qx_TK.shape[1], Qy_TL.shape[1]) == 0:
         return dict.fromkeys(SUMMARIES, 1.0)
-    left_KR, rho_R, _ = torch.linalg.svd(Qx_TK.T @ Qy_TL, full_matrices=False)
+    with one_thread():
+        left_KR, rho_R, _ = torch.linalg.svd(Qx_TK.T @ Qy_TL, full_matrices=False)
     return _summarize(compute_loadings(X_TF, Qx_TK), left_KR, rho_R)
 
 
@@ -152,7 +157,8 @@ def compute_pairwise_similarities(views: Sequence[Tensor]) -> dict[Summary, Tens
     for i, j in combinations(range(len(views)), 2):
         if min(bases[i].shape[1], bases[j].shape[1]) == 0:
             continue
-        left, rho_R, right = torch.linalg.svd(bases[i].T @ bases[j], full_matrices=False)
+        with one_thread():
+            left, rho_R, right = torch.linalg.svd(bases[i].T @ bases[j], full_matrices=False)
         for summary, value in _summarize(carried[i], left, rho_R).items():
             result[summary][i, j] = value
         for summary, value in _summarize(carried[j], right.T, rho_R).items():

@@ -17,6 +17,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from cptq.numerics.reproducible import compute_total
+
 FORMATS: Mapping[str, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
@@ -29,6 +31,6 @@ def round_to_float8(X: Tensor, name: str) -> Tensor:
 
 def measure_float8_error(X: Tensor, name: str) -> float:
     """Return |X - Q(X)|^2 / |X|^2 of rounding to nearest; 0 for zeros."""
-    energy = float(X.float().square().sum())
-    lost = float((X.float() - round_to_float8(X.float(), name).float()).square().sum())
+    energy = float(compute_total(X.float().square()))
+    lost = float(compute_total((X.float() - round_to_float8(X.float(), name).float()).square()))
     return lost / energy if energy else 0.0

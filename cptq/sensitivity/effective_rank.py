@@ -19,6 +19,7 @@ import math
 import torch
 from torch import Tensor
 
+from cptq.numerics.reproducible import one_thread
 from cptq.sensitivity.slope_metric import WeightsOnlyMetric
 
 #: squared singular values below this share of the largest are rounding of the product
@@ -29,7 +30,8 @@ def compute_effective_rank(W_OI: Tensor) -> float:
     """Return the entropy rank over min(out, in), in (0, 1]; 1 for a matrix of zeros."""
     W_OI = W_OI.double()
     gram = W_OI @ W_OI.T if W_OI.shape[0] <= W_OI.shape[1] else W_OI.T @ W_OI
-    squared_R = torch.linalg.eigvalsh(gram).clamp_min(0.0)
+    with one_thread():
+        squared_R = torch.linalg.eigvalsh(gram).clamp_min(0.0)
     sigma_R = torch.where(squared_R > NEGLIGIBLE * squared_R[-1], squared_R, 0.0).sqrt()
     total = float(sigma_R.sum())
     if not total:

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cptq.numerics.reproducible import compute_mean
 from cptq.sensitivity.slope_metric import WeightsOnlyMetric
 
 
 def compute_kurtosis(W_OI: Tensor) -> float:
     """Return Pearson's kurtosis of the entries, at least 1; 1 for a constant matrix."""
-    centred_OI = W_OI.double() - W_OI.double().mean()
+    centred_OI = W_OI.double() - compute_mean(W_OI.double())
     squared_OI = centred_OI.square_()
-    variance = float(squared_OI.mean())
-    return float(squared_OI.square_().mean()) / variance**2 if variance else 1.0
+    variance = float(compute_mean(squared_OI))
+    return float(compute_mean(squared_OI.square_())) / variance**2 if variance else 1.0
 
 
 class Kurtosis(WeightsOnlyMetric):

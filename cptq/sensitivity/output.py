@@ -38,6 +38,7 @@ from torch import Tensor
 
 from cptq.calibration.recorder import LayerSample, SampleRequest
 from cptq.numerics.hessian import compute_live_mean, factor_damped_inverse
+from cptq.numerics.reproducible import compute_total
 from cptq.sensitivity.metric import Context, Metric, Needs, UnitView
 from cptq.sensitivity.taylor import compute_diagonal_fisher, compute_second_order
 from cptq.types import Candidate, Notice
@@ -98,7 +99,7 @@ def compute_optimism(df_I: Tensor, sampled: int, calibration: int) -> Tensor:
 
 def compute_weighted_output_error(g_TO: Tensor, dy_TO: Tensor) -> float:
     """Return 1/2 sum_t sum_k g_tk^2 dy_tk^2."""
-    return float((g_TO * dy_TO).square().sum()) / 2
+    return float(compute_total((g_TO * dy_TO).square())) / 2
 
 
 class OutputNearest(Metric):

@@ -42,6 +42,7 @@ from cptq.calibration.finite import build_not_finite_error
 from cptq.calibration.objective import Objective
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, replace_weight
+from cptq.numerics.reproducible import compute_total
 from cptq.sensitivity.metric import Metric, UnitView
 from cptq.sensitivity.rounding import NearestRounding, changes_weights
 from cptq.types import Candidate, Emit, Progress, Unit
@@ -260,8 +261,8 @@ class _PathPasses:
                 continue  # it never ran: the driver skips it with a notice
             # the model has moved by t d: divide by t below
             product_OI = changes[spec.name] * g_OI.float()
-            directional += float(product_OI.sum()) / point
-            absolute += float(product_OI.abs_().sum()) / point
+            directional += float(compute_total(product_OI)) / point
+            absolute += float(compute_total(product_OI.abs_())) / point
         if directional != directional or absolute == float("inf"):
             raise build_not_finite_error(f"the gradient of {unit.name}")
         return Term(directional=directional / self._count, absolute=absolute / self._count)

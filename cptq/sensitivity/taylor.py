@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from cptq.calibration.recorder import LayerSample, SampleRequest
+from cptq.numerics.reproducible import compute_total
 from cptq.sensitivity.metric import Metric, Needs, UnitView
 from cptq.types import Candidate
 
@@ -35,7 +36,7 @@ def compute_diagonal_fisher(g_TO: Tensor, x_TI: Tensor) -> Tensor:
 
 def compute_second_order(F_OI: Tensor, dW_OI: Tensor) -> float:
     """Return 1/2 sum F dW^2."""
-    return float((F_OI * dW_OI.square()).sum()) / 2
+    return float(compute_total(F_OI * dW_OI.square())) / 2
 
 
 class Taylor(Metric):
