@@ -1,4 +1,4 @@
-"""Give pages of mapped weight files back to the system once they have been read.
+"""Give memory back to the system: pages of mapped weight files once they have been read, the heap.
 
 Pages that a process has touched count as its memory until the system takes them back, which it
 does when memory is short. `madvise(MADV_DONTNEED)` gives them back at once: of a file that is
@@ -21,6 +21,17 @@ from typing import Any
 from torch import Tensor
 
 _MADV_DONTNEED = 4
+
+
+def trim_heap() -> None:
+    """Give memory back that was freed and lies between pieces in use; glibc alone knows how.
+
+    Tensors of some megabytes come from a heap that otherwise only grows.
+    """
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none
+        if trim is not None:
+            trim(0)
 
 
 class MappedFiles:

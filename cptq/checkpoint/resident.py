@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cptq.checkpoint.pages import MappedFiles
+from cptq.checkpoint.pages import MappedFiles, trim_heap
 
 #: attribute of a module that holds {name of a parameter: its `Weight`}
 _HELD = "_cptq_weights"
@@ -262,12 +262,15 @@ class ResidentWeights:
         if self.limit is None:
             return
         used = sum(part.nbytes for part in self._loaded)
-        for part in list(self._loaded):
-            if used <= self.limit:
-                return
-            if not part.users:
-                self._unload(part)
-                used -= part.nbytes
+        idle = [part for part in self._loaded if not part.users]
+        gone = False
+        while used > self.limit and idle:
+            part = idle.pop(0)
+            self._unload(part)
+            used -= part.nbytes
+            gone = True
+        if gone:
+            trim_heap()
 
 
 class HeldForward:

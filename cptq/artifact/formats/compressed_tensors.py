@@ -36,6 +36,8 @@ from cptq.numerics.packing import count_words, pack_rows, unpack_rows
 from cptq.types import CompressedLayer, LayerResult, LayerSpec, TensorSpec
 
 NAME = "compressed-tensors"
+#: rows of a vocabulary that are looked at together
+_ROWS = 4096
 FORMAT = "pack-quantized"
 #: the target that matches all experts in config.json
 EXPERTS = r"re:.*\.experts\..*"
@@ -146,7 +148,7 @@ def _check_float8(layer: CompressedLayer) -> None:
     dtype, name = FLOAT8[layer.result.candidate.float8], layer.spec.name
     if layer.codes.dtype is not dtype or layer.codes.shape != layer.spec.shape:
         raise ArtifactError(f"{name} has codes {layer.codes.dtype} {tuple(layer.codes.shape)}")
-    if not bool(torch.isfinite(layer.codes.float()).all()):
+    if not all(bool(torch.isfinite(rows.float()).all()) for rows in layer.codes.split(_ROWS)):
         raise ArtifactError(f"{name} has a weight that is infinite or not a number")
 
 
