@@ -26,7 +26,7 @@ from cptq.calibration.samples import take_batches
 from cptq.calibration.tokens import Calibration
 from cptq.compression.blockwise import Steps, compress_model
 from cptq.compression.trial_model import TrialModel
-from cptq.config import GROUND_TRUTH, CompressSettings
+from cptq.config import GROUND_TRUTH, CompressSettings, parse_size
 from cptq.errors import BudgetError
 from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.inputs import CompressInputs, load_inputs
@@ -323,7 +323,8 @@ def write_artifact(
     )
     with recorder.stage("artifact"):
         sample = _build_sample(inputs)
-        content = build_content(model, compressed.layers, recorder)
+        most = parse_size(settings.max_shard_size, "--max-shard-size")
+        content = build_content(model, compressed.layers, recorder, most)
         with draft(
             inputs.out,
             overwrite=settings.overwrite,

@@ -41,6 +41,7 @@ from cptq.config import (
 from cptq.errors import ModelError
 from cptq.layouts import Layout
 from cptq.layouts.gguf import GGUF_LAYOUT
+from cptq.layouts.safetensors_header import SHARD_BYTES
 from cptq.pipeline.files import check_covers, fill_in_scales, fit_plan, read_table
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.scales import choose_scales
@@ -196,7 +197,8 @@ def _build_search_space(
         taken = _take_vocabulary(model, offered, layout, runtime, emit)
     else:
         taken = [unit for unit in model.vocabulary if unit.name in plan.choices]
-    cost = _build_cost(model, taken, layout, runtime)
+    most = parse_size(settings.max_shard_size, "--max-shard-size")
+    cost = _build_cost(model, taken, layout, runtime, most)
     return SearchSpace(
         candidates=candidates,
         options=_apply_constraints(settings, model, candidates, offered, cost, emit),
@@ -430,12 +432,16 @@ def build_cost_model(
 
 
 def _build_cost(
-    model: LoadedModel, taken: Sequence[Unit], layout: Layout, runtime: Runtime
+    model: LoadedModel,
+    taken: Sequence[Unit],
+    layout: Layout,
+    runtime: Runtime,
+    shard_bytes: int = SHARD_BYTES,
 ) -> CostModel:
     """Return the cost model of the file that the runtime reads; `taken` of the vocabulary."""
     units = (*model.units, *taken)
     if not runtime.gguf:
-        return CostModel(units, model.tensors, layout, runtime)
+        return CostModel(units, model.tensors, layout, runtime, shard_bytes=shard_bytes)
     sizes = measure_sizes(build_content(model, (), lambda event: None))
     return CostModel(units, model.tensors, GGUF_LAYOUT, runtime, sizes)
 
