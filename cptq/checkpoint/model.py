@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from cptq.checkpoint.memory import Memory
 from cptq.checkpoint.resident import ResidentWeights, find_weight
 from cptq.checkpoint.spill import Spill
 from cptq.types import LayerSpec, ModelKind, TensorSpec, Unit
@@ -50,7 +51,8 @@ class LoadedModel(ModelSpec):
     `tensors` is what a dense artifact holds: tied duplicates dropped, types as in the checkpoint.
     `layers` are all weight matrices in forward order, `units` the compressible decisions in the
     blocks, `vocabulary` those outside: the token embedding and the output head. `resident` keeps
-    the matrices of a dense model in memory while they are used, `spill` activations that wait.
+    the matrices of a dense model in memory while they are used, `spill` activations that wait;
+    `memory` is the limit of both, where there is one.
     """
 
     module: nn.Module
@@ -65,6 +67,7 @@ class LoadedModel(ModelSpec):
     dtype: torch.dtype
     resident: ResidentWeights | None = None
     spill: Spill = field(default_factory=Spill)
+    memory: Memory | None = None
 
     def fetch(self, name: str) -> Tensor | None:
         """Return a tensor of `tensors` by its name; None if the model has none of that name.
@@ -100,6 +103,11 @@ class LoadedModel(ModelSpec):
     def linear(self, name: str) -> nn.Module:
         """The module called `name`."""
         return self.module.get_submodule(name)
+
+    @property
+    def held_whole(self) -> bool:
+        """Whether all weights are in memory, rather than one block at a time."""
+        return self.resident is None or self.resident.limit is None
 
     @property
     def all_units(self) -> tuple[Unit, ...]:

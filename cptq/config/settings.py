@@ -326,6 +326,11 @@ class CompressSettings(CandidateSettings):
     )
     max_shard_size: str = max_shard_size_option()
     push_to_hub: str | None = push_to_hub_option()
+    dry_run: bool = option(
+        False,
+        "Print what the run would write, hold in memory and take, and stop before any work.",
+        OUTPUT,
+    )
 
     def __post_init__(self) -> None:
         CandidateSettings.__post_init__(self)

@@ -88,25 +88,38 @@ def test_packed_shards_are_found_by_their_index(tiny_model: TinyModel, tmp_path:
     assert find_packed_modules(cptq.load(out))
 
 
-@pytest.mark.parametrize("form", ["compressed-tensors", "packed", "dense"])
-def test_export_splits_and_joins(form: str, tiny_model: TinyModel, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def plain(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact in one file, of what every format holds."""
     words = ("--target", "4bit", "--scales", "16bit", "--embedding-bits", "16")
-    out = compress(tiny_model("llama"), tmp_path / "out", *words)
+    return compress(tiny_model("llama"), tmp_path_factory.mktemp("plain") / "out", *words)
+
+
+@pytest.mark.parametrize("form", ["compressed-tensors", "packed", "dense"])
+def test_export_splits_weights_that_stay_the_same(form: str, plain: Path, tmp_path: Path) -> None:
     many, one = tmp_path / "many", tmp_path / "one"
-    found = call("export", out, "--format", form, "-o", many, "--max-shard-size", "4kB")
-    assert found.exit_code == 0, found.output
+    for out, size in ((many, "4kB"), (one, "1GB")):
+        found = call("export", plain, "--format", form, "-o", out, "--max-shard-size", size)
+        assert found.exit_code == 0, found.output
     assert len(list(many.glob("*.safetensors"))) > 3
-    assert call("export", many, "--format", form, "-o", one).exit_code == 0
     (file,) = one.glob("*.safetensors")
     manifests = [json.loads((place / "cptq.json").read_text()) for place in (many, one)]
-    digests = [manifest["tensors_sha256"] for manifest in manifests]
-    assert digests[0] == digests[1]
+    assert manifests[0]["tensors_sha256"] == manifests[1]["tensors_sha256"]
     assert count_bytes(many) > file.stat().st_size
 
 
-def test_gguf_is_one_file(tiny_model: TinyModel, tmp_path: Path) -> None:
-    out = compress(tiny_model("llama"), tmp_path / "out", "--target", "4bit")
-    found = call("export", out, "--format", "gguf", "-o", tmp_path / "g", "--max-shard-size", "1GB")
+def test_shards_are_joined_again(plain: Path, tmp_path: Path) -> None:
+    words = ("--format", "packed", "-o")
+    many = call("export", plain, *words, tmp_path / "many", "--max-shard-size", "4kB")
+    again = call("export", tmp_path / "many", *words, tmp_path / "one")
+    assert (many.exit_code, again.exit_code) == (0, 0), again.output
+    assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
+
+
+def test_gguf_is_one_file(plain: Path, tmp_path: Path) -> None:
+    found = call(
+        "export", plain, "--format", "gguf", "-o", tmp_path / "g", "--max-shard-size", "1GB"
+    )
     assert found.exit_code == 2
     assert "--max-shard-size has no effect with --format gguf" in " ".join(found.output.split())
 
