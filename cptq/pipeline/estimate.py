@@ -8,10 +8,12 @@ an output that exists is no matter. Memory and disk are counted. Time is scaled 
     rounding  factorization and rounding of a layer, t_r per in^3 + out in^2
 
     a plan carried out on x, judged on y:
-        t_p B (p T(x) + q T(y)) + t_m sum_units in^2 (k T(x) + T(y)) + t_r sum_layers (...)
+        t_p B (d T(x) + p(x) T(x) + p(y) T(y)) + t_m sum_units in^2 ((1 + d) T(x) + T(y))
+        + t_r sum_layers (in^3 + out in^2)
 
-with T positions and B blocks; corrected p = 1 + 1/2, q = 1 and k = 1 + 1/2, as the dense stream
-takes half of the text, else p = q = 2 and k = 1 (`compression.blockwise`).
+with T positions and B blocks. Corrected, d = 1/2, as the dense stream takes half of the text, and
+p = 1, or one more than the units of a block where memory does not hold what waits in it; else d = 0
+and p = 2 (`compression.streams`).
 
 Limits: one batch on a machine that may do other work meanwhile. A layer wider than `PROBE_WIDTH` is
 timed in part and scaled. What is left out is said in `TimeFacts.left_out`.
@@ -35,7 +37,7 @@ from cptq.checkpoint.files import find_pickle_files, find_weight_files
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import COMPRESSORS, CORRECTING
 from cptq.compression.layer import build_layer_problem, solve_layer_problem
-from cptq.compression.streams import DENSE_SHARE
+from cptq.compression.streams import DENSE_SHARE, can_wait
 from cptq.config import CompressSettings
 from cptq.numerics.asymmetric_target import compute_asymmetric_target
 from cptq.numerics.hessian import SecondMoment
@@ -197,7 +199,7 @@ def _estimate_plan(
     corrects = inputs.settings.compressor in CORRECTING
     own, other = count_positions(batches), count_positions(judged)
     extra = DENSE_SHARE * own if corrects else 0.0
-    through = own + other + extra if corrects else 2 * (own + other)
+    through = extra + _count_passes(inputs, batches) * own + _count_passes(inputs, judged) * other
     squares = sum(unit.layers[0].shape[1] ** 2 for unit in model.units)
     cubes = sum(_count_work(*layer.shape) for unit in model.units for layer in unit.layers)
     return (
@@ -205,6 +207,16 @@ def _estimate_plan(
         + (own + other + extra) * squares * probe.per_square
         + cubes * probe.per_cube
     )
+
+
+def _count_passes(inputs: CompressInputs, batches: Sequence[Batch]) -> float:
+    """Return how often a text passes a block that is compressed on it (`compression.streams`)."""
+    model = inputs.model
+    if inputs.settings.compressor not in CORRECTING:
+        return 2.0
+    if can_wait(model, batches):
+        return 1.0
+    return len(model.units) / len(model.blocks) + 1
 
 
 def _count_work(out: int, inputs: int) -> int:

@@ -15,10 +15,13 @@ import cptq
 from cptq.artifact import atomic
 from cptq.checkpoint.memory import BASE, Memory
 from cptq.cli.app import app
+from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.errors import ArtifactError, BudgetError, UsageError
 from cptq.pipeline import inputs as inputs_module
 from cptq.pipeline.disk import check_disk
-from cptq.pipeline.estimate import Probe
+from cptq.pipeline.estimate import Probe, _count_passes
+from cptq.pipeline.inputs import load_inputs
+from cptq.pipeline.recorder import Recorder
 from cptq.report.estimate import DiskFacts, Estimate
 from tests.conftest import Heard, TinyModel
 
@@ -176,3 +179,22 @@ def test_steps_that_are_kept_need_no_room_again(monkeypatch: pytest.MonkeyPatch)
 def test_a_probe_is_scaled_by_the_work_that_it_was_for() -> None:
     probe = Probe(positions=10, width=4, out=2, forward=5.0, moment=8.0, rounding=96.0)
     assert (probe.per_position, probe.per_square, probe.per_cube) == (0.5, 0.05, 1.0)
+
+
+def test_less_memory_takes_more_passes(
+    tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def list_passes(total: int, **more: Any) -> float:
+        keep_to(monkeypatch, total)
+        given = CompressSettings(
+            model=ModelSettings(model=str(tiny_model("llama"))),
+            calibration=CalibrationSettings(calibration="pydoc", samples=4, seqlen=32),
+            out=tmp_path / "o",
+            **more,
+        )
+        inputs = load_inputs(given, Recorder(print), writes=False)
+        return _count_passes(inputs, inputs.calibration.batches)
+
+    assert list_passes(2 * BASE) == 1  # qkv, o, gate_up, down: four units in a block
+    assert list_passes(BASE) == 5
+    assert list_passes(BASE, compressor="gptq") == 2
