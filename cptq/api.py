@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from cptq.pipeline.export import ExportOutcome
     from cptq.report.bench import BenchOutcome
     from cptq.report.comparison import CompareOutcome
+    from cptq.report.estimate import Estimate
     from cptq.report.generation import GenerateOutcome
     from cptq.report.summary import AnalyzeOutcome, CompressOutcome, EvalOutcome
     from cptq.types import Plan
@@ -73,7 +74,7 @@ _FUNCTIONS: Mapping[type, str] = {
 #: options that decide how a plan is carried out and written, which `plan` does not do
 _NOT_FOR_PLANS = (
     *("plan", "out", "overwrite", "push_to_hub", "compressor", "check_uniform"),
-    *("tune", "tune_minutes", "resume"),
+    *("tune", "tune_minutes", "resume", "dry_run"),
 )
 
 
@@ -86,6 +87,8 @@ def execute(settings: AnySettings, emit: Emit) -> Any:
             settings.artifact, emit, trust_remote_code=settings.trust_remote_code
         )
     pipeline = import_module("cptq.pipeline")
+    if isinstance(settings, CompressSettings) and settings.dry_run:
+        return pipeline.estimate(settings, emit)
     return getattr(pipeline, _FUNCTIONS[type(settings)])(settings, emit)
 
 
@@ -168,7 +171,28 @@ def plan(model: Source, *, progress: Emit | None = None, **options: Any) -> Plan
     return found
 
 
-@_takes(CompressSettings, "model")
+@_takes(CompressSettings, "model", without=("dry_run",))
+def estimate(model: Source, *, progress: Emit | None = None, **options: Any) -> Estimate:
+    """Return what `compress` would write, hold in memory and take; measure and write nothing.
+
+    It takes the options of `compress`. The model and the text are loaded, and a block is timed.
+
+    Args:
+        model: a Hub id or a directory of a dense checkpoint.
+        progress: called with events.
+
+    Returns:
+        `memory`, `disk`, `time` and, where no measurement is needed for it, the `plan`.
+
+    Raises:
+        CptqError: an option, the model or the text cannot be used, or no plan reaches the target.
+    """
+    settings = _build(CompressSettings, {"model": model, **options, "dry_run": True})
+    found: Estimate = execute(settings, progress or _warn)
+    return found
+
+
+@_takes(CompressSettings, "model", without=("dry_run",))
 def compress(model: Source, *, progress: Emit | None = None, **options: Any) -> CompressOutcome:
     """Compress a model to a target size; write a verified artifact with a report.
 
@@ -184,7 +208,7 @@ def compress(model: Source, *, progress: Emit | None = None, **options: Any) -> 
         CptqError: an option, the model or the text cannot be used, no plan reaches the target, or
             the written artifact fails its check.
     """
-    settings = _build(CompressSettings, {"model": model, **options})
+    settings = _build(CompressSettings, {"model": model, **options}, ("dry_run",))
     outcome: CompressOutcome = execute(settings, progress or _warn)
     return outcome
 

@@ -91,6 +91,8 @@ def _check_compress(settings: CompressSettings, writes: bool) -> CompressSetting
     if not writes:
         return settings
     out = settings.out or name_artifact(settings)
+    if settings.dry_run:  # writes nothing, so that no output is in the way
+        return replace(settings, out=out)
     # what was killed at its very end may find its own output there, which only its record tells
     there = settings.overwrite or settings.resume
     check_place(out, settings.model.model, overwrite=there)

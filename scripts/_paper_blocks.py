@@ -141,7 +141,8 @@ class Bench:
         from cptq.calibration.divergence_from_dense import DivergenceFromDense
         from cptq.calibration.holdout import split_parts
         from cptq.calibration.objective import choose_objective
-        from cptq.pipeline.inputs import build_candidates, build_cost_model, offer_vocabulary
+        from cptq.pipeline.candidates import build_candidates
+        from cptq.pipeline.inputs import build_cost_model, offer_vocabulary
         from cptq.pipeline.trial_model import build_trial_model
 
         self.settings, self.model, self.emit = settings, model, recorder

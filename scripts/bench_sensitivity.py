@@ -102,7 +102,7 @@ def child(
     from cptq.calibration.tokens import build_calibration
     from cptq.checkpoint.loader import load_model
     from cptq.config import DEFAULT_BITS, CalibrationSettings, ModelSettings
-    from cptq.pipeline.inputs import list_candidates
+    from cptq.pipeline.candidates import list_candidates
     from cptq.sensitivity import METRICS
     from cptq.sensitivity.measure import measure
     from cptq.types import Progress

@@ -37,6 +37,8 @@ def test_importing_it_is_cheap() -> None:
 def test_every_option_is_a_keyword_with_its_help(function: object, settings: type) -> None:
     parameters = signatures.signature(function).parameters  # type: ignore[arg-type]
     for name, option in list_options(settings).items():
+        if name == "dry_run":  # a function of its own: cptq.estimate
+            continue
         assert name in parameters
         assert option.positional or option.help in (function.__doc__ or "")
 

@@ -21,7 +21,7 @@ from cptq.layouts import Layout
 from cptq.layouts.gguf import BLOCK, GgufSizes, align, count_block_bytes
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
-from cptq.layouts.safetensors_header import Entry, measure, sum_bytes
+from cptq.layouts.safetensors_header import SHARD_BYTES, Entry, measure, sum_bytes
 from cptq.types import (
     DTYPE_BYTES,
     Candidate,
@@ -44,6 +44,7 @@ class CostModel:
         layout: how the file format stores a compressed layer.
         runtime: what the program that will load the file supports.
         gguf: what a GGUF file holds beside packed weights, where that is the file to count.
+        shard_bytes: most bytes of tensors in one weight file.
 
     Raises:
         PlanError: a unit has a layer whose weight is not among the tensors.
@@ -56,12 +57,14 @@ class CostModel:
         layout: Layout = PACK_QUANTIZED,
         runtime: Runtime = RUNTIMES[DEFAULT_RUNTIME],
         gguf: GgufSizes | None = None,
+        shard_bytes: int = SHARD_BYTES,
     ) -> None:
         self.units = tuple(units)
         self.tensors = tuple(tensors)
         self.layout = layout
         self.runtime = runtime
         self.gguf = gguf
+        self.shard_bytes = shard_bytes
         self._unit = {unit.name: unit for unit in self.units}
         self._specs: dict[tuple[str, Candidate], tuple[TensorSpec, ...]] = {}
         self._entries: dict[tuple[str, Candidate], tuple[Entry, ...]] = {}
@@ -156,8 +159,8 @@ class CostModel:
         )
 
     def file_bytes(self, choices: Choices) -> int:
-        """Return the bytes of the safetensors file, or of all its shards if it exceeds 5 GB; or of
-        the GGUF file.
+        """Return the bytes of the safetensors file, or of all its shards if it exceeds
+        `shard_bytes`; or of the GGUF file.
 
         A unit without a choice is dense, so `file_bytes({})` is the uncompressed checkpoint. The
         JSON index beside shards is not counted: it holds no weights.
@@ -176,7 +179,7 @@ class CostModel:
                 each = len(packed) // len(unit.layers)  # one candidate: as many for every layer
                 for i, layer in enumerate(unit.layers):
                     entries[layer.weight_name] = packed[i * each : (i + 1) * each]
-        return sum_bytes(chain.from_iterable(entries.values()))
+        return sum_bytes(chain.from_iterable(entries.values()), self.shard_bytes)
 
     def count_uniform_bytes(self, candidate: Candidate) -> int:
         """Return `file_bytes` with one candidate for every unit that supports its group size.
@@ -233,7 +236,10 @@ class CostModel:
 
     @cached_property
     def dense_file_bytes(self) -> int:
-        """Bytes of the uncompressed file at 16 bits per weight, whatever its dtype."""
+        """Bytes of the uncompressed file at 16 bits per weight, whatever its dtype.
+
+        In files of the usual size, so that a share of it is the same however files are split.
+        """
         at_16_bits = [replace(spec, dtype=choose_16bit_dtype(spec.dtype)) for spec in self.tensors]
         return sum_bytes(map(measure, at_16_bits))
 

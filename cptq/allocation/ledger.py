@@ -9,8 +9,8 @@ sum can be updated by one addition when one unit changes. So the ledger holds up
   entries with as many offset digits as they can have in any plan.
 * `base` is the most that all the rest takes: the other tensors, their entries, and the frames. A
   frame is what a file holds beside tensors and entries: 8 bytes of header length, the brackets and
-  metadata of the JSON, and the padding. A model above 5 GB has one file, and so one frame, per
-  shard.
+  metadata of the JSON, and the padding. A model above `CostModel.shard_bytes` has one file, and so
+  one frame, per shard.
 * `slack` is the most by which the sum can exceed the exact bytes: all digits that entries can lose
   because a tensor starts at a smaller offset, the padding, and the frames of shards that a smaller
   plan does not need.
@@ -34,12 +34,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from cptq.allocation.cost import Choices, CostModel
-from cptq.layouts.safetensors_header import (
-    ALIGNMENT,
-    FRAME,
-    SHARD_BYTES,
-    Entry,
-)
+from cptq.layouts.safetensors_header import ALIGNMENT, FRAME, Entry
 from cptq.types import Budget, Candidate
 
 #: the candidates of every unit: one list for all units, or {unit: its list}
@@ -151,7 +146,7 @@ def _build_file_ledger(budget: Budget, cost: CostModel, options: Options) -> Led
     }
     own = {layer.weight_name for unit in cost.units for layer in unit.layers}
     rest = cost.list_other_entries(own)
-    offsets = _bound_offsets(rest, list(units.values()))
+    offsets = _bound_offsets(rest, list(units.values()), cost.shard_bytes)
     bytes_of = {
         unit: {
             candidate: sum(_bound_bytes(entry, offsets) for entry in entries)
@@ -159,7 +154,7 @@ def _build_file_ledger(budget: Budget, cost: CostModel, options: Options) -> Led
         }
         for unit, rows in units.items()
     }
-    frames, frame_slack = _bound_frames(rest, units)
+    frames, frame_slack = _bound_frames(rest, units, cost.shard_bytes)
     return Ledger(
         cost=cost,
         budget=budget,
@@ -190,13 +185,14 @@ def _place(entry: Entry) -> _Place:
 
 
 def _bound_offsets(
-    rest: Sequence[Entry], units: Sequence[Mapping[Candidate, Sequence[Entry]]]
+    rest: Sequence[Entry], units: Sequence[Mapping[Candidate, Sequence[Entry]]], most: int
 ) -> _Offsets:
     """Return the smallest and largest offset of every tensor that any plan can have.
 
     Tensors lie in a fixed order. So a tensor starts latest where all before it are as large as any
     option makes them, and earliest where they are as small (0 bytes where an option lacks them).
-    In a sharded model every tensor may be the first of its shard and start at 0.
+    In a sharded model every tensor may be the first of its shard and start at 0, and starts at
+    most where it still fits into a shard of `most` bytes.
     """
     smallest: dict[_Place, int] = {}
     largest: dict[_Place, Entry] = {}
@@ -204,11 +200,13 @@ def _bound_offsets(
         smallest[_place(entry)], largest[_place(entry)] = entry.nbytes, entry
     for options in units:
         _add_tensor_sizes(options, smallest, largest)
-    sharded = sum(entry.nbytes for entry in largest.values()) > SHARD_BYTES
+    sharded = sum(entry.nbytes for entry in largest.values()) > most
     offsets, low, high = {}, 0, 0
     for entry in sorted(largest.values()):
-        offsets[_place(entry)] = (0 if sharded else low, high)
-        low, high = low + smallest[_place(entry)], high + entry.nbytes
+        place = _place(entry)
+        latest = max(0, most - smallest[place])  # one above `most` is alone in its shard
+        offsets[place] = (0, min(high, latest)) if sharded else (low, high)
+        low, high = low + smallest[place], high + entry.nbytes
     return offsets
 
 
@@ -243,7 +241,7 @@ def _count_spare_digits(entry: Entry, offsets: _Offsets) -> int:
 
 
 def _bound_frames(
-    rest: Sequence[Entry], units: Mapping[str, Mapping[Candidate, Sequence[Entry]]]
+    rest: Sequence[Entry], units: Mapping[str, Mapping[Candidate, Sequence[Entry]]], most: int
 ) -> tuple[int, int]:
     """Return the most bytes of the frames, and how many of those a plan may not need.
 
@@ -254,7 +252,8 @@ def _bound_frames(
         max(sum(entry.nbytes for entry in entries) for entries in options.values())
         for options in units.values()
     )
-    # A shard is closed when the next tensor would exceed SHARD_BYTES, so any two neighbours hold
-    # more than that together: n shards hold more than (n - 1) / 2 times SHARD_BYTES.
-    shards = 1 if data <= SHARD_BYTES else 2 * data // SHARD_BYTES + 1
+    # A shard is closed when the next tensor would exceed `most`, so any two neighbours hold more
+    # than that together: n shards hold more than (n - 1) / 2 times `most`. None is without tensor.
+    tensors = len(rest) + sum(max(map(len, options.values())) for options in units.values())
+    shards = 1 if data <= most else min(2 * data // most + 1, tensors)
     return shards * _FRAME, (shards - 1) * _FRAME + ALIGNMENT - 1

@@ -148,7 +148,7 @@ def build_problem(
         options[unit], excess = _make_monotone(raw)
         if excess > 0:
             corrected[unit] = excess
-    _report_refused(ledger, candidates, emit)
+    report_refused(ledger, candidates, emit)
     if table is not None and corrected:
         _report_corrected(table.metric, corrected, len(options), emit)
     return AllocationProblem(
@@ -166,7 +166,7 @@ def _fill_per_unit(table: SensitivityTable, ledger: Ledger) -> dict[str, float]:
     return {**outer, **table.per_unit}
 
 
-def _report_refused(ledger: Ledger, candidates: Sequence[Candidate], emit: Emit) -> None:
+def report_refused(ledger: Ledger, candidates: Sequence[Candidate], emit: Emit) -> None:
     """Report the units for which candidates were refused, by reason."""
     offered = [c for c in candidates if not c.dense]
     reasons: dict[str, list[str]] = {}

@@ -127,17 +127,20 @@ def write_files(directory: Path, files: Mapping[str, bytes]) -> None:
         write_bytes(directory / name, content)
 
 
-def check_space(directory: Path, need: int) -> None:
-    """Raise ArtifactError where the disk of a directory (to be) has no room for `need` bytes."""
-    free = _count_free_bytes(directory)
+def check_space(directory: Path, need: int, *, parts: str = "", hint: str | None = None) -> None:
+    """Raise ArtifactError where the disk of a directory (to be) has no room for `need` bytes.
+
+    `parts` says in words what they are for, `hint` what to do where it is not the usual.
+    """
+    free = count_free_bytes(directory)
     if free < need + _MARGIN:
-        raise _build_full_error(directory, need + _MARGIN, free)
+        raise _build_full_error(directory, need + _MARGIN, free, parts, hint)
 
 
 def explain_error(error: OSError, out: Path, need: int) -> ArtifactError:
     """Return a system error as one sentence about the output, which needs `need` bytes."""
     if error.errno in _FULL:
-        return _build_full_error(out, need + _MARGIN, _count_free_bytes(out.parent))
+        return _build_full_error(out, need + _MARGIN, count_free_bytes(out.parent))
     reason = error.strerror or str(error)
     return ArtifactError(f"{out} cannot be written: {reason}", hint="name another place with -o")
 
@@ -150,16 +153,19 @@ def _explain_errors(out: Path, need: int) -> Iterator[None]:
         raise explain_error(error, out, need) from error
 
 
-def _count_free_bytes(directory: Path) -> int:
+def count_free_bytes(directory: Path) -> int:
     """Return the free bytes of the disk that holds, or will hold, a directory."""
     existing = next(place for place in (directory, *directory.absolute().parents) if place.exists())
     return shutil.disk_usage(existing).free
 
 
-def _build_full_error(path: Path, need: int, free: int) -> ArtifactError:
+def _build_full_error(
+    path: Path, need: int, free: int, parts: str = "", hint: str | None = None
+) -> ArtifactError:
+    more = f" ({parts})" if parts else ""
     return ArtifactError(
-        f"the disk is full: {path} needs {need:,} bytes and {free:,} are free",
-        hint="make room, or name another place with -o",
+        f"the disk is full: {path} needs {need:,} bytes{more} and {free:,} are free",
+        hint=hint or "make room, or name another place with -o",
     )
 
 

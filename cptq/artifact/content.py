@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
+from cptq.layouts.safetensors_header import SHARD_BYTES
 from cptq.types import CompressedLayer, Emit, LayerSpec, ModelKind, Notice, TensorSpec
 
 #: {type in memory: storage types whose values it holds exactly}
@@ -35,7 +36,8 @@ class Content:
     artifact (ties once, in storage types), `layers` all weight matrices in forward order and
     `compressed` the compressed ones by the name of their weight tensor. `fetch` returns a dense
     tensor by name, in any floating type that holds it, or None if there is none. `hub_id` is the
-    base model's name on the Hub, if it came from there.
+    base model's name on the Hub, if it came from there. `shard_bytes`: most bytes of tensors in one
+    weight file, where a format has several.
     """
 
     source: str
@@ -50,6 +52,7 @@ class Content:
     tokenizer: PreTrainedTokenizerBase | None = None
     attention: str | None = None
     hub_id: str | None = None
+    shard_bytes: int = SHARD_BYTES
 
     @property
     def parameters(self) -> int:
@@ -73,7 +76,12 @@ class Content:
         return value.to(TORCH_DTYPES[spec.dtype])
 
 
-def build_content(model: LoadedModel, layers: Sequence[CompressedLayer], emit: Emit) -> Content:
+def build_content(
+    model: LoadedModel,
+    layers: Sequence[CompressedLayer],
+    emit: Emit,
+    shard_bytes: int = SHARD_BYTES,
+) -> Content:
     """Build the content from a model in memory and its compressed layers.
 
     Raises:
@@ -97,6 +105,7 @@ def build_content(model: LoadedModel, layers: Sequence[CompressedLayer], emit: E
         tokenizer=model.tokenizer,
         attention=getattr(model.config, "_attn_implementation", None),
         hub_id=None if Path(model.source).expanduser().is_dir() else model.source,
+        shard_bytes=shard_bytes,
     )
 
 

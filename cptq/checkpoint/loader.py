@@ -33,9 +33,10 @@ from cptq.checkpoint.files import (
     read_tensor_specs,
 )
 from cptq.checkpoint.hub import resolve_checkpoint
-from cptq.checkpoint.inventory import Inventory, find_blocks, find_ties, take_inventory
+from cptq.checkpoint.inventory import Inventory, find_ties, take_inventory
 from cptq.checkpoint.memory import Memory
 from cptq.checkpoint.model import LoadedModel, ModelSpec
+from cptq.checkpoint.opening import choose_load_dtype, has_rounded_buffers, list_parts
 from cptq.checkpoint.pages import MappedFiles
 from cptq.checkpoint.resident import ResidentWeights
 from cptq.checkpoint.spill import Spill
@@ -164,10 +165,10 @@ def load_model(
     emit(Progress(stage="load", done=0, total=None, message=settings.model))
     quantized = config.get("quantization_config") is not None
     family = get_architecture(str(config.get("model_type")))
-    narrow = dtype if quantized or plain else _choose_load_dtype(stored, dtype)
+    narrow = dtype if quantized or plain else choose_load_dtype(stored, dtype)
     with _explain_load_errors(settings.model):
         module = _load_module(path, kind, narrow, device, settings, emit).eval()
-        if narrow is not dtype and _has_rounded_buffers(module):
+        if narrow is not dtype and has_rounded_buffers(module):
             module = _load_module(path, kind, dtype, device, settings, emit).eval()
     module.requires_grad_(False)
     mapped = MappedFiles(files)
@@ -180,7 +181,7 @@ def load_model(
         module.to(device)
     else:
         resident = ResidentWeights(device, dtype, memory.weights if memory else None, mapped)
-        resident.manage(module, _list_parts(module, family))
+        resident.manage(module, list_parts(module, family))
         module.config.dtype = dtype
     tensors = (
         list_unpacked_tensors(module, stored) if quantized else list_stored_tensors(module, stored)
@@ -287,34 +288,6 @@ def pick_dtype(name: str, device: torch.device, stored: Mapping[str, TensorSpec]
         chosen: torch.dtype = getattr(torch, name)
         return chosen
     return torch.float32 if device.type == "cpu" else TORCH_DTYPES[_find_main_dtype(stored)]
-
-
-def _choose_load_dtype(stored: Mapping[str, TensorSpec], dtype: torch.dtype) -> torch.dtype:
-    """Return the type to open a checkpoint in: the stored one, if it is one and `dtype` holds it.
-
-    Its tensors then stay in the files until they are used.
-    """
-    kinds = {TORCH_DTYPES[spec.dtype] for spec in stored.values()}
-    floating = [kind for kind in kinds if kind.is_floating_point]
-    if len(floating) == 1 and torch.promote_types(floating[0], dtype) is dtype:
-        return floating[0]
-    return dtype
-
-
-def _has_rounded_buffers(module: nn.Module) -> bool:
-    """Whether the model computed constants in a narrow type that its weights were opened in."""
-    stored = module.state_dict()
-    return any(
-        buffer.is_floating_point() and buffer.dtype.itemsize < 4 and name not in stored
-        for name, buffer in module.named_buffers()
-    )
-
-
-def _list_parts(module: nn.Module, family: Architecture) -> list[nn.Module]:
-    """Return what comes into memory and goes as a whole: vocabulary matrices and blocks."""
-    ends = (getattr(module, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
-    blocks = [module.get_submodule(name) for name in find_blocks(module, family)]
-    return [part for part in ends if isinstance(part, nn.Module)] + blocks
 
 
 def _find_main_dtype(stored: Mapping[str, TensorSpec]) -> str:

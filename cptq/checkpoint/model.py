@@ -105,6 +105,11 @@ class LoadedModel(ModelSpec):
         return self.module.get_submodule(name)
 
     @property
+    def held_whole(self) -> bool:
+        """Whether all weights are in memory, rather than one block at a time."""
+        return self.resident is None or self.resident.limit is None
+
+    @property
     def all_units(self) -> tuple[Unit, ...]:
         """Everything that a plan may decide on."""
         return (*self.units, *self.vocabulary)

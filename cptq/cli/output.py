@@ -19,6 +19,7 @@ from cptq.report.comparison import (
     build_front_table,
     build_results_table,
 )
+from cptq.report.estimate import Estimate, build_estimate_tables
 from cptq.report.formatting import (
     Table,
     format_bytes,
@@ -98,8 +99,10 @@ def present_analyze(settings: AnySettings, outcome: AnalyzeOutcome) -> Output:
     return Output(tables=tables, document=make_document(outcome), lines=[str(outcome.out)])
 
 
-def present_compress(settings: AnySettings, outcome: CompressOutcome) -> Output:
-    """Present bytes, bits, widths, and results if there are any."""
+def present_compress(settings: AnySettings, outcome: CompressOutcome | Estimate) -> Output:
+    """Present bytes, bits, widths, and results if there are any; of a dry run, its estimate."""
+    if isinstance(outcome, Estimate):
+        return present_estimate(outcome)
     summary = outcome.summary
     tables = [
         build_size_table(summary),
@@ -111,6 +114,13 @@ def present_compress(settings: AnySettings, outcome: CompressOutcome) -> Output:
         document=make_document(outcome),
         lines=[str(outcome.out)],
     )
+
+
+def present_estimate(found: Estimate) -> Output:
+    """Present what a run would take; for scripts, the most bytes on the disk."""
+    document = {"command": "compress", "dry_run": True, **found.to_dict()}
+    tables = build_estimate_tables(found)
+    return Output(tables=tables, document=document, lines=[str(found.disk.need)])
 
 
 def present_eval(settings: AnySettings, outcome: EvalOutcome) -> Output:

@@ -63,6 +63,14 @@ class Moments:
     C_II: Tensor | None = None
 
 
+def can_wait(model: LoadedModel, batches: Sequence[Batch]) -> bool:
+    """Whether what all batches hold while they wait in a block fits into memory."""
+    limit = model.spill.limit
+    widths = [max(spec.shape) for spec in model.layers if spec.block is not None]
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    return limit is None or WAITING * tokens * max(widths, default=0) <= limit
+
+
 def embed_batches(model: LoadedModel, batches: Sequence[Batch]) -> States:
     """Return the input of the first block for every batch."""
     replay = BlockReplay(model, list(batches))
@@ -166,7 +174,7 @@ class Stream:
         Raises:
             CalibrationError: an input is NaN or infinite.
         """
-        if in_order and len(stages) > 1 and self._can_wait():
+        if in_order and len(stages) > 1 and can_wait(self._model, self._replay.batches):
             yield from self._walk_in_one_pass(block, [unit for (unit,) in stages])
             return
         for stage in stages:
@@ -177,13 +185,6 @@ class Stream:
         """Run the compressed stream through a block as it is now."""
         for index, state in enumerate(self._hidden):
             self._hidden[index] = self._replay.run(block, state, index)
-
-    def _can_wait(self) -> bool:
-        """Whether what all batches hold while they wait in a block fits into memory."""
-        limit = self._model.spill.limit
-        widths = [max(spec.shape) for spec in self._model.layers if spec.block is not None]
-        tokens = sum(batch["input_ids"].numel() for batch in self._replay.batches)
-        return limit is None or WAITING * tokens * max(widths, default=0) <= limit
 
     def _walk_in_one_pass(self, block: int, units: Sequence[Unit]) -> Iterator[dict[str, Moments]]:
         passes = [

@@ -73,7 +73,7 @@ def parse_size(text: str, flag: str) -> int:
     return size
 
 
-def check_max_memory(text: str | None) -> None:
-    """Refuse what is no size."""
+def check_size(text: str | None, flag: str) -> None:
+    """Refuse what is no size; None was not given."""
     if text is not None:
-        parse_size(text, "--max-memory")
+        parse_size(text, flag)

@@ -20,6 +20,8 @@ from cptq.config.options import (
 from cptq.errors import UsageError
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+#: of --max-shard-size; `layouts.safetensors_header.SHARD_BYTES` in words
+DEFAULT_SHARD_SIZE = "5GB"
 DEFAULT_TASKS, TASKS = ("wikitext",), "cptq.evaluation:TASKS"
 _MODEL = "a Hub id or a local directory"
 
@@ -71,6 +73,14 @@ def max_memory_option() -> str | None:
         "activations on disk. The result is the same."
     )
     return option(None, help, EXECUTION, "SIZE", usual="80% of what is free")
+
+
+def max_shard_size_option() -> str:
+    help = (
+        "Write weight files of at most SIZE of tensors each. A larger tensor gets a file of its "
+        "own."
+    )
+    return option(DEFAULT_SHARD_SIZE, help, OUTPUT, "SIZE")
 
 
 def out_option(help: str, metavar: str = "DIR", usual: str | None = None) -> Path | None:

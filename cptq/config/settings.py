@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from cptq.config.checks import check_bits, check_max_memory, check_repository, parse_sparsity
+from cptq.config.checks import check_bits, check_repository, check_size, parse_sparsity
 from cptq.config.inputs import (
     CalibrationSettings,
     ModelSettings,
     max_memory_option,
+    max_shard_size_option,
     out_option,
     overwrite_option,
     push_to_hub_option,
@@ -122,7 +123,7 @@ class CandidateSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_max_memory(self.max_memory)
+        check_size(self.max_memory, "--max-memory")
         runtime = find_runtime(self.runtime)
         check_bits(self.bits)
         runtime.check(self.bits, self.group_size)
@@ -323,11 +324,18 @@ class CompressSettings(CandidateSettings):
         "steps that it finished.",
         OUTPUT,
     )
+    max_shard_size: str = max_shard_size_option()
     push_to_hub: str | None = push_to_hub_option()
+    dry_run: bool = option(
+        False,
+        "Print what the run would write, hold in memory and take, and stop before any work.",
+        OUTPUT,
+    )
 
     def __post_init__(self) -> None:
         CandidateSettings.__post_init__(self)
         check_repository(self.push_to_hub)
+        check_size(self.max_shard_size, "--max-shard-size")
         if self.tune_minutes != DEFAULT_TUNE_MINUTES and not self.tune:
             raise UsageError("--tune-minutes has no effect without --tune", hint="add --tune")
         widths = (*find_runtime(self.runtime).list_vocabulary_bits(), 16)
@@ -353,12 +361,14 @@ class ExportSettings:
     )
     out: Path | None = out_option("Write to this directory.", "DIR", "ARTIFACT-FORMAT")
     overwrite: bool = overwrite_option()
+    max_shard_size: str = max_shard_size_option()
     push_to_hub: str | None = push_to_hub_option()
     token: str | None = token_option()
     trust_remote_code: bool = trust_remote_code_option()
 
     def __post_init__(self) -> None:
         check_repository(self.push_to_hub)
+        check_size(self.max_shard_size, "--max-shard-size")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -107,7 +107,10 @@ _T = TypeVar("_T", bound=_Sized)
 
 
 def split_shards(tensors: Iterable[_T], most: int = SHARD_BYTES) -> list[list[_T]]:
-    """The tensors by file: in the order given, a new file where `most` bytes would be passed."""
+    """The tensors by file: in the order given, a new file where `most` bytes would be passed.
+
+    Headers are not counted, as transformers does not. A tensor above `most` has a file of its own.
+    """
     shards: list[list[_T]] = [[]]
     held = 0
     for tensor in tensors:

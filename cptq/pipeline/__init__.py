@@ -6,8 +6,19 @@ from cptq.pipeline.analyze import analyze
 from cptq.pipeline.bench import bench
 from cptq.pipeline.compare import compare
 from cptq.pipeline.compress import compress, plan
+from cptq.pipeline.estimate import estimate
 from cptq.pipeline.evaluate import evaluate
 from cptq.pipeline.export import export
 from cptq.pipeline.generate import generate
 
-__all__ = ["analyze", "bench", "compare", "compress", "evaluate", "export", "generate", "plan"]
+__all__ = [
+    "analyze",
+    "bench",
+    "compare",
+    "compress",
+    "estimate",
+    "evaluate",
+    "export",
+    "generate",
+    "plan",
+]

@@ -14,9 +14,10 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, RUNTIMES, AnalyzeSettings, find_runtime
 from cptq.errors import UsageError
+from cptq.pipeline.candidates import build_candidates
+from cptq.pipeline.disk import check_analysis
 from cptq.pipeline.files import encode_stage_files, read_tables
 from cptq.pipeline.inputs import (
-    build_candidates,
     build_cost_model,
     calibrate,
     load_dense,
@@ -64,6 +65,7 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
     """
     recorder = Recorder(emit)
     inputs = _load_inputs(settings, recorder)
+    check_analysis(inputs)
     trial = _build_trial_model(inputs, recorder)
     try:
         tables = {**inputs.known, **_measure_missing(inputs, trial, recorder)}

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 
-from cptq.allocation import BLIND
 from cptq.allocation.allocate import allocate
 from cptq.allocation.experts import fix_experts, list_experts
 from cptq.allocation.ledger import Ledger
-from cptq.artifact.atomic import check_space, refuse_existing
+from cptq.artifact.atomic import refuse_existing
 from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.formats import FORMATS
@@ -27,13 +26,14 @@ from cptq.calibration.samples import take_batches
 from cptq.calibration.tokens import Calibration
 from cptq.compression.blockwise import Steps, compress_model
 from cptq.compression.trial_model import TrialModel
-from cptq.config import GROUND_TRUTH, CompressSettings
+from cptq.config import GROUND_TRUTH, CompressSettings, parse_size
 from cptq.errors import BudgetError
+from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
-from cptq.pipeline.resume import estimate_bytes, identify, identify_inputs, keep_blocks
+from cptq.pipeline.resume import identify, identify_inputs, keep_blocks
 from cptq.pipeline.run_directory import RunDirectory, open_run
 from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
@@ -51,9 +51,6 @@ from cptq.types import (
     SensitivityTable,
 )
 
-#: batches of held-out text (of `MICRO_TOKENS` tokens) that output errors are measured on: what they
-#: cost is that share of the passes over the calibration text
-JUDGED_BATCHES = 4
 #: the step of what --tune did
 TUNED_STEP = "tuned"
 #: tokens of the input on which a written artifact is compared with the model in memory
@@ -78,7 +75,7 @@ def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
     with _open_run(settings, recorder) as run:
         inputs = load_inputs(_forget_resume(settings, run), recorder, folder=run.path)
         run.identify(identify_inputs(inputs))
-        check_space(inputs.out, inputs.need + max(0, estimate_bytes(inputs) - run.nbytes))
+        check_disk(count_disk(inputs), kept=run.nbytes)
         tables = run.keep("sensitivity", lambda: dict(measure_sensitivity(inputs, recorder)))
         made = run.keep("plan", lambda: make_plan(inputs, tables, recorder))
         plan = run.keep("chosen-plan", lambda: check_plan(inputs, made, recorder))
@@ -122,7 +119,7 @@ def measure_sensitivity(
 ) -> Mapping[str, SensitivityTable]:
     """Return {metric: table}: that of --sensitivity, else measured where the plan needs scores."""
     settings = inputs.settings
-    if inputs.plan is not None or settings.sensitivity is not None or settings.allocator in BLIND:
+    if not inputs.measures:
         return inputs.tables
     with recorder.stage("sensitivity"):
         truth = settings.metric == GROUND_TRUTH
@@ -213,7 +210,7 @@ def compress_and_tune(
 
     def tune() -> dict[str, Any]:
         assert dense is not None
-        judged = inputs.held_out.judge[:JUDGED_BATCHES]
+        judged = inputs.held_out.errors
         return tune_layers(inputs, compressed.layers, dense, judged, recorder).to_dict()
 
     with recorder.stage("tuning"):
@@ -247,7 +244,7 @@ def compress_layers(
 
     Every block is a step of the run.
     """
-    judge = inputs.held_out.judge[:JUDGED_BATCHES]
+    judge = inputs.held_out.errors
     steps, emit = keep_blocks(run, inputs.model.device, recorder)
     with recorder.stage("compression"):
         layers = _carry_out(inputs, plan, inputs.calibration, judge, emit, steps)
@@ -324,7 +321,8 @@ def write_artifact(
     )
     with recorder.stage("artifact"):
         sample = _build_sample(inputs)
-        content = build_content(model, compressed.layers, recorder)
+        most = parse_size(settings.max_shard_size, "--max-shard-size")
+        content = build_content(model, compressed.layers, recorder, most)
         with draft(
             inputs.out,
             overwrite=settings.overwrite,

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.formats import FORMATS
+from cptq.artifact.formats.interface import Format
 from cptq.artifact.hub import check_push, push
 from cptq.artifact.manifest import MANIFEST, TUNED
 from cptq.artifact.reader import StoredArtifact, open_artifact
-from cptq.config import ExportSettings
+from cptq.config import ExportSettings, parse_size
+from cptq.errors import UsageError
+from cptq.layouts.safetensors_header import SHARD_BYTES
 from cptq.types import Artifact, Emit, Notice
 
 
@@ -31,6 +34,7 @@ def export(settings: ExportSettings, emit: Emit) -> ExportOutcome:
         CptqError: it is no artifact, the format cannot hold a layer, or the result fails its check.
     """
     form = FORMATS.get(settings.format)
+    most = _read_shard_bytes(settings, form)
     if settings.push_to_hub is not None:
         check_push(settings.push_to_hub, settings.token)
     stored = open_artifact(settings.artifact, trust_remote_code=settings.trust_remote_code)
@@ -42,13 +46,24 @@ def export(settings: ExportSettings, emit: Emit) -> ExportOutcome:
     with draft(
         out, overwrite=settings.overwrite, source=stored.path, form=form.name, emit=emit
     ) as d:
-        d.write(stored.content, _record(stored))
+        d.write(replace(stored.content, shard_bytes=most), _record(stored))
         d.verify(stored.sample)
     repository = None
     if settings.push_to_hub is not None:
         repository = push(d.artifact.path, settings.push_to_hub, token=settings.token, emit=emit)
     before = sum(stored.manifest["weight_files"].values())
     return ExportOutcome(artifact=d.artifact, bytes_before=before, repository=repository)
+
+
+def _read_shard_bytes(settings: ExportSettings, form: Format) -> int:
+    """Return --max-shard-size in bytes; refuse another than the usual where there is one file."""
+    most = parse_size(settings.max_shard_size, "--max-shard-size")
+    if most != SHARD_BYTES and not form.sharded:
+        raise UsageError(
+            f"--max-shard-size has no effect with --format {form.name}, which is one file",
+            hint="leave out --max-shard-size",
+        )
+    return most
 
 
 def _record(stored: StoredArtifact) -> Record:

@@ -7,7 +7,7 @@ before anything is measured.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,20 +36,24 @@ from cptq.config import (
     Runtime,
     find_runtime,
     parse_size,
-    parse_sparsity,
 )
 from cptq.errors import ModelError
 from cptq.layouts import Layout
 from cptq.layouts.gguf import GGUF_LAYOUT
+from cptq.layouts.safetensors_header import SHARD_BYTES
+from cptq.pipeline.candidates import build_candidates, list_asymmetric_widths
 from cptq.pipeline.files import check_covers, fill_in_scales, fit_plan, read_table
+from cptq.pipeline.memory_shares import report_memory
 from cptq.pipeline.recorder import Recorder
-from cptq.pipeline.scales import choose_scales
 from cptq.sensitivity.prepare import check_units
 from cptq.types import Candidate, Emit, Notice, Plan, SensitivityTable, Unit
 
 DEFAULT_TARGET = "4bit"
 #: parts of text that are held out, also for a single use: a judge asked once can read more
 LEAST_PARTS = 2
+#: batches of held-out text (of `MICRO_TOKENS` tokens) that output errors are measured on: what they
+#: cost is that share of the passes over the calibration text
+JUDGED_BATCHES = 4
 #: fewest held-out rows that can judge
 LEAST_CHECK_ROWS = 4
 
@@ -92,6 +96,11 @@ class HeldOutText:
     tune: Sequence[Batch] = ()
     judge: Sequence[Batch] = ()
 
+    @property
+    def errors(self) -> Sequence[Batch]:
+        """Return what output errors are measured on, which has to pass all blocks."""
+        return self.judge[:JUDGED_BATCHES]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CompressInputs:
@@ -115,6 +124,17 @@ class CompressInputs:
     held_out: HeldOutText
     compare_with_baseline: bool
 
+    @property
+    def measures(self) -> bool:
+        """Whether scores are measured: the plan needs some, and none are given."""
+        given = self.plan is not None or self.settings.sensitivity is not None
+        return not given and self.settings.allocator not in BLIND
+
+    @property
+    def scores_vocabulary(self) -> bool:
+        """Whether a unit outside the blocks may get other than one width."""
+        return bool(self.space.list_vocabulary_options(self.model))
+
 
 def load_inputs(
     settings: CompressSettings,
@@ -128,7 +148,7 @@ def load_inputs(
     Args:
         settings: of the run.
         recorder: receives progress and notices.
-        writes: check also that the output can be written.
+        writes: check also that the output can be written and uploaded.
         folder: where activations go that memory does not hold; beside the output without.
 
     Raises:
@@ -142,7 +162,7 @@ def load_inputs(
         runtime.check_tensors(spec.name for spec in model.tensors)
     space = _build_search_space(settings, runtime, model, plan, recorder)
     with recorder.stage("plan"):
-        if settings.push_to_hub is not None:
+        if writes and settings.push_to_hub is not None:
             check_push(settings.push_to_hub, settings.model.token)
         plan = None if plan is None else fit_plan(plan, model, space.cost)
         ledger = _build_ledger(settings, plan, space)
@@ -152,7 +172,7 @@ def load_inputs(
         if writes:
             place = check_output(out, overwrite=settings.overwrite, source=model.path)
             check_space(place, need)
-    compare = writes and settings.check_uniform and plan is None and settings.allocator not in BLIND
+    compare = settings.check_uniform and plan is None and settings.allocator not in BLIND
     calibration, held_out = _read_text(settings, model, recorder)
     return CompressInputs(
         settings=settings,
@@ -196,7 +216,8 @@ def _build_search_space(
         taken = _take_vocabulary(model, offered, layout, runtime, emit)
     else:
         taken = [unit for unit in model.vocabulary if unit.name in plan.choices]
-    cost = _build_cost(model, taken, layout, runtime)
+    most = parse_size(settings.max_shard_size, "--max-shard-size")
+    cost = _build_cost(model, taken, layout, runtime, most)
     return SearchSpace(
         candidates=candidates,
         options=_apply_constraints(settings, model, candidates, offered, cost, emit),
@@ -388,6 +409,8 @@ def load_dense(
             allowed="a dense checkpoint",
             hint="compress the model that it was made from; cptq eval takes artifacts",
         )
+    model.memory = memory
+    report_memory(model, recorder)
     return model
 
 
@@ -430,60 +453,15 @@ def build_cost_model(
 
 
 def _build_cost(
-    model: LoadedModel, taken: Sequence[Unit], layout: Layout, runtime: Runtime
+    model: LoadedModel,
+    taken: Sequence[Unit],
+    layout: Layout,
+    runtime: Runtime,
+    shard_bytes: int = SHARD_BYTES,
 ) -> CostModel:
     """Return the cost model of the file that the runtime reads; `taken` of the vocabulary."""
     units = (*model.units, *taken)
     if not runtime.gguf:
-        return CostModel(units, model.tensors, layout, runtime)
+        return CostModel(units, model.tensors, layout, runtime, shard_bytes=shard_bytes)
     sizes = measure_sizes(build_content(model, (), lambda event: None))
     return CostModel(units, model.tensors, GGUF_LAYOUT, runtime, sizes)
-
-
-def list_asymmetric_widths(settings: AnalyzeSettings | CompressSettings) -> tuple[int, ...]:
-    """Return the widths that --asymmetric puts on asymmetric grids, by what the runtime takes."""
-    return find_runtime(settings.runtime).asymmetric if settings.asymmetric else ()
-
-
-def build_candidates(
-    settings: AnalyzeSettings | CompressSettings,
-    model: LoadedModel,
-    bits: Sequence[int] | None = None,
-) -> tuple[Candidate, ...]:
-    """Return the candidates that the options name, at other `bits` where given."""
-    named = list_candidates(
-        bits or settings.bits,
-        settings.group_size,
-        asymmetric=list_asymmetric_widths(settings),
-        sparsity=settings.sparsity if bits is None else (),
-    )
-    if settings.scales == "16bit":
-        return named
-    return choose_scales(model, named, find_runtime(settings.runtime))
-
-
-def list_candidates(
-    bits: Sequence[int],
-    group_size: int,
-    *,
-    asymmetric: Collection[int] = (),
-    sparsity: Sequence[str] = (),
-) -> tuple[Candidate, ...]:
-    """Return ways to store a unit, fewest bits first, each width dense and then at every sparsity.
-
-    The widths in `asymmetric` lie on asymmetric grids; 16 bits keep a unit as it is.
-    """
-    kinds = [(0.0, "none"), *map(parse_sparsity, sparsity)]
-    return tuple(
-        Candidate(bits=16)
-        if width == 16
-        else Candidate(
-            bits=width,
-            group_size=group_size,
-            symmetric=width not in asymmetric,
-            sparsity=share,
-            pattern=pattern,
-        )
-        for width in sorted(set(bits))
-        for share, pattern in (kinds if width < 16 else kinds[:1])
-    )

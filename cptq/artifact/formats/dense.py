@@ -44,13 +44,16 @@ class Dense(CheckpointFormat):
         """Accept everything: every layer can be dequantized."""
 
     def estimate_bytes(self, content: Content) -> int:
-        return sum_bytes(map(measure, _list_tensors(content)))
+        return sum_bytes(map(measure, _list_tensors(content)), content.shard_bytes)
 
     def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
         specs = _list_tensors(content)
         stored = {spec.name: spec for spec in content.tensors}
         files = write_weights(
-            place, specs, lambda spec: _convert_tensor(content, stored[spec.name], spec.dtype)
+            place,
+            specs,
+            lambda spec: _convert_tensor(content, stored[spec.name], spec.dtype),
+            most=content.shard_bytes,
         )
         kinds = {spec.dtype for spec in specs} & set(_NAMES)
         main = max(kinds, key=lambda k: sum(s.nbytes for s in specs if s.dtype == k), default="F16")

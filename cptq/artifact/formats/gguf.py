@@ -92,6 +92,7 @@ class Gguf(Format):
     layout = GGUF_LAYOUT
     tags = ("gguf", "llama.cpp")
     library = None
+    sharded = False
 
     def check(self, content: Content) -> None:
         config = read_config(content)

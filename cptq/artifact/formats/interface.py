@@ -35,6 +35,8 @@ class Format(ABC):
     library: str | None = "transformers"
     #: whether a loaded model holds its weights multiplied out
     multiplied_out: bool = False
+    #: whether weights are split over files of `Content.shard_bytes`
+    sharded: bool = True
 
     @abstractmethod
     def check(self, content: Content) -> None:
@@ -150,7 +152,7 @@ class SafetensorsFormat(CheckpointFormat):
             self.check_layer(layer)
 
     def estimate_bytes(self, content: Content) -> int:
-        return sum_bytes(map(measure, self._list_tensors(content)))
+        return sum_bytes(map(measure, self._list_tensors(content)), content.shard_bytes)
 
     def write(self, content: Content, place: Path, emit: Emit) -> dict[str, int]:
         packed = {
@@ -165,7 +167,8 @@ class SafetensorsFormat(CheckpointFormat):
 
         # a dense copy loads everywhere, whatever the format
         stem = self.stem if content.compressed else "model"
-        files = write_weights(place, self._list_tensors(content), get_value, stem=stem)
+        specs = self._list_tensors(content)
+        files = write_weights(place, specs, get_value, most=content.shard_bytes, stem=stem)
         write_config(content.path, self.build_quantization_config(content), place)
         copy_companions(content, place, emit)
         return files

@@ -91,11 +91,12 @@ class Packed(SafetensorsFormat):
         layers = content.compressed.values()
         if not layers:
             return None
+        shards = split_shards(self._list_tensors(content), content.shard_bytes)
         return {
             "quant_method": METHOD,
             "format_version": FORMAT_VERSION if any(get_scheme(x).scales for x in layers) else 1,
             "needs": NEEDS,
-            "weights": WEIGHT_FILES[len(split_shards(self._list_tensors(content))) > 1],
+            "weights": WEIGHT_FILES[len(shards) > 1],
             "modules": {layer.spec.name: get_scheme(layer).label for layer in layers},
         }
 

@@ -10,7 +10,6 @@ from safetensors.torch import save
 from cptq.allocation.cost import CostModel, list_layer_tensors
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import PlanError
-from cptq.layouts import safetensors_header
 from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, TensorSpec
 from tests.unit.allocation.synthetic import CANDIDATES, layer, model, unit
@@ -94,11 +93,11 @@ def test_size_report_without_units() -> None:
     assert (report.nominal_bits, report.effective_bits) == (0, 0)
 
 
-def test_a_file_above_the_shard_size_is_counted_by_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    cost = model(6)
-    one = cost.file_bytes({})
-    monkeypatch.setattr(safetensors_header.sum_bytes, "__defaults__", (30_000,))
-    assert cost.file_bytes({}) > one
+def test_a_file_above_the_shard_size_is_counted_by_shards() -> None:
+    one = model(6)
+    several = CostModel(one.units, one.tensors, shard_bytes=30_000)
+    assert several.file_bytes({}) > one.file_bytes({})
+    assert several.dense_file_bytes == one.dense_file_bytes
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,8 @@ import random
 
 import pytest
 
-from cptq.allocation import ledger as ledgers
 from cptq.allocation.cost import CostModel
 from cptq.allocation.ledger import Candidates, Ledger, build_ledger
-from cptq.layouts import safetensors_header
 from cptq.types import Budget, Scope
 from tests.unit.allocation.synthetic import CANDIDATES, model
 
@@ -31,10 +29,11 @@ def test_the_sum_bounds_the_file_from_both_sides(seed: int, candidates: list) ->
         )
 
 
-def test_the_bounds_hold_for_shards(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(safetensors_header.sum_bytes, "__defaults__", (20_000,))
-    monkeypatch.setattr(ledgers, "SHARD_BYTES", 20_000)
-    cost, draw = model(9), random.Random(0)
+@pytest.mark.parametrize("most", [1, 3_000, 20_000, 60_000])
+def test_the_bounds_hold_for_shards(most: int) -> None:
+    whole, draw = model(9), random.Random(0)
+    cost = CostModel(whole.units, whole.tensors, shard_bytes=most)
+    assert cost.file_bytes({}) > whole.file_bytes({})
     ledger = ledger_for(cost)
     for _ in range(50):
         plan = {u.name: draw.choice(CANDIDATES) for u in cost.units}

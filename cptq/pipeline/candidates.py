@@ -1,0 +1,59 @@
+"""The ways to store a unit that the options of a run name."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from cptq.checkpoint.model import LoadedModel
+from cptq.config import AnalyzeSettings, CompressSettings, find_runtime, parse_sparsity
+from cptq.pipeline.scales import choose_scales
+from cptq.types import Candidate
+
+
+def list_asymmetric_widths(settings: AnalyzeSettings | CompressSettings) -> tuple[int, ...]:
+    """Return the widths that --asymmetric puts on asymmetric grids, by what the runtime takes."""
+    return find_runtime(settings.runtime).asymmetric if settings.asymmetric else ()
+
+
+def build_candidates(
+    settings: AnalyzeSettings | CompressSettings,
+    model: LoadedModel,
+    bits: Sequence[int] | None = None,
+) -> tuple[Candidate, ...]:
+    """Return the candidates that the options name, at other `bits` where given."""
+    named = list_candidates(
+        bits or settings.bits,
+        settings.group_size,
+        asymmetric=list_asymmetric_widths(settings),
+        sparsity=settings.sparsity if bits is None else (),
+    )
+    if settings.scales == "16bit":
+        return named
+    return choose_scales(model, named, find_runtime(settings.runtime))
+
+
+def list_candidates(
+    bits: Sequence[int],
+    group_size: int,
+    *,
+    asymmetric: Collection[int] = (),
+    sparsity: Sequence[str] = (),
+) -> tuple[Candidate, ...]:
+    """Return ways to store a unit, fewest bits first, each width dense and then at every sparsity.
+
+    The widths in `asymmetric` lie on asymmetric grids; 16 bits keep a unit as it is.
+    """
+    kinds = [(0.0, "none"), *map(parse_sparsity, sparsity)]
+    return tuple(
+        Candidate(bits=16)
+        if width == 16
+        else Candidate(
+            bits=width,
+            group_size=group_size,
+            symmetric=width not in asymmetric,
+            sparsity=share,
+            pattern=pattern,
+        )
+        for width in sorted(set(bits))
+        for share, pattern in (kinds if width < 16 else kinds[:1])
+    )

@@ -1,0 +1,40 @@
+"""How a run shares out the memory that it may take: as facts, and as a notice at its beginning."""
+
+from __future__ import annotations
+
+from cptq.checkpoint.memory import count_least
+from cptq.checkpoint.model import LoadedModel
+from cptq.errors import ModelError
+from cptq.report.estimate import MemoryFacts
+from cptq.report.formatting import format_bytes
+from cptq.types import Emit, Notice
+
+
+def report_memory(model: LoadedModel, emit: Emit) -> None:
+    """Emit a notice where the model does not fit into its share of the memory."""
+    memory = model.memory
+    if memory is None or model.held_whole:
+        return
+    message = f"one block at a time is in memory, within {format_bytes(memory.total)}"
+    if model.device.type == "cpu" and model.spill.limit is not None:
+        limit, folder = format_bytes(model.spill.limit), memory.folder
+        message += f"; activations beyond {limit} go to {folder or 'a temporary directory'}"
+    subject = "--max-memory" if memory.asked else "memory"
+    emit(Notice(kind="info", subject=subject, message=message))
+
+
+def describe_memory(model: LoadedModel) -> MemoryFacts:
+    """Return how the limit on memory is shared out."""
+    memory = model.memory
+    if memory is None:
+        raise ModelError("the model was loaded without a limit on memory")
+    numels = {spec.weight_name: spec.numel for spec in model.layers if spec.tied_to is None}
+    return MemoryFacts(
+        total=memory.total,
+        asked=memory.asked,
+        weights=memory.weights,
+        activations=memory.make_spill().limit or 0,
+        whole=sum(numels.values()) * model.dtype.itemsize,
+        least=count_least(model.layers),
+        held_whole=model.held_whole,
+    )

@@ -1,0 +1,198 @@
+"""The most activations that can lie on the disk at once, counted before a run begins.
+
+With T(x) the token positions of a text x, padding included, w the width of the hidden states, e the
+bytes of a number in the type that the model runs in, B the blocks and V the outputs of the model:
+
+    S(x) = T(x) w e                              one hidden state per position
+    b(x)                                         S of the largest batch: while a state is replaced,
+                                                 the old one and the new one are there
+    pass(x)       = (B + 1) S(x) + b(x)          a sampling pass with gradients (`block_chain`)
+                  = S(x) + b(x)                  without
+    dense(x)      = B S(x) + b(x) + R(x)         what trials of single units start from
+                  = R(x)                         of whole models (`divergence_from_dense`)
+    R(x)          = judged positions V 4
+    blocks(x, y)  = S(x) + S(y) + b(x, y)        a plan that is carried out on x, judged on y
+                  + S(x / 2) + T(x / 2) r e      corrected: the dense stream of half of the batches,
+                                                 and what the units of a block read, r numbers each
+                  + S(x)                         with a packed embedding (`compression.streams`)
+
+The stages of a run follow one another, so the largest counts. A text that fits into the memory for
+activations (`Spill.limit`) never goes to the disk; of one that does not, all is counted, as what
+came first may be gone when what came last is still on the disk. Activations on a GPU stay there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING
+
+from cptq.calibration.batches import (
+    Batch,
+    Split,
+    choose_held_out_tokens,
+    select_gradient_rows,
+    split_batches,
+    split_held_out,
+)
+from cptq.calibration.divergence_from_dense import JUDGED_EVERY
+from cptq.calibration.holdout import split_parts
+from cptq.calibration.samples import PASS_TOKENS, take_batches
+from cptq.calibration.tokens import Calibration
+from cptq.checkpoint.model import LoadedModel
+from cptq.compression import CORRECTING, WITHOUT_ACTIVATIONS
+from cptq.compression.streams import DENSE_SHARE
+from cptq.compression.vocabulary import is_head
+from cptq.config import GROUND_TRUTH
+from cptq.pipeline.uniform_check import TRIAL_TOKENS
+from cptq.sensitivity import METRICS
+from cptq.sensitivity.path_metric import PATH_TOKENS
+
+if TYPE_CHECKING:  # they import this module
+    from cptq.pipeline.analyze import AnalyzeInputs
+    from cptq.pipeline.inputs import CompressInputs
+
+
+def bound_compress(inputs: CompressInputs) -> int:
+    """Return the most bytes of activations that `cptq compress` has on the disk at once."""
+    model, text = inputs.model, inputs.held_out
+    stages = [0]
+    if inputs.measures:
+        metrics, outer = (inputs.settings.metric,), inputs.scores_vocabulary
+        stages.append(_bound_measurement(model, inputs.calibration, metrics, outer=outer))
+    if inputs.settings.refine:
+        judged = _count_references(model, text.search) + _count_references(model, text.guard)
+        stages.append(bound_pass(model, inputs.calibration.batches, back=False) + judged)
+    if inputs.compare_with_baseline:
+        part = take_batches(inputs.calibration.batches, TRIAL_TOKENS)
+        stages.append(_count_references(model, text.judge) + _bound_blocks(inputs, part, ()))
+    kept = _count_references(model, [*text.tune, *text.judge]) if inputs.settings.tune else 0
+    stages.append(kept + _bound_blocks(inputs, inputs.calibration.batches, text.errors))
+    return _limit(model, max(stages))
+
+
+def bound_analyze(inputs: AnalyzeInputs) -> int:
+    """Return the most bytes of activations that `cptq analyze` has on the disk at once."""
+    model, calibration, settings = inputs.model, inputs.calibration, inputs.settings
+    if calibration is None:
+        return 0
+    outer = bool(inputs.vocabulary)
+    stages = [_bound_measurement(model, calibration, inputs.missing, outer=outer)]
+    if settings.validate:
+        stages.append(_bound_hessians(model, calibration, settings.compressor))
+        part = split_parts(model, calibration.held_out, 1)[0]
+        stages.append(_bound_dense(model, part))
+    return _limit(model, max(stages))
+
+
+def _limit(model: LoadedModel, most: int) -> int:
+    """Return what of the most bytes of activations can be on the disk."""
+    limit = model.spill.limit
+    return 0 if limit is None or most <= limit or model.device.type != "cpu" else most
+
+
+def _bound_measurement(
+    model: LoadedModel, calibration: Calibration, metrics: Collection[str], *, outer: bool
+) -> int:
+    """Bound the passes that metrics share; `outer`: the vocabulary is scored, too."""
+    kinds = [METRICS.get(name) for name in metrics]
+    if not any(kind.needs.text for kind in kinds):
+        return 0
+    split = _split(model, calibration)
+    fit = split_batches(take_batches(split.fit, PASS_TOKENS))
+    samples = [kind.needs.samples for kind in kinds if kind.needs.samples is not None]
+    ways = [0]
+    if samples:
+        ways.append(bound_pass(model, fit, back=any(request.gradients for request in samples)))
+    if any(kind.needs.path for kind in kinds):
+        few = select_gradient_rows(split.fit, model.kind, PATH_TOKENS)
+        ways.append(bound_pass(model, few, back=True))
+    judges = outer or any(kind.needs.divergence for kind in kinds)
+    measured = max(ways) + (_bound_dense(model, split.held_out) if judges else 0)
+    return max(
+        measured,
+        bound_pass(model, calibration.batches, back=False) if GROUND_TRUTH in metrics else 0,
+    )
+
+
+def _split(model: LoadedModel, calibration: Calibration) -> Split:
+    """Return the text that is sampled, and what is held out of it, as `sensitivity.prepare`."""
+    held_out = choose_held_out_tokens(model.parameters, model.device.type == "cpu")
+    return split_held_out(calibration.batches, model.kind, held_out)
+
+
+def _bound_hessians(model: LoadedModel, calibration: Calibration, compressor: str) -> int:
+    """Bound the pass that gathers the second moments of all units."""
+    if compressor in WITHOUT_ACTIVATIONS:
+        return 0
+    return bound_pass(model, calibration.batches, back=False)
+
+
+def bound_pass(model: LoadedModel, batches: Sequence[Batch], *, back: bool) -> int:
+    """Bound a pass of a text over all blocks, forward or also `back`."""
+    states = len(model.block_names) + 1 if back else 1
+    return states * _count_state(model, batches) + _count_largest(model, batches)
+
+
+def _bound_dense(model: LoadedModel, batches: Sequence[Batch]) -> int:
+    """Bound the inputs of all blocks and the outputs of held-out text."""
+    inputs = len(model.block_names) * _count_state(model, batches)
+    return inputs + _count_largest(model, batches) + _count_references(model, batches)
+
+
+def _bound_blocks(inputs: CompressInputs, batches: Sequence[Batch], judged: Sequence[Batch]) -> int:
+    """Bound a plan that is carried out block by block."""
+    model, corrects = inputs.model, inputs.settings.compressor in CORRECTING
+    total = _count_state(model, batches) + _count_state(model, judged)
+    total += _count_largest(model, [*batches, *judged])
+    if corrects:
+        half = batches[: math.ceil(len(batches) * DENSE_SHARE)]
+        read = count_positions(half) * _count_read(model) * model.dtype.itemsize
+        total += _count_state(model, half) + read
+        if any(not is_head(unit) for unit in inputs.space.cost.units if unit.block is None):
+            total += _count_state(model, batches)
+    return total
+
+
+def count_positions(batches: Sequence[Batch]) -> int:
+    """Return the token positions of a text, padding included."""
+    return sum(batch["input_ids"].numel() for batch in batches)
+
+
+def _count_state(model: LoadedModel, batches: Sequence[Batch]) -> int:
+    return count_positions(batches) * _find_width(model) * model.dtype.itemsize
+
+
+def _count_largest(model: LoadedModel, batches: Sequence[Batch]) -> int:
+    return max((_count_state(model, [batch]) for batch in batches), default=0)
+
+
+def _find_width(model: LoadedModel) -> int:
+    """Return the width of a hidden state: that of the config, or what the first linear reads."""
+    width = getattr(model.config.get_text_config(), "hidden_size", None)
+    return width if isinstance(width, int) else model.units[0].layers[0].shape[1]
+
+
+def _count_read(model: LoadedModel) -> int:
+    """Return how many numbers the units of a block read per position, in the block of the most."""
+    blocks: dict[int | None, int] = {}
+    for unit in model.units:
+        first = unit.layers[0]
+        blocks[unit.block] = blocks.get(unit.block, 0) + (0 if first.expert else first.shape[1])
+    return max(blocks.values())
+
+
+def _count_references(model: LoadedModel, batches: Sequence[Batch]) -> int:
+    """Return the bytes of the dense model's outputs for held-out text, float32."""
+    config = model.config.get_text_config()
+    if model.kind in ("causal-lm", "masked-lm"):
+        rows = sum(len(batch["input_ids"]) * _count_judged(batch) for batch in batches)
+        return 4 * rows * int(config.vocab_size)
+    rows = sum(len(batch["input_ids"]) for batch in batches)
+    return 4 * rows * max(_find_width(model), int(getattr(config, "num_labels", 0)))
+
+
+def _count_judged(batch: Batch) -> int:
+    """Return the positions of a row that are judged."""
+    length = batch["input_ids"].shape[1]
+    return length // JUDGED_EVERY if length >= 8 * JUDGED_EVERY else length
