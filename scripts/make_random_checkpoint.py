@@ -1,3 +1,4 @@
+#!/usr/bin/env python3
 """Write a checkpoint of a known shape with random weights; see the script beside this file."""
 
 from __future__ import annotations
