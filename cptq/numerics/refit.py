@@ -56,12 +56,6 @@ def refit_scales(
     return torch.cat([_refit_rows(*part, H_II, next(limits), stored) for part in parts])
 
 
-def compute_output_error(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
-    """Squared output error per row (out,), E |x (w - q)|^2."""
-    D_OI = W_OI - dequantize(codes_OI, scale_OG, dtype=W_OI.dtype)
-    return ((D_OI @ H_II) * D_OI).sum(1)
-
-
 def _refit_rows(
     W_OI: Tensor,
     codes_OI: Tensor,
@@ -71,15 +65,18 @@ def _refit_rows(
     stored: ScaleType,
 ) -> Tensor:
     present_OG = scale_OG.to(W_OI.dtype)
-    change_OG = _solve_change(W_OI, H_II, codes_OI, present_OG)
-    fitted_OG = round_scales(present_OG + change_OG, stored, precision_OG)
-    before_O = compute_output_error(W_OI, H_II, codes_OI, scale_OG)
-    better_O = compute_output_error(W_OI, H_II, codes_OI, fitted_OG) < before_O
-    return torch.where(better_O.unsqueeze(1), fitted_OG, scale_OG)
+    A_OGH, b_OG = _build_equations(W_OI, H_II, codes_OI, present_OG)
+    fitted_OG = round_scales(present_OG + _solve(A_OGH, b_OG), stored, precision_OG)
+    moved_OG = fitted_OG.to(W_OI.dtype) - present_OG
+    # error after less error before, from the equations: two products with H less than from weights
+    change_O = (moved_OG * (torch.einsum("ogh,oh->og", A_OGH, moved_OG) - 2 * b_OG)).sum(1)
+    return torch.where((change_O < 0).unsqueeze(1), fitted_OG, scale_OG)
 
 
-def _solve_change(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
-    """What to add to the scales (out, groups): solves A d = q^T H (w - s q) row by row."""
+def _build_equations(
+    W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return A (out, groups, groups) and q^T H (w - s q) (out, groups)."""
     out, groups = scale_OG.shape
     q_OGK = codes_OI.to(W_OI.dtype).view(out, groups, -1)
     size = q_OGK.shape[2]
@@ -87,8 +84,13 @@ def _solve_change(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor
     Hq_OGKH = torch.einsum("gkhl,ohl->ogkh", H_GKHL, q_OGK)
     A_OGH = torch.einsum("ogk,ogkh->ogh", q_OGK, Hq_OGKH)
     gap_OI = W_OI - dequantize(codes_OI, scale_OG, dtype=W_OI.dtype)
-    b_OG = (q_OGK * (gap_OI @ H_II).view_as(q_OGK)).sum(-1)
+    return A_OGH, (q_OGK * (gap_OI @ H_II).view_as(q_OGK)).sum(-1)
+
+
+def _solve(A_OGH: Tensor, b_OG: Tensor) -> Tensor:
+    """Return what to add to the scales (out, groups), row by row."""
+    groups = b_OG.shape[1]
     ridge_O = RIDGE * A_OGH.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    eye_GG = torch.eye(groups, dtype=W_OI.dtype, device=W_OI.device)
+    eye_GG = torch.eye(groups, dtype=A_OGH.dtype, device=A_OGH.device)
     change_OG: Tensor = torch.linalg.solve(A_OGH + ridge_O.view(-1, 1, 1) * eye_GG, b_OG)
     return change_OG

@@ -19,3 +19,10 @@ def naive_refit(W_OI: Tensor, X_TI: Tensor, codes_OI: Tensor, groups: int) -> Te
         solution = torch.linalg.lstsq(torch.stack(columns, 1), (X_TI @ w_I)[:, None]).solution
         rows.append(solution[:, 0])
     return torch.stack(rows)
+
+
+def measure_output_error(W_OI: Tensor, H_II: Tensor, codes_OI: Tensor, scale_OG: Tensor) -> Tensor:
+    """Squared output error per row (out,), E |x (w - s q)|^2, float64."""
+    size = W_OI.shape[1] // scale_OG.shape[1]
+    gap_OI = W_OI.double() - codes_OI.double() * scale_OG.double().repeat_interleave(size, dim=1)
+    return torch.stack([gap_I @ H_II.double() @ gap_I for gap_I in gap_OI])

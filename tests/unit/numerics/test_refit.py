@@ -9,7 +9,7 @@ from torch import Tensor
 from cptq.numerics import refit
 from cptq.numerics.gguf_blocks import compute_minimum, fits_float16
 from cptq.numerics.grid import count_scale_bits, quantize_nearest, round_to_precision
-from tests.reference.refit import naive_refit
+from tests.reference.refit import measure_output_error, naive_refit
 
 
 def problem(out: int, features: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -33,10 +33,10 @@ def test_no_row_becomes_worse_in_half_precision() -> None:
     W_OI, _, H_II = problem(7, 33)
     codes_OI, scale_OG, _ = quantize_nearest(W_OI, 2, 11)
     fitted_OG = refit.refit_scales(W_OI, H_II, codes_OI, scale_OG)
-    before_O = refit.compute_output_error(W_OI, H_II, codes_OI, scale_OG)
-    after_O = refit.compute_output_error(W_OI, H_II, codes_OI, fitted_OG)
+    before_O = measure_output_error(W_OI, H_II, codes_OI, scale_OG)
+    after_O = measure_output_error(W_OI, H_II, codes_OI, fitted_OG)
     assert fitted_OG.dtype is torch.float16
-    assert bool((after_O <= before_O).all())
+    assert bool((after_O <= before_O * (1 + 1e-12)).all())
     assert float(after_O.sum()) < 0.97 * float(before_O.sum())
 
 
@@ -48,10 +48,10 @@ def test_scales_keep_to_their_significant_bits() -> None:
     steps_OI = codes_OI.short() - zero_OG.short().repeat_interleave(11, dim=1)
     precision_OG = count_scale_bits(zero_OG, 4)
     fitted_OG = refit.refit_scales(W_OI, H_II, steps_OI, scale_OG, precision_OG)
-    before_O = refit.compute_output_error(W_OI, H_II, steps_OI, scale_OG)
-    after_O = refit.compute_output_error(W_OI, H_II, steps_OI, fitted_OG)
+    before_O = measure_output_error(W_OI, H_II, steps_OI, scale_OG)
+    after_O = measure_output_error(W_OI, H_II, steps_OI, fitted_OG)
     assert torch.equal(round_to_precision(fitted_OG.double(), precision_OG), fitted_OG.double())
-    assert bool((after_O <= before_O).all())
+    assert bool((after_O <= before_O * (1 + 1e-12)).all())
     assert float(after_O.sum()) < float(before_O.sum())
     assert fits_float16(compute_minimum(fitted_OG, zero_OG, "Q4_1"))
 
