@@ -28,12 +28,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from cptq.errors import ProcessError, UsageError, copy_kept
@@ -66,9 +67,9 @@ class Ranks:
     def __init__(self, index: int = 0, count: int = 1, neighbours: int = 1) -> None:
         self.index, self.count, self.neighbours = index, count, neighbours
 
-    def share(self, value: T, owner: int = 0) -> T:
+    def share(self, value: T | None, owner: int = 0) -> T:
         """Return the value that one process has; the others' is not looked at."""
-        return value
+        return cast(T, value)
 
     def add_up(self, sum_II: Tensor) -> Tensor:
         """Return the sum over all processes, in the memory of the own one; same bits in each."""
@@ -111,7 +112,8 @@ class _Peer:
             return True
         try:
             process = psutil.Process(self.pid)
-            return process.create_time() == self.began and process.status() != psutil.STATUS_ZOMBIE
+            same: bool = process.create_time() == self.began
+            return same and process.status() != psutil.STATUS_ZOMBIE
         except psutil.Error:
             return False
 
@@ -119,9 +121,9 @@ class _Peer:
 class _Group(Ranks):
     """Several processes."""
 
-    def __init__(self, store: dist.Store, index: int, count: int) -> None:
+    def __init__(self, store: Store, index: int, count: int) -> None:
         super().__init__(index, count)
-        self._store = dist.PrefixStore("cptq", store)
+        self._store = PrefixStore("cptq", store)
         self._group = dist.new_group(timeout=SENDING)
         self._looked = 0.0
         own = psutil.Process()
@@ -131,7 +133,7 @@ class _Group(Ranks):
         self._peers = [_Peer(i, *card) for i, card in cards.items() if i != index]
         self.neighbours = sum(card[0] == socket.gethostname() for card in cards.values())
 
-    def share(self, value: T, owner: int = 0) -> T:
+    def share(self, value: T | None, owner: int = 0) -> T:
         """Send the value, with its tensors, from its owner to all others."""
         if self.index == owner:
             packed = io.BytesIO()
@@ -139,7 +141,7 @@ class _Group(Ranks):
             sent = torch.frombuffer(packed.getbuffer(), dtype=torch.uint8)
             self._call(dist.broadcast, torch.tensor(len(sent)), owner)
             self._call(dist.broadcast, sent, owner)
-            return value
+            return cast(T, value)
         size = torch.tensor(0)
         self._call(dist.broadcast, size, owner)
         got = torch.empty(int(size), dtype=torch.uint8)
@@ -265,7 +267,7 @@ def join(device: str, describe: Callable[[BaseException], str] = str) -> Iterato
         return
     backend = _choose_backend(device, count)
     store, index, count = next(rendezvous("env://", timeout=MEETING))
-    dist.init_process_group(backend, MEETING, count, index, store)
+    dist.init_process_group(backend, timeout=MEETING, store=store, rank=index, world_size=count)
     ranks = _Group(store, index, count)
     try:
         yield ranks

@@ -9,6 +9,8 @@
 | 143  | ended by SIGTERM                                    |
 | 129  | ended by SIGHUP: the terminal was closed            |
 
+Of several processes that share a command one says what ended it: the first, if it lives.
+
 Where a run has finished steps that are kept, the sentence ends with the command that goes on.
 """
 
@@ -26,7 +28,7 @@ import typer
 from cptq.cli.console import Console
 from cptq.cli.environment import is_debugging
 from cptq.cli.signals import Signals
-from cptq.errors import CptqError, count_kept
+from cptq.errors import CptqError, ProcessError, count_kept
 
 INTERNAL, INTERRUPTED = 70, 130
 #: what shells add to the number of a signal
@@ -88,6 +90,8 @@ def report_failures(
         raise
     except (Exception, KeyboardInterrupt) as error:
         failure = describe_failure(error, signals)
+        if console.rank != (error.speaker if isinstance(error, ProcessError) else 0):
+            raise typer.Exit(failure.exit_code) from None
         if count_kept(error) is not None:
             failure = _add_continuation(failure, count_kept(error), spell_continuation())
         with suppress(OSError):  # a terminal that was closed takes no message
@@ -115,7 +119,9 @@ def describe_failure(error: BaseException, signals: Signals | None = None) -> Fa
     After a signal every exception is its consequence: libraries turn the interrupt into others.
     """
     kind = type(error).__name__
-    if signals is not None and signals.received is not None:
+    # but a launcher sends a signal because another process has died
+    others = isinstance(error, ProcessError)
+    if signals is not None and signals.received is not None and not others:
         code, name = signals.exit_code, signals.received.name
         said = str(error) if isinstance(error, KeyboardInterrupt) else ""
         problem = said or ("interrupted" if code == INTERRUPTED else f"interrupted by {name}")

@@ -6,9 +6,9 @@ summed from 0, and the sums are added in one tree, whoever holds them: part p is
 p + half, then those that are a quarter apart, and so on. A process of index r among n takes the
 parts r, r + n, r + 2 n, ...: they are a whole subtree for every n that divides the number of parts.
 
-    order_parts(8, 0, 1)        0, 4, 2, 6, 1, 5, 3, 7: neighbours are added first
-    PairwiseSum                 adds what comes in that order as soon as two sums of a level are there
-    add_in_pairs(sums_RN)       the rest of the tree, over what the processes have
+    order_parts(8, 0, 1)     0, 4, 2, 6, 1, 5, 3, 7: neighbours are added first
+    PairwiseSum              adds what comes in that order, as soon as it has two sums of a level
+    add_in_pairs(sums_RN)    the rest of the tree, over what the processes have
 
 Memory: of eight parts at most three sums wait while another one grows.
 """
