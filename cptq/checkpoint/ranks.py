@@ -5,7 +5,11 @@
         ranks.add_up(sum_II)                    # the sum over all of them, the same bits in each
 
 Everything is called by all processes in the same order. A process on its own is `ALONE`, for which
-all of this is the identity; torch.distributed is not touched then.
+all of this is the identity, and nothing is set up.
+
+The group is a value, not torch's default one: a library that finds a default group takes itself to
+run in all processes at once, and waits for the others (compressed-tensors when it loads a model),
+while most of a run is done by the first process alone.
 
 Sums are added in the tree of `numerics.pairwise`, so that a run gives the same bits with any number
 of processes that divides `PARTS`. Values and small numbers travel through gloo, sums on a GPU
@@ -32,9 +36,8 @@ from typing import Any, TypeVar, cast
 
 import psutil
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed import distributed_c10d as c10d
 from torch.distributed.rendezvous import rendezvous
 
 from cptq.errors import ProcessError, UsageError, copy_kept
@@ -121,10 +124,14 @@ class _Peer:
 class _Group(Ranks):
     """Several processes."""
 
-    def __init__(self, store: Store, index: int, count: int) -> None:
+    def __init__(self, store: c10d.Store, index: int, count: int, *, nccl: bool) -> None:
         super().__init__(index, count)
-        self._store = PrefixStore("cptq", store)
-        self._group = dist.new_group(timeout=SENDING)
+        self._store = c10d.PrefixStore("cptq", store)
+        of = index, count
+        self._gloo: Any = c10d.ProcessGroupGloo(c10d.PrefixStore("gloo", store), *of, SENDING)
+        self._sums: Any = self._gloo
+        if nccl:
+            self._sums = c10d.ProcessGroupNCCL(c10d.PrefixStore("nccl", store), *of, SENDING)
         self._looked = 0.0
         own = psutil.Process()
         card = json.dumps([socket.gethostname(), own.pid, own.create_time()])
@@ -135,17 +142,19 @@ class _Group(Ranks):
 
     def share(self, value: T | None, owner: int = 0) -> T:
         """Send the value, with its tensors, from its owner to all others."""
+        options = c10d.BroadcastOptions()
+        options.rootRank = owner
         if self.index == owner:
             packed = io.BytesIO()
             torch.save(value, packed)
             sent = torch.frombuffer(packed.getbuffer(), dtype=torch.uint8)
-            self._call(dist.broadcast, torch.tensor(len(sent)), owner)
-            self._call(dist.broadcast, sent, owner)
+            self._call(self._gloo.broadcast, [torch.tensor(len(sent))], options)
+            self._call(self._gloo.broadcast, [sent], options)
             return cast(T, value)
         size = torch.tensor(0)
-        self._call(dist.broadcast, size, owner)
+        self._call(self._gloo.broadcast, [size], options)
         got = torch.empty(int(size), dtype=torch.uint8)
-        self._call(dist.broadcast, got, owner)
+        self._call(self._gloo.broadcast, [got], options)
         device = "cuda" if torch.cuda.is_available() else "cpu"
         packed = io.BytesIO(got.numpy().data)
 
@@ -159,14 +168,14 @@ class _Group(Ranks):
         """Add chunk by chunk: all processes get those of all, and add them in the same order."""
         for own_N in sum_II.view(-1).split(CHUNK):
             sums_RN = own_N.new_empty(self.count, len(own_N))
-            self._call(dist.all_gather, list(sums_RN), own_N)
+            self._call(self._sums.allgather, [list(sums_RN)], [own_N])
             own_N.copy_(add_in_pairs(sums_RN))
         return sum_II
 
     def add_counts(self, *counts: int) -> list[int]:
         """Add on the CPU."""
         total = torch.tensor(counts)
-        self._call(dist.all_reduce, total)
+        self._call(self._gloo.allreduce, [total])
         found: list[int] = total.tolist()
         return found
 
@@ -183,7 +192,7 @@ class _Group(Ranks):
         """Call what all processes call, and wait; Python runs meanwhile, so that signals arrive."""
         pause = 0.0002
         try:
-            work = function(*args, group=self._group, async_op=True)
+            work = function(*args)
             while not work.is_completed():
                 time.sleep(pause)
                 pause = min(2 * pause, 0.02)
@@ -265,10 +274,9 @@ def join(device: str, describe: Callable[[BaseException], str] = str) -> Iterato
     if count == 1:
         yield ALONE
         return
-    backend = _choose_backend(device, count)
+    nccl = _take_gpu(device, count)
     store, index, count = next(rendezvous("env://", timeout=MEETING))
-    dist.init_process_group(backend, timeout=MEETING, store=store, rank=index, world_size=count)
-    ranks = _Group(store, index, count)
+    ranks = _Group(store, index, count, nccl=nccl)
     try:
         yield ranks
         ranks.leave()
@@ -282,8 +290,6 @@ def join(device: str, describe: Callable[[BaseException], str] = str) -> Iterato
         if cause is error:
             raise
         raise cause from error
-    finally:
-        dist.destroy_process_group()
 
 
 def _name_end(error: BaseException) -> str:
@@ -292,8 +298,8 @@ def _name_end(error: BaseException) -> str:
     return _INTERRUPTED if isinstance(error, KeyboardInterrupt) else _FAILED
 
 
-def _choose_backend(device: str, count: int) -> str:
-    """Return torch's name of what sends, and take the GPU of this process.
+def _take_gpu(device: str, count: int) -> bool:
+    """Take the GPU of this process; return whether there is one to compute on.
 
     Raises:
         UsageError: too many processes, or of a number that does not divide `PARTS`.
@@ -302,7 +308,7 @@ def _choose_backend(device: str, count: int) -> str:
         allowed = ", ".join(str(n) for n in range(1, PARTS + 1) if not PARTS % n)
         raise UsageError(f"{count} processes cannot share a run", allowed=f"{allowed} processes")
     if device == "cpu" or not torch.cuda.is_available():
-        return "gloo"
+        return False
     if device not in ("auto", "cuda"):
         raise UsageError(
             f"--device {device} is one device for {count} processes",
@@ -315,4 +321,4 @@ def _choose_backend(device: str, count: int) -> str:
             hint="start one process for each GPU, or add --device cpu",
         )
     torch.cuda.set_device(own)
-    return "cpu:gloo,cuda:nccl"
+    return True

@@ -28,7 +28,7 @@ import typer
 from cptq.cli.console import Console
 from cptq.cli.environment import is_debugging
 from cptq.cli.signals import Signals
-from cptq.errors import CptqError, ProcessError, count_kept
+from cptq.errors import CptqError, ProcessError, copy_kept, count_kept
 
 INTERNAL, INTERRUPTED = 70, 130
 #: what shells add to the number of a signal
@@ -88,7 +88,8 @@ def report_failures(
         yield
     except typer.Exit:
         raise
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as raised:
+        error = _find_cause(raised)
         failure = describe_failure(error, signals)
         if console.rank != (error.speaker if isinstance(error, ProcessError) else 0):
             raise typer.Exit(failure.exit_code) from None
@@ -100,6 +101,16 @@ def report_failures(
             if is_debugging(os.environ):
                 console.print_traceback(error)
         raise typer.Exit(failure.exit_code) from None
+
+
+def _find_cause(error: BaseException) -> BaseException:
+    """Return the death of another process behind an interrupt: launchers send signals after it."""
+    if isinstance(error, KeyboardInterrupt):
+        for link in _follow_causes(error):
+            if isinstance(link, ProcessError):
+                copy_kept(error, link)
+                return link
+    return error
 
 
 def _add_continuation(failure: Failure, kept: int | None, command: str | None) -> Failure:
