@@ -131,7 +131,9 @@ class _Group(Ranks):
         self._gloo: Any = c10d.ProcessGroupGloo(c10d.PrefixStore("gloo", store), *of, SENDING)
         self._sums: Any = self._gloo
         if nccl:
-            self._sums = c10d.ProcessGroupNCCL(c10d.PrefixStore("nccl", store), *of, SENDING)
+            options = c10d.ProcessGroupNCCL.Options()
+            options._timeout = SENDING
+            self._sums = c10d.ProcessGroupNCCL(c10d.PrefixStore("nccl", store), *of, options)
         self._looked = 0.0
         own = psutil.Process()
         card = json.dumps([socket.gethostname(), own.pid, own.create_time()])
