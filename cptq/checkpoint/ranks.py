@@ -52,9 +52,10 @@ PARTS = 8
 MEETING, SENDING = timedelta(minutes=5), timedelta(days=365)
 #: seconds between two looks at whether the others live
 LOOK = 1.0
-#: seconds that the first process, which may hold the store, waits for the others to read it; and
-#: those in which a lost connection finds its explanation
-FAREWELL, EXPLANATION = 10.0, 5.0
+#: seconds that the first process, which may hold the store, waits for the others to read it
+FAREWELL = 10.0
+#: seconds in which it turns out why a connection was lost, and whether a signal came for a death
+EXPLANATION, AFTER_SIGNAL = 5.0, 0.5
 #: numbers of a sum that travel at once
 CHUNK = 1 << 22
 #: how a process ended; `followed`: because of another one
@@ -213,13 +214,15 @@ class _Group(Ranks):
 
     def _explain(self, error: Exception) -> BaseException:
         """Return why a connection was lost: what the other one left may take a moment to come."""
-        until = time.monotonic() + EXPLANATION
-        while time.monotonic() < until:
-            end = self.find_end()
-            if end is not None:
-                return end
+        lost = ProcessError(f"the connection to another process was lost: {error}")
+        return self.wait_for_end(EXPLANATION) or lost
+
+    def wait_for_end(self, seconds: float) -> BaseException | None:
+        """Return what `find_end` finds within some seconds: a process does not die at once."""
+        until = time.monotonic() + seconds
+        while (end := self.find_end()) is None and time.monotonic() < until:
             time.sleep(0.05)
-        return ProcessError(f"the connection to another process was lost: {error}")
+        return end
 
     def find_end(self) -> BaseException | None:
         """Return what is to end this process, as something ended another one; else None."""
@@ -283,9 +286,10 @@ def join(device: str, describe: Callable[[BaseException], str] = str) -> Iterato
         yield ranks
         ranks.leave()
     except BaseException as error:
-        cause, end = error, ranks.find_end()
+        cause = error
         # a launcher sends a signal to all others when one has died: what counts is why
-        if isinstance(error, KeyboardInterrupt) and isinstance(end, ProcessError):
+        end = ranks.wait_for_end(AFTER_SIGNAL) if isinstance(error, KeyboardInterrupt) else None
+        if isinstance(end, ProcessError):
             copy_kept(error, end)
             cause = end
         ranks.leave(_name_end(cause), describe(cause))

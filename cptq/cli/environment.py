@@ -20,6 +20,7 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DATASETS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",  # compressed-tensors ignores the setting of transformers
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns, with a stack, when another process has died
 }
 _LIBRARIES = r"(torch|transformers|huggingface_hub|datasets|compressed_tensors|sklearn)(\.|$)"
 

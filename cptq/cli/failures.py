@@ -89,6 +89,8 @@ def report_failures(
     except typer.Exit:
         raise
     except (Exception, KeyboardInterrupt) as raised:
+        if signals is not None:
+            signals.ignored = True  # a launcher sends one after a death that is just being told
         error = _find_cause(raised)
         failure = describe_failure(error, signals)
         if console.rank != (error.speaker if isinstance(error, ProcessError) else 0):

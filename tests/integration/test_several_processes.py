@@ -25,7 +25,7 @@ ROWS = ["--samples", "5", "--batch-size", "1"]
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:
-    found = Forks(OMP_NUM_THREADS="1")
+    found = Forks(OMP_NUM_THREADS="1", TORCH_CPP_LOG_LEVEL="ERROR")
     yield found
     found.close()
 
