@@ -50,6 +50,7 @@ from cptq.types import Emit, Event, Notice
 if TYPE_CHECKING:
     from cptq.artifact.inspect import Inspection
     from cptq.artifact.verify import VerifiedArtifact
+    from cptq.checkpoint.ranks import Ranks
     from cptq.pipeline.export import ExportOutcome
     from cptq.report.bench import BenchOutcome
     from cptq.report.comparison import CompareOutcome
@@ -78,8 +79,11 @@ _NOT_FOR_PLANS = (
 )
 
 
-def execute(settings: AnySettings, emit: Emit) -> Any:
-    """Carry out settings that passed `check_settings`; return the outcome of their command."""
+def execute(settings: AnySettings, emit: Emit, ranks: Ranks | None = None) -> Any:
+    """Carry out settings that passed `check_settings`; return the outcome of their command.
+
+    `ranks`: the processes that share it, of which only `compress` can make use.
+    """
     if isinstance(settings, InspectSettings):
         return import_module("cptq.artifact.inspect").inspect(settings.path)
     if isinstance(settings, VerifySettings):
@@ -89,7 +93,8 @@ def execute(settings: AnySettings, emit: Emit) -> Any:
     pipeline = import_module("cptq.pipeline")
     if isinstance(settings, CompressSettings) and settings.dry_run:
         return pipeline.estimate(settings, emit)
-    return getattr(pipeline, _FUNCTIONS[type(settings)])(settings, emit)
+    more = () if ranks is None or ranks.count == 1 else (ranks,)
+    return getattr(pipeline, _FUNCTIONS[type(settings)])(settings, emit, *more)
 
 
 def _takes(kind: type, *given: str, without: tuple[str, ...] = ()) -> Callable[[F], F]:
@@ -193,12 +198,16 @@ def estimate(model: Source, *, progress: Emit | None = None, **options: Any) -> 
 
 
 @_takes(CompressSettings, "model", without=("dry_run",))
-def compress(model: Source, *, progress: Emit | None = None, **options: Any) -> CompressOutcome:
+def compress(
+    model: Source, *, progress: Emit | None = None, ranks: Ranks | None = None, **options: Any
+) -> CompressOutcome:
     """Compress a model to a target size; write a verified artifact with a report.
 
     Args:
         model: a Hub id or a directory of a dense checkpoint.
         progress: called with events.
+        ranks: of `with cptq.checkpoint.ranks.join("auto") as ranks`, where a launcher has started
+            several processes, which all call this.
 
     Returns:
         `artifact` (path, weight_bytes, manifest), `summary` (plan, size, results), `out` and the
@@ -209,7 +218,7 @@ def compress(model: Source, *, progress: Emit | None = None, **options: Any) -> 
             the written artifact fails its check.
     """
     settings = _build(CompressSettings, {"model": model, **options}, ("dry_run",))
-    outcome: CompressOutcome = execute(settings, progress or _warn)
+    outcome: CompressOutcome = execute(settings, progress or _warn, ranks)
     return outcome
 
 

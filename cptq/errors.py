@@ -87,6 +87,17 @@ class EvaluationError(CptqError):
     """A task cannot be run on this model."""
 
 
+class ProcessError(CptqError):
+    """Another process of the same run has failed or died.
+
+    `speaker`: the index of the process that says so.
+    """
+
+    def __init__(self, problem: str, *, hint: str | None = None, speaker: int = 0) -> None:
+        super().__init__(problem, hint=hint)
+        self.speaker = speaker
+
+
 _KEPT = "_cptq_kept"
 
 
@@ -101,3 +112,11 @@ def count_kept(error: BaseException) -> int | None:
     """Return what `mark_kept` said; None where nothing did."""
     found: int | None = getattr(error, _KEPT, None)
     return found
+
+
+def copy_kept(error: BaseException, to: BaseException) -> None:
+    """Say on another error what `mark_kept` said on the one that it replaces."""
+    if count_kept(error) is not None:
+        setattr(to, _KEPT, count_kept(error))
+    for note in getattr(error, "__notes__", ()):
+        to.add_note(note)

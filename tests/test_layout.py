@@ -124,6 +124,7 @@ def test_the_documents_name_every_command_and_no_command_or_option_that_is_not_t
     known = set(OPTION.findall("".join(_help(name) for name in COMMANDS)))
     scripts = set(OPTION.findall("".join(path.read_text(encoding="utf-8") for path in SCRIPTS)))
     others = {"--version", "--help", "--chunks"}  # --chunks is llama-imatrix's
+    others |= {"--nproc-per-node", "--multi", "--num", "--cpu"}  # of launchers, as far as the _
     assert set(OPTION.findall(README)) - others <= known
     assert set(OPTION.findall(DOCUMENTS)) - others - scripts <= known
 

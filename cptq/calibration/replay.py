@@ -34,7 +34,8 @@ class _StopForward(Exception):
 
 
 class BlockReplay:
-    """Replays blocks of `model` on `batches`; creating one runs block 0 on the first batch.
+    """Replays blocks of `model` on `batches`; creating one runs block 0 on the first batch,
+    if there is one.
 
     `positions`: of every batch, those at which logits are wanted, where the model can leave out the
     others; all of them without.
@@ -49,7 +50,7 @@ class BlockReplay:
         self.model = model
         self.batches = batches
         self._positions = positions or [None] * len(batches)
-        self._extra = self._get_extra_results()
+        self._extra = self._get_extra_results() if batches else None
 
     @torch.no_grad()
     def embed(self, batch_index: int) -> Tensor:

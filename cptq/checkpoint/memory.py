@@ -27,8 +27,9 @@ from cptq.types import LayerSpec
 BASE = 600_000_000
 #: share of the memory that is free of which a run makes use where nothing is asked for
 FREE_SHARE = 0.8
-#: copies of the largest second moment, float32, while a layer is compressed
-MOMENTS = 5
+#: copies of the largest second moment, float32: parts of its sum, and of the cross moment's, that
+#: wait for others; while a layer is compressed there are five
+MOMENTS = 7
 _CGROUP = Path("/sys/fs/cgroup")
 
 
@@ -75,11 +76,14 @@ class Memory:
             )
 
 
-def choose_memory(asked: int | None, folder: Path | None = None) -> Memory:
-    """Return the limit that was asked for, or one that the machine can keep now."""
+def choose_memory(asked: int | None, folder: Path | None = None, processes: int = 1) -> Memory:
+    """Return the limit that was asked for, or one that the machine can keep now.
+
+    `processes`: of this run on the machine, each of which takes as much.
+    """
     if asked is not None:
         return Memory(total=asked, asked=True, folder=folder)
-    return Memory(total=int(FREE_SHARE * measure_free_bytes()), folder=folder)
+    return Memory(total=int(FREE_SHARE * measure_free_bytes() / processes), folder=folder)
 
 
 def measure_free_bytes() -> int:

@@ -7,14 +7,16 @@ without it.
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 
+from cptq.cli.environment import get_rank
 from cptq.cli.help import format_help
 from cptq.cli.parameters import (
     ConfiguredPresentation,
@@ -35,6 +37,11 @@ from cptq.config import (
     Option,
     VerifySettings,
 )
+from cptq.errors import UsageError
+
+if TYPE_CHECKING:
+    from cptq.cli.failures import Failure
+    from cptq.types import Emit
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +179,7 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
     from cptq.api import execute
     from cptq.cli.console import Console
     from cptq.cli.continuation import spell_continuation
-    from cptq.cli.failures import report_failures
+    from cptq.cli.failures import describe_failure, report_failures
     from cptq.cli.output import print_outcome
     from cptq.cli.signals import catch_signals
     from cptq.config import settings_from
@@ -180,7 +187,8 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
 
     line = {name: value for name, value in given.items() if value not in (None, [], ())}
     line.pop("help", None)
-    console = Console(line.pop("output_format", "human"))
+    rank, count = get_rank(os.environ)
+    console = Console(line.pop("output_format", "human"), rank)
     settings: AnySettings | None = None
 
     def continuation() -> str | None:
@@ -189,6 +197,34 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
     with catch_signals() as signals, report_failures(console, signals, continuation):
         file = line.pop("config", None)
         settings = check_settings(settings_from(command.settings, line, file=file))
-        outcome = execute(settings, signals.pass_on(console.emit))
+        if count == 1:
+            outcome = execute(settings, signals.pass_on(console.emit))
+        else:
+            outcome = _execute_together(
+                settings, signals.pass_on(console.emit), lambda e: describe_failure(e, signals)
+            )
         console.close()
-        print_outcome(console, command.name, settings, outcome)
+        if rank == 0:
+            print_outcome(console, command.name, settings, outcome)
+
+
+def _execute_together(
+    settings: AnySettings, emit: Emit, describe: Callable[[BaseException], Failure]
+) -> Any:
+    """Carry out a command in one of the processes that a launcher has started for it.
+
+    Raises:
+        UsageError: it is not one that several processes can share.
+    """
+    from cptq.api import execute
+
+    if not isinstance(settings, CompressSettings):
+        raise UsageError(
+            "a launcher has started this command in several processes, which would all do the same",
+            allowed="cptq compress",
+            hint="start it without the launcher",
+        )
+    from cptq.checkpoint.ranks import join
+
+    with join(settings.model.device, lambda error: describe(error).sentence) as ranks:
+        return execute(settings, emit, ranks)

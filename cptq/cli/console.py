@@ -35,10 +35,14 @@ def make_printable(text: str) -> str:
 
 
 class Console:
-    """The two output streams of one command."""
+    """The two output streams of one command.
 
-    def __init__(self, output_format: OutputFormat = "human") -> None:
-        self.output_format = output_format
+    `rank`: the index of this process among those that share the command; the first one speaks.
+    """
+
+    def __init__(self, output_format: OutputFormat = "human", rank: int = 0) -> None:
+        self.output_format: OutputFormat = "quiet" if rank else output_format
+        self.rank = rank
         self.out = RichConsole(markup=False, highlight=False, emoji=False)
         self.err = RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
         self.counts: Counter[str] = Counter()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 #: idle OpenMP threads spin for some microseconds before they sleep. Without spinning, small tensors
 #: take up to 7 times as long; with the usual spinning, 4 times as long while other work is running
@@ -20,6 +20,7 @@ QUIET = {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "DATASETS_VERBOSITY": "error",
     "TQDM_DISABLE": "1",  # compressed-tensors ignores the setting of transformers
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # it warns, with a stack, when another process has died
 }
 _LIBRARIES = r"(torch|transformers|huggingface_hub|datasets|compressed_tensors|sklearn)(\.|$)"
 
@@ -27,6 +28,12 @@ _LIBRARIES = r"(torch|transformers|huggingface_hub|datasets|compressed_tensors|s
 def is_debugging(environ: MutableMapping[str, str]) -> bool:
     """Return whether CPTQ_DEBUG requests tracebacks and the messages of libraries."""
     return environ.get("CPTQ_DEBUG", "") not in ("", "0")
+
+
+def get_rank(environ: Mapping[str, str]) -> tuple[int, int]:
+    """Return the index of this process among those that a launcher started, and their number."""
+    count = int(environ.get("WORLD_SIZE", "1"))
+    return (int(environ.get("RANK", "0")), count) if count > 1 else (0, 1)
 
 
 def set_defaults(environ: MutableMapping[str, str]) -> None:

@@ -9,6 +9,8 @@
 | 143  | ended by SIGTERM                                    |
 | 129  | ended by SIGHUP: the terminal was closed            |
 
+Of several processes that share a command one says what ended it: the first, if it lives.
+
 Where a run has finished steps that are kept, the sentence ends with the command that goes on.
 """
 
@@ -26,7 +28,7 @@ import typer
 from cptq.cli.console import Console
 from cptq.cli.environment import is_debugging
 from cptq.cli.signals import Signals
-from cptq.errors import CptqError, count_kept
+from cptq.errors import CptqError, ProcessError, copy_kept, count_kept
 
 INTERNAL, INTERRUPTED = 70, 130
 #: what shells add to the number of a signal
@@ -86,8 +88,13 @@ def report_failures(
         yield
     except typer.Exit:
         raise
-    except (Exception, KeyboardInterrupt) as error:
+    except (Exception, KeyboardInterrupt) as raised:
+        if signals is not None:
+            signals.ignored = True  # a launcher sends one after a death that is just being told
+        error = _find_cause(raised)
         failure = describe_failure(error, signals)
+        if console.rank != (error.speaker if isinstance(error, ProcessError) else 0):
+            raise typer.Exit(failure.exit_code) from None
         if count_kept(error) is not None:
             failure = _add_continuation(failure, count_kept(error), spell_continuation())
         with suppress(OSError):  # a terminal that was closed takes no message
@@ -96,6 +103,16 @@ def report_failures(
             if is_debugging(os.environ):
                 console.print_traceback(error)
         raise typer.Exit(failure.exit_code) from None
+
+
+def _find_cause(error: BaseException) -> BaseException:
+    """Return the death of another process behind an interrupt: launchers send signals after it."""
+    if isinstance(error, KeyboardInterrupt):
+        for link in _follow_causes(error):
+            if isinstance(link, ProcessError):
+                copy_kept(error, link)
+                return link
+    return error
 
 
 def _add_continuation(failure: Failure, kept: int | None, command: str | None) -> Failure:
@@ -115,7 +132,9 @@ def describe_failure(error: BaseException, signals: Signals | None = None) -> Fa
     After a signal every exception is its consequence: libraries turn the interrupt into others.
     """
     kind = type(error).__name__
-    if signals is not None and signals.received is not None:
+    # but a launcher sends a signal because another process has died
+    others = isinstance(error, ProcessError)
+    if signals is not None and signals.received is not None and not others:
         code, name = signals.exit_code, signals.received.name
         said = str(error) if isinstance(error, KeyboardInterrupt) else ""
         problem = said or ("interrupted" if code == INTERRUPTED else f"interrupted by {name}")

@@ -26,10 +26,14 @@ PATIENCE = 10.0
 
 
 class Signals:
-    """The signal that ends this command, if there was one."""
+    """The signal that ends this command, if there was one.
+
+    `ignored`: from now on, as the command has ended and says so.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
+        self.ignored = False
         self._since = 0.0
 
     @property
@@ -41,8 +45,10 @@ class Signals:
         """Raise KeyboardInterrupt, unless the last signal is carried out just now.
 
         Raises:
-            KeyboardInterrupt: always, but for a signal that follows at once.
+            KeyboardInterrupt: always, but for a signal that follows at once, or is ignored.
         """
+        if self.ignored:
+            return
         now = monotonic()
         if self.received is not None and now - self._since < PATIENCE:
             return

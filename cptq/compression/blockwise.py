@@ -8,6 +8,9 @@ A compressor that corrects (`CORRECTING`) goes further: units are taken one afte
 inside a block, and each is compressed towards the weight that makes up for part of the errors
 before it, for which the dense model's hidden states travel along (`compression.streams`).
 
+Several processes (`checkpoint.ranks`) share this out: each takes some of the batches through the
+blocks, and compresses some of the layers of a stage, which the others get from it.
+
 Each block is a step that may be finished already (`Steps`): then its layers are taken as they are,
 and only the hidden states run through it.
 
@@ -27,12 +30,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
 from cptq.calibration.batches import Batch
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.ranks import ALONE, Ranks
 from cptq.checkpoint.weights import make_weight
 from cptq.compression import COMPRESSORS, CORRECTING, WITHOUT_ACTIVATIONS
 from cptq.compression.layer import compress_module
@@ -41,7 +46,10 @@ from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.numerics.grid import dequantize_layer
-from cptq.types import CompressedLayer, Emit, Notice, Plan, Progress, Unit
+from cptq.types import CompressedLayer, Emit, LayerSpec, Notice, Plan, Progress, Unit
+
+#: compresses a layer in place
+_Task = tuple[LayerSpec, Callable[[], CompressedLayer]]
 
 #: names of the steps outside the blocks
 EMBEDDING, HEAD = "embedding", "head"
@@ -60,6 +68,13 @@ class Steps:
     load: Callable[[str], list[CompressedLayer] | None] = lambda _step: None
     save: Callable[[str, list[CompressedLayer]], list[CompressedLayer]] = lambda _step, made: made
 
+    def share(self, ranks: Ranks) -> Steps:
+        """Return steps that the first process loads for all, and saves for all."""
+        return Steps(
+            load=lambda step: ranks.share(None if ranks.index else self.load(step)),
+            save=self.save,
+        )
+
 
 @torch.no_grad()
 def compress_model(
@@ -72,6 +87,7 @@ def compress_model(
     layout: Layout = PACK_QUANTIZED,
     held_out: Sequence[Batch] = (),
     steps: Steps | None = None,
+    ranks: Ranks = ALONE,
     emit: Emit,
 ) -> list[CompressedLayer]:
     """Carry out a plan; afterwards `model.module` computes with the compressed weights.
@@ -79,7 +95,7 @@ def compress_model(
     `layout` counts the bytes of a layer. `float16_scales` makes every scale one that float16 holds,
     whatever the checkpoint's type. `held_out` are batches that do not calibrate, on which output
     errors are measured; without any, on those that do. `steps` that are finished are not made
-    again, and the result is the same to the bit.
+    again, and the result is the same to the bit. Several `ranks` call this alike and get the same.
 
     Returns:
         One `CompressedLayer` for every layer that is not kept dense: embedding, blocks, head.
@@ -95,7 +111,8 @@ def compress_model(
         dtype=model.dtype,
         float16_scales=float16_scales,
     )
-    run = _CarryingOut(model, plan, compressor, compress, steps or Steps(), emit)
+    finished = (steps or Steps()).share(ranks)
+    run = _CarryingOut(model, plan, compressor, compress, finished, ranks, emit)
     if not run.restore_all():
         run.compress_all(calibration, held_out)
     total = len(model.blocks)
@@ -113,9 +130,10 @@ class _CarryingOut:
         compressor: str,
         compress: partial[CompressedLayer],
         steps: Steps,
+        ranks: Ranks,
         emit: Emit,
     ) -> None:
-        self._model, self._plan, self._emit = model, plan, emit
+        self._model, self._plan, self._ranks, self._emit = model, plan, ranks, emit
         self._compressor, self._compress, self._steps = compressor, compress, steps
         chosen = [unit for unit in model.vocabulary if unit.name in plan.choices]
         chosen = [unit for unit in chosen if not plan.choices[unit.name].dense]
@@ -158,11 +176,12 @@ class _CarryingOut:
         """Make the steps that are not finished."""
         model, corrects = self._model, self._compressor in CORRECTING
         first = corrects and self._embeddings
-        embedded = embed_batches(model, calibration.batches) if first else None
+        text, ranks = calibration.batches, self._ranks
+        embedded = embed_batches(model, text, ranks) if first else None
         if self._embeddings:
             self._compress_embeddings()
-        calibrating = Stream(model, calibration.batches, dense=corrects, embedded=embedded)
-        judging = Stream(model, held_out) if held_out else None
+        calibrating = Stream(model, text, dense=corrects, embedded=embedded, ranks=ranks)
+        judging = Stream(model, held_out, ranks=ranks) if held_out else None
         total = len(model.blocks)
         for block in range(total):
             message = f"block {block}"
@@ -175,7 +194,8 @@ class _CarryingOut:
         if EMBEDDING in self._done:
             self._restore(EMBEDDING)
             return
-        self._save(EMBEDDING, [self._compress_outer(unit, None, None) for unit in self._embeddings])
+        tasks = [self._prepare_outer(unit, None, None) for unit in self._embeddings]
+        self._save(EMBEDDING, self._do(tasks))
 
     def _compress_block(self, block: int, calibrating: Stream, judging: Stream | None) -> None:
         model, plan, name = self._model, self._plan, name_block(block)
@@ -193,7 +213,7 @@ class _CarryingOut:
         made: list[CompressedLayer] = []
         # strict: asks the walks for one more than there is, so that they go on to the block's end
         for stage, own, other in zip(stages, owns, others, strict=True):
-            made += _compress_units(model, stage, plan, own, other, self._compress, self._emit)
+            made += self._do(self._prepare(stage, own, other))
         self._save(name, made)
 
     def _compress_heads(self, calibrating: Stream, judging: Stream | None) -> None:
@@ -203,24 +223,52 @@ class _CarryingOut:
             reads = self._compressor not in WITHOUT_ACTIVATIONS
             at_head = calibrating.collect_head() if reads else None
             judged = judging.collect_head() if reads and judging else None
-            made.append(self._compress_outer(unit, at_head, judged))
+            made += self._do([self._prepare_outer(unit, at_head, judged)])
         self._save(HEAD, made)
 
-    def _compress_outer(
-        self, unit: Unit, own: Moments | None, other: Moments | None
-    ) -> CompressedLayer:
-        """Compress a unit of the vocabulary in place, and report its notes."""
+    def _prepare(
+        self, units: Sequence[Unit], own: Mapping[str, Moments], other: Mapping[str, Moments]
+    ) -> list[_Task]:
+        """Return the tasks of compressing the layers of a stage, from the moments of its units."""
+        tasks = []
+        for unit in units:
+            found, judged = own[unit.name], other.get(unit.name)
+            for spec in unit.layers:
+                tasks.append(self._make_task(unit, spec, found, judged, cross_II=found.C_II))
+        return tasks
+
+    def _prepare_outer(self, unit: Unit, own: Moments | None, other: Moments | None) -> _Task:
+        """Return the task of compressing a unit of the vocabulary."""
         (spec,) = unit.layers
-        layer = self._compress(
-            self._model.linear(spec.name),
-            spec,
-            None if own is None else own.H_II,
-            self._plan.choices[unit.name],
-            method=choose_compressor(unit, self._compress.keywords["method"]),
-            held_out_II=None if other is None else other.H_II,
-        )
-        _emit_notes(layer, self._emit)
-        return layer
+        method = choose_compressor(unit, self._compress.keywords["method"])
+        return self._make_task(unit, spec, own, other, method=method)
+
+    def _make_task(
+        self, unit: Unit, spec: LayerSpec, own: Moments | None, other: Moments | None, **more: Any
+    ) -> _Task:
+        H_II, held_out_II = (None if found is None else found.H_II for found in (own, other))
+        asked = self._model.linear(spec.name), spec, H_II, self._plan.choices[unit.name]
+        return spec, partial(self._compress, *asked, held_out_II=held_out_II, **more)
+
+    def _do(self, tasks: Sequence[_Task]) -> list[CompressedLayer]:
+        """Compress layers in place, each in one of the processes, and report their notes."""
+        owners = self._ranks.assign([_estimate_cost(spec) for spec, _ in tasks])
+        shared = list(zip(tasks, owners, strict=True))
+        own = {spec.name: run() for (spec, run), owner in shared if owner == self._ranks.index}
+        done = []
+        for (spec, _), owner in shared:
+            done.append(self._ranks.share(own.get(spec.name), owner))
+            if spec.name not in own:
+                restore_layers(self._model, done[-1:])
+            for note in done[-1].result.notes:
+                self._emit(Notice(kind="fallback", subject=spec.name, message=note))
+        return done
+
+
+def _estimate_cost(spec: LayerSpec) -> float:
+    """Return about the multiply-adds of compressing a layer: factors, and the sweep."""
+    out, features = spec.shape
+    return features * features * (features + out)
 
 
 def name_block(block: int) -> str:
@@ -248,37 +296,3 @@ def _split_stages(units: Sequence[Unit], *, one_by_one: bool) -> list[list[Unit]
         else:
             stages.append([unit])
     return stages
-
-
-def _compress_units(
-    model: LoadedModel,
-    units: list[Unit],
-    plan: Plan,
-    moments: Mapping[str, Moments],
-    held_out: Mapping[str, Moments],
-    compress: Callable[..., CompressedLayer],
-    emit: Emit,
-) -> list[CompressedLayer]:
-    """Compress the layers of some units in place, and report their notes."""
-    done = []
-    for unit in units:
-        for spec in unit.layers:
-            module, candidate = model.linear(spec.name), plan.choices[unit.name]
-            own, other = moments[unit.name], held_out.get(unit.name)
-            done.append(
-                compress(
-                    module,
-                    spec,
-                    own.H_II,
-                    candidate,
-                    cross_II=own.C_II,
-                    held_out_II=None if other is None else other.H_II,
-                )
-            )
-            _emit_notes(done[-1], emit)
-    return done
-
-
-def _emit_notes(layer: CompressedLayer, emit: Emit) -> None:
-    for note in layer.result.notes:
-        emit(Notice(kind="fallback", subject=layer.spec.name, message=note))

@@ -20,6 +20,10 @@ a linear used twice), or a stage is all there is, or memory does not hold what w
 has a pass of its own, and another follows that hands on what the compressed block gives. Both give
 the same numbers.
 
+Several processes (`checkpoint.ranks`) take a share of the batches each, and add up what they have
+summed. That is done in parts of the text, which are the same for any number of them
+(`numerics.pairwise`), so that the bits are, too.
+
 Memory: two hidden states per token and, of one block, the dense inputs of its units, which go to
 disk beyond a limit (`checkpoint.spill`), and what waiting batches hold (in an MLP its widest
 activation). Limits: no C for an expert, to which the
@@ -33,7 +37,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -42,10 +45,12 @@ from torch import Tensor, nn
 from cptq.calibration.batches import Batch
 from cptq.calibration.replay import BlockReplay, forward
 from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.ranks import ALONE, PARTS, Ranks
 from cptq.checkpoint.spill import Kept, States
 from cptq.errors import CalibrationError
 from cptq.numerics.asymmetric_target import CrossMoment
 from cptq.numerics.hessian import SecondMoment
+from cptq.numerics.pairwise import PairwiseSum, order_parts
 from cptq.types import Unit
 
 #: batches that the dense stream takes, which give C. KL of smollm2-135m at 3 bits: all 0.0243, half
@@ -71,35 +76,73 @@ def can_wait(model: LoadedModel, batches: Sequence[Batch]) -> bool:
     return limit is None or WAITING * tokens * max(widths, default=0) <= limit
 
 
-def embed_batches(model: LoadedModel, batches: Sequence[Batch]) -> States:
-    """Return the input of the first block for every batch."""
-    replay = BlockReplay(model, list(batches))
-    return States(model.spill, (replay.embed(index) for index in range(len(batches))))
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Share:
+    """The batches of a text that one process takes, part after part.
+
+    `indices` are their places in the text, of `total` batches; `parts` are runs of `batches`.
+    """
+
+    batches: list[Batch]
+    indices: list[int]
+    parts: list[range]
+    total: int
+
+
+def take_share(batches: Sequence[Batch], ranks: Ranks = ALONE) -> Share:
+    """Return what this process takes of a text: all of it, if it is alone.
+
+    Batch b belongs to part b modulo `PARTS`: so everybody gets some of the first half of a text,
+    which costs more (`DENSE_SHARE`).
+    """
+    indices: list[int] = []
+    parts = []
+    for part in order_parts(PARTS, ranks.index, ranks.count):
+        own = range(part, len(batches), PARTS)
+        parts.append(range(len(indices), len(indices) + len(own)))
+        indices += own
+    taken = [batches[index] for index in indices]
+    return Share(batches=taken, indices=indices, parts=parts, total=len(batches))
+
+
+def embed_batches(model: LoadedModel, batches: Sequence[Batch], ranks: Ranks = ALONE) -> States:
+    """Return the input of the first block for every batch of this process's share."""
+    replay = BlockReplay(model, take_share(batches, ranks).batches)
+    return States(model.spill, (replay.embed(index) for index in range(len(replay.batches))))
 
 
 @torch.no_grad()
 def measure_head_moment(
-    model: LoadedModel, batches: Sequence[Batch], run: Callable[[int], object] | None = None
-) -> SecondMoment:
+    model: LoadedModel,
+    batches: Sequence[Batch],
+    run: Callable[[int], object] | None = None,
+    ranks: Ranks = ALONE,
+) -> Tensor:
     """Return the second moment of the inputs of the output head over the real tokens.
 
     Args:
         model: with an output head.
         batches: the text.
-        run: runs the model on the batch of an index as far as the head; a whole pass without.
+        run: runs the model as far as the head on a batch of this process's share, by its index
+            there; a whole pass without.
+        ranks: the processes that share the text.
     """
+    share = take_share(batches, ranks)
     head: nn.Linear = model.module.get_output_embeddings()  # type: ignore[operator]
-    moment = SecondMoment(head.weight.shape[1], device=model.device)
+    gathered = _Gathered("the output head", head.weight.shape[1], model, ranks)
 
     def add(_name: str, x: Tensor) -> None:
-        moment.add(select_real_rows(x, batch.get("attention_mask")))
+        gathered.add(select_real_rows(x, batch.get("attention_mask")), None)
         raise _SeenAll
 
     with _watch_inputs({"head": head}, add):
-        for index, batch in enumerate(batches):
-            with suppress(_SeenAll):
-                forward(model, batch) if run is None else run(index)
-    return moment
+        for part in share.parts:
+            for index in part:
+                batch = share.batches[index]
+                with suppress(_SeenAll):
+                    forward(model, batch) if run is None else run(index)
+            gathered.end_part()
+    return gathered.join().H_II
 
 
 class Stream:
@@ -111,6 +154,7 @@ class Stream:
         dense: let a dense stream run along; without it there is no C.
         embedded: what `embed_batches` gave before the embeddings were compressed, to begin the
             dense stream with; without it the embeddings are dense still.
+        ranks: the processes that share the text.
     """
 
     def __init__(
@@ -120,16 +164,21 @@ class Stream:
         *,
         dense: bool = False,
         embedded: States | None = None,
+        ranks: Ranks = ALONE,
     ) -> None:
-        self._model = model
-        self._replay = BlockReplay(model, list(batches))
-        self._masks = [batch.get("attention_mask") for batch in batches]
-        self._hidden = embed_batches(model, batches)
-        kept = math.ceil(len(batches) * DENSE_SHARE)
+        self._model, self._text, self._ranks = model, batches, ranks
+        share = take_share(batches, ranks)
+        self._parts = share.parts
+        self._replay = BlockReplay(model, share.batches)
+        self._masks = [batch.get("attention_mask") for batch in share.batches]
+        self._hidden = embed_batches(model, batches, ranks)
+        kept = math.ceil(share.total * DENSE_SHARE)
+        #: of the own batches, those that the dense stream takes
+        self._taken = [own for own, index in enumerate(share.indices) if index < kept]
         begin = self._hidden if embedded is None else embedded
-        self._dense = States(model.spill, islice(begin, kept)) if dense else None
-        #: what the dense stream hands to a unit: {unit: rows of each call, batch by batch}
-        self._read: dict[str, list[list[Kept]]] = {}
+        self._dense = States(model.spill, (begin[i] for i in self._taken)) if dense else None
+        #: what the dense stream hands to a unit: {unit: {batch: rows of each call}}
+        self._read: dict[str, dict[int, list[Kept]]] = {}
 
     def enter_block(self, block: int, units: Sequence[Unit]) -> bool:
         """Run the dense stream through a block that is still dense.
@@ -140,23 +189,21 @@ class Stream:
         if self._dense is None:
             return False
         kept = [unit for unit in units if not unit.layers[0].expert]
-        self._read = {unit.name: [] for unit in kept}
+        self._read = {unit.name: {index: [] for index in self._taken} for unit in kept}
 
         orders: list[list[str]] = []
 
         def keep(unit_name: str, x: Tensor) -> None:
             orders[-1].append(unit_name)
-            calls = self._read[unit_name]
-            rows = select_real_rows(x, self._masks[len(calls) - 1])
-            calls[-1].append(self._model.spill.keep(rows))
+            rows = select_real_rows(x, self._masks[index])
+            self._read[unit_name][index].append(self._model.spill.keep(rows))
 
         with _watch_inputs(self._find_first_linears(kept), keep):
-            for index, state in enumerate(self._dense):
+            for place, index in enumerate(self._taken):
                 orders.append([])
-                for calls in self._read.values():
-                    calls.append([])
-                self._dense[index] = self._replay.run(block, state, index)
-        return all(order == [unit.name for unit in units] for order in orders)
+                self._dense[place] = self._replay.run(block, self._dense[place], index)
+        wrong = sum(order != [unit.name for unit in units] for order in orders)
+        return self._ranks.add_counts(wrong) == [0]
 
     def walk(
         self, block: int, stages: Sequence[Sequence[Unit]], *, in_order: bool
@@ -198,12 +245,14 @@ class Stream:
 
         with _watch_inputs(self._find_first_linears(units), wait):
             for unit in units:
-                gathered = _Gathered(unit, self._model.device)
-                for index, run in enumerate(passes):
-                    name, x = run.switch()
-                    assert name == unit.name, f"{name} was called before {unit.name}"
-                    dense = self._find_dense_rows(unit.name, index, 0)
-                    gathered.add(select_real_rows(x, self._masks[index]), dense)
+                gathered = self._gather(unit)
+                for part in self._parts:
+                    for index in part:
+                        name, x = passes[index].switch()
+                        assert name == unit.name, f"{name} was called before {unit.name}"
+                        dense = self._find_dense_rows(unit.name, index, 0)
+                        gathered.add(select_real_rows(x, self._masks[index]), dense)
+                    gathered.end_part()
                 self._read.pop(unit.name, None)
                 yield {unit.name: gathered.join()}
             for index, run in enumerate(passes):
@@ -219,7 +268,7 @@ class Stream:
         Raises:
             CalibrationError: an input is NaN or infinite.
         """
-        gathered = {unit.name: _Gathered(unit, self._model.device) for unit in units}
+        gathered = {unit.name: self._gather(unit) for unit in units}
         firsts = self._find_first_linears(units)
         calls: list[list[str]] = []
 
@@ -232,23 +281,27 @@ class Stream:
                 raise _SeenAll
 
         with _watch_inputs(firsts, add):
-            for index, state in enumerate(self._hidden):
-                calls.append([])
-                with suppress(_SeenAll):
-                    self._replay.run(block, state, index)
+            for part in self._parts:
+                for index in part:
+                    calls.append([])
+                    with suppress(_SeenAll):
+                        self._replay.run(block, self._hidden[index], index)
+                for found in gathered.values():
+                    found.end_part()
         for name in gathered:
             self._read.pop(name, None)
         return {name: found.join() for name, found in gathered.items()}
 
     def collect_head(self) -> Moments:
         """Return the moment of what the output head is given by the compressed blocks."""
-        return Moments(
-            H_II=measure_head_moment(
-                self._model,
-                self._replay.batches,
-                lambda index: self._replay.finish(self._hidden[index], index),
-            ).mean_II
-        )
+
+        def finish(index: int) -> object:
+            return self._replay.finish(self._hidden[index], index)
+
+        return Moments(H_II=measure_head_moment(self._model, self._text, finish, self._ranks))
+
+    def _gather(self, unit: Unit) -> _Gathered:
+        return _Gathered(unit.name, unit.layers[0].shape[1], self._model, self._ranks)
 
     def _find_first_linears(self, units: Sequence[Unit]) -> dict[str, nn.Module]:
         """Return {unit: its first linear}; those of a fused unit read the same input."""
@@ -256,33 +309,45 @@ class Stream:
 
     def _find_dense_rows(self, unit_name: str, index: int, call: int) -> Tensor | None:
         """Return what the dense stream handed to a unit in one call of one batch, if it ran it."""
-        batches = self._read.get(unit_name, [])
-        calls = batches[index] if index < len(batches) else []
+        calls = self._read.get(unit_name, {}).get(index, [])
         return calls[call].get() if call < len(calls) else None
 
 
 class _Gathered:
     """The sums of one unit while a text runs; no C once the streams do not match."""
 
-    def __init__(self, unit: Unit, device: torch.device) -> None:
-        features = unit.layers[0].shape[1]
-        self._name = unit.name
-        self._second = SecondMoment(features, device=device)
-        self._cross: CrossMoment | None = CrossMoment(features, device=device)
+    def __init__(self, name: str, features: int, model: LoadedModel, ranks: Ranks) -> None:
+        self._name, self._ranks = name, ranks
+        self._second = SecondMoment(features, device=model.device)
+        self._cross = CrossMoment(features, device=model.device)
+        self._sums = [(m, PairwiseSum(model.spill.keep)) for m in (self._second, self._cross)]
+        self._differ = False
 
     def add(self, seen_TI: Tensor, dense_TI: Tensor | None) -> None:
         self._second.add(seen_TI)
         if dense_TI is None:
             return
         if dense_TI.shape != seen_TI.shape:
-            self._cross = None
-        elif self._cross is not None:
+            self._differ = True
+        elif not self._differ:
             self._cross.add(dense_TI, seen_TI)
 
+    def end_part(self) -> None:
+        """Say that a part of the text has gone in."""
+        for moment, total in self._sums:
+            total.push(moment.take())
+
     def join(self) -> Moments:
-        """Return the moments; nothing can be added any more."""
+        """Return the moments over all processes; nothing can be added any more."""
+        tokens, both, differ = self._ranks.add_counts(
+            self._second.tokens, self._cross.tokens, self._differ
+        )
+        for (moment, total), rows in zip(self._sums, (tokens, 0 if differ else both), strict=True):
+            moment.put(total.take(), rows)
+            if rows:
+                self._ranks.add_up(moment.open())
         H_II = self._second.finish()
-        C_II = None if self._cross is None or not self._cross.tokens else self._cross.finish()
+        C_II = self._cross.finish() if self._cross.tokens else None
         for X_II in (H_II, C_II):
             if X_II is not None and not bool(torch.isfinite(X_II).all()):
                 raise CalibrationError(

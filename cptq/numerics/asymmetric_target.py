@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cptq.numerics.cholesky import factor_in_place
 from cptq.numerics.hessian import add_damping
+from cptq.numerics.pairwise import MatrixSum
 
 #: a, how much of the correction is made
 STRENGTH = 0.5
@@ -32,23 +33,18 @@ STRENGTH = 0.5
 DAMPING = 0.05
 
 
-class CrossMoment:
+class CrossMoment(MatrixSum):
     """Running mean of (x - x^) x^^T over tokens; `finish` gives C, `tokens` counts the rows."""
-
-    def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
-        self._sum_II = torch.zeros(features, features, device=device)
-        self.tokens = 0
 
     def add(self, x_TI: Tensor, seen_TI: Tensor) -> None:
         """Add the same tokens as the dense model has them, x, and as they reach the layer, x^."""
         seen_TI = seen_TI.float()
-        self._sum_II.addmm_((x_TI.float() - seen_TI).T, seen_TI)
+        self.open().addmm_((x_TI.float() - seen_TI).T, seen_TI)
         self.tokens += len(seen_TI)
 
     def finish(self) -> Tensor:
         """Return C in the memory of the sums, to which nothing can be added any more."""
-        mean_II, self._sum_II = self._sum_II, torch.empty(0)
-        return mean_II.div_(max(self.tokens, 1))
+        return self._divide()
 
 
 def compute_asymmetric_target(

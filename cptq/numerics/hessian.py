@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cptq.numerics.cholesky import factor_in_place
+from cptq.numerics.pairwise import MatrixSum
 
 #: largest damping that is tried
 MOST_DAMPING = 1.0
@@ -32,32 +33,30 @@ PANELS = 4
 LEAST_PANEL = 64
 
 
-class SecondMoment:
+class SecondMoment(MatrixSum):
     """Running mean of x x^T over tokens; `mean_II` is H, `tokens` how many rows went in."""
 
     def __init__(self, features: int, device: torch.device | str = "cpu") -> None:
+        super().__init__(features, device)
         # in panels of columns, of which the part left of the diagonal stays 0
-        self._upper_II = torch.zeros(features, features, device=device)
         self._starts = range(0, features, max(LEAST_PANEL, -(-features // PANELS)))
-        self.tokens = 0
 
     def add(self, x_TI: Tensor) -> None:
         """Add rows (tokens, in)."""
-        x_TI = x_TI.float()
+        x_TI, upper_II = x_TI.float(), self.open()
         for start in self._starts:
             end = start + self._starts.step
-            self._upper_II[start:end, start:].addmm_(x_TI[:, start:end].T, x_TI[:, start:])
+            upper_II[start:end, start:].addmm_(x_TI[:, start:end].T, x_TI[:, start:])
         self.tokens += x_TI.shape[0]
 
     @property
     def mean_II(self) -> Tensor:
         """H, as a matrix of its own."""
-        return self._mirror(self._upper_II / max(self.tokens, 1))
+        return self._mirror(self.open() / max(self.tokens, 1))
 
     def finish(self) -> Tensor:
         """Return H in the memory of the sums, to which nothing can be added any more."""
-        mean_II, self._upper_II = self._upper_II, torch.empty(0)
-        return self._mirror(mean_II.div_(max(self.tokens, 1)))
+        return self._mirror(self._divide())
 
     def _mirror(self, upper_II: Tensor) -> Tensor:
         """Fill in, in place, what lies left of the diagonal."""

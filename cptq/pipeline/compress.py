@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,17 +25,18 @@ from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import BlockReplay, forward
 from cptq.calibration.samples import take_batches
 from cptq.calibration.tokens import Calibration
+from cptq.checkpoint.ranks import ALONE, Ranks
 from cptq.compression.blockwise import Steps, compress_model
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, CompressSettings, parse_size
-from cptq.errors import BudgetError
+from cptq.errors import BudgetError, mark_kept
 from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
-from cptq.pipeline.resume import identify, identify_inputs, keep_blocks
-from cptq.pipeline.run_directory import RunDirectory, open_run
+from cptq.pipeline.resume import identify, identify_inputs, keep_blocks, share_plan
+from cptq.pipeline.run_directory import RunDirectory, count_steps, open_run
 from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.tune import TuneResult, apply_tuned, record_dense, tune_layers
@@ -69,21 +71,46 @@ class CompressedModel:
     tuned: Mapping[str, Any] | None = None
 
 
-def compress(settings: CompressSettings, emit: Emit) -> CompressOutcome:
-    """Compress a model into an artifact that is verified and reported on."""
-    recorder = Recorder(emit)
+def compress(settings: CompressSettings, emit: Emit, ranks: Ranks = ALONE) -> CompressOutcome:
+    """Compress a model into an artifact that is verified and reported on.
+
+    Several `ranks` all call this. The first one does it; the others help it to compress the layers,
+    and get the outcome.
+    """
+    if ranks.index:
+        _assist(settings, emit, ranks)
+        return ranks.share(None)
+    recorder = Recorder(ranks.pass_on(emit))
     with _open_run(settings, recorder) as run:
-        inputs = load_inputs(_forget_resume(settings, run), recorder, folder=run.path)
+        ranks.share(run.path)
+        inputs = load_inputs(
+            _forget_resume(settings, run), recorder, folder=run.path, processes=ranks.neighbours
+        )
         run.identify(identify_inputs(inputs))
         check_disk(count_disk(inputs), kept=run.nbytes)
         tables = run.keep("sensitivity", lambda: dict(measure_sensitivity(inputs, recorder)))
         made = run.keep("plan", lambda: make_plan(inputs, tables, recorder))
         plan = run.keep("chosen-plan", lambda: check_plan(inputs, made, recorder))
-        compressed = compress_and_tune(inputs, plan, run, recorder)
+        compressed = compress_and_tune(inputs, plan, run, recorder, ranks)
         outcome = write_artifact(inputs, tables, compressed, run, recorder)
     _report_next_step(inputs, emit)
     _push_artifact(inputs, outcome, recorder)
-    return outcome
+    return ranks.share(outcome)
+
+
+def _assist(settings: CompressSettings, emit: Emit, ranks: Ranks) -> None:
+    """Do this process's share of the layers that the first one compresses."""
+    recorder = Recorder(emit)
+    path: Path = ranks.share(None)
+    settings = replace(settings, push_to_hub=None)
+    try:
+        inputs = load_inputs(
+            settings, recorder, writes=False, folder=path, processes=ranks.neighbours
+        )
+        _carry_out_together(inputs, None, recorder, ranks)
+    except BaseException as error:
+        mark_kept(error, count_steps(path), str(path))
+        raise
 
 
 def _open_run(
@@ -199,14 +226,14 @@ def _restrict_to_refinable(inputs: CompressInputs, plan: Plan) -> Ledger:
 
 
 def compress_and_tune(
-    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder
+    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder, ranks: Ranks = ALONE
 ) -> CompressedModel:
     """Carry out the plan by `compress_layers`, and tune the result where --tune asks for it."""
     if not inputs.settings.tune:
-        return compress_layers(inputs, plan, run, recorder)
+        return compress_layers(inputs, plan, run, recorder, ranks)
     with recorder.stage("tuning"):
         dense = None if TUNED_STEP in run else record_dense(inputs)
-    compressed = compress_layers(inputs, plan, run, recorder)
+    compressed = compress_layers(inputs, plan, run, recorder, ranks)
 
     def tune() -> dict[str, Any]:
         assert dense is not None
@@ -238,17 +265,29 @@ def check_plan(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> Plan:
 
 
 def compress_layers(
-    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder
+    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder, ranks: Ranks = ALONE
 ) -> CompressedModel:
     """Carry out the plan; the model in memory then computes with the compressed weights.
 
     Every block is a step of the run.
     """
-    judge = inputs.held_out.errors
     steps, emit = keep_blocks(run, inputs.model.device, recorder)
     with recorder.stage("compression"):
-        layers = _carry_out(inputs, plan, inputs.calibration, judge, emit, steps)
+        layers = _carry_out_together(inputs, plan, emit, ranks, steps)
     return CompressedModel(plan=plan, layers=tuple(layers))
+
+
+def _carry_out_together(
+    inputs: CompressInputs,
+    plan: Plan | None,
+    emit: Emit,
+    ranks: Ranks,
+    steps: Steps | None = None,
+) -> list[CompressedLayer]:
+    """Carry out the plan, which the first process has, as have `steps`, in all processes."""
+    plan = share_plan(inputs, plan, ranks)
+    judge = inputs.held_out.errors
+    return _carry_out(inputs, plan, inputs.calibration, judge, emit, steps, ranks)
 
 
 def _carry_out(
@@ -258,6 +297,7 @@ def _carry_out(
     held_out: Sequence[Batch],
     emit: Emit,
     steps: Steps | None = None,
+    ranks: Ranks = ALONE,
 ) -> list[CompressedLayer]:
     return compress_model(
         inputs.model,
@@ -268,6 +308,7 @@ def _carry_out(
         layout=inputs.space.layout,
         held_out=held_out,
         steps=steps,
+        ranks=ranks,
         emit=emit,
     )
 

@@ -142,6 +142,7 @@ def load_inputs(
     *,
     writes: bool = True,
     folder: Path | None = None,
+    processes: int = 1,
 ) -> CompressInputs:
     """Load the model, the text and the files that the settings name, and check them.
 
@@ -150,13 +151,16 @@ def load_inputs(
         recorder: receives progress and notices.
         writes: check also that the output can be written and uploaded.
         folder: where activations go that memory does not hold; beside the output without.
+        processes: of the run on this machine, which share its memory.
 
     Raises:
         CptqError: anything that makes the run impossible; see the modules that are called.
     """
     runtime = find_runtime(settings.runtime)
     plan = None if settings.plan is None else Plan.load(settings.plan)
-    model = load_dense(settings, recorder, conv1d=runtime.conv1d, folder=folder)
+    model = load_dense(
+        settings, recorder, conv1d=runtime.conv1d, folder=folder, processes=processes
+    )
     check_units(model)
     if any(width < 16 for width in settings.bits):
         runtime.check_tensors(spec.name for spec in model.tensors)
@@ -389,10 +393,12 @@ def load_dense(
     *,
     conv1d: bool = False,
     folder: Path | None = None,
+    processes: int = 1,
 ) -> LoadedModel:
     """Load a model that is not compressed yet; `conv1d` as in `load_model`.
 
-    What memory does not hold of its activations goes to `folder`, beside the output without.
+    What memory does not hold of its activations goes to `folder`, beside the output without;
+    `processes` share the memory.
 
     Raises:
         ModelError: it is compressed, or cannot be loaded.
@@ -400,7 +406,7 @@ def load_dense(
     """
     folder = folder or (settings.out or Path("out")).expanduser().absolute().parent
     asked = settings.max_memory and parse_size(settings.max_memory, "--max-memory")
-    memory = choose_memory(asked or None, folder)
+    memory = choose_memory(asked or None, folder, processes)
     with recorder.stage("load"):
         model = load_model(settings.model, recorder, conv1d=conv1d, experts=True, memory=memory)
     if model.quantized:

@@ -1,7 +1,8 @@
 """What `cptq compress` keeps of its work, and what tells one run from another.
 
 `identify` says what a run is before anything is loaded, `identify_inputs` once model and text are
-there: whatever can change a byte of the artifact. `keep_blocks` keeps a plan that is carried out
+there: whatever can change a byte of the artifact. The processes that share a run must agree in it,
+and their number is no part of it. `keep_blocks` keeps a plan that is carried out
 block by block.
 """
 
@@ -17,11 +18,13 @@ import torch
 from cptq import __version__
 from cptq.calibration.batches import Batch
 from cptq.calibration.tokens import digest_tokens
+from cptq.checkpoint.ranks import Ranks
 from cptq.compression.blockwise import Steps
 from cptq.config import CompressSettings, spell_options
+from cptq.errors import UsageError
 from cptq.pipeline.inputs import CompressInputs
 from cptq.pipeline.run_directory import THREADS, RunDirectory
-from cptq.types import CompressedLayer, Emit, Event, Notice, digest
+from cptq.types import CompressedLayer, Emit, Event, Notice, Plan, digest
 
 #: options that cannot change the artifact, or whose content is compared in their place
 FREE = frozenset(
@@ -58,6 +61,24 @@ def identify_inputs(inputs: CompressInputs) -> dict[str, str]:
         found["the plan of --plan"] = digest(inputs.plan.to_dict())
     for table in inputs.tables.values():
         found["the table of --sensitivity"] = table.digest
+    return found
+
+
+def share_plan(inputs: CompressInputs, plan: Plan | None, ranks: Ranks) -> Plan:
+    """Return the plan of the first process, to carry out with it.
+
+    Raises:
+        UsageError: this process has read something else than the first one.
+    """
+    own = identify(inputs.settings) | identify_inputs(inputs) if ranks.count > 1 else {}
+    found, first = ranks.share((plan, own))
+    for name, what in first.items():
+        if own.get(name) != what:
+            raise UsageError(
+                f"{name} differs: {what} in rank 0, {own.get(name)} in rank {ranks.index}",
+                hint="start all processes with the same command, files and OMP_NUM_THREADS",
+            )
+    assert found is not None, "the first process has one"
     return found
 
 

@@ -64,6 +64,11 @@ def find_run_directory(out: Path) -> Path:
     return place.with_name(f".{place.name}.cptq-run")
 
 
+def count_steps(path: Path) -> int:
+    """Return how many finished steps a run directory holds, for another process than its owner."""
+    return max(0, len(list_step_files(path)) - 1)
+
+
 class RunDirectory:
     """The finished steps of one run; use `open_run`.
 

@@ -23,7 +23,7 @@ from cptq.checkpoint.weights import get_weight
 from cptq.config import Runtime
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.layouts.packed import PACKED_LAYOUT
-from cptq.sensitivity.slope_metric import estimate_rounding_error
+from cptq.sensitivity.slope_metric import estimate_rounding_error, sample_rows
 from cptq.types import Candidate, LayerSpec
 
 #: layers of one shape that are tried, spread over depth
@@ -54,7 +54,7 @@ def choose_scales(
 
 
 def _sample_layers(model: LoadedModel) -> Iterator[tuple[LayerSpec, Tensor]]:
-    """Yield some layers of every shape, with their weights."""
+    """Yield some layers of every shape, with those rows of their weights that are tried."""
     by_shape: dict[tuple[int, int], list[LayerSpec]] = {}
     for unit in model.units:
         for spec in unit.layers:
@@ -62,7 +62,7 @@ def _sample_layers(model: LoadedModel) -> Iterator[tuple[LayerSpec, Tensor]]:
     for specs in by_shape.values():
         step = max(1, len(specs) // TRIED)
         for spec in specs[::step][:TRIED]:
-            yield spec, get_weight(model.linear(spec.name)).float()
+            yield spec, sample_rows(get_weight(model.linear(spec.name))).float()
 
 
 def _weigh(samples: Sequence[tuple[LayerSpec, Tensor]], candidate: Candidate) -> float:

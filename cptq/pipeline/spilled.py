@@ -15,6 +15,7 @@ bytes of a number in the type that the model runs in, B the blocks and V the out
                   + S(x / 2) + T(x / 2) r e      corrected: the dense stream of half of the batches,
                                                  and what the units of a block read, r numbers each
                   + S(x)                         with a packed embedding (`compression.streams`)
+                  + m log2(PARTS) in^2 4         m moments of the widest unit, in parts that wait
 
 The stages of a run follow one another, so the largest counts. A text that fits into the memory for
 activations (`Spill.limit`) never goes to the disk; of one that does not, all is counted, as what
@@ -40,6 +41,7 @@ from cptq.calibration.holdout import split_parts
 from cptq.calibration.samples import PASS_TOKENS, take_batches
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.ranks import PARTS
 from cptq.compression import CORRECTING, WITHOUT_ACTIVATIONS
 from cptq.compression.streams import DENSE_SHARE
 from cptq.compression.vocabulary import is_head
@@ -145,6 +147,8 @@ def _bound_blocks(inputs: CompressInputs, batches: Sequence[Batch], judged: Sequ
     model, corrects = inputs.model, inputs.settings.compressor in CORRECTING
     total = _count_state(model, batches) + _count_state(model, judged)
     total += _count_largest(model, [*batches, *judged])
+    moments = (2 if corrects else 1) + bool(judged)
+    total += moments * _count_waiting_sums(model, one_by_one=corrects)
     if corrects:
         half = batches[: math.ceil(len(batches) * DENSE_SHARE)]
         read = count_positions(half) * _count_read(model) * model.dtype.itemsize
@@ -152,6 +156,24 @@ def _bound_blocks(inputs: CompressInputs, batches: Sequence[Batch], judged: Sequ
         if any(not is_head(unit) for unit in inputs.space.cost.units if unit.block is None):
             total += _count_state(model, batches)
     return total
+
+
+def _count_waiting_sums(model: LoadedModel, *, one_by_one: bool) -> int:
+    """Return the bytes of the sums of one kind of moment that wait for others to be added.
+
+    One of each level of the tree of `PARTS` parts, for all units of a stage.
+    """
+    stages = [0]
+    for block in range(len(model.blocks)):
+        units = [unit for unit in model.units if unit.block == block]
+        sizes = [4 * unit.layers[0].shape[1] ** 2 for unit in units]
+        together = [
+            size
+            for unit, size in zip(units, sizes, strict=True)
+            if unit.layers[0].expert or not one_by_one
+        ]
+        stages += [sum(together), max(sizes, default=0)]
+    return int(math.log2(PARTS)) * max(stages)
 
 
 def count_positions(batches: Sequence[Batch]) -> int:

@@ -103,4 +103,4 @@ def _measure_heads(model: LoadedModel, calibration: Calibration) -> dict[str, Te
     if not heads:
         return {}
     some = take_batches(split_batches(calibration.batches), HEAD_TOKENS)
-    return {heads[0].name: measure_head_moment(model, some).mean_II}
+    return {heads[0].name: measure_head_moment(model, some)}

@@ -40,9 +40,9 @@ class Forks:
             text=True,
         )
 
-    def start(self, words: list[str], log: Path) -> int:
+    def start(self, words: list[str], log: Path, **environment: str) -> int:
         """Start `cptq WORDS`, whose output goes to `log`; return the process id."""
-        return int(self._ask({"words": words, "log": str(log)}))
+        return int(self._ask({"words": words, "log": str(log), "environment": environment}))
 
     def wait(self, pid: int) -> int:
         """Return the exit code, negative where a signal killed it."""
@@ -84,6 +84,7 @@ def _serve() -> None:
             continue
         pid = os.fork()
         if not pid:
+            os.environ.update(request["environment"])
             _become_cptq(request["words"], request["log"])
         print(pid, flush=True)
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import errno
 import json
+import signal
 from pathlib import Path
 
 import pytest
+import typer
 
 from cptq.cli.app import requests_json
-from cptq.cli.failures import describe_failure
-from cptq.errors import ArtifactError, ModelError
+from cptq.cli.console import Console
+from cptq.cli.failures import describe_failure, report_failures
+from cptq.cli.signals import Signals
+from cptq.errors import ArtifactError, ModelError, ProcessError
 from tests.unit.cli.conftest import Cptq, FakePipeline
 
 
@@ -92,3 +96,31 @@ def test_json_output_is_recognized_in_a_line_that_cannot_be_read() -> None:
     assert not requests_json(["export", "a", "--format", "json"])
     assert not requests_json(["--format", "quiet", "json"])
     assert not requests_json(["--format"])
+
+
+def die_and_be_interrupted(console: Console, signals: Signals, death: ProcessError) -> None:
+    with report_failures(console, signals):
+        try:
+            raise death
+        except ProcessError:
+            raise KeyboardInterrupt  # noqa: B904
+
+
+def test_a_signal_after_a_death_tells_the_death() -> None:
+    """A launcher sends one to the others; it may come while the death is being told."""
+    signals, console = Signals(), Console()
+    signals.received = signal.SIGTERM
+    death = ProcessError("rank 1 of 2 processes died")
+    assert describe_failure(death, signals).problem == death.problem
+    assert describe_failure(KeyboardInterrupt(), signals).problem == "interrupted by SIGTERM"
+    with pytest.raises(typer.Exit) as ended:
+        die_and_be_interrupted(console, signals, death)
+    assert ended.value.exit_code == 1
+    signals.receive(signal.SIGTERM, None)  # raises nothing any more
+
+
+def test_one_process_speaks(capsys: pytest.CaptureFixture[str]) -> None:
+    for rank, speaker, said in ((0, 0, True), (1, 0, False), (1, 1, True), (2, 1, False)):
+        with pytest.raises(typer.Exit), report_failures(Console("human", rank)):
+            raise ProcessError("rank 3 died", speaker=speaker)
+        assert ("rank 3 died" in capsys.readouterr().err) == said
