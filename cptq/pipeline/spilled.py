@@ -15,7 +15,7 @@ bytes of a number in the type that the model runs in, B the blocks and V the out
                   + S(x / 2) + T(x / 2) r e      corrected: the dense stream of half of the batches,
                                                  and what the units of a block read, r numbers each
                   + S(x)                         with a packed embedding (`compression.streams`)
-                  + m log2(PARTS) in^2 4         m moments of the widest unit, in parts that wait
+                  + m (1 + log2 PARTS) in^2 4    m moments of the widest unit, in parts that wait
 
 The stages of a run follow one another, so the largest counts. A text that fits into the memory for
 activations (`Spill.limit`) never goes to the disk; of one that does not, all is counted, as what
@@ -147,8 +147,8 @@ def _bound_blocks(inputs: CompressInputs, batches: Sequence[Batch], judged: Sequ
     model, corrects = inputs.model, inputs.settings.compressor in CORRECTING
     total = _count_state(model, batches) + _count_state(model, judged)
     total += _count_largest(model, [*batches, *judged])
-    moments = (2 if corrects else 1) + bool(judged)
-    total += moments * _count_waiting_sums(model, one_by_one=corrects)
+    total += (2 if corrects else 1) * _count_waiting_sums(model, batches, one_by_one=corrects)
+    total += _count_waiting_sums(model, judged, one_by_one=corrects)
     if corrects:
         half = batches[: math.ceil(len(batches) * DENSE_SHARE)]
         read = count_positions(half) * _count_read(model) * model.dtype.itemsize
@@ -158,10 +158,11 @@ def _bound_blocks(inputs: CompressInputs, batches: Sequence[Batch], judged: Sequ
     return total
 
 
-def _count_waiting_sums(model: LoadedModel, *, one_by_one: bool) -> int:
+def _count_waiting_sums(model: LoadedModel, batches: Sequence[Batch], *, one_by_one: bool) -> int:
     """Return the bytes of the sums of one kind of moment that wait for others to be added.
 
-    One of each level of the tree of `PARTS` parts, for all units of a stage.
+    One of each level of the tree of `PARTS` parts (of as many as there are batches, if those are
+    fewer), and one more while two are added, for all units of a stage.
     """
     stages = [0]
     for block in range(len(model.blocks)):
@@ -173,7 +174,8 @@ def _count_waiting_sums(model: LoadedModel, *, one_by_one: bool) -> int:
             if unit.layers[0].expert or not one_by_one
         ]
         stages += [sum(together), max(sizes, default=0)]
-    return int(math.log2(PARTS)) * max(stages)
+    levels = math.ceil(math.log2(min(PARTS, len(batches)))) + 1 if batches else 0
+    return levels * max(stages)
 
 
 def count_positions(batches: Sequence[Batch]) -> int:

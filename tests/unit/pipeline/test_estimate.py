@@ -40,7 +40,9 @@ def dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Re
 
 def keep_to(monkeypatch: pytest.MonkeyPatch, total: int) -> None:
     monkeypatch.setattr(
-        inputs_module, "choose_memory", lambda asked, folder: Memory(total=total, folder=folder)
+        inputs_module,
+        "choose_memory",
+        lambda asked, folder, processes=1: Memory(total=total, folder=folder),
     )
 
 
