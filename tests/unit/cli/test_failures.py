@@ -105,11 +105,10 @@ def test_a_signal_after_a_death_tells_the_death() -> None:
     death = ProcessError("rank 1 of 2 processes died")
     assert describe_failure(death, signals).problem == death.problem
     assert describe_failure(KeyboardInterrupt(), signals).problem == "interrupted by SIGTERM"
+    interrupt = KeyboardInterrupt()
+    interrupt.__context__ = death
     with pytest.raises(typer.Exit) as ended, report_failures(console, signals):
-        try:
-            raise death
-        except ProcessError:
-            raise KeyboardInterrupt  # noqa: B904
+        raise interrupt
     assert ended.value.exit_code == 1
     signals.receive(signal.SIGTERM, None)  # raises nothing any more
 
