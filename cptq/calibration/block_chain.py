@@ -131,6 +131,8 @@ class BlockChain:
             assert gradient is not None
             self._now[index] = gradient
             sums = [_add(total, part) for total, part in zip(sums, found, strict=True)]
+        if not self._entered:  # nothing is before the first block
+            self._now = States(self._spill)
         return sums
 
     def _pull_back(
