@@ -56,8 +56,16 @@ def starve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "measure_free_bytes", lambda: int(BASE / memory.FREE_SHARE))
 
 
-@pytest.mark.parametrize("arch", ["llama", "opt", "bert"])
-@pytest.mark.parametrize("runtime", ["transformers", "cptq"])
+@pytest.mark.parametrize(
+    ("arch", "runtime"),
+    [
+        ("llama", "transformers"),
+        ("bert", "cptq"),
+        pytest.param("llama", "cptq", marks=pytest.mark.slow),
+        pytest.param("opt", "transformers", marks=pytest.mark.slow),
+        pytest.param("opt", "cptq", marks=pytest.mark.slow),
+    ],
+)
 def test_the_artifact_is_the_same(
     arch: str,
     runtime: str,

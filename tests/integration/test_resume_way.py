@@ -114,6 +114,7 @@ def test_a_run_that_is_killed_after_every_step_writes_the_same_bytes(
     assert sha256_of(tmp_path / "out") == wanted
 
 
+@pytest.mark.slow
 def test_a_run_that_tunes_and_is_killed_writes_the_same_bytes(
     forks: Forks, model: Path, tmp_path: Path
 ) -> None:
@@ -139,6 +140,7 @@ def kill_after_steps(
     assert not find_run(out).exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_at_any_time_writes_the_same_bytes(
     forks: Forks, model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:

@@ -69,7 +69,7 @@ def read(log: Path, rank: int) -> str:
     return log.with_suffix(f".{rank}").read_text()
 
 
-@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_write_the_bytes_of_one(
     forks: Forks, model: Path, whole: dict[str, str], tmp_path: Path, count: int
 ) -> None:
@@ -82,7 +82,7 @@ def test_several_processes_write_the_bytes_of_one(
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix == "") == ["out"]
 
 
-@pytest.mark.parametrize(("killed", "after"), [(0, 2), (1, 1)])
+@pytest.mark.parametrize(("killed", "after"), [pytest.param(0, 2, marks=pytest.mark.slow), (1, 1)])
 def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(
     forks: Forks, model: Path, whole: dict[str, str], tmp_path: Path, killed: int, after: int
 ) -> None:

@@ -59,7 +59,10 @@ def run(model: LoadedModel) -> Tensor:
     return result.logits if hasattr(result, "logits") else result.last_hidden_state  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("arch", ["llama", "opt", "gpt2", "bert", "bert-mlm", "mpnet", "qwen3_moe"])
 @torch.no_grad()
 def test_outputs_are_those_of_transformers_in_float32(

@@ -89,15 +89,23 @@ def ignore(_event: object) -> None:
     [
         ("llama", {"allocator": "even"}, 0.45),
         ("llama", {"allocator": "even", "compressor": "gptq"}, 0.45),
-        ("llama", {"allocator": "even", "runtime": "cptq"}, 0.45),
+        pytest.param(
+            *("llama", {"allocator": "even", "runtime": "cptq"}, 0.45), marks=pytest.mark.slow
+        ),
         ("opt", {"allocator": "even", "runtime": "cptq"}, 0.45),
-        ("llama", {"check_uniform": False}, 0.45),
+        pytest.param(*("llama", {"check_uniform": False}, 0.45), marks=pytest.mark.slow),
         ("llama", {}, 0.45),
-        ("llama", {"metric": "taylor-quantized", "check_uniform": False}, 0.45),
-        ("llama", {"metric": "linearity", "check_uniform": False}, 0.45),
+        pytest.param(
+            *("llama", {"metric": "taylor-quantized", "check_uniform": False}, 0.45),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("llama", {"metric": "linearity", "check_uniform": False}, 0.45),
+            marks=pytest.mark.slow,
+        ),
         ("llama", {"refine": 2, "check_uniform": False}, 0.45),
-        ("llama", {"allocator": "even", "tune": True}, 0.45),
-        ("bert", {"allocator": "even"}, 0.45),
+        pytest.param(*("llama", {"allocator": "even", "tune": True}, 0.45), marks=pytest.mark.slow),
+        pytest.param(*("bert", {"allocator": "even"}, 0.45), marks=pytest.mark.slow),
         ("bert", {"metric": "output"}, 0.45),
     ],
 )

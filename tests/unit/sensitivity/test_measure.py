@@ -354,7 +354,16 @@ def test_the_vocabulary_has_the_divergence_that_it_causes(
             assert unit.name not in table.per_unit
 
 
-@pytest.mark.parametrize("arch", ["llama", "opt", "bert", "bert-encoder", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "arch",
+    [
+        "llama",
+        *(
+            pytest.param(arch, marks=pytest.mark.slow)
+            for arch in ("opt", "bert", "bert-encoder", "qwen3_moe")
+        ),
+    ],
+)
 def test_scores_are_the_same_with_one_block_in_memory(
     arch: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:
