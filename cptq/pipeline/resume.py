@@ -23,7 +23,7 @@ from cptq.compression.blockwise import Steps
 from cptq.config import CompressSettings, spell_options
 from cptq.errors import UsageError
 from cptq.pipeline.inputs import CompressInputs
-from cptq.pipeline.run_directory import THREADS, RunDirectory
+from cptq.pipeline.run_directory import RunDirectory
 from cptq.types import CompressedLayer, Emit, Event, Notice, Plan, digest
 
 #: options that cannot change the artifact, or whose content is compared in their place
@@ -40,7 +40,6 @@ def identify(settings: CompressSettings) -> dict[str, str]:
     """Return the versions and the options of a run as words, by what they are of."""
     found = {"cptq": f"cptq {__version__}"}
     found |= {package: f"{package} {version(package)}" for package in _PACKAGES}
-    found[THREADS] = f"OMP_NUM_THREADS={torch.get_num_threads()}"
     return found | {
         flag: words for flag, words in spell_options(settings).items() if flag not in FREE
     }
@@ -76,7 +75,7 @@ def share_plan(inputs: CompressInputs, plan: Plan | None, ranks: Ranks) -> Plan:
         if own.get(name) != what:
             raise UsageError(
                 f"{name} differs: {what} in rank 0, {own.get(name)} in rank {ranks.index}",
-                hint="start all processes with the same command, files and OMP_NUM_THREADS",
+                hint="start all processes with the same command and files",
             )
     assert found is not None, "the first process has one"
     return found

@@ -48,8 +48,6 @@ T = TypeVar("T")
 #: {"--target": "--target 4bit", "torch": "torch 2.13.0", "the model": digest, ...}
 Identity = Mapping[str, str]
 
-#: what of an identity may differ, with a warning
-THREADS = "threads"
 _LOCK, _OWNER = "lock", "owner"
 #: the first step: what the run is; the last one: which artifact is complete
 _RUN, _WRITTEN = "run", "written"
@@ -123,19 +121,9 @@ class RunDirectory:
         if _RUN in self._steps:
             begun: dict[str, str] = read_step(self._steps[_RUN])
             wrong = [name for name in identity if begun.get(name) != identity[name]]
-            if THREADS in wrong:
-                wrong.remove(THREADS)
-                self._warn_of_threads(begun, identity)
             if wrong:
                 raise _build_foreign_error(wrong[0], begun, identity, self.path)
         self._identity |= identity
-
-    def _warn_of_threads(self, begun: Identity, identity: Identity) -> None:
-        message = (
-            f"it was begun with {begun.get(THREADS)}, now it is {identity[THREADS]}: sums are "
-            "taken in another order, so bytes may differ from those of an uninterrupted run"
-        )
-        self._recorder(Notice(kind="warning", subject=_SUBJECT, message=message))
 
     def read(self, step: str) -> tuple[Any, tuple[Notice, ...]]:
         """Return the value of a finished step, its tensors mapped from the file, and its notices.

@@ -302,7 +302,6 @@ def test_a_full_disk_ends_with_the_command_that_goes_on(
 def test_neither_hash_seeds_nor_threads_nor_paths_change_a_byte(
     model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
-    """Larger matrices do depend on the number of threads, in their last bits."""
     other = Forks(PYTHONHASHSEED="2", OMP_NUM_THREADS="2")
     elsewhere = shutil.copytree(model.parent, tmp_path / "deep") / model.name
     assert compress_whole(other, elsewhere, tmp_path / "other") == whole

@@ -152,12 +152,6 @@ def test_a_run_that_differs_is_refused_by_name(
         assert run.finished == len(STEPS)  # the refusal cost nothing
 
 
-def test_another_number_of_threads_is_only_warned_of(tmp_path: Path) -> None:
-    die_after(tmp_path / "out", "plan", identity=IDENTITY | {"threads": "1"})
-    with running(tmp_path / "out", identity=IDENTITY | {"threads": "2"}, resume=True) as found:
-        assert "begun with 1, now it is 2" in found[1].notices[0].message
-
-
 def test_both_ways_on_are_named(tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(ResumeError, match=r"nothing to resume.*leave out --resume"):
