@@ -84,7 +84,7 @@ def measure_seed(
         model=ModelSettings(model=setup.model), calibration=text, scales="16bit"
     )
     recorder = Recorder(lambda event: None)
-    model = load_dense(settings.model, recorder, conv1d=True)
+    model = load_dense(settings, recorder, conv1d=True)
     calibration = calibrate(model, settings, recorder, parts=setup.judge)
     found = measure_blocks(model, calibration, seed=seed, emit=recorder)
     bench = Bench(setup, settings, model, calibration, recorder)

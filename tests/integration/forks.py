@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,7 @@ class Forks:
         self.process = subprocess.Popen(
             [sys.executable, "-m", "tests.integration.forks"],
             cwd=REPOSITORY,
-            env=os.environ | environment,
+            env=os.environ | {"TQDM_DISABLE": "1"} | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -103,6 +104,10 @@ def _warm_up(compress: Callable[..., Any]) -> None:
 def _become_cptq(words: list[str], log: str) -> None:
     from cptq.cli.app import main
 
+    # whoever started the tests may ignore some (nohup, the background of a shell)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for number in (1, 2):
         os.dup2(descriptor, number)

@@ -176,6 +176,7 @@ def kill_at_random_times(
     assert not find_run(out).exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_when_its_output_is_in_place_replaces_its_own(
     forks: Forks, model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:

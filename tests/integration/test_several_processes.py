@@ -111,6 +111,7 @@ def test_a_process_that_is_killed_ends_the_others_and_the_run_goes_on(
     assert not find_run(out).exists()
 
 
+@pytest.mark.slow
 def test_a_signal_ends_all_of_them_with_one_message(
     forks: Forks, model: Path, tmp_path: Path
 ) -> None:

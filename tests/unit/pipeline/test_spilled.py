@@ -94,7 +94,7 @@ def ignore(_event: object) -> None:
         ),
         ("opt", {"allocator": "even", "runtime": "cptq"}, 0.45),
         pytest.param(*("llama", {"check_uniform": False}, 0.45), marks=pytest.mark.slow),
-        ("llama", {}, 0.45),
+        pytest.param(*("llama", {}, 0.45), marks=pytest.mark.slow),
         pytest.param(
             *("llama", {"metric": "taylor-quantized", "check_uniform": False}, 0.45),
             marks=pytest.mark.slow,
@@ -106,7 +106,7 @@ def ignore(_event: object) -> None:
         ("llama", {"refine": 2, "check_uniform": False}, 0.45),
         pytest.param(*("llama", {"allocator": "even", "tune": True}, 0.45), marks=pytest.mark.slow),
         pytest.param(*("bert", {"allocator": "even"}, 0.45), marks=pytest.mark.slow),
-        ("bert", {"metric": "output"}, 0.45),
+        pytest.param(*("bert", {"metric": "output"}, 0.45), marks=pytest.mark.slow),
     ],
 )
 def test_a_compression_never_has_more_on_the_disk_than_was_counted(
