@@ -300,6 +300,7 @@ def test_a_full_disk_ends_with_the_command_that_goes_on(
     assert sha256_of(out) == whole
 
 
+@pytest.mark.slow
 def test_neither_hash_seeds_nor_threads_nor_paths_change_a_byte(
     model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:

@@ -22,6 +22,8 @@ from tests.integration.test_resume_way import command, find_run, list_steps, sha
 #: batches of one row: of the calibrating ones five, so that shares differ
 ROWS = ["--samples", "5", "--batch-size", "1"]
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def forks() -> Iterator[Forks]:

@@ -95,6 +95,7 @@ def plain(tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return compress(tiny_model("llama"), tmp_path_factory.mktemp("plain") / "out", *words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["compressed-tensors", "packed", "dense"])
 def test_export_splits_weights_that_stay_the_same(form: str, plain: Path, tmp_path: Path) -> None:
     many, one = tmp_path / "many", tmp_path / "one"
@@ -108,6 +109,7 @@ def test_export_splits_weights_that_stay_the_same(form: str, plain: Path, tmp_pa
     assert count_bytes(many) > file.stat().st_size
 
 
+@pytest.mark.slow
 def test_shards_are_joined_again(plain: Path, tmp_path: Path) -> None:
     words = ("--format", "packed", "-o")
     many = call("export", plain, *words, tmp_path / "many", "--max-shard-size", "4kB")
@@ -116,6 +118,7 @@ def test_shards_are_joined_again(plain: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "one").glob("*.safetensors"))) == 1
 
 
+@pytest.mark.slow
 def test_gguf_is_one_file(plain: Path, tmp_path: Path) -> None:
     found = call(
         "export", plain, "--format", "gguf", "-o", tmp_path / "g", "--max-shard-size", "1GB"

@@ -26,7 +26,10 @@ from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.spilled import bound_compress, bound_pass
 from tests.conftest import TinyModel
 
-pytestmark = pytest.mark.usefixtures("same_process", "short_manual", "no_memory")
+pytestmark = [
+    pytest.mark.usefixtures("same_process", "short_manual", "no_memory"),
+    pytest.mark.slow,
+]
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=8, seqlen=64, batch_size=2)
 
 
