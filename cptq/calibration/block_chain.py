@@ -33,6 +33,7 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.replay import BlockReplay
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.spill import States
+from cptq.numerics.pairwise import add_where_known
 from cptq.types import Unit
 
 #: (batch, model output) -> the rows z that count, and the gradient by them that is pulled back
@@ -130,7 +131,7 @@ class BlockChain:
             gradient, *found = self._pull_back(block, entered[index], weights)
             assert gradient is not None
             self._now[index] = gradient
-            sums = [_add(total, part) for total, part in zip(sums, found, strict=True)]
+            sums = [add_where_known(total, part) for total, part in zip(sums, found, strict=True)]
         if not self._entered:  # nothing is before the first block
             self._now = States(self._spill)
         return sums
@@ -151,9 +152,3 @@ class BlockChain:
         for index in range(len(self._replay.batches)):
             self.batch = index
             yield index
-
-
-def _add(total: Tensor | None, part: Tensor | None) -> Tensor | None:
-    if total is None or part is None:
-        return part if total is None else total
-    return total.add_(part)

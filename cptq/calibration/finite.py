@@ -1,17 +1,8 @@
-"""Notice activations and gradients that are NaN or infinite."""
+"""Refuse activations and gradients that are NaN or infinite."""
 
 from __future__ import annotations
 
-import math
-
-from torch import Tensor
-
 from cptq.errors import CalibrationError
-
-
-def is_finite(X: Tensor) -> bool:
-    """Return whether no number is NaN or infinite; one pass, where `isfinite` takes several."""
-    return X.numel() == 0 or all(math.isfinite(float(end)) for end in X.detach().aminmax())
 
 
 def build_not_finite_error(what: str) -> CalibrationError:

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cptq.calibration.finite import build_not_finite_error, is_finite
+from cptq.calibration.finite import build_not_finite_error
 from cptq.calibration.row_sampler import RowSampler
 from cptq.checkpoint.model import LoadedModel
+from cptq.numerics.finite import is_finite
 from cptq.numerics.hessian import SecondMoment
 from cptq.types import LayerSpec, Unit
 

@@ -39,12 +39,13 @@ from torch import Tensor
 
 from cptq.calibration.batches import Batch, count_tokens, split_batches
 from cptq.calibration.block_chain import BlockChain, find_unit_blocks
-from cptq.calibration.finite import build_not_finite_error, is_finite
+from cptq.calibration.finite import build_not_finite_error
 from cptq.calibration.objective import Objective, mask_real_tokens
 from cptq.calibration.recorder import LayerActivations, LayerSample, Recorder, SampleRequest
 from cptq.calibration.row_sampler import RowSampler
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import CalibrationError
+from cptq.numerics.finite import is_finite
 from cptq.types import Emit, Notice, Progress, Unit
 
 #: token rows kept per layer

@@ -6,7 +6,6 @@ config.json names, except that weights which it would initialize randomly are an
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -48,6 +47,7 @@ from cptq.inference.compressed_tensors import METHOD as COMPRESSED_TENSORS
 from cptq.inference.compressed_tensors import UnsupportedError, read_groups
 from cptq.inference.modules import find_packed_modules
 from cptq.inference.native.library import has_library
+from cptq.numerics.finite import is_finite
 from cptq.types import Emit, Event, ModelKind, Notice, Progress, TensorSpec
 
 if TYPE_CHECKING:
@@ -463,8 +463,7 @@ def _extract_reason(error: Exception) -> str:
 
 def _refuse_not_finite(module: nn.Module, mapped: MappedFiles) -> None:
     for name, parameter in module.named_parameters():
-        ends = parameter.detach().aminmax() if parameter.numel() else ()
-        if not all(math.isfinite(float(end)) for end in ends):
+        if not is_finite(parameter):
             raise ModelError(
                 f"the weight {name} holds NaN or infinity, so no measurement would be meaningful",
                 hint="use a checkpoint whose weights are finite",

@@ -58,9 +58,14 @@ class Memory:
         fits = max(1, int(room * blocks / max(1, 6 * inner)))
         return None if fits >= blocks else fits
 
+    @property
+    def activations(self) -> int:
+        """Bytes that activations may take while they wait."""
+        return max(0, self.total - BASE) // 4
+
     def make_spill(self) -> Spill:
         """Return what keeps the activations of a run."""
-        return Spill(max(0, self.total - BASE) // 4, self.folder)
+        return Spill(self.activations, self.folder)
 
     def check(self, layers: tuple[LayerSpec, ...]) -> None:
         """Refuse a limit that was asked for and does not hold a single layer.

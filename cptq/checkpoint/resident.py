@@ -103,7 +103,7 @@ class Weight:
         self._users -= 1
         if not self._users and not self._pinned:
             self.current = None
-            self._set(self._absent)
+            self.place_absent()
 
     def pin(self) -> None:
         """Keep the values in memory for good, in a tensor of their own that may be changed."""
@@ -156,7 +156,7 @@ class ResidentWeights:
     def __init__(
         self, device: torch.device, dtype: torch.dtype, limit: int | None, files: MappedFiles
     ) -> None:
-        self._device, self._dtype = device, dtype
+        self._device, self.dtype = device, dtype
         self.limit = limit
         self._files = files
         self._weights: dict[int, Weight] = {}
@@ -188,14 +188,14 @@ class ResidentWeights:
 
     def _convert(self, tensor: Tensor) -> Tensor:
         floating = tensor.is_floating_point()
-        return tensor.to(self._device, self._dtype if floating else tensor.dtype)
+        return tensor.to(self._device, self.dtype if floating else tensor.dtype)
 
     def _take(self, part: nn.Module) -> list[Weight]:
         found = []
         for parameter in part.parameters():
             if parameter.ndim > 1 and parameter.is_floating_point():
                 if id(parameter) not in self._weights:
-                    weight = Weight(parameter, self._device, self._dtype)
+                    weight = Weight(parameter, self._device, self.dtype)
                     self._weights[id(parameter)] = weight
                 found.append(self._weights[id(parameter)])
         return found
@@ -220,8 +220,7 @@ class ResidentWeights:
     def leave(self, part: Part) -> None:
         """Say that a call of a part has ended."""
         part.users -= 1
-        if self.limit is not None:
-            self._make_room()
+        self._make_room()
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
@@ -294,24 +293,16 @@ class HeldForward:
 class _LookUp(HeldForward):
     """The forward of a plain embedding: rows are looked up where they are stored, and converted."""
 
-    def __init__(
-        self, resident: ResidentWeights, part: Part, own: Callable[..., Any], dtype: torch.dtype
-    ) -> None:
-        super().__init__(resident, part, own)
-        self._dtype = dtype
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         (weight,) = self.part.weights
         if weight.current is not None or not isinstance(weight.source, Tensor) or len(args) != 1:
             return super().__call__(*args, **kwargs)
-        return functional.embedding(args[0], weight.source).to(self._dtype)
+        return functional.embedding(args[0], weight.source).to(self._resident.dtype)
 
 
 def _wrap_forward(resident: ResidentWeights, part: Part, module: nn.Module) -> HeldForward:
-    own = module.forward
-    if type(module) is nn.Embedding and module.max_norm is None and len(part.weights) == 1:
-        return _LookUp(resident, part, own, resident._dtype)
-    return HeldForward(resident, part, own)
+    plain = type(module) is nn.Embedding and module.max_norm is None and len(part.weights) == 1
+    return (_LookUp if plain else HeldForward)(resident, part, module.forward)
 
 
 def find_weight(module: nn.Module, name: str = "weight") -> Weight | None:

@@ -204,7 +204,7 @@ def measure_layer(layer: CompressedLayer, W_OI: Tensor, H_II: Tensor | None) -> 
     Q_OI = dequantize_layer(layer, torch.float32)
     result = replace(
         layer.result,
-        weight_error=_divide(*map(compute_total, ((W_OI - Q_OI).square(), W_OI.square()))),
+        weight_error=_measure_weight_error(W_OI, Q_OI),
         output_error=None if H_II is None else _measure_output_error(W_OI, Q_OI, H_II),
         held_out=H_II is not None,
     )
@@ -236,7 +236,7 @@ def _compress(
     solution = solve_layer_problem(problem, method, float16_scales=float16_scales)
     codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
     Q_OI = dequantize(codes_OI, scale_OG, zero_OG, problem.mask_OI, dtype=torch.float32)
-    weight_error = _divide(*map(compute_total, ((W_OI - Q_OI).square(), W_OI.square())))
+    weight_error = _measure_weight_error(W_OI, Q_OI)
     output_error = None if error_II is None else _measure_output_error(target_OI, Q_OI, error_II)
     result = LayerResult(
         name=spec.name,
@@ -310,6 +310,11 @@ def _rescale_codes(codes_OI: Tensor, ratio_OG: Tensor, bits: int) -> Tensor:
 def _choose_moment(H_II: Tensor | None, held_out_II: Tensor | None) -> Tensor | None:
     """Return the moment to measure the output error on."""
     return H_II if held_out_II is None else held_out_II
+
+
+def _measure_weight_error(W_OI: Tensor, Q_OI: Tensor) -> float:
+    """Return |W - Q|^2 / |W|^2."""
+    return _divide(compute_total((W_OI - Q_OI).square()), compute_total(W_OI.square()))
 
 
 def _measure_output_error(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor) -> float:

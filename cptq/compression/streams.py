@@ -49,6 +49,7 @@ from cptq.checkpoint.ranks import ALONE, PARTS, Ranks
 from cptq.checkpoint.spill import Kept, States
 from cptq.errors import CalibrationError
 from cptq.numerics.asymmetric_target import CrossMoment
+from cptq.numerics.finite import is_finite
 from cptq.numerics.hessian import SecondMoment
 from cptq.numerics.pairwise import PairwiseSum, order_parts
 from cptq.types import Unit
@@ -349,7 +350,7 @@ class _Gathered:
         H_II = self._second.finish()
         C_II = self._cross.finish() if self._cross.tokens else None
         for X_II in (H_II, C_II):
-            if X_II is not None and not bool(torch.isfinite(X_II).all()):
+            if X_II is not None and not is_finite(X_II):
                 raise CalibrationError(
                     f"the inputs of {self._name} are NaN or infinite on the calibration text",
                     hint="try --dtype float32, or another --calibration text",

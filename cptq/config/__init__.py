@@ -1,6 +1,13 @@
 """The settings of a run: immutable values, filled by the command line, YAML files or programs."""
 
-from cptq.config.checks import ALLOWED_BITS, check_repository, parse_size, parse_sparsity
+from cptq.config.checks import (
+    ALLOWED_BITS,
+    check_repository,
+    parse_max_memory,
+    parse_shard_size,
+    parse_size,
+    parse_sparsity,
+)
 from cptq.config.inputs import DTYPES, CalibrationSettings, ModelSettings
 from cptq.config.options import Option, find_flag, list_options
 from cptq.config.running import (
@@ -73,6 +80,8 @@ __all__ = [
     "flat_fields",
     "list_options",
     "name_fields",
+    "parse_max_memory",
+    "parse_shard_size",
     "parse_size",
     "parse_sparsity",
     "read_file",

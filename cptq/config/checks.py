@@ -73,7 +73,11 @@ def parse_size(text: str, flag: str) -> int:
     return size
 
 
-def check_size(text: str | None, flag: str) -> None:
-    """Refuse what is no size; None was not given."""
-    if text is not None:
-        parse_size(text, flag)
+def parse_max_memory(text: str | None) -> int | None:
+    """Return the bytes of --max-memory, if it is given; raise as `parse_size`."""
+    return None if text is None else parse_size(text, "--max-memory")
+
+
+def parse_shard_size(text: str) -> int:
+    """Return the bytes of --max-shard-size; raise as `parse_size`."""
+    return parse_size(text, "--max-shard-size")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cptq.config.checks import check_limit, check_size
+from cptq.config.checks import check_limit, parse_max_memory
 from cptq.config.inputs import (
     DEFAULT_TASKS,
     ModelSettings,
@@ -82,7 +82,7 @@ class EvaluationSettings:
     def __post_init__(self) -> None:
         check_options(self)
         check_limit(self.limit)
-        check_size(self.max_memory, "--max-memory")
+        parse_max_memory(self.max_memory)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

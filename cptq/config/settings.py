@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
-from cptq.config.checks import check_bits, check_repository, check_size, parse_sparsity
+from cptq.config.checks import (
+    check_bits,
+    check_repository,
+    parse_max_memory,
+    parse_shard_size,
+    parse_sparsity,
+)
 from cptq.config.inputs import (
     CalibrationSettings,
     ModelSettings,
@@ -123,7 +129,7 @@ class CandidateSettings:
 
     def __post_init__(self) -> None:
         check_options(self)
-        check_size(self.max_memory, "--max-memory")
+        parse_max_memory(self.max_memory)
         runtime = find_runtime(self.runtime)
         check_bits(self.bits)
         runtime.check(self.bits, self.group_size)
@@ -335,7 +341,7 @@ class CompressSettings(CandidateSettings):
     def __post_init__(self) -> None:
         CandidateSettings.__post_init__(self)
         check_repository(self.push_to_hub)
-        check_size(self.max_shard_size, "--max-shard-size")
+        parse_shard_size(self.max_shard_size)
         if self.tune_minutes != DEFAULT_TUNE_MINUTES and not self.tune:
             raise UsageError("--tune-minutes has no effect without --tune", hint="add --tune")
         widths = (*find_runtime(self.runtime).list_vocabulary_bits(), 16)
@@ -368,7 +374,7 @@ class ExportSettings:
 
     def __post_init__(self) -> None:
         check_repository(self.push_to_hub)
-        check_size(self.max_shard_size, "--max-shard-size")
+        parse_shard_size(self.max_shard_size)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

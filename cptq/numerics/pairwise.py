@@ -65,7 +65,7 @@ class PairwiseSum:
         level = 0
         while self._waiting and self._waiting[-1][0] == level:
             _, earlier = self._waiting.pop()
-            part = _add(None if earlier is None else earlier.get(), part)
+            part = add_where_known(None if earlier is None else earlier.get(), part)
             level += 1
         self._waiting.append((level, None if part is None else self._keep(part)))
 
@@ -76,7 +76,8 @@ class PairwiseSum:
         return None if total is None else total.get()
 
 
-def _add(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+def add_where_known(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+    """Return the sum in the memory of `one`; the other where one of them is None."""
     if one is None or other is None:
         return other if one is None else one
     return one.add_(other)

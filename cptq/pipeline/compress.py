@@ -28,7 +28,7 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.ranks import ALONE, Ranks
 from cptq.compression.blockwise import Steps, compress_model
 from cptq.compression.trial_model import TrialModel
-from cptq.config import GROUND_TRUTH, CompressSettings, parse_size
+from cptq.config import GROUND_TRUTH, CompressSettings, parse_shard_size
 from cptq.errors import BudgetError, mark_kept
 from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
@@ -362,7 +362,7 @@ def write_artifact(
     )
     with recorder.stage("artifact"):
         sample = _build_sample(inputs)
-        most = parse_size(settings.max_shard_size, "--max-shard-size")
+        most = parse_shard_size(settings.max_shard_size)
         content = build_content(model, compressed.layers, recorder, most)
         with draft(
             inputs.out,

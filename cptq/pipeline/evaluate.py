@@ -18,7 +18,7 @@ from cptq.artifact.manifest import try_read_manifest
 from cptq.checkpoint.loader import load_model, read_spec
 from cptq.checkpoint.memory import choose_memory
 from cptq.checkpoint.model import LoadedModel
-from cptq.config import EvalSettings, ModelSettings, parse_size
+from cptq.config import EvalSettings, ModelSettings, parse_max_memory
 from cptq.data.overlap import decode_sketch
 from cptq.evaluation.baseline import add_flips, add_paired_differences
 from cptq.evaluation.divergence import StateComparer, StateRecorder
@@ -166,8 +166,8 @@ def measure_model(
 ) -> tuple[LoadedModel, Results]:
     """Load the model and measure it by each of its tasks."""
     with recorder.stage("load"):
-        asked = settings.max_memory and parse_size(settings.max_memory, "--max-memory")
-        model = load_model(prepared.settings, recorder, memory=choose_memory(asked or None))
+        memory = choose_memory(parse_max_memory(settings.max_memory))
+        model = load_model(prepared.settings, recorder, memory=memory)
     options = replace(_build_options(settings), observer=observer)
     results: list[EvalResult] = []
     with recorder.stage(stage), _choose_activations(settings, model, recorder):

@@ -12,7 +12,7 @@ from cptq.artifact.formats.interface import Format
 from cptq.artifact.hub import check_push, push
 from cptq.artifact.manifest import MANIFEST, TUNED
 from cptq.artifact.reader import StoredArtifact, open_artifact
-from cptq.config import ExportSettings, parse_size
+from cptq.config import ExportSettings, parse_shard_size
 from cptq.errors import UsageError
 from cptq.layouts.safetensors_header import SHARD_BYTES
 from cptq.types import Artifact, Emit, Notice
@@ -57,7 +57,7 @@ def export(settings: ExportSettings, emit: Emit) -> ExportOutcome:
 
 def _read_shard_bytes(settings: ExportSettings, form: Format) -> int:
     """Return --max-shard-size in bytes; refuse another than the usual where there is one file."""
-    most = parse_size(settings.max_shard_size, "--max-shard-size")
+    most = parse_shard_size(settings.max_shard_size)
     if most != SHARD_BYTES and not form.sharded:
         raise UsageError(
             f"--max-shard-size has no effect with --format {form.name}, which is one file",

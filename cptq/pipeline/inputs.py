@@ -35,7 +35,8 @@ from cptq.config import (
     CompressSettings,
     Runtime,
     find_runtime,
-    parse_size,
+    parse_max_memory,
+    parse_shard_size,
 )
 from cptq.errors import ModelError
 from cptq.layouts import Layout
@@ -220,7 +221,7 @@ def _build_search_space(
         taken = _take_vocabulary(model, offered, layout, runtime, emit)
     else:
         taken = [unit for unit in model.vocabulary if unit.name in plan.choices]
-    most = parse_size(settings.max_shard_size, "--max-shard-size")
+    most = parse_shard_size(settings.max_shard_size)
     cost = _build_cost(model, taken, layout, runtime, most)
     return SearchSpace(
         candidates=candidates,
@@ -405,8 +406,7 @@ def load_dense(
         UsageError: --max-memory does not hold a block of it.
     """
     folder = folder or (settings.out or Path("out")).expanduser().absolute().parent
-    asked = settings.max_memory and parse_size(settings.max_memory, "--max-memory")
-    memory = choose_memory(asked or None, folder, processes)
+    memory = choose_memory(parse_max_memory(settings.max_memory), folder, processes)
     with recorder.stage("load"):
         model = load_model(settings.model, recorder, conv1d=conv1d, experts=True, memory=memory)
     if model.quantized:
@@ -415,7 +415,6 @@ def load_dense(
             allowed="a dense checkpoint",
             hint="compress the model that it was made from; cptq eval takes artifacts",
         )
-    model.memory = memory
     report_memory(model, recorder)
     return model
 

@@ -33,7 +33,7 @@ def describe_memory(model: LoadedModel) -> MemoryFacts:
         total=memory.total,
         asked=memory.asked,
         weights=memory.weights,
-        activations=memory.make_spill().limit or 0,
+        activations=memory.activations,
         whole=sum(numels.values()) * model.dtype.itemsize,
         least=count_least(model.layers),
         held_whole=model.held_whole,

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from cptq.calibration.batches import (
     Split,
     choose_held_out_tokens,
@@ -29,6 +27,7 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
 from cptq.errors import CalibrationError, ModelError
+from cptq.numerics.finite import is_finite
 from cptq.sensitivity.metric import Compress, Context, Metric
 from cptq.sensitivity.path_metric import PATH_TOKENS, PathGradients, compute_path_gradients
 from cptq.sensitivity.rounding import NearestRounding
@@ -42,7 +41,7 @@ def check_model(model: LoadedModel) -> None:
     check_units(model)
     for unit in model.units:
         for layer in unit.layers:
-            if not bool(torch.isfinite(get_weight(model.linear(layer.name))).all()):
+            if not is_finite(get_weight(model.linear(layer.name))):
                 raise ModelError(
                     f"{layer.weight_name} holds NaN or infinity",
                     hint="the checkpoint is damaged: download or save it again",

@@ -64,6 +64,12 @@ class Forks:
         self.process.communicate()
 
 
+def place_text_beside(model: Path) -> Path:
+    """Write the text that calibrates beside a model, as `text.txt`; return the model."""
+    (model.parent / "text.txt").write_text(TEXT)
+    return model
+
+
 def _serve() -> None:
     import torch
 

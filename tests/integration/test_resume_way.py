@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import TinyModel
-from tests.integration.forks import TEXT, Forks
+from tests.integration.forks import TEXT, Forks, place_text_beside
 
 SMALL = [*("--samples", "4", "--seqlen", "64", "--batch-size", "2", "--target", "3.5bit")]
 SMALL += ["--group-size", "16"]
@@ -41,9 +41,7 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture(scope="module")
 def model(tiny_model: TinyModel) -> Path:
-    path = tiny_model("llama")
-    (path.parent / "text.txt").write_text(TEXT)
-    return path
+    return place_text_beside(tiny_model("llama"))
 
 
 def sha256_of(artifact: Path) -> dict[str, str]:

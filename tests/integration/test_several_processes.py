@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import TinyModel
-from tests.integration.forks import TEXT, Forks
+from tests.integration.forks import Forks, place_text_beside
 from tests.integration.test_resume_way import command, find_run, list_steps, sha256_of, wait_for
 
 #: batches of one row: of the calibrating ones five, so that shares differ
@@ -34,9 +34,7 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture(scope="module")
 def model(tiny_model: TinyModel) -> Path:
-    path = tiny_model("llama")
-    (path.parent / "text.txt").write_text(TEXT)
-    return path
+    return place_text_beside(tiny_model("llama"))
 
 
 @pytest.fixture(scope="module")
