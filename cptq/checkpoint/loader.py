@@ -180,7 +180,7 @@ def load_model(
     if quantized or plain:
         module.to(device)
     else:
-        resident = ResidentWeights(device, dtype, memory.weights if memory else None, mapped)
+        resident = ResidentWeights(device, dtype, _limit_weights(memory, device), mapped)
         resident.manage(module, list_parts(module, family))
         module.config.dtype = dtype
     tensors = (
@@ -210,6 +210,13 @@ def load_model(
         units=found.units,
         vocabulary=found.vocabulary,
     )
+
+
+def _limit_weights(memory: Memory | None, device: torch.device) -> int | None:
+    """Return the bytes that matrices may take; a GPU has memory of its own, so none by default."""
+    if memory is None or (device.type != "cpu" and not memory.asked):
+        return None
+    return memory.weights
 
 
 def read_spec(settings: ModelSettings, emit: Emit) -> ModelSpec:

@@ -12,7 +12,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from cptq.checkpoint.loader import AUTO_CLASSES, load_model
+from cptq.checkpoint.loader import AUTO_CLASSES, _limit_weights, load_model
 from cptq.checkpoint.memory import BASE, Memory
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.resident import HeldForward, find_weight
@@ -265,3 +265,11 @@ def test_constants_are_computed_in_the_type_of_the_run(tmp_path: Path) -> None:
         wanted = stock.eval()(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
     for memory in (None, NOTHING):
         assert torch.equal(run(opened(tmp_path / "m", memory)), wanted)
+
+
+def test_the_memory_of_the_machine_does_not_limit_a_gpu_unless_it_is_asked_for() -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert _limit_weights(None, cpu) is None
+    assert _limit_weights(Memory(total=BASE + 30), cpu) == 10
+    assert _limit_weights(Memory(total=BASE + 30), gpu) is None
+    assert _limit_weights(Memory(total=BASE + 30, asked=True), gpu) == 10
