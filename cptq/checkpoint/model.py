@@ -110,6 +110,12 @@ class LoadedModel(ModelSpec):
         return self.resident is None or self.resident.limit is None
 
     @property
+    def hidden_size(self) -> int:
+        """The width of a hidden state: that of the config, or what the first linear reads."""
+        width = getattr(self.config.get_text_config(), "hidden_size", None)
+        return width if isinstance(width, int) else self.units[0].layers[0].shape[1]
+
+    @property
     def all_units(self) -> tuple[Unit, ...]:
         """Everything that a plan may decide on."""
         return (*self.units, *self.vocabulary)

@@ -3,6 +3,8 @@
     spill = Spill(limit, folder)
     kept = spill.keep(x)        # x may be let go of
     kept.get()                  # the same values
+    parked = spill.park(x)      # x is empty now, whoever holds it
+    parked.restore()            # x has its values again
 
 A file holds one tensor, has no name that outlives the process (a directory of its own is removed at
 the end; after a kill it is inside the folder that was given), and goes as soon as nothing refers to
@@ -11,6 +13,7 @@ what was kept. Values are exact. Limits: tensors on a GPU stay there and are not
 
 from __future__ import annotations
 
+import ctypes
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
@@ -41,9 +44,23 @@ class Spill:
             return Kept(self, tensor.detach())
         self._count += 1
         path = Path(self._open_directory()) / f"{self._count}.bin"
-        flat = tensor.detach().contiguous().reshape(-1)
-        flat.view(torch.uint8).numpy().tofile(path)
+        whole = tensor.detach().contiguous()
+        path.write_bytes(_view_bytes(whole))
         return Kept(self, None, path, tensor)
+
+    def park(self, tensor: Tensor) -> Parked | None:
+        """Empty a tensor that others hold too, and do not read, until it is restored.
+
+        Returns:
+            None where it stays as it is: there is room for it, or its memory is not its own.
+        """
+        storage = tensor.untyped_storage()
+        fits = self.limit is None or self.in_memory + tensor.nbytes <= self.limit
+        if fits or tensor.device.type != "cpu" or not storage.resizable():
+            return None
+        if storage.nbytes() != tensor.nbytes or not tensor.is_contiguous():
+            return None
+        return Parked(tensor, self.keep(tensor))
 
     def _open_directory(self) -> str:
         if self._directory is None:
@@ -79,6 +96,20 @@ class States:
         return (kept.get() for kept in self._kept)
 
 
+class Parked:
+    """A tensor whose memory was taken, with its values."""
+
+    def __init__(self, tensor: Tensor, kept: Kept) -> None:
+        self._tensor, self._kept = tensor, kept
+        self._size = tensor.untyped_storage().nbytes()
+        tensor.untyped_storage().resize_(0)
+
+    def restore(self) -> None:
+        """Give the tensor its memory and its values again."""
+        self._tensor.untyped_storage().resize_(self._size)
+        self._kept.read_into(self._tensor)
+
+
 class Kept:
     """A tensor that was kept."""
 
@@ -102,11 +133,24 @@ class Kept:
         """Return the tensor; from a file a new one each time."""
         if self._tensor is not None:
             return self._tensor
-        assert self._path is not None
         values = torch.empty(self._shape, dtype=self._dtype)
-        with self._path.open("rb") as stream:
-            stream.readinto(values.reshape(-1).view(torch.uint8).numpy().data)
+        self.read_into(values)
         return values
+
+    def read_into(self, values: Tensor) -> None:
+        """Read a file into a tensor of its shape and type."""
+        assert self._path is not None
+        with self._path.open("rb") as stream:
+            stream.readinto(_view_bytes(values))
+
+
+def _view_bytes(tensor: Tensor) -> memoryview:
+    """Return the memory of a contiguous tensor, which must be held meanwhile.
+
+    Not by NumPy, after which a tensor could not be parked.
+    """
+    kind = ctypes.c_char * tensor.nbytes
+    return memoryview(kind.from_address(tensor.data_ptr()) if tensor.nbytes else kind()).cast("B")
 
 
 def _give_back(spill: Spill, size: int) -> None:

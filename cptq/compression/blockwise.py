@@ -27,29 +27,27 @@ way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
+from torch import Tensor
 
 from cptq.calibration.batches import Batch
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.ranks import ALONE, Ranks
-from cptq.checkpoint.weights import make_weight
+from cptq.checkpoint.weights import get_weight, make_weight
 from cptq.compression import COMPRESSORS, CORRECTING, WITHOUT_ACTIVATIONS
 from cptq.compression.layer import compress_module
 from cptq.compression.streams import Moments, Stream, embed_batches
 from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
+from cptq.numerics.asymmetric_target import compute_asymmetric_targets
 from cptq.numerics.grid import dequantize_layer
 from cptq.types import CompressedLayer, Emit, LayerSpec, Notice, Plan, Progress, Unit
-
-#: compresses a layer in place
-_Task = tuple[LayerSpec, Callable[[], CompressedLayer]]
 
 #: names of the steps outside the blocks
 EMBEDDING, HEAD = "embedding", "head"
@@ -194,8 +192,8 @@ class _CarryingOut:
         if EMBEDDING in self._done:
             self._restore(EMBEDDING)
             return
-        tasks = [self._prepare_outer(unit, None, None) for unit in self._embeddings]
-        self._save(EMBEDDING, self._do(tasks))
+        nothing = {unit.name: Moments(H_II=None) for unit in self._embeddings}
+        self._save(EMBEDDING, self._compress_stage(self._embeddings, nothing, {}))
 
     def _compress_block(self, block: int, calibrating: Stream, judging: Stream | None) -> None:
         model, plan, name = self._model, self._plan, name_block(block)
@@ -213,7 +211,7 @@ class _CarryingOut:
         made: list[CompressedLayer] = []
         # strict: asks the walks for one more than there is, so that they go on to the block's end
         for stage, own, other in zip(stages, owns, others, strict=True):
-            made += self._do(self._prepare(stage, own, other))
+            made += self._compress_stage(stage, own, other)
         self._save(name, made)
 
     def _compress_heads(self, calibrating: Stream, judging: Stream | None) -> None:
@@ -221,48 +219,66 @@ class _CarryingOut:
         for unit in self._heads:
             self._emit(Progress(stage="compress", done=total, total=total, message=unit.name))
             reads = self._compressor not in WITHOUT_ACTIVATIONS
-            at_head = calibrating.collect_head() if reads else None
-            judged = judging.collect_head() if reads and judging else None
-            made += self._do([self._prepare_outer(unit, at_head, judged)])
+            own = calibrating.collect_head() if reads else Moments(H_II=None)
+            other = {unit.name: judging.collect_head()} if reads and judging else {}
+            made += self._compress_stage([unit], {unit.name: own}, other)
         self._save(HEAD, made)
 
-    def _prepare(
-        self, units: Sequence[Unit], own: Mapping[str, Moments], other: Mapping[str, Moments]
-    ) -> list[_Task]:
-        """Return the tasks of compressing the layers of a stage, from the moments of its units."""
-        tasks = []
+    def _compress_stage(
+        self, units: Sequence[Unit], own: dict[str, Moments], other: dict[str, Moments]
+    ) -> list[CompressedLayer]:
+        """Compress layers in place, each in one of the processes, and report their notes.
+
+        The moments of a unit are taken out of `own` and `other`, and go when it is done.
+        """
+        specs = [spec for unit in units for spec in unit.layers]
+        costs = [_estimate_cost(spec) for spec in specs]
+        owners = dict(zip((spec.name for spec in specs), self._ranks.assign(costs), strict=True))
+        made: dict[str, CompressedLayer] = {}
         for unit in units:
-            found, judged = own[unit.name], other.get(unit.name)
-            for spec in unit.layers:
-                tasks.append(self._make_task(unit, spec, found, judged, cross_II=found.C_II))
-        return tasks
+            mine = [spec for spec in unit.layers if owners[spec.name] == self._ranks.index]
+            made |= self._compress_unit(unit, mine, own.pop(unit.name), other.pop(unit.name, None))
+        return [self._share(spec, made.get(spec.name), owners[spec.name]) for spec in specs]
 
-    def _prepare_outer(self, unit: Unit, own: Moments | None, other: Moments | None) -> _Task:
-        """Return the task of compressing a unit of the vocabulary."""
-        (spec,) = unit.layers
-        method = choose_compressor(unit, self._compress.keywords["method"])
-        return self._make_task(unit, spec, own, other, method=method)
+    def _compress_unit(
+        self, unit: Unit, specs: Sequence[LayerSpec], own: Moments, other: Moments | None
+    ) -> dict[str, CompressedLayer]:
+        """Compress some layers of a unit in place; return {layer: what became of it}."""
+        H_II, held_out_II = own.H_II, None if other is None else other.H_II
+        targets = self._find_targets(specs, own)
+        del own, other  # C_II is not needed any more, and as large as what a factorization needs
+        method, candidate = self._compress.keywords["method"], self._plan.choices[unit.name]
+        if unit.block is None:
+            method = choose_compressor(unit, method)
+        made = {}
+        for spec in specs:
+            made[spec.name] = self._compress(
+                self._model.linear(spec.name),
+                spec,
+                H_II,
+                candidate,
+                method=method,
+                target_OI=targets.pop(spec.name, None),
+                held_out_II=held_out_II,
+            )
+        return made
 
-    def _make_task(
-        self, unit: Unit, spec: LayerSpec, own: Moments | None, other: Moments | None, **more: Any
-    ) -> _Task:
-        H_II, held_out_II = (None if found is None else found.H_II for found in (own, other))
-        asked = self._model.linear(spec.name), spec, H_II, self._plan.choices[unit.name]
-        return spec, partial(self._compress, *asked, held_out_II=held_out_II, **more)
+    def _find_targets(self, specs: Sequence[LayerSpec], own: Moments) -> dict[str, Tensor]:
+        """Return {layer: weight to come near to} where that is not the dense one."""
+        if own.H_II is None or own.C_II is None or not specs:
+            return {}
+        weights = [get_weight(self._model.linear(spec.name)).float() for spec in specs]
+        targets = compute_asymmetric_targets(weights, own.H_II, own.C_II)
+        return {spec.name: target for spec, target in zip(specs, targets, strict=True)}
 
-    def _do(self, tasks: Sequence[_Task]) -> list[CompressedLayer]:
-        """Compress layers in place, each in one of the processes, and report their notes."""
-        owners = self._ranks.assign([_estimate_cost(spec) for spec, _ in tasks])
-        shared = list(zip(tasks, owners, strict=True))
-        own = {spec.name: run() for (spec, run), owner in shared if owner == self._ranks.index}
-        done = []
-        for (spec, _), owner in shared:
-            done.append(self._ranks.share(own.get(spec.name), owner))
-            if spec.name not in own:
-                restore_layers(self._model, done[-1:])
-            for note in done[-1].result.notes:
-                self._emit(Notice(kind="fallback", subject=spec.name, message=note))
-        return done
+    def _share(self, spec: LayerSpec, made: CompressedLayer | None, owner: int) -> CompressedLayer:
+        """Return a layer that one of the processes has compressed."""
+        layer = self._ranks.share(made, owner)
+        if made is None:
+            restore_layers(self._model, [layer])
+        for note in layer.result.notes:
+            self._emit(Notice(kind="fallback", subject=spec.name, message=note))
+        return layer
 
 
 def _estimate_cost(spec: LayerSpec) -> float:

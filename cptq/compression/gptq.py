@@ -17,7 +17,8 @@ An asymmetric grid has its zero points fitted with the scales. Under a mask the 
 leaves out are projected onto 0 and the others make up for it: SparseGPT's update (arXiv 2301.00774)
 with the mask chosen beforehand.
 
-Cost: three factorisations of in^3 / 3 and the sweep, out * in^2. Limit: memory for H, in^2 floats.
+Cost: a factorisation of in^3 / 3, its inverse and the sweep, out * in^2. Memory: H, and its factor
+or its damped copy, in^2 floats each.
 Where H cannot be factored even with full damping, the layer is rounded to nearest, with a note.
 Without H the inputs count as independent and equal.
 """
@@ -43,9 +44,9 @@ DAMPING = 0.01
 #: what an error at a dead input counts where scales are fitted, relative to one at a live input: so
 #: little that live inputs lose nothing, and enough for a group of dead inputs to be fitted
 DEAD_SHARE = 1e-3
-#: outputs that are solved at once: a vocabulary has hundreds of thousands, and every step of the
-#: sweep holds some copies of their weights
-ROWS = 8192
+#: weights that are rounded at once, and the least number of outputs: every step of the sweep holds
+#: some copies of them
+CHUNK, LEAST_ROWS = 1 << 23, 1024
 #: of an expert to which no token was routed, say
 UNSEEN = "no calibration token reaches it: rounded to nearest"
 
@@ -60,31 +61,35 @@ def compress(problem: LayerProblem) -> LayerSolution:
         return replace(nearest.compress(problem), notes=(UNSEEN,))
     order_I = H_II.diagonal().argsort(descending=True, stable=True)
     asked = DAMPING if problem.damping is None else problem.damping
-    U_II, used = factor_damped_inverse(H_II[order_I.unsqueeze(1), order_I], asked)
+    U_II, used = factor_damped_inverse(H_II, asked, order_I)
     if U_II is None:
         solution = nearest.compress(problem)
         note = "the Hessian could not be factored even with full damping: rounded to nearest"
         return replace(solution, notes=(note,))
     notes = (f"damping raised from {asked:g} to {used:g}",) if used != asked else ()
-    damped_II = add_damping(H_II, used, dead_share=DEAD_SHARE)
-    parts = [_solve_rows(rows, U_II, order_I, dead_I, damped_II) for rows in _split_rows(problem)]
-    codes, scales, zeros = zip(*parts, strict=True)
+    rounded = [_round_rows(rows, U_II, order_I, dead_I) for rows in _split_rows(problem)]
+    codes, scales, zeros = zip(*rounded, strict=True)
     zero_OG = None if zeros[0] is None else torch.cat(zeros)
-    return LayerSolution(
-        codes_OI=torch.cat(codes), scale_OG=torch.cat(scales), zero_OG=zero_OG, notes=notes
-    )
+    codes_OI, scale_OG = torch.cat(codes), torch.cat(scales)
+    if not problem.float8:
+        del U_II  # no more than one other matrix beside H at a time
+        scale_OG = _refit(
+            problem, add_damping(H_II, used, dead_share=DEAD_SHARE), codes_OI, scale_OG, zero_OG
+        )
+    return LayerSolution(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, notes=notes)
 
 
 def _split_rows(problem: LayerProblem) -> Iterator[LayerProblem]:
     """Yield the problem of some outputs after the other: none depends on another's."""
-    for start in range(0, len(problem.W_OI), ROWS):
-        rows = slice(start, start + ROWS)
+    count = max(LEAST_ROWS, CHUNK // problem.W_OI.shape[1])
+    for start in range(0, len(problem.W_OI), count):
+        rows = slice(start, start + count)
         mask_OI = None if problem.mask_OI is None else problem.mask_OI[rows]
         yield replace(problem, W_OI=problem.W_OI[rows], mask_OI=mask_OI)
 
 
-def _solve_rows(
-    problem: LayerProblem, U_II: Tensor, order_I: Tensor, dead_I: Tensor, damped_II: Tensor
+def _round_rows(
+    problem: LayerProblem, U_II: Tensor, order_I: Tensor, dead_I: Tensor
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return codes, scales and zero points of some outputs."""
     W_OI = problem.W_OI
@@ -93,13 +98,21 @@ def _solve_rows(
         return codes_OI, torch.ones_like(W_OI[:, :1]), None
     cost_I = _compute_error_cost(U_II, order_I, dead_I)
     scale_OG, zero_OG = _fit_grid(W_OI, cost_I, problem)
-    codes_OI = _sweep(W_OI, U_II, order_I, scale_OG, zero_OG, problem)
+    return _sweep(W_OI, U_II, order_I, scale_OG, zero_OG, problem), scale_OG, zero_OG
+
+
+def _refit(
+    problem: LayerProblem,
+    damped_II: Tensor,
+    codes_OI: Tensor,
+    scale_OG: Tensor,
+    zero_OG: Tensor | None,
+) -> Tensor:
+    """Return the scales (out, groups) that serve the codes best."""
     steps_OI = codes_OI if zero_OG is None else _count_steps(codes_OI, zero_OG)
     limited_OG = _limit_precision(zero_OG, problem)
-    scale_OG = refit_scales(
-        W_OI, damped_II, steps_OI, scale_OG, limited_OG, scale_dtype=problem.scale_dtype
-    )
-    return codes_OI, scale_OG, zero_OG
+    stored = problem.scale_dtype
+    return refit_scales(problem.W_OI, damped_II, steps_OI, scale_OG, limited_OG, scale_dtype=stored)
 
 
 def _fit_grid(W_OI: Tensor, cost_I: Tensor, problem: LayerProblem) -> Grid:

@@ -29,7 +29,6 @@ from cptq.checkpoint.weights import get_scale_type, get_weight, set_weight
 from cptq.layouts import Layout
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import TWO_OF_FOUR
-from cptq.numerics.asymmetric_target import compute_asymmetric_target
 from cptq.numerics.grid import (
     count_scale_bits,
     dequantize,
@@ -42,6 +41,8 @@ from cptq.numerics.reproducible import compute_total
 from cptq.numerics.scale_grids import ScaleType
 from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec
 
+#: weights whose errors are measured at once
+CHUNK = 1 << 22
 #: the smallest and largest bfloat16 all of whose neighbours inside are float16 as well
 LEAST, MOST = 2.0**-17, 65280.0
 
@@ -130,19 +131,19 @@ def compress_module(
     layout: Layout,
     *,
     dtype: torch.dtype,
-    cross_II: Tensor | None = None,
+    target_OI: Tensor | None = None,
     held_out_II: Tensor | None = None,
     float16_scales: bool = False,
 ) -> CompressedLayer:
     """Compress a layer in place: the module then computes with the compressed weight.
 
-    `dtype` is the type in which the weight is multiplied out. `cross_II`: E[(x - x^) x^^T] of the
-    inputs in the dense model, x, and as they are, x^; where it is given the layer makes up for part
-    of the difference (`numerics.asymmetric_target`). The rest as in `compress_layer`.
+    `dtype` is the type in which the weight is multiplied out. `target_OI`: the weight to
+    come near to instead of the dense one (`numerics.asymmetric_target`). The rest as in
+    `compress_layer`.
     """
     asked = spec, get_weight(module).float(), H_II, candidate, method, layout
     error_II, held_out = _choose_moment(H_II, held_out_II), held_out_II is not None
-    layer, Q_OI = _compress(*asked, float16_scales, error_II, held_out, cross_II)
+    layer, Q_OI = _compress(*asked, float16_scales, error_II, held_out, target_OI)
     set_weight(module, _convert(layer, Q_OI, dtype))
     return layer
 
@@ -221,17 +222,16 @@ def _compress(
     float16_scales: bool,
     error_II: Tensor | None,
     held_out: bool,
-    cross_II: Tensor | None = None,
+    target_OI: Tensor | None = None,
 ) -> tuple[CompressedLayer, Tensor]:
     """Return the compressed layer and its weight (out, in), multiplied out in float32.
 
     The output error is measured on `error_II`, which is that of `held_out` inputs or of those that
-    calibrate, and relative to the target, which is W but for a `cross_II`.
+    calibrate, and relative to the target, which is W where none is given.
     """
     began = time.perf_counter()
-    target_OI = W_OI
-    if H_II is not None and cross_II is not None:
-        target_OI = compute_asymmetric_target(W_OI, H_II, cross_II)
+    if target_OI is None:
+        target_OI = W_OI
     problem = build_layer_problem(spec, target_OI, H_II, candidate)
     solution = solve_layer_problem(problem, method, float16_scales=float16_scales)
     codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
@@ -314,21 +314,30 @@ def _choose_moment(H_II: Tensor | None, held_out_II: Tensor | None) -> Tensor | 
 
 def _measure_weight_error(W_OI: Tensor, Q_OI: Tensor) -> float:
     """Return |W - Q|^2 / |W|^2."""
-    return _divide(compute_total((W_OI - Q_OI).square()), compute_total(W_OI.square()))
+    lost = _sum_rows(lambda W_RI, Q_RI: (W_RI - Q_RI).square(), W_OI, Q_OI)
+    return _divide(lost, _sum_rows(torch.square, W_OI))
 
 
 def _measure_output_error(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor) -> float:
     """Return the relative squared error of the output."""
-    return _divide(_compute_energy(W_OI - Q_OI, H_II), _compute_energy(W_OI, H_II))
+
+    def compute_energy(W_RI: Tensor) -> Tensor:
+        """Return what adds up to E|x W^T|^2 for inputs with second moment H."""
+        return (W_RI @ H_II).mul_(W_RI)
+
+    lost = _sum_rows(lambda W_RI, Q_RI: compute_energy(W_RI - Q_RI), W_OI, Q_OI)
+    return _divide(lost, _sum_rows(compute_energy, W_OI))
 
 
-def _compute_energy(W_OI: Tensor, H_II: Tensor) -> Tensor:
-    """Return E|x W^T|^2 for inputs with second moment H."""
-    return compute_total((W_OI @ H_II) * W_OI)
+def _sum_rows(compute: Callable[..., Tensor], *matrices: Tensor) -> float:
+    """Return the total of what is computed of some rows of matrices (out, in) after the other."""
+    rows = max(1, CHUNK // matrices[0].shape[1])
+    parts = zip(*(matrix.split(rows) for matrix in matrices), strict=True)
+    return sum(float(compute_total(compute(*part))) for part in parts)
 
 
-def _divide(part: Tensor, whole: Tensor) -> float:
-    return float(part) / float(whole) if float(whole) > 0 else 0.0
+def _divide(part: float, whole: float) -> float:
+    return part / whole if whole > 0 else 0.0
 
 
 def _group_note(candidate: Candidate, group: int, spec: LayerSpec) -> tuple[str, ...]:

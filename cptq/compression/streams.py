@@ -15,10 +15,10 @@ weights.
 
 A walk is one pass where it can be: each batch runs in a greenlet, stops where a unit is about to
 read its input, waits until that unit is compressed, and goes on with the new weight. So nothing is
-run twice. Where the units of a block are not called once each in the order of the stages (experts,
-a linear used twice), or a stage is all there is, or memory does not hold what waits, every stage
-has a pass of its own, and another follows that hands on what the compressed block gives. Both give
-the same numbers.
+run twice. The input of the unit goes to disk meanwhile, where memory is short. Where the units of a
+block are not called once each in the order of the stages (experts, a linear used twice), or a stage
+is all there is, or memory does not hold the rest of what waits, every stage has a pass of its own,
+and another follows that hands on what the compressed block gives. Both give the same numbers.
 
 Several processes (`checkpoint.ranks`) take a share of the batches each, and add up what they have
 summed. That is done in parts of the text, which are the same for any number of them
@@ -37,6 +37,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from greenlet import getcurrent, greenlet
@@ -46,7 +47,7 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.replay import BlockReplay, forward
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.ranks import ALONE, PARTS, Ranks
-from cptq.checkpoint.spill import Kept, States
+from cptq.checkpoint.spill import Kept, Parked, States
 from cptq.errors import CalibrationError
 from cptq.numerics.asymmetric_target import CrossMoment
 from cptq.numerics.finite import is_finite
@@ -57,24 +58,24 @@ from cptq.types import Unit
 #: batches that the dense stream takes, which give C. KL of smollm2-135m at 3 bits: all 0.0243, half
 #: 0.0244, a quarter 0.0253, for 605, 485 and 398 processor seconds
 DENSE_SHARE = 0.5
-#: bytes per token and feature of the widest layer that a batch holds while it waits in a block
-WAITING = 3 * 4
+#: bytes per token and feature of the hidden state that a batch holds while it waits in a block: the
+#: state and what is made of it, beside the input of the unit, which can go to disk
+WAITING = 2 * 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Moments:
-    """H_II of the inputs of a unit and, where it can be measured, C_II."""
+    """H_II of the inputs of a unit, None where none are read, and C_II where it can be measured."""
 
-    H_II: Tensor
+    H_II: Tensor | None
     C_II: Tensor | None = None
 
 
 def can_wait(model: LoadedModel, batches: Sequence[Batch]) -> bool:
     """Whether what all batches hold while they wait in a block fits into memory."""
     limit = model.spill.limit
-    widths = [max(spec.shape) for spec in model.layers if spec.block is not None]
-    tokens = sum(batch["input_ids"].numel() for batch in batches)
-    return limit is None or WAITING * tokens * max(widths, default=0) <= limit
+    positions = sum(batch["input_ids"].numel() for batch in batches)
+    return limit is None or WAITING * positions * model.hidden_size <= limit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -143,7 +144,9 @@ def measure_head_moment(
                 with suppress(_SeenAll):
                     forward(model, batch) if run is None else run(index)
             gathered.end_part()
-    return gathered.join().H_II
+    H_II = gathered.join().H_II
+    assert H_II is not None
+    return H_II
 
 
 class Stream:
@@ -239,6 +242,12 @@ class Stream:
             greenlet(partial(self._run_block, block, index)) for index in range(len(self._hidden))
         ]
         own = set(passes)
+        parked: dict[int, Parked | None] = {}
+
+        def go_on(index: int) -> Any:
+            if (inputs := parked.pop(index, None)) is not None:
+                inputs.restore()
+            return passes[index].switch()
 
         def wait(unit_name: str, x: Tensor) -> None:
             if getcurrent() in own:  # else it is another stream's pass
@@ -249,15 +258,26 @@ class Stream:
                 gathered = self._gather(unit)
                 for part in self._parts:
                     for index in part:
-                        name, x = passes[index].switch()
+                        name, x = go_on(index)
                         assert name == unit.name, f"{name} was called before {unit.name}"
                         dense = self._find_dense_rows(unit.name, index, 0)
                         gathered.add(select_real_rows(x, self._masks[index]), dense)
+                        parked[index] = self._park(x, index)
                     gathered.end_part()
                 self._read.pop(unit.name, None)
                 yield {unit.name: gathered.join()}
-            for index, run in enumerate(passes):
-                self._hidden[index] = run.switch()
+            for index in range(len(passes)):
+                self._hidden[index] = go_on(index)
+
+    def _park(self, x: Tensor, index: int) -> Parked | None:
+        """Move the input of a unit to disk, where memory is short, until its batch goes on.
+
+        Not the hidden state itself, as others may hold it.
+        """
+        state = self._hidden[index]
+        if x.untyped_storage().data_ptr() == state.untyped_storage().data_ptr():
+            return None
+        return self._model.spill.park(x)
 
     def _run_block(self, block: int, index: int) -> Tensor:
         arguments = self._replay.take_arguments(block, self._hidden[index], index)

@@ -13,8 +13,9 @@ factorization fails it grows tenfold up to `MOST_DAMPING`, and `factor_damped_in
 damping used, for the report.
 
 Cost: n * in^2 multiply-adds per batch, less a third of them: X^T X is symmetric, so it is summed
-in panels of columns, each from its diagonal on. Then three in^3 / 3 factorizations. float32
-throughout; products of float16 activations are never summed in float16.
+in panels of columns, each from its diagonal on. Then in^3 / 3 for the factor and in^3 / 6 for its
+inverse, both in the memory of one copy of H. float32 throughout; products of float16 activations
+are never summed in float16.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cptq.numerics.cholesky import factor_in_place
+from cptq.numerics.cholesky import factor_in_place, invert_in_place
+from cptq.numerics.finite import is_finite
 from cptq.numerics.pairwise import MatrixSum
 
 #: largest damping that is tried
@@ -31,6 +33,8 @@ MOST_DAMPING = 1.0
 PANELS = 4
 #: features of the narrowest panel
 LEAST_PANEL = 64
+#: rows from either end that are exchanged at once
+FLIPPED = 256
 
 
 class SecondMoment(MatrixSum):
@@ -79,7 +83,10 @@ def add_damping(H_II: Tensor, damping: float, *, dead_share: float = 1.0) -> Ten
     `dead_share`: share of that mean that a dead input gets.
     """
     mean = compute_live_mean(H_II)
-    H_II = H_II.clone()
+    return _damp_in_place(H_II.clone(), damping, mean, dead_share)
+
+
+def _damp_in_place(H_II: Tensor, damping: float, mean: Tensor, dead_share: float = 1.0) -> Tensor:
     diagonal_I = H_II.diagonal()
     diagonal_I[find_dead_inputs(H_II)] = mean * dead_share
     diagonal_I += damping * mean
@@ -102,26 +109,47 @@ def factor_inverse(H_II: Tensor) -> Tensor | None:
 
 
 def _factor_inverse_of_flipped(flipped_II: Tensor) -> Tensor | None:
-    """Return U as `factor_inverse` does; the matrix is overwritten."""
+    """Return U as `factor_inverse` does, in the memory of the matrix."""
     L_II = factor_in_place(flipped_II)
-    if L_II is None or not bool(torch.isfinite(L_II).all()):
+    if L_II is None or not is_finite(L_II):
         return None
-    inverse_II = torch.eye(L_II.shape[0], dtype=L_II.dtype, device=L_II.device)
-    torch.linalg.solve_triangular(L_II, inverse_II, upper=False, out=inverse_II)
-    U_II: Tensor = inverse_II.flip(0, 1)
-    return U_II
+    return _flip_in_place(invert_in_place(L_II))
 
 
-def factor_damped_inverse(H_II: Tensor, damping: float) -> tuple[Tensor | None, float]:
+def _flip_in_place(X_II: Tensor) -> Tensor:
+    """Reverse rows and columns, a few rows from either end at once."""
+    size = len(X_II)
+    for start in range(0, size // 2, FLIPPED):
+        end = min(start + FLIPPED, size // 2)
+        upper, lower = X_II[start:end], X_II[size - end : size - start]
+        turned = upper.flip(0, 1)
+        upper.copy_(lower.flip(0, 1))
+        lower.copy_(turned)
+    if size % 2:
+        X_II[size // 2] = X_II[size // 2].flip(0)
+    return X_II
+
+
+def factor_damped_inverse(
+    H_II: Tensor, damping: float, order_I: Tensor | None = None
+) -> tuple[Tensor | None, float]:
     """Return the factor with the least damping that works.
+
+    Args:
+        H_II: the Hessian, not changed.
+        damping: share of the mean diagonal to begin with.
+        order_I: the order of the inputs in U; as in H without.
 
     Returns:
         (U, damping used); U is None when even `MOST_DAMPING` does not help.
     """
+    if order_I is None:
+        order_I = torch.arange(len(H_II), device=H_II.device)
+    flipped_I, mean = order_I.flip(0), compute_live_mean(H_II)
     used = damping
     while used <= MOST_DAMPING:
-        flipped_II = add_damping(H_II, used).flip(0, 1)
-        U_II = _factor_inverse_of_flipped(flipped_II)
+        flipped_II = H_II[flipped_I.unsqueeze(1), flipped_I]
+        U_II = _factor_inverse_of_flipped(_damp_in_place(flipped_II, used, mean))
         if U_II is not None:
             return U_II, used
         used *= 10

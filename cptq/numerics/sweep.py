@@ -43,7 +43,7 @@ def sweep_columns(
     """Visit every input in order, project it and compensate.
 
     Args:
-        W_IO: weight, inputs first (in, out); not changed.
+        W_IO: weight, inputs first (in, out), whose memory the result takes.
         U_II: upper factor of the inverse Hessian, in the same order of inputs.
         project: returns a stored column, given its position and its current value.
         block: how many columns are finished before the rest is updated.
@@ -52,26 +52,24 @@ def sweep_columns(
         The projected weight (in, out), and the remaining error per output (out,), summed over
         inputs: E|x (W - Q)|^2 per output for the damped H.
     """
-    W_IO, Q_IO = W_IO.clone(), torch.empty_like(W_IO)
     loss_O = W_IO.new_zeros(W_IO.shape[1])
     for start in range(0, W_IO.shape[0], block):
         stop = min(start + block, W_IO.shape[0])
-        E_BO = _finish_block(W_IO, Q_IO, U_II, start, stop, project)
+        E_BO = _finish_block(W_IO, U_II, start, stop, project)
         W_IO[stop:].addmm_(U_II[start:stop, stop:].T, E_BO, alpha=-1)
         loss_O += E_BO.square().sum(0)
-    return Q_IO, loss_O
+    return W_IO, loss_O
 
 
-def _finish_block(
-    W_IO: Tensor, Q_IO: Tensor, U_II: Tensor, start: int, stop: int, project: Project
-) -> Tensor:
+def _finish_block(W_IO: Tensor, U_II: Tensor, start: int, stop: int, project: Project) -> Tensor:
     """Project positions start..stop in place; return the errors (stop - start, out)."""
     E_BO = W_IO.new_empty(stop - start, W_IO.shape[1])
     for left in range(start, stop, INNER):
         right = min(left + INNER, stop)
         for j in range(left, right):
-            Q_IO[j] = project(j, W_IO[j])
-            error_O = torch.sub(W_IO[j], Q_IO[j], out=E_BO[j - start]).div_(U_II[j, j])
+            stored_O = project(j, W_IO[j])
+            error_O = torch.sub(W_IO[j], stored_O, out=E_BO[j - start]).div_(U_II[j, j])
+            W_IO[j] = stored_O
             W_IO[j + 1 : right].addr_(U_II[j, j + 1 : right], error_O, alpha=-1)
         done = slice(left - start, right - start)
         W_IO[right:stop].addmm_(U_II[left:right, right:stop].T, E_BO[done], alpha=-1)

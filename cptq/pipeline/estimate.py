@@ -39,7 +39,7 @@ from cptq.compression import COMPRESSORS, CORRECTING
 from cptq.compression.layer import build_layer_problem, solve_layer_problem
 from cptq.compression.streams import DENSE_SHARE, can_wait
 from cptq.config import CompressSettings
-from cptq.numerics.asymmetric_target import compute_asymmetric_target
+from cptq.numerics.asymmetric_target import compute_asymmetric_targets
 from cptq.numerics.hessian import SecondMoment
 from cptq.pipeline.compress import make_plan
 from cptq.pipeline.disk import count_disk
@@ -262,7 +262,7 @@ def _prepare_rounding(
     def compress() -> object:
         target_OI = W_OI
         if settings.compressor in CORRECTING:
-            target_OI = compute_asymmetric_target(W_OI, H_II, H_II)
+            (target_OI,) = compute_asymmetric_targets([W_OI], H_II, H_II)
         return solve_layer_problem(build_layer_problem(spec, target_OI, H_II, candidate), method)
 
     return compress

@@ -15,6 +15,7 @@ bytes of a number in the type that the model runs in, B the blocks and V the out
                   + S(x / 2) + T(x / 2) r e      corrected: the dense stream of half of the batches,
                                                  and what the units of a block read, r numbers each
                   + S(x)                         with a packed embedding (`compression.streams`)
+                  + (T(x) + T(y)) i e            what a unit of i inputs reads, while batches wait
                   + m (1 + log2 PARTS) in^2 4    m moments of the widest unit, in parts that wait
 
 The stages of a run follow one another, so the largest counts. A text that fits into the memory for
@@ -152,7 +153,9 @@ def _bound_blocks(inputs: CompressInputs, batches: Sequence[Batch], judged: Sequ
     if corrects:
         half = batches[: math.ceil(len(batches) * DENSE_SHARE)]
         read = count_positions(half) * _count_read(model) * model.dtype.itemsize
-        total += _count_state(model, half) + read
+        widest = max(unit.layers[0].shape[1] for unit in model.units)
+        parked = count_positions([*batches, *judged]) * widest * model.dtype.itemsize
+        total += _count_state(model, half) + read + parked
         if any(not is_head(unit) for unit in inputs.space.cost.units if unit.block is None):
             total += _count_state(model, batches)
     return total
@@ -184,17 +187,11 @@ def count_positions(batches: Sequence[Batch]) -> int:
 
 
 def _count_state(model: LoadedModel, batches: Sequence[Batch]) -> int:
-    return count_positions(batches) * _find_width(model) * model.dtype.itemsize
+    return count_positions(batches) * model.hidden_size * model.dtype.itemsize
 
 
 def _count_largest(model: LoadedModel, batches: Sequence[Batch]) -> int:
     return max((_count_state(model, [batch]) for batch in batches), default=0)
-
-
-def _find_width(model: LoadedModel) -> int:
-    """Return the width of a hidden state: that of the config, or what the first linear reads."""
-    width = getattr(model.config.get_text_config(), "hidden_size", None)
-    return width if isinstance(width, int) else model.units[0].layers[0].shape[1]
 
 
 def _count_read(model: LoadedModel) -> int:
@@ -213,7 +210,7 @@ def _count_references(model: LoadedModel, batches: Sequence[Batch]) -> int:
         rows = sum(len(batch["input_ids"]) * _count_judged(batch) for batch in batches)
         return 4 * rows * int(config.vocab_size)
     rows = sum(len(batch["input_ids"]) for batch in batches)
-    return 4 * rows * max(_find_width(model), int(getattr(config, "num_labels", 0)))
+    return 4 * rows * max(model.hidden_size, int(getattr(config, "num_labels", 0)))
 
 
 def _count_judged(batch: Batch) -> int:

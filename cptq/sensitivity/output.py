@@ -57,14 +57,13 @@ def compute_feedback(H_II: Tensor) -> tuple[Tensor, Tensor] | None:
         inputs that compensate for an error in each column.
     """
     order_I = H_II.diagonal().argsort(descending=True, stable=True)
-    sorted_II = H_II[order_I][:, order_I]
-    U_II, damping = factor_damped_inverse(sorted_II, DAMPING)
+    U_II, damping = factor_damped_inverse(H_II, DAMPING, order_I)
     if U_II is None:
         return None
     M_II = torch.empty_like(H_II)
     M_II[order_I[:, None], order_I] = U_II / U_II.diagonal().unsqueeze(1)
     df_I = torch.empty_like(H_II[0])
-    df_I[order_I] = count_effective_inputs(U_II, compute_ridge(sorted_II, damping))
+    df_I[order_I] = count_effective_inputs(U_II, compute_ridge(H_II, damping))
     return M_II, df_I
 
 

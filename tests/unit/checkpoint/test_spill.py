@@ -43,6 +43,33 @@ def test_an_empty_tensor_is_kept_too(tmp_path: Path) -> None:
     assert Spill(-1, tmp_path).keep(torch.empty(0, 3)).get().shape == (0, 3)
 
 
+def test_what_is_parked_is_empty_until_it_is_restored(tmp_path: Path) -> None:
+    x = torch.randn(5, 3)
+    expected, held = x.clone(), x.T
+    spill = Spill(0, tmp_path)
+    parked = spill.park(x)
+    assert parked is not None
+    assert x.untyped_storage().nbytes() == 0
+    assert len(list_files(tmp_path)) == 1
+    parked.restore()
+    assert torch.equal(x, expected)
+    assert torch.equal(held, expected.T)
+    del parked
+    assert list_files(tmp_path) == []
+
+
+def test_what_has_room_or_shares_its_memory_is_not_parked(tmp_path: Path) -> None:
+    x = torch.randn(5, 3)
+    for spill, tensor in (
+        (Spill(None), x),
+        (Spill(x.nbytes, tmp_path), x),
+        (Spill(0, tmp_path), x[1:]),
+        (Spill(0, tmp_path), x.T),
+    ):
+        assert spill.park(tensor) is None
+    assert list_files(tmp_path) == []
+
+
 def test_states_are_a_list(tmp_path: Path) -> None:
     states = States(Spill(0, tmp_path), [torch.zeros(2), torch.ones(2)])
     states[0] = torch.full((2,), 5.0)

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
 from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.spill import Spill
 from cptq.checkpoint.weights import get_weight, set_weight
+from cptq.compression import streams
 from cptq.compression.streams import Moments, Stream
 from tests.conftest import TinyModel
 from tests.left_behind import list_left_behind
@@ -62,6 +66,25 @@ def test_waiting_passes_see_what_a_pass_per_unit_sees(
         assert equal(one.C_II, two.C_II)
     assert any(bool(one.C_II.any()) for _, one in waiting if one.C_II is not None)
     assert not list_left_behind(model.module)
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert"])
+@torch.no_grad()
+def test_inputs_on_disk_while_batches_wait_change_nothing(
+    arch: str, tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(tiny_model(arch))
+    parked: list[bool] = []
+    park = Spill.park
+    monkeypatch.setattr(Spill, "park", lambda self, x: parked.append(True) or park(self, x))
+    monkeypatch.setattr(streams, "can_wait", lambda *_: True)
+    short = replace(copy.deepcopy(model), spill=Spill(0, tmp_path))
+    waiting = list(walk_blocks(short, in_order=True))
+    assert parked
+    repeated = list(walk_blocks(model, in_order=False))
+    for (_, one), (_, two) in zip(waiting, repeated, strict=True):
+        assert equal(one.H_II, two.H_II)
+        assert equal(one.C_II, two.C_II)
 
 
 @torch.no_grad()

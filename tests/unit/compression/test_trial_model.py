@@ -84,7 +84,7 @@ def record_hessians(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
 
     def recording(module: Any, spec: LayerSpec, H_II: torch.Tensor, *rest: Any, **more: Any) -> Any:
         used[spec.name] = H_II
-        return real(module, spec, H_II, *rest, **(more | {"cross_II": None}))
+        return real(module, spec, H_II, *rest, **(more | {"target_OI": None}))
 
     monkeypatch.setattr(blockwise, "compress_module", recording)
     return used

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cptq.numerics.asymmetric_target import CrossMoment, compute_asymmetric_target
+from cptq.numerics.asymmetric_target import CrossMoment, compute_asymmetric_targets
 from cptq.numerics.hessian import SecondMoment
 
 
@@ -28,6 +28,19 @@ def moments(x: Tensor, seen: Tensor, parts: int = 3) -> tuple[Tensor, Tensor]:
         second.add(b)
         cross.add(a, b)
     return second.mean_II, cross.finish()
+
+
+def compute_asymmetric_target(W: Tensor, H: Tensor, C: Tensor, **options: float) -> Tensor:
+    (target,) = compute_asymmetric_targets([W], H, C, **options)
+    return target
+
+
+def test_layers_that_share_their_inputs_are_corrected_one_by_one() -> None:
+    x, seen = streams(200, 9)
+    weights = [torch.randn(n, 9, generator=torch.Generator().manual_seed(n)) for n in (4, 1, 3)]
+    found = compute_asymmetric_targets(weights, *moments(x, seen))
+    for W, target in zip(weights, found, strict=True):
+        torch.testing.assert_close(target, compute_asymmetric_target(W, *moments(x, seen)))
 
 
 @pytest.mark.parametrize(("out", "features"), [(3, 5), (1, 1), (7, 12)])

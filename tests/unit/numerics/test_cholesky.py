@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cptq.numerics.cholesky import PANEL, WIDE, factor_in_place
+from cptq.numerics.cholesky import PANEL, WIDE, factor_in_place, invert_in_place
 
 
 def make_moment(size: int, seed: int = 0) -> Tensor:
@@ -53,12 +53,24 @@ def test_threads_do_not_change_a_bit() -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(factor_in_place(A_II.clone()))
+            L_II = factor_in_place(A_II.clone())
+            assert L_II is not None
+            found += [L_II.clone(), invert_in_place(L_II)]
     finally:
         torch.set_num_threads(before)
-    first = found[0]
-    assert first is not None
-    assert all(other is not None and torch.equal(first, other) for other in found)
+    for place, first in enumerate(found[:2]):
+        assert all(torch.equal(first, other) for other in found[place::2])
+
+
+@pytest.mark.parametrize("size", [1, 7, PANEL + 1, WIDE, WIDE + 5])
+def test_the_inverse_of_a_factor_is_in_its_memory(size: int) -> None:
+    L_II = factor_in_place(make_moment(size))
+    assert L_II is not None
+    expected = np.linalg.inv(L_II.double().numpy())
+    found = invert_in_place(L_II)
+    assert found.data_ptr() == L_II.data_ptr()
+    np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
+    assert float(found.triu(1).abs().max()) == 0
 
 
 @pytest.mark.parametrize("place", [0, PANEL // 2, PANEL + 9])

@@ -69,5 +69,6 @@ def test_chunks_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     W_OI, _, H_II = problem(9, 20)
     codes_OI, scale_OG, _ = quantize_nearest(W_OI, 3, 5, scale_dtype=torch.float64)
     whole = refit.refit_scales(W_OI, H_II, codes_OI, scale_OG)
-    monkeypatch.setattr(refit, "CHUNK", 1)
-    torch.testing.assert_close(refit.refit_scales(W_OI, H_II, codes_OI, scale_OG), whole)
+    for name, size in (("CHUNK", 1), ("GROUPS", 1), ("GROUPS", 3)):
+        monkeypatch.setattr(refit, name, size)
+        torch.testing.assert_close(refit.refit_scales(W_OI, H_II, codes_OI, scale_OG), whole)

@@ -37,7 +37,7 @@ def test_equals_naive_for_any_block(out: int, features: int, block: int, project
     W_OI, H_II = problem(out, features)
     U_II = factor_inverse(H_II)
     assert U_II is not None
-    Q_IO, loss_O = sweep_columns(W_OI.T.contiguous(), U_II, project, block=block)
+    Q_IO, loss_O = sweep_columns(W_OI.T.clone(), U_II, project, block=block)
     naive_OI, naive_loss_O = naive_sweep(W_OI, H_II, project)
     torch.testing.assert_close(Q_IO.T, naive_OI, rtol=0, atol=1e-10)
     torch.testing.assert_close(loss_O, naive_loss_O, rtol=1e-9, atol=1e-10)
@@ -45,20 +45,20 @@ def test_equals_naive_for_any_block(out: int, features: int, block: int, project
 
 def test_loss_is_the_output_error() -> None:
     W_OI, H_II = problem(4, 19)
-    Q_IO, loss_O = sweep_columns(W_OI.T.contiguous(), factor_inverse(H_II), to_grid)
+    Q_IO, loss_O = sweep_columns(W_OI.T.clone(), factor_inverse(H_II), to_grid)
     D_OI = W_OI - Q_IO.T
     torch.testing.assert_close(loss_O, ((D_OI @ H_II) * D_OI).sum(1), rtol=1e-9, atol=1e-12)
 
 
 def test_beats_rounding_where_inputs_correlate() -> None:
     W_OI, H_II = problem(16, 33)
-    _, loss_O = sweep_columns(W_OI.T.contiguous(), factor_inverse(H_II), to_grid)
+    _, loss_O = sweep_columns(W_OI.T.clone(), factor_inverse(H_II), to_grid)
     D_OI = W_OI - to_grid(0, W_OI)
     assert loss_O.sum() < 0.8 * ((D_OI @ H_II) * D_OI).sum()
 
 
 def test_identity_projection_changes_nothing() -> None:
     W_OI, H_II = problem(3, 21)
-    Q_IO, loss_O = sweep_columns(W_OI.T.contiguous(), factor_inverse(H_II), lambda _j, w: w)
+    Q_IO, loss_O = sweep_columns(W_OI.T.clone(), factor_inverse(H_II), lambda _j, w: w)
     assert torch.equal(Q_IO.T, W_OI)
     assert loss_O.abs().max() == 0
