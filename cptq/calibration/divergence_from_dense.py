@@ -17,7 +17,7 @@ interactions between units are not seen.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -148,11 +148,13 @@ class DivergenceFromDense:
             return self._measure_mean(unit.block, f"noise on the inputs of {unit.name}")
 
     @torch.no_grad()
-    def measure_layers(self, weights: Mapping[str, Tensor], block: int | None = None) -> float:
+    def measure_layers(
+        self, weights: Mapping[str, Tensor | Callable[[], Tensor]], block: int | None = None
+    ) -> float:
         """Return the mean divergence per output row with other weights in any layers.
 
         Args:
-            weights: layer name -> W_OI.
+            weights: layer name -> W_OI, or what makes it whenever it is needed.
             block: where given, the first that changes: what comes before it is not run again.
 
         Raises:
@@ -213,7 +215,7 @@ class DivergenceFromDense:
         return self._replay.run_from(block, self._inputs[index][block], index)
 
     @contextmanager
-    def _replace(self, weights: Mapping[str, Tensor]) -> Iterator[None]:
+    def _replace(self, weights: Mapping[str, Tensor | Callable[[], Tensor]]) -> Iterator[None]:
         with ExitStack() as stack:
             for name, W_OI in weights.items():
                 stack.enter_context(replace_weight(self._model.linear(name), W_OI))

@@ -203,7 +203,7 @@ def load_model(
         device=device,
         dtype=dtype,
         resident=resident,
-        spill=memory.make_spill() if memory else Spill(),
+        spill=memory.make_spill(resident.limit if resident else None) if memory else Spill(),
         memory=memory,
         block_names=found.block_names,
         layers=found.layers,

@@ -6,7 +6,9 @@ What is left beside the libraries themselves (`BASE`) goes to three uses:
     a quarter    activations that wait (`cptq.checkpoint.spill`); what exceeds it goes to disk
     the rest     work under way: the sums and factors of one layer, logits, gradients
 
-A model that fits into the first third is in memory as a whole. Numbers do not depend on any of it.
+A model that fits into the first third is in memory as a whole. Of another one only two blocks are,
+as passes take block after block and no other would still be there when it is needed again; what
+that leaves of the third is for activations. Numbers do not depend on any of it.
 
 Limits: the rest is not watched. It must hold the second moment of the widest layer and its factors
 (`count_least`), else the run is refused before it begins.
@@ -58,14 +60,10 @@ class Memory:
         fits = max(1, int(room * blocks / max(1, 6 * inner)))
         return None if fits >= blocks else fits
 
-    @property
-    def activations(self) -> int:
-        """Bytes that activations may take while they wait."""
-        return max(0, self.total - BASE) // 4
-
-    def make_spill(self) -> Spill:
-        """Return what keeps the activations of a run."""
-        return Spill(self.activations, self.folder)
+    def make_spill(self, held: int | None) -> Spill:
+        """Return what keeps the activations of a run; `held`: bytes of the matrices, if limited."""
+        unused = 0 if held is None else self.weights - held
+        return Spill(max(0, self.total - BASE) // 4 + unused, self.folder)
 
     def check(self, layers: tuple[LayerSpec, ...]) -> None:
         """Refuse a limit that was asked for and does not hold a single layer.

@@ -17,6 +17,7 @@ import ctypes
 import tempfile
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -47,6 +48,15 @@ class Spill:
         whole = tensor.detach().contiguous()
         path.write_bytes(_view_bytes(whole))
         return Kept(self, None, path, tensor)
+
+    @contextmanager
+    def reserve(self, nbytes: int) -> Iterator[None]:
+        """Keep so much less in memory inside."""
+        self.in_memory += nbytes
+        try:
+            yield
+        finally:
+            self.in_memory -= nbytes
 
     def park(self, tensor: Tensor) -> Parked | None:
         """Empty a tensor that others hold too, and do not read, until it is restored.

@@ -106,11 +106,17 @@ def make_weight(module: nn.Module, make: Callable[[], Tensor]) -> None:
 
 
 @contextmanager
-def replace_weight(module: nn.Module, W_OI: Tensor) -> Iterator[None]:
-    """Replace the weight by `W_OI` inside the context and restore it afterwards."""
+def replace_weight(module: nn.Module, W_OI: Tensor | Callable[[], Tensor]) -> Iterator[None]:
+    """Replace the weight inside the context and restore it afterwards.
+
+    `W_OI` may be what makes the tensor whenever it is needed.
+    """
     known = find_weight(module)
     before = get_weight(module).clone() if known is None else known.source
-    set_weight(module, W_OI)
+    if isinstance(W_OI, Tensor):
+        set_weight(module, W_OI)
+    else:
+        make_weight(module, W_OI)
     try:
         yield
     finally:

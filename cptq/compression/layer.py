@@ -37,12 +37,10 @@ from cptq.numerics.grid import (
     round_scales,
 )
 from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
-from cptq.numerics.reproducible import compute_total
+from cptq.numerics.reproducible import sum_over_rows
 from cptq.numerics.scale_grids import ScaleType
 from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec
 
-#: weights whose errors are measured at once
-CHUNK = 1 << 22
 #: the smallest and largest bfloat16 all of whose neighbours inside are float16 as well
 LEAST, MOST = 2.0**-17, 65280.0
 
@@ -314,8 +312,8 @@ def _choose_moment(H_II: Tensor | None, held_out_II: Tensor | None) -> Tensor | 
 
 def _measure_weight_error(W_OI: Tensor, Q_OI: Tensor) -> float:
     """Return |W - Q|^2 / |W|^2."""
-    lost = _sum_rows(lambda W_RI, Q_RI: (W_RI - Q_RI).square(), W_OI, Q_OI)
-    return _divide(lost, _sum_rows(torch.square, W_OI))
+    lost = sum_over_rows(lambda W_RI, Q_RI: (W_RI - Q_RI).square(), W_OI, Q_OI)
+    return _divide(lost, sum_over_rows(torch.square, W_OI))
 
 
 def _measure_output_error(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor) -> float:
@@ -325,15 +323,8 @@ def _measure_output_error(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor) -> float:
         """Return what adds up to E|x W^T|^2 for inputs with second moment H."""
         return (W_RI @ H_II).mul_(W_RI)
 
-    lost = _sum_rows(lambda W_RI, Q_RI: compute_energy(W_RI - Q_RI), W_OI, Q_OI)
-    return _divide(lost, _sum_rows(compute_energy, W_OI))
-
-
-def _sum_rows(compute: Callable[..., Tensor], *matrices: Tensor) -> float:
-    """Return the total of what is computed of some rows of matrices (out, in) after the other."""
-    rows = max(1, CHUNK // matrices[0].shape[1])
-    parts = zip(*(matrix.split(rows) for matrix in matrices), strict=True)
-    return sum(float(compute_total(compute(*part))) for part in parts)
+    lost = sum_over_rows(lambda W_RI, Q_RI: compute_energy(W_RI - Q_RI), W_OI, Q_OI)
+    return _divide(lost, sum_over_rows(compute_energy, W_OI))
 
 
 def _divide(part: float, whole: float) -> float:

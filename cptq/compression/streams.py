@@ -58,9 +58,10 @@ from cptq.types import Unit
 #: batches that the dense stream takes, which give C. KL of smollm2-135m at 3 bits: all 0.0243, half
 #: 0.0244, a quarter 0.0253, for 605, 485 and 398 processor seconds
 DENSE_SHARE = 0.5
-#: bytes per token and feature of the hidden state that a batch holds while it waits in a block: the
-#: state and what is made of it, beside the input of the unit, which can go to disk
-WAITING = 2 * 4
+#: bytes per token and feature of the hidden state that a batch holds while it waits in a block: at
+#: most the state, its norm, queries, keys and values, beside the input of the unit, which can go to
+#: disk
+WAITING = 4 * 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,8 +75,13 @@ class Moments:
 def can_wait(model: LoadedModel, batches: Sequence[Batch]) -> bool:
     """Whether what all batches hold while they wait in a block fits into memory."""
     limit = model.spill.limit
+    return limit is None or count_waiting_bytes(model, batches) <= limit
+
+
+def count_waiting_bytes(model: LoadedModel, batches: Sequence[Batch]) -> int:
+    """Return about the bytes that all batches hold in memory while they wait in a block."""
     positions = sum(batch["input_ids"].numel() for batch in batches)
-    return limit is None or WAITING * positions * model.hidden_size <= limit
+    return WAITING * positions * model.hidden_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -253,7 +259,11 @@ class Stream:
             if getcurrent() in own:  # else it is another stream's pass
                 getcurrent().parent.switch(unit_name, x)
 
-        with _watch_inputs(self._find_first_linears(units), wait):
+        held = count_waiting_bytes(self._model, self._replay.batches)
+        with (
+            self._model.spill.reserve(held),
+            _watch_inputs(self._find_first_linears(units), wait),
+        ):
             for unit in units:
                 gathered = self._gather(unit)
                 for part in self._parts:

@@ -23,6 +23,7 @@ from torch import Tensor
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_stored_weight, set_weight
 from cptq.compression import COMPRESSORS
+from cptq.compression.blockwise import restore_layers
 from cptq.compression.layer import compress_layer
 from cptq.compression.vocabulary import choose_compressor
 from cptq.layouts import Layout
@@ -78,9 +79,15 @@ class TrialModel:
         self._prepare(choices)
         for name, candidate in choices.items():
             if self._now.get(name, Candidate(bits=16)) != candidate:
-                for layer, W_OI in self.weights(self._units[name], candidate).items():
-                    set_weight(self.model.linear(layer), W_OI)
+                self._apply(self._units[name], candidate)
                 self._now[name] = candidate
+
+    def _apply(self, unit: Unit, candidate: Candidate) -> None:
+        if not candidate.dense:
+            restore_layers(self.model, self._made[unit.name, candidate])
+            return
+        for spec in unit.layers:
+            set_weight(self.model.linear(spec.name), self._source(spec))
 
     def _prepare(self, choices: Mapping[str, Candidate]) -> None:
         """Compress what no choice before needed; report progress where it takes a while."""

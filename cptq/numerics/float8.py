@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cptq.numerics.reproducible import compute_total
+from cptq.numerics.reproducible import sum_over_rows
 
 FORMATS: Mapping[str, torch.dtype] = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
@@ -31,6 +31,10 @@ def round_to_float8(X: Tensor, name: str) -> Tensor:
 
 def measure_float8_error(X: Tensor, name: str) -> float:
     """Return |X - Q(X)|^2 / |X|^2 of rounding to nearest; 0 for zeros."""
-    energy = float(compute_total(X.float().square()))
-    lost = float(compute_total((X.float() - round_to_float8(X.float(), name).float()).square()))
+
+    def compute_error(X_RI: Tensor) -> Tensor:
+        return (X_RI.float() - round_to_float8(X_RI.float(), name).float()).square_()
+
+    energy = sum_over_rows(lambda X_RI: X_RI.float().square(), X)
+    lost = sum_over_rows(compute_error, X)
     return lost / energy if energy else 0.0

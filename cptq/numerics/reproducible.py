@@ -11,7 +11,7 @@ Cost: some percent of the time of a sum; of a decomposition the speed-up by thre
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -19,6 +19,8 @@ from torch import Tensor
 
 #: numbers in a part of a sum; torch divides sums of 32,768 and more among threads
 PART = 1 << 14
+#: numbers of a matrix of which something is computed at once, to be summed
+ROWS = 1 << 22
 
 
 def compute_total(X: Tensor) -> Tensor:
@@ -27,6 +29,18 @@ def compute_total(X: Tensor) -> Tensor:
     while len(parts) > PART:
         parts = torch.stack([part.sum() for part in parts.split(PART)])
     return parts.sum()
+
+
+def sum_over_rows(compute: Callable[..., Tensor], *matrices: Tensor) -> float:
+    """Return the total of what is computed of some rows of matrices after the other.
+
+    Args:
+        compute: takes the same rows (rows, in) of each of the matrices.
+        matrices: (out, in) each.
+    """
+    rows = max(1, ROWS // max(1, matrices[0].shape[1]))
+    parts = zip(*(matrix.split(rows) for matrix in matrices), strict=True)
+    return sum(float(compute_total(compute(*part))) for part in parts)
 
 
 def compute_mean(X: Tensor) -> Tensor:

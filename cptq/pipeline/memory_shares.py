@@ -28,12 +28,13 @@ def describe_memory(model: LoadedModel) -> MemoryFacts:
     memory = model.memory
     if memory is None:
         raise ModelError("the model was loaded without a limit on memory")
+    limit = model.resident.limit if model.resident else None
     numels = {spec.weight_name: spec.numel for spec in model.layers if spec.tied_to is None}
     return MemoryFacts(
         total=memory.total,
         asked=memory.asked,
-        weights=memory.weights,
-        activations=memory.activations,
+        weights=memory.weights if limit is None else limit,
+        activations=model.spill.limit or 0,
         whole=sum(numels.values()) * model.dtype.itemsize,
         least=count_least(model.layers),
         held_whole=model.held_whole,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from functools import partial
 
 from torch import Tensor
@@ -52,7 +53,7 @@ def build_trial_model(
     sparse = any(candidate.sparsity for candidate in candidates)
     if compressor in WITHOUT_ACTIVATIONS and not sparse:
         return build(model, compressor, emit)
-    heads = _measure_heads(model, calibration)
+    heads = _measure_heads(model, calibration, emit)
     if not blocks:
         return build(model, compressor, emit, heads)
     need = sum(4 * unit.layers[0].shape[1] ** 2 for unit in model.units)
@@ -97,10 +98,14 @@ def _measure_units(
     return hessians
 
 
-def _measure_heads(model: LoadedModel, calibration: Calibration) -> dict[str, Tensor]:
+def _measure_heads(model: LoadedModel, calibration: Calibration, emit: Emit) -> dict[str, Tensor]:
     """Return {unit: second moment of what the output head is given}; empty without a head."""
     heads = [unit for unit in model.vocabulary if is_head(unit)]
     if not heads:
         return {}
     some = take_batches(split_batches(calibration.batches), HEAD_TOKENS)
-    return {heads[0].name: measure_head_moment(model, some)}
+    done = Progress(stage="samples", done=0, total=1, message=f"inputs of {heads[0].name}")
+    emit(done)
+    found = {heads[0].name: measure_head_moment(model, some)}
+    emit(replace(done, done=1))
+    return found

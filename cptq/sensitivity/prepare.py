@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import torch
+
 from cptq.calibration.batches import (
     Split,
     choose_held_out_tokens,
@@ -37,14 +39,19 @@ Kinds = Mapping[str, type[Metric]]
 
 
 def check_model(model: LoadedModel) -> None:
-    """Raise ModelError if there is nothing to compress, or a weight is NaN or infinite."""
+    """Raise ModelError if there is nothing to compress, or float16 does not hold a weight.
+
+    That a stored weight is NaN or infinite is found when a checkpoint is loaded.
+    """
     check_units(model)
+    if model.dtype is not torch.float16:
+        return
     for unit in model.units:
         for layer in unit.layers:
             if not is_finite(get_weight(model.linear(layer.name))):
                 raise ModelError(
-                    f"{layer.weight_name} holds NaN or infinity",
-                    hint="the checkpoint is damaged: download or save it again",
+                    f"{layer.weight_name} does not fit into float16",
+                    hint="try --dtype float32 or bfloat16",
                 )
 
 

@@ -29,12 +29,13 @@ far from the linear range in some units (compare the points of the curve).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from cptq.checkpoint.weights import get_weight
+from cptq.checkpoint.weights import get_stored_weight
 from cptq.numerics.knee import find_knee
 from cptq.numerics.masks import compute_relative_error, prune_by_magnitude
 from cptq.sensitivity.metric import Context, Needs, UnitView
@@ -105,10 +106,9 @@ class Pruning(SlopeMetric):
         self.context.emit(
             Progress(stage="essential sparsity", done=done, total=steps, message=message)
         )
-        weights = {s.name: get_weight(model.linear(s.name)) for u in model.units for s in u.layers}
-        pruned = {
-            name: prune_by_magnitude(W_OI.float(), sparsity) for name, W_OI in weights.items()
-        }
+        layers = [spec.name for unit in model.units for spec in unit.layers]
+        # made layer by layer, when its block is run: memory may not hold all of them
+        pruned = {name: partial(_prune, model.linear(name), sparsity) for name in layers}
         self._whole_curve[sparsity] = divergence.measure_layers(pruned)
 
     def collect_details(self) -> dict[str, Any]:
@@ -123,6 +123,10 @@ class Pruning(SlopeMetric):
             "whole_model_curve": {f"{p:g}": loss for p, loss in whole.items()},
             "essential_sparsity": find_essential_sparsity(whole) if complete else None,
         }
+
+
+def _prune(module: nn.Module, sparsity: float) -> Tensor:
+    return prune_by_magnitude(get_stored_weight(module).float(), sparsity)
 
 
 def compute_pruning_error(weights: Sequence[Tensor], pruned: Sequence[Tensor]) -> float:

@@ -58,6 +58,18 @@ def test_what_is_parked_is_empty_until_it_is_restored(tmp_path: Path) -> None:
     assert list_files(tmp_path) == []
 
 
+def test_what_is_reserved_leaves_less_room(tmp_path: Path) -> None:
+    x = torch.randn(5, 3)
+    spill = Spill(3 * x.nbytes, tmp_path)
+    first = spill.keep(x)
+    with spill.reserve(2 * x.nbytes):
+        second = spill.keep(x)
+        assert len(list_files(tmp_path)) == 1
+    third = spill.keep(x)
+    assert len(list_files(tmp_path)) == 1
+    assert all(torch.equal(kept.get(), x) for kept in (first, second, third))
+
+
 def test_what_has_room_or_shares_its_memory_is_not_parked(tmp_path: Path) -> None:
     x = torch.randn(5, 3)
     for spill, tensor in (
