@@ -473,7 +473,9 @@ def _refuse_not_finite(module: nn.Module, mapped: MappedFiles) -> None:
         if not is_finite(parameter):
             raise ModelError(
                 f"the weight {name} holds NaN or infinity, so no measurement would be meaningful",
-                hint="use a checkpoint whose weights are finite",
+                hint="try --dtype float32"
+                if parameter.dtype is torch.float16
+                else "use a checkpoint whose weights are finite",
             )
         mapped.drop_pages(parameter)
 

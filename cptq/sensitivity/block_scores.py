@@ -43,7 +43,7 @@ from cptq.numerics.canonical_correlation import Summary
 from cptq.numerics.masks import prune_by_magnitude
 from cptq.sensitivity.cca import Cca, compute_block_dissimilarities
 from cptq.sensitivity.perturbation import NOISE
-from cptq.sensitivity.prepare import check_model, prepare_context
+from cptq.sensitivity.prepare import check_units, prepare_context
 from cptq.sensitivity.pruning import SPARSITIES, Pruning, integrate_curve
 from cptq.types import Emit, Progress
 
@@ -95,7 +95,7 @@ def measure_blocks(
         CalibrationError: too few tokens, or an output that is NaN or infinite.
         ModelError: the model has no blocks, nothing to compress, or weights that are not finite.
     """
-    check_model(model)
+    check_units(model)
     if not model.block_names:
         raise ModelError(
             f"{model.source} has no blocks to score", hint="score its units with cptq analyze"

@@ -27,7 +27,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
 from cptq.sensitivity import METRICS
 from cptq.sensitivity.metric import Compress, Context, Metric, UnitView
-from cptq.sensitivity.prepare import check_model, prepare_context
+from cptq.sensitivity.prepare import check_units, prepare_context
 from cptq.sensitivity.rounding import changes_weights, check_candidates
 from cptq.types import Candidate, Emit, Notice, Progress, SensitivityTable, Unit
 
@@ -101,7 +101,7 @@ def measure(
     kinds = {name: METRICS.get(name) for name in dict.fromkeys(metrics)}
     candidates = tuple(dict.fromkeys(candidates))
     check_candidates(candidates)
-    check_model(model)
+    check_units(model)
     context = prepare_context(
         model, kinds, calibration, candidates, seed, emit, compress, outer=bool(vocabulary)
     )

@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-
 from cptq.calibration.batches import (
     Split,
     choose_held_out_tokens,
@@ -27,32 +25,13 @@ from cptq.calibration.recorder import SampleRequest
 from cptq.calibration.samples import SamplePass, sample_blocks
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight
 from cptq.errors import CalibrationError, ModelError
-from cptq.numerics.finite import is_finite
 from cptq.sensitivity.metric import Compress, Context, Metric
 from cptq.sensitivity.path_metric import PATH_TOKENS, PathGradients, compute_path_gradients
 from cptq.sensitivity.rounding import NearestRounding
 from cptq.types import Candidate, Emit, Notice
 
 Kinds = Mapping[str, type[Metric]]
-
-
-def check_model(model: LoadedModel) -> None:
-    """Raise ModelError if there is nothing to compress, or float16 does not hold a weight.
-
-    That a stored weight is NaN or infinite is found when a checkpoint is loaded.
-    """
-    check_units(model)
-    if model.dtype is not torch.float16:
-        return
-    for unit in model.units:
-        for layer in unit.layers:
-            if not is_finite(get_weight(model.linear(layer.name))):
-                raise ModelError(
-                    f"{layer.weight_name} does not fit into float16",
-                    hint="try --dtype float32 or bfloat16",
-                )
 
 
 def check_units(model: LoadedModel) -> None:

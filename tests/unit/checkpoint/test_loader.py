@@ -106,6 +106,17 @@ def test_no_weights_at_all(tiny_model: TinyModel, tmp_path: Path) -> None:
             load(path, allow_pickle=allow)
 
 
+def test_a_weight_that_float16_does_not_hold_is_refused(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    name = "model.layers.1.mlp.up_proj.weight"
+    path = edit_weights(copied(tiny_model("llama"), tmp_path / "x"), lambda t: t[name].mul_(1e7))
+    with pytest.raises(ModelError, match=re.escape(name)) as caught:
+        load(path, dtype="float16")
+    assert "--dtype float32" in str(caught.value.hint)
+    load(path)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(
     "name", ["model.norm.weight", "lm_head.weight", "model.layers.1.mlp.up_proj.weight"]

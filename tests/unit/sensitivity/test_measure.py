@@ -206,18 +206,6 @@ def test_candidates_without_a_rounding_are_refused(tiny_model: TinyModel, score:
         score(model, ["output"], [candidate])
 
 
-def test_a_weight_that_float16_does_not_hold_is_named(
-    tiny_model: TinyModel, score: Score, tmp_path: Path
-) -> None:
-    path = Path(shutil.copytree(tiny_model("llama"), tmp_path / "large"))
-    name = "model.layers.1.mlp.up_proj.weight"
-    edit_weights(path, lambda tensors: tensors[name].mul_(1e7))
-    settings = ModelSettings(model=str(path), device="cpu", dtype="float16")
-    model = load_model(settings, lambda event: None)
-    with pytest.raises(ModelError, match=re.escape(f"{name} does not fit into float16")):
-        score(model, ["output"], CANDIDATES)
-
-
 def test_a_grid_is_fitted_once_and_kept_until_its_unit_is_scored(
     tiny_model: TinyModel, score: Score, monkeypatch: pytest.MonkeyPatch
 ) -> None:
