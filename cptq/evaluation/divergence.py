@@ -23,15 +23,16 @@ to estimate how heavy the tail is, and there is no error (None) rather than one 
 maximum would have none at all: it grows with the number of tokens, and depends on one of them.
 
 Memory: never two models, never the logits of a text. While the baseline is measured, its last
-hidden states go to a temporary file (float32, a few kB a token) and its head stays; the logits of
-both are then made from hidden states, a few hundred positions at a time, when the model is
-measured. A model that has no head of its own keeps its logits instead. Where the disk has no room
-for the file, nothing is compared, and a notice says so.
+hidden states go to a temporary file (float32, a few kB a token) and its head stays; its logits are
+made again from them, beside those that the model is measured by (`split_model.Chunk`): three
+products with a head where each model alone takes one. A model that has no head of its own keeps its
+logits instead. Where the disk has no room for the file, nothing is compared, and a notice says so.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -40,8 +41,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cptq.evaluation.perplexity import BatchHook, Estimate, estimate_ratio
-from cptq.evaluation.split_model import LOGIT_ELEMENTS, count_positions
+from cptq.evaluation.perplexity import Estimate, estimate_ratio
+from cptq.evaluation.split_model import Chunk
+from cptq.numerics.logits import compare_logits
 from cptq.types import Emit, EvalResult, Notice
 from cptq.types.samples import build_ratios
 
@@ -64,18 +66,25 @@ class RecordedStates:
     name: str
     head: nn.Module | None = None
     states: np.memmap[Any, np.dtype[np.float32]] | None = None
-    done: int = 0
+    refused: bool = False
 
-    def __call__(self, head: nn.Module, hidden_BTC: Tensor, labels_BT: Tensor) -> None:
-        """Record one batch."""
-        if self.done == 0 and not self._make_room(hidden_BTC.shape[-1]):
-            self.done = -1
-        if self.done < 0 or self.states is None:
-            return
-        self.head = head
-        end = self.done + len(hidden_BTC)
-        self.states[self.done : end] = hidden_BTC.float().cpu().numpy()
-        self.done = end
+    def __call__(self, chunk: Chunk) -> None:
+        """Record the hidden states of a chunk."""
+        if self.head is None:
+            self.head, self.refused = chunk.head, not self._make_room(chunk.hidden_BTC.shape[-1])
+        if self.states is not None:
+            self.states[chunk.rows, chunk.positions] = chunk.hidden_BTC.float().cpu().numpy()
+
+    def make_logits(self, chunk: Chunk) -> Tensor:
+        """Make the logits of what was recorded for a chunk, float32 (batch, positions, vocabulary).
+
+        In the type and on the device of the chunk's hidden states.
+        """
+        assert self.states is not None
+        assert self.head is not None
+        states_BTC = torch.from_numpy(self.states[chunk.rows, chunk.positions].copy())
+        logits_BTV: Tensor = self.head(states_BTC.to(chunk.hidden_BTC)).float()
+        return logits_BTV
 
     def _make_room(self, width: int) -> bool:
         shape = (*self.shape, width)
@@ -100,7 +109,7 @@ class StateRecorder:
 
     def start(
         self, name: str, fingerprint: str, shape: tuple[int, int], emit: Emit
-    ) -> BatchHook | None:
+    ) -> Callable[[Chunk], None] | None:
         """Record the baseline's states on this text."""
         windows, seqlen = shape
         self.recorded[name] = RecordedStates(
@@ -126,11 +135,11 @@ class StateComparer:
 
     def start(
         self, name: str, fingerprint: str, shape: tuple[int, int], emit: Emit
-    ) -> BatchHook | None:
+    ) -> Callable[[Chunk], None] | None:
         """Compare on this text, if the baseline got the same tokens."""
         self.found = None
         base = self.recorded.get(name)
-        if base is None or base.done < 0:
+        if base is None or base.refused or base.states is None:
             return None
         if base.fingerprint != fingerprint:
             message = "no KL to the baseline: the two models get different tokens"
@@ -141,7 +150,7 @@ class StateComparer:
 
     def read_results(self, like: EvalResult) -> list[EvalResult]:
         """Return KL, agreement and flips on the text started last; none where none was compared."""
-        if self.found is None or not self.found.kl:
+        if self.found is None or not self.found.found:
             return []
         return self.found.summarize(like)
 
@@ -152,43 +161,45 @@ class TokenComparison:
 
     base: RecordedStates
     emit: Emit
-    kl: list[Tensor] = field(default_factory=list)
-    same: list[Tensor] = field(default_factory=list)
-    flip: list[Tensor] = field(default_factory=list)
-    rows: int = 0
+    kl_NT: Numbers = field(init=False)
+    same_NT: Numbers = field(init=False)
+    flip_NT: Numbers = field(init=False)
+    found: bool = False
+    refused: bool = False
 
-    def __call__(self, head: nn.Module, hidden_BTC: Tensor, labels_BT: Tensor) -> None:
-        """Compare one batch of windows."""
-        states, base_head = self.base.states, self.base.head
-        assert states is not None
-        assert base_head is not None
-        if self.rows == 0 and not self._has_same_vocabulary(head, hidden_BTC):
-            self.rows = -1
-        if self.rows < 0:
+    def __post_init__(self) -> None:
+        self.kl_NT, self.same_NT, self.flip_NT = (np.zeros(self.base.shape) for _ in range(3))
+
+    def __call__(self, chunk: Chunk) -> None:
+        """Compare the predictions of a chunk."""
+        if self.refused:
             return
-        end = self.rows + len(hidden_BTC)
-        base_BTC = torch.from_numpy(states[self.rows : end].copy()).to(hidden_BTC)
-        self.rows = end
-        kl, same, flip = compare_tokens(base_head, base_BTC, head, hidden_BTC, labels_BT)
-        self.kl.append(kl)
-        self.same.append(same)
-        self.flip.append(flip)
+        base_TV = self.base.make_logits(chunk).flatten(0, 1)
+        own_TV, labels_T = chunk.logits_BTV.flatten(0, 1), chunk.labels_BT.flatten()
+        self.found = self._check_vocabulary(base_TV.shape[-1], own_TV.shape[-1])
+        self.refused = not self.found
+        if self.refused:
+            return
+        kl_T, base_T, own_T = compare_logits(base_TV, own_TV, chunk.lse_BT.flatten())
+        flip_T = (base_T == labels_T) != (own_T == labels_T)
+        places = chunk.rows, chunk.positions
+        for target, values in (
+            (self.kl_NT, kl_T),
+            (self.same_NT, base_T == own_T),
+            (self.flip_NT, flip_T),
+        ):
+            target[places] = values.view(chunk.labels_BT.shape).cpu().numpy()
 
-    def _has_same_vocabulary(self, head: nn.Module, hidden_BTC: Tensor) -> bool:
-        assert self.base.states is not None
-        assert self.base.head is not None
-        first = torch.from_numpy(self.base.states[:1, :1].copy()).to(hidden_BTC)
-        sizes = self.base.head(first).shape[-1], head(hidden_BTC[:1, :1]).shape[-1]
-        if sizes[0] != sizes[1]:
-            message = f"no KL to the baseline: vocabularies of {sizes[1]:,} and {sizes[0]:,} tokens"
+    def _check_vocabulary(self, base: int, own: int) -> bool:
+        if base != own:
+            message = f"no KL to the baseline: vocabularies of {own:,} and {base:,} tokens"
             self.emit(Notice(kind="skipped", subject=self.base.name, message=message))
-        return bool(sizes[0] == sizes[1])
+        return base == own
 
     def summarize(self, like: EvalResult) -> list[EvalResult]:
         """Summarise all tokens in five results, described as the perplexity `like` is."""
-        kl_NT = torch.cat(self.kl).numpy()
-        whole = np.full(len(kl_NT), kl_NT.shape[1])
-        sums = [torch.cat(part).double().sum(1).numpy() for part in (self.kl, self.same, self.flip)]
+        whole = np.full(len(self.kl_NT), self.kl_NT.shape[1])
+        sums = [part.sum(1) for part in (self.kl_NT, self.same_NT, self.flip_NT)]
         agreement = (("kl", "nats", False), ("top1_agree", "of tokens", True))
         kinds = (*agreement, ("flips", "of tokens", False))
         means = [
@@ -196,7 +207,7 @@ class TokenComparison:
             for (metric, unit, higher), sum_N in zip(kinds, sums, strict=True)
         ]
         quantiles = [
-            _describe(like, metric, "nats", False, estimate_quantile(kl_NT, level))
+            _describe(like, metric, "nats", False, estimate_quantile(self.kl_NT, level))
             for metric, level in QUANTILES.items()
         ]
         return [means[0], *quantiles, *means[1:]]
@@ -223,41 +234,6 @@ def _describe(
         per_sample=build_ratios(sum_N, count_N) if both else None,  # type: ignore[arg-type]
         notes=like.notes + short,
     )
-
-
-def compare_tokens(
-    base_head: nn.Module,
-    base_BTC: Tensor,
-    head: nn.Module,
-    hidden_BTC: Tensor,
-    labels_BT: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (KL in nats float64, same likeliest token, exactly one right), each (batch, tokens).
-
-    On the CPU; both heads give logits over the same vocabulary.
-    """
-    size = count_positions(head, hidden_BTC, LOGIT_ELEMENTS // 2)
-    parts = [
-        _compare_chunk(base_head(base).float(), head(own).float(), labels)
-        for base, own, labels in zip(
-            base_BTC.split(size, 1),
-            hidden_BTC.split(size, 1),
-            labels_BT.split(size, 1),
-            strict=True,
-        )
-    ]
-    kl, same, flip = (torch.cat(values, 1).cpu() for values in zip(*parts, strict=True))
-    return kl, same, flip
-
-
-def _compare_chunk(
-    base_BTV: Tensor, own_BTV: Tensor, labels_BT: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    base, own = base_BTV.log_softmax(-1), own_BTV.log_softmax(-1)
-    kl_BT = (base.exp() * (base - own)).sum(-1, dtype=torch.float64).clamp(min=0)
-    base_top, own_top = base_BTV.argmax(-1), own_BTV.argmax(-1)
-    flip = (base_top == labels_BT) != (own_top == labels_BT)
-    return kl_BT, base_top == own_top, flip
 
 
 def estimate_quantile(values_NT: Numbers, level: float) -> Estimate:

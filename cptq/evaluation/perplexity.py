@@ -46,7 +46,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from cptq.evaluation.split_model import LOGIT_ELEMENTS, count_positions, split_model
+from cptq.evaluation.split_model import (
+    LOGIT_ELEMENTS,
+    Chunk,
+    count_positions,
+    make_chunk,
+    split_model,
+)
 from cptq.types import EvalResult
 from cptq.types.samples import Link, build_ratios
 
@@ -55,9 +61,6 @@ FORWARD_TOKENS = 4096
 
 #: (metric, unit, link, what the nll of each sample is divided by)
 Count = tuple[str, str, Link, np.ndarray[Any, np.dtype[np.int64]]]
-
-#: (head, hidden states (batch, tokens, width), labels (batch, tokens)) of one batch of windows
-BatchHook = Callable[[nn.Module, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,19 +124,25 @@ def count_words_and_bytes(
     return words, np.array([len(piece.encode()) for piece in pieces])
 
 
-def sum_nll(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Sum the negative log-likelihood in nats: (batch,) float64, float32 inside."""
-    losses = nn.functional.cross_entropy(
-        logits_BTV.float().flatten(0, 1), labels_BT.flatten(), reduction="none"
-    )
-    return losses.view(labels_BT.shape).double().sum(1)
+def _sum_nll(
+    head: nn.Module,
+    hidden_BTC: Tensor,
+    labels_BT: Tensor,
+    row: int,
+    hook: Callable[[Chunk], None] | None,
+) -> Tensor:
+    """Sum the nll of labels, a chunk of positions at a time: (batch,) float64.
 
-
-def _sum_nll_in_chunks(head: nn.Module, hidden_BTC: Tensor, labels_BT: Tensor) -> Tensor:
-    """Sum the nll of labels, a chunk of positions at a time: (batch,) float64."""
-    size = count_positions(head, hidden_BTC, LOGIT_ELEMENTS)
-    chunks = zip(hidden_BTC.split(size, 1), labels_BT.split(size, 1), strict=True)
-    return torch.stack([sum_nll(head(hidden), labels) for hidden, labels in chunks]).sum(0)
+    `row` is the place of the first window; `hook` gets every chunk.
+    """
+    sums, size = [], count_positions(head, hidden_BTC, LOGIT_ELEMENTS)
+    for start in range(0, labels_BT.shape[1], size):
+        positions = slice(start, start + size)
+        chunk = make_chunk(head, hidden_BTC[:, positions], labels_BT[:, positions], (row, start))
+        sums.append(chunk.compute_nll().sum(1))
+        if hook is not None:
+            hook(chunk)
+    return torch.stack(sums).sum(0)
 
 
 def measure_nll(
@@ -143,23 +152,23 @@ def measure_nll(
     batch_size: int,
     device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
-    hook: BatchHook | None = None,
+    hook: Callable[[Chunk], None] | None = None,
 ) -> Tensor:
     """Measure each window's summed nll of its seqlen - 1 predictions: (windows,) float64, CPU.
 
-    `hook` is called with every batch's head, hidden states and labels.
+    `hook` is called with every chunk of logits.
     """
     rows = max(1, min(batch_size, FORWARD_TOKENS // windows_NT.shape[1]))
     sums: list[Tensor] = []
+    done = 0
     with torch.inference_mode():
         model = split_model(module, windows_NT[:1].to(device))
         for batch in windows_NT.split(rows):
             ids_BT = batch.to(device)
             hidden_BTC, labels_BT = model.compute_hidden(ids_BT)[:, :-1], ids_BT[:, 1:]
-            sums.append(_sum_nll_in_chunks(model.head, hidden_BTC, labels_BT).cpu())
-            if hook is not None:
-                hook(model.head, hidden_BTC, labels_BT)
-            progress(sum(part.numel() for part in sums))
+            sums.append(_sum_nll(model.head, hidden_BTC, labels_BT, done, hook).cpu())
+            done += len(batch)
+            progress(done)
     return torch.cat(sums)
 
 

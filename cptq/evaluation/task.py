@@ -15,7 +15,7 @@ from typing import Protocol, cast
 
 from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.evaluation import TASKS, TEXT_PREFIX, check_task, check_task_kind
-from cptq.evaluation.perplexity import BatchHook
+from cptq.evaluation.split_model import Chunk
 from cptq.types import Emit, EvalResult
 
 
@@ -24,8 +24,8 @@ class Observer(Protocol):
 
     def start(
         self, name: str, fingerprint: str, shape: tuple[int, int], emit: Emit
-    ) -> BatchHook | None:
-        """Return what to call with each batch of the text `name`; None: nothing.
+    ) -> Callable[[Chunk], None] | None:
+        """Return what to call with each chunk of the text `name`; None: nothing.
 
         `shape` is (windows, tokens), `fingerprint` that of the windows.
         """

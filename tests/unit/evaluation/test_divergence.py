@@ -77,7 +77,7 @@ def test_chunks_and_models_that_cannot_be_split_change_nothing(
 ) -> None:
     base, model = load("llama"), shaken(load("llama"))
     whole = compared(base, model, file, tmp_path, heard)
-    monkeypatch.setattr("cptq.evaluation.divergence.LOGIT_ELEMENTS", 1)
+    monkeypatch.setattr("cptq.evaluation.perplexity.LOGIT_ELEMENTS", 1)
     monkeypatch.setattr(split_model, "_find_head", lambda module: None)
     again = compared(base, model, file, tmp_path, heard)
     for metric, result in whole.items():

@@ -18,9 +18,9 @@ from cptq.evaluation.perplexity import (
     estimate_ratio,
     exponentiate,
     measure_nll,
-    sum_nll,
     tokenize,
 )
+from cptq.evaluation.split_model import make_chunk
 from tests.reference.perplexity import naive_nll, naive_perplexity
 from tests.tiny_models import EXACT_ARCHITECTURES, SENTENCES, tiny_tokenizer
 
@@ -104,11 +104,13 @@ def test_only_full_windows_are_taken() -> None:
     assert cut_windows(torch.arange(3), 4).shape == (0, 4)
 
 
-def test_sum_nll_by_hand() -> None:
+def test_nll_by_hand() -> None:
     logits_BTV = torch.tensor([[[0.0, 0.0], [math.log(3), 0.0]]])
     labels_BT = torch.tensor([[1, 0]])
     expected = math.log(2) - math.log(3 / 4)
-    assert sum_nll(logits_BTV, labels_BT).tolist() == pytest.approx([expected])
+    chunk = make_chunk(torch.nn.Identity(), logits_BTV, labels_BT, (3, 1))
+    assert float(chunk.compute_nll().sum()) == pytest.approx(expected)
+    assert (chunk.rows, chunk.positions) == (slice(3, 4), slice(1, 3))
 
 
 @pytest.mark.parametrize("text", [TEXT, "  caf\u00e9 \u4f60\u597d\n\n\U0001f600 end "])
