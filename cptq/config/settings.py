@@ -332,6 +332,9 @@ class CompressSettings(CandidateSettings):
     )
     max_shard_size: str = max_shard_size_option()
     push_to_hub: str | None = push_to_hub_option()
+    allow_larger: bool = option(
+        False, "Go on where the result may take more bytes than the model does.", OUTPUT
+    )
     dry_run: bool = option(
         False,
         "Print what the run would write, hold in memory and take, and stop before any work.",
