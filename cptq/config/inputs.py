@@ -32,9 +32,10 @@ def batch_size_option() -> int:
     return option(8, "Process N sequences per forward pass.", EXECUTION, "N", minimum=1)
 
 
-def seed_option() -> int:
-    help = "Set the random seed. The same seed gives the same bytes."
-    return option(0, help, EXECUTION, "N", minimum=0, maximum=MOST_SEED)
+def seed_option(
+    help: str = "Set the random seed. The same seed gives the same bytes.", section: str = EXECUTION
+) -> int:
+    return option(0, help, section, "N", minimum=0, maximum=MOST_SEED)
 
 
 def tasks_option(default: tuple[str, ...]) -> tuple[str, ...]:

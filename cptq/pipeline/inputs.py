@@ -27,7 +27,6 @@ from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.memory import choose_memory
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.stored import find_weights
 from cptq.checkpoint.weights import get_weight
 from cptq.compression.vocabulary import list_candidates as list_vocabulary_candidates
 from cptq.config import (
@@ -39,12 +38,12 @@ from cptq.config import (
     parse_max_memory,
     parse_shard_size,
 )
-from cptq.errors import BudgetError
 from cptq.layouts import Layout
 from cptq.layouts.gguf import GGUF_LAYOUT
 from cptq.layouts.safetensors_header import SHARD_BYTES
 from cptq.pipeline.candidates import build_candidates, list_asymmetric_widths
 from cptq.pipeline.files import check_covers, fill_in_scales, fit_plan, read_table
+from cptq.pipeline.larger import refuse_larger
 from cptq.pipeline.memory_shares import report_memory
 from cptq.pipeline.recorder import Recorder
 from cptq.sensitivity.prepare import check_units
@@ -174,7 +173,7 @@ def load_inputs(
         ledger = _build_ledger(settings, plan, space)
         tables = _read_tables(settings, model, space, recorder)
         asked, need = _find_size(ledger, plan)
-        _refuse_larger(settings, model, space.cost, asked, need, recorder)
+        refuse_larger(settings, model, space.cost, asked, need, recorder)
         out = settings.out or Path(f"{model.path.name}-cptq-{asked}")
         if writes:
             place = check_output(out, overwrite=settings.overwrite, source=model.path)
@@ -357,37 +356,6 @@ def _find_size(ledger: Ledger | None, plan: Plan | None) -> tuple[str, int]:
         return ledger.budget.asked, ledger.bound_file_bytes()
     assert plan is not None
     return plan.budget.asked, plan.predicted_bytes
-
-
-def _refuse_larger(
-    settings: CompressSettings,
-    model: LoadedModel,
-    cost: CostModel,
-    asked: str,
-    need: int,
-    emit: Emit,
-) -> None:
-    """Refuse a result that may be larger than the model is; warn where --allow-larger is given.
-
-    Raises:
-        BudgetError: names both sizes.
-    """
-    stored = sum(file.stat().st_size for file in find_weights(model.path, settings.model))
-    if need <= max(stored, cost.dense_bytes):
-        return
-    what = f"--plan {settings.plan}" if settings.plan else f"the target {asked}"
-    groups = f"in groups of {settings.group_size}" if settings.group_size else "per channel"
-    problem = (
-        f"{what} allows a file of {need:,} bytes, and {model.source} has {stored:,}: the result may "
-        f"be larger than the model (with 16-bit scales {groups})"
-    )
-    if not settings.allow_larger:
-        raise BudgetError(
-            problem,
-            allowed="a lower --target, a larger --group-size",
-            hint="add --allow-larger to do it all the same",
-        )
-    emit(Notice(kind="warning", subject="--allow-larger", message=problem))
 
 
 def _read_tables(
