@@ -44,6 +44,7 @@ from cptq.layouts.safetensors_header import SHARD_BYTES
 from cptq.pipeline.candidates import build_candidates, list_asymmetric_widths
 from cptq.pipeline.files import check_covers, fill_in_scales, fit_plan, read_table
 from cptq.pipeline.larger import refuse_larger
+from cptq.pipeline.load_check import check_loadable
 from cptq.pipeline.memory_shares import report_memory
 from cptq.pipeline.recorder import Recorder
 from cptq.sensitivity.prepare import check_units
@@ -178,6 +179,16 @@ def load_inputs(
         if writes:
             place = check_output(out, overwrite=settings.overwrite, source=model.path)
             check_space(place, need)
+    if writes or settings.dry_run:
+        check_loadable(
+            model,
+            runtime,
+            space.form,
+            space.candidates,
+            space.cost.units,
+            recorder,
+            trust_remote_code=settings.model.trust_remote_code,
+        )
     compare = settings.check_uniform and plan is None and settings.allocator not in BLIND
     calibration, held_out = _read_text(settings, model, recorder)
     return CompressInputs(
