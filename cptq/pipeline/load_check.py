@@ -13,6 +13,9 @@ from cptq.config import RUNTIMES, Runtime
 from cptq.errors import ModelError
 from cptq.types import Candidate, Emit, Notice, Unit
 
+#: the runtimes whose loader is at hand
+LOADERS = ("transformers", "cptq")
+
 
 def check_loadable(
     model: LoadedModel,
@@ -70,25 +73,29 @@ def _try(
         for spec in unit.layers
         if explain_layer_refusal(spec, candidate, layout, runtime) is None
     }
+    if not packed:  # nothing that a loader could stumble over
+        return Trial()
     return try_loading(model, form, candidate, packed, trust_remote_code=trusted)
 
 
 def _build_error(
     model: LoadedModel, runtime: Runtime, why: str, candidate: Candidate, trusted: bool
 ) -> ModelError:
-    """Name the first other runtime whose loader passes the same trial."""
+    """Name the first options whose loader passes the same trial."""
     kind = type(model.module).__name__
     loader = "cptq" if runtime.format == "packed" else "stock transformers"
-    for name, other in RUNTIMES.items():
-        differs = other.format != runtime.format and candidate.bits in other.bits
-        if not differs:
-            continue
-        found = _try(model, other, other.format, candidate, model.all_units, trusted)
-        if found == Trial():
-            return ModelError(
-                f"{loader} does not load a compressed {kind} ({why})",
-                allowed=f"--runtime {name}, which loads it",
-            )
+    for name in LOADERS:
+        other = RUNTIMES[name]
+        ways = {f"--runtime {name}": model.all_units}
+        if other.vocabulary:
+            ways[f"--runtime {name} --embedding-bits 16"] = model.units
+        for words, units in ways.items():
+            found = _try(model, other, other.format, candidate, units, trusted)
+            if found == Trial():
+                return ModelError(
+                    f"{loader} does not load a compressed {kind} ({why})",
+                    allowed=f"{words}, which loads it",
+                )
     return ModelError(
         f"neither stock transformers nor cptq loads a compressed {kind} ({why})",
         allowed="families of docs/runtimes-and-formats.md",
