@@ -58,6 +58,7 @@ def take_inventory(
     emit: Emit,
     *,
     conv1d: bool = False,
+    trace: Trace | None = None,
 ) -> Inventory:
     """List the layers of a model that has not been compressed.
 
@@ -67,12 +68,13 @@ def take_inventory(
         tensors: storage types by tensor name (see `list_stored_tensors`).
         emit: receives a Notice for every linear that will be left dense.
         conv1d: count a Conv1D as compressible, for formats that can store it.
+        trace: of a forward pass, where the model cannot run here.
 
     Raises:
         ModelError: no blocks are found, or the model does not run on token ids.
     """
     blocks = find_blocks(module, family)
-    trace = trace_forward(module, blocks)
+    trace = trace or trace_forward(module, blocks)
     ties = find_ties(module)
     layers = tuple(
         _describe_layer(module, name, family, blocks, trace, ties, tensors, conv1d)
@@ -104,6 +106,11 @@ def find_blocks(module: nn.Module, family: Architecture) -> tuple[str, ...]:
 
 def _has_weight(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
+
+
+def list_matrices(module: nn.Module) -> list[str]:
+    """Return the names of all linears, Conv1Ds and embeddings, in the order of the modules."""
+    return [name for name, part in module.named_modules() if _has_weight(part)]
 
 
 def trace_forward(module: nn.Module, blocks: tuple[str, ...]) -> Trace:

@@ -382,7 +382,8 @@ class ExportSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectSettings:
-    """`cptq inspect`: show what a checkpoint, an artifact or a GGUF file holds."""
+    """`cptq inspect`: show what a checkpoint, an artifact or a GGUF file holds, and what `compress`
+    would do with a checkpoint."""
 
     path: Path = field(
         metadata=describe_option(
@@ -395,6 +396,7 @@ class InspectSettings:
     all_layers: bool = option(
         False, "List every layer, instead of counting equal ones.", OUTPUT, flags=("--all",)
     )
+    trust_remote_code: bool = trust_remote_code_option()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

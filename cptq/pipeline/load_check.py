@@ -58,6 +58,25 @@ def check_loadable(
         raise _build_error(model, runtime, found.why, candidate, trust_remote_code)
 
 
+def explain_trial(
+    model: LoadedModel,
+    runtime: Runtime,
+    form: str,
+    candidate: Candidate,
+    units: Iterable[Unit],
+    *,
+    trust_remote_code: bool,
+) -> str | None:
+    """Return why the runtime's loader does not open a short model of zeros; None if it does.
+
+    None also for a family that is known to load, and where nothing could be tried.
+    """
+    if model.family != GENERIC.family:
+        return None
+    found = _try(model, runtime, form, candidate, units, trust_remote_code)
+    return found.why if found.known else None
+
+
 def _try(
     model: LoadedModel,
     runtime: Runtime,
