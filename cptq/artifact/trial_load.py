@@ -16,9 +16,11 @@ not compared; the check of the written artifact does that.
 from __future__ import annotations
 
 import copy
+import io
 import json
 import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ import torch
 import transformers
 from safetensors.torch import save_file
 from torch import nn
+from transformers.utils import logging
 
 from cptq.artifact import stock_load
 from cptq.artifact.content import Content
@@ -215,7 +218,13 @@ def _load(short: _Short, place: Path, imports: tuple[str, ...]) -> Mapping[str, 
     } | {name: str(place.parent / name) for name in ("inputs", "answer", "report")}
     file = place.parent / "job.json"
     file.write_text(json.dumps(job), encoding="utf-8")
-    with exact_products():  # as the reload check computes
-        stock_load.main(str(file))
+    told = logging.get_verbosity()
+    logging.set_verbosity(logging.CRITICAL)  # what is wrong is in the report
+    try:
+        # exact, as the reload check computes; compressed-tensors shows a bar, whatever is asked
+        with exact_products(), redirect_stderr(io.StringIO()):
+            stock_load.main(str(file))
+    finally:
+        logging.set_verbosity(told)
     found: Mapping[str, Any] = json.loads(Path(job["report"]).read_text(encoding="utf-8"))
     return found

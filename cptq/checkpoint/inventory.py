@@ -127,8 +127,10 @@ def trace_forward(module: nn.Module, blocks: tuple[str, ...]) -> Trace:
         device = next(module.parameters()).device
         vocabulary = int(module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         ids = (torch.arange(TRACE_TOKENS, device=device) + 3).remainder(vocabulary)[None]
+        # families look into a mask, which has no values on the meta device
+        mask = {} if ids.is_meta else {"attention_mask": torch.ones_like(ids)}
         with torch.no_grad():
-            module(input_ids=ids, attention_mask=torch.ones_like(ids))
+            module(input_ids=ids, **mask)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         raise ModelError(
             f"the model does not run on plain token ids ({type(error).__name__}: {error})",

@@ -21,8 +21,9 @@ from cptq.checkpoint.architectures import GENERIC
 from cptq.checkpoint.files import read_config
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.outline import outline_model
+from cptq.checkpoint.refusals import check_directory
 from cptq.config import RUNTIMES, InspectSettings, ModelSettings, Runtime
-from cptq.errors import CptqError
+from cptq.errors import ArtifactError, CptqError
 from cptq.pipeline.load_check import explain_trial
 from cptq.types import Candidate, LayerSpec, Prospect, ProspectPart, Unit
 
@@ -41,7 +42,12 @@ def inspect(settings: InspectSettings) -> Inspection:
         ArtifactError, ModelError: the path is none of these, or is damaged.
     """
     path = settings.path.expanduser()
-    found = inspect_files(path)
+    try:
+        found = inspect_files(path)
+    except ArtifactError:
+        if path.is_dir():
+            check_directory(path)  # says more about an adapter than that it has no weights
+        raise
     if not (path / "config.json").is_file() or (path / MANIFEST).exists():
         return found
     return replace(found, prospect=look_ahead(path, settings.trust_remote_code))
