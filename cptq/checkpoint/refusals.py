@@ -111,10 +111,7 @@ def check_config(path: Path, config: Mapping[str, Any]) -> None:
     for place, part in _list_parts(config):
         for key in ("dtype", "torch_dtype"):
             name = part.get(key)
-            if name is None or name == "auto" or isinstance(name, dict):
-                continue
-            plain = str(name).removeprefix("torch.")
-            if not isinstance(getattr(torch, plain, None), torch.dtype):
+            if isinstance(name, str) and not isinstance(getattr(torch, name, None), torch.dtype):
                 raise ModelError(
                     f"{path / 'config.json'} says {place}{key} {name!r}, which torch does not have",
                     allowed="float32, bfloat16, float16",
