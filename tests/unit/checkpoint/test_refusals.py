@@ -49,9 +49,9 @@ def test_a_compressed_checkpoint_is_named_and_not_loaded(
 
 
 def test_a_missing_package_is_told_as_that_of_a_compressed_checkpoint() -> None:
-    with pytest.raises(ModelError, match=r"m is compressed already \(GPTQ\).*optimum"):
-        with explain_load_errors("m", "GPTQ"):
-            raise ImportError("Loading a GPTQ quantized model requires optimum")
+    told = pytest.raises(ModelError, match=r"m is compressed already \(GPTQ\).*optimum")
+    with told, explain_load_errors("m", "GPTQ"):
+        raise ImportError("Loading a GPTQ quantized model requires optimum")
 
 
 @pytest.mark.parametrize(
