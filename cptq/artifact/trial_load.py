@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from contextlib import redirect_stderr
 from dataclasses import dataclass, replace
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -206,7 +207,7 @@ def _load(short: _Short, place: Path, imports: tuple[str, ...]) -> Mapping[str, 
     """Load and run the directory as the reload check does, in this process."""
     ids = torch.arange(1, TOKENS + 1)[None]
     save_file({"input_ids": ids}, place.parent / "inputs")
-    job = {
+    job: dict[str, Any] = {
         "directory": str(place),
         "auto_class": AUTO_CLASSES[short.model.kind],
         "attention": None,
@@ -219,7 +220,7 @@ def _load(short: _Short, place: Path, imports: tuple[str, ...]) -> Mapping[str, 
     file = place.parent / "job.json"
     file.write_text(json.dumps(job), encoding="utf-8")
     told = logging.get_verbosity()
-    logging.set_verbosity(logging.CRITICAL)  # what is wrong is in the report
+    logging.set_verbosity(CRITICAL)  # what is wrong is in the report
     try:
         # exact, as the reload check computes; compressed-tensors shows a bar, whatever is asked
         with exact_products(), redirect_stderr(io.StringIO()):

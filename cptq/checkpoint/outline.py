@@ -84,7 +84,8 @@ def _build_on_meta(path: Path, kind: ModelKind, trusted: bool) -> nn.Module:
     with torch.device("meta"):
         auto = getattr(transformers, AUTO_CLASSES[kind])
         module: nn.Module = auto.from_config(config, trust_remote_code=trusted)
-    module.config.pad_token_id = None  # families look for it in the input, which has no values
+    # families look for it in the input, which has no values
+    cast(transformers.PretrainedConfig, module.config).pad_token_id = None
     return module.eval()
 
 

@@ -44,7 +44,7 @@ def check_loadable(
     plain = [c for c in candidates if not (c.dense or c.float8 or c.scales or c.sparsity)]
     if model.family != GENERIC.family or not plain:
         return
-    fits = model.memory and model.memory.count_loadable_blocks(model.layers)
+    fits = model.memory.count_loadable_blocks(model.layers) if model.memory else None
     if fits is not None and fits < count_trial_blocks(model):
         message = "memory holds too few blocks to try beforehand whether the result loads"
         emit(Notice(kind="info", subject=runtime.name, message=message))
