@@ -35,7 +35,8 @@ from transformers.utils import logging
 from cptq.artifact import stock_load
 from cptq.artifact.content import Content
 from cptq.artifact.formats import FORMATS
-from cptq.artifact.formats.interface import CheckpointFormat
+from cptq.artifact.formats.interface import SafetensorsFormat
+from cptq.checkpoint.experts import unstack_experts
 from cptq.checkpoint.inventory import find_ties
 from cptq.checkpoint.load_errors import extract_reason
 from cptq.checkpoint.loader import AUTO_CLASSES
@@ -46,7 +47,7 @@ from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec, TensorSpec
 
 #: tokens of the vocabulary and of the input
-VOCABULARY, TOKENS, LEAST_BLOCKS = 64, 4, 2
+VOCABULARY, TOKENS = 64, 4
 _SPECIALS = ("pad", "bos", "eos", "sep", "cls", "unk", "decoder_start")
 
 
@@ -59,10 +60,7 @@ class Trial:
 
 
 def count_trial_blocks(model: LoadedModel) -> int:
-    """Return how many first blocks show every kind of block, by the names of their matrices.
-
-    At least two, if there are: some families (RWKV) divide by their number less one.
-    """
+    """Return how many first blocks show every kind of block, by the names of their matrices."""
     kinds: dict[int, set[tuple[str, str]]] = {block: set() for block in range(len(model.blocks))}
     for spec in model.layers:
         if spec.block is not None:
@@ -73,7 +71,7 @@ def count_trial_blocks(model: LoadedModel) -> int:
         if kind not in seen:
             seen.append(kind)
             most = block + 1
-    return max(most, min(LEAST_BLOCKS, len(model.blocks)))
+    return most
 
 
 def try_loading(
@@ -93,8 +91,25 @@ def try_loading(
         packed: names of layers.
         trust_remote_code: let code that comes with the model run.
     """
+    count = count_trial_blocks(model)
+    found = _try_blocks(model, count, form, candidate, packed, trust_remote_code)
+    if found.known or count > 1 or len(model.blocks) == 1:
+        return found
+    # some families (RWKV) divide by the number of blocks less one
+    return _try_blocks(model, 2, form, candidate, packed, trust_remote_code)
+
+
+def _try_blocks(
+    model: LoadedModel,
+    blocks: int,
+    form: str,
+    candidate: Candidate,
+    packed: Collection[str],
+    trusted: bool,
+) -> Trial:
+    """Try the first blocks, compressed, and dense where that fails."""
     try:
-        short = _build_short_model(model, trust_remote_code)
+        short = _build_short_model(model, blocks, trusted)
     except Exception as error:  # a config can refuse to be shortened in any way
         return Trial(why=extract_reason(error), known=False)
     layers = [_make_zero_layer(spec, candidate) for spec in short.layers if spec.name in packed]
@@ -114,9 +129,9 @@ class _Short:
     trust_remote_code: bool
 
 
-def _build_short_model(model: LoadedModel, trusted: bool) -> _Short:
+def _build_short_model(model: LoadedModel, blocks: int, trusted: bool) -> _Short:
     config = copy.deepcopy(model.config)
-    text = stock_load.shorten(config.get_text_config(), count_trial_blocks(model))
+    text = stock_load.shorten(config.get_text_config(), blocks)
     text.vocab_size = min(text.vocab_size, VOCABULARY)
     for part in {id(part): part for part in (config, text)}.values():
         for name in (f"{word}_token_id" for word in _SPECIALS):
@@ -126,6 +141,7 @@ def _build_short_model(model: LoadedModel, trusted: bool) -> _Short:
         auto = getattr(transformers, AUTO_CLASSES[model.kind])
         module: nn.Module = auto.from_config(config, trust_remote_code=trusted)
     stored = {spec.name: spec.dtype for spec in model.tensors}
+    unstack_experts(module, stored)
     ties = find_ties(module)
     shapes = {n: tuple(x.shape) for n, x in module.state_dict().items() if n not in ties}
     tensors = tuple(
@@ -168,19 +184,32 @@ def _make_zero_layer(spec: LayerSpec, candidate: Candidate) -> CompressedLayer:
 def _explain_failure(short: _Short, layers: list[CompressedLayer], form: str) -> str | None:
     """Return why the written model does not load; None if it does."""
     chosen = FORMATS.get(form)
-    assert isinstance(chosen, CheckpointFormat)
+    assert isinstance(chosen, SafetensorsFormat)
     with tempfile.TemporaryDirectory(prefix="cptq-trial-") as folder:
         source, place = Path(folder) / "model", Path(folder) / "written"
         source.mkdir()
         place.mkdir()
         try:
             short.config.save_pretrained(source)
-            chosen.write(_build_content(short, source, layers), place, lambda event: None)
+            _write(chosen, _build_content(short, source, layers), place)
             report = _load(short, place, chosen.imports)
         except Exception as error:  # whatever the family's code does with modules it does not know
             return f"{type(error).__name__}: {extract_reason(error)}"
     lost = [name for key in ("missing", "unexpected", "mismatched") for name in report[key]]
     return f"{len(lost)} keys do not fit, first {lost[0]}" if lost else None
+
+
+def _write(form: SafetensorsFormat, content: Content, place: Path) -> None:
+    """Write in the format; of every layer, whose rows are all equal, only one is packed."""
+
+    def pack(layer: CompressedLayer, spec: TensorSpec) -> torch.Tensor:
+        zero = None if layer.zero is None else layer.zero[:1]
+        row = replace(layer, codes=layer.codes[:1], scale=layer.scale[:1], zero=zero)
+        return form.pack_layer_tensor(row, spec).expand(spec.shape).contiguous()
+
+    quick = copy.copy(form)
+    vars(quick)["pack_layer_tensor"] = pack
+    quick.write(content, place, lambda event: None)
 
 
 def _build_content(short: _Short, source: Path, layers: list[CompressedLayer]) -> Content:

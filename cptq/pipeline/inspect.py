@@ -7,8 +7,9 @@ name the trial of the loader on a few blocks of zeros.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import cache, partial
 from pathlib import Path
 
 from cptq.allocation.cost import explain_layer_refusal
@@ -60,9 +61,8 @@ def look_ahead(path: Path, trust_remote_code: bool = False) -> Prospect:
         model, traced = outline_model(settings, conv1d=True)
     except CptqError as error:
         return Prospect(refusal=str(error))
-    runtimes = {
-        name: _judge(model, runtime, trust_remote_code) for name, runtime in RUNTIMES.items()
-    }
+    trial = cache(partial(_explain_trial, model, trust_remote_code))
+    runtimes = {name: _judge(model, runtime, trial) for name, runtime in RUNTIMES.items()}
     known = model.family != GENERIC.family
     return Prospect(
         kind=model.kind,
@@ -129,7 +129,18 @@ def _count_groups(units: Iterable[Unit]) -> dict[str, tuple[str, int]]:
     return found
 
 
-def _judge(model: LoadedModel, runtime: Runtime, trusted: bool) -> tuple[bool, str]:
+def _explain_trial(model: LoadedModel, trusted: bool, form: str) -> str | None:
+    """Return why the loader of a file format does not open the model; None if it does."""
+    runtime = next(known for known in RUNTIMES.values() if known.format == form)
+    candidate = Candidate(bits=_BITS, group_size=runtime.group_size)
+    return explain_trial(
+        model, runtime, form, candidate, model.all_units, trust_remote_code=trusted
+    )
+
+
+def _judge(
+    model: LoadedModel, runtime: Runtime, trial: Callable[[str], str | None]
+) -> tuple[bool, str]:
     """Return whether a runtime takes the model compressed, and how much of it or why not."""
     try:
         runtime.check_tensors(spec.name for spec in model.tensors)
@@ -145,7 +156,7 @@ def _judge(model: LoadedModel, runtime: Runtime, trusted: bool) -> tuple[bool, s
     reasons = [why for why in refused if why is not None]
     if specs and len(reasons) == len(specs):
         return False, f"no layer: {reasons[0]}"
-    why = explain_trial(model, runtime, form, candidate, model.all_units, trust_remote_code=trusted)
+    why = trial(form)
     if why is not None:
         return False, why
     some = f"{len(specs) - len(reasons)} of {len(specs)} linears"
