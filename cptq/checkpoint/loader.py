@@ -125,7 +125,7 @@ def load(
 
 def _warn(event: Event) -> None:
     if isinstance(event, Notice) and event.kind == "warning":
-        warnings.warn(f"{event.subject}: {event.message}", stacklevel=4)
+        warnings.warn(f"{event.subject}: {event.message}", stacklevel=5)
 
 
 def open_module(
