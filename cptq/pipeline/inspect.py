@@ -133,9 +133,11 @@ def _explain_trial(model: LoadedModel, trusted: bool, form: str) -> str | None:
     """Return why the loader of a file format does not open the model; None if it does."""
     runtime = next(known for known in RUNTIMES.values() if known.format == form)
     candidate = Candidate(bits=_BITS, group_size=runtime.group_size)
-    return explain_trial(
-        model, runtime, form, candidate, model.all_units, trust_remote_code=trusted
-    )
+    ask = partial(explain_trial, model, runtime, form, candidate, trust_remote_code=trusted)
+    why = ask(model.all_units)
+    if why is not None and runtime.vocabulary and ask(model.units) is None:
+        return f"only with --embedding-bits 16: {why}"
+    return why
 
 
 def _judge(
