@@ -85,7 +85,7 @@ def execute(settings: AnySettings, emit: Emit, ranks: Ranks | None = None) -> An
     `ranks`: the processes that share it, of which only `compress` can make use.
     """
     if isinstance(settings, InspectSettings):
-        return import_module("cptq.artifact.inspect").inspect(settings.path)
+        return import_module("cptq.pipeline.inspect").inspect(settings)
     if isinstance(settings, VerifySettings):
         return import_module("cptq.artifact.verify").verify_artifact(
             settings.artifact, emit, trust_remote_code=settings.trust_remote_code
@@ -345,14 +345,19 @@ def verify(artifact: Source, *, progress: Emit | None = None, **options: Any) ->
     return found
 
 
-def inspect(path: Source) -> Inspection:
+@_takes(InspectSettings, "path", without=("all_layers",))
+def inspect(path: Source, **options: Any) -> Inspection:
     """Read from headers alone what a checkpoint, an artifact or a GGUF file holds.
 
     Args:
         path: a directory, a .safetensors or a .gguf file.
 
+    Returns:
+        Bytes by part and the layers; of a checkpoint that cptq did not write also the `prospect`:
+        what `compress` would do with it.
+
     Raises:
         CptqError: it cannot be read.
     """
-    found: Inspection = execute(_build(InspectSettings, {"path": path}), _warn)
+    found: Inspection = execute(_build(InspectSettings, {"path": path, **options}), _warn)
     return found

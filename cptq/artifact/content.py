@@ -19,12 +19,13 @@ from cptq.errors import ArtifactError
 from cptq.layouts.safetensors_header import SHARD_BYTES
 from cptq.types import CompressedLayer, Emit, LayerSpec, ModelKind, Notice, TensorSpec
 
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
 #: {type in memory: storage types whose values it holds exactly}
 _EXACT_IN = {
-    torch.float64: ("F64", "F32", "F16", "BF16"),
-    torch.float32: ("F32", "F16", "BF16"),
-    torch.float16: ("F16",),
-    torch.bfloat16: ("BF16",),
+    torch.float64: ("F64", "F32", "F16", "BF16", *_FLOAT8),
+    torch.float32: ("F32", "F16", "BF16", *_FLOAT8),
+    torch.float16: ("F16", *_FLOAT8),
+    torch.bfloat16: ("BF16", *_FLOAT8),
 }
 
 
@@ -137,8 +138,10 @@ def _report_rounded(model: LoadedModel, emit: Emit) -> None:
         if spec.name in types and spec.dtype not in _EXACT_IN.get(types[spec.name], (spec.dtype,))
     ]
     if rounded:
+        wide = any(spec.dtype == "F64" for spec in model.tensors)
+        way = "cptq runs in float32 at most" if wide else "run in float32 (--dtype float32)"
         message = (
             f"{len(rounded)} tensors ran in a narrower type than the checkpoint's and are written "
-            "rounded; run in float32 (--dtype float32) to keep them exact"
+            f"rounded; {way}{'' if wide else ' to keep them exact'}"
         )
         emit(Notice(kind="warning", subject=rounded[0], message=message))

@@ -20,7 +20,7 @@ from cptq.artifact.gguf.header import GgufTensor, read_gguf
 from cptq.artifact.manifest import MANIFEST
 from cptq.checkpoint.files import UNREADABLE, find_weight_files, open_tensors, read_header
 from cptq.errors import ArtifactError, ModelError
-from cptq.types import Budget, TensorSpec, is_expert
+from cptq.types import Budget, Prospect, TensorSpec, is_expert
 
 _DAMAGED = (OSError, *UNREADABLE)
 _BLOCK = re.compile(r"\.\d+\.")
@@ -55,7 +55,8 @@ class LayerFacts:
 class Inspection:
     """Content of a file: `parts` is {part: (tensors, bytes)}, `provenance` its origin as text.
 
-    `weights` is None if the shape of a packed layer is not known.
+    `weights` is None if the shape of a packed layer is not known. `prospect`: what `compress` would
+    do with it, of a checkpoint that cptq did not write.
     """
 
     path: Path
@@ -65,6 +66,7 @@ class Inspection:
     parts: Mapping[str, tuple[int, int]]
     layers: tuple[LayerFacts, ...]
     provenance: Mapping[str, str]
+    prospect: Prospect | None = None
 
     @property
     def bits(self) -> float:

@@ -28,7 +28,7 @@ def main(job_file: str) -> None:
     torch.set_num_threads(job["threads"])
     options: dict[str, Any] = {"attn_implementation": job["attention"]} if job["attention"] else {}
     if job["blocks"] is not None:
-        options["config"] = _shorten(
+        options["config"] = shorten(
             transformers.AutoConfig.from_pretrained(
                 job["directory"], trust_remote_code=job["trust_remote_code"]
             ),
@@ -53,7 +53,7 @@ def main(job_file: str) -> None:
         json.dump(_report(info, tuple(job["left_out"])), stream)
 
 
-def _shorten(config: Any, blocks: int) -> Any:
+def shorten(config: Any, blocks: int) -> Any:
     """Return the config of a model of the first blocks alone."""
     before = config.num_hidden_layers
     for name, value in list(vars(config).items()):  # what is said block by block

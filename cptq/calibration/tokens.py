@@ -34,6 +34,7 @@ from torch import Tensor
 from cptq.calibration.batches import Batch
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.special_tokens import find_bos
+from cptq.checkpoint.tokenizer import check_token_ids
 from cptq.config import CalibrationSettings, ModelSettings
 from cptq.data.overlap import build_sketch, encode_sketch
 from cptq.data.text import Text, load_text
@@ -97,6 +98,7 @@ def build_calibration(
     Raises:
         DataError: the text is missing or empty.
         CalibrationError: the model has no tokenizer, or the text is too short for one sample.
+        ModelError: the tokenizer gives ids that the model has no embedding for.
     """
     if model.tokenizer is None:
         raise CalibrationError(
@@ -117,6 +119,8 @@ def build_calibration(
     rows = (_cut_windows if model.kind == "causal-lm" else _tokenize_documents)(
         model, text, wanted, seqlen, emit
     )
+    check_token_ids(model, (row.inputs["input_ids"] for row in rows))
+    _choose_padding(model, rows, emit)
     count = count_calibrating(len(rows), settings.samples, held_out if reserve else 0)
     if count < min(settings.samples, len(rows)):
         message = (
@@ -143,6 +147,28 @@ def count_calibrating(rows: int, samples: int, held_out: int) -> int:
         )
     kept = min(held_out, max(rows - samples, rows // 4, 1))
     return min(samples, rows - kept)
+
+
+def _choose_padding(model: LoadedModel, rows: Sequence[Row], emit: Emit) -> None:
+    """Let a classifier without a padding token run batches, padded with the token 0.
+
+    Such a model (Llama's) judges a row at its last token that is not padding; without a padding
+    token it takes single rows only. Only the settings in memory are changed.
+
+    Raises:
+        CalibrationError: a row ends in the token 0.
+    """
+    if model.kind != "classifier" or model.config.pad_token_id is not None:
+        return
+    if any(int(row.inputs["input_ids"][-1]) == 0 for row in rows):
+        raise CalibrationError(
+            f"the config.json of {model.source} has no pad_token_id, and rows of the calibration "
+            "text end in the token 0, which would stand for padding",
+            hint="set pad_token_id in config.json",
+        )
+    model.config.pad_token_id = 0
+    message = "the classifier has no padding token: rows are padded with token 0 and masked"
+    emit(Notice(kind="fallback", subject="calibration", message=message))
 
 
 def _drop_seen(model: LoadedModel, seen: Iterable[Row], rows: Iterable[Row]) -> list[Batch]:

@@ -58,6 +58,7 @@ def take_inventory(
     emit: Emit,
     *,
     conv1d: bool = False,
+    trace: Trace | None = None,
 ) -> Inventory:
     """List the layers of a model that has not been compressed.
 
@@ -67,12 +68,13 @@ def take_inventory(
         tensors: storage types by tensor name (see `list_stored_tensors`).
         emit: receives a Notice for every linear that will be left dense.
         conv1d: count a Conv1D as compressible, for formats that can store it.
+        trace: of a forward pass, where the model cannot run here.
 
     Raises:
         ModelError: no blocks are found, or the model does not run on token ids.
     """
     blocks = find_blocks(module, family)
-    trace = trace_forward(module, blocks)
+    trace = trace or trace_forward(module, blocks)
     ties = find_ties(module)
     layers = tuple(
         _describe_layer(module, name, family, blocks, trace, ties, tensors, conv1d)
@@ -106,6 +108,11 @@ def _has_weight(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | nn.Embedding | Conv1D)
 
 
+def list_matrices(module: nn.Module) -> list[str]:
+    """Return the names of all linears, Conv1Ds and embeddings, in the order of the modules."""
+    return [name for name, part in module.named_modules() if _has_weight(part)]
+
+
 def trace_forward(module: nn.Module, blocks: tuple[str, ...]) -> Trace:
     """Run a few tokens and record which modules are called, in which order, with which input."""
     trace, handles = Trace(), []
@@ -120,8 +127,10 @@ def trace_forward(module: nn.Module, blocks: tuple[str, ...]) -> Trace:
         device = next(module.parameters()).device
         vocabulary = int(module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         ids = (torch.arange(TRACE_TOKENS, device=device) + 3).remainder(vocabulary)[None]
+        # families look into a mask, which has no values on the meta device
+        mask = {} if ids.is_meta else {"attention_mask": torch.ones_like(ids)}
         with torch.no_grad():
-            module(input_ids=ids, attention_mask=torch.ones_like(ids))
+            module(input_ids=ids, **mask)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         raise ModelError(
             f"the model does not run on plain token ids ({type(error).__name__}: {error})",

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -20,32 +19,44 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from cptq.checkpoint.architectures import GENERIC, Architecture, get_architecture
+from cptq.checkpoint.contradictions import report_stale_copies, report_untied_head
 from cptq.checkpoint.experts import unstack_experts
 from cptq.checkpoint.files import (
-    PICKLE_INDEX,
-    PICKLE_SINGLE,
     check_sizes,
     compute_fingerprint,
-    find_pickle_files,
     find_weight_files,
     read_config,
-    read_tensor_specs,
 )
 from cptq.checkpoint.hub import resolve_checkpoint
-from cptq.checkpoint.inventory import Inventory, find_ties, take_inventory
+from cptq.checkpoint.inventory import Inventory, take_inventory
+from cptq.checkpoint.load_errors import explain_load_errors, refuse_library_errors
 from cptq.checkpoint.memory import Memory
 from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.checkpoint.opening import choose_load_dtype, has_rounded_buffers, list_parts
 from cptq.checkpoint.pages import MappedFiles
+from cptq.checkpoint.refusals import (
+    check_config,
+    check_directory,
+    check_stored,
+    find_method,
+    refuse_compressed,
+)
 from cptq.checkpoint.resident import ResidentWeights
 from cptq.checkpoint.spill import Spill
+from cptq.checkpoint.stored import (
+    find_main_dtype,
+    find_weights,
+    list_stored_tensors,
+    list_unpacked_tensors,
+    read_stored_tensors,
+)
+from cptq.checkpoint.tokenizer import load_tokenizer, report_missing_bos
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.config import ModelSettings
-from cptq.errors import CptqError, ModelError, UsageError
+from cptq.errors import ModelError, UsageError
 from cptq.inference import compressed_quantizer
 from cptq.inference.compressed_tensors import METHOD as COMPRESSED_TENSORS
 from cptq.inference.compressed_tensors import UnsupportedError, read_groups
-from cptq.inference.modules import find_packed_modules
 from cptq.inference.native.library import has_library
 from cptq.numerics.finite import is_finite
 from cptq.types import Emit, Event, ModelKind, Notice, Progress, TensorSpec
@@ -114,7 +125,7 @@ def load(
 
 def _warn(event: Event) -> None:
     if isinstance(event, Notice) and event.kind == "warning":
-        warnings.warn(f"{event.subject}: {event.message}", stacklevel=4)
+        warnings.warn(f"{event.subject}: {event.message}", stacklevel=5)
 
 
 def open_module(
@@ -127,7 +138,7 @@ def open_module(
     """
     settings = ModelSettings(model=path, trust_remote_code=trust_remote_code)
     place, run_dtype = torch.device(device), getattr(torch, dtype)
-    with _explain_load_errors(path):
+    with explain_load_errors(path):
         module = _load_module(Path(path), kind, run_dtype, place, settings, _warn)
         return module.to(place).eval()
 
@@ -140,6 +151,7 @@ def load_model(
     experts: bool = False,
     memory: Memory | None = None,
     plain: bool = False,
+    dense: bool = False,
 ) -> LoadedModel:
     """Load a dense checkpoint or a compressed artifact.
 
@@ -150,23 +162,43 @@ def load_model(
         experts: split stacks of experts (`cptq.checkpoint.experts`).
         memory: what a dense model may take of it; None: it is in memory as a whole.
         plain: leave the model as transformers loads it, all of it in memory.
+        dense: refuse what is compressed already, before it is loaded.
 
     Raises:
-        ModelError: not found, not readable, not a text model, NaN weights, random weights.
+        ModelError: not found, not readable, not a text model, NaN weights, random weights,
+            or compressed already where it must not be.
         UsageError: unknown device or dtype.
     """
+    with refuse_library_errors(settings.model):
+        return _load(settings, emit, conv1d, experts, memory, plain, dense)
+
+
+def _load(
+    settings: ModelSettings,
+    emit: Emit,
+    conv1d: bool,
+    experts: bool,
+    memory: Memory | None,
+    plain: bool,
+    dense: bool,
+) -> LoadedModel:
+    """Do what `load_model` says."""
     device, path = pick_device(settings.device), resolve_checkpoint(settings, emit)
-    config = read_config(path)
+    config = _read_checked_config(path)
+    if dense:
+        refuse_compressed(settings.model, config)
     kind = detect_kind(config, path)
-    files = _find_weights(path, settings)
-    stored = _read_stored_tensors(path, files, settings)
+    files = find_weights(path, settings)
+    report_stale_copies(files, emit)
+    stored = read_stored_tensors(path, files, settings)
     check_sizes(path, config, stored)
+    check_stored(settings.model, config, stored)
     dtype = pick_dtype(settings.dtype, device, stored)
     emit(Progress(stage="load", done=0, total=None, message=settings.model))
     quantized = config.get("quantization_config") is not None
     family = get_architecture(str(config.get("model_type")))
     narrow = dtype if quantized or plain else choose_load_dtype(stored, dtype)
-    with _explain_load_errors(settings.model):
+    with explain_load_errors(settings.model, find_method(config)):
         module = _load_module(path, kind, narrow, device, settings, emit).eval()
         if narrow is not dtype and has_rounded_buffers(module):
             module = _load_module(path, kind, dtype, device, settings, emit).eval()
@@ -186,6 +218,9 @@ def load_model(
     tensors = (
         list_unpacked_tensors(module, stored) if quantized else list_stored_tensors(module, stored)
     )
+    report_untied_head(module, config, emit)
+    tokenizer = load_tokenizer(path, settings, emit)
+    report_missing_bos(str(config.get("model_type")), tokenizer, emit)
     found = _take_inventory(module, family, tensors, quantized, emit, conv1d)
     if memory is not None:
         memory.check(found.layers)
@@ -193,7 +228,7 @@ def load_model(
         source=settings.model,
         path=path,
         module=module,
-        tokenizer=_load_tokenizer(path, settings, emit),
+        tokenizer=tokenizer,
         config=cast(PretrainedConfig, module.config),
         kind=kind,
         family=family.family,
@@ -212,6 +247,14 @@ def load_model(
     )
 
 
+def _read_checked_config(path: Path) -> Mapping[str, Any]:
+    """Return config.json of a directory that holds a model which can be read."""
+    check_directory(path)
+    config = read_config(path)
+    check_config(path, config)
+    return config
+
+
 def _limit_weights(memory: Memory | None, device: torch.device) -> int | None:
     """Return the bytes that matrices may take; a GPU has memory of its own, so none by default."""
     if memory is None or (device.type != "cpu" and not memory.asked):
@@ -226,17 +269,17 @@ def read_spec(settings: ModelSettings, emit: Emit) -> ModelSpec:
         ModelError: not found, not readable, not a text model, or a directory without weight files.
     """
     path = resolve_checkpoint(settings, emit)
-    config = read_config(path)
+    config = _read_checked_config(path)
     kind = detect_kind(config, path)
-    _find_weights(path, settings)
-    with _explain_load_errors(settings.model):
+    find_weights(path, settings)
+    with explain_load_errors(settings.model):
         loaded = transformers.AutoConfig.from_pretrained(
             path, trust_remote_code=settings.trust_remote_code
         )
     return ModelSpec(
         source=settings.model,
         path=path,
-        tokenizer=_load_tokenizer(path, settings, emit),
+        tokenizer=load_tokenizer(path, settings, emit),
         config=loaded,
         kind=kind,
         family=get_architecture(str(config.get("model_type"))).family,
@@ -294,86 +337,7 @@ def pick_dtype(name: str, device: torch.device, stored: Mapping[str, TensorSpec]
     if name != "auto":
         chosen: torch.dtype = getattr(torch, name)
         return chosen
-    return torch.float32 if device.type == "cpu" else TORCH_DTYPES[_find_main_dtype(stored)]
-
-
-def _find_main_dtype(stored: Mapping[str, TensorSpec]) -> str:
-    """Return the floating type that holds most of the bytes."""
-    bytes_by: dict[str, int] = {}
-    for spec in stored.values():
-        if spec.dtype in ("F16", "BF16", "F32", "F64"):
-            bytes_by[spec.dtype] = bytes_by.get(spec.dtype, 0) + spec.nbytes
-    return max(bytes_by, key=lambda dtype: bytes_by[dtype], default="F32")
-
-
-def list_stored_tensors(
-    module: nn.Module, stored: Mapping[str, TensorSpec]
-) -> tuple[TensorSpec, ...]:
-    """Return the model's tensors as a dense artifact holds them: once each, in storage types."""
-    ties, usual = find_ties(module), _find_main_dtype(stored)
-    specs = []
-    for name, tensor in module.state_dict().items():
-        if name in ties:
-            continue
-        known = stored.get(name)
-        floating = tensor.is_floating_point()
-        dtype = known.dtype if known else (usual if floating else _get_dtype_name(tensor.dtype))
-        specs.append(TensorSpec(name=name, dtype=dtype, shape=tuple(tensor.shape)))
-    return tuple(specs)
-
-
-def list_unpacked_tensors(
-    module: nn.Module, stored: Mapping[str, TensorSpec]
-) -> tuple[TensorSpec, ...]:
-    """Return the tensors of an artifact, each packed weight in its dense shape."""
-    state, packed, specs = module.state_dict(), find_packed_modules(module), []
-    for name, spec in stored.items():
-        layer, _, part = name.rpartition(".")
-        shape = state.get(f"{layer}.weight_shape")
-        dense = packed[layer].shape if layer in packed else None
-        if part == "weight_packed" and shape is not None:
-            dense, shape = tuple(shape.tolist()), None
-        if part in ("weight", "weight_packed") and dense is not None:
-            dtype = stored[f"{layer}.weight_scale"].dtype
-            specs.append(TensorSpec(name=f"{layer}.weight", dtype=dtype, shape=dense))
-        elif (dense is None and shape is None) or not part.startswith("weight_"):
-            specs.append(spec)
-    return tuple(specs)
-
-
-def _get_dtype_name(dtype: torch.dtype) -> str:
-    return next(name for name, known in TORCH_DTYPES.items() if known is dtype)
-
-
-def _find_weights(path: Path, settings: ModelSettings) -> list[Path]:
-    files = find_weight_files(path) or (find_pickle_files(path) if settings.allow_pickle else [])
-    if files:
-        return files
-    pickles = [name for name in (PICKLE_SINGLE, PICKLE_INDEX) if (path / name).exists()]
-    if pickles:
-        raise ModelError(
-            f"{path} has only pickled weights ({pickles[0]}), which can run code when opened",
-            allowed="safetensors",
-            hint="pass --allow-pickle if you trust its author",
-        )
-    raise ModelError(f"{path} has no model.safetensors and no index of shards")
-
-
-def _read_stored_tensors(
-    path: Path, files: list[Path], settings: ModelSettings
-) -> dict[str, TensorSpec]:
-    """Return the tensors as the checkpoint stores them; of pickles all but the data is read."""
-    if find_weight_files(path):
-        return read_tensor_specs(path)
-    specs = {}
-    with _explain_load_errors(settings.model):
-        for file in files:
-            loaded = torch.load(file, map_location="meta", weights_only=True)
-            for name, value in loaded.items():
-                if isinstance(value, torch.Tensor):
-                    dtype, shape = _get_dtype_name(value.dtype), tuple(value.shape)
-                    specs[name] = TensorSpec(name=name, dtype=dtype, shape=shape)
-    return specs
+    return torch.float32 if device.type == "cpu" else TORCH_DTYPES[find_main_dtype(stored)]
 
 
 def _load_module(
@@ -450,24 +414,6 @@ def _require_kernels(device: torch.device) -> None:
         raise UnsupportedError("the C library of cptq is missing")
 
 
-@contextmanager
-def _explain_load_errors(source: str) -> Iterator[None]:
-    try:
-        yield
-    except (CptqError, MemoryError):
-        raise
-    except Exception as error:  # a damaged file can make transformers raise anything
-        raise ModelError(f"transformers cannot load {source}: {_extract_reason(error)}") from error
-
-
-def _extract_reason(error: Exception) -> str:
-    """Return the first line of a message, and the second if the first ends in a colon."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    return " ".join(lines[:2]) if lines[0].endswith(":") else lines[0]
-
-
 def _refuse_not_finite(module: nn.Module, mapped: MappedFiles) -> None:
     for name, parameter in module.named_parameters():
         if not is_finite(parameter):
@@ -478,14 +424,3 @@ def _refuse_not_finite(module: nn.Module, mapped: MappedFiles) -> None:
                 else "use a checkpoint whose weights are finite",
             )
         mapped.drop_pages(parameter)
-
-
-def _load_tokenizer(path: Path, settings: ModelSettings, emit: Emit) -> Any:
-    try:
-        return transformers.AutoTokenizer.from_pretrained(
-            path, trust_remote_code=settings.trust_remote_code
-        )
-    except Exception as error:  # a damaged tokenizer.json raises errors of any type
-        message = f"cannot be loaded: {_extract_reason(error)}"
-        emit(Notice(kind="warning", subject="tokenizer", message=message))
-        return None

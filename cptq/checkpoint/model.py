@@ -34,10 +34,10 @@ class ModelSpec:
 
     @property
     def max_positions(self) -> int | None:
-        """Longest input the model's positions allow, or None if its config does not say."""
+        """Longest input the positions allow; None if the config does not say, or says -1."""
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
             value = getattr(self.config.get_text_config(), name, None)
-            if isinstance(value, int):
+            if isinstance(value, int) and value > 0:
                 # RoBERTa and MPNet count positions from padding_idx + 1
                 offset = 2 if self.family in ("roberta", "mpnet") else 0
                 return value - offset

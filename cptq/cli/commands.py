@@ -131,7 +131,9 @@ COMMANDS = (
         settings=InspectSettings,
         help="""Show what a checkpoint, an artifact or a GGUF file holds.
 
-        Reads only headers, so it is fast for files of any size.""",
+        Reads only headers, so it is fast for files of any size. Of a checkpoint it says what
+        compress will do: what is compressed, what stays dense and why, which layers are one
+        decision, and which runtimes take the result.""",
     ),
     Command(
         name="verify",

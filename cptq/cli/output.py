@@ -28,6 +28,7 @@ from cptq.report.formatting import (
     tabulate_pairs,
 )
 from cptq.report.generation import GenerateOutcome
+from cptq.report.prospect import build_prospect_tables
 from cptq.report.summary import (
     AnalyzeOutcome,
     CompressOutcome,
@@ -241,7 +242,8 @@ def present_verify(settings: AnySettings, found: VerifiedArtifact) -> Output:
 
 
 def present_inspect(settings: InspectSettings, found: Inspection) -> Output:
-    """Present the bytes by part, the layers by how they are stored, and the provenance."""
+    """Present the bytes by part, the layers by how they are stored, what `compress` would do, and
+    the provenance."""
     document = {"command": "inspect", **asdict(found), "path": str(found.path)}
     for layer in document["layers"]:
         layer["bits"] = layer["bits"] if isfinite(layer["bits"]) else None
@@ -250,7 +252,13 @@ def present_inspect(settings: InspectSettings, found: Inspection) -> Output:
     )
     layers = _make_layer_table(found.layers) if settings.all_layers else None
     return Output(
-        tables=[_make_part_table(found), _make_kind_table(found.layers), provenance, layers],
+        tables=[
+            _make_part_table(found),
+            _make_kind_table(found.layers),
+            *(build_prospect_tables(found.prospect) if found.prospect else []),
+            provenance,
+            layers,
+        ],
         document=document,
         lines=[str(found.nbytes)],
     )

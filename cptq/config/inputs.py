@@ -19,6 +19,8 @@ from cptq.config.options import (
 )
 from cptq.errors import UsageError
 
+#: what torch, NumPy and a signed 64-bit integer all take
+MOST_SEED = 2**63 - 1
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 #: of --max-shard-size; `layouts.safetensors_header.SHARD_BYTES` in words
 DEFAULT_SHARD_SIZE = "5GB"
@@ -30,9 +32,10 @@ def batch_size_option() -> int:
     return option(8, "Process N sequences per forward pass.", EXECUTION, "N", minimum=1)
 
 
-def seed_option() -> int:
-    help = "Set the random seed. The same seed gives the same bytes."
-    return option(0, help, EXECUTION, "N", minimum=0)
+def seed_option(
+    help: str = "Set the random seed. The same seed gives the same bytes.", section: str = EXECUTION
+) -> int:
+    return option(0, help, section, "N", minimum=0, maximum=MOST_SEED)
 
 
 def tasks_option(default: tuple[str, ...]) -> tuple[str, ...]:

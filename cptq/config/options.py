@@ -63,6 +63,7 @@ class Option:
     metavar: str = ""
     commas: bool = False
     minimum: int | None = None
+    maximum: int | None = None
     choices: tuple[str, ...] = ()
     registry: str | None = None
     allowed: str | None = None
@@ -146,13 +147,16 @@ class Option:
         return " ".join(part for part in parts if part)
 
     def check(self, value: Any) -> None:
-        """Refuse a value below the minimum or outside the choices.
+        """Refuse a value below the minimum, above the maximum or outside the choices.
 
         Raises:
             UsageError: names the option, the value and what is allowed.
         """
         if self.minimum is not None and value is not None and value < self.minimum:
             allowed = f"a whole number of at least {self.minimum}"
+            raise UsageError(f"{self.flag} is {value}", allowed=allowed)
+        if self.maximum is not None and value is not None and value > self.maximum:
+            allowed = f"a whole number from {self.minimum or 0} to {self.maximum}"
             raise UsageError(f"{self.flag} is {value}", allowed=allowed)
         if self.choices and value not in self.choices:
             near = find_closest(str(value), list(self.choices))

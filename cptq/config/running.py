@@ -189,7 +189,7 @@ class BenchSettings:
         minimum=1,
         usual="as many as torch chooses",
     )
-    seed: int = option(0, "Draw the prompt with this random seed.", EXECUTION, "N", minimum=0)
+    seed: int = seed_option("Draw the prompt with this random seed.")
     out: Path | None = out_option("Write every repetition to this JSON file.", "FILE")
     overwrite: bool = overwrite_option()
 
@@ -239,7 +239,7 @@ class GenerateSettings:
         "P",
         usual="1",
     )
-    seed: int = option(0, "Set the random seed of the draws.", GENERATION, "N", minimum=0)
+    seed: int = seed_option("Set the random seed of the draws.", GENERATION)
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -332,6 +332,9 @@ class CompressSettings(CandidateSettings):
     )
     max_shard_size: str = max_shard_size_option()
     push_to_hub: str | None = push_to_hub_option()
+    allow_larger: bool = option(
+        False, "Go on where the result may take more bytes than the model does.", OUTPUT
+    )
     dry_run: bool = option(
         False,
         "Print what the run would write, hold in memory and take, and stop before any work.",
@@ -379,7 +382,8 @@ class ExportSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InspectSettings:
-    """`cptq inspect`: show what a checkpoint, an artifact or a GGUF file holds."""
+    """`cptq inspect`: show what a checkpoint, an artifact or a GGUF file holds, and what `compress`
+    would do with a checkpoint."""
 
     path: Path = field(
         metadata=describe_option(
@@ -392,6 +396,7 @@ class InspectSettings:
     all_layers: bool = option(
         False, "List every layer, instead of counting equal ones.", OUTPUT, flags=("--all",)
     )
+    trust_remote_code: bool = trust_remote_code_option()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

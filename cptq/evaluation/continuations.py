@@ -27,12 +27,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from cptq.checkpoint.model import LoadedModel, ModelSpec
+from cptq.checkpoint.tokenizer import check_token_ids
 from cptq.errors import EvaluationError
 from cptq.evaluation.split_model import (
     LOGIT_ELEMENTS,
@@ -91,7 +92,7 @@ class Encoder:
     def __init__(self, spec: ModelSpec, name: str) -> None:
         if spec.tokenizer is None:
             raise EvaluationError(f"{spec.source} has no tokenizer, and {name} needs one")
-        self._tokenizer: Any = spec.tokenizer
+        self._spec, self._tokenizer = spec, cast(Any, spec.tokenizer)
         found = [spec.tokenizer.bos_token_id, spec.tokenizer.eos_token_id]
         known = [token for token in found if token is not None]
         if not known:
@@ -106,7 +107,7 @@ class Encoder:
     def encode(self, text: str) -> Ids:
         """Encode a text, with special tokens unless it begins with the prefix."""
         special = {"add_special_tokens": False} if text.startswith(self._prefix_text) else {}
-        return tuple(self._tokenizer.encode(text, verbose=False, **special))
+        return self._check(self._tokenizer.encode(text, verbose=False, **special))
 
     def build_request(self, context: str, continuation: str) -> Request:
         """Encode context and continuation together.
@@ -127,7 +128,12 @@ class Encoder:
         )
 
     def _encode_plain(self, text: str) -> Ids:
-        return tuple(self._tokenizer.encode(text, add_special_tokens=False, verbose=False))
+        ids = self._tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        return self._check(ids)
+
+    def _check(self, ids: Sequence[int]) -> Ids:
+        check_token_ids(self._spec, [ids])
+        return tuple(ids)
 
 
 def _build_request(context: Ids, continuation: Ids, text: str) -> Request:

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from cptq.checkpoint.model import LoadedModel, ModelSpec
+from cptq.checkpoint.tokenizer import check_token_ids
 from cptq.errors import EvaluationError
 from cptq.types import Emit, Notice, Progress
 
@@ -84,6 +85,7 @@ def encode_sentences(
             rows[i] = row
         message = f"{len(long)} of {len(rows)} samples were cut at {limit} tokens"
         emit(Notice(kind="warning", subject=name, message=message))
+    check_token_ids(spec, (row["input_ids"] for row in rows))
     return Encoded(
         rows=tuple(rows), max_length=limit, truncated=len(long), pad_id=tokenizer.pad_token_id
     )
@@ -139,8 +141,10 @@ def run_batches(
     Raises:
         EvaluationError: an output is not finite.
     """
-    if encoded.pad_id is None and batch_size > 1:
-        message = "one sentence at a time: the tokenizer has no padding token"
+    lacking = "tokenizer" if encoded.pad_id is None else "model"
+    unpadded = model.kind == "classifier" and model.config.pad_token_id is None
+    if (encoded.pad_id is None or unpadded) and batch_size > 1:
+        message = f"one sentence at a time: the {lacking} has no padding token"
         emit(Notice(kind="fallback", subject=name, message=message))
         batch_size = 1
     accepted = inspect.signature(model.module.forward).parameters

@@ -19,7 +19,7 @@ from cptq.artifact.draft import Record, draft
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.hub import push
 from cptq.artifact.reload import TOLERANCE, ReloadCheck, ReloadSample
-from cptq.calibration.batches import Batch
+from cptq.calibration.batches import Batch, trim_padding
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import BlockReplay, forward
@@ -418,7 +418,7 @@ def _build_sample(inputs: CompressInputs) -> ReloadSample:
     model, batches = inputs.model, inputs.calibration.batches
     # without token types, which llama.cpp does not take; a model without them gets zeros
     names = ("input_ids", "attention_mask")
-    batch: Batch = {name: batches[0][name][:1, :SAMPLE_TOKENS] for name in names}
+    batch = trim_padding({name: batches[0][name][:1, :SAMPLE_TOKENS] for name in names})
     exact = model.device.type == "cpu" and model.dtype == torch.float32
     return ReloadSample(
         inputs=batch,

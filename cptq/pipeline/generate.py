@@ -14,6 +14,7 @@ import torch
 
 from cptq.checkpoint.loader import load_model, read_spec
 from cptq.checkpoint.model import LoadedModel, ModelSpec
+from cptq.checkpoint.tokenizer import check_token_ids
 from cptq.config import GenerateSettings
 from cptq.errors import DataError, ModelError, UsageError
 from cptq.inference.generation import Decoded, Sampling, decode
@@ -131,6 +132,7 @@ def encode_prompt(spec: ModelSpec, prompt: str, *, chat: bool) -> list[int]:
     ids = _apply_template(spec, prompt) if chat else tokenizer(prompt)["input_ids"]
     if not ids:
         raise UsageError(f"the prompt {prompt!r} has no tokens", hint="type a longer one")
+    check_token_ids(spec, [ids])
     return list(ids)
 
 

@@ -38,12 +38,13 @@ from cptq.config import (
     parse_max_memory,
     parse_shard_size,
 )
-from cptq.errors import ModelError
 from cptq.layouts import Layout
 from cptq.layouts.gguf import GGUF_LAYOUT
 from cptq.layouts.safetensors_header import SHARD_BYTES
 from cptq.pipeline.candidates import build_candidates, list_asymmetric_widths
 from cptq.pipeline.files import check_covers, fill_in_scales, fit_plan, read_table
+from cptq.pipeline.larger import refuse_larger
+from cptq.pipeline.load_check import check_loadable
 from cptq.pipeline.memory_shares import report_memory
 from cptq.pipeline.recorder import Recorder
 from cptq.sensitivity.prepare import check_units
@@ -173,10 +174,21 @@ def load_inputs(
         ledger = _build_ledger(settings, plan, space)
         tables = _read_tables(settings, model, space, recorder)
         asked, need = _find_size(ledger, plan)
+        refuse_larger(settings, model, space.cost, asked, need, recorder)
         out = settings.out or Path(f"{model.path.name}-cptq-{asked}")
         if writes:
             place = check_output(out, overwrite=settings.overwrite, source=model.path)
             check_space(place, need)
+    if writes or settings.dry_run:
+        check_loadable(
+            model,
+            runtime,
+            space.form,
+            space.candidates,
+            space.cost.units,
+            recorder,
+            trust_remote_code=settings.model.trust_remote_code,
+        )
     compare = settings.check_uniform and plan is None and settings.allocator not in BLIND
     calibration, held_out = _read_text(settings, model, recorder)
     return CompressInputs(
@@ -408,12 +420,8 @@ def load_dense(
     folder = folder or (settings.out or Path("out")).expanduser().absolute().parent
     memory = choose_memory(parse_max_memory(settings.max_memory), folder, processes)
     with recorder.stage("load"):
-        model = load_model(settings.model, recorder, conv1d=conv1d, experts=True, memory=memory)
-    if model.quantized:
-        raise ModelError(
-            f"{model.source} is compressed already",
-            allowed="a dense checkpoint",
-            hint="compress the model that it was made from; cptq eval takes artifacts",
+        model = load_model(
+            settings.model, recorder, conv1d=conv1d, experts=True, memory=memory, dense=True
         )
     report_memory(model, recorder)
     return model

@@ -23,6 +23,7 @@ from cptq.types.model import (
     is_expert,
 )
 from cptq.types.plan import Budget, Candidate, Plan, Scope, SensitivityTable, digest
+from cptq.types.prospect import Prospect, ProspectPart
 from cptq.types.result import (
     Artifact,
     CalibrationRecord,
@@ -60,6 +61,8 @@ __all__ = [
     "Plan",
     "PlanTrial",
     "Progress",
+    "Prospect",
+    "ProspectPart",
     "SamplePairs",
     "SampleRatios",
     "Scope",

@@ -25,6 +25,8 @@ DTYPE_BYTES: Mapping[str, int] = {
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
+#: 8-bit floats that a checkpoint may store without scales
+_FLOAT8 = ("F8_E4M3", "F8_E5M2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,7 +85,8 @@ class LayerSpec:
         Stock transformers multiplies an expert's weight out in the type of its scales before it
         stacks the experts, so there the checkpoint's type is kept.
         """
-        return self.dtype if self.expert else choose_16bit_dtype(self.dtype)
+        narrow = choose_16bit_dtype(self.dtype)
+        return self.dtype if self.expert and self.dtype not in _FLOAT8 else narrow
 
     @property
     def expert(self) -> bool:
@@ -92,7 +95,12 @@ class LayerSpec:
 
 
 def choose_16bit_dtype(dtype: str) -> str:
-    """Return the 16-bit type for values of a storage type; what is no wider float stays."""
+    """Return the 16-bit type for values of a storage type; 16-bit and integer types stay.
+
+    Of 8-bit floats it is bfloat16, which holds them exactly and reaches further than both.
+    """
+    if dtype in _FLOAT8:
+        return "BF16"
     return "F16" if dtype in ("F32", "F64") else dtype
 
 

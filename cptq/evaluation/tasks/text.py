@@ -20,6 +20,7 @@ from torch import Tensor
 from cptq.calibration.tokens import digest_tokens
 from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.checkpoint.special_tokens import find_bos
+from cptq.checkpoint.tokenizer import check_token_ids
 from cptq.data import Text, load_text
 from cptq.data.corpora import C4_WINDOWS, CORPORA, load_corpus
 from cptq.errors import DataError, EvaluationError
@@ -176,6 +177,7 @@ def prepare_windows(
     if spec.tokenizer is None:
         raise EvaluationError(f"{spec.source} has no tokenizer, and {name} needs one")
     tokens, bos = tokenize(spec.tokenizer, text.text), find_bos(spec.tokenizer)
+    check_token_ids(spec, [tokens.ids])
     if bos is None and options.bos == "first":
         message = "the tokenizer adds no BOS, so --bos first changes nothing"
         emit(Notice(kind="info", subject=name, message=message))

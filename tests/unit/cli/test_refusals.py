@@ -38,6 +38,7 @@ REFUSED = {
     "compress m --bits 4,9": ("UsageError", "--bits", "9", "2, 3, 4"),
     "compress m --bits four": ("UsageError", "--bits", "'four'", "whole number"),
     "compress m --samples 0": ("UsageError", "--samples", "0", "at least 1"),
+    "compress m --seed 9223372036854775808": ("UsageError", "--seed", "9223372036854775807"),
     "compress m --refine -3": ("UsageError", "--refine", "-3", "at least 0"),
     "compress m --tune --tune-minutes 0": ("UsageError", "--tune-minutes", "0", "at least 1"),
     "compress m --tune-minutes 5": ("UsageError", "--tune-minutes", "add --tune"),

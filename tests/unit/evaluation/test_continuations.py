@@ -130,7 +130,9 @@ def test_a_tokenizer_that_adds_bos_does_so_once() -> None:
             begins = add_special_tokens or bare != text
             return ([1] if begins else []) + [10 + len(word) for word in bare.split()]
 
-    encoder = Encoder(SimpleNamespace(tokenizer=Adding(), source="m"), "a task")
+    sizes = SimpleNamespace(get_text_config=lambda: SimpleNamespace(vocab_size=13))
+    spec = SimpleNamespace(tokenizer=Adding(), source="m", config=sizes)
+    encoder = Encoder(spec, "a task")
     assert encoder.encode("a bb") == encoder.encode("<s>a bb") == (1, 11, 12)
     assert encoder.build_request("a", " bb") == Request(context=(1, 11), continuation=(12,))
 

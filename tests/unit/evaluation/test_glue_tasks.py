@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import math
 import os
 from dataclasses import replace
@@ -49,13 +50,9 @@ def oracle(load, outputs: int = 2, names: tuple[str, ...] = (), flip: bool = Fal
     model = load("bert")
     yes = model.tokenizer("Yes")["input_ids"][1]
     names = names or tuple(f"LABEL_{i}" for i in range(outputs))
-    config = SimpleNamespace(num_labels=outputs, id2label=dict(enumerate(names)))
+    config = copy.deepcopy(model.config)
+    config.id2label = dict(enumerate(names))
     return replace(model, module=Oracle(yes, outputs, flip), config=config)
-
-
-@pytest.fixture(autouse=True)
-def _positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cptq.checkpoint.model.LoadedModel.max_positions", 256)
 
 
 def test_sst2_is_the_hand_made_accuracy(load, heard, glue: Path) -> None:

@@ -296,7 +296,7 @@ def first_group(config: dict[str, Any]) -> dict[str, Any]:
 def explain(path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The reason of the notice with which a directory is opened the stock way."""
     heard: list[Event] = []
-    monkeypatch.setattr(loader, "_load_tokenizer", lambda *_: None)
+    monkeypatch.setattr(loader, "load_tokenizer", lambda *_: None)
     with suppress(CptqError):  # what the file holds need not fit what its config now says
         load_model(ModelSettings(model=str(path), device="cpu"), heard.append)
     notices = [event for event in heard if isinstance(event, Notice)]
