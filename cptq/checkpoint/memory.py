@@ -29,9 +29,9 @@ from cptq.types import LayerSpec
 BASE = 600_000_000
 #: share of the memory that is free of which a run makes use where nothing is asked for
 FREE_SHARE = 0.8
-#: copies of the largest second moment, float32: parts of its sum, and of the cross moment's, that
-#: wait for others; while a layer is compressed there are five
-MOMENTS = 7
+#: matrices of the size of the largest second moment, float32: that moment, the cross moment, that of
+#: held-out text, and a factor, or one more sum of a part
+MOMENTS = 4
 _CGROUP = Path("/sys/fs/cgroup")
 
 
