@@ -29,8 +29,8 @@ from cptq.types import LayerSpec
 BASE = 600_000_000
 #: share of the memory that is free of which a run makes use where nothing is asked for
 FREE_SHARE = 0.8
-#: matrices of the size of the largest second moment, float32: that moment, the cross moment, that of
-#: held-out text, and a factor, or one more sum of a part
+#: matrices of the size of the largest second moment, float32: that moment, the cross moment, that
+#: of held-out text, and a factor, or one more sum of a part
 MOMENTS = 4
 _CGROUP = Path("/sys/fs/cgroup")
 

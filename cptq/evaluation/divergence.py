@@ -24,9 +24,10 @@ maximum would have none at all: it grows with the number of tokens, and depends 
 
 Memory: never two models, never the logits of a text. While the baseline is measured, its last
 hidden states go to a temporary file (float32, a few kB a token) and its head stays; its logits are
-made again from them, beside those that the model is measured by (`split_model.Chunk`): three
-products with a head where each model alone takes one. A model that has no head of its own keeps its
-logits instead. Where the disk has no room for the file, nothing is compared, and a notice says so.
+made from them when the model is measured, a few hundred positions at a time, and give its
+perplexity and the divergence: one product with each head. A model that has no head of its own keeps
+its logits instead. Where the disk has no room for the file, nothing is compared, and a notice says
+so.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from torch import Tensor, nn
 
 from cptq.evaluation.perplexity import Estimate, estimate_ratio
 from cptq.evaluation.split_model import Chunk
+from cptq.evaluation.task import Build
 from cptq.numerics.logits import compare_logits
 from cptq.types import Emit, EvalResult, Notice
 from cptq.types.samples import build_ratios
@@ -65,28 +67,57 @@ class RecordedStates:
     emit: Emit
     name: str
     head: nn.Module | None = None
+    chunks: list[tuple[slice, slice]] = field(default_factory=list)
     states: np.memmap[Any, np.dtype[np.float32]] | None = None
-    refused: bool = False
+    labels: list[Tensor] = field(default_factory=list)
+    like: Tensor | None = None
+    build: Build | None = None
+    nll_N: Numbers | None = None
 
-    def __call__(self, chunk: Chunk) -> None:
-        """Record the hidden states of a chunk."""
+    def __call__(self, chunk: Chunk) -> bool:
+        """Record the hidden states of a chunk; return whether there is room for them."""
         if self.head is None:
-            self.head, self.refused = chunk.head, not self._make_room(chunk.hidden_BTC.shape[-1])
-        if self.states is not None:
-            self.states[chunk.rows, chunk.positions] = chunk.hidden_BTC.float().cpu().numpy()
+            self.head, self.like = chunk.head, chunk.hidden_BTC[:0]
+            self._make_room(chunk.hidden_BTC.shape[-1])
+        if self.states is None:
+            return False
+        self.states[chunk.rows, chunk.positions] = chunk.hidden_BTC.float().cpu().numpy()
+        self.labels.append(chunk.labels_BT)
+        self.chunks.append((chunk.rows, chunk.positions))
+        return True
 
-    def make_logits(self, chunk: Chunk) -> Tensor:
-        """Make the logits of what was recorded for a chunk, float32 (batch, positions, vocabulary).
-
-        In the type and on the device of the chunk's hidden states.
-        """
+    def recall(self, rows: slice, positions: slice, labels_BT: Tensor, like: Tensor) -> Chunk:
+        """Return predictions that were recorded, in the type and on the device of a tensor."""
         assert self.states is not None
         assert self.head is not None
-        states_BTC = torch.from_numpy(self.states[chunk.rows, chunk.positions].copy())
-        logits_BTV: Tensor = self.head(states_BTC.to(chunk.hidden_BTC)).float()
-        return logits_BTV
+        states_BTC = torch.from_numpy(self.states[rows, positions].copy()).to(like)
+        return Chunk(
+            head=self.head,
+            rows=rows,
+            positions=positions,
+            hidden_BTC=states_BTC,
+            labels_BT=labels_BT,
+        )
 
-    def _make_room(self, width: int) -> bool:
+    def add_nll(self, chunk: Chunk) -> None:
+        """Add the nll of some predictions to those of their windows."""
+        if self.nll_N is None:
+            self.nll_N = np.zeros(self.shape[0])
+        self.nll_N[chunk.rows] += chunk.compute_nll().sum(1).cpu().numpy()
+
+    def finish(self) -> list[EvalResult]:
+        """Return the baseline's own results, which its hidden states were taken instead of."""
+        if self.build is None:
+            return []
+        if self.nll_N is None:  # nothing was compared with it
+            assert self.like is not None
+            with torch.inference_mode():
+                for (rows, positions), labels_BT in zip(self.chunks, self.labels, strict=True):
+                    self.add_nll(self.recall(rows, positions, labels_BT, self.like))
+        assert self.nll_N is not None
+        return self.build(self.nll_N)
+
+    def _make_room(self, width: int) -> None:
         shape = (*self.shape, width)
         needed, free = 4 * int(np.prod(shape)), shutil.disk_usage(self.path.parent).free
         if needed > DISK_SHARE * free:
@@ -95,9 +126,8 @@ class RecordedStates:
                 f"{free:,} are free; --limit takes less text"
             )
             self.emit(Notice(kind="skipped", subject=self.name, message=message))
-            return False
+            return
         self.states = np.memmap(self.path, dtype=np.float32, mode="w+", shape=shape)
-        return True
 
 
 @dataclass(kw_only=True)
@@ -106,12 +136,14 @@ class StateRecorder:
 
     folder: Path
     recorded: dict[str, RecordedStates] = field(default_factory=dict)
+    last: str = ""
 
     def start(
         self, name: str, fingerprint: str, shape: tuple[int, int], emit: Emit
-    ) -> Callable[[Chunk], None] | None:
+    ) -> Callable[[Chunk], bool] | None:
         """Record the baseline's states on this text."""
         windows, seqlen = shape
+        self.last = name
         self.recorded[name] = RecordedStates(
             fingerprint=fingerprint,
             path=self.folder / f"{len(self.recorded)}.float32",
@@ -121,9 +153,21 @@ class StateRecorder:
         )
         return self.recorded[name]
 
+    def take_over(self, build: Build) -> bool:
+        """Return whether the states of the last text are recorded: its logits are made later."""
+        recorded = self.recorded[self.last]
+        if recorded.states is None:
+            return False
+        recorded.build = build
+        return True
+
     def read_results(self, like: EvalResult) -> list[EvalResult]:
         """Return none: the baseline is not compared with itself."""
         return []
+
+    def finish(self) -> list[EvalResult]:
+        """Return the results of the texts that were taken over."""
+        return [result for text in self.recorded.values() for result in text.finish()]
 
 
 @dataclass(kw_only=True)
@@ -135,11 +179,11 @@ class StateComparer:
 
     def start(
         self, name: str, fingerprint: str, shape: tuple[int, int], emit: Emit
-    ) -> Callable[[Chunk], None] | None:
+    ) -> Callable[[Chunk], bool] | None:
         """Compare on this text, if the baseline got the same tokens."""
         self.found = None
         base = self.recorded.get(name)
-        if base is None or base.refused or base.states is None:
+        if base is None or base.states is None:
             return None
         if base.fingerprint != fingerprint:
             message = "no KL to the baseline: the two models get different tokens"
@@ -147,6 +191,10 @@ class StateComparer:
             return None
         self.found = TokenComparison(base=base, emit=emit)
         return self.found
+
+    def take_over(self, build: Build) -> bool:
+        """Return that it never takes a text over."""
+        return False
 
     def read_results(self, like: EvalResult) -> list[EvalResult]:
         """Return KL, agreement and flips on the text started last; none where none was compared."""
@@ -170,17 +218,21 @@ class TokenComparison:
     def __post_init__(self) -> None:
         self.kl_NT, self.same_NT, self.flip_NT = (np.zeros(self.base.shape) for _ in range(3))
 
-    def __call__(self, chunk: Chunk) -> None:
+    def __call__(self, chunk: Chunk) -> bool:
         """Compare the predictions of a chunk."""
         if self.refused:
-            return
-        base_TV = self.base.make_logits(chunk).flatten(0, 1)
-        own_TV, labels_T = chunk.logits_BTV.flatten(0, 1), chunk.labels_BT.flatten()
+            return False
+        base = self.base.recall(chunk.rows, chunk.positions, chunk.labels_BT, chunk.hidden_BTC)
+        base_TV, own_TV = base.logits_BTV.flatten(0, 1), chunk.logits_BTV.flatten(0, 1)
+        labels_T = chunk.labels_BT.flatten()
         self.found = self._check_vocabulary(base_TV.shape[-1], own_TV.shape[-1])
         self.refused = not self.found
         if self.refused:
-            return
-        kl_T, base_T, own_T = compare_logits(base_TV, own_TV, chunk.lse_BT.flatten())
+            return False
+        self.base.add_nll(base)
+        kl_T, base_T, own_T = compare_logits(
+            base_TV, own_TV, base.lse_BT.flatten(), chunk.lse_BT.flatten()
+        )
         flip_T = (base_T == labels_T) != (own_T == labels_T)
         places = chunk.rows, chunk.positions
         for target, values in (
@@ -189,6 +241,7 @@ class TokenComparison:
             (self.flip_NT, flip_T),
         ):
             target[places] = values.view(chunk.labels_BT.shape).cpu().numpy()
+        return False
 
     def _check_vocabulary(self, base: int, own: int) -> bool:
         if base != own:

@@ -50,7 +50,6 @@ from cptq.evaluation.split_model import (
     LOGIT_ELEMENTS,
     Chunk,
     count_positions,
-    make_chunk,
     split_model,
 )
 from cptq.types import EvalResult
@@ -129,20 +128,26 @@ def _sum_nll(
     hidden_BTC: Tensor,
     labels_BT: Tensor,
     row: int,
-    hook: Callable[[Chunk], None] | None,
+    hook: Callable[[Chunk], bool] | None,
 ) -> Tensor:
     """Sum the nll of labels, a chunk of positions at a time: (batch,) float64.
 
-    `row` is the place of the first window; `hook` gets every chunk.
+    `row` is the place of the first window; `hook` gets every chunk, and takes it over or not.
     """
-    sums, size = [], count_positions(head, hidden_BTC, LOGIT_ELEMENTS)
+    size = count_positions(head, hidden_BTC, LOGIT_ELEMENTS)
+    sums_B = torch.zeros(len(labels_BT), dtype=torch.float64, device=labels_BT.device)
     for start in range(0, labels_BT.shape[1], size):
         positions = slice(start, start + size)
-        chunk = make_chunk(head, hidden_BTC[:, positions], labels_BT[:, positions], (row, start))
-        sums.append(chunk.compute_nll().sum(1))
-        if hook is not None:
-            hook(chunk)
-    return torch.stack(sums).sum(0)
+        chunk = Chunk(
+            head=head,
+            rows=slice(row, row + len(labels_BT)),
+            positions=positions,
+            hidden_BTC=hidden_BTC[:, positions],
+            labels_BT=labels_BT[:, positions],
+        )
+        taken = hook is not None and hook(chunk)
+        sums_B += torch.nan if taken else chunk.compute_nll().sum(1)
+    return sums_B
 
 
 def measure_nll(
@@ -152,11 +157,12 @@ def measure_nll(
     batch_size: int,
     device: torch.device,
     progress: Callable[[int], None] = lambda done: None,
-    hook: Callable[[Chunk], None] | None = None,
+    hook: Callable[[Chunk], bool] | None = None,
 ) -> Tensor:
     """Measure each window's summed nll of its seqlen - 1 predictions: (windows,) float64, CPU.
 
-    `hook` is called with every chunk of logits.
+    `hook` is called with every chunk of predictions. Where it returns True it takes them over:
+    their logits are not made here, and the sums of these windows are NaN.
     """
     rows = max(1, min(batch_size, FORWARD_TOKENS // windows_NT.shape[1]))
     sums: list[Tensor] = []

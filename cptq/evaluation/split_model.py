@@ -12,6 +12,7 @@ states are the logits, and the head is the identity.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -61,43 +62,35 @@ def _find_head(module: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Chunk:
-    """Some predictions of some windows, with their logits.
+    """Some predictions of some windows; their logits are made when they are first asked for.
 
     `rows` and `positions` are their places among all windows, and in each. `hidden_BTC` is in the
-    model's type, `logits_BTV` float32, `lse_BT` float64 (`numerics.logits`), `labels_BT` int64.
+    model's type, `labels_BT` int64.
     """
 
     head: nn.Module
     rows: slice
     positions: slice
     hidden_BTC: Tensor
-    logits_BTV: Tensor
-    lse_BT: Tensor
     labels_BT: Tensor
+
+    @cached_property
+    def logits_BTV(self) -> Tensor:
+        """Logits (batch, positions, vocabulary), float32."""
+        logits_BTV: Tensor = self.head(self.hidden_BTC).float()
+        return logits_BTV
+
+    @cached_property
+    def lse_BT(self) -> Tensor:
+        """Their normalisers (batch, positions), float64 (`numerics.logits`)."""
+        return compute_logsumexp(self.logits_BTV.flatten(0, 1)).view(self.labels_BT.shape)
 
     def compute_nll(self) -> Tensor:
         """Return the negative log-likelihood of each label in nats (batch, positions), float64."""
         chosen_BT = self.logits_BTV.gather(-1, self.labels_BT.unsqueeze(-1)).squeeze(-1)
         return self.lse_BT - chosen_BT
-
-
-def make_chunk(
-    head: nn.Module, hidden_BTC: Tensor, labels_BT: Tensor, begin: tuple[int, int]
-) -> Chunk:
-    """Make the logits of some hidden states; `begin` is the first row and position."""
-    (row, position), (rows, positions) = begin, labels_BT.shape
-    logits_BTV = head(hidden_BTC).float()
-    return Chunk(
-        head=head,
-        rows=slice(row, row + rows),
-        positions=slice(position, position + positions),
-        hidden_BTC=hidden_BTC,
-        logits_BTV=logits_BTV,
-        lse_BT=compute_logsumexp(logits_BTV.flatten(0, 1)).view(labels_BT.shape),
-        labels_BT=labels_BT,
-    )
 
 
 def count_positions(head: nn.Module, hidden_BTC: Tensor, elements: int) -> int:

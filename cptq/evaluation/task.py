@@ -11,12 +11,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import ceil
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
+
+import numpy as np
 
 from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.evaluation import TASKS, TEXT_PREFIX, check_task, check_task_kind
 from cptq.evaluation.split_model import Chunk
 from cptq.types import Emit, EvalResult
+
+#: makes results of the nll of each window (windows,)
+Build = Callable[[np.ndarray[Any, Any]], list[EvalResult]]
 
 
 class Observer(Protocol):
@@ -24,11 +29,16 @@ class Observer(Protocol):
 
     def start(
         self, name: str, fingerprint: str, shape: tuple[int, int], emit: Emit
-    ) -> Callable[[Chunk], None] | None:
+    ) -> Callable[[Chunk], bool] | None:
         """Return what to call with each chunk of the text `name`; None: nothing.
+
+        It returns whether it takes a chunk over (`perplexity.measure_nll`); all of a text, or none.
 
         `shape` is (windows, tokens), `fingerprint` that of the windows.
         """
+
+    def take_over(self, build: Build) -> bool:
+        """Return whether the text started last was taken over; then `build` is called later."""
 
     def read_results(self, like: EvalResult) -> list[EvalResult]:
         """Return what was found on the text started last, described as `like` is."""

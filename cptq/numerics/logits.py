@@ -37,26 +37,29 @@ def _compute_logsumexp(logits_TV: Tensor) -> Tensor:
 
 
 def compare_logits(
-    base_TV: Tensor, own_TV: Tensor, own_lse_T: Tensor
+    base_TV: Tensor, own_TV: Tensor, base_lse_T: Tensor, own_lse_T: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compare two distributions at each position.
 
     Args:
         base_TV: logits of the reference, float32 (positions, vocabulary).
         own_TV: logits of the other.
-        own_lse_T: `compute_logsumexp` of the other.
+        base_lse_T: `compute_logsumexp` of the reference.
+        own_lse_T: of the other.
 
     Returns:
         KL(reference || other) in nats, float64; the likeliest token of each, int64.
     """
     lengths = [len(part) for part in _split(base_TV)]
-    parts = zip(_split(base_TV), _split(own_TV), own_lse_T.split(lengths), strict=True)
-    kl, base, own = zip(*(_compare(*part) for part in parts), strict=True)
+    logits, normalisers = (base_TV, own_TV), (base_lse_T, own_lse_T)
+    parts = [*map(_split, logits), *(lse_T.split(lengths) for lse_T in normalisers)]
+    kl, base, own = zip(*map(_compare, *parts), strict=True)
     return torch.cat(kl), torch.cat(base), torch.cat(own)
 
 
-def _compare(a_TV: Tensor, b_TV: Tensor, b_lse_T: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    a_lse_T = _compute_logsumexp(a_TV)
+def _compare(
+    a_TV: Tensor, b_TV: Tensor, a_lse_T: Tensor, b_lse_T: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     p_TV = (a_TV - a_lse_T.float().unsqueeze(-1)).exp_()
     gap_TV = (a_TV - b_TV).sub_((a_lse_T - b_lse_T).float().unsqueeze(-1))
     kl_T = gap_TV.mul_(p_TV).sum(-1, dtype=torch.float64).clamp_(min=0)

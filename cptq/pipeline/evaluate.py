@@ -201,6 +201,7 @@ def _measure_both(
         theirs = measure_model(settings, baseline, "baseline", recorder, states)[1]
         comparer = StateComparer(recorded=states.recorded)
         loaded, mine = measure_model(settings, model, "evaluation", recorder, comparer)
+        theirs += tuple(mark_in_domain(states.finish(), baseline.calibrated_on))
     return loaded, mine, theirs
 
 

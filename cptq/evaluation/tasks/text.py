@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -88,9 +89,24 @@ class PreparedText:
         else:
             nll_N = self._measure_cut(self.windows, model, options, emit)
         seconds = time.perf_counter() - begin
-        results = build_text_results(
+        build = partial(self._build_results, model.source, tuple(self._count(emit)), seconds)
+        if observer is not None and observer.take_over(build):
+            return []
+        results = build(nll_N)
+        return results + (observer.read_results(results[0]) if observer else [])
+
+    def _build_results(
+        self, source: str, counts: tuple[Count, ...], seconds: float, nll_N: Numbers
+    ) -> list[EvalResult]:
+        """Return the results of a model called `source`, from the nll of each window."""
+        if not np.isfinite(nll_N).all():
+            raise EvaluationError(
+                f"the outputs of {source} on {self.name} are not finite",
+                hint="try --dtype float32, or look at the weights",
+            )
+        return build_text_results(
             nll_N,
-            self._count(emit),
+            counts,
             task=self.name,
             version=VERSION,
             seconds=seconds,
@@ -102,7 +118,6 @@ class PreparedText:
             protocol=self.protocol,
             notes=self.text.notes,
         )
-        return results + (observer.read_results(results[0]) if observer else [])
 
     def _measure_cut(
         self, windows_NT: Tensor, model: LoadedModel, options: EvalOptions, emit: Emit
@@ -118,11 +133,6 @@ class PreparedText:
             progress=lambda done: emit(Progress(stage=self.name, done=done, total=total)),
             hook=observer.start(self.name, self.fingerprint, shape, emit) if observer else None,
         ).numpy()
-        if not np.isfinite(nll_N).all():
-            raise EvaluationError(
-                f"the outputs of {model.source} on {self.name} are not finite",
-                hint="try --dtype float32, or look at the weights",
-            )
         return nll_N
 
     def _measure_rolled(

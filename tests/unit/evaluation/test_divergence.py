@@ -72,6 +72,26 @@ def test_a_model_beside_itself_has_no_divergence(load, heard, tmp_path: Path, fi
     assert found["top1_agree"].value == 1
 
 
+@pytest.mark.parametrize("vocabulary", [300, 310], ids=["compared", "not compared"])
+def test_the_baselines_own_perplexity_comes_with_the_comparison(
+    load, heard, tmp_path: Path, file: str, vocabulary: int
+) -> None:
+    given = EvalOptions(seqlen=24, batch_size=2)
+    base, model = load("llama"), load("llama", vocab_size=vocabulary)
+    recorder = StateRecorder(folder=tmp_path)
+    assert evaluate(base, file, replace(given, observer=recorder), heard) == []
+    evaluate(model, file, replace(given, observer=StateComparer(recorded=recorder.recorded)), heard)
+    alone = evaluate(base, file, given, heard)
+    for late, result in zip(recorder.finish(), alone, strict=True):
+        assert (late.metric, late.unit, late.samples) == (
+            result.metric,
+            result.unit,
+            result.samples,
+        )
+        assert late.value == pytest.approx(result.value, rel=1e-12)
+        assert late.stderr == pytest.approx(result.stderr, rel=1e-9)
+
+
 def test_chunks_and_models_that_cannot_be_split_change_nothing(
     load, heard, tmp_path: Path, file: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -20,7 +20,7 @@ from cptq.evaluation.perplexity import (
     measure_nll,
     tokenize,
 )
-from cptq.evaluation.split_model import make_chunk
+from cptq.evaluation.split_model import Chunk
 from tests.reference.perplexity import naive_nll, naive_perplexity
 from tests.tiny_models import EXACT_ARCHITECTURES, SENTENCES, tiny_tokenizer
 
@@ -108,9 +108,14 @@ def test_nll_by_hand() -> None:
     logits_BTV = torch.tensor([[[0.0, 0.0], [math.log(3), 0.0]]])
     labels_BT = torch.tensor([[1, 0]])
     expected = math.log(2) - math.log(3 / 4)
-    chunk = make_chunk(torch.nn.Identity(), logits_BTV, labels_BT, (3, 1))
+    chunk = Chunk(
+        head=torch.nn.Identity(),
+        rows=slice(3, 4),
+        positions=slice(1, 3),
+        hidden_BTC=logits_BTV,
+        labels_BT=labels_BT,
+    )
     assert float(chunk.compute_nll().sum()) == pytest.approx(expected)
-    assert (chunk.rows, chunk.positions) == (slice(3, 4), slice(1, 3))
 
 
 @pytest.mark.parametrize("text", [TEXT, "  caf\u00e9 \u4f60\u597d\n\n\U0001f600 end "])
