@@ -94,13 +94,21 @@ SIZES: Mapping[str, Any] = {
 
 #: of families whose queries and keys are of low rank (DeepSeek's): every head has its own keys
 LOW_RANK: Mapping[str, Any] = {"num_key_value_heads": HEADS, "head_dim": 8}
-_HYBRID = ["linear_attention", "full_attention", "linear_attention"]
 
 #: family -> fields that replace those of `SIZES`; None leaves the field to the family
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
-    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), {"layer_types": _HYBRID}),
-    **dict.fromkeys(("bailing_hybrid", "kimi_linear"), {"layer_types": _HYBRID}),
-    **dict.fromkeys(("granitemoehybrid", "qwen4_exp_text"), {"layer_types": _HYBRID}),
+    **{
+        family: {"layer_types": ["linear_attention", "full_attention", "linear_attention"]}
+        for family in (
+            "qwen3_next",
+            "qwen3_5_text",
+            "qwen3_5_moe_text",
+            "bailing_hybrid",
+            "kimi_linear",
+            "granitemoehybrid",
+            "qwen4_exp_text",
+        )
+    },
     "bamba": {"attn_layer_indices": [1]},
     "canine": {"num_hash_buckets": 64},
     "codegen": {"n_head": 4, "n_embd": 64},
@@ -136,7 +144,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "true_hidden_size": 32,
         "num_attention_heads": 4,
         "embedding_size": 32,
-    },  # fmt: skip
+    },
     "perceiver": {"d_latents": HIDDEN, "num_latents": 16, "num_self_attends_per_block": 2},
     "reformer": {"axial_pos_embds_dim": [16, 32], "axial_pos_shape": [16, 16]},
     "roc_bert": {"shape_vocab_size": 64, "pronunciation_vocab_size": 64},
@@ -160,9 +168,9 @@ def list_families() -> Iterator[str]:
 
 def is_multimodal(family: str) -> bool:
     """Whether a family is a shell around a language model, or takes images or sound."""
-    parts = (
-        " ".join(AutoConfig.for_model(family).sub_configs) if family != "gemma4_assistant" else ""
-    )
+    if family == "gemma4_assistant":  # has no default config; it drafts for another model
+        return True
+    parts = " ".join(AutoConfig.for_model(family).sub_configs)
     return any(part in parts for part in ("vision", "audio", "text_config", "vq", "encoder_config"))
 
 
@@ -181,10 +189,9 @@ def choose_auto_class(family: str) -> Any:
         "causal-lm": "CausalLM",
         "masked-lm": "MaskedLM",
         "classifier": "SequenceClassification",
+        "encoder": "TextEncoding",
     }
-    kind = choose_kind(family)
-    end = "TextEncoding" if kind == "encoder" else f"For{names[kind]}"
-    return getattr(transformers, f"AutoModelFor{end.removeprefix('For')}")
+    return getattr(transformers, f"AutoModelFor{names[choose_kind(family)]}")
 
 
 def make_config(family: str) -> PretrainedConfig:

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cptq.calibration.batches import Batch
-from cptq.checkpoint.chain import Arguments, Chain
+from cptq.checkpoint.chain import Arguments, Chain, list_token_embeddings
 from cptq.checkpoint.model import LoadedModel
 
 
@@ -37,8 +37,8 @@ class BlockReplay:
         self.model = model
         self.batches = batches
         self._positions = positions or [None] * len(batches)
-        embedding: nn.Module = model.module.get_input_embeddings()  # type: ignore[operator]
-        self._chain = Chain(model.blocks, embedding, self._make_run(0)) if batches else None
+        embeddings = list_token_embeddings(model.module)
+        self._chain = Chain(model.blocks, embeddings, self._make_run(0)) if batches else None
 
     @property
     def _blocks(self) -> Chain:

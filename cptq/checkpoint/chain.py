@@ -63,26 +63,36 @@ class Chain:
 
     Args:
         blocks: the modules.
-        embedding: the token embedding, for a block that takes token ids.
+        embeddings: modules that may be the token embedding, for a block that takes token ids.
         run: runs the model on a batch, which shows what blocks take and return; block 0 runs.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], embedding: nn.Module | None, run: Run) -> None:
+    def __init__(
+        self, blocks: Sequence[nn.Module], embeddings: Sequence[nn.Module], run: Run
+    ) -> None:
         self._blocks = list(blocks)
         self._embedding: nn.Module | None = None
         self._shown: Any = None
-        self._look(embedding, run)
+        self._look(embeddings, run)
 
     @torch.no_grad()
-    def _look(self, embedding: nn.Module | None, run: Run) -> None:
-        """Keep what block 0 returns, whose results beside the hidden state are handed on."""
+    def _look(self, embeddings: Sequence[nn.Module], run: Run) -> None:
+        """Keep what block 0 returns, whose results beside the hidden state are handed on, and
+        which embedding runs in it."""
+        called: list[nn.Module] = []
 
         def look(given: Arguments, forward: Callable[..., Any]) -> None:
-            if not _takes_hidden(given):
-                self._embedding = embedding
+            called.clear()
             self._shown = forward(*given.args, **given.kwargs)
+            if not _takes_hidden(given):
+                assert called, "the block looks no tokens up"
+                self._embedding = called[0]
 
-        self._capture(0, look, run)
+        with ExitStack() as stack:
+            for embedding in embeddings:
+                hook = embedding.register_forward_hook(lambda part, *_: called.append(part))
+                stack.callback(hook.remove)
+            self._capture(0, look, run)
 
     @torch.no_grad()
     def embed(self, run: Run) -> Tensor:
@@ -237,6 +247,14 @@ def _get_hidden_output(output: Any) -> Tensor:
     return hidden
 
 
+def list_token_embeddings(module: nn.Module) -> list[nn.Module]:
+    """Return the token embedding, and modules that look up in the same matrix (T5's encoder)."""
+    first: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
+    weight = getattr(first, "weight", None)
+    same = [part for part in module.modules() if getattr(part, "weight", None) is weight]
+    return [first, *(part for part in same if isinstance(part, nn.Embedding) and part is not first)]
+
+
 @torch.no_grad()
 def find_break(module: nn.Module, blocks: Sequence[str]) -> str | None:
     """Return why these blocks of a model are no chain; None if they are one.
@@ -246,10 +264,10 @@ def find_break(module: nn.Module, blocks: Sequence[str]) -> str | None:
     """
     parts = [module.get_submodule(name) for name in blocks]
     try:
-        embedding: nn.Module = module.get_input_embeddings()  # type: ignore[operator]
+        embeddings = list_token_embeddings(module)
         shown, compared = (_make_run(module, tokens) for tokens in (_SHOWN, _COMPARED))
         plain = _get_answer(compared())
-        chain = Chain(parts, embedding, shown)
+        chain = Chain(parts, embeddings, shown)
         hidden = chain.embed(compared)
         for block in range(len(parts)):
             hidden = chain.run_block(block, hidden, compared)
