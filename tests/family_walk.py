@@ -29,13 +29,15 @@ from cptq.calibration.replay import BlockReplay, forward
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import ModelSettings
-from cptq.errors import CptqError
+from cptq.errors import ArtifactError, CptqError
 from cptq.types import Event, Notice
-from tests.families import UNBUILT, build_family, choose_kind, list_families
+from tests.families import UNBUILT, build_family, choose_kind
 from tests.tiny_models import SENTENCES
 from tests.unit.artifact.same_process import run_here
 
 SEQLEN, SAMPLES, GROUP = 64, 4, 16
+#: how the reload check tells that stock transformers does not load an artifact
+NOT_STOCK = "stock transformers cannot load what was written"
 METRICS = ("cca", "pruning", "taylor")
 #: largest difference of the replay from a plain forward, as a share of the largest output
 EXACT = 1e-5
@@ -58,6 +60,7 @@ class Row:
     notices: list[str] = field(default_factory=list)
     replay: float | None = None
     divergence: dict[str, float] = field(default_factory=dict)
+    quick: bool = False
     seconds: float = 0.0
 
 
@@ -84,7 +87,7 @@ def walk(
         families: names.
         out: a JSON lines file.
         metrics: measure `METRICS` beside the default one.
-        quick: compress by GPTQ alone, and compare nothing of it.
+        quick: compress by GPTQ alone, in default options, which measures as well.
         until: begin no family after this many seconds.
     """
     known = {row.family for row in read_rows(out)}
@@ -111,13 +114,21 @@ def read_rows(path: Path) -> list[Row]:
 @contextmanager
 def _same_process() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reload, "_run", run_here)
+        patch.setattr(reload, "_run", _run_here)
         yield
+
+
+def _run_here(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Load with stock transformers in this process; what it raises is told as in a fresh one."""
+    try:
+        return run_here(folder, job)
+    except Exception as error:
+        raise ArtifactError(f"{NOT_STOCK}: {type(error).__name__}: {error}") from error
 
 
 def walk_family(family: str, folder: Path, *, metrics: bool = False, quick: bool = False) -> Row:
     """Walk one family; nothing that goes wrong escapes."""
-    row, start = Row(family), time.monotonic()
+    row, start = Row(family, quick=quick), time.monotonic()
     if family in UNBUILT:
         row.verdict, row.text = "not built", UNBUILT[family]
         return row
@@ -146,6 +157,7 @@ class _Way:
             "samples": SAMPLES,
             "seqlen": SEQLEN,
             "group_size": GROUP,
+            "allocator": "uniform",
         }
         self.heard: list[Event] = []
 
@@ -155,10 +167,11 @@ class _Way:
         torch.manual_seed(0)
         dense = self._do("load", self._load)
         self._do("replay", lambda: self._compare_replay(dense))
-        self._do("analyze", lambda: self._analyze(metrics))
-        if quick:
-            self._do("compress gptq", lambda: self._compress("gptq", self.folder / "gptq"))
+        if quick:  # the default allocator measures, so that this is an analysis as well
+            del self.options["allocator"]
+            self._carry_out(dense, "gptq")
             return
+        self._do("analyze", lambda: self._analyze(metrics))
         for compressor in ("nearest", "gptq"):
             self._carry_out(dense, compressor)
         # a classifier gives a few numbers for the whole batch, which tell nothing
@@ -220,15 +233,25 @@ class _Way:
             self._fail(f"the replay differs from a plain forward by {self.row.replay:.2g}")
 
     def _analyze(self, metrics: bool) -> None:
-        options = self.options
+        options = {name: value for name, value in self.options.items() if name != "allocator"}
         for number, more in enumerate([{}, {"metrics": METRICS}] if metrics else [{}]):
             out = self.folder / f"analysis-{number}"
             cptq.analyze(self.path, out=out, progress=self.heard.append, **options, **more)
 
     def _compress(self, compressor: str, out: Path) -> None:
+        try:
+            self._compress_for_runtime(compressor, out)
+        except ArtifactError as error:
+            if self.row.runtime or NOT_STOCK not in str(error):
+                raise
+            self.row.runtime = self.options["runtime"] = "cptq"
+            self.row.text = str(error).removeprefix(f"{NOT_STOCK}: ")
+            self._compress_for_runtime(compressor, out)
+
+    def _compress_for_runtime(self, compressor: str, out: Path) -> None:
         cptq.compress(
             self.path, out=out, target="4bit", compressor=compressor,
-            allocator="uniform", progress=self.heard.append, **self.options,
+            overwrite=True, progress=self.heard.append, **self.options,
         )  # fmt: skip
 
     def _evaluate(self, out: Path) -> None:
@@ -267,20 +290,3 @@ def _answer(output: Any) -> torch.Tensor:
     answer = output.last_hidden_state if logits is None else logits
     assert isinstance(answer, torch.Tensor)
     return answer
-
-
-def main(
-    out: Path,
-    *,
-    until: float,
-    metrics: bool = False,
-    quick: bool = False,
-    names: Iterable[str] = (),
-) -> None:
-    """Walk and print a line per family."""
-    torch.set_num_threads(1)
-    chosen = names or list(list_families())
-    for row in walk(chosen, out, metrics=metrics, quick=quick, until=until):
-        print(
-            f"{row.family:24} {row.verdict:8} {row.step:16} {row.seconds:5} {row.text}", flush=True
-        )
