@@ -2,7 +2,7 @@
 
 One value per family. A layer's role and fused group come from the end of its name; everything
 else (order, shapes, ties) is observed on the model itself. A family that is not listed gets
-`GENERIC`: blocks are the longest `ModuleList` of equal modules, the role is the last part of the
+`GENERIC`: blocks are the `ModuleList` that holds most weights, the role is the last part of the
 name, and linears of one parent module that receive the very same input form a fused group.
 """
 

@@ -22,7 +22,6 @@ WHOLE = {
     "xlm": "transformer",
     "gemma3n_text": "model",
     "funnel": "funnel.encoder",
-    "xlnet": "transformer",
     "albert": "albert.encoder",
     "t5": "encoder",
 }
@@ -74,8 +73,11 @@ def test_outputs_and_gradients_are_those_of_a_plain_pass(
 
 
 @pytest.mark.slow
-def test_blocks_that_return_lists_are_a_chain(tmp_path: Path, heard: Heard) -> None:
-    model = load(tmp_path, "openai-gpt", heard)
+@pytest.mark.parametrize("family", ["openai-gpt", "xlnet"])
+def test_blocks_that_return_lists_or_two_streams_are_a_chain(
+    tmp_path: Path, heard: Heard, family: str
+) -> None:
+    model = load(tmp_path, family, heard)
     assert len(model.block_names) == 3
     (batch, *_) = random_calibration(model, rows=3, length=17).batches
     replay = BlockReplay(model, [batch])
