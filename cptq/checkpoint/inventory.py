@@ -7,8 +7,10 @@ the model once, and for each linear, Conv1D and embedding the first call and its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +31,12 @@ OWN_FORWARD_REASON = (
     "a linear with a forward of its own ({}), which does more than multiply: a router, or "
     "activations that are rounded; kept dense"
 )
+READ_REASON = (
+    "the model's code reads its weight beside calling it, and a packed layer has none; kept dense"
+)
+VOCABULARY_REASON = (
+    "the model's code reads this matrix beside looking tokens up and multiplying; kept dense"
+)
 #: least share of the matrices' weights that blocks hold
 LEAST_SHARE = 0.5
 
@@ -37,12 +45,14 @@ LEAST_SHARE = 0.5
 class Trace:
     """The record of one forward pass: modules in call order and the input of each.
 
-    `special`: linears whose output is not x W^T + b.
+    `special`: linears whose output is not x W^T + b; `read`: those whose weight something else
+    than their own forward has read.
     """
 
     order: list[str] = field(default_factory=list)
     inputs: dict[str, Tensor] = field(default_factory=dict)
     special: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +101,7 @@ def take_inventory(
         block_names=blocks,
         layers=layers,
         units=group_units(layers),
-        vocabulary=list_vocabulary(module, layers),
+        vocabulary=list_vocabulary(module, layers, trace.read, emit),
     )
 
 
@@ -189,7 +199,7 @@ def trace_forward(module: nn.Module) -> Trace:
         device = next(module.parameters()).device
         vocabulary = int(module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         ids = (torch.arange(TRACE_TOKENS, device=device) + 3).remainder(vocabulary)[None]
-        with torch.no_grad():
+        with torch.no_grad(), _watch_reads(module, trace):
             module(input_ids=ids, attention_mask=torch.ones_like(ids))
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         raise ModelError(
@@ -211,6 +221,34 @@ def _record_call(trace: Trace, name: str):  # type: ignore[no-untyped-def]
             trace.inputs[name] = args[0]  # kept, so that identity means identity
 
     return hook
+
+
+@contextmanager
+def _watch_reads(module: nn.Module, trace: Trace) -> Iterator[None]:
+    """Note the linears whose weight is read while they do not run.
+
+    T5 asks for the type of a weight, Mamba multiplies by weights itself. A parameter is found by
+    `Module.__getattr__`, which is replaced meanwhile.
+    """
+    kinds = (nn.Linear, Conv1D)
+    names = {part: name for name, part in module.named_modules() if isinstance(part, kinds)}
+    running: set[nn.Module] = set()
+    find = nn.Module.__getattr__
+
+    def note(part: nn.Module, attribute: str) -> Any:
+        if attribute == "weight" and part in names and part not in running:
+            trace.read.add(names[part])
+        return find(part, attribute)
+
+    with ExitStack() as stack:
+        for part in names:
+            begin = part.register_forward_pre_hook(lambda one, _args: running.add(one))
+            end = part.register_forward_hook(lambda one, *_: running.discard(one), prepend=False)
+            stack.callback(begin.remove)
+            stack.callback(end.remove)
+        stack.callback(setattr, nn.Module, "__getattr__", find)
+        nn.Module.__getattr__ = note  # type: ignore[method-assign, assignment]
+        yield
 
 
 def _is_product(linear: nn.Linear, x: Tensor, output: object) -> bool:
@@ -258,6 +296,8 @@ def _describe_layer(
     reason = reason or _find_dense_reason(kind, block, name in trace.inputs, tied)
     if reason is None and name in trace.special:
         reason = OWN_FORWARD_REASON.format(type(part).__name__)
+    if reason is None and name in trace.read:
+        reason = READ_REASON
     weight = part.weight
     assert isinstance(weight, Tensor)
     shape = weight.T.shape if isinstance(part, Conv1D) else weight.shape
@@ -345,23 +385,33 @@ def group_units(layers: tuple[LayerSpec, ...]) -> tuple[Unit, ...]:
     )
 
 
-def list_vocabulary(module: nn.Module, layers: tuple[LayerSpec, ...]) -> tuple[Unit, ...]:
+def list_vocabulary(
+    module: nn.Module, layers: tuple[LayerSpec, ...], read: Collection[str], emit: Emit
+) -> tuple[Unit, ...]:
     """Return units of the token embedding, and of an output head that is a matrix of its own.
 
     Their roles are `embedding`, `head`, or `embedding+head` of a matrix that is both. Positions and
-    token types are small, and families look them up in their own ways: they are in no unit.
+    token types are small, and families look them up in their own ways: they are in no unit. Nor is
+    a matrix whose weight other code reads (`read`), or that further embeddings share (T5's).
     """
     embedding = module.get_input_embeddings()  # type: ignore[operator]
     known = {spec.name: spec for spec in layers}
     roles: dict[str, list[str]] = {}
+    shared: set[str] = set()
     for spec in layers:
         inner = module.get_submodule(spec.name) is embedding
         if inner or spec.kind == "head":
             roles.setdefault(spec.tied_to or spec.name, []).append("embedding" if inner else "head")
+        elif spec.kind == "embedding" and spec.tied_to:
+            shared.add(spec.tied_to)
+        if spec.name in read:
+            shared.add(spec.tied_to or spec.name)
+    for name in sorted(shared & set(roles)):
+        emit(Notice(kind="skipped", subject=name, message=VOCABULARY_REASON))
     return tuple(
         Unit(name=name, block=None, role="+".join(sorted(found)), layers=(known[name],))
         for name, found in roles.items()
-        if name in known
+        if name in known and name not in shared
     )
 
 

@@ -375,6 +375,16 @@ class Transposed(nn.Linear):
         return x @ self.weight.T + self.bias
 
 
+def test_a_weight_that_other_code_reads_is_dense() -> None:
+    model = Toy()
+    block, forward = model.blocks[1], model.blocks[1].forward
+    block.forward = lambda x: forward(x.to(block.third.weight.dtype))
+    specs = by_name(inventory(model))
+    assert "reads its weight" in str(specs["blocks.1.third"].reason)
+    assert specs["blocks.0.third"].compressible
+    assert specs["blocks.1.first"].compressible
+
+
 @pytest.mark.parametrize(("kind", "dense"), [(Rounding, True), (Router, True), (Transposed, False)])
 def test_a_linear_that_does_more_than_multiply_is_dense(kind: type, dense: bool) -> None:
     model = Toy()
