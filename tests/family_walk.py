@@ -244,9 +244,12 @@ class _Way:
         except ArtifactError as error:
             if self.row.runtime or NOT_STOCK not in str(error):
                 raise
-            self.row.runtime = self.options["runtime"] = "cptq"
-            self.row.text = str(error).removeprefix(f"{NOT_STOCK}: ")
-            self._compress_for_runtime(compressor, out)
+            self.options["runtime"] = "cptq"
+            try:
+                self._compress_for_runtime(compressor, out)
+            except CptqError:
+                raise error from None
+            self.row.runtime, self.row.text = "cptq", str(error).removeprefix(f"{NOT_STOCK}: ")
 
     def _compress_for_runtime(self, compressor: str, out: Path) -> None:
         cptq.compress(
