@@ -28,7 +28,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 Result = TypeVar("Result")
 #: runs the model on a batch

@@ -247,7 +247,7 @@ def _watch_reads(module: nn.Module, trace: Trace) -> Iterator[None]:
             stack.callback(begin.remove)
             stack.callback(end.remove)
         stack.callback(setattr, nn.Module, "__getattr__", find)
-        nn.Module.__getattr__ = note  # type: ignore[method-assign, assignment]
+        nn.Module.__getattr__ = note  # type: ignore[method-assign]
         yield
 
 
