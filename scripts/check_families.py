@@ -20,7 +20,7 @@ import transformers
 
 from tests.families import list_families
 from tests.family_table import render_table
-from tests.family_walk import read_rows, walk
+from tests.family_walk import DEPTHS, read_rows, walk
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "families.md"
 
@@ -31,7 +31,7 @@ def main() -> int:
     parser.add_argument("rows", type=Path, help="the JSON lines file")
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin none after so many")
     parser.add_argument("--metrics", action="store_true", help="cca, pruning and taylor as well")
-    parser.add_argument("--quick", action="store_true", help="compress by GPTQ alone")
+    parser.add_argument("--depth", choices=DEPTHS, default="all", help="how far to go")
     parser.add_argument("--families", nargs="+", default=[], metavar="NAME")
     parser.add_argument("--out", type=Path, default=DOCUMENT)
     asked = parser.parse_args()
@@ -40,7 +40,7 @@ def main() -> int:
     torch.set_num_threads(1)
     families = asked.families or list(list_families())
     for row in walk(
-        families, asked.rows, metrics=asked.metrics, quick=asked.quick, until=asked.seconds
+        families, asked.rows, metrics=asked.metrics, depth=asked.depth, until=asked.seconds
     ):
         line = f"{row.family:24} {row.verdict:9} {row.step:16} {row.seconds:5} {row.text}"
         print(line, flush=True)

@@ -45,9 +45,10 @@ def render_table(rows: Sequence[Row]) -> str:
 
 
 def _spell(rows: Sequence[Row]) -> str:
-    """Say where rows were walked in fewer steps."""
-    quick = sum(row.quick for row in rows)
-    return f" {quick} rows were compressed by GPTQ alone (`--quick`)." if quick else ""
+    """Say how many rows were walked in fewer steps."""
+    said = {"load": "only loaded and replayed", "gptq": "compressed by GPTQ alone"}
+    counts = Counter(row.depth for row in rows if row.depth in said)
+    return "".join(f" {count} were {said[depth]}." for depth, count in sorted(counts.items()))
 
 
 def _render_working(rows: Sequence[Row]) -> list[str]:

@@ -38,6 +38,9 @@ from tests.unit.artifact.same_process import run_here
 SEQLEN, SAMPLES, GROUP = 64, 4, 16
 #: how the reload check tells that stock transformers does not load an artifact
 NOT_STOCK = "stock transformers cannot load what was written"
+#: how far to go: load and replay; then compress by GPTQ alone, in default options, which measures
+#: as well; or analyze, compress by nearest rounding and GPTQ, and judge that one does no harm
+DEPTHS = ("load", "gptq", "all")
 METRICS = ("cca", "pruning", "taylor")
 #: largest difference of the replay from a plain forward, as a share of the largest output
 EXACT = 1e-5
@@ -60,7 +63,7 @@ class Row:
     notices: list[str] = field(default_factory=list)
     replay: float | None = None
     divergence: dict[str, float] = field(default_factory=dict)
-    quick: bool = False
+    depth: str = "all"
     seconds: float = 0.0
 
 
@@ -78,7 +81,7 @@ def walk(
     out: Path,
     *,
     metrics: bool = False,
-    quick: bool = False,
+    depth: str = "all",
     until: float = math.inf,
 ) -> Iterator[Row]:
     """Walk families that have no row in `out` yet, append their rows, and yield them.
@@ -87,7 +90,7 @@ def walk(
         families: names.
         out: a JSON lines file.
         metrics: measure `METRICS` beside the default one.
-        quick: compress by GPTQ alone, in default options, which measures as well.
+        depth: one of `DEPTHS`.
         until: begin no family after this many seconds.
     """
     known = {row.family for row in read_rows(out)}
@@ -98,7 +101,7 @@ def walk(
         if time.monotonic() - start > until:
             return
         with tempfile.TemporaryDirectory() as folder, _same_process():
-            row = walk_family(family, Path(folder), metrics=metrics, quick=quick)
+            row = walk_family(family, Path(folder), metrics=metrics, depth=depth)
         with out.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(asdict(row)) + "\n")
         yield row
@@ -126,16 +129,16 @@ def _run_here(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         raise ArtifactError(f"{NOT_STOCK}: {type(error).__name__}: {error}") from error
 
 
-def walk_family(family: str, folder: Path, *, metrics: bool = False, quick: bool = False) -> Row:
+def walk_family(family: str, folder: Path, *, metrics: bool = False, depth: str = "all") -> Row:
     """Walk one family; nothing that goes wrong escapes."""
-    row, start = Row(family, quick=quick), time.monotonic()
+    row, start = Row(family, depth=depth), time.monotonic()
     if family in UNBUILT:
         row.verdict, row.text = "not built", UNBUILT[family]
         return row
     row.kind = choose_kind(family)
     way = _Way(row, folder)
     try:
-        way.go(metrics, quick)
+        way.go(metrics, depth)
     except CptqError as error:
         row.verdict, row.text = "refused", str(error)
     except Exception as error:
@@ -161,13 +164,15 @@ class _Way:
         }
         self.heard: list[Event] = []
 
-    def go(self, metrics: bool, quick: bool) -> None:
-        """Go all steps."""
+    def go(self, metrics: bool, depth: str) -> None:
+        """Go the steps of one of `DEPTHS`."""
         self._do("build", lambda: build_family(self.path, self.row.family))
         torch.manual_seed(0)
         dense = self._do("load", self._load)
         self._do("replay", lambda: self._compare_replay(dense))
-        if quick:  # the default allocator measures, so that this is an analysis as well
+        if depth == "load":
+            return
+        if depth == "gptq":  # the default allocator measures, so that this is an analysis as well
             del self.options["allocator"]
             self._carry_out(dense, "gptq")
             return
