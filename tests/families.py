@@ -156,7 +156,11 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
 }
 
 #: families that transformers cannot build from any small config here -> why
-UNBUILT: Mapping[str, str] = {}
+UNBUILT: Mapping[str, str] = {
+    "t5gemma": "transformers has no auto class for its encoder alone",
+    "t5gemma2": "transformers has no auto class for its encoder alone",
+    "layoutlmv2": "needs detectron2",
+}
 
 
 def list_families() -> Iterator[str]:

@@ -19,8 +19,9 @@ GPTQ, verified, evaluated (perplexity is computed by hand as well) and compared 
 model. `scripts/check_families ROWS.jsonl` writes this file. Models of images or sound are left out:
 their language models have rows of their own.
 
-- **works**: all of that. *whole*: its blocks are not a chain, so that the part around them is run
-  as a whole, which takes more time and memory. *cptq*: with `--runtime cptq` alone.
+- **works**: all steps that it was walked. *whole*: its blocks are not a chain, so that the part
+  around them is run as a whole, which takes more time and memory. *cptq*: with `--runtime cptq`
+  alone.
 - **refused**: with the sentence given, by the step given.
 - **not built**: transformers itself does not build or run the small config.
 
@@ -46,7 +47,11 @@ def render_table(rows: Sequence[Row]) -> str:
 
 def _spell(rows: Sequence[Row]) -> str:
     """Say how many rows were walked in fewer steps."""
-    said = {"load": "only loaded and replayed", "gptq": "compressed by GPTQ alone"}
+    said = {
+        "load": "only loaded and replayed, and may\nstill be refused when they are compressed "
+        "(stacked experts; what stock transformers cannot load)",
+        "gptq": "compressed by GPTQ alone",
+    }
     counts = Counter(row.depth for row in rows if row.depth in said)
     return "".join(f" {count} were {said[depth]}." for depth, count in sorted(counts.items()))
 
