@@ -146,7 +146,7 @@ def build_tiny_model(
     fields = _token_ids(causal) | dict(recipe.config) | config
     if tied is not None:
         fields["tie_word_embeddings"] = tied
-    model = _random_model(recipe, AutoConfig.for_model(recipe.model_type, **fields), seed)
+    model = make_random_model(recipe, AutoConfig.for_model(recipe.model_type, **fields), seed)
     model.to(dtype).save_pretrained(path, max_shard_size="60KB" if shards else "1GB")
     tiny_tokenizer(causal=causal).save_pretrained(path)
     return path
@@ -216,7 +216,7 @@ def _token_ids(causal: bool) -> dict[str, Any]:
     return {"vocab_size": VOCABULARY} | (special if causal else {"pad_token_id": 0})
 
 
-def _random_model(recipe: Recipe, config: Any, seed: int) -> nn.Module:
+def make_random_model(recipe: Recipe, config: Any, seed: int) -> nn.Module:
     """A model whose weights, biases and norms are all random, and drawn from `seed` alone."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)

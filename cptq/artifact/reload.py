@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cptq.artifact import stock_load
-from cptq.checkpoint.loader import AUTO_CLASSES
+from cptq.checkpoint.files import read_config
+from cptq.checkpoint.loader import choose_auto_class
 from cptq.errors import ArtifactError
 from cptq.types import ModelKind
 
@@ -84,7 +85,7 @@ def reload_in_fresh_process(
     with tempfile.TemporaryDirectory(prefix=f"{path.name}-check-", dir=path.parent) as folder:
         job: dict[str, Any] = {
             "directory": str(path),
-            "auto_class": AUTO_CLASSES[kind],
+            "auto_class": choose_auto_class(read_config(path), kind),
             "attention": sample.attention,
             "trust_remote_code": sample.trust_remote_code,
             "blocks": sample.blocks,

@@ -2,7 +2,7 @@
 
 One value per family. A layer's role and fused group come from the end of its name; everything
 else (order, shapes, ties) is observed on the model itself. A family that is not listed gets
-`GENERIC`: blocks are the longest `ModuleList` of equal modules, the role is the last part of the
+`GENERIC`: blocks are the `ModuleList` that holds most weights, the role is the last part of the
 name, and linears of one parent module that receive the very same input form a fused group.
 """
 
@@ -47,6 +47,7 @@ _LLAMA_ROLES = {
     "up_proj": "up",
     "down_proj": "down",
 }
+_JOINED_ROLES = {"qkv_proj": "qkv", "o_proj": "o", "gate_up_proj": "gate_up", "down_proj": "down"}
 _BERT_ROLES = {
     "attention.self.query": "q",
     "attention.self.key": "k",
@@ -57,12 +58,52 @@ _BERT_ROLES = {
 }
 
 
+#: q, k and v are apart, gate and up joined
+_GATED_JOINED_ROLES = _LLAMA_ROLES | {"gate_up_proj": "gate_up"}
+#: `model_type`s whose blocks have the names of Llama's and of BERT's
+_LLAMA_LIKE = (
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "granite",
+    "cohere",
+    "cohere2",
+    "stablelm",
+    "smollm3",
+    "llama4_text",
+    "qwen3_next",
+    "mixtral",
+    "gpt_oss",
+    "granitemoe",
+)
+_BERT_LIKE = ("electra", "xlm-roberta", "esm")
+
+
 def _make_llama_like(family: str) -> Architecture:
     return Architecture(family=family, blocks="model.layers", roles=_LLAMA_ROLES, fused=QKV_GATE_UP)
 
 
 def _make_bert_like(family: str) -> Architecture:
     return Architecture(family=family, blocks="encoder.layer", roles=_BERT_ROLES, fused=QKV)
+
+
+def _make_low_rank(family: str) -> Architecture:
+    """DeepSeek's attention: queries, and keys with values, go through a narrow layer each."""
+    roles = {"q_a_proj": "q_a", "q_b_proj": "q_b", "kv_b_proj": "kv_b"}
+    return Architecture(
+        family=family,
+        blocks="model.layers",
+        roles=_LLAMA_ROLES | roles | {"kv_a_proj_with_mqa": "kv_a"},
+        fused={"qkv_a": ("q_a", "kv_a"), "gate_up": ("gate", "up")},
+    )
+
+
+def _make_joined(family: str, blocks: str, roles: Mapping[str, str]) -> Architecture:
+    """Make a family whose q, k and v are one matrix already, so that nothing is left to fuse."""
+    return Architecture(family=family, blocks=blocks, roles=roles)
 
 
 GENERIC = Architecture(family="generic")
@@ -75,6 +116,36 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_moe": _make_llama_like("qwen2_moe"),
     "qwen3_moe": _make_llama_like("qwen3_moe"),
     "olmoe": _make_llama_like("olmoe"),
+    **{name: _make_llama_like(name) for name in _LLAMA_LIKE},
+    **{name: _make_bert_like(name) for name in _BERT_LIKE},
+    "phi3": _make_joined("phi3", "model.layers", _JOINED_ROLES),
+    "glm": Architecture(family="glm", blocks="model.layers", roles=_GATED_JOINED_ROLES, fused=QKV),
+    "starcoder2": Architecture(
+        family="starcoder2",
+        blocks="model.layers",
+        roles=_LLAMA_ROLES | {"mlp.c_fc": "fc1", "mlp.c_proj": "fc2"},
+        fused=QKV,
+    ),
+    "deepseek_v2": _make_low_rank("deepseek_v2"),
+    "deepseek_v3": _make_low_rank("deepseek_v3"),
+    "bloom": _make_joined(
+        "bloom",
+        "transformer.h",
+        {"query_key_value": "qkv", "self_attention.dense": "o"}
+        | {"dense_h_to_4h": "fc1", "dense_4h_to_h": "fc2"},
+    ),
+    "mpt": _make_joined(
+        "mpt",
+        "transformer.blocks",
+        {"Wqkv": "qkv", "attn.out_proj": "o", "ffn.up_proj": "fc1", "ffn.down_proj": "fc2"},
+    ),
+    "gptj": Architecture(
+        family="gptj",
+        blocks="transformer.h",
+        roles={"q_proj": "q", "k_proj": "k", "v_proj": "v", "attn.out_proj": "o"}
+        | {"mlp.fc_in": "fc1", "mlp.fc_out": "fc2"},
+        fused=QKV,
+    ),
     "opt": Architecture(
         family="opt",
         blocks="decoder.layers",

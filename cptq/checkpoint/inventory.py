@@ -7,14 +7,18 @@ the model once, and for each linear, Conv1D and embedding the first call and its
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 from cptq.checkpoint.architectures import Architecture
+from cptq.checkpoint.chain import find_break
 from cptq.errors import ModelError
 from cptq.types import Emit, LayerKind, LayerSpec, Notice, TensorSpec, Unit
 
@@ -23,19 +27,32 @@ TRACE_TOKENS = 8
 
 CONV1D_REASON = "a Conv1D, which the compressed-tensors format cannot hold; kept dense"
 
-REPEATED_REASON = "its block runs more than once in a forward pass; kept dense"
+OWN_FORWARD_REASON = (
+    "a linear with a forward of its own ({}), which does more than multiply: a router, or "
+    "activations that are rounded; kept dense"
+)
+READ_REASON = (
+    "the model's code reads its weight beside calling it, and a packed layer has none; kept dense"
+)
+VOCABULARY_REASON = (
+    "the model's code reads this matrix beside looking tokens up and multiplying; kept dense"
+)
+#: least share of the matrices' weights that blocks hold
+LEAST_SHARE = 0.5
 
 
 @dataclass(kw_only=True)
 class Trace:
     """The record of one forward pass: modules in call order and the input of each.
 
-    `repeated`: blocks that ran more than once, whose inputs and outputs do not form a chain.
+    `special`: linears whose output is not x W^T + b; `read`: those whose weight something else
+    than their own forward has read.
     """
 
     order: list[str] = field(default_factory=list)
     inputs: dict[str, Tensor] = field(default_factory=dict)
-    repeated: set[str] = field(default_factory=set)
+    special: set[str] = field(default_factory=set)
+    read: set[str] = field(default_factory=set)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,8 +90,8 @@ def take_inventory(
     Raises:
         ModelError: no blocks are found, or the model does not run on token ids.
     """
-    blocks = find_blocks(module, family)
-    trace = trace or trace_forward(module, blocks)
+    trace = trace or trace_forward(module)
+    blocks = choose_blocks(module, family, emit)
     ties = find_ties(module)
     layers = tuple(
         _describe_layer(module, name, family, blocks, trace, ties, tensors, conv1d)
@@ -86,22 +103,88 @@ def take_inventory(
         block_names=blocks,
         layers=layers,
         units=group_units(layers),
-        vocabulary=list_vocabulary(module, layers),
+        vocabulary=list_vocabulary(module, layers, trace.read, emit),
+    )
+
+
+def choose_blocks(module: nn.Module, family: Architecture, emit: Emit) -> tuple[str, ...]:
+    """Return the names of blocks that are a chain and hold most of the weights.
+
+    Where the stack of blocks is none, the part of the model around it is taken as a single block,
+    which a Notice says.
+
+    Raises:
+        ModelError: no part of the model can be run like that.
+    """
+    blocks = find_blocks(module, family)
+    reason = _find_objection(module, blocks) if blocks else "there is no stack of blocks"
+    if reason is None:
+        return blocks
+    for place in _list_places_around(module, blocks):
+        if _find_objection(module, (place,)) is None:
+            message = (
+                f"its blocks are not a chain ({reason}): {place or 'all of it'} is run as a whole, "
+                "which takes more time and memory"
+            )
+            emit(Notice(kind="fallback", subject=type(module).__name__, message=message))
+            return (place,)
+    raise ModelError(
+        f"{type(module).__name__} cannot be run block by block ({reason}), nor around its blocks",
+        allowed="transformer models whose hidden states go from one block to the next",
     )
 
 
 def find_blocks(module: nn.Module, family: Architecture) -> tuple[str, ...]:
-    """Return the dotted names of the model's blocks, in order."""
+    """Return the dotted names of the model's blocks, in order; none without a stack of modules.
+
+    Of a family that is not known, the list of modules that holds most weights.
+    """
     lists = {n: m for n, m in module.named_modules() if isinstance(m, nn.ModuleList) and len(m)}
     known = [n for n in lists if family.blocks and f".{n}".endswith(f".{family.blocks}")]
-    even = [n for n, m in lists.items() if len({type(block) for block in m}) == 1]
-    name = known[0] if known else max(even, key=lambda n: len(lists[n]), default=None)
-    if name is None:
-        raise ModelError(
-            "no stack of equal blocks was found in the model",
-            allowed="transformer models whose blocks are in a ModuleList",
-        )
-    return tuple(f"{name}.{i}" for i in range(len(lists[name])))
+    weights = {name: _count_weights(blocks) for name, blocks in lists.items()}
+    name = known[0] if known else max(weights, key=lambda n: weights[n], default=None)
+    return () if name is None else tuple(f"{name}.{i}" for i in range(len(lists[name])))
+
+
+def _find_objection(module: nn.Module, blocks: tuple[str, ...]) -> str | None:
+    """Return why these parts cannot be taken for the blocks of a model, or None."""
+    ends = (getattr(module, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
+    outside = sum(_count_weights(end) for end in ends if isinstance(end, nn.Linear))
+    held = sum(_count_weights(module.get_submodule(name)) for name in blocks)
+    total = _count_weights(module) - outside
+    if held < LEAST_SHARE * total:
+        return f"they hold {held / total:.0%} of its weights"
+    return find_break(module, blocks)
+
+
+def _count_weights(module: nn.Module) -> int:
+    """Return the number of weights in matrices that multiply, stacks of experts included."""
+    found = {
+        id(p): p.numel()
+        for part in module.modules()
+        if not isinstance(part, nn.Embedding)
+        for p in part.parameters(recurse=False)
+        if p.ndim > 1
+    }
+    return sum(found.values())
+
+
+def _list_places_around(module: nn.Module, blocks: tuple[str, ...]) -> list[str]:
+    """Return the modules around the blocks, from within, then the base model, then the model."""
+    places = []
+    place = blocks[0].rpartition(".")[0].rpartition(".")[0] if blocks else ""
+    while place:
+        places.append(place)
+        place = place.rpartition(".")[0]
+    base = str(getattr(module, "base_model_prefix", ""))
+    if base and base not in places and isinstance(getattr(module, base, None), nn.Module):
+        places.append(base)
+    return [*places, ""]
+
+
+def is_inside(name: str, block: str) -> bool:
+    """Whether a layer lies in a block; "" is the whole model."""
+    return not block or name.startswith(f"{block}.")
 
 
 def _has_weight(module: nn.Module) -> bool:
@@ -113,23 +196,19 @@ def list_matrices(module: nn.Module) -> list[str]:
     return [name for name, part in module.named_modules() if _has_weight(part)]
 
 
-def trace_forward(module: nn.Module, blocks: tuple[str, ...]) -> Trace:
+def trace_forward(module: nn.Module) -> Trace:
     """Run a few tokens and record which modules are called, in which order, with which input."""
     trace, handles = Trace(), []
     for name, part in module.named_modules():
         if _has_weight(part):
             handles.append(part.register_forward_hook(_record_call(trace, name)))
-    seen: set[str] = set()
-    for name in blocks:
-        block = module.get_submodule(name)
-        handles.append(block.register_forward_hook(_record_block(trace, seen, name)))
     try:
         device = next(module.parameters()).device
         vocabulary = int(module.get_input_embeddings().num_embeddings)  # type: ignore[operator]
         ids = (torch.arange(TRACE_TOKENS, device=device) + 3).remainder(vocabulary)[None]
         # families look into a mask, which has no values on the meta device
         mask = {} if ids.is_meta else {"attention_mask": torch.ones_like(ids)}
-        with torch.no_grad():
+        with torch.no_grad(), _watch_reads(module, trace):
             module(input_ids=ids, **mask)
     except (TypeError, ValueError, RuntimeError, AttributeError, LookupError) as error:
         raise ModelError(
@@ -143,7 +222,9 @@ def trace_forward(module: nn.Module, blocks: tuple[str, ...]) -> Trace:
 
 
 def _record_call(trace: Trace, name: str):  # type: ignore[no-untyped-def]
-    def hook(_module: nn.Module, args: tuple[Tensor, ...], _output: object) -> None:
+    def hook(part: nn.Module, args: tuple[Tensor, ...], output: object) -> None:
+        if args and isinstance(part, nn.Linear) and not _is_product(part, args[0], output):
+            trace.special.add(name)
         if name not in trace.inputs and args:
             trace.order.append(name)
             trace.inputs[name] = args[0]  # kept, so that identity means identity
@@ -151,11 +232,42 @@ def _record_call(trace: Trace, name: str):  # type: ignore[no-untyped-def]
     return hook
 
 
-def _record_block(trace: Trace, seen: set[str], name: str):  # type: ignore[no-untyped-def]
-    def hook(*_: object) -> None:
-        (trace.repeated if name in seen else seen).add(name)
+@contextmanager
+def _watch_reads(module: nn.Module, trace: Trace) -> Iterator[None]:
+    """Note the linears whose weight is read while they do not run.
 
-    return hook
+    T5 asks for the type of a weight, Mamba multiplies by weights itself. A parameter is found by
+    `Module.__getattr__`, which is replaced meanwhile.
+    """
+    kinds = (nn.Linear, Conv1D)
+    names = {part: name for name, part in module.named_modules() if isinstance(part, kinds)}
+    running: set[nn.Module] = set()
+    find = nn.Module.__getattr__
+
+    def note(part: nn.Module, attribute: str) -> Any:
+        if attribute == "weight" and part in names and part not in running:
+            trace.read.add(names[part])
+        return find(part, attribute)
+
+    with ExitStack() as stack:
+        for part in names:
+            begin = part.register_forward_pre_hook(lambda one, _args: running.add(one))
+            end = part.register_forward_hook(lambda one, *_: running.discard(one), prepend=False)
+            stack.callback(begin.remove)
+            stack.callback(end.remove)
+        stack.callback(setattr, nn.Module, "__getattr__", find)
+        nn.Module.__getattr__ = note  # type: ignore[method-assign]
+        yield
+
+
+def _is_product(linear: nn.Linear, x: Tensor, output: object) -> bool:
+    """Whether a linear gave x W^T + b; one whose forward is nn.Linear's always does."""
+    if type(linear).forward is nn.Linear.forward:
+        return True
+    if not isinstance(output, Tensor):
+        return False
+    plain = functional.linear(x, linear.weight, linear.bias)
+    return plain.shape == output.shape and torch.allclose(plain, output, rtol=1e-3, atol=1e-5)
 
 
 def _list_in_forward_order(module: nn.Module, trace: Trace) -> list[str]:
@@ -185,14 +297,16 @@ def _describe_layer(
     conv1d: bool,
 ) -> LayerSpec:
     part = module.get_submodule(name)
-    block = next((i for i, b in enumerate(blocks) if name.startswith(f"{b}.")), None)
+    block = next((i for i, b in enumerate(blocks) if is_inside(name, b)), None)
     tied = ties.get(f"{name}.weight")
     kind = _classify_layer(module, part)
     role = _find_role(name, kind, block, family)
     reason = CONV1D_REASON if kind == "conv1d" and not conv1d else None
     reason = reason or _find_dense_reason(kind, block, name in trace.inputs, tied)
-    if reason is None and block is not None and blocks[block] in trace.repeated:
-        reason = REPEATED_REASON
+    if reason is None and name in trace.special:
+        reason = OWN_FORWARD_REASON.format(type(part).__name__)
+    if reason is None and name in trace.read:
+        reason = READ_REASON
     weight = part.weight
     assert isinstance(weight, Tensor)
     shape = weight.T.shape if isinstance(part, Conv1D) else weight.shape
@@ -280,23 +394,33 @@ def group_units(layers: tuple[LayerSpec, ...]) -> tuple[Unit, ...]:
     )
 
 
-def list_vocabulary(module: nn.Module, layers: tuple[LayerSpec, ...]) -> tuple[Unit, ...]:
+def list_vocabulary(
+    module: nn.Module, layers: tuple[LayerSpec, ...], read: Collection[str], emit: Emit
+) -> tuple[Unit, ...]:
     """Return units of the token embedding, and of an output head that is a matrix of its own.
 
     Their roles are `embedding`, `head`, or `embedding+head` of a matrix that is both. Positions and
-    token types are small, and families look them up in their own ways: they are in no unit.
+    token types are small, and families look them up in their own ways: they are in no unit. Nor is
+    a matrix whose weight other code reads (`read`), or that further embeddings share (T5's).
     """
     embedding = module.get_input_embeddings()  # type: ignore[operator]
     known = {spec.name: spec for spec in layers}
     roles: dict[str, list[str]] = {}
+    shared: set[str] = set()
     for spec in layers:
         inner = module.get_submodule(spec.name) is embedding
         if inner or spec.kind == "head":
             roles.setdefault(spec.tied_to or spec.name, []).append("embedding" if inner else "head")
+        elif spec.kind == "embedding" and spec.tied_to:
+            shared.add(spec.tied_to)
+        if spec.name in read:
+            shared.add(spec.tied_to or spec.name)
+    for name in sorted(shared & set(roles)):
+        emit(Notice(kind="skipped", subject=name, message=VOCABULARY_REASON))
     return tuple(
         Unit(name=name, block=None, role="+".join(sorted(found)), layers=(known[name],))
         for name, found in roles.items()
-        if name in known
+        if name in known and name not in shared
     )
 
 

@@ -70,6 +70,8 @@ AUTO_CLASSES: Mapping[ModelKind, str] = {
     "classifier": "AutoModelForSequenceClassification",
     "encoder": "AutoModel",
 }
+#: builds the encoder of an encoder-decoder alone, for the class that such a checkpoint names
+TEXT_ENCODER = ("EncoderModel", "AutoModelForTextEncoding")
 RUN_DTYPES = ("auto", "float32", "bfloat16", "float16")
 _ENDINGS: tuple[tuple[str, ModelKind], ...] = (
     ("ForCausalLM", "causal-lm"),
@@ -307,6 +309,13 @@ def detect_kind(config: Mapping[str, Any], path: Path) -> ModelKind:
     """Return which of the four kinds a checkpoint is, by the class that wrote it."""
     named = config.get("architectures")
     name = str(named[0]) if isinstance(named, list) and named else ""
+    if config.get("is_encoder_decoder") and not name.endswith(("ForCausalLM", TEXT_ENCODER[0])):
+        raise ModelError(
+            f"{path} holds a {name or 'model'}, an encoder-decoder, which cptq does not support",
+            allowed="causal LMs, masked LMs, sequence classifiers, encoders",
+            hint="its encoder alone works where transformers has a class for it, such as "
+            "T5EncoderModel: load it by that class and save it to another directory",
+        )
     for ending, kind in _ENDINGS:
         if name.endswith(ending):
             return kind
@@ -315,6 +324,14 @@ def detect_kind(config: Mapping[str, Any], path: Path) -> ModelKind:
         allowed="...ForCausalLM, ...LMHeadModel, ...ForMaskedLM, ...ForSequenceClassification, "
         "...Model in config.json's architectures",
     )
+
+
+def choose_auto_class(config: Mapping[str, Any], kind: ModelKind) -> str:
+    """Return the auto class that loads a checkpoint of this config.json."""
+    named = config.get("architectures")
+    ending, auto = TEXT_ENCODER
+    alone = isinstance(named, list) and bool(named) and str(named[0]).endswith(ending)
+    return auto if alone and kind == "encoder" else AUTO_CLASSES[kind]
 
 
 def pick_device(name: str) -> torch.device:
@@ -349,7 +366,7 @@ def _load_module(
     emit: Emit,
 ) -> nn.Module:
     load = partial(
-        getattr(transformers, AUTO_CLASSES[kind]).from_pretrained,
+        getattr(transformers, choose_auto_class(read_config(path), kind)).from_pretrained,
         path,
         dtype=dtype,
         output_loading_info=True,

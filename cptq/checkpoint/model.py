@@ -17,6 +17,12 @@ from cptq.checkpoint.resident import ResidentWeights, find_weight
 from cptq.checkpoint.spill import Spill
 from cptq.types import LayerSpec, ModelKind, TensorSpec, Unit
 
+#: families that count positions from padding_idx + 1
+POSITIONS_FROM_PADDING = (
+    *("roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "camembert", "xmod"),
+    *("mpnet", "data2vec-text", "ibert", "longformer", "luke"),
+)
+
 
 @dataclass(kw_only=True, eq=False)
 class ModelSpec:
@@ -38,8 +44,7 @@ class ModelSpec:
         for name in ("max_position_embeddings", "n_positions", "max_seq_len"):
             value = getattr(self.config.get_text_config(), name, None)
             if isinstance(value, int) and value > 0:
-                # RoBERTa and MPNet count positions from padding_idx + 1
-                offset = 2 if self.family in ("roberta", "mpnet") else 0
+                offset = 2 if self.config.model_type in POSITIONS_FROM_PADDING else 0
                 return value - offset
         return None
 

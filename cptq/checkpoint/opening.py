@@ -16,7 +16,10 @@ from torch import nn
 from cptq.checkpoint.architectures import Architecture
 from cptq.checkpoint.inventory import find_blocks
 from cptq.checkpoint.weights import TORCH_DTYPES
+from cptq.errors import ModelError
 from cptq.types import TensorSpec
+
+_ENDS = ("input", "output")
 
 
 def choose_load_dtype(stored: Mapping[str, TensorSpec], dtype: torch.dtype) -> torch.dtype:
@@ -42,6 +45,12 @@ def has_rounded_buffers(module: nn.Module) -> bool:
 
 def list_parts(module: nn.Module, family: Architecture) -> list[nn.Module]:
     """Return what comes into memory and goes as a whole: vocabulary matrices and blocks."""
-    ends = (getattr(module, f"get_{end}_embeddings", lambda: None)() for end in ("input", "output"))
+    try:
+        found = [getattr(module, f"get_{end}_embeddings", lambda: None)() for end in _ENDS]
+    except NotImplementedError as error:
+        raise ModelError(
+            f"{type(module).__name__} has no token embedding that transformers knows of",
+            allowed="models that look token ids up in one matrix",
+        ) from error
     blocks = [module.get_submodule(name) for name in find_blocks(module, family)]
-    return [part for part in ends if isinstance(part, nn.Module)] + blocks
+    return [part for part in found if isinstance(part, nn.Module)] + blocks

@@ -227,14 +227,16 @@ class ResidentWeights:
 
     @contextmanager
     def hold(self, module: nn.Module) -> Iterator[None]:
-        """Have the part that is `module` in memory inside."""
-        forward = vars(module)["forward"]
-        assert isinstance(forward, HeldForward)
-        self.enter(forward.part)
+        """Have the parts that `module` is, or consists of, in memory inside."""
+        forwards = [vars(inner).get("forward") for inner in module.modules()]
+        parts = [forward.part for forward in forwards if isinstance(forward, HeldForward)]
+        for part in parts:
+            self.enter(part)
         try:
             yield
         finally:
-            self.leave(forward.part)
+            for part in parts:
+                self.leave(part)
 
     def restore(self) -> None:
         """Have the dense model again."""

@@ -33,6 +33,7 @@ from cptq.errors import BudgetError, mark_kept
 from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.inputs import CompressInputs, load_inputs
+from cptq.pipeline.nearest_check import check_against_nearest
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
 from cptq.pipeline.resume import identify, identify_inputs, keep_blocks, share_plan
@@ -274,6 +275,7 @@ def compress_layers(
     steps, emit = keep_blocks(run, inputs.model.device, recorder)
     with recorder.stage("compression"):
         layers = _carry_out_together(inputs, plan, emit, ranks, steps)
+    check_against_nearest(inputs, plan, layers, recorder)
     return CompressedModel(plan=plan, layers=tuple(layers))
 
 

@@ -22,7 +22,8 @@ from torch import Tensor
 
 from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import SafetensorsFormat
-from cptq.checkpoint.loader import AUTO_CLASSES
+from cptq.checkpoint.files import read_config
+from cptq.checkpoint.loader import choose_auto_class
 from cptq.checkpoint.weights import TORCH_DTYPES, get_dtype_name, get_scale_dtypes
 from cptq.errors import ArtifactError
 from cptq.layouts.pack_quantized import (
@@ -102,7 +103,7 @@ def _read_float8(spec: LayerSpec, result: LayerResult, codes: Tensor) -> Compres
 
 def format_loading_code(content: Content) -> list[str]:
     """Return the code that loads a directory with transformers, as Markdown lines."""
-    auto = AUTO_CLASSES[content.kind]
+    auto = choose_auto_class(read_config(content.path), content.kind)
     return [
         "```python",
         f"from transformers import {auto}, AutoTokenizer",

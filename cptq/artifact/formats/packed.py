@@ -18,7 +18,8 @@ from torch import Tensor
 
 from cptq.artifact.content import Content
 from cptq.artifact.formats.interface import SafetensorsFormat
-from cptq.checkpoint.loader import AUTO_CLASSES
+from cptq.checkpoint.files import read_config
+from cptq.checkpoint.loader import choose_auto_class
 from cptq.checkpoint.weights import (
     get_dtype_name,
     get_scale_dtype,
@@ -101,7 +102,7 @@ class Packed(SafetensorsFormat):
         }
 
     def describe_loading(self, content: Content) -> Sequence[str]:
-        auto = AUTO_CLASSES[content.kind]
+        auto = choose_auto_class(read_config(content.path), content.kind)
         return [
             "**This model needs cptq** (`pip install cptq`): its weights are stored in cptq's own "
             "packed format, which no other program reads.",

@@ -1,0 +1,300 @@
+"""Walk a family the whole way: analyze, compress, verify, eval; compare with plain forward passes.
+
+A verdict is `works`, `refused` (with the sentence), `wrong` (a number differs from the one computed
+by hand) or `error` (an exception that is not a `CptqError`). A row is written as soon as a family
+is done, so that a walk can be interrupted and goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import cptq
+from cptq.artifact import reload
+from cptq.calibration.replay import BlockReplay, forward
+from cptq.checkpoint.loader import load_model
+from cptq.checkpoint.model import LoadedModel
+from cptq.config import ModelSettings
+from cptq.errors import ArtifactError, CptqError
+from cptq.types import Event, Notice
+from tests.families import UNBUILT, build_family, choose_kind
+from tests.tiny_models import SENTENCES
+from tests.unit.artifact.same_process import run_here
+
+SEQLEN, SAMPLES, GROUP = 64, 4, 16
+#: how the reload check tells that stock transformers does not load an artifact
+NOT_STOCK = "stock transformers cannot load what was written"
+#: how far to go: load and replay; then compress by GPTQ alone, in default options, which measures
+#: as well; or analyze, compress by nearest rounding and GPTQ, and judge that one does no harm
+DEPTHS = ("load", "gptq", "all")
+METRICS = ("cca", "pruning", "taylor")
+#: largest difference of the replay from a plain forward, as a share of the largest output
+EXACT = 1e-5
+#: a compressor may be so much worse than nearest rounding, in divergence, before that is "wrong"
+WORSE = 1.5
+
+
+@dataclass
+class Row:
+    """What became of a family."""
+
+    family: str
+    kind: str = ""
+    verdict: str = "works"
+    step: str = ""
+    text: str = ""
+    runtime: str = ""
+    compressed: int = 0
+    dense: dict[str, int] = field(default_factory=dict)
+    notices: list[str] = field(default_factory=list)
+    replay: float | None = None
+    divergence: dict[str, float] = field(default_factory=dict)
+    depth: str = "all"
+    seconds: float = 0.0
+
+
+def write_text(path: Path) -> Path:
+    """Write a text of a few thousand tokens, each line its own."""
+    lines = [
+        f"{SENTENCES[i % 5]} {i * 7919 % 1009} {SENTENCES[i * 3 % 5][: i % 60]}" for i in range(150)
+    ]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return path
+
+
+def walk(
+    families: Iterable[str],
+    out: Path,
+    *,
+    metrics: bool = False,
+    depth: str = "all",
+    until: float = math.inf,
+) -> Iterator[Row]:
+    """Walk families that have no row in `out` yet, append their rows, and yield them.
+
+    Args:
+        families: names.
+        out: a JSON lines file.
+        metrics: measure `METRICS` beside the default one.
+        depth: one of `DEPTHS`.
+        until: begin no family after this many seconds.
+    """
+    known = {row.family for row in read_rows(out)}
+    start = time.monotonic()
+    for family in families:
+        if family in known:
+            continue
+        if time.monotonic() - start > until:
+            return
+        with tempfile.TemporaryDirectory() as folder, _same_process():
+            row = walk_family(family, Path(folder), metrics=metrics, depth=depth)
+        with out.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(asdict(row)) + "\n")
+        yield row
+
+
+def read_rows(path: Path) -> list[Row]:
+    """Return the rows of a JSON lines file; none where there is no file."""
+    if not path.exists():
+        return []
+    return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@contextmanager
+def _same_process() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reload, "_run", _run_here)
+        yield
+
+
+def _run_here(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
+    """Load with stock transformers in this process; what it raises is told as in a fresh one."""
+    try:
+        return run_here(folder, job)
+    except Exception as error:
+        raise ArtifactError(f"{NOT_STOCK}: {type(error).__name__}: {error}") from error
+
+
+def walk_family(family: str, folder: Path, *, metrics: bool = False, depth: str = "all") -> Row:
+    """Walk one family; nothing that goes wrong escapes."""
+    row, start = Row(family, depth=depth), time.monotonic()
+    if family in UNBUILT:
+        row.verdict, row.text = "not built", UNBUILT[family]
+        return row
+    row.kind = choose_kind(family)
+    way = _Way(row, folder)
+    try:
+        way.go(metrics, depth)
+    except CptqError as error:
+        row.verdict, row.text = "refused", str(error)
+    except Exception as error:
+        row.verdict = "not built" if row.step == "build" else "error"
+        row.text = f"{type(error).__name__}: {error}"[:300]
+    row.seconds = round(time.monotonic() - start, 1)
+    return row
+
+
+class _Way:
+    """The steps of one family."""
+
+    def __init__(self, row: Row, folder: Path) -> None:
+        self.row, self.folder = row, folder
+        self.text = write_text(folder / "text.txt")
+        self.path = folder / "model"
+        self.options: dict[str, Any] = {
+            "calibration": str(self.text),
+            "samples": SAMPLES,
+            "seqlen": SEQLEN,
+            "group_size": GROUP,
+            "allocator": "uniform",
+        }
+        self.heard: list[Event] = []
+
+    def go(self, metrics: bool, depth: str) -> None:
+        """Go the steps of one of `DEPTHS`."""
+        self._do("build", lambda: build_family(self.path, self.row.family))
+        torch.manual_seed(0)
+        dense = self._do("load", self._load)
+        self._do("replay", lambda: self._compare_replay(dense))
+        if depth == "load":
+            return
+        if depth == "gptq":  # the default allocator measures, so that this is an analysis as well
+            del self.options["allocator"]
+            self._carry_out(dense, "gptq")
+            return
+        self._do("analyze", lambda: self._analyze(metrics))
+        for compressor in ("nearest", "gptq"):
+            self._carry_out(dense, compressor)
+        # a classifier gives a few numbers for the whole batch, which tell nothing
+        own, nearest = (self.row.divergence[name] for name in ("gptq", "nearest"))
+        told = any("worse than nearest" in note for note in self.row.notices)
+        if self.row.kind != "classifier" and own > WORSE * nearest + 1e-6 and not told:
+            self._fail(f"gptq diverges by {own:.3g}, nearest rounding by {nearest:.3g}")
+
+    def _carry_out(self, dense: LoadedModel, compressor: str) -> None:
+        out = self.folder / compressor
+        self._do(f"compress {compressor}", lambda: self._compress(compressor, out))
+        self._do(f"verify {compressor}", lambda: cptq.verify(out, progress=self.heard.append))
+        self._do(f"eval {compressor}", lambda: self._evaluate(out))
+        self._do(f"compare {compressor}", lambda: self._diverge(dense, compressor, out))
+        shutil.rmtree(out)
+
+    def _do(self, step: str, run: Callable[[], Any]) -> Any:
+        self.row.step = step
+        try:
+            return run()
+        finally:
+            told = {f"{e.subject}: {e.message}" for e in self.heard if isinstance(e, Notice)}
+            kept = ("chain", "worse than nearest", "router", "forward of its own")
+            self.row.notices = sorted(n for n in told if any(word in n for word in kept))
+
+    def _fail(self, text: str) -> None:
+        self.row.verdict, self.row.text = "wrong", text
+
+    def _load(self) -> LoadedModel:
+        conv1d = bool(self.row.runtime)
+        model = load_model(
+            ModelSettings(model=str(self.path)), self.heard.append, conv1d=conv1d, experts=True
+        )
+        inner = [s for s in model.layers if s.kind not in ("embedding", "head")]
+        if not model.units and any(spec.kind == "conv1d" for spec in inner) and not conv1d:
+            self.row.runtime = "cptq"
+            self.options["runtime"] = "cptq"
+            return self._load()
+        self.row.compressed = sum(spec.compressible for spec in inner)
+        self.row.dense = dict(Counter(str(s.reason) for s in inner if not s.compressible))
+        return model
+
+    def _batch(self) -> dict[str, torch.Tensor]:
+        tokenizer = AutoTokenizer.from_pretrained(self.path)
+        ids = tokenizer(self.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+        ids = ids[:, 500 : 500 + 2 * SEQLEN].reshape(2, SEQLEN)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    @torch.no_grad()
+    def _compare_replay(self, model: LoadedModel) -> None:
+        batch = self._batch()
+        replay = BlockReplay(model, [batch])
+        hidden = replay.embed(0)
+        for block in range(len(model.blocks)):
+            hidden = replay.run(block, hidden, 0)
+        ours, plain = _answer(replay.finish(hidden, 0)), _answer(forward(model, batch))
+        self.row.replay = float((ours - plain).abs().max() / plain.abs().max())
+        if not self.row.replay <= EXACT:
+            self._fail(f"the replay differs from a plain forward by {self.row.replay:.2g}")
+
+    def _analyze(self, metrics: bool) -> None:
+        options = {name: value for name, value in self.options.items() if name != "allocator"}
+        for number, more in enumerate([{}, {"metrics": METRICS}] if metrics else [{}]):
+            out = self.folder / f"analysis-{number}"
+            cptq.analyze(self.path, out=out, progress=self.heard.append, **options, **more)
+
+    def _compress(self, compressor: str, out: Path) -> None:
+        try:
+            self._compress_for_runtime(compressor, out)
+        except ArtifactError as error:
+            if self.row.runtime or NOT_STOCK not in str(error):
+                raise
+            self.options["runtime"] = "cptq"
+            try:
+                self._compress_for_runtime(compressor, out)
+            except CptqError:
+                raise error from None
+            self.row.runtime, self.row.text = "cptq", str(error).removeprefix(f"{NOT_STOCK}: ")
+
+    def _compress_for_runtime(self, compressor: str, out: Path) -> None:
+        cptq.compress(
+            self.path, out=out, target="4bit", compressor=compressor,
+            overwrite=True, progress=self.heard.append, **self.options,
+        )  # fmt: skip
+
+    def _evaluate(self, out: Path) -> None:
+        if self.row.kind != "causal-lm":
+            return
+        outcome = cptq.evaluate(
+            out, tasks=(f"text:{self.text}",), seqlen=SEQLEN, limit=3, progress=self.heard.append
+        )
+        (found,) = [r for r in outcome.summary.evaluation if r.metric == "perplexity"]
+        known = self._compute_perplexity(out)
+        if not math.isclose(found.value, known, rel_tol=1e-3):
+            self._fail(f"perplexity {found.value:.6g}, by hand {known:.6g}")
+
+    @torch.no_grad()
+    def _compute_perplexity(self, out: Path) -> float:
+        module = cptq.load(out)
+        tokenizer = AutoTokenizer.from_pretrained(self.path)
+        ids = tokenizer(self.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
+        rows = ids[0, : 3 * SEQLEN].reshape(3, SEQLEN)
+        total = 0.0
+        for row in rows:
+            p = module(input_ids=row[None], use_cache=False).logits[0, :-1].double().log_softmax(-1)
+            total -= float(p[torch.arange(SEQLEN - 1), row[1:]].sum())
+        return math.exp(total / (3 * (SEQLEN - 1)))
+
+    @torch.no_grad()
+    def _diverge(self, dense: LoadedModel, compressor: str, out: Path) -> None:
+        batch = self._batch()
+        own, other = _answer(forward(dense, batch)), _answer(cptq.load(out)(**batch))
+        share = (own.double() - other.double()).square().sum() / own.double().square().sum()
+        self.row.divergence[compressor] = float(share)
+
+
+def _answer(output: Any) -> torch.Tensor:
+    logits = getattr(output, "logits", None)
+    answer = output.last_hidden_state if logits is None else logits
+    assert isinstance(answer, torch.Tensor)
+    return answer
