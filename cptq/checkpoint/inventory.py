@@ -152,6 +152,8 @@ def _find_objection(module: nn.Module, blocks: tuple[str, ...]) -> str | None:
     outside = sum(_count_weights(end) for end in ends if isinstance(end, nn.Linear))
     held = sum(_count_weights(module.get_submodule(name)) for name in blocks)
     total = _count_weights(module) - outside
+    if not total:
+        return "it has no weights but its vocabulary"
     if held < LEAST_SHARE * total:
         return f"they hold {held / total:.0%} of its weights"
     return find_break(module, blocks)

@@ -6,9 +6,9 @@ What is left beside the libraries themselves (`BASE`) goes to three uses:
     a quarter    activations that wait (`cptq.checkpoint.spill`); what exceeds it goes to disk
     the rest     work under way: the sums and factors of one layer, logits, gradients
 
-A model that fits into the first third is in memory as a whole. Of another one only two blocks are,
-as passes take block after block and no other would still be there when it is needed again; what
-that leaves of the third is for activations. Numbers do not depend on any of it.
+A model that fits into the first third is in memory as a whole. Of another one a single block is, as
+passes take block after block and no other would still be there when it is needed again; what that
+leaves of the third is for activations. Numbers do not depend on any of it.
 
 Limits: the rest is not watched. It must hold the second moment of the widest layer and its factors
 (`count_least`), else the run is refused before it begins.

@@ -149,7 +149,7 @@ class ResidentWeights:
         device: where the model computes.
         dtype: the type that it computes in.
         limit: bytes that the parts in memory may take; None: no limit. A part that is in use is
-            there whatever the limit. Where not all fit, the limit becomes that of two blocks.
+            there whatever the limit. Where not all fit, the limit becomes that of a block.
         files: of the checkpoint, whose pages are given back.
     """
 
@@ -187,7 +187,7 @@ class ResidentWeights:
                 self._load(part)
         else:
             blocks = [part.nbytes for part in self._parts if len(part.weights) > 1]
-            self.limit = min(self.limit, 2 * max(blocks, default=self.limit))
+            self.limit = min(self.limit, max(blocks, default=self.limit))
 
     def _convert(self, tensor: Tensor) -> Tensor:
         floating = tensor.is_floating_point()
