@@ -12,6 +12,7 @@ from cptq.types.comparison import (
     join_results,
 )
 from cptq.types.event import Emit, Event, Fragment, Notice, Progress
+from cptq.types.keep import Keep, keep_nothing
 from cptq.types.model import (
     DTYPE_BYTES,
     LayerKind,
@@ -49,6 +50,7 @@ __all__ = [
     "Event",
     "Fragment",
     "Interval",
+    "Keep",
     "LayerKind",
     "LayerResult",
     "LayerSpec",
@@ -72,4 +74,5 @@ __all__ = [
     "digest",
     "is_expert",
     "join_results",
+    "keep_nothing",
 ]
