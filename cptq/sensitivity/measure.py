@@ -238,6 +238,9 @@ class _Scoring:
         """Return what each metric finds in a unit."""
         if _never_ran(unit, samples):
             return self._skip(unit)
+        if samples is not None and not all(len(samples.layers[s.name].x_TI) for s in unit.layers):
+            message = "no sampled token reaches it: metrics that sample tokens score it 0"
+            self.context.emit(Notice(kind="warning", subject=unit.name, message=message))
         view = _build_view(unit, self.context, samples)
         numbers = {name: run.metric.measure_unit(view) for name, run in self.runs.items()}
         scores = {candidate: self._score(view, candidate) for candidate in self.context.candidates}

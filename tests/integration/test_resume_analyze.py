@@ -73,8 +73,10 @@ def test_a_run_that_died_measures_no_unit_twice_and_writes_the_same_bytes(
         return measure(self, unit, weights)
 
     monkeypatch.setattr(DivergenceFromDense, "measure_unit", count)
-    usual = settings(tiny_model("llama"), tmp_path / "whole" / "out", "output", "pruning")
-    usual = replace(usual, calibration=replace(usual.calibration, seqlen=32, samples=8))
+    (tmp_path / "text.txt").write_text(TEXT)
+    usual = settings(tiny_model("llama"), tmp_path / "whole" / "out", "pruning")
+    text = replace(usual.calibration, calibration=str(tmp_path / "text.txt"), seqlen=32, samples=8)
+    usual = replace(usual, calibration=text)
     analyze(usual, quiet)
     whole = sorted(trials)
     trials.clear()
