@@ -72,7 +72,7 @@ def _check_analyze(settings: AnalyzeSettings) -> AnalyzeSettings:
     for path in settings.sensitivity:
         check_measurement(path, directory=True)
     out = settings.out or Path(f"{find_model_name(settings.model.model)}-analysis")
-    check_place(out, settings.model.model, overwrite=settings.overwrite)
+    _check_directory(out, settings)
     return replace(settings, metrics=metrics, out=out)
 
 
@@ -93,10 +93,17 @@ def _check_compress(settings: CompressSettings, writes: bool) -> CompressSetting
     out = settings.out or name_artifact(settings)
     if settings.dry_run:  # writes nothing, so that no output is in the way
         return replace(settings, out=out)
-    # what was killed at its very end may find its own output there, which only its record tells
+    _check_directory(out, settings)
+    return replace(settings, out=out)
+
+
+def _check_directory(out: Path, settings: AnalyzeSettings | CompressSettings) -> None:
+    """Check the output of a command that can be resumed.
+
+    What was killed at its very end may find its own output there, which only its record tells.
+    """
     there = settings.overwrite or settings.resume
     check_place(out, settings.model.model, overwrite=there)
-    return replace(settings, out=out)
 
 
 def _check_eval(settings: EvalSettings) -> EvalSettings:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from cptq.config import AnySettings, CompressSettings, command_line
+from cptq.config import COMMANDS, AnalyzeSettings, AnySettings, CompressSettings, command_line
 
 RESUME = "--resume"
 _SECRET = "--token"
@@ -22,9 +22,9 @@ def spell_continuation(settings: AnySettings, line: Sequence[str] = ()) -> str |
         line: the words of the process as it was started (`sys.argv`); where they are of another
             program, the command is made from the settings.
     """
-    if not isinstance(settings, CompressSettings):
+    if not isinstance(settings, AnalyzeSettings | CompressSettings):
         return None
-    if list(line[1:2]) != ["compress"]:
+    if list(line[1:2]) != [COMMANDS[type(settings)]]:
         return command_line(replace(settings, resume=True))
     words = _leave_out_secret(line[1:])
     if RESUME not in words:

@@ -19,6 +19,7 @@ from cptq.config.running import (
 )
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.config.settings import (
+    COMMANDS,
     DEFAULT_BITS,
     DEFAULT_GROUP_SIZE,
     DEFAULT_PAIRS,
@@ -46,6 +47,7 @@ from cptq.config.values import (
 
 __all__ = [
     "ALLOWED_BITS",
+    "COMMANDS",
     "DEFAULT_BITS",
     "DEFAULT_GROUP_SIZE",
     "DEFAULT_PAIRS",

@@ -97,6 +97,15 @@ def overwrite_option() -> bool:
     )
 
 
+def resume_option() -> bool:
+    return option(
+        False,
+        "Go on with a run of this very command that was interrupted, killed or failed, from the "
+        "steps that it finished.",
+        OUTPUT,
+    )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSettings:
     """Where the model comes from and how it runs."""

@@ -28,6 +28,7 @@ from cptq.config.inputs import (
     out_option,
     overwrite_option,
     push_to_hub_option,
+    resume_option,
     token_option,
     trust_remote_code_option,
 )
@@ -205,6 +206,7 @@ class AnalyzeSettings(CandidateSettings):
         "Write scores and reports to this directory.", "DIR", "MODEL-analysis"
     )
     overwrite: bool = overwrite_option()
+    resume: bool = resume_option()
 
     #: options that have no effect without `validate`, and their defaults
     _OF_VALIDATION: ClassVar[Mapping[str, object]] = {
@@ -324,12 +326,7 @@ class CompressSettings(CandidateSettings):
         "Write the artifact to this directory.", "DIR", "MODEL-cptq-TARGET"
     )
     overwrite: bool = overwrite_option()
-    resume: bool = option(
-        False,
-        "Go on with a run of this very command that was interrupted, killed or failed, from the "
-        "steps that it finished.",
-        OUTPUT,
-    )
+    resume: bool = resume_option()
     max_shard_size: str = max_shard_size_option()
     push_to_hub: str | None = push_to_hub_option()
     allow_larger: bool = option(

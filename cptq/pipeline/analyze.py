@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from cptq.allocation.cost import CostModel
@@ -24,14 +25,21 @@ from cptq.pipeline.inputs import (
     offer_vocabulary,
 )
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.resume import forget_resume, identify_inputs, resume_or_begin
+from cptq.pipeline.run_directory import RunDirectory
 from cptq.pipeline.summarize import summarize
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.validate import build_ledgers, validate
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import AnalyzeOutcome, Summary
 from cptq.sensitivity import SLOW, list_default_metrics
-from cptq.sensitivity.measure import InterruptedMeasurementError, measure, needs_text
+from cptq.sensitivity.measure import measure, needs_text
 from cptq.types import Candidate, Emit, Notice, SensitivityTable, Validation
+
+#: builds the trial model the first time, which takes a pass over the text
+BuildTrial = Callable[[], TrialModel | None]
+#: every analysis has this file, and a date in it
+_MARKER = FILES["json"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,33 +66,33 @@ class AnalyzeInputs:
 
 
 def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
-    """Measure how sensitive each unit is to compression, and report it.
-
-    Raises:
-        KeyboardInterrupt: Ctrl-C; its text says where the units that were measured are kept.
-    """
+    """Measure how sensitive each unit is to compression, and report it."""
     recorder = Recorder(emit)
-    inputs = _load_inputs(settings, recorder)
-    check_analysis(inputs)
-    trial = _build_trial_model(inputs, recorder)
-    try:
-        tables = {**inputs.known, **_measure_missing(inputs, trial, recorder)}
-    except InterruptedMeasurementError as stop:
-        raise _keep_partial(inputs, stop, recorder) from stop
-    validation = _validate_tables(inputs, tables, trial, recorder)
+    with resume_or_begin(settings, recorder, marker=_MARKER) as run:
+        inputs = _load_inputs(forget_resume(settings, run), recorder, run.path)
+        run.identify(_identify_inputs(inputs))
+        check_analysis(inputs)
+        trial = cache(lambda: _build_trial_model(inputs, recorder))
+        measured = run.keep("sensitivity", lambda: _measure_missing(inputs, trial, run, recorder))
+        tables = {**inputs.known, **measured}
+        validation = _validate_tables(inputs, tables, trial, run, recorder)
+        summary = _write_analysis(inputs, tables, validation, run, recorder)
     return AnalyzeOutcome(
-        summary=_write_analysis(inputs, tables, validation, recorder),
+        summary=summary,
         out=inputs.out,
         reports={kind: inputs.out / name for kind, name in FILES.items()},
     )
 
 
-def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs:
-    """Load the model, the tables and the text, and check them before anything is measured."""
-    model = load_dense(settings, recorder, conv1d=True)
+def _load_inputs(settings: AnalyzeSettings, recorder: Recorder, folder: Path) -> AnalyzeInputs:
+    """Load the model, the tables and the text, and check them before anything is measured.
+
+    `folder`: where activations go that memory does not hold.
+    """
+    model = load_dense(settings, recorder, conv1d=True, folder=folder)
     _report_dense_layers(model, settings, recorder)
     out = settings.out or Path(f"{model.path.name}-analysis")
-    place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=FILES["json"])
+    place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=_MARKER)
     candidates = build_candidates(settings, model)
     vocabulary = offer_vocabulary(model, candidates)
     wanted = {unit.name: candidates for unit in model.units} | vocabulary
@@ -114,6 +122,13 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs
     )
 
 
+def _identify_inputs(inputs: AnalyzeInputs) -> dict[str, str]:
+    """Return the digests of what this run reads, by what they are of."""
+    calibration = inputs.calibration
+    held_out = calibration.held_out if calibration else []
+    return identify_inputs(inputs.model, calibration, held_out, inputs.known)
+
+
 def _build_trial_model(inputs: AnalyzeInputs, recorder: Recorder) -> TrialModel | None:
     """Build the trial model where anything reads text, else return None.
 
@@ -136,11 +151,12 @@ def _build_trial_model(inputs: AnalyzeInputs, recorder: Recorder) -> TrialModel 
 
 
 def _measure_missing(
-    inputs: AnalyzeInputs, trial: TrialModel | None, recorder: Recorder
+    inputs: AnalyzeInputs, build: BuildTrial, run: RunDirectory, recorder: Recorder
 ) -> dict[str, SensitivityTable]:
     """Measure the metrics that no earlier analysis measured."""
     if not inputs.missing:
         return {}
+    trial = build()
     with recorder.stage("sensitivity"):
         return measure(
             inputs.model,
@@ -152,19 +168,24 @@ def _measure_missing(
             compress=trial.weights if trial else None,
             vocabulary=inputs.vocabulary,
             compress_outer=trial.compute_weights if trial else None,
+            keep=run.keep,
         )
 
 
 def _validate_tables(
     inputs: AnalyzeInputs,
     tables: Mapping[str, SensitivityTable],
-    trial: TrialModel | None,
+    build: BuildTrial,
+    run: RunDirectory,
     recorder: Recorder,
 ) -> Validation | None:
     """Compare the scores with measured divergences where --validate is given."""
-    if not inputs.settings.validate or inputs.calibration is None or trial is None:
+    if not inputs.settings.validate:
         return None
+    trial = build()
+    assert inputs.calibration is not None
     assert inputs.cost is not None
+    assert trial is not None
     with recorder.stage("validation"):
         return validate(
             inputs.model,
@@ -176,6 +197,7 @@ def _validate_tables(
             trial,
             inputs.settings,
             recorder,
+            run.keep,
         )
 
 
@@ -183,6 +205,7 @@ def _write_analysis(
     inputs: AnalyzeInputs,
     tables: Mapping[str, SensitivityTable],
     validation: Validation | None,
+    run: RunDirectory,
     recorder: Recorder,
 ) -> Summary:
     """Write all files of an analysis, whole or not at all, and return its summary."""
@@ -200,20 +223,11 @@ def _write_analysis(
     )
     files = encode_stage_files(inputs.model, record, tables, None, validation)
     files |= render_files(report)
-    with create_directory(inputs.place, sum(map(len, files.values()))) as folder:
+    need = sum(map(len, files.values()))
+    with create_directory(inputs.place, need, inside=run.path) as folder:
         write_files(folder, files)
+        run.announce_output(folder)
     return report
-
-
-def _keep_partial(
-    inputs: AnalyzeInputs, stop: InterruptedMeasurementError, recorder: Recorder
-) -> KeyboardInterrupt:
-    """Write what an interrupted measurement has, and return the interrupt that says so."""
-    what = f"{stop.done} of {stop.total} units were measured"
-    message = f"interrupted: {what}; these tables are for reading, no plan is made from them"
-    recorder(Notice(kind="warning", subject="sensitivity", message=message))
-    _write_analysis(inputs, stop.tables, None, recorder)
-    return KeyboardInterrupt(f"interrupted; {what} and are kept in {inputs.out}")
 
 
 def _report_dense_layers(model: LoadedModel, settings: AnalyzeSettings, emit: Emit) -> None:

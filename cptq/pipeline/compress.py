@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ import torch
 from cptq.allocation.allocate import allocate
 from cptq.allocation.experts import fix_experts, list_experts
 from cptq.allocation.ledger import Ledger
-from cptq.artifact.atomic import refuse_existing
 from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.formats import FORMATS
@@ -36,8 +34,14 @@ from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.nearest_check import check_against_nearest
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
-from cptq.pipeline.resume import identify, identify_inputs, keep_blocks, share_plan
-from cptq.pipeline.run_directory import RunDirectory, count_steps, open_run
+from cptq.pipeline.resume import (
+    forget_resume,
+    identify_compress,
+    keep_blocks,
+    resume_or_begin,
+    share_plan,
+)
+from cptq.pipeline.run_directory import RunDirectory, count_steps
 from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.tune import TuneResult, apply_tuned, record_dense, tune_layers
@@ -82,12 +86,12 @@ def compress(settings: CompressSettings, emit: Emit, ranks: Ranks = ALONE) -> Co
         _assist(settings, emit, ranks)
         return ranks.share(None)
     recorder = Recorder(ranks.pass_on(emit))
-    with _open_run(settings, recorder) as run:
+    with resume_or_begin(settings, recorder) as run:
         ranks.share(run.path)
         inputs = load_inputs(
-            _forget_resume(settings, run), recorder, folder=run.path, processes=ranks.neighbours
+            forget_resume(settings, run), recorder, folder=run.path, processes=ranks.neighbours
         )
-        run.identify(identify_inputs(inputs))
+        run.identify(identify_compress(inputs))
         check_disk(count_disk(inputs), kept=run.nbytes)
         tables = run.keep("sensitivity", lambda: dict(measure_sensitivity(inputs, recorder)))
         made = run.keep("plan", lambda: make_plan(inputs, tables, recorder))
@@ -112,27 +116,6 @@ def _assist(settings: CompressSettings, emit: Emit, ranks: Ranks) -> None:
     except BaseException as error:
         mark_kept(error, count_steps(path), str(path))
         raise
-
-
-def _open_run(
-    settings: CompressSettings, recorder: Recorder
-) -> AbstractContextManager[RunDirectory]:
-    """Lock the output, and find the steps that an earlier run finished, if it is to go on."""
-    assert settings.out is not None, "check_settings fills it in"
-    return open_run(
-        settings.out,
-        identify(settings),
-        recorder,
-        resume=settings.resume,
-        overwrite=settings.overwrite,
-    )
-
-
-def _forget_resume(settings: CompressSettings, run: RunDirectory) -> CompressSettings:
-    """Return the settings of a run that was never interrupted, which may replace its own output."""
-    overwrite = settings.overwrite or run.owns_output
-    refuse_existing(run.out, overwrite=overwrite)
-    return replace(settings, resume=False, overwrite=overwrite)
 
 
 def plan(settings: CompressSettings, emit: Emit) -> Plan:
@@ -374,7 +357,7 @@ def write_artifact(
             inside=run.path,
             emit=recorder,
         ) as d:
-            files = encode_stage_files(model, record.calibration, tables, plan, timed=False)
+            files = encode_stage_files(model, record.calibration, tables, plan)
             d.write(content, record, files)
             check = d.verify(sample, short=_build_short_sample(inputs, sample, recorder))
             report = _summarize(inputs, tables, compressed, check, recorder)

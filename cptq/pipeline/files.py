@@ -14,7 +14,6 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.errors import PlanError
 from cptq.report.summary import convert_to_plain
 from cptq.sensitivity import METRICS
-from cptq.sensitivity.measure import PARTIAL
 from cptq.types import (
     CalibrationRecord,
     Candidate,
@@ -36,13 +35,11 @@ def encode_stage_files(
     tables: Mapping[str, SensitivityTable],
     plan: Plan | None,
     validation: Validation | None = None,
-    *,
-    timed: bool = True,
 ) -> dict[str, bytes]:
     """Return {relative path: content} of layers, calibration, tables, plan and validation.
 
-    Without a `calibration` there is no file of it. Partial tables are named so. Unless `timed` no
-    file holds seconds; those that a manifest covers must not: the same run writes the same bytes.
+    Without a `calibration` there is no file of it. No file holds seconds, so that the same run
+    writes the same bytes; they stand in the reports.
     """
     layers = {
         "model_fingerprint": model.fingerprint,
@@ -54,23 +51,24 @@ def encode_stage_files(
     if calibration is not None:
         files["calibration.json"] = convert_to_plain(calibration)
     for name, table in tables.items():
-        partial = ".partial" if PARTIAL in table.details else ""
-        files[f"sensitivity/{name}{partial}.json"] = _encode_table(table, timed)
+        files[f"sensitivity/{name}.json"] = _encode_table(table)
     if plan is not None:
         files["plan.json"] = plan.to_dict()
     if validation is not None:
         files["validation.json"] = {
             "model_fingerprint": model.fingerprint,
-            **convert_to_plain(validation),
+            **_leave_out_seconds(convert_to_plain(validation)),
+            "agreements": [_leave_out_seconds(convert_to_plain(a)) for a in validation.agreements],
         }
     return {name: _encode_json(content) for name, content in files.items()}
 
 
-def _encode_table(table: SensitivityTable, timed: bool) -> dict[str, Any]:
-    data: dict[str, Any] = convert_to_plain(table)
-    if not timed:
-        del data["seconds"]
-    return {"schema": TABLE_SCHEMA, **data}
+def _encode_table(table: SensitivityTable) -> dict[str, Any]:
+    return {"schema": TABLE_SCHEMA, **_leave_out_seconds(convert_to_plain(table))}
+
+
+def _leave_out_seconds(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in data.items() if name != "seconds"}
 
 
 def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
@@ -93,11 +91,6 @@ def read_table(path: Path, model_fingerprint: str) -> SensitivityTable:
             f"{path} was measured by {table.metric!r}, which this cptq does not have",
             allowed=", ".join(METRICS),
             hint=_MEASURE,
-        )
-    if PARTIAL in table.details:
-        raise PlanError(
-            f"{path} is a partial measurement: it was interrupted after {len(table.scores)} units",
-            hint="let cptq analyze run to its end",
         )
     if table.model_fingerprint != model_fingerprint:
         raise PlanError(

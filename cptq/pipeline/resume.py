@@ -1,32 +1,47 @@
-"""What `cptq compress` keeps of its work, and what tells one run from another.
+"""What tells one run of `cptq analyze` or `cptq compress` from another, and how it is resumed.
 
-`identify` says what a run is before anything is loaded, `identify_inputs` once model and text are
-there: whatever can change a byte of the artifact. The processes that share a run must agree in it,
-and their number is no part of it. `keep_blocks` keeps a plan that is carried out
-block by block.
+`identify` says what a run is before anything is loaded, `identify_inputs` and `identify_compress`
+once model and text are there: whatever can change a byte of the output. The processes that share a
+run must agree in it, and their number is no part of it. `keep_blocks` keeps a plan that is carried
+out block by block.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from importlib.metadata import version
+from typing import TypeVar
 
 import torch
 
 from cptq import __version__
+from cptq.artifact.atomic import refuse_existing
+from cptq.artifact.manifest import MANIFEST
 from cptq.calibration.batches import Batch
-from cptq.calibration.tokens import digest_tokens
+from cptq.calibration.tokens import Calibration, digest_tokens
+from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.ranks import Ranks
 from cptq.compression.blockwise import Steps
-from cptq.config import CompressSettings, spell_options
+from cptq.config import AnalyzeSettings, CompressSettings, spell_options
 from cptq.errors import UsageError
 from cptq.pipeline.inputs import CompressInputs
-from cptq.pipeline.run_directory import RunDirectory
-from cptq.types import CompressedLayer, Emit, Event, Notice, Plan, digest
+from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.run_directory import RunDirectory, open_run
+from cptq.types import (
+    CompressedLayer,
+    Emit,
+    Event,
+    Notice,
+    Plan,
+    SensitivityTable,
+    digest,
+)
 
-#: options that cannot change the artifact, or whose content is compared in their place
+Resumable = TypeVar("Resumable", AnalyzeSettings, CompressSettings)
+#: options that cannot change the output, or whose content is compared in their place
 FREE = frozenset(
     (
         *("--model", "--revision", "--plan", "--sensitivity", "--data-dir", "--cache-dir"),
@@ -36,7 +51,32 @@ FREE = frozenset(
 _PACKAGES = ("torch", "transformers")
 
 
-def identify(settings: CompressSettings) -> dict[str, str]:
+def resume_or_begin(
+    settings: AnalyzeSettings | CompressSettings, recorder: Recorder, *, marker: str = MANIFEST
+) -> AbstractContextManager[RunDirectory]:
+    """Lock the output, and find the steps that an earlier run finished, if it is to go on.
+
+    `marker`: as `open_run` takes it.
+    """
+    assert settings.out is not None, "check_settings fills it in"
+    return open_run(
+        settings.out,
+        identify(settings),
+        recorder,
+        resume=settings.resume,
+        overwrite=settings.overwrite,
+        marker=marker,
+    )
+
+
+def forget_resume(settings: Resumable, run: RunDirectory) -> Resumable:
+    """Return the settings of a run that was never interrupted, which may replace its own output."""
+    overwrite = settings.overwrite or run.owns_output
+    refuse_existing(run.out, overwrite=overwrite)
+    return replace(settings, resume=False, overwrite=overwrite)
+
+
+def identify(settings: AnalyzeSettings | CompressSettings) -> dict[str, str]:
     """Return the versions and the options of a run as words, by what they are of."""
     found = {"cptq": f"cptq {__version__}"}
     found |= {package: f"{package} {version(package)}" for package in _PACKAGES}
@@ -45,21 +85,40 @@ def identify(settings: CompressSettings) -> dict[str, str]:
     }
 
 
-def identify_inputs(inputs: CompressInputs) -> dict[str, str]:
-    """Return the digests of what a run reads, by what they are of."""
-    model, text = inputs.model, inputs.held_out
-    held_out = [*text.search, *text.guard, *text.tune, *text.judge]
+def identify_inputs(
+    model: LoadedModel,
+    calibration: Calibration | None,
+    held_out: Iterable[Batch],
+    tables: Mapping[str, SensitivityTable],
+) -> dict[str, str]:
+    """Return the digests of what a run reads, by what they are of.
+
+    Args:
+        model: the dense model.
+        calibration: the text; None where nothing reads any.
+        held_out: batches of it that do not calibrate.
+        tables: those of --sensitivity.
+    """
     config = (model.path / "config.json").read_bytes()
     found = {
         "the model": model.fingerprint,
         "the model's config.json": hashlib.sha256(config).hexdigest(),
-        "the calibration text": inputs.calibration.record.fingerprint,
-        "the text held out from calibration": _digest_batches(held_out),
     }
+    if calibration is not None:
+        found["the calibration text"] = calibration.record.fingerprint
+        found["the text held out from calibration"] = _digest_batches(held_out)
+    for metric in sorted(tables):
+        found[f"the {metric} table of --sensitivity"] = tables[metric].digest
+    return found
+
+
+def identify_compress(inputs: CompressInputs) -> dict[str, str]:
+    """Return the digests of what `compress` reads, by what they are of."""
+    text = inputs.held_out
+    held_out = [*text.search, *text.guard, *text.tune, *text.judge]
+    found = identify_inputs(inputs.model, inputs.calibration, held_out, inputs.tables)
     if inputs.plan is not None:
         found["the plan of --plan"] = digest(inputs.plan.to_dict())
-    for table in inputs.tables.values():
-        found["the table of --sensitivity"] = table.digest
     return found
 
 
@@ -69,7 +128,7 @@ def share_plan(inputs: CompressInputs, plan: Plan | None, ranks: Ranks) -> Plan:
     Raises:
         UsageError: this process has read something else than the first one.
     """
-    own = identify(inputs.settings) | identify_inputs(inputs) if ranks.count > 1 else {}
+    own = identify(inputs.settings) | identify_compress(inputs) if ranks.count > 1 else {}
     found, first = ranks.share((plan, own))
     for name, what in first.items():
         if own.get(name) != what:

@@ -1,14 +1,14 @@
-"""The run directory: what a run of `cptq compress` has finished, so that no death loses it.
+"""The run directory: what a run has finished of `cptq analyze` or `cptq compress`, safe from kills.
 
     .OUT.cptq-run/              beside the output OUT, on the same file system
         lock, owner             held while the run lives; the process that holds it
         000-run.*.safetensors   what the run is: options, versions, digests of model and text
         001-sensitivity.*...    one file per finished step (`pipeline.step_files`)
-        .OUT-*.partial/         the artifact in the making, renamed to OUT at the end
+        .OUT-*.partial/         the output in the making, renamed to OUT at the end
 
 Steps are written in the order in which they are finished. Whoever resumes takes the longest run of
 intact ones from the beginning; a damaged step is dropped with all that follow it, and made again.
-As every step is a file that appears whole, and the artifact a directory that does, a process may be
+As every step is a file that appears whole, and the output a directory that does, a process may be
 killed at any moment.
 
 `open_run` takes the lock, refuses what does not fit and yields a `RunDirectory`. At the end the
@@ -49,7 +49,7 @@ T = TypeVar("T")
 Identity = Mapping[str, str]
 
 _LOCK, _OWNER = "lock", "owner"
-#: the first step: what the run is; the last one: which artifact is complete
+#: the first step: what the run is; the last one: which output is complete
 _RUN, _WRITTEN = "run", "written"
 #: times that the lock is tried, and the seconds between: its file may vanish meanwhile
 _TRIES, _PAUSE = 5, 0.05
@@ -74,10 +74,14 @@ class RunDirectory:
         path: the directory, whose lock is held.
         out: the output.
         recorder: receives warnings, and the notices of steps that are taken over.
+        marker: a file that every output has, no two outputs the same.
     """
 
-    def __init__(self, path: Path, out: Path, recorder: Recorder) -> None:
+    def __init__(
+        self, path: Path, out: Path, recorder: Recorder, *, marker: str = MANIFEST
+    ) -> None:
         self.path, self.out = path, out
+        self._marker = marker
         self._recorder = recorder
         self._steps: dict[str, StepFile] = {}
         self._identity: dict[str, str] = {}
@@ -179,13 +183,19 @@ class RunDirectory:
         return self.save(step, value, tuple(self._recorder.notices[before:]))
 
     def announce_output(self, folder: Path) -> None:
-        """Note which artifact is complete in `folder`, and about to take the output's place."""
-        self.save(_WRITTEN, _hash_manifest(folder))
+        """Note which output is complete in `folder`, and about to take its place."""
+        self.save(_WRITTEN, self._hash_marker(folder))
 
     @property
     def owns_output(self) -> bool:
-        """Whether the output is the artifact of this run, which was killed before its end."""
-        return _WRITTEN in self._steps and self.load(_WRITTEN) == _hash_manifest(self.out)
+        """Whether the output is that of this run, which was killed before its end."""
+        return _WRITTEN in self._steps and self.load(_WRITTEN) == self._hash_marker(self.out)
+
+    def _hash_marker(self, folder: Path) -> str:
+        """Return the sha256 of the marker in a folder; empty where there is none."""
+        with suppress(OSError):
+            return hashlib.sha256((folder / self._marker).read_bytes()).hexdigest()
+        return ""
 
     def clear(self) -> None:
         """Remove everything but the lock."""
@@ -222,7 +232,13 @@ def _build_foreign_error(name: str, begun: Identity, identity: Identity, path: P
 
 @contextmanager
 def open_run(
-    out: Path, identity: Identity, recorder: Recorder, *, resume: bool, overwrite: bool
+    out: Path,
+    identity: Identity,
+    recorder: Recorder,
+    *,
+    resume: bool,
+    overwrite: bool,
+    marker: str = MANIFEST,
 ) -> Iterator[RunDirectory]:
     """Yield the run directory of an output, whose lock is held inside the with-block.
 
@@ -232,6 +248,7 @@ def open_run(
         recorder: receives warnings, and the notices of steps that are taken over.
         resume: go on from the steps that are there.
         overwrite: drop those steps, unless they are resumed.
+        marker: a file that every output has, no two outputs the same.
 
     Raises:
         ResumeError: another run holds the lock, there are steps and neither `resume` nor
@@ -242,7 +259,7 @@ def open_run(
         raise _build_nothing_error(out)
     made = _make_directories(path)
     lock = _acquire(path, out)
-    run = RunDirectory(path, out.expanduser().resolve(), recorder)
+    run = RunDirectory(path, out.expanduser().resolve(), recorder, marker=marker)
     try:
         if overwrite and not resume:
             run.tidy()
@@ -323,13 +340,6 @@ def _acquire(path: Path, out: Path) -> FileLock:
 def _read_owner(path: Path) -> str:
     with suppress(OSError):
         return f" (process {(path / _OWNER).read_text(encoding='utf-8')})"
-    return ""
-
-
-def _hash_manifest(folder: Path) -> str:
-    """Return the sha256 of the manifest in a folder; empty where there is none."""
-    with suppress(OSError):
-        return hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
     return ""
 
 

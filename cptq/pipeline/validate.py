@@ -17,6 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -41,6 +42,7 @@ from cptq.types import (
     Candidate,
     Emit,
     Event,
+    Keep,
     Notice,
     Pair,
     Plan,
@@ -69,6 +71,7 @@ def validate(
     trial: TrialModel,
     settings: AnalyzeSettings,
     emit: Emit,
+    keep: Keep,
 ) -> Validation:
     """Compare the tables with measured divergences; the model is left as it was.
 
@@ -76,6 +79,7 @@ def validate(
         cost: the bytes of the file that the runtime loads.
         ledgers: one per target, from `build_ledgers`.
         trial: gives units as the compressor stores them.
+        keep: keeps what is measured: of each pair, and of each plan.
 
     Raises:
         CalibrationError: no held-out rows, or an output that is not finite.
@@ -88,10 +92,10 @@ def validate(
     )
     dealt = choose_pairs(model.units, len(model.block_names), candidates, settings.pairs, seed)
     chosen = [(unit, c) for unit, c in dealt if cost.explain_refusal(unit.name, c) is None]
-    trials = _Trials(model=model, divergence=divergence, trial=trial, emit=emit)
+    trials = _Trials(model=model, divergence=divergence, trial=trial, emit=emit, keep=keep)
     _report_cost(divergence, len(chosen), len(ledgers), tables, settings, candidates, model, emit)
     clock = time.perf_counter()
-    pairs = _measure_pairs(model, divergence, trial, chosen, tables, emit)
+    pairs = _measure_pairs(model, divergence, trial, chosen, tables, emit, keep)
     paired = time.perf_counter()
     found = trials.run(ledgers, tables, candidates, settings.allocators)
     return Validation(
@@ -167,7 +171,11 @@ def _measure_pairs(
     chosen: Sequence[tuple[Unit, Candidate]],
     tables: Mapping[str, SensitivityTable],
     emit: Emit,
+    keep: Keep,
 ) -> list[Pair]:
+    def measure(unit: Unit, candidate: Candidate) -> float:
+        return divergence.measure_unit(unit, trial.weights(unit, candidate))
+
     found = []
     for index, (unit, candidate) in enumerate(chosen):
         emit(Progress(stage="truth", done=index, total=len(chosen), message=unit.name))
@@ -177,7 +185,7 @@ def _measure_pairs(
                 candidate=candidate,
                 depth=classify_depth(unit.block, len(model.block_names)),
                 role=unit.role,
-                truth=divergence.measure_unit(unit, trial.weights(unit, candidate)),
+                truth=keep(f"pair-{index}", partial(measure, unit, candidate)),
                 scores={metric: t.scores[unit.name][candidate] for metric, t in tables.items()},
             )
         )
@@ -201,6 +209,7 @@ class _Trials:
     divergence: DivergenceFromDense
     trial: TrialModel
     emit: Emit
+    keep: Keep
     known: dict[tuple[Candidate, ...], torch.Tensor] = field(default_factory=dict)
 
     def run(
@@ -258,9 +267,13 @@ class _Trials:
         """Divergence of each row; equal plans are measured once."""
         key = tuple(plan.choices.values())
         if key not in self.known:
-            self.trial.apply_choices(plan.choices)
-            self.known[key] = self.divergence.measure_rows()
+            step = f"trial-{len(self.known)}"
+            self.known[key] = self.keep(step, lambda: self._carry_out(plan))
         return self.known[key]
+
+    def _carry_out(self, plan: Plan) -> torch.Tensor:
+        self.trial.apply_choices(plan.choices)
+        return self.divergence.measure_rows()
 
     def _pass_warnings(self, event: Event) -> None:
         """Pass on what is a warning; what a plan is like stands with its trial."""

@@ -61,7 +61,7 @@ def build_rank_table(validation: Validation) -> Table:
             row.metric,
             format_interval(row.spearman_within),
             format_interval(row.kendall_within),
-            format_seconds(row.seconds),
+            format_seconds(row.seconds) if row.seconds else "-",
         )
         for row in ranked
     )

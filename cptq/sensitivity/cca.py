@@ -42,7 +42,7 @@ from cptq.numerics.canonical_correlation import (
     count_tokens_needed,
     standardize,
 )
-from cptq.sensitivity.metric import Context, Needs, UnitView
+from cptq.sensitivity.metric import Needs, UnitView
 from cptq.sensitivity.slope_metric import DimensionlessMetric
 from cptq.types import Notice
 
@@ -85,10 +85,6 @@ class Cca(DimensionlessMetric):
     slope_name = "1 - similarity"
     summary: ClassVar[Summary] = "pwcca"
 
-    def __init__(self, context: Context) -> None:
-        super().__init__(context)
-        self._summaries: dict[str, dict[Summary, float]] = {}
-
     @classmethod
     def get_min_tokens(cls, model: LoadedModel) -> int:
         """Return ten tokens per component of the widest layer."""
@@ -98,7 +94,7 @@ class Cca(DimensionlessMetric):
     def measure_slope(self, view: UnitView) -> float:
         """Return 1 - similarity of input and output, averaged over the inputs that a unit reads."""
         means = view.memo.get("cca", lambda: self._average_inputs(view))
-        self._summaries[view.unit.name] = means
+        self.facts[view.unit.name] = means
         return means[self.summary]
 
     def _average_inputs(self, view: UnitView) -> dict[Summary, float]:
@@ -117,11 +113,9 @@ class Cca(DimensionlessMetric):
         return compute_dissimilarities(x_TI.to(device), y_TO.to(device), components=components)
 
     def aggregate_blocks(self, per_unit: Mapping[str, float]) -> dict[int, float]:
-        """Return each block's dissimilarity to all other blocks; nothing before all have run."""
+        """Return each block's dissimilarity to all other blocks."""
         assert self.context.samples is not None
         outputs = self.context.samples.block_outputs
-        if len(outputs) < len(self.context.model.block_names):
-            return {}
         found = self.context.memo.get("cca", lambda: compute_block_dissimilarities(outputs))
         return dict(enumerate(found[self.summary]))
 
@@ -130,7 +124,7 @@ class Cca(DimensionlessMetric):
         return {
             "summary": self.summary,
             "components": COMPONENTS,
-            "dissimilarity": {n: self._summaries[n] for n in self.sort_units(self._summaries)},
+            "dissimilarity": self.facts,
         }
 
 

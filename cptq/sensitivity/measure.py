@@ -6,9 +6,11 @@
 
 Samples and the grids of the rounding are dropped on the way. Whatever the order of blocks, tables
 are in forward order. A table does not depend on which other metrics are measured with it, unless
-memory forces fewer sampled rows. After an interrupt (Ctrl-C) the units that all metrics have scored
-are kept, in partial tables: their details hold `partial`, their files are called
-`METRIC.partial.json`, and no plan is made from them.
+memory forces fewer sampled rows.
+
+What takes long is kept, so that a run that died need not do it again: the scores of each unit, the
+gradients at each point of the path, the trials of the whole model. The passes of the samples and of
+the held-out text run again; they cost as much as a few trials.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,25 +32,19 @@ from cptq.sensitivity import METRICS
 from cptq.sensitivity.metric import Compress, Context, Metric, UnitView
 from cptq.sensitivity.prepare import check_units, prepare_context
 from cptq.sensitivity.rounding import changes_weights, check_candidates
-from cptq.types import Candidate, Emit, Notice, Progress, SensitivityTable, Unit
+from cptq.types import (
+    Candidate,
+    Emit,
+    Keep,
+    Notice,
+    Progress,
+    SensitivityTable,
+    Unit,
+    keep_nothing,
+)
 
-#: key in the details of a table that lacks units
-PARTIAL = "partial"
-
-
-class InterruptedMeasurementError(KeyboardInterrupt):
-    """Ctrl-C while units were being scored.
-
-    Attributes:
-        tables: metric -> partial table of the units that every metric has scored.
-        done, total: how many units those are, and how many there are.
-    """
-
-    def __init__(self, tables: Mapping[str, SensitivityTable], done: int, total: int) -> None:
-        super().__init__()
-        self.tables = tables
-        self.done = done
-        self.total = total
+#: what one metric found in a unit: its number, its scores, how many were negative, and its facts
+_Found = tuple[float, dict[Candidate, float], int, Any]
 
 
 def needs_text(metrics: Sequence[str]) -> bool:
@@ -66,6 +63,7 @@ def measure(
     compress: Compress | None = None,
     vocabulary: Mapping[str, Sequence[Candidate]] | None = None,
     compress_outer: Compress | None = None,
+    keep: Keep = keep_nothing,
 ) -> dict[str, SensitivityTable]:
     """Score every unit at every candidate by each metric.
 
@@ -86,6 +84,7 @@ def measure(
         vocabulary: {unit outside the blocks: ways to store it}; the others are not scored.
         compress_outer: gives the weights of such a unit stored as a candidate; needed where a
             metric reads text.
+        keep: keeps what is finished.
 
     Returns:
         Metric name -> table, in the order of `metrics`.
@@ -95,15 +94,15 @@ def measure(
         UsageError: a candidate that cannot be scored.
         CalibrationError: too few tokens for a metric, or activations that are NaN or infinite.
         ModelError: nothing to compress, or weights that are NaN or infinite.
-        InterruptedMeasurementError: Ctrl-C after the first unit was scored; it holds the tables.
     """
     started = time.perf_counter()
     kinds = {name: METRICS.get(name) for name in dict.fromkeys(metrics)}
     candidates = tuple(dict.fromkeys(candidates))
     check_candidates(candidates)
     check_units(model)
+    outer = bool(vocabulary)
     context = prepare_context(
-        model, kinds, calibration, candidates, seed, emit, compress, outer=bool(vocabulary)
+        model, kinds, calibration, candidates, seed, emit, compress, outer=outer, keep=keep
     )
     scoring = _Scoring(
         context=context,
@@ -112,14 +111,9 @@ def measure(
         calibration_fingerprint=calibration.record.fingerprint if calibration else "",
         started=started,
     )
-    try:
-        scoring.score_units()
-        scoring.score_outer(compress_outer)
-        scoring.finish_metrics()
-    except KeyboardInterrupt as stop:
-        if not scoring.done:
-            raise
-        raise scoring.interrupt() from stop
+    scoring.score_units()
+    scoring.score_outer(compress_outer)
+    scoring.finish_metrics()
     return scoring.build_tables()
 
 
@@ -132,45 +126,46 @@ class _Run:
     scores: dict[str, dict[Candidate, float]] = field(default_factory=dict)
     negative: int = 0
 
-    def keep_units(self, units: Sequence[str]) -> None:
-        """Drop the scores of all units but these, and bring these into this order."""
+    def take(self, unit: str, found: _Found) -> None:
+        """Take what was found in a unit, now or by a run that did not end."""
+        self.per_unit[unit], self.scores[unit], negative, facts = found
+        self.negative += negative
+        if facts is not None:
+            self.metric.facts[unit] = facts
+
+    def sort_units(self, units: Sequence[str]) -> None:
+        """Bring all units into this order."""
         self.per_unit = {name: self.per_unit[name] for name in units}
         self.scores = {name: self.scores[name] for name in units}
+        facts = self.metric.facts
+        self.metric.facts = {name: facts[name] for name in units if name in facts}
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Scoring:
-    """The loop over units; `done` names those that every metric has scored."""
+    """The loop over units."""
 
     context: Context
     runs: dict[str, _Run]
     vocabulary: Mapping[str, Sequence[Candidate]]
     calibration_fingerprint: str
     started: float
-    done: list[str] = field(default_factory=list)
 
     def score_units(self) -> None:
         """Score all units, block by block."""
         context = self.context
-        total = len(context.model.units)
-        for unit, samples in _walk_units(context):
-            done = len(self.done)
+        places = {unit.name: place for place, unit in enumerate(context.model.units)}
+        total = len(places)
+        for done, (unit, samples) in enumerate(_walk_units(context)):
             context.emit(Progress(stage="sensitivity", done=done, total=total, message=unit.name))
-            if _never_ran(unit, samples):
-                self._skip(unit)
-            else:
-                self._score(_build_view(unit, context, samples))
+            step = f"unit-{places[unit.name]}"
+            found = context.keep(step, partial(self._score_unit, unit, samples))
+            for name, run in self.runs.items():
+                run.take(unit.name, found[name])
             context.rounding.forget_unit(unit)
-            self.done.append(unit.name)
         context.emit(Progress(stage="sensitivity", done=total, total=total))
-        self._keep_done()
-
-    def _keep_done(self) -> None:
-        """Keep the scores of the units that are done, in forward order."""
-        scored = set(self.done)
-        done = [unit.name for unit in self.context.model.units if unit.name in scored]
         for run in self.runs.values():
-            run.keep_units(done)
+            run.sort_units(list(places))
 
     def score_outer(self, compress: Compress | None) -> None:
         """Score the units outside the blocks."""
@@ -190,8 +185,12 @@ class _Scoring:
         context = self.context
         view = UnitView(unit=unit, weights=_read_weights(unit, context))
         divergence = None
-        if context.divergence is not None and compress is not None and not candidate.dense:
-            divergence = context.divergence.measure_unit(unit, compress(unit, candidate))
+        measured = context.divergence
+        if measured is not None and compress is not None and not candidate.dense:
+            divergence = context.keep(
+                f"{unit.role}-{candidate.label}",
+                lambda: measured.measure_unit(unit, compress(unit, candidate)),
+            )
         for run in self.runs.values():
             row = run.scores.setdefault(unit.name, {})
             if candidate.dense:
@@ -210,18 +209,11 @@ class _Scoring:
         for run in self.runs.values():
             run.metric.measure_model()
 
-    def interrupt(self) -> InterruptedMeasurementError:
-        """Return the error that holds the tables of the units that are done."""
-        self._keep_done()
-        done, total = len(self.done), len(self.context.model.units) + len(self.vocabulary)
-        tables = self.build_tables({PARTIAL: {"units": done, "of": total}})
-        return InterruptedMeasurementError(tables, done, total)
+    def build_tables(self) -> dict[str, SensitivityTable]:
+        """Return metric -> table."""
+        return {name: self._build_table(name, run) for name, run in self.runs.items()}
 
-    def build_tables(self, extra: Mapping[str, Any] | None = None) -> dict[str, SensitivityTable]:
-        """Return metric -> table; `extra` goes into the details."""
-        return {name: self._build_table(name, run, extra or {}) for name, run in self.runs.items()}
-
-    def _build_table(self, name: str, run: _Run, extra: Mapping[str, Any]) -> SensitivityTable:
+    def _build_table(self, name: str, run: _Run) -> SensitivityTable:
         metric, context = run.metric, self.context
         per_block = metric.aggregate_blocks(run.per_unit)
         if run.negative:
@@ -239,27 +231,38 @@ class _Scoring:
             seed=context.seed,
             tokens=_count_tokens(metric),
             seconds=time.perf_counter() - self.started,
-            details={**details, **_describe_passes(metric), **extra},
+            details={**details, **_describe_passes(metric)},
         )
 
-    def _score(self, view: UnitView) -> None:
-        name = view.unit.name
-        for run in self.runs.values():
-            run.per_unit[name] = run.metric.measure_unit(view)
-            run.scores[name] = {}
-        for candidate in self.context.candidates:
-            if changes_weights(candidate):
-                self._score_candidate(view, candidate)
-            else:
-                for run in self.runs.values():
-                    run.scores[name][candidate] = 0.0
+    def _score_unit(self, unit: Unit, samples: Samples | None) -> dict[str, _Found]:
+        """Return what each metric finds in a unit."""
+        if _never_ran(unit, samples):
+            return self._skip(unit)
+        if samples is not None and not all(len(samples.layers[s.name].x_TI) for s in unit.layers):
+            message = "no sampled token reaches it: metrics that sample tokens score it 0"
+            self.context.emit(Notice(kind="warning", subject=unit.name, message=message))
+        view = _build_view(unit, self.context, samples)
+        numbers = {name: run.metric.measure_unit(view) for name, run in self.runs.items()}
+        scores = {candidate: self._score(view, candidate) for candidate in self.context.candidates}
+        return {
+            name: (
+                numbers[name],
+                {candidate: max(row[name], 0.0) for candidate, row in scores.items()},
+                sum(row[name] < 0 for row in scores.values()),
+                run.metric.facts.get(unit.name),
+            )
+            for name, run in self.runs.items()
+        }
 
-    def _score_candidate(self, view: UnitView, candidate: Candidate) -> None:
+    def _score(self, view: UnitView, candidate: Candidate) -> dict[str, float]:
+        """Return each metric's score of a candidate, before negative ones are set to 0."""
+        if not changes_weights(candidate):
+            return dict.fromkeys(self.runs, 0.0)
         errors = self._round(view, candidate)
-        for run in self.runs.values():
-            score = run.metric.score_candidate(view, candidate, errors)
-            run.negative += score < 0
-            run.scores[view.unit.name][candidate] = max(score, 0.0)
+        return {
+            name: run.metric.score_candidate(view, candidate, errors)
+            for name, run in self.runs.items()
+        }
 
     def _round(self, view: UnitView, candidate: Candidate) -> tuple[torch.Tensor, ...]:
         """W - Q(W) of the unit's layers; empty where no metric needs it."""
@@ -267,12 +270,12 @@ class _Scoring:
             return ()
         return self.context.rounding.compute_errors(view.unit, view.weights, candidate)
 
-    def _skip(self, unit: Unit) -> None:
+    def _skip(self, unit: Unit) -> dict[str, _Found]:
         message = "never runs on the calibration text, so its scores are 0"
         self.context.emit(Notice(kind="warning", subject=unit.name, message=message))
-        for run in self.runs.values():
-            run.per_unit[unit.name] = 0.0
-            run.scores[unit.name] = dict.fromkeys(self.context.candidates, 0.0)
+        return {
+            name: (0.0, dict.fromkeys(self.context.candidates, 0.0), 0, None) for name in self.runs
+        }
 
 
 def _walk_units(context: Context) -> Iterator[tuple[Unit, Samples | None]]:

@@ -11,7 +11,7 @@ the next one.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, cast
 
@@ -23,7 +23,7 @@ from cptq.calibration.recorder import LayerActivations, LayerSample, SampleReque
 from cptq.calibration.samples import SamplePass
 from cptq.checkpoint.model import LoadedModel
 from cptq.sensitivity.rounding import NearestRounding
-from cptq.types import Candidate, Emit, Unit
+from cptq.types import Candidate, Emit, Keep, Unit, keep_nothing
 
 if TYPE_CHECKING:
     from cptq.sensitivity.path_metric import PathGradients
@@ -74,7 +74,8 @@ class Context:
 
     `samples` is the pass that the driver walks through; what it keeps of a unit is in `UnitView`.
     `calibration_tokens` is how many tokens a compressor will have. `compress` gives {layer: W_OI}
-    of a unit stored as a candidate by the compressor of the run, where a metric wants that.
+    of a unit stored as a candidate by the compressor of the run, where a metric wants that. `keep`
+    keeps what takes long and is not of one unit, such as the trials of `measure_model`.
     """
 
     model: LoadedModel
@@ -88,6 +89,7 @@ class Context:
     compress: Compress | None = None
     seed: int
     emit: Emit
+    keep: Keep = keep_nothing
     memo: Memo = field(default_factory=Memo)
 
 
@@ -107,12 +109,18 @@ class UnitView:
 
 
 class Metric(ABC):
-    """One way to score. Scores are per candidate; higher = worse if compressed."""
+    """One way to score. Scores are per candidate; higher = worse if compressed.
+
+    A metric that is resumed does not see the units that were scored before. What it must know of
+    them for the details of its table stands in `facts`: {unit name: plain data}, in forward order
+    once all units are scored.
+    """
 
     needs: ClassVar[Needs] = Needs()
 
     def __init__(self, context: Context) -> None:
         self.context = context
+        self.facts: dict[str, Any] = {}
 
     @classmethod
     def get_min_tokens(cls, model: LoadedModel) -> int:
@@ -165,25 +173,12 @@ class Metric(ABC):
         """Measure what concerns the model as a whole, after all units have been scored."""
 
     def aggregate_blocks(self, per_unit: Mapping[str, float]) -> dict[int, float]:
-        """Return block index -> number of the block; the sum over its units unless overridden.
-
-        A block that lacks a unit in `per_unit` (an interrupted measurement) is left out.
-        """
+        """Return block index -> number of the block; the sum over its units unless overridden."""
         sums: dict[int, float] = {}
-        lacking: set[int] = set()
         for unit in self.context.model.units:
-            if unit.block is None:
-                continue
-            if unit.name in per_unit:
+            if unit.block is not None:
                 sums[unit.block] = sums.get(unit.block, 0.0) + per_unit[unit.name]
-            else:
-                lacking.add(unit.block)
-        return {block: total for block, total in sums.items() if block not in lacking}
-
-    def sort_units(self, names: Iterable[str]) -> list[str]:
-        """Return names of units in forward order, whatever the order they were scored in."""
-        order = {unit.name: place for place, unit in enumerate(self.context.model.units)}
-        return sorted(names, key=lambda name: order[name])
+        return sums
 
     def collect_details(self) -> dict[str, Any]:
         """Return what a reader of the table must know, as plain data, without times."""

@@ -138,7 +138,6 @@ class Output(OutputNearest):
     def __init__(self, context: Context) -> None:
         super().__init__(context)
         self._fisher: list[Tensor] = []
-        self._chunked: list[str] = []
 
     def measure_unit(self, view: UnitView) -> float:
         """Return the number of `output-rtn`; prepare the weights of the squared rounding errors."""
@@ -165,7 +164,7 @@ class Output(OutputNearest):
         if sample.moment is not None:
             H_II = sample.moment.mean_II.to(x_TI.device)
             return self._apply_feedback(x_TI, H_II, sample.moment.tokens, view)
-        self._chunked.append(view.unit.name)
+        self.facts[view.unit.name] = "in chunks"
         width = max(1, len(x_TI) // 4)
         return torch.cat(
             [
@@ -187,4 +186,4 @@ class Output(OutputNearest):
 
     def collect_details(self) -> dict[str, Any]:
         """Return the units whose inputs were too wide for a full second moment."""
-        return {"compensated_in_chunks": self.sort_units(self._chunked)}
+        return {"compensated_in_chunks": list(self.facts)}

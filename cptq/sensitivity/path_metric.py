@@ -26,10 +26,10 @@ as well.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -45,8 +45,10 @@ from cptq.checkpoint.weights import get_weight, replace_weight
 from cptq.numerics.reproducible import compute_total
 from cptq.sensitivity.metric import Metric, UnitView
 from cptq.sensitivity.rounding import NearestRounding, changes_weights
-from cptq.types import Candidate, Emit, Progress, Unit
+from cptq.types import Candidate, Emit, Keep, Progress, Unit, keep_nothing
 
+#: ({unit: (directional, absolute)}, divergence) of one point, of plain types as `Keep` wants
+_Evaluation = tuple[dict[str, tuple[float, float]], float]
 #: tokens that flow through the model at each point
 PATH_TOKENS = 256
 
@@ -121,6 +123,7 @@ def compute_path_gradients(
     candidates: Sequence[Candidate],
     points: Sequence[float],
     emit: Emit,
+    keep: Keep = keep_nothing,
 ) -> PathGradients:
     """Run the passes.
 
@@ -132,21 +135,33 @@ def compute_path_gradients(
         candidates: dense ones without sparsity are left out.
         points: t in (0, 1], 1 being the rounded model.
         emit: takes progress.
+        keep: keeps each point.
 
     Raises:
         CalibrationError: an output or a gradient is NaN or infinite.
     """
     steps = [(c, t) for c in candidates if changes_weights(c) for t in points]
     emit(Progress(stage="gradients", done=0, total=len(steps), message="the dense model"))
-    passes = _PathPasses(model, rows, objective, rounding)
+    prepare = cache(lambda: _PathPasses(model, rows, objective, rounding))
     found = PathGradients(terms={}, divergence={}, tokens=count_tokens(rows))
     for done, (candidate, point) in enumerate(steps):
         message = f"{candidate.label} at {point:g}"
         emit(Progress(stage="gradients", done=done, total=len(steps), message=message))
-        key = candidate, point
-        found.terms[key], found.divergence[key] = passes.evaluate(candidate, point)
+
+        step = f"gradients-{candidate.label}-{point:g}"
+        pairs, divergence = keep(step, partial(_evaluate_plainly, prepare, candidate, point))
+        terms = {unit: Term(directional=d, absolute=a) for unit, (d, a) in pairs.items()}
+        found.terms[candidate, point] = terms
+        found.divergence[candidate, point] = divergence
     emit(Progress(stage="gradients", done=len(steps), total=len(steps)))
     return found
+
+
+def _evaluate_plainly(
+    prepare: Callable[[], _PathPasses], candidate: Candidate, point: float
+) -> _Evaluation:
+    terms, divergence = prepare().evaluate(candidate, point)
+    return {unit: (term.directional, term.absolute) for unit, term in terms.items()}, divergence
 
 
 class _PathPasses:

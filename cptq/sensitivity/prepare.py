@@ -29,7 +29,7 @@ from cptq.errors import CalibrationError, ModelError
 from cptq.sensitivity.metric import Compress, Context, Metric
 from cptq.sensitivity.path_metric import PATH_TOKENS, PathGradients, compute_path_gradients
 from cptq.sensitivity.rounding import NearestRounding
-from cptq.types import Candidate, Emit, Notice
+from cptq.types import Candidate, Emit, Keep, Notice, keep_nothing
 
 Kinds = Mapping[str, type[Metric]]
 
@@ -54,11 +54,13 @@ def prepare_context(
     compress: Compress | None = None,
     *,
     outer: bool = False,
+    keep: Keep = keep_nothing,
 ) -> Context:
     """Prepare the shared passes that these metrics need: that of the samples runs while units are
     scored, the others run here.
 
-    `outer`: units outside the blocks are scored, by their measured divergence.
+    `outer`: units outside the blocks are scored, by their measured divergence. `keep` keeps the
+    gradients at each point of the path.
 
     Raises:
         CalibrationError: no text, too few tokens for a metric, or NaN or infinity in a pass.
@@ -74,7 +76,7 @@ def prepare_context(
         if samples and divergence and split.overlap:
             message = "too little text to exclude the held-out rows from the sampled ones"
             emit(Notice(kind="info", subject="sensitivity samples", message=message))
-        path = _compute_path_gradients(model, kinds, split, rounding, candidates, emit)
+        path = _compute_path_gradients(model, kinds, split, rounding, candidates, emit, keep)
     return Context(
         model=model,
         objective=objective,
@@ -87,6 +89,7 @@ def prepare_context(
         compress=compress,
         seed=seed,
         emit=emit,
+        keep=keep,
     )
 
 
@@ -131,6 +134,7 @@ def _compute_path_gradients(
     rounding: NearestRounding,
     candidates: tuple[Candidate, ...],
     emit: Emit,
+    keep: Keep,
 ) -> PathGradients | None:
     points = sorted({point for kind in kinds.values() for point in kind.needs.path})
     if not points:
@@ -143,4 +147,5 @@ def _compute_path_gradients(
         candidates=candidates,
         points=points,
         emit=emit,
+        keep=keep,
     )

@@ -68,8 +68,6 @@ class Pruning(SlopeMetric):
 
     def __init__(self, context: Context) -> None:
         super().__init__(context)
-        self._curves: dict[str, list[float]] = {}
-        self._areas: dict[str, float] = {}
         self._whole_curve: dict[float, float] = {}
 
     def measure_slope(self, view: UnitView) -> float:
@@ -83,8 +81,7 @@ class Pruning(SlopeMetric):
             curve.append(self.context.divergence.measure_unit(view.unit, changed))
             t2 = compute_pruning_error(view.weights, pruned)
             slopes.append(curve[-1] / t2 if t2 else 0.0)
-        self._curves[view.unit.name] = curve
-        self._areas[view.unit.name] = integrate_curve(SPARSITIES, tuple(curve))
+        self.facts[view.unit.name] = curve
         return sum(slopes) / len(slopes)
 
     def measure_model(self) -> None:
@@ -109,19 +106,18 @@ class Pruning(SlopeMetric):
         layers = [spec.name for unit in model.units for spec in unit.layers]
         # made layer by layer, when its block is run: memory may not hold all of them
         pruned = {name: partial(_prune, model.linear(name), sparsity) for name in layers}
-        self._whole_curve[sparsity] = divergence.measure_layers(pruned)
+        measure = partial(divergence.measure_layers, pruned)
+        self._whole_curve[sparsity] = self.context.keep(f"pruned-{sparsity:g}", measure)
 
     def collect_details(self) -> dict[str, Any]:
         """Return curves and areas per unit, and the curve of the whole model with its knee."""
         whole = dict(sorted(self._whole_curve.items()))
-        complete = set(WHOLE_MODEL_SPARSITIES) <= set(whole)
-        units = self.sort_units(self._curves)
         return {
             "sparsities": list(SPARSITIES),
-            "curve": {name: self._curves[name] for name in units},
-            "area": {name: self._areas[name] for name in units},
+            "curve": self.facts,
+            "area": {n: integrate_curve(SPARSITIES, tuple(c)) for n, c in self.facts.items()},
             "whole_model_curve": {f"{p:g}": loss for p, loss in whole.items()},
-            "essential_sparsity": find_essential_sparsity(whole) if complete else None,
+            "essential_sparsity": find_essential_sparsity(whole),
         }
 
 

@@ -12,6 +12,7 @@ from cptq.types.comparison import (
     join_results,
 )
 from cptq.types.event import Emit, Event, Fragment, Notice, Progress
+from cptq.types.keep import Keep, keep_nothing
 from cptq.types.model import (
     DTYPE_BYTES,
     LayerKind,
@@ -50,6 +51,7 @@ __all__ = [
     "Event",
     "Fragment",
     "Interval",
+    "Keep",
     "LayerKind",
     "LayerResult",
     "LayerSpec",
@@ -75,4 +77,5 @@ __all__ = [
     "digest",
     "is_expert",
     "join_results",
+    "keep_nothing",
 ]

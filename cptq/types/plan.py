@@ -96,7 +96,8 @@ class SensitivityTable:
     cca, for example); `per_block` is its sum or mean over a block. `details` holds further facts
     about the measurement. `seconds` is the wall time of the run that measured the table: shared
     passes and all metrics of that run, so it is the metric's own cost only if it was measured alone
-    (`scripts/bench_sensitivity`); 0 where it is not known: an artifact's table does not hold it.
+    (`scripts/bench_sensitivity`), and of a resumed run that of its last part. 0 where it is not
+    known: reports alone hold it.
     """
 
     metric: str

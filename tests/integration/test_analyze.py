@@ -1,12 +1,7 @@
-"""What `cptq analyze` leaves: tables without text, and partial ones after Ctrl-C."""
+"""What `cptq analyze` leaves: tables with and without text, and what it says of them."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,9 +9,8 @@ from typing import Any
 
 import pytest
 
-from cptq.config import AnalyzeSettings, CalibrationSettings, CompressSettings, ModelSettings
-from cptq.errors import PlanError
-from cptq.pipeline import analyze, compress
+from cptq.config import AnalyzeSettings, CalibrationSettings, ModelSettings
+from cptq.pipeline import analyze
 from cptq.pipeline.files import read_table
 from cptq.sensitivity import list_default_metrics
 from cptq.types import Event, Notice
@@ -24,20 +18,6 @@ from cptq.types import Event, Notice
 TinyModel = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("short_manual")
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=12, seqlen=128, batch_size=4)
-#: the command line with trials that take long enough to be interrupted, and a line at each
-SLOW = """
-import signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background ignores it
-from cptq.calibration.divergence_from_dense import DivergenceFromDense
-from cptq.cli.app import main
-whole = DivergenceFromDense.measure_unit
-def slow(self, unit, weights):
-    print("trial", file=sys.stderr, flush=True)
-    time.sleep(0.02)
-    return whole(self, unit, weights)
-DivergenceFromDense.measure_unit = slow
-main()
-"""
 
 
 def settings(model: Path, out: Path, *metrics: str, **more: Any) -> AnalyzeSettings:
@@ -53,81 +33,6 @@ def settings(model: Path, out: Path, *metrics: str, **more: Any) -> AnalyzeSetti
 
 
 def quiet(_event: Event) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def interrupted(
-    tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Path, Path, subprocess.CompletedProcess[str]]:
-    """A real `cptq analyze` that gets SIGINT at its fortieth trial: model, output, what it said."""
-    model = tiny_model("llama", num_hidden_layers=8)
-    out = tmp_path_factory.mktemp("interrupted") / "out"
-    line = [sys.executable, "-c", SLOW, "analyze", str(model), "--metric", "pruning"]
-    line += ["--metric", "kl", "--metric", "kurtosis", "--calibration", "pydoc", "--samples", "12"]
-    line += ["--seqlen", "64", "--group-size", "16", "--bits", "2,4,16", "-o", str(out)]
-    process = subprocess.Popen(
-        [*line, "--format", "json"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert process.stderr is not None
-    said, trials = "", 0
-    for words in process.stderr:
-        said += words
-        trials += words == "trial\n"
-        if trials == 40:
-            process.send_signal(signal.SIGINT)
-            break
-    stdout, rest = process.communicate(timeout=300)
-    return model, out, subprocess.CompletedProcess(line, process.returncode, stdout, said + rest)
-
-
-def test_ctrl_c_keeps_what_was_measured(
-    interrupted: tuple[Path, Path, subprocess.CompletedProcess[str]],
-) -> None:
-    _, out, run = interrupted
-    assert run.returncode == 130, run.stderr
-    assert "Traceback" not in run.stderr
-    report = json.loads((out / "report.json").read_text())
-    tables = {name: report["sensitivity"][name] for name in ("pruning", "kl", "kurtosis")}
-    units = [unit["name"] for unit in report["units"]]
-    done = len(tables["kl"]["scores"])
-    assert 1 < done < len(units)
-    sentence = f"interrupted; {done} of {len(units)} units were measured and are kept in {out}"
-    assert f"Error: {sentence}" in run.stderr.replace("\n", " ")
-    assert json.loads(run.stdout)["error"]["message"] == sentence
-    for name, table in tables.items():
-        file = out / "sensitivity" / f"{name}.partial.json"
-        assert json.loads(file.read_text())["scores"] == table["scores"]
-        assert list(table["scores"]) == list(table["per_unit"]) == units[:done]
-        assert table["details"]["partial"] == {"units": done, "of": len(units)}
-        assert not file.with_name(f"{name}.json").exists()
-    assert any("no plan is made from them" in notice["message"] for notice in report["notices"])
-    assert {path.name for path in out.parent.iterdir()} == {"out"}
-
-
-def test_no_plan_is_made_from_a_partial_table(
-    interrupted: tuple[Path, Path, subprocess.CompletedProcess[str]], tmp_path: Path
-) -> None:
-    model, out, _ = interrupted
-    table = out / "sensitivity" / "kl.partial.json"
-    with pytest.raises(PlanError, match=r"kl\.partial\.json is a partial measurement") as refused:
-        compress(
-            CompressSettings(
-                model=ModelSettings(model=str(model)),
-                calibration=CALIBRATION,
-                sensitivity=table,
-                out=tmp_path / "small",
-            ),
-            quiet,
-        )
-    assert "let cptq analyze run to its end" in str(refused.value)
-    renamed = tmp_path / "kl.json"  # what it is called does not matter
-    renamed.write_bytes(table.read_bytes())
-    with pytest.raises(PlanError, match="partial measurement"):
-        read_table(renamed, json.loads((out / "layers.json").read_text())["model_fingerprint"])
 
 
 def test_metrics_of_the_weights_alone_read_no_text(tiny_model: TinyModel, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 from cptq.cli import signals as module
 from cptq.cli.continuation import spell_continuation
 from cptq.cli.signals import catch_signals
-from cptq.config import AnalyzeSettings, CompressSettings, settings_from
+from cptq.config import AnalyzeSettings, CompressSettings, EvalSettings, settings_from
 from cptq.errors import ArtifactError, mark_kept
 from cptq.types import Event, Progress
 from tests.unit.cli.conftest import Cptq, FakePipeline
@@ -111,8 +111,11 @@ def test_the_command_that_goes_on(line: str, command: str) -> None:
     assert spell_continuation(settings, shlex.split(line)) == command
 
 
-def test_other_commands_cannot_be_resumed() -> None:
-    assert spell_continuation(settings_from(AnalyzeSettings, {"model": "m"})) is None
+def test_an_analysis_goes_on_too_and_other_commands_do_not() -> None:
+    settings = settings_from(AnalyzeSettings, {"model": "m"})
+    assert spell_continuation(settings, ["cptq", "analyze", "m"]) == "cptq analyze m --resume"
+    assert spell_continuation(settings, ["pytest"]) == "cptq analyze m --resume"
+    assert spell_continuation(settings_from(EvalSettings, {"model": "m"})) is None
 
 
 @pytest.mark.parametrize(

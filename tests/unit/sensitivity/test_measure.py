@@ -24,7 +24,7 @@ from cptq.numerics.grid import fit_grid
 from cptq.numerics.masks import prune_by_magnitude
 from cptq.sensitivity import METRICS, SLOW, list_default_metrics
 from cptq.sensitivity.kurtosis import compute_kurtosis
-from cptq.sensitivity.measure import InterruptedMeasurementError, measure
+from cptq.sensitivity.measure import measure
 from cptq.sensitivity.metric import Memo
 from cptq.sensitivity.rounding import NearestRounding, compute_rounding_error
 from cptq.types import Candidate, Notice, Progress, SensitivityTable, Unit
@@ -105,70 +105,6 @@ def test_progress_and_shared_rows_are_reported(tiny_model: TinyModel, score: Sco
 
 def test_all_is_every_metric_but_the_slow_ones() -> None:
     assert [name for name in METRICS if name not in list_default_metrics()] == list(SLOW) == ["kl"]
-
-
-@pytest.mark.parametrize(
-    ("metrics", "order"),
-    [
-        (("output", "pruning", "cca"), [1, 0]),  # gradients come from behind
-        (("taylor-integrated", "kurtosis"), [0, 1]),
-    ],
-)
-def test_an_interrupt_hands_over_the_units_that_are_done(
-    metrics: tuple[str, ...], order: list[int], tiny_model: TinyModel, score: Score
-) -> None:
-    model = loaded(tiny_model("llama"))
-    before = {name: value.clone() for name, value in model.module.state_dict().items()}
-    whole = tables(tiny_model("llama"), metrics, rows=20)
-
-    def stop(event: object) -> None:
-        if isinstance(event, Progress) and (event.stage, event.done) == ("sensitivity", 5):
-            raise KeyboardInterrupt
-
-    with pytest.raises(InterruptedMeasurementError) as caught:
-        score(model, metrics, (*CANDIDATES, DENSE), rows=20, emit=stop)
-    assert isinstance(caught.value, KeyboardInterrupt)
-    assert (caught.value.done, caught.value.total) == (5, len(model.units))
-    blocks = [[unit.name for unit in model.units if unit.block == block] for block in order]
-    scored = {*blocks[0], blocks[1][0]}
-    done = [unit.name for unit in model.units if unit.name in scored]  # in forward order
-    for name, table in caught.value.tables.items():
-        assert list(table.scores) == list(table.per_unit) == done
-        assert table.scores == {unit: whole[name].scores[unit] for unit in done}
-        assert table.per_unit == {unit: whole[name].per_unit[unit] for unit in done}
-        assert table.details["partial"] == {"units": 5, "of": len(model.units)}
-        if name == "cca":  # which compares whole blocks, and all have run
-            assert table.per_block == whole[name].per_block
-        else:
-            assert set(table.per_block) == {order[0]}
-    assert all(torch.equal(before[n], v) for n, v in model.module.state_dict().items())
-
-
-def test_blocks_are_not_compared_before_all_have_run(tiny_model: TinyModel, score: Score) -> None:
-    """Without gradients the last block runs after the units of the first have been scored."""
-
-    def stop(event: object) -> None:
-        if isinstance(event, Progress) and (event.stage, event.done) == ("sensitivity", 2):
-            raise KeyboardInterrupt
-
-    with pytest.raises(InterruptedMeasurementError) as caught:
-        score(loaded(tiny_model("llama")), ("cca",), CANDIDATES, rows=20, emit=stop)
-    table = caught.value.tables["cca"]
-    assert len(table.scores) == 2
-    assert table.per_block == {}
-
-
-def test_an_interrupt_before_any_unit_stays_a_plain_one(
-    tiny_model: TinyModel, score: Score
-) -> None:
-    model = loaded(tiny_model("llama"))
-
-    def stop(event: object) -> None:
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt) as caught:
-        score(model, ["kurtosis"], CANDIDATES, emit=stop)
-    assert not isinstance(caught.value, InterruptedMeasurementError)
 
 
 def test_shared_values_are_made_once_also_within_one_another() -> None:
