@@ -86,10 +86,16 @@ def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
 
 
 def _choose_order(H_II: Tensor, selection: Selection | None) -> Tensor:
-    """Return inputs by falling second moment; in whole runs of M where N of M are to be chosen."""
+    """Return inputs by falling second moment.
+
+    In whole runs of M where N of M are to be chosen; as they are where a share is, since every run
+    drops the same share, and sorted runs would not be alike.
+    """
     diagonal_I = H_II.diagonal()
-    if selection is None or selection.kept_of is None:
+    if selection is None:
         return diagonal_I.argsort(descending=True, stable=True)
+    if selection.kept_of is None:
+        return torch.arange(len(diagonal_I), device=H_II.device)
     of = selection.kept_of[1]
     order_B = diagonal_I.view(-1, of).sum(1).argsort(descending=True, stable=True)
     return (order_B.unsqueeze(1) * of + torch.arange(of, device=order_B.device)).flatten()

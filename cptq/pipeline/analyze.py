@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from cptq.allocation.cost import CostModel
 from cptq.allocation.ledger import Ledger
@@ -24,6 +25,7 @@ from cptq.pipeline.inputs import (
     offer_vocabulary,
 )
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.sparsity import analyze_sparsity
 from cptq.pipeline.summarize import summarize
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.validate import build_ledgers, validate
@@ -72,8 +74,9 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
     except InterruptedMeasurementError as stop:
         raise _keep_partial(inputs, stop, recorder) from stop
     validation = _validate_tables(inputs, tables, trial, recorder)
+    sparsity = _analyze_sparsity(inputs, recorder)
     return AnalyzeOutcome(
-        summary=_write_analysis(inputs, tables, validation, recorder),
+        summary=_write_analysis(inputs, tables, validation, recorder, sparsity),
         out=inputs.out,
         reports={kind: inputs.out / name for kind, name in FILES.items()},
     )
@@ -90,13 +93,14 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder) -> AnalyzeInputs
     wanted = {unit.name: candidates for unit in model.units} | vocabulary
     known = read_tables(settings.sensitivity, model.fingerprint, wanted)
     missing = tuple(name for name in settings.metrics if name not in known)
-    text = settings.validate or (bool(missing) and needs_text(missing))
+    judges = settings.validate or settings.sparsity_analysis
+    text = judges or (bool(missing) and needs_text(missing))
     cost = build_cost_model(model, settings, vocabulary) if text else None
     ledgers: list[Ledger] = []
     if settings.validate and cost is not None:
         # before the work, so that an unreachable target is refused at once
         ledgers = build_ledgers(cost, candidates, vocabulary, settings)
-    parts = int(settings.validate)
+    parts = int(judges)
     calibration = calibrate(model, settings, recorder, parts=parts) if text else None
     _report_slow_metrics(settings.metrics, recorder)
     return AnalyzeInputs(
@@ -179,11 +183,21 @@ def _validate_tables(
         )
 
 
+def _analyze_sparsity(inputs: AnalyzeInputs, recorder: Recorder) -> Mapping[str, Any]:
+    """Measure what --sparsity-analysis asks for; empty without it."""
+    if not inputs.settings.sparsity_analysis or inputs.calibration is None:
+        return {}
+    with recorder.stage("sparsity"):
+        seed = inputs.settings.calibration.seed
+        return analyze_sparsity(inputs.model, inputs.calibration, seed, recorder)
+
+
 def _write_analysis(
     inputs: AnalyzeInputs,
     tables: Mapping[str, SensitivityTable],
     validation: Validation | None,
     recorder: Recorder,
+    sparsity: Mapping[str, Any],
 ) -> Summary:
     """Write all files of an analysis, whole or not at all, and return its summary."""
     record = inputs.calibration.record if inputs.calibration else None
@@ -197,8 +211,11 @@ def _write_analysis(
         calibration=record,
         sensitivity=tables,
         validation=validation,
+        sparsity=sparsity,
     )
-    files = encode_stage_files(inputs.model, record, tables, None, validation)
+    files = encode_stage_files(
+        inputs.model, record, tables, None, validation, sparsity=sparsity
+    )
     files |= render_files(report)
     with create_directory(inputs.place, sum(map(len, files.values()))) as folder:
         write_files(folder, files)
@@ -212,7 +229,7 @@ def _keep_partial(
     what = f"{stop.done} of {stop.total} units were measured"
     message = f"interrupted: {what}; these tables are for reading, no plan is made from them"
     recorder(Notice(kind="warning", subject="sensitivity", message=message))
-    _write_analysis(inputs, stop.tables, None, recorder)
+    _write_analysis(inputs, stop.tables, None, recorder, {})
     return KeyboardInterrupt(f"interrupted; {what} and are kept in {inputs.out}")
 
 

@@ -34,6 +34,7 @@ from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.profile import build_masking, spread_zeros
 from cptq.pipeline.refine import refine_plan
 from cptq.pipeline.resume import identify, identify_inputs, keep_blocks, share_plan
 from cptq.pipeline.run_directory import RunDirectory, count_steps, open_run
@@ -175,6 +176,7 @@ def _build_trial_model(inputs: CompressInputs, blocks: bool, emit: Emit) -> Tria
         inputs.space.candidates,
         seed=inputs.settings.calibration.seed,
         blocks=blocks,
+        masking=build_masking(inputs.settings),
         emit=emit,
     )
 
@@ -188,6 +190,7 @@ def make_plan(
     table = next(iter(tables.values()), None)
     with recorder.stage("allocation"):
         plan = _allocate(inputs, inputs.settings.allocator, table, recorder)
+        plan = spread_zeros(inputs, plan, recorder)
     if not inputs.settings.refine:
         return plan
     with recorder.stage("refinement"):
@@ -306,6 +309,7 @@ def _carry_out(
         compressor=inputs.settings.compressor,
         float16_scales=inputs.runtime.float16_scales,
         layout=inputs.space.layout,
+        masking=build_masking(inputs.settings),
         held_out=held_out,
         steps=steps,
         ranks=ranks,

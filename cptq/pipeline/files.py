@@ -37,9 +37,10 @@ def encode_stage_files(
     plan: Plan | None,
     validation: Validation | None = None,
     *,
+    sparsity: Mapping[str, Any] | None = None,
     timed: bool = True,
 ) -> dict[str, bytes]:
-    """Return {relative path: content} of layers, calibration, tables, plan and validation.
+    """Return {relative path: content} of layers, calibration, tables, plan, validation, sparsity.
 
     Without a `calibration` there is no file of it. Partial tables are named so. Unless `timed` no
     file holds seconds; those that a manifest covers must not: the same run writes the same bytes.
@@ -62,6 +63,11 @@ def encode_stage_files(
         files["validation.json"] = {
             "model_fingerprint": model.fingerprint,
             **convert_to_plain(validation),
+        }
+    for name, content in (sparsity or {}).items():
+        files[f"sparsity/{name}.json"] = {
+            "model_fingerprint": model.fingerprint,
+            **convert_to_plain(content),
         }
     return {name: _encode_json(content) for name, content in files.items()}
 

@@ -66,7 +66,7 @@ class NearestRounding:
 
     def compute_error(self, W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
         """Return W - Q(W) of one layer, (out, in), in the type of `W_OI`."""
-        kept_OI = W_OI * _build_mask(W_OI, candidate) if candidate.sparsity else W_OI
+        kept_OI = W_OI * build_sparse_mask(W_OI, candidate) if candidate.sparsity else W_OI
         if candidate.dense:
             return W_OI - kept_OI
         if candidate.float8:
@@ -95,7 +95,7 @@ class NearestRounding:
         return self._grids[key]
 
 
-def _build_mask(W_OI: Tensor, candidate: Candidate) -> Tensor:
+def build_sparse_mask(W_OI: Tensor, candidate: Candidate) -> Tensor:
     """Return which weights stay; of a tail of fewer than M inputs also the N largest.
 
     No format stores such a tail, so no plan contains one, but its unit still has a score.

@@ -69,6 +69,7 @@ __all__ = [
     "Unit",
     "Validation",
     "choose_16bit_dtype",
+    "compute_share",
     "digest",
     "is_expert",
     "join_results",

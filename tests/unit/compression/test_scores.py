@@ -34,7 +34,7 @@ def build(
 
 
 @pytest.mark.parametrize("label", LABELS)
-@pytest.mark.parametrize("score", SCORES)
+@pytest.mark.parametrize("score", list(SCORES))
 def test_pattern_and_share_are_exact_and_zeros_stay(score: str, label: str) -> None:
     layer, _, _ = build(label, Masking(score=score))
     candidate = Candidate.parse(label)
