@@ -109,9 +109,7 @@ def _split_rows(problem: LayerProblem) -> Iterator[LayerProblem]:
         selection = problem.selection
         if selection is not None:
             selection = selection.take_rows(range(start, stop), len(problem.W_OI))
-        yield replace(
-            problem, W_OI=problem.W_OI[start:stop], mask_OI=mask_OI, selection=selection
-        )
+        yield replace(problem, W_OI=problem.W_OI[start:stop], mask_OI=mask_OI, selection=selection)
 
 
 def _solve_rows(

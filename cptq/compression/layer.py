@@ -20,8 +20,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from zlib import crc32
 from dataclasses import dataclass, replace
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn

@@ -30,6 +30,7 @@ from cptq.config.settings import (
     ExportSettings,
     InspectSettings,
     Settings,
+    SoupSettings,
     VerifySettings,
 )
 from cptq.config.values import (
@@ -69,6 +70,7 @@ __all__ = [
     "Option",
     "Runtime",
     "Settings",
+    "SoupSettings",
     "VerifySettings",
     "build",
     "check_repository",

@@ -443,13 +443,36 @@ class VerifySettings:
     trust_remote_code: bool = trust_remote_code_option()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoupSettings:
+    """`cptq soup`: average checkpoints of one architecture and, if masked, one mask."""
+
+    sources: tuple[str, ...] = option(
+        (),
+        "The models to average, two or more: directories of dense checkpoints.",
+        ARGUMENTS,
+        "MODEL...",
+    )
+    out: Path | None = out_option("Write the average to this directory.", "DIR", "MODEL-soup")
+    overwrite: bool = overwrite_option()
+
+    def __post_init__(self) -> None:
+        if len(self.sources) < 2:
+            raise UsageError("a soup needs two models or more", hint="type cptq soup A B -o OUT")
+        if len(set(self.sources)) < len(self.sources):
+            raise UsageError("a model is given twice", hint="name each model once")
+
+
 Settings = AnalyzeSettings | CompressSettings | EvalSettings | CompareSettings
-AnySettings = Settings | ExportSettings | InspectSettings | VerifySettings | RunSettings
+AnySettings = (
+    Settings | ExportSettings | InspectSettings | VerifySettings | RunSettings | SoupSettings
+)
 COMMANDS: Mapping[type, str] = {
     AnalyzeSettings: "analyze",
     CompressSettings: "compress",
     EvalSettings: "eval",
     ExportSettings: "export",
+    SoupSettings: "soup",
     InspectSettings: "inspect",
     VerifySettings: "verify",
     CompareSettings: "compare",

@@ -213,9 +213,7 @@ def _write_analysis(
         validation=validation,
         sparsity=sparsity,
     )
-    files = encode_stage_files(
-        inputs.model, record, tables, None, validation, sparsity=sparsity
-    )
+    files = encode_stage_files(inputs.model, record, tables, None, validation, sparsity=sparsity)
     files |= render_files(report)
     with create_directory(inputs.place, sum(map(len, files.values()))) as folder:
         write_files(folder, files)

@@ -33,8 +33,8 @@ from cptq.errors import BudgetError, mark_kept
 from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.inputs import CompressInputs, load_inputs
-from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.profile import build_masking, spread_zeros
+from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
 from cptq.pipeline.resume import identify, identify_inputs, keep_blocks, share_plan
 from cptq.pipeline.run_directory import RunDirectory, count_steps, open_run

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from math import isfinite
 
 from cptq.report.formatting import format_number, format_plural
-from cptq.report.sparsity import draw_sparsity
 from cptq.report.summary import Summary, count_widths, map_layer_choices
 from cptq.report.svg import Figure, Scale, choose_scale, draw_levels, escape_text, tag, wrap_svg
 from cptq.types import LayerSpec, SensitivityTable, Unit
@@ -66,7 +65,6 @@ def draw_figures(summary: Summary) -> list[Figure]:
     figures: list[Figure | None] = [draw_bits(summary)]
     for index, table in enumerate(summary.sensitivity.values()):
         figures.append(draw_sensitivity(table, summary.units, f"sensitivity-{index}"))
-    figures += draw_sparsity(summary)
     figures.append(draw_errors(summary))
     return [figure for figure in figures if figure is not None]
 

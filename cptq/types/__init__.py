@@ -22,7 +22,7 @@ from cptq.types.model import (
     choose_16bit_dtype,
     is_expert,
 )
-from cptq.types.plan import Budget, Candidate, Plan, Scope, SensitivityTable, digest
+from cptq.types.plan import Budget, Candidate, Plan, Scope, SensitivityTable, compute_share, digest
 from cptq.types.result import (
     Artifact,
     CalibrationRecord,

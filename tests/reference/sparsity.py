@@ -29,7 +29,9 @@ def sparsegpt(
     for j in range(inputs):
         if j % width == 0:
             run = range(j, min(j + width, inputs))
-            price = {(i, k): float(W_OI[i, k]) ** 2 / float(P[k][0, 0]) for i in range(out) for k in run}
+            price = {
+                (i, k): float(W_OI[i, k]) ** 2 / float(P[k][0, 0]) for i in range(out) for k in run
+            }
             if kept_of:
                 for i in range(out):
                     for k in sorted(run, key=lambda k: (price[i, k], -k))[: width - kept_of[0]]:

@@ -124,7 +124,9 @@ def measure_perplexity(
         for batch in batches:
             logits_BTV = forward(model, batch).logits[:, :-1].float()
             real = mask_real_tokens(batch)[:, 1:]
-            losses = cross_entropy(logits_BTV[real], batch["input_ids"][:, 1:][real], reduction="none")
+            losses = cross_entropy(
+                logits_BTV[real], batch["input_ids"][:, 1:][real], reduction="none"
+            )
             total += float(losses.double().sum())
             count += int(real.sum())
     return exp(total / max(count, 1))

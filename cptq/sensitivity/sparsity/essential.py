@@ -78,9 +78,7 @@ def _measure(
     }
 
 
-def _prune(
-    model: LoadedModel, units: Sequence[Unit], candidate: Candidate
-) -> dict[str, Tensor]:
+def _prune(model: LoadedModel, units: Sequence[Unit], candidate: Candidate) -> dict[str, Tensor]:
     found = {}
     for unit in units:
         for spec in unit.layers:
