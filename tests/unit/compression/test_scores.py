@@ -56,7 +56,8 @@ def test_lots_differ_by_seed_and_layer_alone() -> None:
         for s, n in ((0, "a"), (0, "a"), (1, "a"), (0, "b"))
     ]
     assert torch.equal(masks[0], masks[1])
-    assert not torch.equal(masks[0], masks[2]) and not torch.equal(masks[0], masks[3])
+    assert not torch.equal(masks[0], masks[2])
+    assert not torch.equal(masks[0], masks[3])
 
 
 def test_chosen_in_the_sweep_in_parts_it_is_still_exact(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -76,5 +77,6 @@ def test_without_a_sweep_the_score_on_the_weights_as_they_are_chooses() -> None:
     layer, W_OI, H_II = build("w8c-s50", Masking(score="sparsegpt"), compressor="nearest")
     spec, candidate = layer.spec, layer.result.candidate
     asked = build_layer_problem(spec, W_OI, H_II, candidate, Masking(score="sparsegpt"))
-    assert layer.mask is not None and asked.mask_OI is not None
+    assert layer.mask is not None
+    assert asked.mask_OI is not None
     assert torch.equal(layer.mask, asked.mask_OI)
