@@ -36,9 +36,8 @@ def test_analysis_writes_its_tables_and_figures(
     tables = {p.stem: json.loads(p.read_text()) for p in (out / "sparsity").glob("*.json")}
     assert set(tables) == {"weight-inequality", "essential-sparsity", "lazy-neurons", "cett"}
     zeros = tables["lazy-neurons"]["text"]
-    assert zeros and all(
-        0.2 < row["zero"] < 0.8 for row in zeros.values()
-    )  # ReLU of random weights
+    assert zeros
+    assert all(0.2 < row["zero"] < 0.8 for row in zeros.values())
     points = tables["cett"]["points"]
     dense = tables["cett"]["perplexity"]
     assert all(p["perplexity"] <= dense * (1 + p["percent"] / 100) for p in points)

@@ -186,7 +186,8 @@ def _pack_mask(layer: CompressedLayer) -> Tensor:
 
 def _pack_pattern(layer: CompressedLayer) -> Tensor:
     kept_of = layer.result.candidate.kept_of
-    assert layer.mask is not None and kept_of is not None
+    assert layer.mask is not None
+    assert kept_of is not None
     pattern_OB, _ = split_n_of_m(layer.codes, layer.mask, *kept_of)
     return pack_values(pattern_OB, count_pattern_bits(*kept_of))
 

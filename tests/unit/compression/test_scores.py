@@ -47,7 +47,8 @@ def test_pattern_and_share_are_exact_and_zeros_stay(score: str, label: str) -> N
     Q_OI = dequantize_layer(layer, torch.float32)
     assert bool((Q_OI[~layer.mask] == 0).all())
     again, _, _ = build(label, Masking(score=score))
-    assert torch.equal(again.codes, layer.codes) and torch.equal(again.mask, layer.mask)
+    assert torch.equal(again.codes, layer.codes)
+    assert torch.equal(again.mask, layer.mask)
 
 
 def test_lots_differ_by_seed_and_layer_alone() -> None:
