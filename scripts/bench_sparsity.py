@@ -94,8 +94,8 @@ def main() -> None:
         "runtime": "cptq",
         "bits": "2,3,4,8,16",
         "sparsity": asked.sparsity,
-        "samples": asked.samples,
-        "seqlen": asked.seqlen,
+        "samples": int(asked.samples),
+        "seqlen": int(asked.seqlen),
         "compressor": asked.compressor,
         "target": "16bit",
     }

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from cptq.checkpoint.weights import get_scale_type, get_weight, set_weight
-from cptq.compression.scores import SCORES, Masking, choose_mask
+from cptq.compression.scores import SCORES, USUAL_MASKING, Masking, choose_mask
 from cptq.layouts import Layout
 from cptq.layouts.groups import resolve_group
 from cptq.numerics.asymmetric_target import compute_asymmetric_target
@@ -117,7 +117,7 @@ def compress_layer(
     *,
     held_out_II: Tensor | None = None,
     float16_scales: bool = False,
-    masking: Masking = Masking(),
+    masking: Masking = USUAL_MASKING,
     measure_output: bool = True,
 ) -> CompressedLayer:
     """Compress one layer and measure what was lost.
@@ -153,7 +153,7 @@ def compress_module(
     cross_II: Tensor | None = None,
     held_out_II: Tensor | None = None,
     float16_scales: bool = False,
-    masking: Masking = Masking(),
+    masking: Masking = USUAL_MASKING,
 ) -> CompressedLayer:
     """Compress a layer in place: the module then computes with the compressed weight.
 
@@ -173,7 +173,7 @@ def build_layer_problem(
     W_OI: Tensor,
     H_II: Tensor | None,
     candidate: Candidate,
-    masking: Masking = Masking(),
+    masking: Masking = USUAL_MASKING,
 ) -> LayerProblem:
     """Return the problem that a compressor solves to turn a layer into a candidate."""
     score = SCORES.get(masking.score)

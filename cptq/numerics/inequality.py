@@ -1,6 +1,6 @@
 """How unequal magnitudes are: PQ Index, Gini coefficient, share of outliers.
 
-    PQ Index   I = 1 - d^(1/q - 1/p) |w|_p / |w|_q,  p = 1/2, q = 1:  1 - (mean sqrt|w|)^2 / mean |w|
+    PQ Index   I = 1 - d^(1/q - 1/p) |w|_p / |w|_q,  p = 1/2, q = 1: 1 - (mean sqrt|w|)^2 / mean |w|
                (Diao et al., arXiv 2302.05601, definition 1)
     SAP bound  at least d (1 + eta)^(-q / (q - p)) (1 - I)^(q p / (q - p)) of d weights must stay,
                where what goes has at most eta times the sum of |w|^p of what stays (theorem 2);

@@ -1,4 +1,4 @@
-"""Carry out --sparsity-score and --sparsity-profile: how zeros are chosen, and spread over units."""
+"""Carry out --sparsity-score and --sparsity-profile."""
 
 from __future__ import annotations
 

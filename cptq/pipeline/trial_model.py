@@ -15,7 +15,7 @@ from cptq.calibration.samples import sample_blocks, take_batches
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
-from cptq.compression.scores import Masking
+from cptq.compression.scores import USUAL_MASKING, Masking
 from cptq.compression.streams import measure_head_moment
 from cptq.compression.trial_model import TrialModel
 from cptq.compression.vocabulary import is_head
@@ -36,7 +36,7 @@ def build_trial_model(
     *,
     seed: int,
     blocks: bool = True,
-    masking: Masking = Masking(),
+    masking: Masking = USUAL_MASKING,
     emit: Emit,
 ) -> TrialModel:
     """Build a trial model for `compressor`; where that uses activations, one pass gathers them.

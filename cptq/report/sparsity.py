@@ -1,4 +1,4 @@
-"""Figures of `--sparsity-analysis`: one mark per unit, or per feed-forward layer, in forward order."""
+"""Figures of `--sparsity-analysis`: one mark per unit or feed-forward layer."""
 
 from __future__ import annotations
 

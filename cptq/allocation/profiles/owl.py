@@ -3,8 +3,8 @@
     D_b = share of |w_ij| |x_j| in block b above M times their mean,      M = 5
     density_b = d + 2 lambda ((D_b - min D) / (max D - min D) - mean),      lambda = 0.08
 
-Source: OWL (Yin et al., arXiv 2310.05175, section 3.2), as its code maps ratios to densities: over
-a range of 2 lambda, shifted to the mean. Departures: the mean is weighted by what units store, where
+Source: OWL (Yin et al., arXiv 2310.05175, section 3.2), as its code maps ratios to densities: over a
+range of 2 lambda, shifted to the mean. Departures: the mean is weighted by what units store, where
 its code takes blocks as equal; densities are clipped to [0.01, 1].
 
 Cost: one forward pass for the second moments. Limits: M and lambda are the paper's, for 7B models

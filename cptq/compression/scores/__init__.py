@@ -55,6 +55,9 @@ class Masking:
     seed: int = 0
 
 
+USUAL_MASKING = Masking()
+
+
 def choose_mask(
     score: Score, W_OI: Tensor, H_II: Tensor | None, candidate: Candidate, seed: int
 ) -> Tensor | None:

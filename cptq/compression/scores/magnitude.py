@@ -1,4 +1,4 @@
-"""`magnitude`: |w|, one threshold per matrix (Han et al., arXiv 1506.02626). Uses no activations."""
+"""`magnitude`: |w|, one threshold per matrix (Han et al., arXiv 1506.02626)."""
 
 from __future__ import annotations
 

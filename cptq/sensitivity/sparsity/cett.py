@@ -6,11 +6,11 @@ where every feed-forward layer drops the inputs of its last linear whose part in
 its own threshold, the one at which its CETT is e on sampled tokens (`cptq.numerics.contributions`).
 
 Source: Luo et al., "Sparsing Law" (arXiv 2411.02335, section 3): one global CETT, found by
-bisection, and thresholds by layer. Departures: thresholds come from `TOKENS` calibration tokens, and
+bisection, and thresholds by layer. Departures: thresholds come from `TOKENS` calibration tokens,
 perplexity from held-out text of the same source; CETT is searched in [0, 1], to 2^-`HALVINGS`.
 
-Cost: 1 + `HALVINGS` forward passes of the held-out text per p, and as often the thresholds: a product
-of the sampled tokens with the last linears, `contributions.STEPS` times. Limits: causal models.
+Cost: 1 + `HALVINGS` forward passes of the held-out text per p, and as often thresholds: a product of
+ the sampled tokens with the last linears, `contributions.STEPS` times. Limits: causal models.
 """
 
 from __future__ import annotations
