@@ -12,8 +12,9 @@
 | weight_mask    | int32            | (out, words(in, 1))                    | unstructured      |
 | weight_pattern | int32            | (out, words(in / M, p))                | N:M               |
 
-words(n, b) = ceil(n b / 32); p, the bits of one of C(M, N) patterns: 3 for 2:4, 7 for 4:8. The codes keep the name of the dense weight on purpose: their shape is
-never the dense one, and stock transformers raises on a shape that does not fit where it would fill
+words(n, b) = ceil(n b / 32); p, the bits of one of C(M, N) patterns: 3 for 2:4, 7 for 4:8.
+The codes keep the name of the dense weight on purpose: their shape is never the dense one,
+and stock transformers raises on a shape that does not fit where it would fill
 in random numbers for a name that is not there.
 
 Pure Python, so that what is budgeted, written, read and refused cannot differ.

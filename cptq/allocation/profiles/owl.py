@@ -3,7 +3,7 @@
     D_b = share of |w_ij| |x_j| in block b above M times their mean,      M = 5
     density_b = d + 2 lambda ((D_b - min D) / (max D - min D) - mean),      lambda = 0.08
 
-Source: OWL (Yin et al., arXiv 2310.05175, section 3.2), as its code maps ratios to densities: over a
+Source: OWL (Yin et al., arXiv 2310.05175, section 3.2), as its code maps ratios: over a
 range of 2 lambda, shifted to the mean. Departures: the mean is weighted by what units store, where
 its code takes blocks as equal; densities are clipped to [0.01, 1].
 

@@ -9,7 +9,7 @@ Source: Luo et al., "Sparsing Law" (arXiv 2411.02335, section 3): one global CET
 bisection, and thresholds by layer. Departures: thresholds come from `TOKENS` calibration tokens,
 perplexity from held-out text of the same source; CETT is searched in [0, 1], to 2^-`HALVINGS`.
 
-Cost: 1 + `HALVINGS` forward passes of the held-out text per p, and as often thresholds: a product of
+Cost: `HALVINGS` forward passes of the held-out text per p, and as often thresholds: a product of
  the sampled tokens with the last linears, `contributions.STEPS` times. Limits: causal models.
 """
 
