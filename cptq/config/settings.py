@@ -118,8 +118,8 @@ class CandidateSettings:
     )
     sparsity: tuple[str, ...] = option(
         (),
-        "Offer each bit width with zeros too: N of every M inputs kept (2:4, 4:8), a share of zeros "
-        "(50%), or several (commas). Needs --runtime cptq.",
+        "Offer each bit width with zeros too: N of every M inputs kept (2:4, 4:8), a share "
+        "of zeros (50%), or several (commas). Needs --runtime cptq.",
         CANDIDATES,
         "LIST",
         commas=True,
