@@ -41,6 +41,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "soup",
     "verify",
 ]
 __version__ = "0.1.0"

@@ -39,6 +39,7 @@ from cptq.config import (
     ExportSettings,
     GenerateSettings,
     InspectSettings,
+    SoupSettings,
     VerifySettings,
     list_options,
     name_fields,
@@ -52,6 +53,7 @@ if TYPE_CHECKING:
     from cptq.artifact.verify import VerifiedArtifact
     from cptq.checkpoint.ranks import Ranks
     from cptq.pipeline.export import ExportOutcome
+    from cptq.pipeline.soup import SoupOutcome
     from cptq.report.bench import BenchOutcome
     from cptq.report.comparison import CompareOutcome
     from cptq.report.estimate import Estimate
@@ -69,6 +71,7 @@ _FUNCTIONS: Mapping[type, str] = {
     EvalSettings: "evaluate",
     CompareSettings: "compare",
     ExportSettings: "export",
+    SoupSettings: "soup",
     BenchSettings: "bench",
     GenerateSettings: "generate",
 }
@@ -281,6 +284,23 @@ def export(
     """
     settings = _build(ExportSettings, {"artifact": artifact, "format": format, **options})
     outcome: ExportOutcome = execute(settings, progress or _warn)
+    return outcome
+
+
+@_takes(SoupSettings, "sources")
+def soup(*sources: Source, progress: Emit | None = None, **options: Any) -> SoupOutcome:
+    """Average dense or masked checkpoints of one architecture; a common mask is kept.
+
+    Args:
+        sources: two directories or more.
+        progress: called with events.
+
+    Raises:
+        CptqError: a model is compressed, or differs from the first in a tensor or in its zeros.
+    """
+    given = {"sources": tuple(os.fspath(source) for source in sources)}
+    settings = _build(SoupSettings, {**given, **options})
+    outcome: SoupOutcome = execute(settings, progress or _warn)
     return outcome
 
 

@@ -31,7 +31,7 @@ from cptq.types import Plan
 
 ALL = "all"
 #: a directory that holds one of these was written by cptq
-OUTPUT_MARKERS = ("cptq.json", "report.json", "compare.json")
+OUTPUT_MARKERS = ("cptq.json", "report.json", "compare.json", "soup.json")
 
 
 def check_settings(settings: AnySettings, *, writes: bool = True) -> AnySettings:
@@ -77,7 +77,8 @@ def _check_analyze(settings: AnalyzeSettings) -> AnalyzeSettings:
 
 
 def _check_compress(settings: CompressSettings, writes: bool) -> CompressSettings:
-    _check_names(settings, "metric", "allocator", "compressor")
+    names = ("metric", "allocator", "compressor", "sparsity_score", "sparsity_profile")
+    _check_names(settings, *names)
     _check_calibration(settings.calibration.calibration)
     import_module("cptq.allocation.constraints").parse_constraints(
         settings.pins, settings.min_bits, settings.max_bits

@@ -32,7 +32,14 @@ DOCUMENTS = "".join(
     )
 )
 COMMANDS = (
-    *("analyze", "compress", "eval", "compare", "bench", "generate"),
+    *(
+        "analyze",
+        "compress",
+        "eval",
+        "compare",
+        "bench",
+        "generatesoup",
+    ),
     *("export", "inspect", "verify"),
 )
 MOST_LINES = 500

@@ -35,6 +35,7 @@ from cptq.config import (
     GenerateSettings,
     InspectSettings,
     Option,
+    SoupSettings,
     VerifySettings,
 )
 from cptq.errors import UsageError
@@ -125,6 +126,14 @@ COMMANDS = (
         help="""Write an artifact in another file format.
 
         The quantized integers stay the same. What the format cannot hold is refused.""",
+    ),
+    Command(
+        name="soup",
+        settings=SoupSettings,
+        help="""Average several dense or masked models.
+
+        They must be of one architecture and, where they have zeros, of one mask, which the average
+        keeps.""",
     ),
     Command(
         name="inspect",

@@ -53,6 +53,7 @@ if TYPE_CHECKING:  # these import torch
     from cptq.artifact.inspect import Inspection, LayerFacts
     from cptq.artifact.verify import VerifiedArtifact
     from cptq.pipeline.export import ExportOutcome
+    from cptq.pipeline.soup import SoupOutcome
 
 Reported = AnalyzeOutcome | CompressOutcome | EvalOutcome
 #: how many of the most sensitive units are listed
@@ -171,6 +172,29 @@ def present_compare(settings: AnySettings, outcome: CompareOutcome) -> Output:
     )
 
 
+def present_soup(settings: AnySettings, outcome: SoupOutcome) -> Output:
+    """Present what was averaged and how much of it is masked."""
+    rows = [
+        ("models", outcome.models),
+        ("tensors", f"{outcome.tensors:,}, {outcome.masked:,} of them masked"),
+        ("zeros", f"{outcome.zeros:.1%} of all weights"),
+        ("bytes", format_bytes(outcome.weight_bytes)),
+        ("written to", outcome.out),
+    ]
+    document = {
+        "command": "soup",
+        "out": str(outcome.out),
+        "models": outcome.models,
+        "tensors": outcome.tensors,
+        "masked": outcome.masked,
+        "zeros": outcome.zeros,
+        "weight_bytes": outcome.weight_bytes,
+    }
+    return Output(
+        tables=[tabulate_pairs("Averaged", rows)], document=document, lines=[str(outcome.out)]
+    )
+
+
 def present_export(settings: AnySettings, outcome: ExportOutcome) -> Output:
     """Present the files that were written, their size and how far the outputs differ."""
     artifact, verified = outcome.artifact, outcome.artifact.manifest["verification"]
@@ -270,6 +294,7 @@ PRESENTERS: Mapping[str, Callable[[Any, Any], Output]] = {
     "eval": present_eval,
     "compare": present_compare,
     "export": present_export,
+    "soup": present_soup,
     "bench": present_bench,
     "generate": present_generate,
     "verify": present_verify,

@@ -41,6 +41,7 @@ from cptq.checkpoint.ranks import ALONE, Ranks
 from cptq.checkpoint.weights import get_weight, make_weight
 from cptq.compression import COMPRESSORS, CORRECTING, WITHOUT_ACTIVATIONS
 from cptq.compression.layer import compress_module
+from cptq.compression.scores import USUAL_MASKING, Masking
 from cptq.compression.streams import Moments, Stream, embed_batches
 from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout
@@ -83,6 +84,7 @@ def compress_model(
     compressor: str,
     float16_scales: bool = False,
     layout: Layout = PACK_QUANTIZED,
+    masking: Masking = USUAL_MASKING,
     held_out: Sequence[Batch] = (),
     steps: Steps | None = None,
     ranks: Ranks = ALONE,
@@ -91,7 +93,8 @@ def compress_model(
     """Carry out a plan; afterwards `model.module` computes with the compressed weights.
 
     `layout` counts the bytes of a layer. `float16_scales` makes every scale one that float16 holds,
-    whatever the checkpoint's type. `held_out` are batches that do not calibrate, on which output
+    whatever the checkpoint's type. `masking`: what sparse layers keep.
+    `held_out` are batches that do not calibrate, on which output
     errors are measured; without any, on those that do. `steps` that are finished are not made
     again, and the result is the same to the bit. Several `ranks` call this alike and get the same.
 
@@ -108,6 +111,7 @@ def compress_model(
         layout=layout,
         dtype=model.dtype,
         float16_scales=float16_scales,
+        masking=masking,
     )
     finished = (steps or Steps()).share(ranks)
     run = _CarryingOut(model, plan, compressor, compress, finished, ranks, emit)

@@ -14,8 +14,9 @@ fire on other text (GPTQ's code sets them to 0); they hardly count where scales 
 Left out: coordinate descent on the codes takes a further 6% off for five times the seconds.
 
 An asymmetric grid has its zero points fitted with the scales. Under a mask the weights that it
-leaves out are projected onto 0 and the others make up for it: SparseGPT's update (arXiv 2301.00774)
-with the mask chosen beforehand.
+leaves out are projected onto 0 and the others make up for it: SparseGPT's update (arXiv
+2301.00774), with the mask chosen beforehand; or inside the sweep, jointly with rounding, where the
+problem has a `selection` (`numerics.sweep_mask`).
 
 Cost: a factorisation of in^3 / 3, its inverse and the sweep, out * in^2. Memory: H, and its factor
 or its damped copy, in^2 floats each.
@@ -25,19 +26,20 @@ Without H the inputs count as independent and equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cptq.compression import nearest
-from cptq.compression.layer import LayerProblem, LayerSolution
+from cptq.compression.layer import LayerProblem, LayerSolution, Selection
 from cptq.numerics.float8 import round_to_float8
 from cptq.numerics.grid import Grid, count_scale_bits, fit_grid, get_code_range
 from cptq.numerics.hessian import add_damping, factor_damped_inverse, find_dead_inputs
 from cptq.numerics.refit import refit_scales
 from cptq.numerics.sweep import sweep_columns
+from cptq.numerics.sweep_mask import SweepMask
 
 #: share of the mean diagonal added to H
 DAMPING = 0.01
@@ -59,7 +61,7 @@ def compress(problem: LayerProblem) -> LayerSolution:
     dead_I = find_dead_inputs(H_II)
     if bool(dead_I.all()):
         return replace(nearest.compress(problem), notes=(UNSEEN,))
-    order_I = H_II.diagonal().argsort(descending=True, stable=True)
+    order_I = _choose_order(H_II, problem.selection)
     asked = DAMPING if problem.damping is None else problem.damping
     U_II, used = factor_damped_inverse(H_II, asked, order_I)
     if U_II is None:
@@ -68,51 +70,86 @@ def compress(problem: LayerProblem) -> LayerSolution:
         return replace(solution, notes=(note,))
     notes = (f"damping raised from {asked:g} to {used:g}",) if used != asked else ()
     rounded = [_round_rows(rows, U_II, order_I, dead_I) for rows in _split_rows(problem)]
-    codes, scales, zeros = zip(*rounded, strict=True)
-    zero_OG = None if zeros[0] is None else torch.cat(zeros)
-    codes_OI, scale_OG = torch.cat(codes), torch.cat(scales)
-    if not problem.float8:
-        del U_II  # no more than one other matrix beside H at a time
-        scale_OG = _refit(
-            problem, add_damping(H_II, used, dead_share=DEAD_SHARE), codes_OI, scale_OG, zero_OG
-        )
-    return LayerSolution(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, notes=notes)
+    solution = LayerSolution(
+        codes_OI=torch.cat([part.codes_OI for part in rounded]),
+        scale_OG=torch.cat([part.scale_OG for part in rounded]),
+        zero_OG=_join([part.zero_OG for part in rounded]),
+        mask_OI=_join([part.mask_OI for part in rounded]),
+        notes=notes,
+    )
+    if problem.float8:
+        return solution
+    del U_II  # no more than one other matrix beside H at a time
+    damped_II = add_damping(H_II, used, dead_share=DEAD_SHARE)
+    return replace(solution, scale_OG=_refit(problem, damped_II, solution))
+
+
+def _join(parts: Sequence[Tensor | None]) -> Tensor | None:
+    """Join what some outputs have; None where none has it."""
+    known = [part for part in parts if part is not None]
+    return torch.cat(known) if known else None
+
+
+def _choose_order(H_II: Tensor, selection: Selection | None) -> Tensor:
+    """Return inputs by falling second moment.
+
+    In whole runs of M where N of M are to be chosen; as they are where a share is, since every run
+    drops the same share, and sorted runs would not be alike.
+    """
+    diagonal_I = H_II.diagonal()
+    if selection is None:
+        return diagonal_I.argsort(descending=True, stable=True)
+    if selection.kept_of is None:
+        return torch.arange(len(diagonal_I), device=H_II.device)
+    of = selection.kept_of[1]
+    order_B = diagonal_I.view(-1, of).sum(1).argsort(descending=True, stable=True)
+    return (order_B.unsqueeze(1) * of + torch.arange(of, device=order_B.device)).flatten()
 
 
 def _split_rows(problem: LayerProblem) -> Iterator[LayerProblem]:
     """Yield the problem of some outputs after the other: none depends on another's."""
-    count = max(LEAST_ROWS, CHUNK // problem.W_OI.shape[1])
-    for start in range(0, len(problem.W_OI), count):
-        rows = slice(start, start + count)
-        mask_OI = None if problem.mask_OI is None else problem.mask_OI[rows]
-        yield replace(problem, W_OI=problem.W_OI[rows], mask_OI=mask_OI)
+    size = max(LEAST_ROWS, CHUNK // problem.W_OI.shape[1])
+    for start in range(0, len(problem.W_OI), size):
+        stop = min(start + size, len(problem.W_OI))
+        mask_OI = None if problem.mask_OI is None else problem.mask_OI[start:stop]
+        selection = problem.selection
+        if selection is not None:
+            selection = selection.take_rows(range(start, stop), len(problem.W_OI))
+        yield replace(problem, W_OI=problem.W_OI[start:stop], mask_OI=mask_OI, selection=selection)
 
 
 def _round_rows(
     problem: LayerProblem, U_II: Tensor, order_I: Tensor, dead_I: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return codes, scales and zero points of some outputs."""
+) -> LayerSolution:
+    """Return codes, scales, zero points and masks of some outputs."""
     W_OI = problem.W_OI
     if problem.float8:
         codes_OI = _sweep_float8(W_OI, U_II, order_I, problem.float8)
-        return codes_OI, torch.ones_like(W_OI[:, :1]), None
+        return LayerSolution(codes_OI=codes_OI, scale_OG=torch.ones_like(W_OI[:, :1]))
     cost_I = _compute_error_cost(U_II, order_I, dead_I)
     scale_OG, zero_OG = _fit_grid(W_OI, cost_I, problem)
-    return _sweep(W_OI, U_II, order_I, scale_OG, zero_OG, problem), scale_OG, zero_OG
+    mask = _prepare_mask(problem, cost_I[order_I])
+    codes_OI = _sweep(W_OI, U_II, order_I, scale_OG, zero_OG, problem, mask)
+    mask_OI = None if mask is None else _restore_order(mask.mask_IO, order_I)
+    return LayerSolution(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG, mask_OI=mask_OI)
 
 
-def _refit(
-    problem: LayerProblem,
-    damped_II: Tensor,
-    codes_OI: Tensor,
-    scale_OG: Tensor,
-    zero_OG: Tensor | None,
-) -> Tensor:
+def _refit(problem: LayerProblem, damped_II: Tensor, solution: LayerSolution) -> Tensor:
     """Return the scales (out, groups) that serve the codes best."""
+    codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
     steps_OI = codes_OI if zero_OG is None else _count_steps(codes_OI, zero_OG)
     limited_OG = _limit_precision(zero_OG, problem)
     stored = problem.scale_dtype
     return refit_scales(problem.W_OI, damped_II, steps_OI, scale_OG, limited_OG, scale_dtype=stored)
+
+
+def _prepare_mask(problem: LayerProblem, cost_I: Tensor) -> SweepMask | None:
+    """Return what chooses the mask inside the sweep; `cost_I` in its order."""
+    selection = problem.selection
+    if selection is None:
+        return None
+    out, features = problem.W_OI.shape
+    return SweepMask((features, out), cost_I, selection.drop, selection.kept_of)
 
 
 def _fit_grid(W_OI: Tensor, cost_I: Tensor, problem: LayerProblem) -> Grid:
@@ -156,6 +193,7 @@ def _sweep(
     scale_OG: Tensor,
     zero_OG: Tensor | None,
     problem: LayerProblem,
+    mask: SweepMask | None,
 ) -> Tensor:
     """Return codes (out, in) int8 after one sweep in `order_I` on fixed grids."""
     low, high = get_code_range(problem.bits)
@@ -164,6 +202,7 @@ def _sweep(
     zero = torch.zeros_like(scale_OG) if zero_OG is None else zero_OG
     zero_GO = zero.to(W_OI.dtype).T.contiguous()
     mask_IO = None if problem.mask_OI is None else problem.mask_OI.T[order_I].contiguous()
+    mask_IO = mask_IO if mask is None else mask.mask_IO
     group_of = (order_I // problem.group).tolist()
 
     def project(position: int, column_O: Tensor) -> Tensor:
@@ -174,7 +213,7 @@ def _sweep(
         codes_IO[position] = code_O
         return code_O.sub_(zero_O).mul_(scale_O)
 
-    sweep_columns(W_OI.T[order_I].contiguous(), U_II, project)
+    sweep_columns(W_OI.T[order_I].contiguous(), U_II, project, mask=mask)
     return _restore_order(codes_IO, order_I)
 
 

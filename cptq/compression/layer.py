@@ -21,14 +21,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 
 from cptq.checkpoint.weights import get_scale_type, get_weight, set_weight
+from cptq.compression.scores import SCORES, USUAL_MASKING, Masking, choose_mask
 from cptq.layouts import Layout
 from cptq.layouts.groups import resolve_group
-from cptq.layouts.packed import TWO_OF_FOUR
 from cptq.numerics.grid import (
     count_scale_bits,
     dequantize,
@@ -36,13 +37,26 @@ from cptq.numerics.grid import (
     get_code_range,
     round_scales,
 )
-from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
+from cptq.numerics.masks import count_dropped
 from cptq.numerics.reproducible import sum_over_rows
 from cptq.numerics.scale_grids import ScaleType
 from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec
 
 #: the smallest and largest bfloat16 all of whose neighbours inside are float16 as well
 LEAST, MOST = 2.0**-17, 65280.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Selection:
+    """How many weights of a problem go: N of every M stay (`kept_of`), or `drop` go in all."""
+
+    drop: int
+    kept_of: tuple[int, int] | None = None
+
+    def take_rows(self, rows: range, out: int) -> Selection:
+        """Return the part of it for some of `out` outputs; the parts of all add up to it."""
+        before, after = (self.drop * end // out for end in (rows.start, rows.stop))
+        return replace(self, drop=after - before)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,7 +67,8 @@ class LayerProblem:
     `float8` names a grid of 8-bit floats (`numerics.float8`), which has neither groups nor scales.
     Without a Hessian the inputs count as independent and equal. `group` divides `in`;
     `scale_dtype` is the storage type of the scales. Where there is a mask, bool (out, in), a
-    weight outside it becomes 0. An asymmetric solution has a `zero`, and with `float16_offset`
+    weight outside it becomes 0. A `selection` has the mask chosen anew inside the sweep, where the
+    compressor has one. An asymmetric solution has a `zero`, and with `float16_offset`
     float16 holds scale times zero point (`numerics.grid`).
     """
 
@@ -65,6 +80,7 @@ class LayerProblem:
     symmetric: bool = True
     float16_offset: bool = False
     mask_OI: Tensor | None = None
+    selection: Selection | None = None
     damping: float | None = None
     float8: str = ""
 
@@ -76,12 +92,14 @@ class LayerProblem:
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerSolution:
     """codes int8 (out, in), scale (out, in / group), zero int8 of that shape where the grid is
-    asymmetric, and notes for the report. A masked weight has the code of 0. Codes on a grid of
+    asymmetric, the mask where it was chosen on the way (else it is the problem's), and notes for
+    the report. A masked weight has the code of 0. Codes on a grid of
     8-bit floats are those floats, and the scale is 1."""
 
     codes_OI: Tensor
     scale_OG: Tensor
     zero_OG: Tensor | None = None
+    mask_OI: Tensor | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -98,6 +116,7 @@ def compress_layer(
     *,
     held_out_II: Tensor | None = None,
     float16_scales: bool = False,
+    masking: Masking = USUAL_MASKING,
     measure_output: bool = True,
 ) -> CompressedLayer:
     """Compress one layer and measure what was lost.
@@ -112,12 +131,13 @@ def compress_layer(
         held_out_II: second moment of inputs that do not calibrate, to measure the output error on;
             without it the error is that on `H_II`.
         float16_scales: make every scale one that float16 holds, whatever the checkpoint's type.
+        masking: how the weights that a sparse candidate keeps are chosen.
         measure_output: measure the output error if a moment is known, at the cost of two products
             with it.
     """
     asked = spec, W_OI, H_II, candidate, method, layout
     error_II = _choose_moment(H_II, held_out_II) if measure_output else None
-    return _compress(*asked, float16_scales, error_II, held_out_II is not None)[0]
+    return _compress(*asked, float16_scales, masking, error_II, held_out_II is not None)[0]
 
 
 def compress_module(
@@ -132,6 +152,7 @@ def compress_module(
     target_OI: Tensor | None = None,
     held_out_II: Tensor | None = None,
     float16_scales: bool = False,
+    masking: Masking = USUAL_MASKING,
 ) -> CompressedLayer:
     """Compress a layer in place: the module then computes with the compressed weight.
 
@@ -141,15 +162,26 @@ def compress_module(
     """
     asked = spec, get_weight(module).float(), H_II, candidate, method, layout
     error_II, held_out = _choose_moment(H_II, held_out_II), held_out_II is not None
-    layer, Q_OI = _compress(*asked, float16_scales, error_II, held_out, target_OI)
+    layer, Q_OI = _compress(*asked, float16_scales, masking, error_II, held_out, target_OI)
     set_weight(module, _convert(layer, Q_OI, dtype))
     return layer
 
 
 def build_layer_problem(
-    spec: LayerSpec, W_OI: Tensor, H_II: Tensor | None, candidate: Candidate
+    spec: LayerSpec,
+    W_OI: Tensor,
+    H_II: Tensor | None,
+    candidate: Candidate,
+    masking: Masking = USUAL_MASKING,
 ) -> LayerProblem:
     """Return the problem that a compressor solves to turn a layer into a candidate."""
+    score = SCORES.get(masking.score)
+    # a mask drawn by lot is the layer's own, whatever was compressed before it
+    seed = crc32(f"{masking.seed} {spec.name}".encode())
+    selection = None
+    if candidate.sparsity and score.in_sweep:
+        drop = count_dropped(candidate.sparsity, W_OI.numel())
+        selection = Selection(drop=drop, kept_of=candidate.kept_of)
     return LayerProblem(
         W_OI=W_OI,
         H_II=H_II,
@@ -157,7 +189,8 @@ def build_layer_problem(
         group=resolve_group(spec.shape[1], candidate.group_size),
         scale_dtype=get_scale_type(spec, candidate),
         symmetric=candidate.symmetric,
-        mask_OI=_choose_mask(W_OI, H_II, candidate),
+        mask_OI=choose_mask(score, W_OI, H_II, candidate, seed),
+        selection=selection,
         float8=candidate.float8,
     )
 
@@ -218,6 +251,7 @@ def _compress(
     method: Compressor,
     layout: Layout,
     float16_scales: bool,
+    masking: Masking,
     error_II: Tensor | None,
     held_out: bool,
     target_OI: Tensor | None = None,
@@ -230,10 +264,11 @@ def _compress(
     began = time.perf_counter()
     if target_OI is None:
         target_OI = W_OI
-    problem = build_layer_problem(spec, target_OI, H_II, candidate)
+    problem = build_layer_problem(spec, target_OI, H_II, candidate, masking)
     solution = solve_layer_problem(problem, method, float16_scales=float16_scales)
     codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
-    Q_OI = dequantize(codes_OI, scale_OG, zero_OG, problem.mask_OI, dtype=torch.float32)
+    mask_OI = problem.mask_OI if solution.mask_OI is None else solution.mask_OI
+    Q_OI = dequantize(codes_OI, scale_OG, zero_OG, mask_OI, dtype=torch.float32)
     weight_error = _measure_weight_error(W_OI, Q_OI)
     output_error = None if error_II is None else _measure_output_error(target_OI, Q_OI, error_II)
     result = LayerResult(
@@ -253,7 +288,7 @@ def _compress(
         codes=codes_OI,
         scale=scale_OG,
         zero=zero_OG,
-        mask=problem.mask_OI,
+        mask=mask_OI,
     )
     return layer, Q_OI
 
@@ -272,20 +307,6 @@ def _convert(layer: CompressedLayer, Q_OI: Tensor, dtype: torch.dtype) -> Tensor
     if exact or product is torch.float32:
         return Q_OI.to(product).to(dtype)
     return dequantize_layer(layer, dtype)
-
-
-def _choose_mask(W_OI: Tensor, H_II: Tensor | None, candidate: Candidate) -> Tensor | None:
-    """Return which weights a sparse candidate keeps: the largest |w_ij| sqrt(H_jj).
-
-    Source: Wanda (Sun et al., arXiv 2306.11695), there with the same count in every row; here the
-    smallest of the whole matrix go, or two of every four inputs.
-    """
-    if not candidate.sparsity:
-        return None
-    score_OI = W_OI if H_II is None else W_OI * H_II.diagonal().clamp_min(0).sqrt()
-    if candidate.pattern == TWO_OF_FOUR:
-        return build_two_of_four_mask(score_OI)
-    return build_magnitude_mask(score_OI, candidate.sparsity)
 
 
 def _bound_scales(solution: LayerSolution, bits: int) -> LayerSolution:

@@ -25,6 +25,7 @@ from cptq.checkpoint.weights import get_stored_weight, set_weight
 from cptq.compression import COMPRESSORS
 from cptq.compression.blockwise import restore_layers
 from cptq.compression.layer import compress_layer
+from cptq.compression.scores import USUAL_MASKING, Masking
 from cptq.compression.vocabulary import choose_compressor
 from cptq.layouts import Layout
 from cptq.numerics.grid import dequantize_layer
@@ -43,7 +44,8 @@ class TrialModel:
         emit: takes progress.
         hessians: {unit name: H_II} on the dense model's activations; a unit without one is
             compressed as if its inputs were independent and equal.
-        layout, float16_scales: as `compress_model` takes them; the weights tried are those shipped.
+        layout, float16_scales, masking: as `compress_model` takes them;
+            the weights tried are those shipped.
     """
 
     def __init__(
@@ -55,9 +57,10 @@ class TrialModel:
         *,
         layout: Layout,
         float16_scales: bool,
+        masking: Masking = USUAL_MASKING,
     ) -> None:
         self.model = model
-        self._layout, self._float16_scales = layout, float16_scales
+        self._layout, self._float16_scales, self._masking = layout, float16_scales, masking
         self._emit = emit
         self._method = COMPRESSORS.get(compressor)
         self._hessians = hessians or {}
@@ -137,6 +140,7 @@ class TrialModel:
                 method,
                 self._layout,
                 float16_scales=self._float16_scales,
+                masking=self._masking,
                 measure_output=False,
             )
             for spec in unit.layers

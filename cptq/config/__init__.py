@@ -31,6 +31,7 @@ from cptq.config.settings import (
     ExportSettings,
     InspectSettings,
     Settings,
+    SoupSettings,
     VerifySettings,
 )
 from cptq.config.values import (
@@ -71,6 +72,7 @@ __all__ = [
     "Option",
     "Runtime",
     "Settings",
+    "SoupSettings",
     "VerifySettings",
     "build",
     "check_repository",

@@ -30,12 +30,14 @@ def parse_sparsity(word: str) -> tuple[float, str]:
     Raises:
         UsageError: it is neither.
     """
-    if word == "2:4":
-        return 0.5, word
+    block = re.fullmatch(r"([1-7]):([2-8])", word)
+    if block is not None and int(block[1]) < int(block[2]):
+        return 1 - int(block[1]) / int(block[2]), word
     match = re.fullmatch(r"([1-9]\d?)\s*%", word)
     if match is None:
         raise UsageError(
-            f"--sparsity holds {word!r}", allowed="2:4, and shares such as 50%, from 1% to 99%"
+            f"--sparsity holds {word!r}",
+            allowed="N:M such as 2:4 or 4:8, M at most 8, and shares such as 50%, from 1% to 99%",
         )
     return int(match[1]) / 100, "unstructured"
 

@@ -65,6 +65,8 @@ DEFAULT_TARGETS = ("2.5bit", "3bit", "4bit")
 #: the metric that measures what the others estimate, with the compressor of the run
 GROUND_TRUTH = "kl"
 
+SCORES, PROFILES = "cptq.compression.scores:SCORES", "cptq.allocation.profiles:PROFILES"
+DEFAULT_SCORE, DEFAULT_PROFILE = "wanda", "uniform"
 METRICS, ALLOCATORS = "cptq.sensitivity:METRICS", "cptq.allocation:ALLOCATORS"
 COMPRESSORS, FORMATS = "cptq.compression:COMPRESSORS", "cptq.artifact.formats:FORMATS"
 
@@ -117,8 +119,8 @@ class CandidateSettings:
     )
     sparsity: tuple[str, ...] = option(
         (),
-        "Offer each bit width with a share of zeros too: 2:4, 50%, or both, separated by a comma. "
-        "Needs --runtime cptq.",
+        "Offer each bit width with zeros too: N of every M inputs kept (2:4, 4:8), a share "
+        "of zeros (50%), or several (commas). Needs --runtime cptq.",
         CANDIDATES,
         "LIST",
         commas=True,
@@ -202,6 +204,12 @@ class AnalyzeSettings(CandidateSettings):
         "NAME",
         registry=COMPRESSORS,
     )
+    sparsity_analysis: bool = option(
+        False,
+        "Measure how sparse weights and activations are and can become, too: sparsity/*.json and "
+        "figures in the report.",
+        SENSITIVITY,
+    )
     out: Path | None = out_option(
         "Write scores and reports to this directory.", "DIR", "MODEL-analysis"
     )
@@ -269,6 +277,22 @@ class CompressSettings(CandidateSettings):
         CANDIDATES,
         "N",
         usual="chosen with the layers' widths",
+        fixed_by=("plan",),
+    )
+    sparsity_score: str = option(
+        DEFAULT_SCORE,
+        "Choose the weights that become zero by this score. Needs --sparsity or --plan.",
+        CANDIDATES,
+        "NAME",
+        registry=SCORES,
+    )
+    sparsity_profile: str = option(
+        DEFAULT_PROFILE,
+        "Spread the zeros over the layers that become sparse by this profile, in no more bytes. "
+        "Needs --sparsity.",
+        CANDIDATES,
+        "NAME",
+        registry=PROFILES,
         fixed_by=("plan",),
     )
     plan: Path | None = option(
@@ -344,11 +368,28 @@ class CompressSettings(CandidateSettings):
         parse_shard_size(self.max_shard_size)
         if self.tune_minutes != DEFAULT_TUNE_MINUTES and not self.tune:
             raise UsageError("--tune-minutes has no effect without --tune", hint="add --tune")
+        self._check_sparsity()
         widths = (*find_runtime(self.runtime).list_vocabulary_bits(), 16)
         if self.embedding_bits is not None and self.embedding_bits not in widths:
             raise UsageError(
                 f"--embedding-bits is {self.embedding_bits}",
                 allowed=f"{', '.join(map(str, widths))} with --runtime {self.runtime}",
+            )
+
+    def _check_sparsity(self) -> None:
+        if self.sparsity_score != DEFAULT_SCORE and not (self.sparsity or self.plan):
+            raise UsageError(
+                "--sparsity-score has no effect without --sparsity", hint="add --sparsity 50%"
+            )
+        if self.sparsity_profile != DEFAULT_PROFILE and not self.sparsity:
+            raise UsageError(
+                "--sparsity-profile has no effect without --sparsity", hint="add --sparsity 50%"
+            )
+        if self.sparsity_score == "sparsegpt" and self.compressor == "nearest":
+            raise UsageError(
+                "--sparsity-score sparsegpt chooses inside the column sweep, which --compressor "
+                "nearest does not have",
+                allowed="--compressor gptq or gptaq, or another --sparsity-score",
             )
 
 
@@ -404,13 +445,36 @@ class VerifySettings:
     trust_remote_code: bool = trust_remote_code_option()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SoupSettings:
+    """`cptq soup`: average checkpoints of one architecture and, if masked, one mask."""
+
+    sources: tuple[str, ...] = option(
+        (),
+        "The models to average, two or more: directories of dense checkpoints.",
+        ARGUMENTS,
+        "MODEL...",
+    )
+    out: Path | None = out_option("Write the average to this directory.", "DIR", "MODEL-soup")
+    overwrite: bool = overwrite_option()
+
+    def __post_init__(self) -> None:
+        if len(self.sources) < 2:
+            raise UsageError("a soup needs two models or more", hint="type cptq soup A B -o OUT")
+        if len(set(self.sources)) < len(self.sources):
+            raise UsageError("a model is given twice", hint="name each model once")
+
+
 Settings = AnalyzeSettings | CompressSettings | EvalSettings | CompareSettings
-AnySettings = Settings | ExportSettings | InspectSettings | VerifySettings | RunSettings
+AnySettings = (
+    Settings | ExportSettings | InspectSettings | VerifySettings | RunSettings | SoupSettings
+)
 COMMANDS: Mapping[type, str] = {
     AnalyzeSettings: "analyze",
     CompressSettings: "compress",
     EvalSettings: "eval",
     ExportSettings: "export",
+    SoupSettings: "soup",
     InspectSettings: "inspect",
     VerifySettings: "verify",
     CompareSettings: "compare",

@@ -15,9 +15,15 @@ from torch import nn
 
 from cptq.errors import ArtifactError
 from cptq.inference.operations import PackedWeight
-from cptq.layouts.packed import READABLE, count_stored, explain_misfit, list_packed_tensors
+from cptq.layouts.packed import (
+    READABLE,
+    count_pattern_bits,
+    count_stored,
+    explain_misfit,
+    list_packed_tensors,
+)
 from cptq.numerics.packing import unpack_values
-from cptq.numerics.sparse import PATTERN_BITS, PATTERNS
+from cptq.numerics.sparse import list_patterns
 from cptq.types import Candidate
 
 _AGAIN = "download or copy the artifact again"
@@ -113,8 +119,11 @@ def check_positions(name: str, weight: PackedWeight) -> None:
     if weight.mask is not None and not weight.mask.is_meta:
         stored = int(unpack_values(weight.mask, 1, inputs).sum())
         wrong = stored != count_stored(weight.shape, weight.scheme)
-    if weight.pattern is not None and not weight.pattern.is_meta:
-        wrong = int(unpack_values(weight.pattern, PATTERN_BITS, inputs // 4).max()) >= len(PATTERNS)
+    kept_of = weight.scheme.kept_of
+    if weight.pattern is not None and kept_of is not None and not weight.pattern.is_meta:
+        bits, blocks = count_pattern_bits(*kept_of), inputs // kept_of[1]
+        largest = int(unpack_values(weight.pattern, bits, blocks).max())
+        wrong = largest >= len(list_patterns(*kept_of))
     if wrong:
         raise ArtifactError(
             f"the positions of the stored weights of {name} do not match {weight.scheme.label}",

@@ -17,11 +17,11 @@ from torch import Tensor
 from torch.nn import functional
 
 from cptq.inference.operations import Backend, PackedWeight
-from cptq.layouts.packed import ROW_BITS, TWO_OF_FOUR
+from cptq.layouts.packed import ROW_BITS, count_pattern_bits
 from cptq.numerics import grid
 from cptq.numerics.packing import unpack_rows, unpack_values
 from cptq.numerics.scale_grids import join_rows
-from cptq.numerics.sparse import PATTERN_BITS, join_2_of_4, scatter_codes, unpack_range
+from cptq.numerics.sparse import join_n_of_m, scatter_codes, unpack_range
 
 #: weights unpacked at once
 TILE = 1 << 19
@@ -89,11 +89,13 @@ def select_rows(weight: PackedWeight, rows: slice | Tensor) -> PackedWeight:
 def _unpack_dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Return all values of a weight without a bitmask."""
     bits, inputs = weight.scheme.bits, weight.shape[1]
-    if weight.scheme.pattern != TWO_OF_FOUR:
+    if weight.scheme.kept_of is None:
         return _multiply_out(unpack_rows(weight.codes, bits, inputs), None, weight, dtype)
     assert weight.pattern is not None
-    pattern_RB = unpack_values(weight.pattern, PATTERN_BITS, inputs // 4)
-    codes_RI, mask_RI = join_2_of_4(pattern_RB, unpack_rows(weight.codes, bits, inputs // 2))
+    kept, of = weight.scheme.kept_of
+    pattern_RB = unpack_values(weight.pattern, count_pattern_bits(kept, of), inputs // of)
+    stored_RK = unpack_rows(weight.codes, bits, inputs // of * kept)
+    codes_RI, mask_RI = join_n_of_m(pattern_RB, stored_RK, kept, of)
     return _multiply_out(codes_RI, mask_RI, weight, dtype)
 
 

@@ -4,16 +4,17 @@
 |----------------|------------------|----------------------------------------|-------------------|
 | weight         | int32            | (out, words(in, b))                    | all codes stored  |
 |                |                  | (words(stored, b),)                    | unstructured      |
-|                |                  | (out, words(in / 2, b))                | 2:4               |
+|                |                  | (out, words(in N / M, b))              | N:M               |
 | weight_scale   | float16, bfloat16 | (out, groups)                         | 16-bit scales     |
 |                | int32            | (out, words(groups, 6))                | `row` scales      |
 | weight_factor  | float16, bfloat16 | (out, 1)                              | `row` scales      |
 | weight_zero    | int32            | (out, words(groups, b))                | asymmetric        |
 | weight_mask    | int32            | (out, words(in, 1))                    | unstructured      |
-| weight_pattern | int32            | (out, words(in / 4, 3))                | 2:4               |
+| weight_pattern | int32            | (out, words(in / M, p))                | N:M               |
 
-words(n, b) = ceil(n b / 32). The codes keep the name of the dense weight on purpose: their shape is
-never the dense one, and stock transformers raises on a shape that does not fit where it would fill
+words(n, b) = ceil(n b / 32); p, the bits of one of C(M, N) patterns: 3 for 2:4, 7 for 4:8.
+The codes keep the name of the dense weight on purpose: their shape is never the dense one,
+and stock transformers raises on a shape that does not fit where it would fill
 in random numbers for a name that is not there.
 
 Pure Python, so that what is budgeted, written, read and refused cannot differ.
@@ -22,14 +23,15 @@ Pure Python, so that what is budgeted, written, read and refused cannot differ.
 from __future__ import annotations
 
 from dataclasses import replace
+from math import comb
 
 from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, LayerSpec, TensorSpec
 
-#: grows when a tensor changes its meaning; 2 added `row` scales
-FORMAT_VERSION = 2
+#: grows when a tensor changes its meaning; 2 added `row` scales, 3 patterns other than 2:4
+FORMAT_VERSION = 3
 #: versions that this code reads
-READABLE = (1, 2)
+READABLE = (1, 2, 3)
 #: bits of a code of a `row` scale
 ROW_BITS = 6
 #: `quant_method` in config.json
@@ -40,6 +42,18 @@ NEEDS = "cptq (pip install cptq, then `import cptq` before from_pretrained, or c
 STEM = "cptq"
 WEIGHT_FILES = (f"{STEM}.safetensors", f"{STEM}.safetensors.index.json")
 UNSTRUCTURED, TWO_OF_FOUR = "unstructured", "2:4"
+
+
+def find_version(scheme: Candidate) -> int:
+    """The first version that can hold a scheme."""
+    if scheme.kept_of and scheme.pattern != TWO_OF_FOUR:
+        return 3
+    return 2 if scheme.scales else 1
+
+
+def count_pattern_bits(kept: int, of: int) -> int:
+    """Bits of the index of one of the patterns of `kept` of `of`."""
+    return (comb(of, kept) - 1).bit_length()
 
 
 def count_words(count: int, bits: int) -> int:
@@ -71,8 +85,9 @@ def explain_misfit(shape: tuple[int, int], scheme: Candidate) -> str | None:
         return f"{scheme.scales} scales, which compressed-tensors has"
     if scheme.scales and not scheme.symmetric:
         return "row scales beside zero points"
-    if scheme.pattern == TWO_OF_FOUR and shape[1] % 4:
-        return f"2:4 needs a multiple of 4 inputs, and there are {shape[1]}"
+    if scheme.kept_of and shape[1] % scheme.kept_of[1]:
+        of = scheme.kept_of[1]
+        return f"{scheme.pattern} needs a multiple of {of} inputs, and there are {shape[1]}"
     return None
 
 
@@ -91,9 +106,10 @@ def list_packed_tensors(
     groups = inputs // (scheme.group_size or inputs)
     codes: tuple[int, ...] = (out, count_words(inputs, scheme.bits))
     more: list[tuple[str, int]] = []
-    if scheme.pattern == TWO_OF_FOUR:
-        codes = (out, count_words(inputs // 2, scheme.bits))
-        more.append(("weight_pattern", count_words(inputs // 4, 3)))
+    if scheme.kept_of:
+        kept, of = scheme.kept_of
+        codes = (out, count_words(inputs // of * kept, scheme.bits))
+        more.append(("weight_pattern", count_words(inputs // of, count_pattern_bits(kept, of))))
     elif scheme.sparsity:
         codes = (count_words(count_stored(shape, scheme), scheme.bits),)
         more.append(("weight_mask", count_words(inputs, 1)))

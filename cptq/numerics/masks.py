@@ -1,10 +1,17 @@
-"""Choose the weights that pruning keeps.
+"""Choose the weights that pruning keeps, from a score of each: the smallest |score| go.
 
-The smallest |w| of a matrix are set to zero, exactly floor(sparsity * numel) of them (Han et al.,
-arXiv 1506.02626, with one threshold per matrix). Ties are broken by position, row by row, so that
-the count is exact and the same weights go every time.
+Which score is the caller's business: |w| (Han et al., arXiv 1506.02626) or one of
+`cptq.compression.scores`. Which weights are compared with each other is the pattern's:
 
-Cost: one selection, O(numel). Limits: magnitudes only; activations and second moments are ignored.
+- unstructured: all of the matrix, of which exactly floor(sparsity * numel) go;
+- unstructured by row: those of one output. Row i drops floor((i + 1) n) - floor(i n) with n =
+  sparsity * in, so that rows differ by at most one and the whole matrix drops as many as above;
+- N:M: M neighbouring inputs of an output, of which N stay (Mishra et al., arXiv 2104.08378).
+
+Ties are broken by position, row by row, so that the count is exact and the same weights go every
+time: the first go where a share does, the last in N:M.
+
+Cost: one selection, O(numel); by row a sort of each. Limits: one matrix at a time.
 """
 
 from __future__ import annotations
@@ -28,17 +35,21 @@ def build_magnitude_mask(W_OI: Tensor, sparsity: float) -> Tensor:
     """
     if not 0.0 <= sparsity <= 1.0:
         raise ValueError(f"sparsity {sparsity} is not in [0, 1]")
-    flat = W_OI.reshape(-1).abs()
-    drop = int(sparsity * flat.numel() + 1e-9)  # 0.3 * 10 is 3, not 2.9999999999999996
+    return drop_smallest(W_OI, count_dropped(sparsity, W_OI.numel()))
+
+
+def drop_smallest(score_OI: Tensor, drop: int) -> Tensor:
+    """Return a mask of the same shape, False at the `drop` smallest |score|, the first of ties."""
+    flat = score_OI.reshape(-1).abs()
     if drop == 0:
-        return torch.ones_like(W_OI, dtype=torch.bool)
+        return torch.ones_like(score_OI, dtype=torch.bool)
     threshold = _find_smallest(flat, drop)
     kept = flat > threshold
     spared = flat.numel() - drop - int(kept.sum())  # ties that stay: mostly none
     if spared:
         ties = flat == threshold
         kept |= ties & (ties.cumsum(0) > int(ties.sum()) - spared)
-    return kept.view(W_OI.shape)
+    return kept.view(score_OI.shape)
 
 
 def _find_smallest(flat: Tensor, k: int) -> Tensor:
@@ -48,17 +59,33 @@ def _find_smallest(flat: Tensor, k: int) -> Tensor:
     return torch.as_tensor(np.partition(flat.detach().numpy(), k - 1)[k - 1])
 
 
-def build_two_of_four_mask(score_OI: Tensor) -> Tensor:
-    """Return a mask (out, in), True at the two largest |score| of every four neighbouring inputs.
+def count_dropped(sparsity: float, numel: int) -> int:
+    """Return floor(sparsity * numel)."""
+    return int(sparsity * numel + 1e-9)  # 0.3 * 10 is 3, not 2.9999999999999996
+
+
+def build_row_mask(score_OI: Tensor, sparsity: float) -> Tensor:
+    """Return a mask (out, in) that drops the same share of every row, up to one weight."""
+    out, inputs = score_OI.shape
+    total = count_dropped(sparsity, score_OI.numel())
+    ends_O = torch.arange(out + 1, device=score_OI.device) * total // out
+    order_OI = score_OI.abs().argsort(dim=1, stable=True)
+    place_I = torch.arange(inputs, device=score_OI.device)
+    kept_OI = place_I >= ends_O.diff().unsqueeze(1)
+    return torch.empty_like(kept_OI).scatter_(1, order_OI, kept_OI)
+
+
+def build_n_of_m_mask(score_OI: Tensor, kept: int, of: int) -> Tensor:
+    """Return a mask (out, in), True at the `kept` largest |score| of every `of` neighbours.
 
     Raises:
-        ValueError: the inputs do not divide by 4.
+        ValueError: the inputs do not divide by `of`.
     """
-    if score_OI.shape[1] % 4:
-        raise ValueError(f"{score_OI.shape[1]} inputs do not divide into blocks of 4")
-    blocks_BK = score_OI.abs().reshape(-1, 4)
+    if score_OI.shape[1] % of:
+        raise ValueError(f"{score_OI.shape[1]} inputs do not divide into blocks of {of}")
+    blocks_BK = score_OI.abs().reshape(-1, of)
     # stable: ties go to the first
-    kept_BK = blocks_BK.argsort(dim=1, descending=True, stable=True)[:, :2]
+    kept_BK = blocks_BK.argsort(dim=1, descending=True, stable=True)[:, :kept]
     mask_BK = torch.zeros_like(blocks_BK, dtype=torch.bool).scatter_(1, kept_BK, True)
     return mask_BK.view(score_OI.shape)
 

@@ -14,6 +14,9 @@ Blocks: within a block of `block` columns updates are applied at once, to the co
 one matrix product. It is the same sum in another order: `tests/reference/sweep.py` re-inverts the
 remaining sub-matrix at every column, and the two agree for any block size.
 
+A mask may be chosen on the way (`numerics.sweep_mask`): blocks are then whole runs of its columns,
+so that all earlier errors have moved a run's weights when it is asked.
+
 The weight is kept transposed (inputs first), so that a column is a contiguous row. Only one frame
 of indices is used: positions in the visited order. A caller that permutes inputs must permute H,
 the weight and the projection alike, and permute the result back.
@@ -29,6 +32,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from cptq.numerics.sweep_mask import SweepMask
+
 #: maps (position, current column (out,)) to the column as it will be stored
 Project = Callable[[int, Tensor], Tensor]
 
@@ -38,7 +43,12 @@ INNER = 32
 
 
 def sweep_columns(
-    W_IO: Tensor, U_II: Tensor, project: Project, *, block: int = BLOCK
+    W_IO: Tensor,
+    U_II: Tensor,
+    project: Project,
+    *,
+    block: int = BLOCK,
+    mask: SweepMask | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Visit every input in order, project it and compensate.
 
@@ -47,26 +57,45 @@ def sweep_columns(
         U_II: upper factor of the inverse Hessian, in the same order of inputs.
         project: returns a stored column, given its position and its current value.
         block: how many columns are finished before the rest is updated.
+        mask: chooses, run by run, before their columns are projected.
 
     Returns:
         The projected weight (in, out), and the remaining error per output (out,), summed over
         inputs: E|x (W - Q)|^2 per output for the damped H.
     """
     loss_O = W_IO.new_zeros(W_IO.shape[1])
+    block, inner = _align(block, mask)
     for start in range(0, W_IO.shape[0], block):
         stop = min(start + block, W_IO.shape[0])
-        E_BO = _finish_block(W_IO, U_II, start, stop, project)
+        if mask is not None and mask.width > inner:
+            mask.choose(start, W_IO[start:stop])
+        E_BO = _finish_block(W_IO, U_II, range(start, stop, inner), project, mask)
         W_IO[stop:].addmm_(U_II[start:stop, stop:].T, E_BO, alpha=-1)
         loss_O += E_BO.square().sum(0)
     return W_IO, loss_O
 
 
-def _finish_block(W_IO: Tensor, U_II: Tensor, start: int, stop: int, project: Project) -> Tensor:
-    """Project positions start..stop in place; return the errors (stop - start, out)."""
+def _align(block: int, mask: SweepMask | None) -> tuple[int, int]:
+    """Return the columns of a block and of its parts: whole runs of the mask."""
+    if mask is None:
+        return block, INNER
+    if mask.width > INNER:
+        return mask.width, INNER
+    inner = INNER // mask.width * mask.width
+    return max(inner, block // inner * inner), inner
+
+
+def _finish_block(
+    W_IO: Tensor, U_II: Tensor, parts: range, project: Project, mask: SweepMask | None
+) -> Tensor:
+    """Project a block, part by part, in place; return the errors (columns, out)."""
+    start, stop, inner = parts.start, parts.stop, parts.step
     E_BO = W_IO.new_empty(stop - start, W_IO.shape[1])
-    for left in range(start, stop, INNER):
-        right = min(left + INNER, stop)
+    for left in parts:
+        right = min(left + inner, stop)
         for j in range(left, right):
+            if mask is not None and mask.width <= inner and j % mask.width == 0:
+                mask.choose(j, W_IO[j : j + mask.width])
             stored_O = project(j, W_IO[j])
             error_O = torch.sub(W_IO[j], stored_O, out=E_BO[j - start]).div_(U_II[j, j])
             W_IO[j] = stored_O

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from cptq.allocation.cost import CostModel
 from cptq.allocation.ledger import Ledger
@@ -27,6 +28,7 @@ from cptq.pipeline.inputs import (
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.resume import forget_resume, identify_inputs, resume_or_begin
 from cptq.pipeline.run_directory import RunDirectory
+from cptq.pipeline.sparsity import analyze_sparsity
 from cptq.pipeline.summarize import summarize
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.validate import build_ledgers, validate
@@ -76,7 +78,8 @@ def analyze(settings: AnalyzeSettings, emit: Emit) -> AnalyzeOutcome:
         measured = run.keep("sensitivity", lambda: _measure_missing(inputs, trial, run, recorder))
         tables = {**inputs.known, **measured}
         validation = _validate_tables(inputs, tables, trial, run, recorder)
-        summary = _write_analysis(inputs, tables, validation, run, recorder)
+        sparsity = run.keep("sparsity", lambda: _analyze_sparsity(inputs, recorder))
+        summary = _write_analysis(inputs, tables, validation, run, recorder, sparsity)
     return AnalyzeOutcome(
         summary=summary,
         out=inputs.out,
@@ -98,13 +101,14 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder, folder: Path) ->
     wanted = {unit.name: candidates for unit in model.units} | vocabulary
     known = read_tables(settings.sensitivity, model.fingerprint, wanted)
     missing = tuple(name for name in settings.metrics if name not in known)
-    text = settings.validate or (bool(missing) and needs_text(missing))
+    judges = settings.validate or settings.sparsity_analysis
+    text = judges or (bool(missing) and needs_text(missing))
     cost = build_cost_model(model, settings, vocabulary) if text else None
     ledgers: list[Ledger] = []
     if settings.validate and cost is not None:
         # before the work, so that an unreachable target is refused at once
         ledgers = build_ledgers(cost, candidates, vocabulary, settings)
-    parts = int(settings.validate)
+    parts = int(judges)
     calibration = calibrate(model, settings, recorder, parts=parts) if text else None
     _report_slow_metrics(settings.metrics, recorder)
     return AnalyzeInputs(
@@ -201,12 +205,22 @@ def _validate_tables(
         )
 
 
+def _analyze_sparsity(inputs: AnalyzeInputs, recorder: Recorder) -> Mapping[str, Any]:
+    """Measure what --sparsity-analysis asks for; empty without it."""
+    if not inputs.settings.sparsity_analysis or inputs.calibration is None:
+        return {}
+    with recorder.stage("sparsity"):
+        seed = inputs.settings.calibration.seed
+        return analyze_sparsity(inputs.model, inputs.calibration, seed, recorder)
+
+
 def _write_analysis(
     inputs: AnalyzeInputs,
     tables: Mapping[str, SensitivityTable],
     validation: Validation | None,
     run: RunDirectory,
     recorder: Recorder,
+    sparsity: Mapping[str, Any],
 ) -> Summary:
     """Write all files of an analysis, whole or not at all, and return its summary."""
     record = inputs.calibration.record if inputs.calibration else None
@@ -220,8 +234,9 @@ def _write_analysis(
         calibration=record,
         sensitivity=tables,
         validation=validation,
+        sparsity=sparsity,
     )
-    files = encode_stage_files(inputs.model, record, tables, None, validation)
+    files = encode_stage_files(inputs.model, record, tables, None, validation, sparsity=sparsity)
     files |= render_files(report)
     need = sum(map(len, files.values()))
     with create_directory(inputs.place, need, inside=run.path) as folder:

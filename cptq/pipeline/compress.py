@@ -32,6 +32,7 @@ from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.nearest_check import check_against_nearest
+from cptq.pipeline.profile import build_masking, spread_zeros
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
 from cptq.pipeline.resume import (
@@ -159,6 +160,7 @@ def _build_trial_model(inputs: CompressInputs, blocks: bool, emit: Emit) -> Tria
         inputs.space.candidates,
         seed=inputs.settings.calibration.seed,
         blocks=blocks,
+        masking=build_masking(inputs.settings),
         emit=emit,
     )
 
@@ -172,6 +174,7 @@ def make_plan(
     table = next(iter(tables.values()), None)
     with recorder.stage("allocation"):
         plan = _allocate(inputs, inputs.settings.allocator, table, recorder)
+        plan = spread_zeros(inputs, plan, recorder)
     if not inputs.settings.refine:
         return plan
     with recorder.stage("refinement"):
@@ -291,6 +294,7 @@ def _carry_out(
         compressor=inputs.settings.compressor,
         float16_scales=inputs.runtime.float16_scales,
         layout=inputs.space.layout,
+        masking=build_masking(inputs.settings),
         held_out=held_out,
         steps=steps,
         ranks=ranks,

@@ -35,8 +35,10 @@ def encode_stage_files(
     tables: Mapping[str, SensitivityTable],
     plan: Plan | None,
     validation: Validation | None = None,
+    *,
+    sparsity: Mapping[str, Any] | None = None,
 ) -> dict[str, bytes]:
-    """Return {relative path: content} of layers, calibration, tables, plan and validation.
+    """Return {relative path: content} of layers, calibration, tables, plan, validation, sparsity.
 
     Without a `calibration` there is no file of it. No file holds seconds, so that the same run
     writes the same bytes; they stand in the reports.
@@ -59,6 +61,11 @@ def encode_stage_files(
             "model_fingerprint": model.fingerprint,
             **_leave_out_seconds(convert_to_plain(validation)),
             "agreements": [_leave_out_seconds(convert_to_plain(a)) for a in validation.agreements],
+        }
+    for name, content in (sparsity or {}).items():
+        files[f"sparsity/{name}.json"] = {
+            "model_fingerprint": model.fingerprint,
+            **convert_to_plain(content),
         }
     return {name: _encode_json(content) for name, content in files.items()}
 

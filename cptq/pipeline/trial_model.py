@@ -16,6 +16,7 @@ from cptq.calibration.samples import sample_blocks, take_batches
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
+from cptq.compression.scores import USUAL_MASKING, Masking
 from cptq.compression.streams import measure_head_moment
 from cptq.compression.trial_model import TrialModel
 from cptq.compression.vocabulary import is_head
@@ -36,6 +37,7 @@ def build_trial_model(
     *,
     seed: int,
     blocks: bool = True,
+    masking: Masking = USUAL_MASKING,
     emit: Emit,
 ) -> TrialModel:
     """Build a trial model for `compressor`; where that uses activations, one pass gathers them.
@@ -49,7 +51,7 @@ def build_trial_model(
     with any compressor.
     """
     layout, float16_scales = cost.layout, cost.runtime.float16_scales
-    build = partial(TrialModel, layout=layout, float16_scales=float16_scales)
+    build = partial(TrialModel, layout=layout, float16_scales=float16_scales, masking=masking)
     sparse = any(candidate.sparsity for candidate in candidates)
     if compressor in WITHOUT_ACTIVATIONS and not sparse:
         return build(model, compressor, emit)

@@ -24,6 +24,7 @@ from cptq.report.formatting import (
 )
 from cptq.report.front import draw_front, make_standalone
 from cptq.report.plots import draw_figures
+from cptq.report.sparsity import draw_sparsity
 from cptq.report.summary import Summary, group_notices
 from cptq.report.svg import Figure
 from cptq.report.tables import build_tables, describe_verification
@@ -164,7 +165,7 @@ def load_templates() -> Environment:
 def _draw_all_figures(summary: Summary) -> list[Figure]:
     """Draw the validation scatter plot first, then the figures over the layers."""
     scatter = draw_scatter(summary.validation)
-    return [*([scatter] if scatter else []), *draw_figures(summary)]
+    return [*([scatter] if scatter else []), *draw_figures(summary), *draw_sparsity(summary)]
 
 
 def _mark_safe(figure: Figure) -> Markup:

@@ -94,6 +94,7 @@ class Summary:
     calibration: CalibrationRecord | None = None
     sensitivity: Mapping[str, SensitivityTable] = field(default_factory=dict)
     validation: Validation | None = None
+    sparsity: Mapping[str, Any] = field(default_factory=dict)
     budget: Budget | None = None
     plan: Plan | None = None
     size: SizeReport | None = None

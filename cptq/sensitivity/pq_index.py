@@ -15,15 +15,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cptq.numerics.reproducible import compute_mean
+from cptq.numerics.inequality import compute_pq_index
 from cptq.sensitivity.slope_metric import WeightsOnlyMetric
 
 
 def compute_evenness(W_OI: Tensor) -> float:
     """Return 1 - PQ Index of the entries with p = 1/2, q = 1; 1 for a matrix of zeros."""
-    magnitude_OI = W_OI.abs()
-    mean = float(compute_mean(magnitude_OI.double()))
-    return float(compute_mean(magnitude_OI.sqrt().double())) ** 2 / mean if mean else 1.0
+    return 1 - compute_pq_index(W_OI)
 
 
 class PqIndex(WeightsOnlyMetric):

@@ -1,6 +1,6 @@
 """Compute the change dW = W - Q(W) that a candidate makes to a layer, by nearest rounding.
 
-A sparse candidate drops weights first, the smallest of the matrix or two of every four neighbouring
+A sparse candidate drops weights first, the smallest of the matrix or of every M neighbouring
 inputs, and its grid is fitted to what stays. By magnitude, so that a score needs no activations:
 the compressors look at those (`cptq.compression.layer`) and lose less.
 
@@ -21,20 +21,20 @@ from torch.nn.functional import pad
 from cptq.checkpoint.weights import get_scale_type
 from cptq.errors import UsageError
 from cptq.layouts.groups import resolve_group
-from cptq.layouts.packed import TWO_OF_FOUR, UNSTRUCTURED
+from cptq.layouts.packed import UNSTRUCTURED
 from cptq.numerics.float8 import round_to_float8
 from cptq.numerics.grid import Grid, dequantize, encode, fit_grid
-from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
+from cptq.numerics.masks import build_magnitude_mask, build_n_of_m_mask
 from cptq.types import Candidate, LayerSpec, Unit
 
 
 def check_candidates(candidates: tuple[Candidate, ...]) -> None:
     """Raise UsageError for a candidate whose rounding error cannot be computed here."""
     for candidate in candidates:
-        if candidate.pattern not in ("none", UNSTRUCTURED, TWO_OF_FOUR):
+        if candidate.pattern not in ("none", UNSTRUCTURED) and not candidate.kept_of:
             raise UsageError(
                 f"no metric can score the pattern {candidate.pattern!r}",
-                allowed=f"grids, dense, with unstructured sparsity or with {TWO_OF_FOUR}",
+                allowed="grids, dense, with unstructured sparsity or with N:M",
             )
 
 
@@ -66,7 +66,7 @@ class NearestRounding:
 
     def compute_error(self, W_OI: Tensor, spec: LayerSpec, candidate: Candidate) -> Tensor:
         """Return W - Q(W) of one layer, (out, in), in the type of `W_OI`."""
-        kept_OI = W_OI * _build_mask(W_OI, candidate) if candidate.sparsity else W_OI
+        kept_OI = W_OI * build_sparse_mask(W_OI, candidate) if candidate.sparsity else W_OI
         if candidate.dense:
             return W_OI - kept_OI
         if candidate.float8:
@@ -95,12 +95,12 @@ class NearestRounding:
         return self._grids[key]
 
 
-def _build_mask(W_OI: Tensor, candidate: Candidate) -> Tensor:
-    """Return which weights stay; of a tail of fewer than four inputs also the two largest.
+def build_sparse_mask(W_OI: Tensor, candidate: Candidate) -> Tensor:
+    """Return which weights stay; of a tail of fewer than M inputs also the N largest.
 
     No format stores such a tail, so no plan contains one, but its unit still has a score.
     """
-    if candidate.pattern != TWO_OF_FOUR:
+    if candidate.kept_of is None:
         return build_magnitude_mask(W_OI, candidate.sparsity)
-    inputs = W_OI.shape[1]
-    return build_two_of_four_mask(pad(W_OI, (0, -inputs % 4)))[:, :inputs]
+    (kept, of), inputs = candidate.kept_of, W_OI.shape[1]
+    return build_n_of_m_mask(pad(W_OI, (0, -inputs % of)), kept, of)[:, :inputs]

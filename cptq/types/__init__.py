@@ -23,7 +23,7 @@ from cptq.types.model import (
     choose_16bit_dtype,
     is_expert,
 )
-from cptq.types.plan import Budget, Candidate, Plan, Scope, SensitivityTable, digest
+from cptq.types.plan import Budget, Candidate, Plan, Scope, SensitivityTable, compute_share, digest
 from cptq.types.prospect import Prospect, ProspectPart
 from cptq.types.result import (
     Artifact,
@@ -74,6 +74,7 @@ __all__ = [
     "Unit",
     "Validation",
     "choose_16bit_dtype",
+    "compute_share",
     "digest",
     "is_expert",
     "join_results",

@@ -15,6 +15,8 @@ from cptq.errors import PlanError
 
 #: what a budget limits: the whole weight file, or the compressible weights as stored
 Scope = Literal["file", "weights"]
+#: the largest M of a pattern N:M: its places then have at most C(8, 4) = 70 orders, 7 bits
+MOST_OF = 8
 
 
 def digest(value: Any) -> str:
@@ -29,7 +31,8 @@ class Candidate:
 
     `bits` 16 keeps the unit dense. `group_size` 0 means one scale per output channel. `float8`
     stores 8-bit floats without scales, "e4m3" or "e5m2"; then `bits` is 8. `scales` names a narrow
-    way to store scales (`numerics.scale_grids`); empty: 16 bits each.
+    way to store scales (`numerics.scale_grids`); empty: 16 bits each. `sparsity` is the share of
+    zeros, `pattern` where they lie: "none", "unstructured", or "N:M".
     """
 
     bits: int
@@ -43,6 +46,12 @@ class Candidate:
     @property
     def dense(self) -> bool:
         return self.bits >= 16
+
+    @property
+    def kept_of(self) -> tuple[int, int] | None:
+        """(N, M) where N of every M neighbouring inputs are stored, else None."""
+        kept, colon, of = self.pattern.partition(":")
+        return (int(kept), int(of)) if colon else None
 
     @property
     def label(self) -> str:
@@ -71,9 +80,9 @@ class Candidate:
         if label in ("f8e4m3", "f8e5m2"):
             return cls(bits=8, float8=label.removeprefix("f8"))
         match = re.fullmatch(
-            r"w([2-8])(?:g(\d+)|c)(-asym)?(?:-(row|e4m3|e5m2))?(?:-s(\d+)|-(2:4))?", label
+            r"w([2-8])(?:g(\d+)|c)(-asym)?(?:-(row|e4m3|e5m2))?(?:-s(\d+)|-(\d:\d))?", label
         )
-        if match is None:
+        if match is None or (match[6] and not _is_pattern(match[6])):
             raise ValueError(
                 f"invalid candidate label {label!r} (valid: w4g64, w4c, w16, f8e4m3, ...)"
             )
@@ -82,10 +91,21 @@ class Candidate:
             bits=int(bits),
             group_size=int(group or 0),
             symmetric=asym is None,
-            sparsity=0.5 if pattern else int(sparsity or 0) / 100,
+            sparsity=compute_share(pattern) if pattern else int(sparsity or 0) / 100,
             pattern=pattern or ("unstructured" if sparsity else "none"),
             scales=scales or "",
         )
+
+
+def _is_pattern(pattern: str) -> bool:
+    kept, of = map(int, pattern.split(":"))
+    return 1 <= kept < of <= MOST_OF
+
+
+def compute_share(pattern: str) -> float:
+    """Return the share of zeros of N:M."""
+    kept, of = map(int, pattern.split(":"))
+    return 1 - kept / of
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

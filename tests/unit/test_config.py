@@ -149,7 +149,16 @@ class TestPlan:
         fixed = {option.name for option in list_fixed(CompressSettings)["plan"]}
         assert fixed == {
             *("target", "metric", "allocator", "bits", "group_size", "sparsity", "asymmetric"),
-            *("scales", "embedding_bits", "sensitivity", "pins", "min_bits", "max_bits", "refine"),
+            *(
+                "sparsity_profile",
+                "scales",
+                "embedding_bits",
+                "sensitivity",
+                "pins",
+                "min_bits",
+                "max_bits",
+                "refine",
+            ),
         }
         assert [o.name for o in list_fixed(CompressSettings)["sensitivity"]] == ["metric"]
 

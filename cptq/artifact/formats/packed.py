@@ -28,28 +28,22 @@ from cptq.checkpoint.weights import (
 )
 from cptq.errors import ArtifactError
 from cptq.layouts.packed import (
-    FORMAT_VERSION,
     METHOD,
     NEEDS,
     PACKED_LAYOUT,
     ROW_BITS,
     STEM,
-    TWO_OF_FOUR,
     WEIGHT_FILES,
+    count_pattern_bits,
     count_stored,
+    find_version,
     list_packed_tensors,
     resolve_candidate,
 )
 from cptq.layouts.safetensors_header import split_shards
 from cptq.numerics.packing import pack_rows, pack_values, unpack_rows, unpack_values
 from cptq.numerics.scale_grids import join_rows, split_rows
-from cptq.numerics.sparse import (
-    PATTERN_BITS,
-    gather_codes,
-    join_2_of_4,
-    scatter_codes,
-    split_2_of_4,
-)
+from cptq.numerics.sparse import gather_codes, join_n_of_m, scatter_codes, split_n_of_m
 from cptq.types import Candidate, CompressedLayer, LayerResult, LayerSpec, TensorSpec
 
 
@@ -95,7 +89,7 @@ class Packed(SafetensorsFormat):
         shards = split_shards(self._list_tensors(content), content.shard_bytes)
         return {
             "quant_method": METHOD,
-            "format_version": FORMAT_VERSION if any(get_scheme(x).scales for x in layers) else 1,
+            "format_version": max(find_version(get_scheme(layer)) for layer in layers),
             "needs": NEEDS,
             "weights": WEIGHT_FILES[len(shards) > 1],
             "modules": {layer.spec.name: get_scheme(layer).label for layer in layers},
@@ -161,9 +155,10 @@ def _check_part(
 
 
 def _check_mask(name: str, mask_OI: Tensor, shape: tuple[int, int], grid: Candidate) -> None:
-    if grid.pattern == TWO_OF_FOUR:
-        if not bool((mask_OI.view(-1, 4).sum(1) == 2).all()):
-            raise ArtifactError(f"{name} does not keep exactly 2 of every 4 weights")
+    if grid.kept_of:
+        kept, of = grid.kept_of
+        if not bool((mask_OI.view(-1, of).sum(1) == kept).all()):
+            raise ArtifactError(f"{name} does not keep exactly {kept} of every {of} weights")
     elif int(mask_OI.sum()) != count_stored(shape, grid):
         raise ArtifactError(
             f"{name} keeps {int(mask_OI.sum()):,} weights, but {grid.label} stores "
@@ -175,8 +170,8 @@ def _pack_codes(layer: CompressedLayer) -> Tensor:
     bits, grid = layer.result.candidate.bits, get_scheme(layer)
     if layer.mask is None:
         return pack_rows(layer.codes, bits)
-    if grid.pattern == TWO_OF_FOUR:
-        return pack_rows(split_2_of_4(layer.codes, layer.mask)[1], bits)
+    if grid.kept_of:
+        return pack_rows(split_n_of_m(layer.codes, layer.mask, *grid.kept_of)[1], bits)
     return pack_rows(gather_codes(layer.codes, layer.mask).unsqueeze(0), bits)[0]
 
 
@@ -191,8 +186,11 @@ def _pack_mask(layer: CompressedLayer) -> Tensor:
 
 
 def _pack_pattern(layer: CompressedLayer) -> Tensor:
+    kept_of = layer.result.candidate.kept_of
     assert layer.mask is not None
-    return pack_values(split_2_of_4(layer.codes, layer.mask)[0], PATTERN_BITS)
+    assert kept_of is not None
+    pattern_OB, _ = split_n_of_m(layer.codes, layer.mask, *kept_of)
+    return pack_values(pattern_OB, count_pattern_bits(*kept_of))
 
 
 def _pack_scale(layer: CompressedLayer) -> Tensor:
@@ -245,9 +243,12 @@ def _unpack_sparse_codes(
     """Return codes and mask of a sparse weight; (None, None) for others."""
     inputs = spec.shape[1]
     try:
-        if grid.pattern == TWO_OF_FOUR:
-            pattern = unpack_values(values["weight_pattern"], PATTERN_BITS, inputs // 4)
-            return join_2_of_4(pattern, unpack_rows(values["weight"], grid.bits, inputs // 2))
+        if grid.kept_of:
+            kept, of = grid.kept_of
+            bits, blocks = count_pattern_bits(kept, of), inputs // of
+            pattern = unpack_values(values["weight_pattern"], bits, blocks)
+            stored = unpack_rows(values["weight"], grid.bits, blocks * kept)
+            return join_n_of_m(pattern, stored, kept, of)
         if grid.sparsity:
             mask = unpack_values(values["weight_mask"], 1, inputs).bool()
             count = count_stored(spec.shape, grid)

@@ -13,7 +13,7 @@ from cptq.compression.gptq import DAMPING
 from cptq.compression.layer import LayerProblem, LayerSolution, compress_layer
 from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.numerics.grid import dequantize, dequantize_layer, fit_grid
-from cptq.numerics.masks import build_magnitude_mask, build_two_of_four_mask
+from cptq.numerics.masks import build_magnitude_mask, build_n_of_m_mask
 from cptq.types import Candidate, LayerSpec
 from tests.reference import gptq as truth
 
@@ -74,7 +74,7 @@ def test_equals_brain_surgery_by_elimination(
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_masked_weights_are_exactly_zero(method, symmetric: bool) -> None:  # type: ignore[no-untyped-def]
     asked = problem(6, 40, 8, 3, symmetric=symmetric)
-    mask_OI = build_two_of_four_mask(asked.W_OI)
+    mask_OI = build_n_of_m_mask(asked.W_OI, 2, 4)
     found = method(replace(asked, mask_OI=mask_OI))
     assert bool((values(found)[~mask_OI] == 0).all())
     assert bool((values(found)[mask_OI] != 0).any())

@@ -9,11 +9,11 @@ import torch
 
 from cptq.numerics.packing import pack_rows, pack_values, unpack_values
 from cptq.numerics.sparse import (
-    PATTERNS,
     gather_codes,
-    join_2_of_4,
+    join_n_of_m,
+    list_patterns,
     scatter_codes,
-    split_2_of_4,
+    split_n_of_m,
     unpack_range,
 )
 from tests.reference.asymmetric import bits_of
@@ -73,35 +73,39 @@ def test_a_range_of_a_stream_is_read_alone(bits: int) -> None:
         assert unpack_range(stream, bits, start, stop).tolist() == unsigned[start:stop].tolist()
 
 
-@pytest.mark.parametrize(("out", "inputs"), [(1, 4), (3, 8), (5, 36), (2, 132)])
-def test_2_of_4_by_pattern(out: int, inputs: int) -> None:
+@pytest.mark.parametrize(("kept", "of"), [(2, 4), (4, 8), (1, 2), (3, 5), (7, 8)])
+@pytest.mark.parametrize(("out", "blocks"), [(1, 1), (3, 2), (5, 9), (2, 33)])
+def test_n_of_m_by_pattern(out: int, blocks: int, kept: int, of: int) -> None:
+    inputs, patterns = blocks * of, tuple(itertools.combinations(range(of), kept))
     codes_OI = random_codes(out, inputs, 4)
     generator = torch.Generator().manual_seed(out)
-    chosen = torch.randint(0, 6, (out, inputs // 4), generator=generator)
+    chosen = torch.randint(0, len(patterns), (out, blocks), generator=generator)
     mask_OI = torch.zeros(out, inputs, dtype=torch.bool)
-    expected = [[int(chosen[i, b]) for b in range(inputs // 4)] for i in range(out)]
+    expected = [[int(chosen[i, b]) for b in range(blocks)] for i in range(out)]
     for i, row in enumerate(expected):
         for block, pattern in enumerate(row):
-            for place in tuple(itertools.combinations(range(4), 2))[pattern]:
-                mask_OI[i, 4 * block + place] = True
-    pattern_OB, kept_OK = split_2_of_4(codes_OI, mask_OI)
+            for place in patterns[pattern]:
+                mask_OI[i, of * block + place] = True
+    pattern_OB, kept_OK = split_n_of_m(codes_OI, mask_OI, kept, of)
     assert pattern_OB.tolist() == expected
-    kept = [[int(codes_OI[i, j]) for j in range(inputs) if mask_OI[i, j]] for i in range(out)]
-    assert kept_OK.tolist() == kept
-    back_OI, back_mask_OI = join_2_of_4(pattern_OB, kept_OK)
+    stored = [[int(codes_OI[i, j]) for j in range(inputs) if mask_OI[i, j]] for i in range(out)]
+    assert kept_OK.tolist() == stored
+    back_OI, back_mask_OI = join_n_of_m(pattern_OB, kept_OK, kept, of)
     assert torch.equal(back_mask_OI, mask_OI)
     assert torch.equal(back_OI, codes_OI * mask_OI)
 
 
-def test_patterns_are_all_pairs() -> None:
-    assert tuple(itertools.combinations(range(4), 2)) == PATTERNS
+def test_patterns_are_numbered_as_in_the_format() -> None:
+    assert list_patterns(2, 4) == ((0, 1), (0, 2), (0, 3), (1, 2), (1, 3), (2, 3))
 
 
-def test_what_is_no_2_of_4_is_refused() -> None:
+def test_what_is_no_n_of_m_is_refused() -> None:
     codes = torch.zeros(1, 4, dtype=torch.int8)
     with pytest.raises(ValueError, match=r"\b2\b"):
-        split_2_of_4(codes, torch.tensor([[True, True, True, False]]))
+        split_n_of_m(codes, torch.tensor([[True, True, True, False]]), 2, 4)
     with pytest.raises(ValueError, match=r"\b4\b"):
-        split_2_of_4(codes[:, :3], torch.ones(1, 3, dtype=torch.bool))
+        split_n_of_m(codes[:, :3], torch.ones(1, 3, dtype=torch.bool), 2, 4)
     with pytest.raises(ValueError, match=r"\b5\b"):
-        join_2_of_4(torch.tensor([[6]], dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.int8))
+        join_n_of_m(
+            torch.tensor([[6]], dtype=torch.uint8), torch.zeros(1, 2, dtype=torch.int8), 2, 4
+        )
