@@ -1,4 +1,4 @@
-#!/usr/bin/env python
+#!/usr/bin/env python3
 """Measure sparse weights: score x pattern x profile, beside fewer bits without zeros.
 
     scripts/bench_sparsity MODEL [--bits 4] [--sparsity 30%,50%,2:4,4:8] [--profiles uniform,erk]

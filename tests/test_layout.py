@@ -32,15 +32,8 @@ DOCUMENTS = "".join(
     )
 )
 COMMANDS = (
-    *(
-        "analyze",
-        "compress",
-        "eval",
-        "compare",
-        "bench",
-        "generatesoup",
-    ),
-    *("export", "inspect", "verify"),
+    *("analyze", "compress", "eval", "compare", "bench", "generate"),
+    *("export", "inspect", "verify", "soup"),
 )
 MOST_LINES = 500
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
