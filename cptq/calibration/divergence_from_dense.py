@@ -165,8 +165,7 @@ class DivergenceFromDense:
 
     def _measure_mean(self, block: int | None, change: str) -> float:
         self.trials += 1
-        rows = torch.cat([self._measure_batch(block, index) for index in range(len(self._rows))])
-        mean = float(rows.mean())
+        mean = float(torch.cat(self._measure_batches(block)).mean())
         if mean != mean:
             raise CalibrationError(
                 f"the model's output holds NaN with {change}", hint="run in --dtype float32"
@@ -183,8 +182,7 @@ class DivergenceFromDense:
             CalibrationError: an output is NaN or infinite.
         """
         self.trials += 1
-        rows = [self._measure_batch(None, index) for index in range(len(self._rows))]
-        divergence_R = torch.cat(rows).cpu()
+        divergence_R = torch.cat(self._measure_batches(None)).cpu()
         if not bool(torch.isfinite(divergence_R).all()):
             raise CalibrationError(
                 "the compressed model's output holds NaN or infinity",
@@ -201,9 +199,28 @@ class DivergenceFromDense:
             f"{self.samples:,} {self.sample_name}s"
         )
 
-    def _measure_batch(self, block: int | None, index: int) -> Tensor:
-        z_RV = self._select(self._run(block, index), index)
-        return self._objective.compute_divergence(self._reference[index], z_RV)
+    def _measure_batches(self, block: int | None) -> list[Tensor]:
+        """Return the divergences of each batch, run again from the first block that may differ."""
+        if block is None or self._model.held_whole:
+            outputs: Iterator[object] = (
+                self._run(block, index) for index in range(len(self._rows))
+            )
+        else:
+            outputs = self._run_together(block)
+        return [
+            self._objective.compute_divergence(self._reference[index], self._select(output, index))
+            for index, output in enumerate(outputs)
+        ]
+
+    def _run_together(self, block: int) -> Iterator[object]:
+        """Yield the output of each batch; all go through a block while it is in memory."""
+        spill, replay = self._model.spill, self._replay
+        hidden = States(spill, (inputs[block] for inputs in self._inputs))
+        for place in range(block, len(self._model.blocks)):
+            for index, state in enumerate(hidden):
+                hidden[index] = replay.run(place, state, index)
+        for index, state in enumerate(hidden):
+            yield replay.finish(state, index)
 
     def _select(self, output: object, index: int) -> Tensor:
         return self._objective.select_rows(output, self._rows[index], self._positions[index])
