@@ -48,6 +48,11 @@ SIZES: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 64, "hidden_dim": 96, "n_heads": 4},
 }
 PAIRS = [(form, arch) for form in FORMATS for arch in RECIPES]
+#: of these the quick tests take every format and every architecture at least once
+QUICK = [
+    pytest.param(*pair, marks=() if pair[1] == "llama" or pair[0] == "packed" else pytest.mark.slow)
+    for pair in PAIRS
+]
 
 
 @pytest.fixture(autouse=True)
@@ -131,7 +136,7 @@ def check_pair(
         assert found == 0.0
 
 
-@pytest.mark.parametrize(("form", "arch"), PAIRS)
+@pytest.mark.parametrize(("form", "arch"), QUICK)
 def test_every_format_with_every_architecture(
     form: str,
     arch: str,

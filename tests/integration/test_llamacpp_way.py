@@ -76,7 +76,9 @@ def exported(artifact: Path, out: Path) -> gguf.GGUFReader:
         ("bert", False, "packed"),
     ],
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+)
 def test_a_mixed_plan_comes_out_bit_for_bit(
     tiny_model: TinyModel,
     tmp_path: Path,

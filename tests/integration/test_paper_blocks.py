@@ -30,6 +30,7 @@ def read(out: Path, model: Path, seed: int) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_the_papers_algorithm_and_ours_at_its_bytes(
     tiny_model: TinyModel,
     tmp_path: Path,

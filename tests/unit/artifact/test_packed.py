@@ -114,6 +114,7 @@ def test_the_bytes_are_those_that_are_counted(tiny_model: TinyModel, tmp_path: P
     assert cost.file_bytes(choices) < cost.dense_bytes
 
 
+@pytest.mark.slow
 def test_verified_in_a_fresh_process_that_imports_cptq(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
@@ -226,6 +227,7 @@ print(sorted(m for m in sys.modules if m.split(".")[0] == "cptq"))
 """
 
 
+@pytest.mark.slow
 def test_without_cptq_nothing_is_filled_in_at_random(tiny_model: TinyModel, tmp_path: Path) -> None:
     """The file is not found; and saved again, by whatever name, its shapes do not fit."""
     _, _, artifact = write_packed(

@@ -94,8 +94,15 @@ def record_hessians(monkeypatch: pytest.MonkeyPatch) -> dict[str, torch.Tensor]:
     ("runtime", "asymmetric"),
     [(name, grid) for name, r in RUNTIMES.items() for grid in ({False, bool(r.asymmetric)})],
 )
-@pytest.mark.parametrize("compressor", ["nearest", "gptq"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("compressor", "dtype"),
+    [
+        ("gptq", torch.bfloat16),
+        pytest.param("gptq", torch.float32, marks=pytest.mark.slow),
+        pytest.param("nearest", torch.bfloat16, marks=pytest.mark.slow),
+        pytest.param("nearest", torch.float32, marks=pytest.mark.slow),
+    ],
+)
 def test_the_weights_tried_are_those_shipped_for_every_runtime(
     tiny_model: TinyModel,
     monkeypatch: pytest.MonkeyPatch,

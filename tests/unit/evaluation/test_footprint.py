@@ -76,7 +76,8 @@ def test_a_failing_process_is_one_sentence(load, heard, monkeypatch) -> None:
         measure_footprint(load("llama"), EvalOptions(), heard)
 
 
-@pytest.mark.parametrize("arch", ["gpt2", pytest.param("bert", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["gpt2", "bert"])
 def test_the_task_in_a_fresh_process(load, heard, arch: str) -> None:
     results = evaluate(load(arch), "footprint", EvalOptions(), heard)
     assert all(r.stderr is not None and r.stderr > 0 for r in results if r.task == "speed")
