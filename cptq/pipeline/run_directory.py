@@ -246,17 +246,15 @@ def open_run(
         out: the output directory.
         identity: what is known of the run before anything is loaded.
         recorder: receives warnings, and the notices of steps that are taken over.
-        resume: go on from the steps that are there.
+        resume: go on from the steps that are there; without any the run begins, with a notice.
         overwrite: drop those steps, unless they are resumed.
         marker: a file that every output has, no two outputs the same.
 
     Raises:
         ResumeError: another run holds the lock, there are steps and neither `resume` nor
-            `overwrite`, there are none to resume, or they are of a run that differs.
+            `overwrite`, or they are of a run that differs.
     """
     path = find_run_directory(out)
-    if resume and not path.exists():
-        raise _build_nothing_error(out)
     made = _make_directories(path)
     lock = _acquire(path, out)
     run = RunDirectory(path, out.expanduser().resolve(), recorder, marker=marker)
@@ -265,6 +263,9 @@ def open_run(
             run.tidy()
             run.clear()
         _check_steps(run, resume=resume, overwrite=overwrite)
+        if resume and not list_step_files(path):
+            message = f"no step of {out} was finished: the run begins"
+            recorder(Notice(kind="info", subject="--resume", message=message))
         run.tidy()
         run.take_over()
         run.identify(identity)
@@ -286,18 +287,12 @@ def open_run(
 
 def _check_steps(run: RunDirectory, *, resume: bool, overwrite: bool) -> None:
     there = list_step_files(run.path)
-    if resume and not there:
-        raise _build_nothing_error(run.out)
     if there and not resume and not overwrite:
         raise ResumeError(
             f"an earlier run did not finish {run.out} and left {max(1, len(there) - 1)} steps in "
             f"{run.path}",
             hint="add --resume to go on from them, or --overwrite to start anew",
         )
-
-
-def _build_nothing_error(out: Path) -> ResumeError:
-    return ResumeError(f"there is nothing to resume for {out}", hint="leave out --resume")
 
 
 def _make_directories(path: Path) -> list[Path]:

@@ -245,8 +245,6 @@ def test_what_does_not_fit_is_refused_and_a_damaged_step_is_made_again(
     forks: Forks, model: Path, whole: dict[str, str], tmp_path: Path, tiny_model: TinyModel
 ) -> None:
     out, log = tmp_path / "out", tmp_path / "log"
-    assert forks.run(command(model, out, "--resume"), log) == 2
-    assert "there is nothing to resume" in log.read_text()
     send_at(forks, command(model, out), out, signal.SIGKILL, "block-1")
     for words, told in (
         (command(model, out), "add --resume to go on from them, or --overwrite to start anew"),
