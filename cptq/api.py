@@ -39,6 +39,7 @@ from cptq.config import (
     ExportSettings,
     GenerateSettings,
     InspectSettings,
+    PlanSettings,
     VerifySettings,
     list_options,
     name_fields,
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from cptq.report.comparison import CompareOutcome
     from cptq.report.estimate import Estimate
     from cptq.report.generation import GenerateOutcome
+    from cptq.report.plans import PlansOutcome
     from cptq.report.summary import AnalyzeOutcome, CompressOutcome, EvalOutcome
     from cptq.types import Plan
 
@@ -65,6 +67,7 @@ Source = str | os.PathLike[str]
 #: settings -> the function of `cptq.pipeline` that carries them out
 _FUNCTIONS: Mapping[type, str] = {
     AnalyzeSettings: "analyze",
+    PlanSettings: "plan_targets",
     CompressSettings: "compress",
     EvalSettings: "evaluate",
     CompareSettings: "compare",
@@ -173,6 +176,26 @@ def plan(model: Source, *, progress: Emit | None = None, **options: Any) -> Plan
     """
     settings = _build(CompressSettings, {"model": model, **options}, _NOT_FOR_PLANS)
     found: Plan = import_module("cptq.pipeline").plan(settings, progress or _warn)
+    return found
+
+
+@_takes(PlanSettings, "model")
+def plan_targets(model: Source, *, progress: Emit | None = None, **options: Any) -> PlansOutcome:
+    """Make plans of several sizes from one measurement, with the front of size against loss.
+
+    Args:
+        model: a Hub id or a directory of a dense checkpoint; or the directory of an analysis, whose
+            model, settings and scores are then used.
+        progress: called with events.
+
+    Returns:
+        `plans` {target: `Plan`}, the `view` (sizes, losses, seconds, front), and `explanations`.
+
+    Raises:
+        CptqError: an option, the model or the scores cannot be used, or no plan reaches a target.
+    """
+    settings = _build(PlanSettings, {"model": model, **options})
+    found: PlansOutcome = execute(settings, progress or _warn)
     return found
 
 

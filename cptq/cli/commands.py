@@ -35,6 +35,7 @@ from cptq.config import (
     GenerateSettings,
     InspectSettings,
     Option,
+    PlanSettings,
     VerifySettings,
 )
 from cptq.errors import UsageError
@@ -98,6 +99,16 @@ COMMANDS = (
 
         Writes the scores of each metric and a report. With --validate, also measures how well the
         scores predict the true damage.""",
+    ),
+    Command(
+        name="plan",
+        settings=PlanSettings,
+        presentation=ConfiguredPresentation,
+        help="""Show plans of several sizes before any work.
+
+        MODEL is a model, whose layers are then measured, or the directory of an analysis (or of
+        earlier plans), whose scores are used. Prints bytes, bits by role, predicted loss and
+        estimated seconds of each target, and the front of size against predicted loss.""",
     ),
     Command(
         name="compress",

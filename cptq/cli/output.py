@@ -3,6 +3,7 @@ for scripts."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -28,6 +29,7 @@ from cptq.report.formatting import (
     tabulate_pairs,
 )
 from cptq.report.generation import GenerateOutcome
+from cptq.report.plans import PlansOutcome, build_explanation_table, build_view_tables
 from cptq.report.prospect import build_prospect_tables
 from cptq.report.summary import (
     AnalyzeOutcome,
@@ -122,6 +124,35 @@ def present_estimate(found: Estimate) -> Output:
     document = {"command": "compress", "dry_run": True, **found.to_dict()}
     tables = build_estimate_tables(found)
     return Output(tables=tables, document=document, lines=[str(found.disk.need)])
+
+
+def present_plan(settings: AnySettings, outcome: PlansOutcome) -> Output:
+    """Present the plans, the front and the explanations; for scripts, files or bytes of plans."""
+    rows = [
+        ("time", format_seconds(sum(outcome.timings.values()))),
+        ("written to", outcome.out),
+        ("front", outcome.out and outcome.view.front and outcome.out / "front.svg"),
+        ("compress by it", _spell_compress(outcome)),
+    ]
+    tables = [
+        *build_view_tables(outcome.view),
+        *map(build_explanation_table, outcome.explanations),
+        tabulate_pairs("Done", rows),
+    ]
+    sizes = [str(found.plan.predicted_bytes) for found in outcome.view.planned]
+    return Output(
+        tables=tables,
+        document={"command": "plan", **outcome.to_dict()},
+        lines=[str(path) for path in outcome.paths.values()] or sizes,
+    )
+
+
+def _spell_compress(outcome: PlansOutcome) -> str:
+    """Return the command that carries the first plan out, or what keeps it."""
+    if not outcome.paths:
+        return "-o DIR writes the plans and their scores"
+    path = next(iter(outcome.paths.values()))
+    return shlex.join(["cptq", "compress", outcome.model.source, "--plan", str(path)])
 
 
 def present_eval(settings: AnySettings, outcome: EvalOutcome) -> Output:
@@ -266,6 +297,7 @@ def present_inspect(settings: InspectSettings, found: Inspection) -> Output:
 
 PRESENTERS: Mapping[str, Callable[[Any, Any], Output]] = {
     "analyze": present_analyze,
+    "plan": present_plan,
     "compress": present_compress,
     "eval": present_eval,
     "compare": present_compare,

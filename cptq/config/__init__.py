@@ -1,5 +1,6 @@
 """The settings of a run: immutable values, filled by the command line, YAML files or programs."""
 
+from cptq.config.candidates import DEFAULT_BITS, DEFAULT_GROUP_SIZE
 from cptq.config.checks import (
     ALLOWED_BITS,
     check_repository,
@@ -19,8 +20,6 @@ from cptq.config.running import (
 )
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.config.settings import (
-    DEFAULT_BITS,
-    DEFAULT_GROUP_SIZE,
     DEFAULT_PAIRS,
     DEFAULT_TARGETS,
     GROUND_TRUTH,
@@ -29,8 +28,10 @@ from cptq.config.settings import (
     CompressSettings,
     ExportSettings,
     InspectSettings,
+    PlanSettings,
     Settings,
     VerifySettings,
+    parse_edit,
 )
 from cptq.config.values import (
     build,
@@ -67,6 +68,7 @@ __all__ = [
     "InspectSettings",
     "ModelSettings",
     "Option",
+    "PlanSettings",
     "Runtime",
     "Settings",
     "VerifySettings",
@@ -80,6 +82,7 @@ __all__ = [
     "flat_fields",
     "list_options",
     "name_fields",
+    "parse_edit",
     "parse_max_memory",
     "parse_shard_size",
     "parse_size",

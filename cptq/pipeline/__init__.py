@@ -10,6 +10,7 @@ from cptq.pipeline.estimate import estimate
 from cptq.pipeline.evaluate import evaluate
 from cptq.pipeline.export import export
 from cptq.pipeline.generate import generate
+from cptq.pipeline.plan_targets import plan_targets
 
 __all__ = [
     "analyze",
@@ -21,4 +22,5 @@ __all__ = [
     "export",
     "generate",
     "plan",
+    "plan_targets",
 ]

@@ -12,6 +12,7 @@ from cptq.types.comparison import (
     join_results,
 )
 from cptq.types.event import Emit, Event, Fragment, Notice, Progress
+from cptq.types.explanation import Explanation, Step
 from cptq.types.model import (
     DTYPE_BYTES,
     LayerKind,
@@ -48,6 +49,7 @@ __all__ = [
     "Emit",
     "EvalResult",
     "Event",
+    "Explanation",
     "Fragment",
     "Interval",
     "LayerKind",
@@ -68,6 +70,7 @@ __all__ = [
     "Scope",
     "SensitivityTable",
     "SizeReport",
+    "Step",
     "TensorSpec",
     "Unit",
     "Validation",
