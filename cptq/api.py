@@ -35,10 +35,12 @@ from cptq.config import (
     BenchSettings,
     CompareSettings,
     CompressSettings,
+    DoctorSettings,
     EvalSettings,
     ExportSettings,
     GenerateSettings,
     InspectSettings,
+    MethodsSettings,
     PlanSettings,
     VerifySettings,
     list_options,
@@ -89,6 +91,10 @@ def execute(settings: AnySettings, emit: Emit, ranks: Ranks | None = None) -> An
     """
     if isinstance(settings, InspectSettings):
         return import_module("cptq.pipeline.inspect").inspect(settings)
+    if isinstance(settings, MethodsSettings):
+        return import_module("cptq.catalogue").list_methods(settings)
+    if isinstance(settings, DoctorSettings):
+        return import_module("cptq.doctor").examine(settings)
     if isinstance(settings, VerifySettings):
         return import_module("cptq.artifact.verify").verify_artifact(
             settings.artifact, emit, trust_remote_code=settings.trust_remote_code

@@ -7,6 +7,7 @@ Nothing is imported but the tables.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from cptq.allocation import ALLOCATORS
 from cptq.artifact.formats import FORMATS
@@ -18,12 +19,14 @@ from cptq.registry import Facts, Registry, find_closest
 from cptq.report.methods import Method, MethodsOutcome
 from cptq.sensitivity import METRICS
 
+#: of a name that was registered without facts
+UNKNOWN = Facts(does="-")
 #: kind -> (how it is chosen, its registry)
-_REGISTRIES: Mapping[str, tuple[str, Registry[object]]] = {
-    "metric": ("--metric", METRICS),  # type: ignore[dict-item]
-    "allocator": ("--allocator", ALLOCATORS),  # type: ignore[dict-item]
-    "compressor": ("--compressor", COMPRESSORS),  # type: ignore[dict-item]
-    "format": ("cptq export --format", FORMATS),  # type: ignore[dict-item]
+_REGISTRIES: Mapping[str, tuple[str, Registry[Any]]] = {
+    "metric": ("--metric", METRICS),
+    "allocator": ("--allocator", ALLOCATORS),
+    "compressor": ("--compressor", COMPRESSORS),
+    "format": ("cptq export --format", FORMATS),
     "task": ("--task", TASKS),
 }
 
@@ -35,12 +38,13 @@ def list_methods(settings: MethodsSettings) -> MethodsOutcome:
         UsageError: a word is neither a kind nor a name.
     """
     known = [*_list_registered(), *_list_runtimes()]
-    words = {word.removesuffix("s") if word != "s" else word for word in settings.names}
     if not settings.names:
         return MethodsOutcome(methods=tuple(known))
+    plural = {f"{method.kind}s": method.kind for method in known}
+    given = [plural.get(word, word) for word in settings.names]
     names = {method.name for method in known} | {method.kind for method in known}
-    for word in settings.names:
-        if word not in names and word.removesuffix("s") not in names:
+    for word in given:
+        if word not in names:
             near = find_closest(word, sorted(names))
             kinds = ", ".join(dict.fromkeys(method.kind for method in known))
             raise UsageError(
@@ -48,15 +52,12 @@ def list_methods(settings: MethodsSettings) -> MethodsOutcome:
                 allowed=f"{kinds}, or one of their names",
                 hint=f"did you mean {near!r}?" if near else "cptq methods lists all",
             )
-    given = {*settings.names, *words}
     return MethodsOutcome(methods=tuple(m for m in known if m.kind in given or m.name in given))
 
 
 def _list_registered() -> list[Method]:
     return [
-        Method(
-            kind=kind, option=option, name=name, facts=registry.find_facts(name) or Facts(does="-")
-        )
+        Method(kind=kind, option=option, name=name, facts=registry.find_facts(name) or UNKNOWN)
         for kind, (option, registry) in _REGISTRIES.items()
         for name in registry
     ]
@@ -64,6 +65,6 @@ def _list_registered() -> list[Method]:
 
 def _list_runtimes() -> list[Method]:
     return [
-        Method(kind="runtime", option="--runtime", name=name, facts=known.facts or Facts(does="-"))
+        Method(kind="runtime", option="--runtime", name=name, facts=known.facts or UNKNOWN)
         for name, known in RUNTIMES.items()
     ]

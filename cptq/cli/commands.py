@@ -30,10 +30,12 @@ from cptq.config import (
     BenchSettings,
     CompareSettings,
     CompressSettings,
+    DoctorSettings,
     EvalSettings,
     ExportSettings,
     GenerateSettings,
     InspectSettings,
+    MethodsSettings,
     Option,
     PlanSettings,
     VerifySettings,
@@ -180,6 +182,21 @@ COMMANDS = (
         The text goes to stdout piece by piece, without the prompt; numbers of tokens and their
         speed go to stderr.""",
     ),
+    Command(
+        name="doctor",
+        settings=DoctorSettings,
+        help="""Show what is installed, what the machine has, and what is missing.
+
+        Names the command that brings what is missing. Exits with 1 if something is missing that
+        cptq does not work without.""",
+    ),
+    Command(
+        name="methods",
+        settings=MethodsSettings,
+        help="""List metrics, allocators, compressors, formats, runtimes and tasks.
+
+        Each with its paper, its cost, and what it is good for by our own measurements.""",
+    ),
 )
 
 
@@ -219,6 +236,8 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
         console.close()
         if rank == 0:
             print_outcome(console, command.name, settings, outcome)
+            if isinstance(settings, DoctorSettings) and not outcome.works:
+                raise typer.Exit(1)
 
 
 def _execute_together(

@@ -29,6 +29,8 @@ from cptq.report.formatting import (
     tabulate_pairs,
 )
 from cptq.report.generation import GenerateOutcome
+from cptq.report.health import Health, build_health_tables
+from cptq.report.methods import MethodsOutcome, build_method_tables
 from cptq.report.plans import PlansOutcome, build_explanation_table, build_view_tables
 from cptq.report.prospect import build_prospect_tables
 from cptq.report.summary import (
@@ -295,6 +297,20 @@ def present_inspect(settings: InspectSettings, found: Inspection) -> Output:
     )
 
 
+def present_doctor(settings: AnySettings, found: Health) -> Output:
+    """Present what is installed and what the machine has; for scripts, what is missing."""
+    document = {"command": "doctor", **found.to_dict()}
+    lines = [finding.name for finding in found.missing]
+    return Output(tables=build_health_tables(found), document=document, lines=lines)
+
+
+def present_methods(settings: AnySettings, found: MethodsOutcome) -> Output:
+    """Present every method in a line; for scripts, the names."""
+    document = {"command": "methods", **found.to_dict()}
+    names = [method.name for method in found.methods]
+    return Output(tables=build_method_tables(found), document=document, lines=names)
+
+
 PRESENTERS: Mapping[str, Callable[[Any, Any], Output]] = {
     "analyze": present_analyze,
     "plan": present_plan,
@@ -306,6 +322,8 @@ PRESENTERS: Mapping[str, Callable[[Any, Any], Output]] = {
     "generate": present_generate,
     "verify": present_verify,
     "inspect": present_inspect,
+    "doctor": present_doctor,
+    "methods": present_methods,
 }
 
 

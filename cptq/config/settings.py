@@ -25,6 +25,7 @@ from cptq.config.checks import (
     parse_shard_size,
 )
 from cptq.config.inputs import (
+    data_dir_option,
     max_shard_size_option,
     out_option,
     overwrite_option,
@@ -313,9 +314,37 @@ class VerifySettings:
     trust_remote_code: bool = trust_remote_code_option()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorSettings:
+    """`cptq doctor`: what is installed, what the machine has, and what is missing."""
+
+    data_dir: Path | None = data_dir_option()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodsSettings:
+    """`cptq methods`: what can be chosen, with sources, costs and measurements."""
+
+    names: tuple[str, ...] = option(
+        (),
+        "Show these alone: a kind (metric, allocator, compressor, format, runtime, task), or a "
+        "name. One to three names are shown with all facts.",
+        ARGUMENTS,
+        "NAME...",
+        usual="all",
+    )
+
+
 Settings = AnalyzeSettings | CompressSettings | EvalSettings | CompareSettings
 AnySettings = (
-    Settings | PlanSettings | ExportSettings | InspectSettings | VerifySettings | RunSettings
+    Settings
+    | PlanSettings
+    | ExportSettings
+    | InspectSettings
+    | VerifySettings
+    | RunSettings
+    | DoctorSettings
+    | MethodsSettings
 )
 COMMANDS: Mapping[type, str] = {
     AnalyzeSettings: "analyze",
@@ -328,4 +357,6 @@ COMMANDS: Mapping[type, str] = {
     CompareSettings: "compare",
     BenchSettings: "bench",
     GenerateSettings: "generate",
+    DoctorSettings: "doctor",
+    MethodsSettings: "methods",
 }
