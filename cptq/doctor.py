@@ -31,6 +31,7 @@ OPTIONAL = {
     "triton": ("triton", "packed products on a GPU: pip install 'cptq[gpu]'"),
 }
 _WAY = "put it below the directory of --data-dir or CPTQ_DATA, or let the Hub be reached"
+_GLUE = ("SST-2", "CoLA", "MRPC", "STS-B", "QQP", "MNLI", "QNLI", "RTE", "WNLI")
 #: data set -> files of which one must be there
 DATA = {
     "WikiText-2, evaluation": ("wikitext-2-raw/wiki.test.raw",),
@@ -38,7 +39,7 @@ DATA = {
         "wikitext-2-raw/wiki.train.raw",
         "wikitext-103/wiki.valid.tokens",
     ),
-    "GLUE": ("glue", "SST-2/dev.tsv", "glue/SST-2/dev.tsv"),
+    "GLUE": tuple(f"{place}{task}/dev.tsv" for place in ("glue/", "") for task in _GLUE),
 }
 
 
@@ -137,12 +138,15 @@ def _list_data(data_dir: Path | None) -> Iterator[Finding]:
     except DataError as error:
         yield Finding(section="Data", name="directory", found="", remedy=str(error))
         return
+    yield Finding(
+        section="Data",
+        name="directory",
+        found=str(root or ""),
+        remedy="name one with --data-dir or CPTQ_DATA; without, the Hub is asked",
+    )
     for name, files in DATA.items():
-        place = None if root is None else find_first(root, files) or _find_folder(root, files)
-        yield Finding(section="Data", name=name, found=str(place or ""), remedy=_WAY)
+        place = None if root is None else find_first(root, files)
+        found = "" if root is None or place is None else str(place.relative_to(root))
+        yield Finding(section="Data", name=name, found=found, remedy=_WAY)
     manual = "Python's own manual, with every Python"
     yield Finding(section="Data", name="pydoc", found=manual)
-
-
-def _find_folder(root: Path, names: tuple[str, ...]) -> Path | None:
-    return next((root / name for name in names if (root / name).is_dir()), None)

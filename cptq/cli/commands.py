@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cptq.cli.environment import get_rank
+from cptq.cli.environment import get_rank, let_libraries_speak
 from cptq.cli.help import format_help
 from cptq.cli.parameters import (
     ConfiguredPresentation,
@@ -185,17 +185,18 @@ COMMANDS = (
     Command(
         name="doctor",
         settings=DoctorSettings,
-        help="""Show what is installed, what the machine has, and what is missing.
+        help="""Show what is installed and what is missing.
 
-        Names the command that brings what is missing. Exits with 1 if something is missing that
-        cptq does not work without.""",
+        Shows versions, devices, memory, disk, kernels and data, and names the command that brings
+        what is missing. Exits with 1 if something is missing that cptq does not work without.""",
     ),
     Command(
         name="methods",
         settings=MethodsSettings,
-        help="""List metrics, allocators, compressors, formats, runtimes and tasks.
+        help="""List the methods that can be chosen.
 
-        Each with its paper, its cost, and what it is good for by our own measurements.""",
+        Metrics, allocators, compressors, formats, runtimes and tasks, each with its paper, its
+        cost, and what it is good for by our own measurements.""",
     ),
 )
 
@@ -212,13 +213,16 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
     from cptq.cli.failures import describe_failure, report_failures
     from cptq.cli.output import print_outcome
     from cptq.cli.signals import catch_signals
-    from cptq.config import settings_from
+    from cptq.config import save_recipe, settings_from
     from cptq.preflight import check_settings
 
     line = {name: value for name, value in given.items() if value not in (None, [], ())}
     line.pop("help", None)
     rank, count = get_rank(os.environ)
-    console = Console(line.pop("output_format", "human"), rank)
+    verbose = line.pop("verbose", False)
+    console = Console(line.pop("output_format", "human"), rank, verbose=verbose)
+    if verbose:
+        let_libraries_speak(os.environ)
     settings: AnySettings | None = None
 
     def continuation() -> str | None:
@@ -226,7 +230,10 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
 
     with catch_signals() as signals, report_failures(console, signals, continuation):
         file = line.pop("config", None)
+        save = line.pop("save_config", None)
         settings = check_settings(settings_from(command.settings, line, file=file))
+        if save is not None and rank == 0:
+            save_recipe(settings, save)
         if count == 1:
             outcome = execute(settings, signals.pass_on(console.emit))
         else:

@@ -44,6 +44,13 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
             environ.setdefault(name, value)
 
 
+def let_libraries_speak(environ: MutableMapping[str, str]) -> None:
+    """Undo the defaults that silence messages, not progress bars; before torch is imported."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
+        if environ.get(name) == QUIET[name]:
+            environ[name] = "info"
+
+
 def silence_libraries() -> None:
     """Ignore Python warnings raised inside libraries; ours are shown."""
     warnings.filterwarnings("ignore", module=_LIBRARIES)

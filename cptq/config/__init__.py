@@ -11,6 +11,7 @@ from cptq.config.checks import (
 )
 from cptq.config.inputs import DTYPES, CalibrationSettings, ModelSettings
 from cptq.config.options import Option, find_flag, list_options
+from cptq.config.recipes import save_recipe
 from cptq.config.running import (
     GGUF,
     BenchSettings,
@@ -92,6 +93,7 @@ __all__ = [
     "parse_size",
     "parse_sparsity",
     "read_file",
+    "save_recipe",
     "settings_from",
     "spell_options",
 ]

@@ -78,7 +78,7 @@ def plan_targets(settings: PlanSettings, emit: Emit) -> PlansOutcome:
         explained = _explain(inputs, named, plans, ledgers, table)
     with recorder.stage("estimate"):
         probe = run_probe(inputs)
-        view = view_plans(inputs, plans, tables, lambda p: time_plan(inputs, probe, p))
+        view = view_plans(inputs, plans, tables, lambda p: time_plan(inputs, probe, p), recorder)
     outcome = PlansOutcome(
         model=describe_model(inputs.model),
         command_line=command_line(settings),

@@ -17,7 +17,7 @@ from cptq.errors import BudgetError
 from cptq.pipeline.inputs import CompressInputs
 from cptq.pipeline.uniform_check import BASELINE
 from cptq.report.plans import FrontPoint, PlannedTarget, PlanView
-from cptq.types import Budget, Candidate, Emit, Event, Plan, SensitivityTable
+from cptq.types import Budget, Candidate, Emit, Event, Plan, Progress, SensitivityTable
 
 #: sizes of the ladder
 STEPS = 10
@@ -28,6 +28,7 @@ def view_plans(
     plans: Sequence[Plan],
     tables: Mapping[str, SensitivityTable],
     time_plan: Callable[[Plan], float],
+    emit: Emit,
 ) -> PlanView:
     """Return plans with what they predict.
 
@@ -36,6 +37,7 @@ def view_plans(
         plans: to be shown, of one allocator.
         tables: {metric: scores}; at most one. Without there is no front.
         time_plan: returns the estimated seconds of carrying a plan out.
+        emit: receives progress.
     """
     table = next(iter(tables.values()), None)
     cost = inputs.space.cost
@@ -51,7 +53,7 @@ def view_plans(
     return PlanView(
         units=inputs.model.all_units,
         planned=planned,
-        front=_build_front(inputs, table, planned),
+        front=_build_front(inputs, table, planned, emit),
         score_unit=table.score_unit if table else "",
     )
 
@@ -94,7 +96,10 @@ def _predict_baseline(
 
 
 def _build_front(
-    inputs: CompressInputs, table: SensitivityTable | None, planned: Sequence[PlannedTarget]
+    inputs: CompressInputs,
+    table: SensitivityTable | None,
+    planned: Sequence[PlannedTarget],
+    emit: Emit,
 ) -> tuple[FrontPoint, ...]:
     """Return the front with the plans that were asked for among its points, smallest first."""
     allocator = inputs.settings.allocator
@@ -105,10 +110,12 @@ def _build_front(
     least = ledger.count_bytes(ledger.find_smallest())
     found = {}
     for step in range(STEPS):
+        emit(Progress(stage="front", done=step, total=STEPS))
         limit = least + (most - least) * step // (STEPS - 1)
         own = replace(ledger, budget=Budget(limit_bytes=limit, asked=f"{limit}B"))
         plan = allocate_within(inputs, allocator, table, own, _ignore)
         found[plan.predicted_bytes] = _make_point(inputs, table, plan)
+    emit(Progress(stage="front", done=STEPS, total=STEPS))
     for target in planned:
         if target.plan.predicted_loss is not None:
             found[target.plan.predicted_bytes] = _make_point(inputs, table, target.plan)
