@@ -35,7 +35,7 @@ def test_columns_take_their_longest_word_where_the_line_has_room(seed: int) -> N
 
 
 def test_a_word_that_does_not_fit_is_broken_at_its_parts() -> None:
-    assert fold_text("see /some/long/place/file.json", 12) == "see\n/some/long/\nplace/\nfile.json"
+    assert fold_text("see /some/long/place/file.json", 12) == "see\n/some/long/\nplace/file.\njson"
     assert fold_text("abcdefghij", 4) == "abcd\nefgh\nij"
     assert fold_text("", 4) == ""
 
