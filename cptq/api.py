@@ -100,10 +100,11 @@ def execute(settings: AnySettings, emit: Emit, ranks: Ranks | None = None) -> An
             settings.artifact, emit, trust_remote_code=settings.trust_remote_code
         )
     pipeline = import_module("cptq.pipeline")
-    if isinstance(settings, CompressSettings) and settings.dry_run:
-        return pipeline.estimate(settings, emit)
     more = () if ranks is None or ranks.count == 1 else (ranks,)
-    return getattr(pipeline, _FUNCTIONS[type(settings)])(settings, emit, *more)
+    with import_module("cptq.checkpoint.bars").hide_bars():
+        if isinstance(settings, CompressSettings) and settings.dry_run:
+            return pipeline.estimate(settings, emit)
+        return getattr(pipeline, _FUNCTIONS[type(settings)])(settings, emit, *more)
 
 
 def _takes(kind: type, *given: str, without: tuple[str, ...] = ()) -> Callable[[F], F]:

@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cptq.cli.environment import get_rank, let_libraries_speak
+from cptq.cli.environment import (
+    get_rank,
+    hide_foreign_bars,
+    is_debugging,
+    let_libraries_speak,
+)
 from cptq.cli.help import format_help
 from cptq.cli.parameters import (
     ConfiguredPresentation,
@@ -234,6 +239,8 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
         settings = check_settings(settings_from(command.settings, line, file=file))
         if save is not None and rank == 0:
             save_recipe(settings, save)
+        if not is_debugging(os.environ):
+            hide_foreign_bars()
         if count == 1:
             outcome = execute(settings, signals.pass_on(console.emit))
         else:

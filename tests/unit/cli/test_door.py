@@ -138,6 +138,15 @@ def test_verbose_shows_every_event_and_every_notice(capsys: pytest.CaptureFixtur
     assert all(f"layer {n}" in shown for n in range(9))
 
 
+def test_no_bar_of_a_library_is_shown() -> None:
+    code = (
+        "from cptq.cli.environment import hide_foreign_bars as hide; hide(); hide()\n"
+        "from tqdm import tqdm; list(tqdm(range(3), disable=False, desc='Dispatching model'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 def test_bars_show_every_stage_at_80_columns() -> None:
     console = RichConsole(width=80, file=io.StringIO())
     bars = ProgressBars(console)
