@@ -54,7 +54,7 @@ from cptq.pipeline.uniform_check import TRIAL_TOKENS
 from cptq.report.estimate import Estimate, TimeFacts
 from cptq.report.plans import PlanView
 from cptq.sensitivity import METRICS
-from cptq.types import Candidate, Emit, LayerSpec, Plan
+from cptq.types import Candidate, Emit, LayerSpec, Plan, Progress
 
 #: widest layer that is probed
 PROBE_WIDTH = 2048
@@ -76,6 +76,7 @@ def estimate(settings: CompressSettings, emit: Emit) -> Estimate:
         report_refused(inputs.ledger, inputs.space.candidates, recorder)
     outer = {unit.name for unit in model.vocabulary}
     dense = [n for n in recorder.notices if n.kind == "skipped" or n.subject in outer]
+    recorder(Progress(stage="estimate", done=0, total=None, message="time a block"))
     probe = run_probe(inputs)
     view = _view_plan(inputs, probe, recorder)
     counted = inputs.ledger or inputs.plan

@@ -33,6 +33,7 @@ from cptq.types import (
     Explanation,
     Notice,
     Plan,
+    Progress,
     SensitivityTable,
     Unit,
 )
@@ -77,6 +78,7 @@ def plan_targets(settings: PlanSettings, emit: Emit) -> PlansOutcome:
         ]
         explained = _explain(inputs, named, plans, ledgers, table)
     with recorder.stage("estimate"):
+        recorder(Progress(stage="estimate", done=0, total=None, message="time a block"))
         probe = run_probe(inputs)
         view = view_plans(inputs, plans, tables, lambda p: time_plan(inputs, probe, p), recorder)
     outcome = PlansOutcome(
@@ -111,8 +113,8 @@ def find_unit(units: Sequence[Unit], word: str) -> Unit:
     Raises:
         PlanError: there is none, or more than one.
     """
-    exact = [u for u in units if word == u.name or word in [layer.name for layer in u.layers]]
-    found = exact or [u for u in units if any(word in layer.name for layer in u.layers)]
+    exact = [u for u in units if word in _list_names(u)]
+    found = exact or [u for u in units if any(word in name for name in _list_names(u))]
     if len(found) == 1:
         return found[0]
     names = [unit.name for unit in units]
@@ -127,6 +129,10 @@ def find_unit(units: Sequence[Unit], word: str) -> Unit:
         allowed=f"{len(names)} names such as {', '.join(names[:3])}",
         hint=f"did you mean {near!r}?" if near else None,
     )
+
+
+def _list_names(unit: Unit) -> list[str]:
+    return [unit.name, *(layer.name for layer in unit.layers)]
 
 
 def _find_edit(units: Sequence[Unit], words: str) -> tuple[Unit, str]:

@@ -12,8 +12,11 @@ from typer.testing import CliRunner, Result
 
 import cptq
 from cptq.cli.app import app
+from cptq.errors import PlanError
+from cptq.pipeline.plan_targets import find_unit
 from cptq.types import Plan
 from tests.conftest import TinyModel
+from tests.unit.allocation.synthetic import layer, unit
 
 pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 SMALL = {"calibration": "pydoc", "samples": 4, "seqlen": 32, "group_size": 16}
@@ -74,6 +77,15 @@ def test_an_edited_plan_is_counted_anew_and_carried_out(
     )
     assert made.artifact is not None
     assert made.artifact.weight_bytes == edited.predicted_bytes <= edited.budget.limit_bytes
+
+
+def test_a_unit_is_found_by_its_name_a_layer_or_a_part_that_is_unique() -> None:
+    spec = layer("model.layers.0.mlp.gate_proj", (4, 4))
+    units = [unit("model.layers.0.mlp.gate_up", spec), unit("x.down", layer("x.down", (4, 4)))]
+    for word in ("model.layers.0.mlp.gate_up", spec.name, "0.mlp.gate_up", "gate_proj"):
+        assert find_unit(units, word) is units[0]
+    with pytest.raises(PlanError, match="did you mean"):
+        find_unit(units, "x.dwn")
 
 
 def test_the_python_function_returns_the_plans(analysis: Path) -> None:
