@@ -119,7 +119,7 @@ def _list_devices(torch: object) -> Iterator[tuple[str, str]]:
 
 def _list_kernels() -> Iterator[Finding]:
     """Look for the C library, and for the instructions that it takes on this machine."""
-    remedy = "install a C compiler (gcc or clang), then cptq again: pip install --force-reinstall"
+    remedy = "install a C compiler (gcc or clang), then install cptq again"
     if find_spec("torch") is None:
         return
     library = import_module("cptq.inference.native.library")

@@ -23,6 +23,7 @@ from cptq.report.svg import (
 
 WIDTH, HEIGHT = 960.0, 420.0
 LEFT, RIGHT, TOP, BOTTOM = 72.0, 90.0, 28.0, 48.0
+_STROKE = "stroke-width:2;opacity:.8"
 XMLNS = "http://www.w3.org/2000/svg"
 
 
@@ -50,8 +51,9 @@ def _draw(view: PlanView, scale: Scale, across: Scale, title: str) -> str:
     chosen = [(point.nbytes, point.loss) for point in view.front]
     even = [(point.nbytes, p) for point in view.front if (p := point.uniform) is not None]
     body = _draw_axes(view, scale, across)
-    body += _draw_line(even, scale, across, "r7", dash="5 4", name="even")
-    body += _draw_line(chosen, scale, across, "r0", name="chosen")
+    place = _find_widest_gap(view, scale)
+    body += _draw_line(even, scale, across, "r7", dash="5 4", name="even", place=place)
+    body += _draw_line(chosen, scale, across, "r0", name="chosen", place=place)
     body += "".join(_draw_target(found, scale, across) for found in view.planned)
     words = "; ".join(_describe(point) for point in view.front)
     return wrap_svg(body, "plan-front", title, words, (WIDTH, HEIGHT), XMLNS)
@@ -84,18 +86,30 @@ def _draw_line(
     css: str,
     *,
     name: str,
+    place: int,
     dash: str | None = None,
 ) -> str:
     places = [(across.locate(n / 1e6), scale.locate(loss)) for n, loss in points]
     if len(places) < 2:
         return ""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    line = tag("polyline", class_=f"line {css}", points=path, stroke_dasharray=dash)
-    # where the two lines are apart, which is not at the end of all bits
-    x, y = places[len(places) // 3]
+    line = tag("polyline", class_=f"line {css}", points=path, stroke_dasharray=dash, style=_STROKE)
+    x, y = places[min(place, len(places) - 1)]
     at = y - 8 if name == "even" else y + 18
     anchor = "start" if name == "even" else "end"
     return line + tag("text", name, class_=f"tick {css}", x=x, y=at, text_anchor=anchor)
+
+
+def _find_widest_gap(view: PlanView, scale: Scale) -> int:
+    """Return where the lines are furthest apart and no target is: that is where their names go."""
+    asked = {found.plan.predicted_bytes for found in view.planned}
+    gaps = [
+        0.0
+        if point.uniform is None or point.nbytes in asked
+        else scale.locate(point.loss) - scale.locate(point.uniform)
+        for point in view.front
+    ]
+    return gaps.index(max(gaps))
 
 
 def _draw_target(found: PlannedTarget, scale: Scale, across: Scale) -> str:
