@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         generate,
         inspect,
         plan,
+        plan_targets,
         verify,
     )
     from cptq.checkpoint.loader import load
@@ -41,6 +42,7 @@ __all__ = [
     "inspect",
     "load",
     "plan",
+    "plan_targets",
     "soup",
     "verify",
 ]

@@ -35,10 +35,13 @@ from cptq.config import (
     BenchSettings,
     CompareSettings,
     CompressSettings,
+    DoctorSettings,
     EvalSettings,
     ExportSettings,
     GenerateSettings,
     InspectSettings,
+    MethodsSettings,
+    PlanSettings,
     SoupSettings,
     VerifySettings,
     list_options,
@@ -58,6 +61,7 @@ if TYPE_CHECKING:
     from cptq.report.comparison import CompareOutcome
     from cptq.report.estimate import Estimate
     from cptq.report.generation import GenerateOutcome
+    from cptq.report.plans import PlansOutcome
     from cptq.report.summary import AnalyzeOutcome, CompressOutcome, EvalOutcome
     from cptq.types import Plan
 
@@ -67,6 +71,7 @@ Source = str | os.PathLike[str]
 #: settings -> the function of `cptq.pipeline` that carries them out
 _FUNCTIONS: Mapping[type, str] = {
     AnalyzeSettings: "analyze",
+    PlanSettings: "plan_targets",
     CompressSettings: "compress",
     EvalSettings: "evaluate",
     CompareSettings: "compare",
@@ -89,15 +94,20 @@ def execute(settings: AnySettings, emit: Emit, ranks: Ranks | None = None) -> An
     """
     if isinstance(settings, InspectSettings):
         return import_module("cptq.pipeline.inspect").inspect(settings)
+    if isinstance(settings, MethodsSettings):
+        return import_module("cptq.catalogue").list_methods(settings)
+    if isinstance(settings, DoctorSettings):
+        return import_module("cptq.doctor").examine(settings)
     if isinstance(settings, VerifySettings):
         return import_module("cptq.artifact.verify").verify_artifact(
             settings.artifact, emit, trust_remote_code=settings.trust_remote_code
         )
     pipeline = import_module("cptq.pipeline")
-    if isinstance(settings, CompressSettings) and settings.dry_run:
-        return pipeline.estimate(settings, emit)
     more = () if ranks is None or ranks.count == 1 else (ranks,)
-    return getattr(pipeline, _FUNCTIONS[type(settings)])(settings, emit, *more)
+    with import_module("cptq.checkpoint.bars").hide_bars():
+        if isinstance(settings, CompressSettings) and settings.dry_run:
+            return pipeline.estimate(settings, emit)
+        return getattr(pipeline, _FUNCTIONS[type(settings)])(settings, emit, *more)
 
 
 def _takes(kind: type, *given: str, without: tuple[str, ...] = ()) -> Callable[[F], F]:
@@ -176,6 +186,26 @@ def plan(model: Source, *, progress: Emit | None = None, **options: Any) -> Plan
     """
     settings = _build(CompressSettings, {"model": model, **options}, _NOT_FOR_PLANS)
     found: Plan = import_module("cptq.pipeline").plan(settings, progress or _warn)
+    return found
+
+
+@_takes(PlanSettings, "model")
+def plan_targets(model: Source, *, progress: Emit | None = None, **options: Any) -> PlansOutcome:
+    """Make plans of several sizes from one measurement, with the front of size against loss.
+
+    Args:
+        model: a Hub id or a directory of a dense checkpoint; or the directory of an analysis, whose
+            model, settings and scores are then used.
+        progress: called with events.
+
+    Returns:
+        `plans` {target: `Plan`}, the `view` (sizes, losses, seconds, front), and `explanations`.
+
+    Raises:
+        CptqError: an option, the model or the scores cannot be used, or no plan reaches a target.
+    """
+    settings = _build(PlanSettings, {"model": model, **options})
+    found: PlansOutcome = execute(settings, progress or _warn)
     return found
 
 

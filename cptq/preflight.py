@@ -23,6 +23,7 @@ from cptq.config import (
     EvalSettings,
     ExportSettings,
     GenerateSettings,
+    PlanSettings,
     list_options,
 )
 from cptq.errors import ModelError, OutputExistsError, PlanError, UsageError
@@ -31,7 +32,7 @@ from cptq.types import Plan
 
 ALL = "all"
 #: a directory that holds one of these was written by cptq
-OUTPUT_MARKERS = ("cptq.json", "report.json", "compare.json", "soup.json")
+OUTPUT_MARKERS = ("cptq.json", "report.json", "compare.json", "plans.json", "soup.json")
 
 
 def check_settings(settings: AnySettings, *, writes: bool = True) -> AnySettings:
@@ -46,6 +47,8 @@ def check_settings(settings: AnySettings, *, writes: bool = True) -> AnySettings
         return _check_analyze(settings)
     if isinstance(settings, CompressSettings):
         return _check_compress(settings, writes)
+    if isinstance(settings, PlanSettings):
+        return _check_plan(settings)
     if isinstance(settings, EvalSettings):
         return _check_eval(settings)
     if isinstance(settings, CompareSettings):
@@ -80,9 +83,7 @@ def _check_compress(settings: CompressSettings, writes: bool) -> CompressSetting
     names = ("metric", "allocator", "compressor", "sparsity_score", "sparsity_profile")
     _check_names(settings, *names)
     _check_calibration(settings.calibration.calibration)
-    import_module("cptq.allocation.constraints").parse_constraints(
-        settings.pins, settings.min_bits, settings.max_bits
-    )
+    _check_constraints(settings)
     if settings.sensitivity is not None:
         check_measurement(settings.sensitivity, directory=False)
     if settings.plan is not None:
@@ -105,6 +106,25 @@ def _check_directory(out: Path, settings: AnalyzeSettings | CompressSettings) ->
     """
     there = settings.overwrite or settings.resume
     check_place(out, settings.model.model, overwrite=there)
+
+
+def _check_plan(settings: PlanSettings) -> PlanSettings:
+    _check_names(settings, "metric", "allocator", "compressor")
+    _check_calibration(settings.calibration.calibration)
+    _check_constraints(settings)
+    if settings.sensitivity is not None:
+        check_measurement(settings.sensitivity, directory=False)
+    for target in settings.targets:
+        import_module("cptq.allocation.targets").parse_target(target)
+    if settings.out is not None:
+        check_place(settings.out, settings.model.model, overwrite=settings.overwrite)
+    return settings
+
+
+def _check_constraints(settings: PlanSettings | CompressSettings) -> None:
+    import_module("cptq.allocation.constraints").parse_constraints(
+        settings.pins, settings.min_bits, settings.max_bits
+    )
 
 
 def _check_eval(settings: EvalSettings) -> EvalSettings:

@@ -32,8 +32,8 @@ DOCUMENTS = "".join(
     )
 )
 COMMANDS = (
-    *("analyze", "compress", "eval", "compare", "bench", "generate"),
-    *("export", "inspect", "verify", "soup"),
+    *("analyze", "plan", "compress", "eval", "compare", "bench", "generate"),
+    *("export", "inspect", "verify", "soup", "doctor", "methods"),
 )
 MOST_LINES = 500
 OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]+")
@@ -123,7 +123,8 @@ def test_the_documents_name_every_command_and_no_command_or_option_that_is_not_t
     assert {*typed, *re.findall(r"`cptq ([a-z]+)", DOCUMENTS)} == set(COMMANDS)
     known = set(OPTION.findall("".join(_help(name) for name in COMMANDS)))
     scripts = set(OPTION.findall("".join(path.read_text(encoding="utf-8") for path in SCRIPTS)))
-    others = {"--version", "--help", "--chunks"}  # --chunks is llama-imatrix's
+    others = {"--version", "--help", "--install-completion", "--show-completion"}
+    others |= {"--chunks"}  # of llama-imatrix
     others |= {"--nproc-per-node", "--multi", "--num", "--cpu"}  # of launchers, as far as the _
     assert set(OPTION.findall(README)) - others <= known
     assert set(OPTION.findall(DOCUMENTS)) - others - scripts <= known

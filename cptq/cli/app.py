@@ -27,7 +27,6 @@ CPTQ_DEBUG=1 shows tracebacks and the messages of libraries."""
 
 app = typer.Typer(
     name="cptq",
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},

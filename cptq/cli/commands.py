@@ -16,7 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from cptq.cli.environment import get_rank
+from cptq.cli.environment import (
+    get_rank,
+    hide_foreign_bars,
+    is_debugging,
+    let_libraries_speak,
+)
 from cptq.cli.help import format_help
 from cptq.cli.parameters import (
     ConfiguredPresentation,
@@ -30,11 +35,14 @@ from cptq.config import (
     BenchSettings,
     CompareSettings,
     CompressSettings,
+    DoctorSettings,
     EvalSettings,
     ExportSettings,
     GenerateSettings,
     InspectSettings,
+    MethodsSettings,
     Option,
+    PlanSettings,
     SoupSettings,
     VerifySettings,
 )
@@ -99,6 +107,16 @@ COMMANDS = (
 
         Writes the scores of each metric and a report. With --validate, also measures how well the
         scores predict the true damage.""",
+    ),
+    Command(
+        name="plan",
+        settings=PlanSettings,
+        presentation=ConfiguredPresentation,
+        help="""Show plans of several sizes before any work.
+
+        MODEL is a model, whose layers are then measured, or the directory of an analysis (or of
+        earlier plans), whose scores are used. Prints bytes, bits by role, predicted loss and
+        estimated seconds of each target, and the front of size against predicted loss.""",
     ),
     Command(
         name="compress",
@@ -178,6 +196,22 @@ COMMANDS = (
         The text goes to stdout piece by piece, without the prompt; numbers of tokens and their
         speed go to stderr.""",
     ),
+    Command(
+        name="doctor",
+        settings=DoctorSettings,
+        help="""Show what is installed and what is missing.
+
+        Shows versions, devices, memory, disk, kernels and data, and names the command that brings
+        what is missing. Exits with 1 if something is missing that cptq does not work without.""",
+    ),
+    Command(
+        name="methods",
+        settings=MethodsSettings,
+        help="""List the methods that can be chosen.
+
+        Metrics, allocators, compressors, formats, runtimes and tasks, each with its paper, its
+        cost, and what it is good for by our own measurements.""",
+    ),
 )
 
 
@@ -193,13 +227,16 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
     from cptq.cli.failures import describe_failure, report_failures
     from cptq.cli.output import print_outcome
     from cptq.cli.signals import catch_signals
-    from cptq.config import settings_from
+    from cptq.config import save_recipe, settings_from
     from cptq.preflight import check_settings
 
     line = {name: value for name, value in given.items() if value not in (None, [], ())}
     line.pop("help", None)
     rank, count = get_rank(os.environ)
-    console = Console(line.pop("output_format", "human"), rank)
+    verbose = line.pop("verbose", False)
+    console = Console(line.pop("output_format", "human"), rank, verbose=verbose)
+    if verbose:
+        let_libraries_speak(os.environ)
     settings: AnySettings | None = None
 
     def continuation() -> str | None:
@@ -207,7 +244,12 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
 
     with catch_signals() as signals, report_failures(console, signals, continuation):
         file = line.pop("config", None)
+        save = line.pop("save_config", None)
         settings = check_settings(settings_from(command.settings, line, file=file))
+        if save is not None and rank == 0:
+            save_recipe(settings, save)
+        if not is_debugging(os.environ):
+            hide_foreign_bars()
         if count == 1:
             outcome = execute(settings, signals.pass_on(console.emit))
         else:
@@ -217,6 +259,8 @@ def run_command(command: Command, given: Mapping[str, Any]) -> None:
         console.close()
         if rank == 0:
             print_outcome(console, command.name, settings, outcome)
+            if isinstance(settings, DoctorSettings) and not outcome.works:
+                raise typer.Exit(1)
 
 
 def _execute_together(

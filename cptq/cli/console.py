@@ -18,8 +18,15 @@ from rich.console import Console as RichConsole
 from rich.table import Table as RichTable
 from rich.text import Text
 
+from cptq.cli.columns import choose_widths, fold_text
 from cptq.cli.parameters import OutputFormat
-from cptq.cli.progress import NoProgress, ProgressBars, ProgressDisplay, ProgressLog
+from cptq.cli.progress import (
+    NoProgress,
+    ProgressBars,
+    ProgressDisplay,
+    ProgressLog,
+    ProgressTrace,
+)
 from cptq.report.formatting import Table
 from cptq.types import Event, Fragment, Notice, Progress
 
@@ -38,11 +45,15 @@ class Console:
     """The two output streams of one command.
 
     `rank`: the index of this process among those that share the command; the first one speaks.
+    `verbose`: show every event and every notice.
     """
 
-    def __init__(self, output_format: OutputFormat = "human", rank: int = 0) -> None:
+    def __init__(
+        self, output_format: OutputFormat = "human", rank: int = 0, *, verbose: bool = False
+    ) -> None:
         self.output_format: OutputFormat = "quiet" if rank else output_format
         self.rank = rank
+        self.verbose = verbose
         self.out = RichConsole(markup=False, highlight=False, emoji=False)
         self.err = RichConsole(stderr=True, markup=False, highlight=False, emoji=False)
         self.counts: Counter[str] = Counter()
@@ -52,8 +63,10 @@ class Console:
     def _choose_progress(self) -> ProgressDisplay:
         if self.output_format == "quiet":
             return NoProgress()
+        if self.verbose:
+            return ProgressTrace(self.print_message)
         terminal = self.err.is_terminal
-        return ProgressBars(self.err) if terminal else ProgressLog(self.print_message)
+        return ProgressBars(self.err) if terminal else ProgressLog(self.print_message, beats=True)
 
     def close(self) -> None:
         """End the display of progress and the line of a text; a second call has no effect."""
@@ -84,7 +97,7 @@ class Console:
 
     def _print_notice(self, notice: Notice) -> None:
         self.counts[notice.kind] += 1
-        limit = SHOWN.get(notice.kind)
+        limit = None if self.verbose else SHOWN.get(notice.kind)
         if limit is None or self.counts[notice.kind] <= limit:
             text = f"{notice.kind}: {notice.subject}: {notice.message}"
             self.print_message(text, STYLES[notice.kind])
@@ -131,22 +144,28 @@ class Console:
 
 
 def _make_rich_table(table: Table, width: int) -> RichTable:
-    """Return the table for a terminal, its columns closer where that avoids folding."""
+    """Return the table for a terminal, folded between words, closer where that avoids folding."""
     headed = bool(table.columns[0])
-    lengths = [max(map(len, column)) for column in zip(table.columns, *table.rows, strict=True)]
-    fits = sum(lengths) + 2 * (len(lengths) - 1) <= width
+    rows = [
+        [make_printable(_separate(*cell)) for cell in zip(table.columns, row, strict=True)]
+        for row in table.rows
+    ]
+    columns = [list(column) for column in zip(table.columns, *rows, strict=True)]
+    natural = sum(max(map(len, column)) for column in columns)
+    gap = 2 if natural + 2 * (len(columns) - 1) <= width or not headed else 1
+    widths = choose_widths(columns, width, gap)
     rich = RichTable(
         box=box.SIMPLE_HEAD if headed else None,
         show_header=headed,
         show_edge=False,
-        padding=(0, int(fits) if headed else 2, 0, 0),
+        padding=(0, gap - 1 if headed else gap, 0, 0),
+        pad_edge=False,
     )
-    for name in table.columns:
+    for name, wide in zip(table.columns, widths, strict=True):
         justify: Literal["right", "left"] = "right" if name in table.right else "left"
-        rich.add_column(name, justify=justify, overflow="fold", no_wrap=name in table.right)
-    for row in table.rows:
-        named = zip(table.columns, row, strict=True)
-        rich.add_row(*(Text(make_printable(_separate(name, value))) for name, value in named))
+        rich.add_column(fold_text(name, wide), justify=justify, width=wide, no_wrap=True)
+    for row in rows:
+        rich.add_row(*(Text(fold_text(text, wide)) for text, wide in zip(row, widths, strict=True)))
     return rich
 
 

@@ -8,6 +8,10 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Mapping, MutableMapping
+from functools import wraps
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
 
 #: idle OpenMP threads spin for some microseconds before they sleep. Without spinning, small tensors
 #: take up to 7 times as long; with the usual spinning, 4 times as long while other work is running
@@ -42,6 +46,31 @@ def set_defaults(environ: MutableMapping[str, str]) -> None:
     for name, value in {**ALWAYS, **quiet}.items():
         if name != "GOMP_SPINCOUNT" or "OMP_WAIT_POLICY" not in environ:  # it takes precedence
             environ.setdefault(name, value)
+
+
+def let_libraries_speak(environ: MutableMapping[str, str]) -> None:
+    """Undo the defaults that silence messages, not progress bars; before torch is imported."""
+    for name in ("TRANSFORMERS_VERBOSITY", "DATASETS_VERBOSITY"):
+        if environ.get(name) == QUIET[name]:
+            environ[name] = "info"
+
+
+def hide_foreign_bars() -> None:
+    """Turn off every tqdm bar of this process, also those that ask to be shown.
+
+    compressed-tensors shows one whatever the environment says.
+    """
+    if find_spec("tqdm") is None:
+        return
+    kind = import_module("tqdm.std").tqdm
+    create = kind.__init__
+
+    @wraps(create)
+    def create_hidden(bar: Any, *given: Any, **options: Any) -> None:
+        create(bar, *given, **{**options, "disable": True})
+
+    if not hasattr(create, "__wrapped__"):
+        kind.__init__ = create_hidden
 
 
 def silence_libraries() -> None:

@@ -3,6 +3,7 @@ for scripts."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import isfinite
@@ -28,6 +29,9 @@ from cptq.report.formatting import (
     tabulate_pairs,
 )
 from cptq.report.generation import GenerateOutcome
+from cptq.report.health import Health, build_health_tables
+from cptq.report.methods import MethodsOutcome, build_method_tables
+from cptq.report.plans import PlansOutcome, build_explanation_table, build_view_tables
 from cptq.report.prospect import build_prospect_tables
 from cptq.report.summary import (
     AnalyzeOutcome,
@@ -123,6 +127,35 @@ def present_estimate(found: Estimate) -> Output:
     document = {"command": "compress", "dry_run": True, **found.to_dict()}
     tables = build_estimate_tables(found)
     return Output(tables=tables, document=document, lines=[str(found.disk.need)])
+
+
+def present_plan(settings: AnySettings, outcome: PlansOutcome) -> Output:
+    """Present the plans, the front and the explanations; for scripts, files or bytes of plans."""
+    rows = [
+        ("time", format_seconds(sum(outcome.timings.values()))),
+        ("written to", outcome.out),
+        ("front", outcome.out and outcome.view.front and outcome.out / "front.svg"),
+        ("compress by it", _spell_compress(outcome)),
+    ]
+    tables = [
+        *build_view_tables(outcome.view),
+        *map(build_explanation_table, outcome.explanations),
+        tabulate_pairs("Done", rows),
+    ]
+    sizes = [str(found.plan.predicted_bytes) for found in outcome.view.planned]
+    return Output(
+        tables=tables,
+        document={"command": "plan", **outcome.to_dict()},
+        lines=[str(path) for path in outcome.paths.values()] or sizes,
+    )
+
+
+def _spell_compress(outcome: PlansOutcome) -> str:
+    """Return the command that carries the first plan out, or what keeps it."""
+    if not outcome.paths:
+        return "-o DIR writes the plans and their scores"
+    path = next(iter(outcome.paths.values()))
+    return shlex.join(["cptq", "compress", outcome.model.source, "--plan", str(path)])
 
 
 def present_eval(settings: AnySettings, outcome: EvalOutcome) -> Output:
@@ -288,8 +321,23 @@ def present_inspect(settings: InspectSettings, found: Inspection) -> Output:
     )
 
 
+def present_doctor(settings: AnySettings, found: Health) -> Output:
+    """Present what is installed and what the machine has; for scripts, what is missing."""
+    document = {"command": "doctor", **found.to_dict()}
+    lines = [finding.name for finding in found.missing]
+    return Output(tables=build_health_tables(found), document=document, lines=lines)
+
+
+def present_methods(settings: AnySettings, found: MethodsOutcome) -> Output:
+    """Present every method in a line; for scripts, the names."""
+    document = {"command": "methods", **found.to_dict()}
+    names = [method.name for method in found.methods]
+    return Output(tables=build_method_tables(found), document=document, lines=names)
+
+
 PRESENTERS: Mapping[str, Callable[[Any, Any], Output]] = {
     "analyze": present_analyze,
+    "plan": present_plan,
     "compress": present_compress,
     "eval": present_eval,
     "compare": present_compare,
@@ -299,6 +347,8 @@ PRESENTERS: Mapping[str, Callable[[Any, Any], Output]] = {
     "generate": present_generate,
     "verify": present_verify,
     "inspect": present_inspect,
+    "doctor": present_doctor,
+    "methods": present_methods,
 }
 
 

@@ -26,6 +26,12 @@ class Presentation:
         "human|json|quiet",
         flags=("--format",),
     )
+    verbose: bool = option(
+        False,
+        "Show every step with its time, every notice, and the messages of libraries.",
+        GENERAL,
+        flags=("--verbose", "-v"),
+    )
     help: bool = option(False, "Show this message and exit.", GENERAL, flags=("--help", "-h"))
 
 
@@ -37,6 +43,12 @@ class ConfiguredPresentation(Presentation):
         None,
         "Read options from this YAML file; the keys are option names, and model. The command line "
         "takes precedence.",
+        GENERAL,
+        "FILE",
+    )
+    save_config: Path | None = option(
+        None,
+        "Write all options of this run to this YAML file, for --config.",
         GENERAL,
         "FILE",
     )
@@ -63,7 +75,12 @@ def _make_parameter(given: Option, show_help: Callable[[bool], None]) -> Paramet
         info = typer.Option(*given.flags, is_eager=True, callback=show_help)
     else:
         parser = _make_parser(given) if kind in (int, float, OutputFormat) else None
-        info = typer.Option(*_spell_flags(given), metavar=given.metavar or None, parser=parser)
+        info = typer.Option(
+            *_spell_flags(given),
+            metavar=given.metavar or None,
+            parser=parser,
+            autocompletion=_make_completion(given),
+        )
     several = given.plural and not given.commas
     hint = (list[kind] if several else kind) | None
     return Parameter(
@@ -85,6 +102,18 @@ def _make_parser(given: Option) -> Callable[[str], Any]:
             raise typer.BadParameter(f"{text!r}; allowed: {allowed}") from None
 
     return parse
+
+
+def _make_completion(given: Option) -> Callable[[str], list[str]] | None:
+    """Return what a shell completes the value from: the accepted names, where there are any."""
+    if not (given.registry or given.choices):
+        return None
+
+    def complete(incomplete: str) -> list[str]:
+        names = [*given.choices, *(given.load_registry() if given.registry else ())]
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete
 
 
 def _spell_flags(given: Option) -> tuple[str, ...]:

@@ -1,8 +1,13 @@
-"""Progress on stderr: bars on a terminal, a line from time to time in a log."""
+"""Progress on stderr: bars on a terminal, a line from time to time in a log.
+
+In a log a stage that says nothing for `LOG_INTERVAL` is reported all the same, so that whoever
+waits sees that it is alive: a thread writes that line, which ends with the process.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from threading import Event, Lock, Thread
 from time import monotonic
 from typing import Protocol
 
@@ -89,18 +94,44 @@ class ProgressBars:
 
 
 class ProgressLog:
-    """A line when a stage begins, when it ends, and every half minute in between."""
+    """A line when a stage begins, when it ends, and every half minute in between.
+
+    `beats`: start the thread that reports a stage without events.
+    """
 
     def __init__(
-        self, write: Callable[[str], None], clock: Callable[[], float] = monotonic
+        self,
+        write: Callable[[str], None],
+        clock: Callable[[], float] = monotonic,
+        *,
+        beats: bool = False,
     ) -> None:
         self.write, self.clock = write, clock
         self.stage: str | None = None
         self.started = self.logged = 0.0
         self.ended = False
+        self._lock, self._stop = Lock(), Event()
+        if beats:
+            Thread(target=self._beat_on, daemon=True).start()
 
     def update(self, event: Progress) -> None:
         """Write a line if the stage begins or ends, or if the last line is old."""
+        with self._lock:
+            self._update(event)
+
+    def beat(self) -> None:
+        """Write that the stage goes on, if the last line is old."""
+        with self._lock:
+            now = self.clock()
+            if self.stage and not self.ended and now - self.logged >= LOG_INTERVAL:
+                self.logged = now
+                self.write(f"{self.stage}: still at work, {format_seconds(now - self.started)}")
+
+    def _beat_on(self) -> None:
+        while not self._stop.wait(LOG_INTERVAL / 3):
+            self.beat()
+
+    def _update(self, event: Progress) -> None:
         now = self.clock()
         if event.stage != self.stage:
             self.stage, self.started, self.logged, self.ended = event.stage, now, now, False
@@ -123,6 +154,25 @@ class ProgressLog:
             return ""
         left = (now - self.started) * (event.total - event.done) / event.done
         return f"/{event.total}, about {format_seconds(left)} left"
+
+    def close(self) -> None:
+        """End the thread."""
+        self._stop.set()
+
+
+class ProgressTrace:
+    """Every event as a line with the seconds since the start, for --verbose."""
+
+    def __init__(
+        self, write: Callable[[str], None], clock: Callable[[], float] = monotonic
+    ) -> None:
+        self.write, self.clock, self.began = write, clock, clock()
+
+    def update(self, event: Progress) -> None:
+        """Write the event."""
+        of = "" if event.total is None else f"/{event.total}"
+        message = f": {event.message}" if event.message else ""
+        self.write(f"[{self.clock() - self.began:8.2f} s] {event.stage} {event.done}{of}{message}")
 
     def close(self) -> None:
         """Do nothing."""

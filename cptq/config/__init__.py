@@ -1,5 +1,6 @@
 """The settings of a run: immutable values, filled by the command line, YAML files or programs."""
 
+from cptq.config.candidates import DEFAULT_BITS, DEFAULT_GROUP_SIZE
 from cptq.config.checks import (
     ALLOWED_BITS,
     check_repository,
@@ -10,6 +11,7 @@ from cptq.config.checks import (
 )
 from cptq.config.inputs import DTYPES, CalibrationSettings, ModelSettings
 from cptq.config.options import Option, find_flag, list_options
+from cptq.config.recipes import save_recipe
 from cptq.config.running import (
     GGUF,
     BenchSettings,
@@ -20,19 +22,21 @@ from cptq.config.running import (
 from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.config.settings import (
     COMMANDS,
-    DEFAULT_BITS,
-    DEFAULT_GROUP_SIZE,
     DEFAULT_PAIRS,
     DEFAULT_TARGETS,
     GROUND_TRUTH,
     AnalyzeSettings,
     AnySettings,
     CompressSettings,
+    DoctorSettings,
     ExportSettings,
     InspectSettings,
+    MethodsSettings,
+    PlanSettings,
     Settings,
     SoupSettings,
     VerifySettings,
+    parse_edit,
 )
 from cptq.config.values import (
     build,
@@ -64,12 +68,15 @@ __all__ = [
     "CalibrationSettings",
     "CompareSettings",
     "CompressSettings",
+    "DoctorSettings",
     "EvalSettings",
     "ExportSettings",
     "GenerateSettings",
     "InspectSettings",
+    "MethodsSettings",
     "ModelSettings",
     "Option",
+    "PlanSettings",
     "Runtime",
     "Settings",
     "SoupSettings",
@@ -84,11 +91,13 @@ __all__ = [
     "flat_fields",
     "list_options",
     "name_fields",
+    "parse_edit",
     "parse_max_memory",
     "parse_shard_size",
     "parse_size",
     "parse_sparsity",
     "read_file",
+    "save_recipe",
     "settings_from",
     "spell_options",
 ]

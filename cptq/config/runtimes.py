@@ -31,7 +31,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from cptq.errors import ModelError, UnknownNameError, UsageError
-from cptq.registry import find_closest
+from cptq.registry import Facts, find_closest
 from cptq.types import Candidate, LayerSpec, is_expert
 
 
@@ -49,7 +49,8 @@ class Runtime:
     in, `float8` that it takes them, and scales, as 8-bit floats, `row_scales` that it takes scales
     as codes times a factor per row, `sparse` that it takes sparse weights.
     `next_step` is what to type with the artifact, if more is needed. `gguf`: what the program loads
-    is a GGUF file that is exported from the artifact, so targets count that file.
+    is a GGUF file that is exported from the artifact, so targets count that file. `facts`: what
+    `cptq methods` says.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Runtime:
     sparse: bool = False
     next_step: str | None = None
     gguf: bool = False
+    facts: Facts | None = None
 
     def check_wider(self, *options: str) -> None:
         """Refuse given options that only other runtimes take.
@@ -202,6 +204,11 @@ RUNTIMES: Mapping[str, Runtime] = {
         default_bits=(2, 3, 4, 5, 6, 8, 16),
         group_size=64,
         float8=True,
+        facts=Facts(
+            does="compressed-tensors: 2 to 8 bits, 8-bit floats for the vocabulary",
+            source="transformers",
+            good="default: perplexity 27.11 at 113.2 MB, dense 26.94 at 269.1 MB (SmolLM2)",
+        ),
     ),
     "vllm": Runtime(
         name="vllm",
@@ -212,6 +219,11 @@ RUNTIMES: Mapping[str, Runtime] = {
         groups=(32, 64, 128, 0),
         out_multiple=32,
         in_multiple=32,
+        facts=Facts(
+            does="vLLM's kernels: 4 and 8 bits, vocabulary at 16",
+            source="vLLM",
+            good="serving; taken from vLLM's source, not run here",
+        ),
     ),
     "llamacpp": Runtime(
         name="llamacpp",
@@ -228,6 +240,11 @@ RUNTIMES: Mapping[str, Runtime] = {
         vocabulary=(4, 5, 8),
         next_step="cptq export {out} --format gguf",
         gguf=True,
+        facts=Facts(
+            does="llama.cpp by cptq export --format gguf: 4, 5 and 8 bits",
+            source="llama.cpp",
+            good="perplexity 27.17 at 105.5 MB as GGUF, Q4_K_M 28.86 (SmolLM2-135M)",
+        ),
     ),
     "cptq": Runtime(
         name="cptq",
@@ -240,6 +257,11 @@ RUNTIMES: Mapping[str, Runtime] = {
         vocabulary=(3, 4, 5, 6, 7, 8),
         row_scales=True,
         sparse=True,
+        facts=Facts(
+            does="cptq's own modules: 2 to 8 bits, packed vocabulary, zero points, sparsity",
+            source="docs/format-packed.md",
+            good="the smallest: perplexity 30.48 at 67.3 MB, 7.3x the decoding of dense",
+        ),
     ),
 }
 DEFAULT_RUNTIME = "transformers"

@@ -13,17 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+from cptq.config.candidates import (
+    ALLOCATORS,
+    COMPRESSORS,
+    METRICS,
+    CandidateSettings,
+    PlanningSettings,
+)
 from cptq.config.checks import (
-    check_bits,
     check_repository,
-    parse_max_memory,
     parse_shard_size,
-    parse_sparsity,
 )
 from cptq.config.inputs import (
-    CalibrationSettings,
-    ModelSettings,
-    max_memory_option,
+    data_dir_option,
     max_shard_size_option,
     out_option,
     overwrite_option,
@@ -35,12 +37,10 @@ from cptq.config.inputs import (
 from cptq.config.options import (
     ARGUMENTS,
     CANDIDATES,
-    CONSTRAINTS,
     OUTPUT,
     PLAN,
     SENSITIVITY,
     VALIDATION,
-    check_options,
     describe_option,
     find_flag,
     option,
@@ -52,13 +52,8 @@ from cptq.config.running import (
     GenerateSettings,
     RunSettings,
 )
-from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, find_runtime
 from cptq.errors import UsageError
 
-DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
-DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
-#: values of --scales
-SCALE_KINDS = ("auto", "16bit")
 DEFAULT_PAIRS = 96
 DEFAULT_TUNE_MINUTES = 10
 DEFAULT_TARGETS = ("2.5bit", "3bit", "4bit")
@@ -67,85 +62,7 @@ GROUND_TRUTH = "kl"
 
 SCORES, PROFILES = "cptq.compression.scores:SCORES", "cptq.allocation.profiles:PROFILES"
 DEFAULT_SCORE, DEFAULT_PROFILE = "wanda", "uniform"
-METRICS, ALLOCATORS = "cptq.sensitivity:METRICS", "cptq.allocation:ALLOCATORS"
-COMPRESSORS, FORMATS = "cptq.compression:COMPRESSORS", "cptq.artifact.formats:FORMATS"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CandidateSettings:
-    """What `analyze` and `compress` share: a dense model, its calibration and its candidates."""
-
-    model: ModelSettings
-    calibration: CalibrationSettings
-    runtime: str = option(
-        DEFAULT_RUNTIME,
-        "Use only what this runtime loads.",
-        CANDIDATES,
-        "NAME",
-        allowed=", ".join(RUNTIMES),
-    )
-    bits: tuple[int, ...] = option(
-        DEFAULT_BITS,
-        "Choose from these bit widths, separated by commas: 2 to 8, or 16 for a dense layer.",
-        CANDIDATES,
-        "LIST",
-        commas=True,
-        fixed_by=("plan",),
-        usual=f"{','.join(map(str, DEFAULT_BITS))}, or those of them that --runtime takes",
-    )
-    group_size: int = option(
-        DEFAULT_GROUP_SIZE,
-        "Share a 16-bit scale among N inputs, a narrower one among N/2. 0: one per output channel.",
-        CANDIDATES,
-        "N",
-        minimum=0,
-        fixed_by=("plan",),
-        usual=f"{DEFAULT_GROUP_SIZE}, or {RUNTIMES['llamacpp'].group_size} for llamacpp",
-    )
-    scales: str = option(
-        "auto",
-        "Store scales in 16 bits each (16bit), or in 8 or 6 for groups of half the size (auto: "
-        "where the runtime takes them and they lose less).",
-        CANDIDATES,
-        "KIND",
-        choices=SCALE_KINDS,
-        fixed_by=("plan",),
-    )
-    asymmetric: bool = option(
-        False,
-        "Use grids with a zero point. Needs --runtime cptq or llamacpp.",
-        CANDIDATES,
-        fixed_by=("plan",),
-    )
-    sparsity: tuple[str, ...] = option(
-        (),
-        "Offer each bit width with zeros too: N of every M inputs kept (2:4, 4:8), a share "
-        "of zeros (50%), or several (commas). Needs --runtime cptq.",
-        CANDIDATES,
-        "LIST",
-        commas=True,
-        fixed_by=("plan",),
-        usual="none, as it gains little at most sizes",
-    )
-
-    max_memory: str | None = max_memory_option()
-
-    def __post_init__(self) -> None:
-        check_options(self)
-        parse_max_memory(self.max_memory)
-        runtime = find_runtime(self.runtime)
-        check_bits(self.bits)
-        runtime.check(self.bits, self.group_size)
-        restricted = ("asymmetric", "sparsity", "embedding_bits")
-        given = [name for name in restricted if getattr(self, name, None)]
-        runtime.check_wider(*(find_flag(type(self), name) for name in given))
-        if self.asymmetric and not set(self.bits) & set(runtime.asymmetric):
-            raise UsageError(
-                f"--asymmetric has no effect at --bits {','.join(map(str, self.bits))}",
-                allowed=f"--bits with one of {', '.join(map(str, runtime.asymmetric))}",
-            )
-        for word in self.sparsity:
-            parse_sparsity(word)
+FORMATS = "cptq.artifact.formats:FORMATS"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,9 +156,8 @@ class AnalyzeSettings(CandidateSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CompressSettings(CandidateSettings):
-    """`cptq compress`. With a `plan`, `target` is None: the plan holds its own budget. With
-    `sensitivity`, a table that `analyze` wrote, its metric is used and nothing is measured."""
+class CompressSettings(PlanningSettings):
+    """`cptq compress`. With a `plan`, `target` is None: the plan holds its own budget."""
 
     target: str | None = option(
         "4bit",
@@ -249,34 +165,6 @@ class CompressSettings(CandidateSettings):
         PLAN,
         "SIZE",
         flags=("--target", "-t"),
-        fixed_by=("plan",),
-    )
-    metric: str = option(
-        "output",
-        "Score the layers by this metric.",
-        PLAN,
-        "NAME",
-        registry=METRICS,
-        fixed_by=("plan", "sensitivity"),
-    )
-    allocator: str = option(
-        "knapsack",
-        "Choose the bit widths by this method. uniform and even need no scores.",
-        PLAN,
-        "NAME",
-        registry=ALLOCATORS,
-        fixed_by=("plan",),
-    )
-    compressor: str = option(
-        "gptaq", "Quantize by this method.", PLAN, "NAME", registry=COMPRESSORS
-    )
-    embedding_bits: int | None = option(
-        None,
-        "Store the token embeddings and the output head in exactly N bits: 3 to 8 with --runtime "
-        "cptq, 4, 5 or 8 with llamacpp, 8 (floats) with transformers; 16 keeps them dense.",
-        CANDIDATES,
-        "N",
-        usual="chosen with the layers' widths",
         fixed_by=("plan",),
     )
     sparsity_score: str = option(
@@ -297,35 +185,6 @@ class CompressSettings(CandidateSettings):
     )
     plan: Path | None = option(
         None, "Compress by this plan.json instead of planning for --target.", PLAN, "FILE"
-    )
-    sensitivity: Path | None = option(
-        None,
-        "Use the scores in this sensitivity/METRIC.json of cptq analyze instead of measuring them.",
-        PLAN,
-        "FILE",
-        fixed_by=("plan",),
-    )
-    pins: tuple[str, ...] = option(
-        (),
-        "Give the layers whose name matches REGEX exactly this width, as in 'down_proj=8bit'.",
-        CONSTRAINTS,
-        "REGEX=BITS",
-        flags=("--pin",),
-        fixed_by=("plan",),
-    )
-    min_bits: tuple[str, ...] = option(
-        (),
-        "Give all layers, or those of a role as in down=4, at least N bits.",
-        CONSTRAINTS,
-        "[ROLE=]N",
-        fixed_by=("plan",),
-    )
-    max_bits: tuple[str, ...] = option(
-        (),
-        "Give all layers, or those of a role as in down=4, at most N bits.",
-        CONSTRAINTS,
-        "[ROLE=]N",
-        fixed_by=("plan",),
     )
     refine: int = option(
         0,
@@ -351,7 +210,6 @@ class CompressSettings(CandidateSettings):
     )
     overwrite: bool = overwrite_option()
     resume: bool = resume_option()
-    max_shard_size: str = max_shard_size_option()
     push_to_hub: str | None = push_to_hub_option()
     allow_larger: bool = option(
         False, "Go on where the result may take more bytes than the model does.", OUTPUT
@@ -363,18 +221,11 @@ class CompressSettings(CandidateSettings):
     )
 
     def __post_init__(self) -> None:
-        CandidateSettings.__post_init__(self)
+        PlanningSettings.__post_init__(self)
         check_repository(self.push_to_hub)
-        parse_shard_size(self.max_shard_size)
         if self.tune_minutes != DEFAULT_TUNE_MINUTES and not self.tune:
             raise UsageError("--tune-minutes has no effect without --tune", hint="add --tune")
         self._check_sparsity()
-        widths = (*find_runtime(self.runtime).list_vocabulary_bits(), 16)
-        if self.embedding_bits is not None and self.embedding_bits not in widths:
-            raise UsageError(
-                f"--embedding-bits is {self.embedding_bits}",
-                allowed=f"{', '.join(map(str, widths))} with --runtime {self.runtime}",
-            )
 
     def _check_sparsity(self) -> None:
         if self.sparsity_score != DEFAULT_SCORE and not (self.sparsity or self.plan):
@@ -391,6 +242,63 @@ class CompressSettings(CandidateSettings):
                 "nearest does not have",
                 allowed="--compressor gptq or gptaq, or another --sparsity-score",
             )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanSettings(PlanningSettings):
+    """`cptq plan`: plans of several sizes from one measurement, before any work.
+
+    `model` may name the directory of an analysis; `config.analysis` then fills in what it was
+    measured with.
+    """
+
+    targets: tuple[str, ...] = option(
+        ("4bit",),
+        "Make a plan of this size: 4bit, 3.5bit, 3.5bpw, 25% or 120MB.",
+        PLAN,
+        "SIZE",
+        flags=("--target", "-t"),
+    )
+    edits: tuple[str, ...] = option(
+        (),
+        "Give this unit these bits (4) or this way to be stored (w4g64) after the plans are made.",
+        PLAN,
+        "UNIT=BITS",
+        flags=("--set",),
+    )
+    explain: tuple[str, ...] = option(
+        (),
+        "Explain the choice for this unit: what one bit more or less costs, and what it buys.",
+        PLAN,
+        "UNIT",
+    )
+    out: Path | None = out_option(
+        "Write the plans (TARGET.json, for cptq compress --plan), the front of size against "
+        "predicted loss (front.svg) and the scores to this directory."
+    )
+    overwrite: bool = overwrite_option()
+
+    def __post_init__(self) -> None:
+        PlanningSettings.__post_init__(self)
+        if not self.targets:
+            raise UsageError("no target is given", hint="type for example --target 4bit")
+        for words in self.edits:
+            parse_edit(words)
+
+
+def parse_edit(text: str) -> tuple[str, str]:
+    """Read UNIT=BITS.
+
+    Raises:
+        UsageError: it has another form.
+    """
+    unit, sign, choice = text.rpartition("=")
+    if not (unit.strip() and sign and choice.strip()):
+        raise UsageError(
+            f"--set is {text!r}",
+            allowed="UNIT=BITS, such as model.layers.0.mlp.down_proj=8, or =w4g64",
+        )
+    return unit.strip(), choice.strip().removesuffix("bit")
 
 
 _ARTIFACT = describe_option(
@@ -465,12 +373,42 @@ class SoupSettings:
             raise UsageError("a model is given twice", hint="name each model once")
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DoctorSettings:
+    """`cptq doctor`: what is installed, what the machine has, and what is missing."""
+
+    data_dir: Path | None = data_dir_option()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MethodsSettings:
+    """`cptq methods`: what can be chosen, with sources, costs and measurements."""
+
+    names: tuple[str, ...] = option(
+        (),
+        "Show these alone: a kind (metric, allocator, compressor, format, runtime, task), or a "
+        "name. One to three names are shown with all facts.",
+        ARGUMENTS,
+        "NAME...",
+        usual="all",
+    )
+
+
 Settings = AnalyzeSettings | CompressSettings | EvalSettings | CompareSettings
 AnySettings = (
-    Settings | ExportSettings | InspectSettings | VerifySettings | RunSettings | SoupSettings
+    Settings
+    | PlanSettings
+    | ExportSettings
+    | InspectSettings
+    | VerifySettings
+    | RunSettings
+    | DoctorSettings
+    | MethodsSettings
+    | SoupSettings
 )
 COMMANDS: Mapping[type, str] = {
     AnalyzeSettings: "analyze",
+    PlanSettings: "plan",
     CompressSettings: "compress",
     EvalSettings: "eval",
     ExportSettings: "export",
@@ -480,4 +418,6 @@ COMMANDS: Mapping[type, str] = {
     CompareSettings: "compare",
     BenchSettings: "bench",
     GenerateSettings: "generate",
+    DoctorSettings: "doctor",
+    MethodsSettings: "methods",
 }

@@ -14,9 +14,11 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
+from cptq.config.analysis import read_analysis
+from cptq.config.candidates import CandidateSettings
 from cptq.config.options import Option, list_fixed, list_options
 from cptq.config.runtimes import DEFAULT_RUNTIME, find_runtime
-from cptq.config.settings import COMMANDS, AnySettings, CandidateSettings
+from cptq.config.settings import COMMANDS, AnySettings, PlanSettings
 from cptq.errors import UsageError
 from cptq.registry import find_closest
 
@@ -124,6 +126,8 @@ def build(kind: type[S], values: Mapping[str, Any]) -> S:
     for name, option in list_options(kind).items():
         if option.required and not values.get(name):
             raise UsageError(f"no {option.title} is given", allowed=option.list_allowed())
+    if issubclass(kind, PlanSettings):
+        values = _add_analysis(values)
     if issubclass(kind, CandidateSettings):
         values = _add_runtime_defaults(values)
     own: dict[str, Any] = {}
@@ -139,6 +143,22 @@ def _add_runtime_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values with the runtime's own bits and group size where none are given."""
     runtime = find_runtime(values.get("runtime", DEFAULT_RUNTIME))
     return {"bits": runtime.default_bits, "group_size": runtime.group_size, **values}
+
+
+def _add_analysis(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values with what an analysis was measured with, where the model names one."""
+    known = read_analysis(Path(values["model"]).expanduser(), values.get("metric"))
+    if known is None:
+        return dict(values)
+    if "runtime" in values:  # which then decides about these
+        known = {n: value for n, value in known.items() if n not in ("bits", "group_size")}
+    options = list_options(PlanSettings)
+    measured = {
+        name: convert(f"{values['model']}: {name}", options[name].hint, value)
+        for name, value in known.items()
+    }
+    own = {n: value for n, value in values.items() if n not in ("model", "metric")}
+    return {**measured, **own}
 
 
 def flat_fields(kind: type) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from cptq.data import SUFFIXES, check_source
 from cptq.errors import EvaluationError, UnknownNameError
-from cptq.registry import Registry, find_closest
+from cptq.registry import Entry, Facts, Registry, find_closest
 from cptq.types import ModelKind
 
 _GLUE = tuple(
@@ -43,9 +43,64 @@ _PLACES = {
     **_ASKED,
     "footprint": "footprint:prepare_footprint",
 }
+_TEXT, _SET = "perplexity of a language model", "accuracy of a classifier"
+_ASKS = "accuracy of a language model by log-likelihood"
+_WINDOWS = "a forward pass over the text, in windows"
+_QUESTIONS = "a forward pass per answer"
+_EACH = "a forward pass over the sentences"
+_FACTS: Mapping[str, Facts] = {
+    **{
+        name: Facts(does=f"{_TEXT} on {text}", source=source, cost=_WINDOWS, good=good)
+        for name, text, source, good in (
+            ("wikitext", "WikiText-2", "arXiv 1609.07843", "the usual comparison; finds 1%"),
+            ("wikitext103", "WikiText-103", "arXiv 1609.07843", "more text of the same kind"),
+            ("ptb", "the Penn Treebank", "Marcus et al. 1993", "news, lower case"),
+            ("c4", "C4", "arXiv 1910.10683", "the web"),
+            ("pydoc", "Python's own manual", "", "where there are no data sets at all"),
+            ("wikitext-rolling", "whole pages", "lm-evaluation-harness", "per byte and word"),
+            ("c4-rolling", "whole documents", "lm-evaluation-harness", "per byte and word"),
+        )
+    },
+    **{
+        name: Facts(
+            does=f"{_SET} on {name.removeprefix('glue/')}",
+            source="GLUE (arXiv 1804.07461)",
+            cost=_EACH,
+            good="encoders; differences of 0.5% need the whole set",
+        )
+        for name in _GLUE
+    },
+    **{
+        name: Facts(
+            does=f"rank correlation of similarities on {split} pairs of STS-B",
+            source="GLUE (arXiv 1804.07461)",
+            cost=_EACH,
+            good="sentence encoders",
+        )
+        for name, split in (
+            ("glue/stsb", "the development"),
+            ("glue/stsb-test", "the test"),
+        )
+    },
+    **{
+        name: Facts(
+            does=f"{_ASKS} on {name}",
+            source="lm-evaluation-harness",
+            cost=_QUESTIONS,
+            good="what users notice; noisier than perplexity and kl",
+        )
+        for name in _ASKED
+    },
+    "footprint": Facts(
+        does="bytes, seconds to load, memory, tokens per second",
+        cost="a process of its own",
+        good="any model; cptq bench takes turns and is more exact",
+    ),
+}
 #: name -> a `cptq.evaluation.task.Prepare`
 TASKS: Registry[Any] = Registry(
-    "task", {name: f"cptq.evaluation.tasks.{place}" for name, place in _PLACES.items()}
+    "task",
+    {n: Entry(f"cptq.evaluation.tasks.{place}", _FACTS[n]) for n, place in _PLACES.items()},
 )
 TEXT_PREFIX = "text:"
 _ALL_KINDS: tuple[ModelKind, ...] = ("causal-lm", "masked-lm", "classifier", "encoder")

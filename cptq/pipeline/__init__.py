@@ -10,6 +10,7 @@ from cptq.pipeline.estimate import estimate
 from cptq.pipeline.evaluate import evaluate
 from cptq.pipeline.export import export
 from cptq.pipeline.generate import generate
+from cptq.pipeline.plan_targets import plan_targets
 from cptq.pipeline.soup import soup
 
 __all__ = [
@@ -22,5 +23,6 @@ __all__ = [
     "export",
     "generate",
     "plan",
+    "plan_targets",
     "soup",
 ]

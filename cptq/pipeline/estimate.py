@@ -45,14 +45,16 @@ from cptq.pipeline.compress import make_plan
 from cptq.pipeline.disk import count_disk
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.memory_shares import describe_memory
+from cptq.pipeline.plan_view import view_plans
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.run_directory import find_run_directory
 from cptq.pipeline.spilled import count_positions
 from cptq.pipeline.summarize import describe_model
 from cptq.pipeline.uniform_check import TRIAL_TOKENS
 from cptq.report.estimate import Estimate, TimeFacts
+from cptq.report.plans import PlanView
 from cptq.sensitivity import METRICS
-from cptq.types import Candidate, Emit, LayerSpec, Plan
+from cptq.types import Candidate, Emit, LayerSpec, Plan, Progress
 
 #: widest layer that is probed
 PROBE_WIDTH = 2048
@@ -74,7 +76,9 @@ def estimate(settings: CompressSettings, emit: Emit) -> Estimate:
         report_refused(inputs.ledger, inputs.space.candidates, recorder)
     outer = {unit.name for unit in model.vocabulary}
     dense = [n for n in recorder.notices if n.kind == "skipped" or n.subject in outer]
-    plan = _make_plan(inputs, recorder)
+    recorder(Progress(stage="estimate", done=0, total=None, message="time a block"))
+    probe = run_probe(inputs)
+    view = _view_plan(inputs, probe, recorder)
     counted = inputs.ledger or inputs.plan
     assert counted is not None, "a plan of --plan, or the ledger that one is made with"
     return Estimate(
@@ -88,21 +92,23 @@ def estimate(settings: CompressSettings, emit: Emit) -> Estimate:
         shard_bytes=cost.shard_bytes,
         memory=describe_memory(model),
         disk=count_disk(inputs),
-        time=estimate_time(inputs),
+        time=estimate_time(inputs, probe),
         dense=tuple(dense),
-        plan=plan,
-        size=None if plan is None else cost.make_size_report(plan.choices),
+        view=view,
         notices=tuple(recorder.notices),
     )
 
 
-def _make_plan(inputs: CompressInputs, recorder: Recorder) -> Plan | None:
+def _view_plan(inputs: CompressInputs, probe: Probe, recorder: Recorder) -> PlanView | None:
     """Return the plan where no measurement is needed for it, before --refine; None else."""
     settings = inputs.settings
     if inputs.plan is None and not inputs.tables and settings.allocator not in BLIND:
         return None
     unrefined = replace(inputs, settings=replace(settings, refine=0))
-    return make_plan(unrefined, inputs.tables, recorder)
+    plan = make_plan(unrefined, inputs.tables, recorder)
+    return view_plans(
+        inputs, [plan], inputs.tables, lambda p: time_plan(inputs, probe, p), recorder
+    )
 
 
 def _count_file_bytes(model: LoadedModel) -> int:
@@ -141,9 +147,14 @@ class Probe:
         return self.rounding / _count_work(self.out, self.width)
 
 
-def estimate_time(inputs: CompressInputs) -> TimeFacts:
+def time_plan(inputs: CompressInputs, probe: Probe, plan: Plan) -> float:
+    """Return the seconds that `compress --plan` takes, without loading and writing."""
+    own = replace(inputs, plan=plan)
+    return _estimate_plan(own, probe, inputs.calibration.batches, inputs.held_out.errors)
+
+
+def estimate_time(inputs: CompressInputs, probe: Probe) -> TimeFacts:
     """Return the seconds of the stages of a run, scaled from a probe."""
-    probe = run_probe(inputs)
     settings, batches = inputs.settings, inputs.calibration.batches
     stages = {}
     if inputs.measures:
@@ -201,7 +212,9 @@ def _estimate_plan(
     extra = DENSE_SHARE * own if corrects else 0.0
     through = extra + _count_passes(inputs, batches) * own + _count_passes(inputs, judged) * other
     squares = sum(unit.layers[0].shape[1] ** 2 for unit in model.units)
-    cubes = sum(_count_work(*layer.shape) for unit in model.units for layer in unit.layers)
+    dense = {name for name, c in (inputs.plan.choices if inputs.plan else {}).items() if c.dense}
+    packed = (unit for unit in model.units if unit.name not in dense)
+    cubes = sum(_count_work(*layer.shape) for unit in packed for layer in unit.layers)
     return (
         through * len(model.blocks) * probe.per_position
         + (own + other + extra) * squares * probe.per_square

@@ -48,7 +48,7 @@ from cptq.pipeline.load_check import check_loadable
 from cptq.pipeline.memory_shares import report_memory
 from cptq.pipeline.recorder import Recorder
 from cptq.sensitivity.prepare import check_units
-from cptq.types import Candidate, Emit, Notice, Plan, SensitivityTable, Unit
+from cptq.types import Candidate, Emit, Notice, Plan, Progress, SensitivityTable, Unit
 
 DEFAULT_TARGET = "4bit"
 #: parts of text that are held out, also for a single use: a judge asked once can read more
@@ -440,6 +440,7 @@ def calibrate(
     `reserve`: where the text is short, fewer samples calibrate, so that some rows are held out.
     """
     with recorder.stage("calibration"):
+        recorder(Progress(stage="calibration", done=0, total=None, message="read text"))
         return build_calibration(
             model,
             settings.calibration,

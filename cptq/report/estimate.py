@@ -6,7 +6,6 @@ block and a single layer, and said to be so.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +16,12 @@ from cptq.report.formatting import (
     format_bytes,
     format_bytes_exact,
     format_count,
-    format_number,
     format_seconds,
     tabulate_pairs,
 )
+from cptq.report.plans import PlanView, build_view_tables, list_roles
 from cptq.report.summary import ModelFacts, convert_to_plain
-from cptq.types import Budget, Candidate, LayerSpec, Notice, Plan, SizeReport, Unit
+from cptq.types import Budget, Notice, Plan, SizeReport, Unit
 
 SCHEMA = 1
 
@@ -80,7 +79,7 @@ class TimeFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Estimate:
-    """What a run would do. `plan` and `size` are None where it has to be measured first.
+    """What a run would do. `view` holds the plan; None where it has to be measured first.
 
     `file_bytes` are those of the model's own files, `shard_bytes` the most of one weight file to be
     written; `dense` are notices about what stays in 16 bits.
@@ -98,8 +97,7 @@ class Estimate:
     disk: DiskFacts
     time: TimeFacts
     dense: tuple[Notice, ...] = ()
-    plan: Plan | None = None
-    size: SizeReport | None = None
+    view: PlanView | None = None
     notices: tuple[Notice, ...] = ()
 
     @property
@@ -107,29 +105,29 @@ class Estimate:
         """Whether the disk has room for the run."""
         return self.disk.need <= self.disk.free
 
-    def list_roles(self) -> list[tuple[str, int, Counter[Candidate]]]:
-        """Return (role, weights, {candidate: layers}) of the plan, in forward order."""
-        found: dict[str, tuple[list[LayerSpec], Counter[Candidate]]] = {}
-        choices = self.plan.choices if self.plan else {}
-        for unit in self.units:
-            if unit.name in choices:
-                layers, counts = found.setdefault(unit.role, ([], Counter()))
-                layers += unit.layers
-                counts[choices[unit.name]] += len(unit.layers)
-        return [
-            (role, sum(layer.numel for layer in layers), counts)
-            for role, (layers, counts) in found.items()
-        ]
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that would be carried out, before --refine and --check-uniform."""
+        return self.view.planned[0].plan if self.view else None
+
+    @property
+    def size(self) -> SizeReport | None:
+        """The bytes of the plan."""
+        return self.view.planned[0].size if self.view else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data; units by their names alone."""
         data: dict[str, Any] = {"schema": SCHEMA, **convert_to_plain(self)}
+        del data["view"]
         data["units"] = [unit.name for unit in self.units]
+        data["plan"], data["size"] = convert_to_plain(self.plan), convert_to_plain(self.size)
+        data["front"] = convert_to_plain(self.view.front) if self.view else []
         data["disk"]["need"], data["disk"]["fits"] = self.disk.need, self.fits
         data["time"]["total"] = self.time.total
+        roles = list_roles(self.units, self.plan.choices) if self.plan else []
         data["roles"] = {
             role: {"weights": weights, "layers": {c.label: n for c, n in sorted(counts.items())}}
-            for role, weights, counts in self.list_roles()
+            for role, weights, counts in roles
         }
         return data
 
@@ -142,7 +140,7 @@ def build_estimate_tables(found: Estimate) -> Sequence[Table | None]:
         _build_disk_table(found),
         _build_time_table(found.time),
         _build_dense_table(found.dense),
-        _build_plan_table(found),
+        *_build_plan_tables(found),
     )
 
 
@@ -220,27 +218,8 @@ def _build_dense_table(notices: Sequence[Notice]) -> Table:
     )
 
 
-def _build_plan_table(found: Estimate) -> Table | None:
-    plan, size = found.plan, found.size
-    if plan is None or size is None:
-        message = "no plan yet: its scores are measured first (--sensitivity TABLE has them)"
-        return tabulate_pairs("Plan", [("plan", message)])
-    rows = [
-        (
-            role,
-            format_count(weights),
-            ", ".join(f"{count} x {c.label}" for c, count in sorted(counts.items())),
-        )
-        for role, weights, counts in found.list_roles()
-    ]
-    loss = plan.predicted_loss
-    predicted = "not predicted" if loss is None else format_number(loss)
-    how = f"{plan.allocator} with {plan.metric} scores" if plan.metric else plan.allocator
-    return Table(
-        title=f"Plan: {how}",
-        columns=("role", "weights", "layers stored as"),
-        rows=tuple(rows),
-        right=("weights",),
-        note=f"{size.file}: {plan.predicted_bytes:,} bytes, {size.effective_bits:.3f} effective "
-        f"bits; predicted loss: {predicted}",
-    )
+def _build_plan_tables(found: Estimate) -> Sequence[Table]:
+    if found.view is not None:
+        return build_view_tables(found.view)
+    message = "no plan yet: its scores are measured first (--sensitivity TABLE has them)"
+    return [tabulate_pairs("Plan", [("plan", message)])]

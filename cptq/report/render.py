@@ -23,6 +23,8 @@ from cptq.report.formatting import (
     shorten_tasks,
 )
 from cptq.report.front import draw_front, make_standalone
+from cptq.report.plan_front import draw_plan_front
+from cptq.report.plans import PlansOutcome
 from cptq.report.plots import draw_figures
 from cptq.report.sparsity import draw_sparsity
 from cptq.report.summary import Summary, group_notices
@@ -68,6 +70,16 @@ def render_comparison_files(comparison: ModelComparison) -> dict[str, bytes]:
     if figure is not None:
         texts["svg"] = make_standalone(figure, style)
     return {COMPARISON_FILES[kind]: _encode(text) for kind, text in texts.items()}
+
+
+def render_plan_files(outcome: PlansOutcome) -> dict[str, bytes]:
+    """Return {file name: content} of plans.json, and of front.svg where a front can be drawn."""
+    files = {"plans.json": _encode(format_json(outcome.to_dict()))}
+    figure = draw_plan_front(outcome.view)
+    if figure is not None:
+        style = load_templates().get_template("report.css").render()
+        files["front.svg"] = _encode(make_standalone(figure, style))
+    return files
 
 
 def _encode(text: str) -> bytes:

@@ -12,6 +12,7 @@ from cptq.types.comparison import (
     join_results,
 )
 from cptq.types.event import Emit, Event, Fragment, Notice, Progress
+from cptq.types.explanation import Explanation, Step
 from cptq.types.keep import Keep, keep_nothing
 from cptq.types.model import (
     DTYPE_BYTES,
@@ -49,6 +50,7 @@ __all__ = [
     "Emit",
     "EvalResult",
     "Event",
+    "Explanation",
     "Fragment",
     "Interval",
     "Keep",
@@ -70,6 +72,7 @@ __all__ = [
     "Scope",
     "SensitivityTable",
     "SizeReport",
+    "Step",
     "TensorSpec",
     "Unit",
     "Validation",

@@ -6,6 +6,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,13 +17,15 @@ from cptq.config import (
     EvalSettings,
     ExportSettings,
     ModelSettings,
+    PlanSettings,
     build,
     command_line,
     describe,
+    save_recipe,
     settings_from,
 )
 from cptq.config.options import list_fixed
-from cptq.errors import UsageError
+from cptq.errors import OutputExistsError, UsageError
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -210,13 +213,45 @@ def test_command_line_spells_lists_switches_and_required_options() -> None:
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_preset_loads(path: Path) -> None:
+def test_every_preset_loads_and_says_what_it_is_for(path: Path) -> None:
     settings = settings_from(CompressSettings, {"model": "m"}, path)
-    assert settings.target == path.stem.rpartition("-")[2]
+    assert settings.target
+    head = path.read_text(encoding="utf-8").split("\ntarget:")[0]
+    assert f"cptq compress MODEL --config {path.name}" in head
+    assert "Measured" in head
 
 
-def test_presets_exist() -> None:
-    assert len(list(CONFIGS.glob("*.yaml"))) >= 3
+def test_there_is_a_preset_for_every_purpose() -> None:
+    purposes = {"smallest-good", "quality", "vllm", "llamacpp", "encoder", "sparse"}
+    assert {path.stem for path in CONFIGS.glob("*.yaml")} == purposes
+
+
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (CompressSettings, {"model": "m", "pins": ("a=8", "b=4"), "sparsity": ("2:4",)}),
+        (CompressSettings, {"model": "m", "runtime": "cptq", "sparsity": ("2:4", "50%")}),
+        (CompressSettings, {"model": "m", "plan": Path("p.json"), "target": None}),
+        (CompressSettings, {"model": "m", "sensitivity": Path("s.json"), "target": "25%"}),
+        (EvalSettings, {"model": "m", "tasks": ("wikitext", "glue/sst2"), "limit": 0.5}),
+        (PlanSettings, {"model": "m", "targets": ("3bit", "4bit"), "edits": ("a=4",)}),
+    ],
+)
+def test_a_saved_recipe_gives_the_same_settings(
+    kind: Any, values: dict[str, Any], tmp_path: Path
+) -> None:
+    if values.get("sparsity") == ("2:4",):
+        values = {**values, "runtime": "cptq"}
+    settings = build(kind, values)
+    save_recipe(settings, tmp_path / "run.yaml")
+    assert settings_from(kind, {}, tmp_path / "run.yaml") == settings
+    with pytest.raises(OutputExistsError):
+        save_recipe(settings, tmp_path / "run.yaml")
+
+
+def test_a_recipe_holds_no_token(tmp_path: Path) -> None:
+    save_recipe(build(CompressSettings, {"model": "m", "token": "hf_x"}), tmp_path / "run.yaml")
+    assert "hf_x" not in (tmp_path / "run.yaml").read_text()
 
 
 def test_settings_import_no_torch() -> None:

@@ -116,6 +116,37 @@ def test_a_log_gets_few_lines() -> None:
     ]
 
 
+def test_a_log_says_that_a_silent_stage_is_at_work() -> None:
+    lines: list[str] = []
+    times = iter([0.0, 10.0, 31.0, 40.0, 99.0, 200.0])
+    log = ProgressLog(lines.append, clock=lambda: next(times))
+    log.update(Progress(stage="load", done=0, total=None))
+    for _ in range(3):
+        log.beat()
+    log.update(Progress(stage="load", done=1, total=1))
+    log.beat()
+    assert lines == ["load ...", "load: still at work, 31 s", "load done in 99 s"]
+
+
+def test_verbose_shows_every_event_and_every_notice(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console(verbose=True)
+    for number in range(9):
+        console.emit(Progress(stage="load", done=number, total=9, message=f"file {number}"))
+        console.emit(Notice(kind="info", subject=f"layer {number}", message="some"))
+    shown = capsys.readouterr().err
+    assert all(f"load {n}/9: file {n}" in shown for n in range(9))
+    assert all(f"layer {n}" in shown for n in range(9))
+
+
+def test_no_bar_of_a_library_is_shown() -> None:
+    code = (
+        "from cptq.cli.environment import hide_foreign_bars as hide; hide(); hide()\n"
+        "from tqdm import tqdm; list(tqdm(range(3), disable=False, desc='Dispatching model'))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout + done.stderr == ""
+
+
 def test_bars_show_every_stage_at_80_columns() -> None:
     console = RichConsole(width=80, file=io.StringIO())
     bars = ProgressBars(console)
