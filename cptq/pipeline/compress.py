@@ -20,8 +20,6 @@ from cptq.artifact.formats import FORMATS
 from cptq.artifact.hub import push
 from cptq.artifact.reload import TOLERANCE, ReloadCheck, ReloadSample
 from cptq.calibration.batches import Batch, trim_padding
-from cptq.calibration.divergence_from_dense import DivergenceFromDense
-from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import BlockReplay, forward
 from cptq.calibration.samples import take_batches
 from cptq.calibration.tokens import Calibration
@@ -32,6 +30,7 @@ from cptq.config import GROUND_TRUTH, CompressSettings, parse_shard_size
 from cptq.errors import BudgetError, mark_kept
 from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
+from cptq.pipeline.guard import Guard
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
@@ -48,6 +47,7 @@ from cptq.types import (
     CompressedLayer,
     Emit,
     Event,
+    GuardQuality,
     Notice,
     Plan,
     SensitivityTable,
@@ -88,11 +88,14 @@ def compress(settings: CompressSettings, emit: Emit, ranks: Ranks = ALONE) -> Co
         )
         run.identify(identify_inputs(inputs))
         check_disk(count_disk(inputs), kept=run.nbytes)
+        guard = Guard(inputs)
         tables = run.keep("sensitivity", lambda: dict(measure_sensitivity(inputs, recorder)))
         made = run.keep("plan", lambda: make_plan(inputs, tables, recorder))
-        plan = run.keep("chosen-plan", lambda: check_plan(inputs, made, recorder))
-        compressed = compress_and_tune(inputs, plan, run, recorder, ranks)
-        outcome = write_artifact(inputs, tables, compressed, run, recorder)
+        plan = run.keep("chosen-plan", lambda: check_plan(inputs, made, guard, recorder))
+        guard.record_dense(run, recorder)
+        compressed = compress_and_tune(inputs, plan, guard, run, recorder, ranks)
+        quality = guard.measure(run, recorder, chose_plan=inputs.compare_with_baseline)
+        outcome = write_artifact(inputs, tables, compressed, quality, run, recorder)
     _report_next_step(inputs, emit)
     _push_artifact(inputs, outcome, recorder)
     return ranks.share(outcome)
@@ -226,13 +229,19 @@ def _restrict_to_refinable(inputs: CompressInputs, plan: Plan) -> Ledger:
 
 
 def compress_and_tune(
-    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder, ranks: Ranks = ALONE
+    inputs: CompressInputs,
+    plan: Plan,
+    guard: Guard,
+    run: RunDirectory,
+    recorder: Recorder,
+    ranks: Ranks = ALONE,
 ) -> CompressedModel:
     """Carry out the plan by `compress_layers`, and tune the result where --tune asks for it."""
     if not inputs.settings.tune:
         return compress_layers(inputs, plan, run, recorder, ranks)
     with recorder.stage("tuning"):
-        dense = None if TUNED_STEP in run else record_dense(inputs)
+        judge = guard.divergence if inputs.held_out.judge else None
+        dense = None if TUNED_STEP in run else record_dense(inputs, judge)
     compressed = compress_layers(inputs, plan, run, recorder, ranks)
 
     def tune() -> dict[str, Any]:
@@ -246,7 +255,7 @@ def compress_and_tune(
     return replace(compressed, layers=tuple(layers), tuned=found.record)
 
 
-def check_plan(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> Plan:
+def check_plan(inputs: CompressInputs, plan: Plan, guard: Guard, recorder: Recorder) -> Plan:
     """Return the plan, or the baseline plan where --check-uniform finds that better."""
     with recorder.stage("plan check"):
         baseline = _make_baseline_plan(inputs, plan, recorder)
@@ -259,7 +268,7 @@ def check_plan(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> Plan:
             plan,
             baseline,
             lambda tried, emit: _carry_out(inputs, tried, part, (), emit),
-            _record_dense_outputs(inputs),
+            guard.divergence,
             recorder,
         )
 
@@ -313,12 +322,6 @@ def _carry_out(
     )
 
 
-def _record_dense_outputs(inputs: CompressInputs) -> DivergenceFromDense:
-    """Run the held-out text through the model while it is dense."""
-    objective = choose_objective(inputs.model.kind, inputs.model.config)
-    return DivergenceFromDense(inputs.model, inputs.held_out.judge, objective, units=False)
-
-
 def _make_baseline_plan(inputs: CompressInputs, plan: Plan, emit: Emit) -> Plan | None:
     """Return the plan to compare with; None where none is needed, or none can be compared."""
     if not inputs.compare_with_baseline:
@@ -349,6 +352,7 @@ def write_artifact(
     inputs: CompressInputs,
     tables: Mapping[str, SensitivityTable],
     compressed: CompressedModel,
+    quality: GuardQuality | None,
     run: RunDirectory,
     recorder: Recorder,
 ) -> CompressOutcome:
@@ -375,7 +379,7 @@ def write_artifact(
             files = encode_stage_files(model, record.calibration, tables, plan, timed=False)
             d.write(content, record, files)
             check = d.verify(sample, short=_build_short_sample(inputs, sample, recorder))
-            report = _summarize(inputs, tables, compressed, check, recorder)
+            report = _summarize(inputs, tables, compressed, quality, check, recorder)
             d.add(render_files(report))
             run.announce_output(d.folder)
     return CompressOutcome(
@@ -390,6 +394,7 @@ def _summarize(
     inputs: CompressInputs,
     tables: Mapping[str, SensitivityTable],
     compressed: CompressedModel,
+    quality: GuardQuality | None,
     check: ReloadCheck | None,
     recorder: Recorder,
 ) -> Summary:
@@ -408,6 +413,7 @@ def _summarize(
         plan=plan,
         size=inputs.space.cost.make_size_report(plan.choices),
         results=tuple(layer.result for layer in compressed.layers),
+        quality=quality,
         verification=describe_check(check),
     )
 

@@ -69,7 +69,9 @@ def bound_compress(inputs: CompressInputs) -> int:
     if inputs.compare_with_baseline:
         part = take_batches(inputs.calibration.batches, TRIAL_TOKENS)
         stages.append(_count_references(model, text.judge) + _bound_blocks(inputs, part, ()))
-    kept = _count_references(model, [*text.tune, *text.judge]) if inputs.settings.tune else 0
+    settings = inputs.settings
+    kept = _count_references(model, text.tune) if settings.tune else 0
+    kept += _count_references(model, text.judge) if settings.tune or settings.evaluate else 0
     stages.append(kept + _bound_blocks(inputs, inputs.calibration.batches, text.errors))
     return _limit(model, max(stages))
 

@@ -20,6 +20,7 @@ from cptq.types import (
     Candidate,
     Comparison,
     EvalResult,
+    GuardQuality,
     LayerResult,
     LayerSpec,
     Notice,
@@ -98,6 +99,7 @@ class Summary:
     plan: Plan | None = None
     size: SizeReport | None = None
     results: tuple[LayerResult, ...] = ()
+    quality: GuardQuality | None = None
     verification: VerificationFacts | None = None
     comparison: Comparison = field(default_factory=Comparison)
     baseline_source: str | None = None

@@ -12,6 +12,7 @@ from cptq.types.comparison import (
     join_results,
 )
 from cptq.types.event import Emit, Event, Fragment, Notice, Progress
+from cptq.types.guard import GuardMeasure, GuardQuality
 from cptq.types.model import (
     DTYPE_BYTES,
     LayerKind,
@@ -49,6 +50,8 @@ __all__ = [
     "EvalResult",
     "Event",
     "Fragment",
+    "GuardMeasure",
+    "GuardQuality",
     "Interval",
     "LayerKind",
     "LayerResult",
