@@ -31,6 +31,7 @@ import torch
 from scipy.special import stdtrit
 from torch import Tensor
 
+from cptq.calibration.depth import DepthError
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import Objective
 from cptq.errors import CalibrationError
@@ -42,12 +43,13 @@ NONE = -1
 
 
 def measure_guard(
-    divergence: DivergenceFromDense, *, source: str, chose_plan: bool = False
+    divergence: DivergenceFromDense, depth: DepthError, *, source: str, chose_plan: bool = False
 ) -> GuardQuality:
     """Return what the model as it is now lost against the dense one on the rows of `divergence`.
 
     Args:
         divergence: recorded while the model was dense.
+        depth: recorded while the model was dense, too.
         source: what the text is, for the report.
         chose_plan: the same text decided which plan is carried out.
 
@@ -68,6 +70,7 @@ def measure_guard(
         samples=divergence.samples,
         sample_name=divergence.sample_name,
         chose_plan=chose_plan,
+        depth=depth.measure(),
     )
 
 

@@ -32,6 +32,7 @@ from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.guard import Guard
 from cptq.pipeline.inputs import CompressInputs, load_inputs
+from cptq.pipeline.predicted_front import predict_front
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
 from cptq.pipeline.resume import identify, identify_inputs, keep_blocks, share_plan
@@ -411,6 +412,7 @@ def _summarize(
         sensitivity=tables,
         budget=plan.budget,
         plan=plan,
+        front=predict_front(inputs, tables, plan),
         size=inputs.space.cost.make_size_report(plan.choices),
         results=tuple(layer.result for layer in compressed.layers),
         quality=quality,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+from cptq.calibration.depth import DepthError
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.guard import measure_guard
 from cptq.calibration.objective import choose_objective
@@ -35,13 +36,18 @@ class Guard:
         objective = choose_objective(model.kind, model.config)
         return DivergenceFromDense(model, self._inputs.held_out.judge, objective, units=False)
 
+    @cached_property
+    def depth(self) -> DepthError:
+        """The hidden states of the dense model; first read while the model is dense."""
+        return DepthError(self._inputs.model, self._inputs.held_out.judge)
+
     def record_dense(self, run: RunDirectory, recorder: Recorder) -> None:
         """Run the text through the dense model where `measure` will need it."""
         if not self._inputs.settings.evaluate or GUARD_STEP in run:
             return
         if self._inputs.held_out.judge:
             with recorder.stage(STAGE):
-                self.divergence  # noqa: B018
+                self.divergence, self.depth  # noqa: B018
 
     def measure(
         self, run: RunDirectory, recorder: Recorder, *, chose_plan: bool
@@ -62,7 +68,7 @@ class Guard:
         source = self._inputs.calibration.record.source
 
         def make() -> GuardQuality:
-            return measure_guard(self.divergence, source=source, chose_plan=chose_plan)
+            return measure_guard(self.divergence, self.depth, source=source, chose_plan=chose_plan)
 
         with recorder.stage(STAGE):
             found: GuardQuality = run.keep(GUARD_STEP, make)

@@ -73,6 +73,19 @@ class VerificationFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FrontPoint:
+    """A plan that was predicted: the bytes of its file, and its loss in the metric's unit.
+
+    `chosen`: it was carried out.
+    """
+
+    allocator: str
+    nbytes: int
+    loss: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """Everything a report contains. Field names give the units: bytes, seconds.
 
@@ -97,6 +110,7 @@ class Summary:
     validation: Validation | None = None
     budget: Budget | None = None
     plan: Plan | None = None
+    front: tuple[FrontPoint, ...] = ()
     size: SizeReport | None = None
     results: tuple[LayerResult, ...] = ()
     quality: GuardQuality | None = None

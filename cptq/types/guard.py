@@ -37,6 +37,7 @@ class GuardQuality:
     `rows` are the outputs that were compared (tokens, sentences, examples), `samples` the
     independent pieces of text behind the errors, called `sample_name`. `chose_plan`: the same text
     decided between two plans, so that the values flatter the winner a little.
+    `depth`: |h' - h|^2 / |h|^2 of the hidden state h before the first block and after each.
     """
 
     measures: tuple[GuardMeasure, ...]
@@ -46,3 +47,4 @@ class GuardQuality:
     samples: int
     sample_name: str
     chose_plan: bool = False
+    depth: tuple[float, ...] = ()
