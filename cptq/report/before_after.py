@@ -134,7 +134,7 @@ def build_before_after_table(summary: Summary) -> Table | None:
     rows = [_format_row(row) for row in compare_before_after(summary)]
     if not rows:
         return None
-    columns = ("", "before", "after", "difference", "95% interval", "unit")
+    columns = ("measure", "before", "after", "difference", "95% interval", "unit")
     return Table(
         title="Before and after",
         columns=columns,

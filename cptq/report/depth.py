@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from cptq.report.formatting import Table, format_number
 from cptq.report.plots import Mark, draw_dots
 from cptq.report.summary import Summary
@@ -38,7 +40,7 @@ def draw_depth(summary: Summary, ident: str = "depth") -> Figure | None:
     svg, remarks = draw_dots(marks, ident, title, "share of the squared norm")
     last = marks[-1]
     steepest = max(
-        zip(marks, marks[1:], strict=False),
+        pairwise(marks),
         key=lambda pair: pair[1].value - pair[0].value,
         default=None,
     )

@@ -73,8 +73,8 @@ def draw_map(summary: Summary, ident: str = "map") -> Figure | None:
 
 def _caption(units: Sequence[Unit], choices: Sequence[Candidate]) -> str:
     words = (
-        f"{format_plural(len(units), 'unit')}; columns are blocks, rows are roles. Point at a cell, "
-        "or reach it with the Tab key, for its score, bytes and error"
+        f"{format_plural(len(units), 'unit')}; columns are blocks, rows are roles. Point at a "
+        "cell, or reach it with the Tab key, for its score, bytes and error"
     )
     return words + ("; * sparse" if any(choice.sparsity for choice in choices) else "")
 

@@ -11,6 +11,7 @@ scales are together in a block, and the split is that of its nominal width.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -100,7 +101,21 @@ def advise(summary: Summary) -> str:
             f"Embeddings and output head are {format_percent(weights / summary.model.parameters)} "
             f"of the weights and {format_percent(share)} of the file."
         )
+    words += _explain_target(summary)
     return " ".join([*words, *_list_options(summary, parts, share)])
+
+
+def _explain_target(summary: Summary) -> list[str]:
+    """Return why the layers of a target in bits are wider than its name says."""
+    plan, size = summary.plan, summary.size
+    asked = re.fullmatch(r"([0-9.]+)bits?", plan.budget.asked.strip()) if plan else None
+    if asked is None or size is None or size.effective_bits < float(asked[1]) + 1:
+        return []
+    return [
+        f"The target {asked[0]} is the size of a file whose layers are all {asked[1]} bits wide, "
+        f"with embeddings as the runtime stores them; the plan spent those bytes on "
+        f"{size.effective_bits:.2f} bits per compressible weight."
+    ]
 
 
 def _list_options(summary: Summary, parts: dict[str, Part], vocabulary: float) -> list[str]:

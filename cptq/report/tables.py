@@ -170,7 +170,7 @@ def build_size_table(summary: Summary) -> Table | None:
         ("whole-file bits", f"{size.file_bits:.3f} (whole file over all parameters)"),
         *_build_plan_rows(summary),
     ]
-    return tabulate_pairs("Size", rows, leading=True)
+    return tabulate_pairs("Size", rows)
 
 
 def _build_budget_rows(summary: Summary, size: SizeReport) -> list[tuple[str, str]]:
@@ -228,7 +228,6 @@ def build_width_table(summary: Summary) -> Table | None:
         rows=tuple(rows),
         right=("layers", "weights", "of planned"),
         note=_explain_labels([label for label, *_ in rows]),
-        leading=True,
     )
 
 
