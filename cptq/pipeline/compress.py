@@ -41,6 +41,7 @@ from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.tune import TuneResult, apply_tuned, record_dense, tune_layers
 from cptq.pipeline.uniform_check import BASELINE, TRIAL_TOKENS, keep_better_plan
+from cptq.report.derived import build_json
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
 from cptq.sensitivity.measure import measure, needs_text
@@ -382,6 +383,7 @@ def write_artifact(
             check = d.verify(sample, short=_build_short_sample(inputs, sample, recorder))
             report = _summarize(inputs, tables, compressed, quality, check, recorder)
             d.add(render_files(report))
+            d.describe(build_json(report))
             run.announce_output(d.folder)
     return CompressOutcome(
         summary=report,

@@ -174,7 +174,7 @@ def draw_parts(summary: Summary, ident: str = "parts") -> Figure | None:
     return Figure(
         ident=ident,
         title=title,
-        caption=advise(summary).rstrip(".") or "Share of the bytes of the weight file",
+        caption="Share of the bytes of the weight file; the table above says what helps",
         svg=wrap_svg(body, ident, title, words, size),
     )
 
