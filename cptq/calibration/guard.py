@@ -3,11 +3,11 @@
 Per row of the guard text (a token of a language model, an example, a sentence), with p the dense
 model's distribution and q that of the model as it is now:
 
-    KL         sum p (ln p - ln q)                  nats; 0 where the two agree
-    agreement  whether both find the same class likeliest
-    perplexity exp of the mean of -ln q(next token), and the same of p; causal models alone
-    cosine     of the two embeddings, 1 - |z - z'|^2 / 2 at length 1; encoders alone
-    distance   |z - z'|^2 / 2 where a head gives plain numbers
+    KL               sum p (ln p - ln q)              nats; 0 where the two agree
+    agreement        whether both find the same class likeliest
+    perplexity       exp of the mean of -ln q(next token), and the same of p; causal models alone
+    cosine distance  1 - cosine of the two embeddings, = |z - z'|^2 / 2 at length 1; encoders alone
+    distance         |z - z'|^2 / 2 where a head gives plain numbers
 
 The error of a mean over rows is that over windows (`numerics.standard_error`). The two perplexities
 are of the same tokens, so the error of their difference is much smaller than theirs. With P and P'
@@ -102,16 +102,13 @@ def summarize_rows(
             "label", each (rows,).
         window_R: the window of each row.
     """
-    if objective.kind == "encoder":
-        cosine_R = 1 - rows["divergence"]
-        return [_describe_mean("cosine similarity", "of 1", cosine_R, window_R, True, (-1, 1))]
+    positive = (0, math.inf)
     if objective.form == "values":
-        mean = _describe_mean(
-            "distance", objective.unit, rows["divergence"], window_R, False, (0, math.inf)
-        )
-        return [mean]
+        encoder = objective.kind == "encoder"
+        name, unit = ("cosine distance", "1 - cosine") if encoder else ("distance", objective.unit)
+        return [_describe_mean(name, unit, rows["divergence"], window_R, False, positive)]
     found = [
-        _describe_mean("KL", objective.unit, rows["divergence"], window_R, False, (0, math.inf)),
+        _describe_mean("KL", objective.unit, rows["divergence"], window_R, False, positive),
         _describe_mean(
             "top-1 agreement", f"of {objective.row}s", rows["agreement"], window_R, True, (0, 1)
         ),

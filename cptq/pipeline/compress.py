@@ -96,7 +96,7 @@ def compress(settings: CompressSettings, emit: Emit, ranks: Ranks = ALONE) -> Co
         plan = run.keep("chosen-plan", lambda: check_plan(inputs, made, guard, recorder))
         guard.record_dense(run, recorder)
         compressed = compress_and_tune(inputs, plan, guard, run, recorder, ranks)
-        quality = guard.measure(run, recorder, chose_plan=inputs.compare_with_baseline)
+        quality = guard.measure(run, recorder, chose_plan=plan.notes != made.notes)
         outcome = write_artifact(inputs, tables, compressed, quality, run, recorder)
     _report_next_step(inputs, emit)
     _push_artifact(inputs, outcome, recorder)

@@ -14,6 +14,7 @@ from dataclasses import replace
 from cptq.allocation import BLIND
 from cptq.allocation.allocate import allocate
 from cptq.allocation.ledger import Ledger, build_ledger
+from cptq.allocation.problem import build_problem
 from cptq.errors import BudgetError
 from cptq.pipeline.inputs import CompressInputs
 from cptq.pipeline.uniform_check import BASELINE
@@ -29,20 +30,21 @@ def predict_front(
 ) -> tuple[FrontPoint, ...]:
     """Return the points of both allocators, smallest first, that of `plan` marked.
 
-    Empty where no scores were measured, or the plan was not made from them.
+    Empty where no scores were measured.
     """
     table = next(iter(tables.values()), None)
     allocator = inputs.settings.allocator
-    if table is None or inputs.ledger is None or allocator in BLIND or plan.predicted_loss is None:
+    if table is None or inputs.ledger is None or allocator in BLIND:
         return ()
     ledger = build_ledger(
         Budget(limit_bytes=0, asked="0B"), inputs.space.cost, inputs.space.options
     )
+    problem = build_problem(table, ledger, inputs.space.candidates, _ignore)
     found = [
         FrontPoint(
             allocator=plan.allocator,
             nbytes=plan.predicted_bytes,
-            loss=plan.predicted_loss,
+            loss=problem.predict_loss(plan.choices),
             chosen=True,
         )
     ]

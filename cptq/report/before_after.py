@@ -93,7 +93,7 @@ def _tell_evaluation(summary: Summary) -> list[str]:
     count = format_plural(len(results), "result")
     first = f"The model was evaluated on {tasks}: {count}."
     if not summary.baseline:
-        return [first, "There is no baseline to compare with; --baseline names one."]
+        return [first, "It was measured alone, with no other model beside it."]
     worse = [pair for pair in summary.paired if pair.verdict == "worse"]
     second = (
         f"Of {format_plural(len(summary.paired), 'difference')} from the baseline "
@@ -169,7 +169,7 @@ def _explain(quality: GuardQuality | None) -> str:
     words: Sequence[str] = (
         f"{quality.source}, {quality.tokens:,} tokens that did not calibrate, {quality.rows:,} "
         f"outputs in {format_plural(quality.samples, quality.sample_name)}",
-        "±: standard error over them; the interval is of the difference where there is one, else "
+        "weight file before: at 16 bits per weight; ±: standard error over the text; the interval is of the difference where there is one, else "
         "of the value",
         "computed with the weights as stored and activations as they are",
         *(

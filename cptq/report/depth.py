@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from cptq.report.formatting import Table, format_number
@@ -39,19 +40,21 @@ def draw_depth(summary: Summary, ident: str = "depth") -> Figure | None:
     title = "Where the error accumulates"
     svg, remarks = draw_dots(marks, ident, title, "share of the squared norm")
     last = marks[-1]
-    steepest = max(
-        pairwise(marks),
-        key=lambda pair: pair[1].value - pair[0].value,
-        default=None,
-    )
     words = [
         "|h' - h|² / |h|² of the hidden state after each block, with the error of all blocks "
         "before it, on text that did not calibrate",
         f"{format_number(last.value, 3)} after {last.name}",
-        *([f"the largest step is {steepest[1].name}"] if steepest else []),
+        *_name_step(marks),
         *remarks,
     ]
     return Figure(ident=ident, title=title, caption="; ".join(words), svg=svg)
+
+
+def _name_step(marks: Sequence[Mark]) -> list[str]:
+    """Return which block adds most; nothing where the error grows nowhere."""
+    steps = [(b.value - a.value, b.name) for a, b in pairwise(marks)]
+    step, name = max(steps, default=(0.0, ""))
+    return [f"it grows most in {name}, by {format_number(step, 3)}"] if step > 0 else []
 
 
 def build_accumulation_table(summary: Summary) -> Table | None:

@@ -9,7 +9,7 @@ from cptq.types import Candidate, LayerSpec
 
 def build_sparsity_table(summary: Summary) -> Table | None:
     """Build the table of pruned weights; None where no layer is sparse."""
-    specs = {layer.name: layer for layer in summary.layers}
+    specs = {layer.name: layer for unit in summary.units for layer in unit.layers}
     groups: dict[tuple[str, Candidate], list[LayerSpec]] = {}
     for name, choice in map_layer_choices(summary).items():
         groups.setdefault((specs[name].role, choice), []).append(specs[name])
