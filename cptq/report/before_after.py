@@ -169,8 +169,9 @@ def _explain(quality: GuardQuality | None) -> str:
     words: Sequence[str] = (
         f"{quality.source}, {quality.tokens:,} tokens that did not calibrate, {quality.rows:,} "
         f"outputs in {format_plural(quality.samples, quality.sample_name)}",
-        "weight file before: at 16 bits per weight; ±: standard error over the text; the interval is of the difference where there is one, else "
-        "of the value",
+        "weight file before: at 16 bits per weight",
+        "±: standard error over the text; the interval is of the difference where there is "
+        "one, else of the value",
         "computed with the weights as stored and activations as they are",
         *(
             ["the same text decided between two plans, which flatters the result a little"]
