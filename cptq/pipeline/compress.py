@@ -242,8 +242,7 @@ def compress_and_tune(
     if not inputs.settings.tune:
         return compress_layers(inputs, plan, run, recorder, ranks)
     with recorder.stage("tuning"):
-        judge = guard.divergence if inputs.held_out.judge else None
-        dense = None if TUNED_STEP in run else record_dense(inputs, judge)
+        dense = None if TUNED_STEP in run else record_dense(inputs, guard.judge)
     compressed = compress_layers(inputs, plan, run, recorder, ranks)
 
     def tune() -> dict[str, Any]:

@@ -36,6 +36,11 @@ class Guard:
         objective = choose_objective(model.kind, model.config)
         return DivergenceFromDense(model, self._inputs.held_out.judge, objective, units=False)
 
+    @property
+    def judge(self) -> DivergenceFromDense | None:
+        """`divergence`; None where no text is held out for it."""
+        return self.divergence if self._inputs.held_out.judge else None
+
     @cached_property
     def depth(self) -> DepthError:
         """The hidden states of the dense model; first read while the model is dense."""
