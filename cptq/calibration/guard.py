@@ -105,7 +105,9 @@ def summarize_rows(
     positive = (0, math.inf)
     if objective.form == "values":
         encoder = objective.kind == "encoder"
-        name, unit = ("cosine distance", "1 - cosine") if encoder else ("distance", objective.unit)
+        name, unit = (
+            ("cosine distance", "per sentence") if encoder else ("distance", objective.unit)
+        )
         return [_describe_mean(name, unit, rows["divergence"], window_R, False, positive)]
     found = [
         _describe_mean("KL", objective.unit, rows["divergence"], window_R, False, positive),

@@ -36,8 +36,8 @@ def _tell_size(summary: Summary) -> str:
     assert size is not None
     share = size.file_bytes / max(1, size.dense_file_bytes)
     return (
-        f"The weights were compressed from {format_bytes(size.dense_file_bytes)} at 16 bits to "
-        f"{format_bytes(size.file_bytes)}, {format_percent(share)} of that, with "
+        f"Compressed, the weights take {format_bytes(size.file_bytes)}, {format_percent(share)} of "
+        f"the {format_bytes(size.dense_file_bytes)} that they take at 16 bits each, with "
         f"{size.effective_bits:.2f} bits per compressible weight, scales included."
     )
 
