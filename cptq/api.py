@@ -83,7 +83,7 @@ _FUNCTIONS: Mapping[type, str] = {
 #: options that decide how a plan is carried out and written, which `plan` does not do
 _NOT_FOR_PLANS = (
     *("plan", "out", "overwrite", "push_to_hub", "compressor", "check_uniform"),
-    *("tune", "tune_minutes", "resume", "dry_run"),
+    *("tune", "tune_minutes", "resume", "dry_run", "evaluate"),
 )
 
 

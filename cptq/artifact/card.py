@@ -31,10 +31,12 @@ def build_card(
     weight_bytes: int,
     *,
     tuned: Mapping[str, Any] | None = None,
+    report: Mapping[str, Any] | None = None,
 ) -> str:
     """Build the card: base model, loading, compression, results; Markdown with front matter.
 
-    `tuned` as in `draft.Record`.
+    `tuned` as in `draft.Record`. `report` is the data of report.json, where a run has one: then the
+    card says what was done and lost in its words.
     """
     layers = list(model.compressed.values())
     licence = next((x.split(":", 1)[1].strip() for x in _read_licence(model.path / CARD)), "")
@@ -46,6 +48,7 @@ def build_card(
             f"Made from `{model.base_name}` ({model.parameters:,} weights, sha256 "
             f"`{model.fingerprint[:16]}`).",
             "",
+            *_describe_report(report),
             *_describe_loading(model, form),
             "## Compression",
             "",
@@ -102,6 +105,37 @@ def _describe_loading(model: Content, form: Format) -> list[str]:
     if (model.path / MODULES).exists():
         lines += ['With sentence-transformers: `SentenceTransformer("PATH")`.', ""]
     return lines
+
+
+def _describe_report(report: Mapping[str, Any] | None) -> list[str]:
+    """Describe what a run did and what the model lost, as its report does."""
+    if report is None:
+        return []
+    derived = report["derived"]
+    rows = [row for row in derived["before_after"] if row["unit"] != "bytes"]
+    lines = ["## What was done", "", *(f"- {text}" for text in derived["sentences"]), ""]
+    if rows:
+        lines += ["| measure | before | after | 95% interval | unit |", "|---|--:|--:|--:|---|"]
+        lines += [_format_row(row) for row in rows]
+        lines += ["", _explain_rows(report["quality"]), ""]
+    return lines
+
+
+def _format_row(row: Mapping[str, Any]) -> str:
+    before = "" if row["before"] is None else f"{float(row['before']):.4g}"
+    ends = row["interval"]
+    within = "" if ends is None else " to ".join(f"{float(end):.3g}" for end in ends)
+    within += " (of the difference)" if within and row["difference"] is not None else ""
+    return f"| {row['what']} | {before} | {float(row['after']):.4g} | {within} | {row['unit']} |"
+
+
+def _explain_rows(quality: Mapping[str, Any]) -> str:
+    chose = ", which also chose between two plans" if quality["chose_plan"] else ""
+    return (
+        f"Measured on {quality['tokens']:,} tokens of {quality['source']} in "
+        f"{quality['samples']:,} {quality['sample_name']}s that did not calibrate{chose}. "
+        "`cptq eval` measures quality on tasks."
+    )
 
 
 def _describe_compression(

@@ -141,13 +141,9 @@ class Draft:
         check_space(self.folder.parent, self.need)
         self.emit(Progress(stage="write", done=0, total=2, message=f"{size:,} bytes"))
         files = self.form.write(content, self.folder, self.emit)
-        total = sum(files.values())
-        card = build_card(
-            content, self.form, record.plan, record.calibration, total, tuned=record.tuned
-        )
-        write_bytes(self.folder / CARD, card.encode())
         write_files(self.folder, extras)
         self._written = _Written(content=content, record=record, files=files)
+        self._write_card(self._written, None)
 
     def verify(
         self, sample: ReloadSample | None, *, short: ReloadSample | None = None
@@ -192,6 +188,25 @@ class Draft:
         _check_names(files)
         self.need += sum(map(len, files.values()))
         write_files(self.folder, files)
+
+    def describe(self, report: Mapping[str, Any]) -> None:
+        """Write the model card anew, from the data of report.json; no manifest covers it."""
+        if self._written is None:
+            raise RuntimeError("a draft is written before it is described")
+        self._write_card(self._written, report)
+
+    def _write_card(self, written: _Written, report: Mapping[str, Any] | None) -> None:
+        record = written.record
+        card = build_card(
+            written.content,
+            self.form,
+            record.plan,
+            record.calibration,
+            sum(written.files.values()),
+            tuned=record.tuned,
+            report=report,
+        )
+        write_bytes(self.folder / CARD, card.encode())
 
     @property
     def artifact(self) -> Artifact:

@@ -49,6 +49,7 @@ class DivergenceFromDense:
         emit: takes progress of the dense pass.
 
     Attributes:
+        objective: how the model is judged.
         tokens: held-out tokens; trials: how many were run.
         unit: what a divergence is measured in.
         window_R: the window (language models) or sample that each output row belongs to, (rows,).
@@ -67,7 +68,7 @@ class DivergenceFromDense:
     ) -> None:
         self._model = model
         self._rows = list(rows)
-        self._objective = objective
+        self.objective = objective
         self._positions = [_choose_positions(row, objective) for row in self._rows]
         self._replay = BlockReplay(model, self._rows, self._positions)
         #: what enters each block, batch by batch
@@ -190,6 +191,26 @@ class DivergenceFromDense:
             )
         return divergence_R
 
+    @torch.no_grad()
+    def iterate_rows(self) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Yield, batch by batch, what the dense model and the model as it is now make of its rows.
+
+        Yields:
+            What a divergence is measured from (rows, width), the output now (rows, width), and of
+            causal language models the next token of each row (rows,), -1 where there is none.
+        """
+        for index, (row, reference_RV) in enumerate(zip(self._rows, self._reference, strict=True)):
+            yield reference_RV, self._select(self._run(None, index), index), self._label(row, index)
+
+    def _label(self, row: Batch, index: int) -> Tensor | None:
+        positions = self._positions[index]
+        if self.objective.kind != "causal-lm" or positions is None:
+            return None
+        mask_BT = mask_real_tokens(row)
+        next_BT = torch.full_like(row["input_ids"], -1)
+        next_BT[:, :-1] = row["input_ids"][:, 1:].masked_fill(~mask_BT[:, 1:], -1)
+        return next_BT[:, positions][mask_BT[:, positions]]
+
     def describe_difference(self, gap_R: Tensor) -> str:
         """Return the mean of a difference (rows,) between two `measure_rows`, with its standard
         error and its sample, in words."""
@@ -208,7 +229,7 @@ class DivergenceFromDense:
         else:
             outputs = self._run_together(block)
         return [
-            self._objective.compute_divergence(self._reference[index], self._select(output, index))
+            self.objective.compute_divergence(self._reference[index], self._select(output, index))
             for index, output in enumerate(outputs)
         ]
 
@@ -223,7 +244,7 @@ class DivergenceFromDense:
             yield replay.finish(state, index)
 
     def _select(self, output: object, index: int) -> Tensor:
-        return self._objective.select_rows(output, self._rows[index], self._positions[index])
+        return self.objective.select_rows(output, self._rows[index], self._positions[index])
 
     def _run(self, block: int | None, index: int) -> object:
         """Return the model's output, computed again from the first block that may have changed."""

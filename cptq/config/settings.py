@@ -199,6 +199,12 @@ class CompressSettings(PlanningSettings):
         "Compress by the uniform baseline plan of the same size too, and keep the better result.",
         PLAN,
     )
+    evaluate: bool = option(
+        True,
+        "Measure on text that does not calibrate what the result lost, for the report.",
+        PLAN,
+        flags=("--eval",),
+    )
     tune: bool = option(
         False, "Tune scales, norms and biases by the divergence from the dense model.", PLAN
     )

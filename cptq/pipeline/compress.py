@@ -18,8 +18,6 @@ from cptq.artifact.formats import FORMATS
 from cptq.artifact.hub import push
 from cptq.artifact.reload import TOLERANCE, ReloadCheck, ReloadSample
 from cptq.calibration.batches import Batch, trim_padding
-from cptq.calibration.divergence_from_dense import DivergenceFromDense
-from cptq.calibration.objective import choose_objective
 from cptq.calibration.replay import BlockReplay, forward
 from cptq.calibration.samples import take_batches
 from cptq.calibration.tokens import Calibration
@@ -30,8 +28,10 @@ from cptq.config import GROUND_TRUTH, CompressSettings, parse_shard_size
 from cptq.errors import BudgetError, mark_kept
 from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
+from cptq.pipeline.guard import Guard
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.nearest_check import check_against_nearest
+from cptq.pipeline.predicted_front import predict_front
 from cptq.pipeline.profile import build_masking, spread_zeros
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
@@ -47,6 +47,7 @@ from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.tune import TuneResult, apply_tuned, record_dense, tune_layers
 from cptq.pipeline.uniform_check import BASELINE, TRIAL_TOKENS, keep_better_plan
+from cptq.report.derived import build_json
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
 from cptq.sensitivity.measure import measure, needs_text
@@ -54,6 +55,7 @@ from cptq.types import (
     CompressedLayer,
     Emit,
     Event,
+    GuardQuality,
     Notice,
     Plan,
     SensitivityTable,
@@ -94,11 +96,14 @@ def compress(settings: CompressSettings, emit: Emit, ranks: Ranks = ALONE) -> Co
         )
         run.identify(identify_compress(inputs))
         check_disk(count_disk(inputs), kept=run.nbytes)
+        guard = Guard(inputs)
         tables = run.keep("sensitivity", lambda: dict(measure_sensitivity(inputs, recorder)))
         made = run.keep("plan", lambda: make_plan(inputs, tables, recorder))
-        plan = run.keep("chosen-plan", lambda: check_plan(inputs, made, recorder))
-        compressed = compress_and_tune(inputs, plan, run, recorder, ranks)
-        outcome = write_artifact(inputs, tables, compressed, run, recorder)
+        plan = run.keep("chosen-plan", lambda: check_plan(inputs, made, guard, recorder))
+        guard.record_dense(run, recorder)
+        compressed = compress_and_tune(inputs, plan, guard, run, recorder, ranks)
+        quality = guard.measure(run, recorder, chose_plan=plan.notes != made.notes)
+        outcome = write_artifact(inputs, tables, compressed, quality, run, recorder)
     _report_next_step(inputs, emit)
     _push_artifact(inputs, outcome, recorder)
     return ranks.share(outcome)
@@ -213,13 +218,18 @@ def _restrict_to_refinable(inputs: CompressInputs, plan: Plan) -> Ledger:
 
 
 def compress_and_tune(
-    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder, ranks: Ranks = ALONE
+    inputs: CompressInputs,
+    plan: Plan,
+    guard: Guard,
+    run: RunDirectory,
+    recorder: Recorder,
+    ranks: Ranks = ALONE,
 ) -> CompressedModel:
     """Carry out the plan by `compress_layers`, and tune the result where --tune asks for it."""
     if not inputs.settings.tune:
         return compress_layers(inputs, plan, run, recorder, ranks)
     with recorder.stage("tuning"):
-        dense = None if TUNED_STEP in run else record_dense(inputs)
+        dense = None if TUNED_STEP in run else record_dense(inputs, guard.judge)
     compressed = compress_layers(inputs, plan, run, recorder, ranks)
 
     def tune() -> dict[str, Any]:
@@ -233,7 +243,7 @@ def compress_and_tune(
     return replace(compressed, layers=tuple(layers), tuned=found.record)
 
 
-def check_plan(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> Plan:
+def check_plan(inputs: CompressInputs, plan: Plan, guard: Guard, recorder: Recorder) -> Plan:
     """Return the plan, or the baseline plan where --check-uniform finds that better."""
     with recorder.stage("plan check"):
         baseline = _make_baseline_plan(inputs, plan, recorder)
@@ -246,7 +256,7 @@ def check_plan(inputs: CompressInputs, plan: Plan, recorder: Recorder) -> Plan:
             plan,
             baseline,
             lambda tried, emit: _carry_out(inputs, tried, part, (), emit),
-            _record_dense_outputs(inputs),
+            guard.divergence,
             recorder,
         )
 
@@ -302,12 +312,6 @@ def _carry_out(
     )
 
 
-def _record_dense_outputs(inputs: CompressInputs) -> DivergenceFromDense:
-    """Run the held-out text through the model while it is dense."""
-    objective = choose_objective(inputs.model.kind, inputs.model.config)
-    return DivergenceFromDense(inputs.model, inputs.held_out.judge, objective, units=False)
-
-
 def _make_baseline_plan(inputs: CompressInputs, plan: Plan, emit: Emit) -> Plan | None:
     """Return the plan to compare with; None where none is needed, or none can be compared."""
     if not inputs.compare_with_baseline:
@@ -338,6 +342,7 @@ def write_artifact(
     inputs: CompressInputs,
     tables: Mapping[str, SensitivityTable],
     compressed: CompressedModel,
+    quality: GuardQuality | None,
     run: RunDirectory,
     recorder: Recorder,
 ) -> CompressOutcome:
@@ -364,8 +369,9 @@ def write_artifact(
             files = encode_stage_files(model, record.calibration, tables, plan)
             d.write(content, record, files)
             check = d.verify(sample, short=_build_short_sample(inputs, sample, recorder))
-            report = _summarize(inputs, tables, compressed, check, recorder)
+            report = _summarize(inputs, tables, compressed, quality, check, recorder)
             d.add(render_files(report))
+            d.describe(build_json(report))
             run.announce_output(d.folder)
     return CompressOutcome(
         summary=report,
@@ -379,6 +385,7 @@ def _summarize(
     inputs: CompressInputs,
     tables: Mapping[str, SensitivityTable],
     compressed: CompressedModel,
+    quality: GuardQuality | None,
     check: ReloadCheck | None,
     recorder: Recorder,
 ) -> Summary:
@@ -395,8 +402,10 @@ def _summarize(
         sensitivity=tables,
         budget=plan.budget,
         plan=plan,
+        front=predict_front(inputs, tables, plan),
         size=inputs.space.cost.make_size_report(plan.choices),
         results=tuple(layer.result for layer in compressed.layers),
+        quality=quality,
         verification=describe_check(check),
     )
 

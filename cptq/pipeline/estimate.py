@@ -164,6 +164,11 @@ def estimate_time(inputs: CompressInputs, probe: Probe) -> TimeFacts:
         judged = count_positions(inputs.held_out.judge) * len(inputs.model.blocks)
         trial = _estimate_plan(inputs, probe, part, ())
         stages["plan check, two plans"] = 2 * trial + 3 * judged * probe.per_position
+    if settings.evaluate:
+        positions = count_positions(inputs.held_out.judge) * len(inputs.model.blocks)
+        stages["quality on held-out text"] = (
+            (1 if inputs.compare_with_baseline else 2) * positions * probe.per_position
+        )
     stages["compression"] = _estimate_plan(inputs, probe, batches, inputs.held_out.errors)
     return TimeFacts(
         stages=stages,

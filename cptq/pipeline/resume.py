@@ -46,6 +46,7 @@ FREE = frozenset(
     (
         *("--model", "--revision", "--plan", "--sensitivity", "--data-dir", "--cache-dir"),
         *("--out", "--overwrite", "--resume", "--push-to-hub", "--allow-pickle", "--max-memory"),
+        "--eval",
     )
 )
 _PACKAGES = ("torch", "transformers")

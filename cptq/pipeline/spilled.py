@@ -37,6 +37,7 @@ from cptq.calibration.batches import (
     split_batches,
     split_held_out,
 )
+from cptq.calibration.depth import take_rows
 from cptq.calibration.divergence_from_dense import JUDGED_EVERY
 from cptq.calibration.holdout import split_parts
 from cptq.calibration.samples import PASS_TOKENS, take_batches
@@ -69,7 +70,12 @@ def bound_compress(inputs: CompressInputs) -> int:
     if inputs.compare_with_baseline:
         part = take_batches(inputs.calibration.batches, TRIAL_TOKENS)
         stages.append(_count_references(model, text.judge) + _bound_blocks(inputs, part, ()))
-    kept = _count_references(model, [*text.tune, *text.judge]) if inputs.settings.tune else 0
+    settings = inputs.settings
+    kept = _count_references(model, text.tune) if settings.tune else 0
+    kept += _count_references(model, text.judge) if settings.tune or settings.evaluate else 0
+    if settings.evaluate:
+        states = len(model.block_names) + 1
+        kept += states * _count_state(model, take_rows(text.judge))
     stages.append(kept + _bound_blocks(inputs, inputs.calibration.batches, text.errors))
     return _limit(model, max(stages))
 

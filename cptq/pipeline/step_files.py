@@ -31,6 +31,8 @@ from cptq.types import (
     Budget,
     Candidate,
     CompressedLayer,
+    GuardMeasure,
+    GuardQuality,
     LayerResult,
     LayerSpec,
     Notice,
@@ -40,7 +42,7 @@ from cptq.types import (
 
 _KINDS = (
     *(Budget, Candidate, CompressedLayer, LayerResult, LayerSpec),
-    *(Notice, Plan, SensitivityTable),
+    *(GuardMeasure, GuardQuality, Notice, Plan, SensitivityTable),
 )
 _CLASSES: Mapping[str, Any] = {kind.__name__: kind for kind in _KINDS}
 _NAME = re.compile(r"(?P<number>\d{3,})-(?P<step>.+)\.(?P<sha256>[0-9a-f]{64})\.safetensors")

@@ -61,19 +61,18 @@ class TuneResult:
         return {"layers": self.layers, "vectors": self.vectors, "record": self.record}
 
 
-def record_dense(inputs: CompressInputs) -> DenseRecord:
-    """Copy the dense weights, and run the held-out text through the dense model."""
+def record_dense(inputs: CompressInputs, judge: DivergenceFromDense | None) -> DenseRecord:
+    """Copy the dense weights, and run the text that chooses through the dense model.
+
+    `judge`: the divergence from the dense model on the text that judges; None: there is none.
+    """
     model, text = inputs.model, inputs.held_out
     objective = choose_objective(model.kind, model.config)
-
-    def measure(batches: Sequence[Batch]) -> DivergenceFromDense:
-        return DivergenceFromDense(model, batches, objective, units=False)
-
     return DenseRecord(
         model=copy_dense(model),
         objective=objective,
-        choose=measure(text.tune),
-        judge=measure(text.judge) if text.judge else None,
+        choose=DivergenceFromDense(model, text.tune, objective, units=False),
+        judge=judge,
     )
 
 

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from math import isfinite
 
 from cptq.report.formatting import format_number, format_plural
-from cptq.report.summary import Summary, count_widths, map_layer_choices
+from cptq.report.summary import Summary
 from cptq.report.svg import Figure, Scale, choose_scale, draw_levels, escape_text, tag, wrap_svg
-from cptq.types import LayerSpec, SensitivityTable, Unit
+from cptq.types import SensitivityTable, Unit
 
 WIDTH, HEIGHT = 960.0, 250.0
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 8.0, 14.0, 30.0
@@ -62,7 +62,7 @@ class Columns:
 
 def draw_figures(summary: Summary) -> list[Figure]:
     """Draw all figures that the summary has numbers for."""
-    figures: list[Figure | None] = [draw_bits(summary)]
+    figures: list[Figure | None] = []
     for index, table in enumerate(summary.sensitivity.values()):
         figures.append(draw_sensitivity(table, summary.units, f"sensitivity-{index}"))
     figures.append(draw_errors(summary))
@@ -200,51 +200,6 @@ def _describe_range(marks: Sequence[Mark], remarks: Sequence[str]) -> str:
     lowest = f"lowest {low.name} {format_number(low.value)}"
     highest = f"highest {high.name} {format_number(high.value)}"
     return "; ".join([f"{lowest}, {highest}", *remarks])
-
-
-def draw_bits(summary: Summary, ident: str = "bits") -> Figure | None:
-    """Draw one bar per planned layer, its bits; None without a plan."""
-    choices = map_layer_choices(summary)
-    specs = {layer.name: layer for unit in summary.units for layer in unit.layers}
-    if not choices:
-        return None
-    columns = Columns([specs[name].block for name in choices])
-    high = float(max(choice.bits for choice in choices.values()))
-    scale = Scale(low=0.0, high=high, top=TOP, bottom=HEIGHT - BOTTOM)
-    used = sorted({choice.bits for choice in choices.values()})
-    bars = [
-        _draw_bar(specs[name], choice.bits, choice.label, x, columns.step, scale)
-        for (name, choice), x in zip(choices.items(), columns.centers, strict=True)
-    ]
-    levels = draw_levels(scale, left=LEFT, right=WIDTH - RIGHT, ticks=[0.0, *map(float, used)])
-    body = _draw_bands(columns) + levels + "".join(bars)
-    counts = ", ".join(
-        f"{format_plural(row.layers, 'layer')} {row.label}" for row in count_widths(summary)
-    )
-    description = f"{format_plural(len(choices), 'layer')} in forward order: {counts}"
-    title = "Bits per layer"
-    return Figure(
-        ident=ident,
-        title=title,
-        caption="In forward order; an embedding and a head in the plan stand at the end",
-        svg=wrap_svg(body, ident, title, description, (WIDTH, HEIGHT)),
-        legend=tuple(
-            (f"b{bits}", f"{bits} bits" + (" (dense)" if bits == 16 else "")) for bits in used
-        ),
-    )
-
-
-def _draw_bar(spec: LayerSpec, bits: int, label: str, x: float, step: float, scale: Scale) -> str:
-    top, wide = scale.locate(bits), max(step * 0.86, 0.5)
-    return tag(
-        "rect",
-        tag("title", escape_text(f"{spec.name} ({spec.role}): {label}")),
-        class_=f"bar b{bits}",
-        x=x - wide / 2,
-        y=top,
-        width=wide,
-        height=scale.bottom - top,
-    )
 
 
 def _draw_bands(columns: Columns) -> str:

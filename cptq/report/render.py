@@ -14,7 +14,10 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from cptq.report.before_after import tell
 from cptq.report.comparison import ModelComparison, build_comparison_tables
+from cptq.report.depth import draw_depth
+from cptq.report.derived import build_json
 from cptq.report.formatting import (
     Table,
     format_bytes,
@@ -23,9 +26,13 @@ from cptq.report.formatting import (
     shorten_tasks,
 )
 from cptq.report.front import draw_front, make_standalone
+from cptq.report.layer_map import draw_map
+from cptq.report.parts import draw_parts
 from cptq.report.plan_front import draw_plan_front
 from cptq.report.plans import PlansOutcome
 from cptq.report.plots import draw_figures
+from cptq.report.predicted_front import draw_predicted_front
+from cptq.report.sensitivity_axis import draw_sensitivity_axis
 from cptq.report.sparsity import draw_sparsity
 from cptq.report.summary import Summary, group_notices
 from cptq.report.svg import Figure
@@ -88,7 +95,7 @@ def _encode(text: str) -> bytes:
 
 def render_json(summary: Summary) -> str:
     """Render report.json."""
-    return format_json(summary.to_dict())
+    return format_json(build_json(summary))
 
 
 def format_json(data: Mapping[str, Any]) -> str:
@@ -100,12 +107,13 @@ def format_json(data: Mapping[str, Any]) -> str:
 def render_markdown(summary: Summary) -> str:
     """Render report.md: the same tables as report.html."""
     title = f"# cptq {summary.command}: {escape_cell(summary.model.source)}"
-    head = [title, quote_code(summary.command_line)]
+    head = [title, *map(escape_cell, tell(summary))]
     if summary.created:
         head.append(escape_cell(summary.created))
     if summary.verification:
         head.append(f"Reload check: {escape_cell(describe_verification(summary.verification))}.")
-    return "\n\n".join([*head, *map(render_table, build_tables(summary))]) + "\n"
+    repeat = f"## Repeat it\n\n{quote_code(summary.command_line)}"
+    return "\n\n".join([*head, *map(render_table, build_tables(summary)), repeat]) + "\n"
 
 
 def render_table(table: Table) -> str:
@@ -154,6 +162,7 @@ def render_html(summary: Summary) -> str:
     facts = summary.verification
     return templates.get_template("report.html.j2").render(
         summary=summary,
+        sentences=tell(summary),
         tiles=build_tiles(summary),
         figures=[(figure, _mark_safe(figure)) for figure in _draw_all_figures(summary)],
         tables=build_tables(summary),
@@ -175,9 +184,17 @@ def load_templates() -> Environment:
 
 
 def _draw_all_figures(summary: Summary) -> list[Figure]:
-    """Draw the validation scatter plot first, then the figures over the layers."""
-    scatter = draw_scatter(summary.validation)
-    return [*([scatter] if scatter else []), *draw_figures(summary), *draw_sparsity(summary)]
+    """Draw the validation scatter plot first, then what the plan is, then the layers."""
+    found = [
+        draw_scatter(summary.validation),
+        draw_parts(summary),
+        draw_predicted_front(summary),
+        draw_map(summary),
+        draw_sensitivity_axis(summary),
+        draw_depth(summary),
+    ]
+    drawn = [figure for figure in found if figure]
+    return [*drawn, *draw_figures(summary), *draw_sparsity(summary)]
 
 
 def _mark_safe(figure: Figure) -> Markup:

@@ -20,6 +20,7 @@ from cptq.types import (
     Candidate,
     Comparison,
     EvalResult,
+    GuardQuality,
     LayerResult,
     LayerSpec,
     Notice,
@@ -72,6 +73,19 @@ class VerificationFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FrontPoint:
+    """A plan that was predicted: the bytes of its file, and its loss in the metric's unit.
+
+    `chosen`: it was carried out.
+    """
+
+    allocator: str
+    nbytes: int
+    loss: float
+    chosen: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Summary:
     """Everything a report contains. Field names give the units: bytes, seconds.
 
@@ -97,8 +111,10 @@ class Summary:
     sparsity: Mapping[str, Any] = field(default_factory=dict)
     budget: Budget | None = None
     plan: Plan | None = None
+    front: tuple[FrontPoint, ...] = ()
     size: SizeReport | None = None
     results: tuple[LayerResult, ...] = ()
+    quality: GuardQuality | None = None
     verification: VerificationFacts | None = None
     comparison: Comparison = field(default_factory=Comparison)
     baseline_source: str | None = None

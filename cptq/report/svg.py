@@ -66,8 +66,13 @@ def wrap_svg(
     description: str,
     size: tuple[float, float],
     xmlns: str | None = None,
+    *,
+    group: bool = False,
 ) -> str:
-    """Wrap a drawing of (width, height) as one image with an accessible name and description."""
+    """Wrap a drawing of (width, height) as one image with an accessible name and description.
+
+    `group`: its parts have names of their own, which an image would hide.
+    """
     return tag(
         "svg",
         tag("title", escape_text(title), id=f"{ident}-title"),
@@ -75,7 +80,7 @@ def wrap_svg(
         body,
         xmlns=xmlns,
         viewBox=f"0 0 {size[0]:g} {size[1]:g}",
-        role="img",
+        role="group" if group else "img",
         aria_labelledby=f"{ident}-title {ident}-desc",
         class_="chart",
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from cptq.report.before_after import build_before_after_table
+from cptq.report.depth import build_accumulation_table
 from cptq.report.formatting import (
     Table,
     format_bytes_exact,
@@ -19,7 +21,11 @@ from cptq.report.formatting import (
     shorten_tasks,
     tabulate_pairs,
 )
+from cptq.report.parts import build_parts_table
+from cptq.report.predicted_front import build_predicted_front_table
 from cptq.report.protocol import IN_DOMAIN, explain_in_domain, list_protocols, spell_in_domain
+from cptq.report.sensitivity_axis import build_depth_table
+from cptq.report.sparse import build_sparsity_table
 from cptq.report.summary import (
     Summary,
     VerificationFacts,
@@ -42,10 +48,14 @@ PRUNING = "pruning"
 def build_tables(summary: Summary) -> Sequence[Table]:
     """Build all tables of a report in order; tables without rows are omitted."""
     tables = [
+        build_before_after_table(summary),
+        build_parts_table(summary),
         build_evaluation_table(summary),
         build_paired_table(summary.paired),
         build_size_table(summary),
         build_width_table(summary),
+        build_sparsity_table(summary),
+        build_depth_table(summary) if len(summary.sensitivity) > 1 else None,
         *build_validation_tables(summary.validation),
         *build_notice_tables(summary),
         *(build_top_table(table, summary) for table in summary.sensitivity.values()),
@@ -53,6 +63,8 @@ def build_tables(summary: Summary) -> Sequence[Table]:
         build_calibration_table(summary),
         build_protocol_table(summary),
         *build_pruning_tables(summary),
+        build_predicted_front_table(summary),
+        build_accumulation_table(summary),
         build_score_table(summary),
         build_layer_table(summary),
         *build_run_tables(summary),
@@ -158,7 +170,7 @@ def build_size_table(summary: Summary) -> Table | None:
         ("whole-file bits", f"{size.file_bits:.3f} (whole file over all parameters)"),
         *_build_plan_rows(summary),
     ]
-    return tabulate_pairs("Size", rows, leading=True)
+    return tabulate_pairs("Size", rows)
 
 
 def _build_budget_rows(summary: Summary, size: SizeReport) -> list[tuple[str, str]]:
@@ -216,7 +228,6 @@ def build_width_table(summary: Summary) -> Table | None:
         rows=tuple(rows),
         right=("layers", "weights", "of planned"),
         note=_explain_labels([label for label, *_ in rows]),
-        leading=True,
     )
 
 

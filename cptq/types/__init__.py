@@ -13,6 +13,7 @@ from cptq.types.comparison import (
 )
 from cptq.types.event import Emit, Event, Fragment, Notice, Progress
 from cptq.types.explanation import Explanation, Step
+from cptq.types.guard import GuardMeasure, GuardQuality
 from cptq.types.keep import Keep, keep_nothing
 from cptq.types.model import (
     DTYPE_BYTES,
@@ -52,6 +53,8 @@ __all__ = [
     "Event",
     "Explanation",
     "Fragment",
+    "GuardMeasure",
+    "GuardQuality",
     "Interval",
     "Keep",
     "LayerKind",

@@ -24,9 +24,10 @@ from tests.integration.forks import TEXT, Forks, place_text_beside
 SMALL = [*("--samples", "4", "--seqlen", "64", "--batch-size", "2", "--target", "3.5bit")]
 SMALL += ["--group-size", "16"]
 #: what --check-uniform and --tune leave, in their order
-STEPS = ["run", "sensitivity", "plan", "chosen-plan", "block-0", "block-1", "head", "written"]
+STEPS = ["run", "sensitivity", "plan", "chosen-plan", "block-0", "block-1", "head"]
+STEPS += ["quality", "written"]
 MOMENTS = ["sensitivity", "block-0", "chosen-plan"]
-TUNED = [*STEPS[:-1], "tuned", "written"]
+TUNED = [*STEPS[:-2], "tuned", "quality", "written"]
 #: seconds after which a test gives up
 PATIENCE = 120.0
 
@@ -117,7 +118,9 @@ def test_a_run_that_tunes_and_is_killed_writes_the_same_bytes(
     forks: Forks, model: Path, tmp_path: Path
 ) -> None:
     wanted = compress_whole(forks, model, tmp_path / "plain", "--tune")
-    kill_after_steps(forks, model, tmp_path / "out", TUNED, ["block-1", "tuned"], "--tune")
+    kill_after_steps(
+        forks, model, tmp_path / "out", TUNED, ["block-1", "tuned", "quality"], "--tune"
+    )
     assert sha256_of(tmp_path / "out") == wanted
 
 

@@ -169,6 +169,25 @@ def test_uniform_measures_nothing(tiny_model: TinyModel, tmp_path: Path) -> None
     assert outcome.summary.sensitivity == {}
 
 
+def test_the_loss_stands_in_report_and_card_alone(tiny_model: TinyModel, tmp_path: Path) -> None:
+    model, made = tiny_model("llama"), {}
+    for asked in (True, False):
+        out = tmp_path / str(asked)
+        more = {"allocator": "uniform", "group_size": 16, "evaluate": asked}
+        made[asked] = compress(settings(model, out, **more), quiet).summary
+        assert ("| KL |" in (out / "README.md").read_text(encoding="utf-8")) is asked
+    for name in ("cptq.json", "model.safetensors"):
+        assert sha256(tmp_path / "True" / name) == sha256(tmp_path / "False" / name)
+    quality = made[True].quality
+    assert quality is not None
+    kl = quality.measures[0]
+    assert kl.name == "KL"
+    assert kl.interval is not None
+    assert 0 < kl.interval[0] < kl.value < kl.interval[1]
+    assert not quality.chose_plan
+    assert made[False].quality is None
+
+
 def test_a_failed_verification_leaves_no_artifact(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

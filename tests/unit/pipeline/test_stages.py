@@ -24,6 +24,7 @@ from cptq.pipeline.compress import (
     make_plan,
     measure_sensitivity,
 )
+from cptq.pipeline.guard import Guard
 from cptq.pipeline.inputs import CompressInputs, HeldOutText, load_inputs
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.run_directory import open_run
@@ -116,7 +117,7 @@ def test_plans_are_compared_with_the_model_as_it_came(
     # the package of the same name holds the function
     monkeypatch.setattr(sys.modules["cptq.pipeline.compress"], "keep_better_plan", stop)
     with pytest.raises(KeyboardInterrupt):
-        check_plan(inputs, plan, recorder())
+        check_plan(inputs, plan, Guard(inputs), recorder())
     with torch.no_grad():  # as if it had been compressed by now
         inputs.model.module.get_input_embeddings().weight.mul_(1.1)  # type: ignore[operator]
     assert torch.equal(seen[0].measure_rows(), dense.measure_rows())

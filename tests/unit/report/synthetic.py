@@ -8,11 +8,14 @@ from math import exp
 
 from cptq.report import ModelFacts, Summary, VerificationFacts
 from cptq.report.comparison import ComparedModel, ModelComparison
+from cptq.report.summary import FrontPoint
 from cptq.types import (
     Budget,
     CalibrationRecord,
     Candidate,
     EvalResult,
+    GuardMeasure,
+    GuardQuality,
     LayerResult,
     LayerSpec,
     Notice,
@@ -163,6 +166,38 @@ def make_notices() -> tuple[Notice, ...]:
     )
 
 
+def make_quality(blocks: int) -> GuardQuality:
+    """Make what a language model lost; a share, a divergence and a perplexity of both models."""
+    return GuardQuality(
+        measures=(
+            GuardMeasure(
+                name="KL", unit="nats per token", value=0.05, stderr=0.002,
+                higher_is_better=False, interval=(0.046, 0.054),
+            ),
+            GuardMeasure(
+                name="top-1 agreement", unit="of tokens", value=0.91, stderr=0.01,
+                higher_is_better=True, interval=(0.89, 0.93),
+            ),
+            GuardMeasure(
+                name="perplexity", unit="per token", value=21.5, stderr=1.2,
+                higher_is_better=False, interval=(1.1, 1.9), dense=20.0, dense_stderr=1.1,
+            ),
+        ),
+        source="wikitext", tokens=4096, rows=2048, samples=8, sample_name="window",
+        chose_plan=True, depth=tuple(0.001 * (index + 1) for index in range(blocks + 1)),
+    )  # fmt: skip
+
+
+def make_front() -> tuple[FrontPoint, ...]:
+    """Make the front of a knapsack that beats the baseline a little at every size."""
+    sizes = [70_000_000, 90_000_000, 111_998_320, 140_000_000]
+    own = [
+        FrontPoint(allocator="knapsack", nbytes=size, loss=4e6 / size, chosen=size == sizes[2])
+        for size in sizes
+    ]
+    return (*own, *(FrontPoint(allocator="even", nbytes=p.nbytes, loss=1.5 * p.loss) for p in own))
+
+
 def make_summary(
     blocks: int = 30, command: str = "compress", source: str = "smollm2-135m"
 ) -> Summary:
@@ -216,6 +251,8 @@ def make_summary(
             dense_file_bytes=269_060_552, nominal_bits=4.0, effective_bits=4.25, file_bits=6.66,
         ),
         results=tuple(make_layer_result(spec, wide[spec.name], rng) for spec in linears),
+        front=make_front(),
+        quality=make_quality(blocks),
         verification=VerificationFacts(max_abs_difference=0.0, seconds=6.2),
         comparison=join_results(make_results(1.18, 0.9048), make_results(1.0, 0.9106)),
         baseline_source=source,

@@ -17,12 +17,10 @@ from cptq.report.plots import (
     MAX_ROLES,
     WIDTH,
     assign_role_classes,
-    draw_bits,
     draw_errors,
     draw_figures,
     draw_sensitivity,
 )
-from cptq.report.summary import map_layer_choices
 from cptq.report.svg import Scale, choose_scale, escape_text, format_tick, tag
 from tests.unit.report import synthetic
 
@@ -129,23 +127,6 @@ def test_zero_on_a_log_axis_is_hollow_and_said() -> None:
     assert "log scale" in figure.caption
     assert "1 value of zero or below" in figure.caption
     assert sum("hollow" in (dot.get("class") or "") for dot in marks(figure.svg, "circle")) == 1
-
-
-def test_bars_are_as_high_and_coloured_as_their_bits() -> None:
-    summary = synthetic.make_summary(blocks=3)
-    figure = draw_bits(summary)
-    assert figure is not None
-    bars, choices = marks(figure.svg, "rect"), map_layer_choices(summary)
-    assert len(bars) == len(choices) == 21
-    for bar, (name, choice) in zip(bars, choices.items(), strict=True):
-        assert bar.get("class") == f"bar b{choice.bits}"
-        assert (bar.findtext("title") or "").startswith(name)
-    heights = [
-        (choice.bits, float(bar.get("height", "0")))
-        for bar, choice in zip(bars, choices.values(), strict=True)
-    ]
-    per_bit = heights[0][1] / heights[0][0]
-    assert all(height == pytest.approx(per_bit * bits, abs=0.02) for bits, height in heights)
 
 
 def test_errors_have_a_dot_for_each_measured_kind() -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 
 from cptq.report import ModelFacts, Summary
+from cptq.report.derived import build_json
 from cptq.report.formatting import Table
 from cptq.report.render import (
     FILES,
@@ -59,7 +60,7 @@ def test_lists_of_numbers_take_one_line_and_mean_the_same(summary: Summary) -> N
     changed = replace(summary, comparison=join_results([found]))
     text = render_json(changed)
     assert '"numerators": [1.5,-2e-09,3]' in text
-    assert json.loads(text) == json.loads(json.dumps(changed.to_dict()))
+    assert json.loads(text) == json.loads(json.dumps(build_json(changed)))
 
 
 def test_three_files_are_made(summary: Summary) -> None:
@@ -86,7 +87,10 @@ def test_the_page_is_well_formed_and_fetches_nothing(summary: Summary) -> None:
 def test_the_page_shows_every_part(summary: Summary) -> None:
     text = " ".join(Page(render_html(summary)).words)
     for words in (
-        "Evaluation", "Size", "Layers per width", "Notices", "Bits per layer",
+        "Evaluation", "Size", "Layers per width", "Notices", "Bits of every layer",
+        "Before and after", "Bytes by part", "Predicted size and loss",
+        "Where the error accumulates", "Repeat it",
+        "Sensitivity over depth by all metrics",
         "Sensitivity by output", "Sensitivity by taylor", "Sensitivity by cca",
         "Sensitivity by pruning", "Error per layer", "Most sensitive by cca", "Calibration",
         "All layers", "All scores", "Times", "Settings", "Versions", "nominal bits", "4.250",
@@ -100,8 +104,10 @@ def test_the_page_shows_every_part(summary: Summary) -> None:
 def test_every_drawing_has_a_name_and_a_description(summary: Summary) -> None:
     page = Page(render_html(summary))
     drawings = page.names.count("svg")
-    assert drawings == 6
-    assert page.attributes.count(("role", "img")) == drawings
+    assert drawings == 10
+    cells = page.attributes.count(("class", "cell"))
+    assert cells == len(summary.units)
+    assert page.attributes.count(("role", "img")) == drawings - 1 + cells  # the map is a group
     idents = [value for name, value in page.attributes if name == "id"]
     assert len(idents) == len(set(idents)) == 2 * drawings
     for name, value in page.attributes:
@@ -143,11 +149,11 @@ def test_hostile_names_stay_text(summary: Summary) -> None:
 def test_an_analysis_has_no_plan_and_no_results(summary: Summary) -> None:
     bare = replace(
         summary, command="analyze", plan=None, budget=None, size=None, results=(),
-        verification=None, comparison=Comparison(),
+        verification=None, comparison=Comparison(), front=(), quality=None,
     )  # fmt: skip
     text = " ".join(Page(render_html(bare)).words)
     assert "Sensitivity by output" in text
-    for words in ("Bits per layer", "Error per layer", "Layers per width", "nominal bits"):
+    for words in ("Bits of every layer", "Error per layer", "Layers per width", "nominal bits"):
         assert words not in text
     assert "Most sensitive by output" in render_markdown(bare)
 

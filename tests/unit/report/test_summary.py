@@ -27,7 +27,7 @@ def test_json_holds_everything_and_reads_back(summary: Summary) -> None:
     data = json.loads(render_json(summary))
     assert data["schema"] == SCHEMA
     results = {"evaluation", "baseline", "paired"}  # in place of `comparison`
-    assert set(data) == {"schema", *results, *Summary.__slots__} - {"comparison"}
+    assert set(data) == {"schema", "derived", *results, *Summary.__slots__} - {"comparison"}
     assert Plan.from_dict(data["plan"]) == summary.plan
     table = summary.sensitivity["cca"]
     assert SensitivityTable.from_dict(data["sensitivity"]["cca"]).digest == table.digest
