@@ -27,7 +27,8 @@ import torch
 from torch import Tensor, nn
 
 from cptq.checkpoint.weights import get_scale_type, get_weight, set_weight
-from cptq.compression.scores import SCORES, USUAL_MASKING, Masking, choose_mask
+from cptq.compression.scores import SCORES, USUAL_MASKING, Masking
+from cptq.compression.scores.choice import choose_mask
 from cptq.layouts import Layout
 from cptq.layouts.groups import resolve_group
 from cptq.numerics.grid import (

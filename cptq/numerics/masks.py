@@ -64,17 +64,6 @@ def count_dropped(sparsity: float, numel: int) -> int:
     return int(sparsity * numel + 1e-9)  # 0.3 * 10 is 3, not 2.9999999999999996
 
 
-def build_row_mask(score_OI: Tensor, sparsity: float) -> Tensor:
-    """Return a mask (out, in) that drops the same share of every row, up to one weight."""
-    out, inputs = score_OI.shape
-    total = count_dropped(sparsity, score_OI.numel())
-    ends_O = torch.arange(out + 1, device=score_OI.device) * total // out
-    order_OI = score_OI.abs().argsort(dim=1, stable=True)
-    place_I = torch.arange(inputs, device=score_OI.device)
-    kept_OI = place_I >= ends_O.diff().unsqueeze(1)
-    return torch.empty_like(kept_OI).scatter_(1, order_OI, kept_OI)
-
-
 def build_n_of_m_mask(score_OI: Tensor, kept: int, of: int) -> Tensor:
     """Return a mask (out, in), True at the `kept` largest |score| of every `of` neighbours.
 

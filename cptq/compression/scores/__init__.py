@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
-
-from cptq.numerics.masks import build_magnitude_mask, build_n_of_m_mask, build_row_mask
 from cptq.registry import Registry
-from cptq.types import Candidate
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,12 +25,10 @@ class Score:
 
     Attributes:
         compute: (W_OI, H_II or None, seed) -> score_OI. Without H all inputs count alike.
-        by_row: a share is dropped of every output alike, rather than of the whole matrix.
         in_sweep: the mask is chosen anew inside the column sweep.
     """
 
     compute: Callable[[Tensor, Tensor | None, int], Tensor]
-    by_row: bool = False
     in_sweep: bool = False
 
 
@@ -56,16 +54,3 @@ class Masking:
 
 
 USUAL_MASKING = Masking()
-
-
-def choose_mask(
-    score: Score, W_OI: Tensor, H_II: Tensor | None, candidate: Candidate, seed: int
-) -> Tensor | None:
-    """Return which weights a candidate keeps, bool (out, in); None for one without sparsity."""
-    if not candidate.sparsity:
-        return None
-    score_OI = score.compute(W_OI, H_II, seed)
-    if candidate.kept_of is not None:
-        return build_n_of_m_mask(score_OI, *candidate.kept_of)
-    choose = build_row_mask if score.by_row else build_magnitude_mask
-    return choose(score_OI, candidate.sparsity)

@@ -59,7 +59,7 @@ REFUSED = {
     "compress m --sensitivity no.json": ("PlanError", "--sensitivity no.json", "cptq analyze"),
     "analyze m --sensitivity no": ("PlanError", "--sensitivity no", "cptq analyze"),
     "compress m --sensitivity a": ("PlanError", "--sensitivity a", "a/sensitivity/output.json"),
-    "compress m --sparsity 2:3 --runtime cptq": ("UsageError", "--sparsity", "'2:3'", "2:4"),
+    "compress m --sparsity 2:9 --runtime cptq": ("UsageError", "--sparsity", "'2:9'", "2:4"),
     "analyze m --sparsity 50%": ("UsageError", "--sparsity", "transformers", "--runtime cptq"),
     "analyze m --pairs 9": ("UsageError", "--pairs", "--validate"),
     "analyze m --target 3bit": ("UsageError", "--target", "--validate"),

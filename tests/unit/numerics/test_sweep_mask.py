@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cptq.numerics.hessian import factor_inverse
-from cptq.numerics.masks import build_n_of_m_mask, build_row_mask, count_dropped
+from cptq.numerics.masks import build_n_of_m_mask, count_dropped
 from cptq.numerics.sweep import sweep_columns
 from cptq.numerics.sweep_mask import SweepMask
 from tests.reference import sparsity as truth
@@ -40,18 +40,6 @@ def test_equals_sparsegpt_by_the_book(
     assert mask.mask_IO.T.tolist() == kept
     torch.testing.assert_close(Q_IO.T, expected_OI, rtol=0, atol=1e-8)
     assert int((~mask.mask_IO).sum()) == drop
-
-
-@pytest.mark.parametrize(("out", "inputs", "share"), [(1, 7, 0.3), (5, 33, 0.5), (4, 8, 0.99)])
-def test_rows_drop_alike_and_the_matrix_exactly(out: int, inputs: int, share: float) -> None:
-    score_OI = torch.randn(out, inputs, generator=torch.Generator().manual_seed(out))
-    mask_OI = build_row_mask(score_OI, share)
-    gone = (~mask_OI).sum(1).tolist()
-    assert sum(gone) == int(share * out * inputs)
-    assert max(gone) - min(gone) <= 1
-    for row, kept in zip(score_OI.abs().tolist(), mask_OI.tolist(), strict=True):
-        left = sorted(range(inputs), key=lambda j: (row[j], j))[: kept.count(False)]
-        assert [j not in left for j in range(inputs)] == kept
 
 
 @pytest.mark.parametrize(("kept", "of"), [(2, 4), (4, 8), (1, 3)])
