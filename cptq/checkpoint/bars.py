@@ -12,9 +12,9 @@ from transformers.utils import logging
 def hide_bars() -> Iterator[None]:
     """Turn the bars off in the with-block, such as those of loading and of writing shards."""
     shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
