@@ -58,7 +58,12 @@ def list_parameters(*kinds: type, flags: Mapping[str, tuple[str, ...]]) -> list[
     """Return the options of some classes by section, --help last; `flags` overrides spellings."""
     found = {name: given for kind in kinds for name, given in list_options(kind).items()}
     renamed = [replace(o, flags=flags.get(name, o.flags)) for name, o in found.items()]
-    return sorted(renamed, key=lambda o: (SECTIONS.index(o.section), o.name == "help"))
+    return sorted(renamed, key=lambda o: (SECTIONS.index(o.section), _rank(o)))
+
+
+def _rank(given: Option) -> int:
+    """Return the place in a section: --target before what else decides a plan, --help last."""
+    return -1 if given.flag == "--target" else int(given.name == "help")
 
 
 def make_signature(options: list[Option], show_help: Callable[[bool], None]) -> Signature:
