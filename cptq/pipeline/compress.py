@@ -31,7 +31,7 @@ from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.guard import Guard
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.nearest_check import check_against_nearest
-from cptq.pipeline.predicted_front import predict_front
+from cptq.pipeline.plan_view import predict_front
 from cptq.pipeline.profile import build_masking, spread_zeros
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
@@ -402,7 +402,7 @@ def _summarize(
         sensitivity=tables,
         budget=plan.budget,
         plan=plan,
-        front=predict_front(inputs, tables, plan),
+        front=predict_front(inputs, next(iter(tables.values()), None), [plan]),
         size=inputs.space.cost.make_size_report(plan.choices),
         results=tuple(layer.result for layer in compressed.layers),
         quality=quality,

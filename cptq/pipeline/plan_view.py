@@ -1,4 +1,4 @@
-"""What plans predict, as `cptq plan` and `--dry-run` show it: sizes, losses, and the front.
+"""What plans predict, as `cptq plan`, `--dry-run` and reports show it: sizes, losses, the front.
 
 The front is made of plans for a ladder of sizes, from the smallest plan to that of the widest
 packed options, by the run's allocator and by the baseline one (`even`), and of the plans that were
@@ -16,7 +16,8 @@ from cptq.allocation.ledger import Ledger, build_ledger
 from cptq.errors import BudgetError
 from cptq.pipeline.inputs import CompressInputs
 from cptq.pipeline.uniform_check import BASELINE
-from cptq.report.plans import FrontPoint, PlannedTarget, PlanView
+from cptq.report.plans import PlannedTarget, PlanView
+from cptq.report.summary import FrontPoint
 from cptq.types import Budget, Candidate, Emit, Event, Plan, Progress, SensitivityTable
 
 #: sizes of the ladder
@@ -53,7 +54,7 @@ def view_plans(
     return PlanView(
         units=inputs.model.all_units,
         planned=planned,
-        front=_build_front(inputs, table, planned, emit),
+        front=predict_front(inputs, table, plans, emit),
         score_unit=table.score_unit if table else "",
     )
 
@@ -95,15 +96,15 @@ def _predict_baseline(
         return None
 
 
-def _build_front(
+def predict_front(
     inputs: CompressInputs,
     table: SensitivityTable | None,
-    planned: Sequence[PlannedTarget],
-    emit: Emit,
+    plans: Sequence[Plan],
+    emit: Emit = lambda event: None,
 ) -> tuple[FrontPoint, ...]:
-    """Return the front with the plans that were asked for among its points, smallest first."""
+    """Return the front with some plans among its points, smallest first; empty without scores."""
     allocator = inputs.settings.allocator
-    if table is None or allocator in BLIND or not planned:
+    if table is None or allocator in BLIND or not plans:
         return ()
     ledger = limit_file(inputs, 0)
     most = ledger.cost.file_bytes({u: _find_largest(row) for u, row in ledger.bytes_of.items()})
@@ -116,9 +117,9 @@ def _build_front(
         plan = allocate_within(inputs, allocator, table, own, _ignore)
         found[plan.predicted_bytes] = _make_point(inputs, table, plan)
     emit(Progress(stage="front", done=STEPS, total=STEPS))
-    for target in planned:
-        if target.plan.predicted_loss is not None:
-            found[target.plan.predicted_bytes] = _make_point(inputs, table, target.plan)
+    for plan in plans:
+        if plan.predicted_loss is not None:
+            found[plan.predicted_bytes] = _make_point(inputs, table, plan)
     return tuple(found[nbytes] for nbytes in sorted(found))
 
 

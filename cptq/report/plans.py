@@ -21,7 +21,7 @@ from cptq.report.formatting import (
     format_seconds,
     format_signed,
 )
-from cptq.report.summary import ModelFacts, convert_to_plain
+from cptq.report.summary import FrontPoint, ModelFacts, Summary, convert_to_plain
 from cptq.types import (
     Candidate,
     Explanation,
@@ -37,6 +37,8 @@ from cptq.types import (
 SCHEMA = 1
 #: targets in one table of roles, so that it fits 80 columns
 PER_TABLE = 4
+#: what the plan of a run is called among the plans of a front
+CARRIED_OUT = "carried out"
 #: letters of the longest bar
 BAR = 20
 
@@ -58,16 +60,6 @@ class PlannedTarget:
     def target(self) -> str:
         """The target as typed."""
         return self.plan.budget.asked
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FrontPoint:
-    """Two plans within as many bytes: `loss` of the allocator's, `uniform` of the baseline's."""
-
-    nbytes: int
-    bits: float
-    loss: float
-    uniform: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,7 +127,8 @@ def build_view_tables(view: PlanView) -> list[Table]:
         if len(view.planned) == 1
         else [_build_role_table(view, view.planned[i : i + PER_TABLE]) for i in starts]
     )
-    front = [_build_front_table(view)] if view.front else []
+    names = {found.plan.predicted_bytes: found.target for found in view.planned}
+    front = [_build_front_table(view.front, names)] if view.front else []
     return [_build_size_table(view), *roles, *front]
 
 
@@ -214,9 +207,15 @@ def _average_bits(
         yield role, f"{mean:.2f}" + (f" ({low} to {high})" if low < high else "")
 
 
-def _build_front_table(view: PlanView) -> Table:
-    targets = {found.plan.predicted_bytes: found.target for found in view.planned}
-    losses = [point.loss for point in view.front if point.loss > 0 and isfinite(point.loss)]
+def build_front_table(summary: Summary) -> Table | None:
+    """Build the front of a run's measurement, its own plan marked; None without."""
+    if not summary.front or summary.plan is None:
+        return None
+    return _build_front_table(summary.front, {summary.plan.predicted_bytes: CARRIED_OUT})
+
+
+def _build_front_table(front: Sequence[FrontPoint], names: Mapping[int, str]) -> Table:
+    losses = [point.loss for point in front if point.loss > 0 and isfinite(point.loss)]
     rows = [
         (
             format_bytes(point.nbytes),
@@ -224,9 +223,9 @@ def _build_front_table(view: PlanView) -> Table:
             format_number(point.loss, 3),
             format_number(point.uniform, 3),
             _draw_bar(point.loss, losses),
-            targets.get(point.nbytes, ""),
+            names.get(point.nbytes, ""),
         )
-        for point in view.front
+        for point in front
     ]
     return Table(
         title="Size against predicted loss",

@@ -28,10 +28,9 @@ from cptq.report.formatting import (
 from cptq.report.front import draw_front, make_standalone
 from cptq.report.layer_map import draw_map
 from cptq.report.parts import draw_parts
-from cptq.report.plan_front import draw_plan_front
+from cptq.report.plan_front import draw_plan_front, draw_run_front
 from cptq.report.plans import PlansOutcome
 from cptq.report.plots import draw_figures
-from cptq.report.predicted_front import draw_predicted_front
 from cptq.report.sensitivity_axis import draw_sensitivity_axis
 from cptq.report.sparsity import draw_sparsity
 from cptq.report.summary import Summary, group_notices
@@ -188,7 +187,7 @@ def _draw_all_figures(summary: Summary) -> list[Figure]:
     found = [
         draw_scatter(summary.validation),
         draw_parts(summary),
-        draw_predicted_front(summary),
+        draw_run_front(summary),
         draw_map(summary),
         draw_sensitivity_axis(summary),
         draw_depth(summary),

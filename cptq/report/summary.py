@@ -74,15 +74,15 @@ class VerificationFacts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FrontPoint:
-    """A plan that was predicted: the bytes of its file, and its loss in the metric's unit.
+    """Two plans within as many bytes: `loss` of the allocator's, `uniform` of the baseline's.
 
-    `chosen`: it was carried out.
+    `bits` are the effective ones. Losses are predicted, in the metric's unit.
     """
 
-    allocator: str
     nbytes: int
+    bits: float
     loss: float
-    chosen: bool = False
+    uniform: float | None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

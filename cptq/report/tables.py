@@ -22,7 +22,7 @@ from cptq.report.formatting import (
     tabulate_pairs,
 )
 from cptq.report.parts import build_parts_table
-from cptq.report.predicted_front import build_predicted_front_table
+from cptq.report.plans import build_front_table
 from cptq.report.protocol import IN_DOMAIN, explain_in_domain, list_protocols, spell_in_domain
 from cptq.report.sensitivity_axis import build_depth_table
 from cptq.report.sparse import build_sparsity_table
@@ -63,7 +63,7 @@ def build_tables(summary: Summary) -> Sequence[Table]:
         build_calibration_table(summary),
         build_protocol_table(summary),
         *build_pruning_tables(summary),
-        build_predicted_front_table(summary),
+        build_front_table(summary),
         build_accumulation_table(summary),
         build_score_table(summary),
         build_layer_table(summary),

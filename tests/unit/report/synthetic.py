@@ -191,11 +191,10 @@ def make_quality(blocks: int) -> GuardQuality:
 def make_front() -> tuple[FrontPoint, ...]:
     """Make the front of a knapsack that beats the baseline a little at every size."""
     sizes = [70_000_000, 90_000_000, 111_998_320, 140_000_000]
-    own = [
-        FrontPoint(allocator="knapsack", nbytes=size, loss=4e6 / size, chosen=size == sizes[2])
+    return tuple(
+        FrontPoint(nbytes=size, bits=size / 25e6, loss=4e6 / size, uniform=6e6 / size)
         for size in sizes
-    ]
-    return (*own, *(FrontPoint(allocator="even", nbytes=p.nbytes, loss=1.5 * p.loss) for p in own))
+    )
 
 
 def make_summary(

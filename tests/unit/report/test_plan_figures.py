@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -12,7 +11,8 @@ from cptq.report.before_after import build_before_after_table, tell
 from cptq.report.depth import draw_depth
 from cptq.report.layer_map import draw_map, make_cell
 from cptq.report.parts import SCALES, VOCABULARY_16, advise, measure_parts
-from cptq.report.predicted_front import draw_predicted_front
+from cptq.report.plan_front import draw_run_front
+from cptq.report.plans import build_front_table
 from cptq.report.sensitivity_axis import draw_sensitivity_axis, measure_depth, split_depth
 from cptq.report.sparse import build_sparsity_table
 from cptq.report.summary import map_layer_choices
@@ -68,13 +68,19 @@ def test_sparse_weights_are_counted(summary: Summary) -> None:
     assert sum(int(row[3]) for row in table.rows) == len(summary.results)
 
 
-def test_the_front_marks_the_plan_that_was_carried_out(summary: Summary) -> None:
-    figure = draw_predicted_front(summary)
+def test_the_front_names_the_plan_that_was_carried_out(summary: Summary) -> None:
+    figure = draw_run_front(summary)
     assert figure is not None
-    assert figure.svg.count('class="ring"') == 1
-    assert figure.svg.count("<circle") - 1 == figure.svg.count("<rect") == 4
-    assert len(re.findall(r"\(carried out\)", figure.svg)) == 2  # its tip and the description
-    assert draw_predicted_front(replace(summary, front=summary.front[:2])) is None
+    assert figure.svg.count("<polyline") == 2
+    assert figure.svg.count("<circle") == 1
+    assert ">carried out</text>" in figure.svg
+    table = build_front_table(summary)
+    assert table is not None
+    assert summary.plan is not None
+    assert [row[-1] for row in table.rows].count("carried out") == sum(
+        point.nbytes == summary.plan.predicted_bytes for point in summary.front
+    )
+    assert draw_run_front(replace(summary, front=summary.front[:1])) is None
 
 
 def test_outer_blocks_are_the_first_and_last_30_percent(summary: Summary) -> None:
