@@ -42,7 +42,7 @@ def read_modules(modules: Any, version: Any) -> Mapping[str, str]:
     if version not in READABLE:
         raise ArtifactError(
             f"the artifact has version {version!r} of the packed format",
-            allowed=f"version {' or '.join(map(str, READABLE))}",
+            allowed=f"version {', '.join(map(str, READABLE[:-1]))} or {READABLE[-1]}",
             hint="install the version of cptq that wrote it",
         )
     if not isinstance(modules, Mapping) or not modules:

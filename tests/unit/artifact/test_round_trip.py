@@ -156,6 +156,7 @@ def test_a_missing_tensor_is_found(tiny_model: TinyModel, tmp_path: Path) -> Non
 
 def test_a_directory_that_does_not_load_is_said(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.json").write_text('{"model_type": "bert"}')
     ids = {"input_ids": torch.ones(1, 2, dtype=torch.int64)}
     with pytest.raises(ArtifactError, match=r"stock transformers.*: \w+"):
         reload.reload_in_fresh_process(
