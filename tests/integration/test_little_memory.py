@@ -60,7 +60,7 @@ def starve(monkeypatch: pytest.MonkeyPatch) -> None:
     ("arch", "runtime"),
     [
         ("llama", "transformers"),
-        ("bert", "cptq"),
+        pytest.param("bert", "cptq", marks=pytest.mark.slow),
         pytest.param("llama", "cptq", marks=pytest.mark.slow),
         pytest.param("opt", "transformers", marks=pytest.mark.slow),
         pytest.param("opt", "cptq", marks=pytest.mark.slow),

@@ -105,6 +105,7 @@ def send_at(forks: Forks, words: list[str], out: Path, number: signal.Signals, s
     return forks.wait(pid)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_after_every_step_writes_the_same_bytes(
     forks: Forks, model: Path, tmp_path: Path
 ) -> None:

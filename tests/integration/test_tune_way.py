@@ -116,7 +116,7 @@ def test_tuned_norms_and_scales_are_in_the_file_that_stock_transformers_loads(pa
     assert first == second
 
 
-@pytest.mark.parametrize("arch", ["bert", "bert-encoder"])
+@pytest.mark.parametrize("arch", ["bert-encoder", pytest.param("bert", marks=pytest.mark.slow)])
 def test_classifiers_and_encoders_are_tuned(
     arch: str, tiny_model: TinyModel, tmp_path: Path, heard: Heard
 ) -> None:

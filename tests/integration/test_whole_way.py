@@ -31,8 +31,8 @@ from tests.tiny_models import RECIPES
 
 pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
-#: a causal model, one with experts, an encoder, and one without a description of its family
-KINDS = ("llama", "olmoe", "bert", "generic")
+#: a causal model, an encoder, and one without a description of its family
+KINDS = ("llama", "bert", "generic")
 FAMILIES = [
     pytest.param(arch, marks=() if arch in KINDS else pytest.mark.slow)
     for arch in sorted(set(RECIPES) - {"gpt2"})

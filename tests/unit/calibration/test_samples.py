@@ -93,6 +93,7 @@ def test_moments_alone_are_those_of_a_pass_with_gradients(arch: str, tiny_model:
         torch.testing.assert_close(layer.moment.mean_II, other.mean_II)
 
 
+@pytest.mark.slow
 def test_the_fisher_measures_the_kl_in_nats(tiny_model: TinyModel) -> None:
     """1/2 E (sum_t g_t . dW x_t)^2 over many directions is the divergence of a small change."""
     model = loaded(tiny_model("llama"))

@@ -101,8 +101,11 @@ def read_state(model: LoadedModel) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("arch", "compressor"),
     [
-        *(("llama", "gptaq"), ("llama", "gptq"), ("olmoe", "gptaq"), ("gpt2", "gptaq")),
-        *(("bert", "gptaq"), ("generic", "gptaq")),
+        *(("llama", "gptaq"), ("llama", "gptq"), ("bert", "gptaq")),
+        *(
+            pytest.param(arch, "gptaq", marks=pytest.mark.slow)
+            for arch in ("olmoe", "gpt2", "generic")
+        ),
     ],
 )
 def test_a_run_that_died_after_any_step_ends_as_if_it_had_not(

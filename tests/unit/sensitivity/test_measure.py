@@ -71,6 +71,7 @@ def test_every_metric_scores_every_unit(arch: str, tiny_model: TinyModel) -> Non
         assert again.digest == table.digest
 
 
+@pytest.mark.slow
 def test_a_table_does_not_depend_on_its_company(tiny_model: TinyModel) -> None:
     path = tiny_model("llama")
     together = tables(path, rows=20)
@@ -136,9 +137,9 @@ def test_unknown_metrics_name_the_nearest(tiny_model: TinyModel) -> None:
 
 
 def test_candidates_without_a_rounding_are_refused(tiny_model: TinyModel, score: Score) -> None:
-    candidate = Candidate(bits=4, sparsity=0.75, pattern="1:4")
+    candidate = Candidate(bits=4, sparsity=0.9, pattern="some")
     model = loaded(tiny_model("llama"))
-    with pytest.raises(UsageError, match="'1:4'"):
+    with pytest.raises(UsageError, match="'some'"):
         score(model, ["output"], [candidate])
 
 
