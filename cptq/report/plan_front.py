@@ -25,7 +25,6 @@ from cptq.report.svg import (
 
 WIDTH, HEIGHT = 960.0, 420.0
 LEFT, RIGHT, TOP, BOTTOM = 72.0, 90.0, 28.0, 48.0
-_STROKE = "stroke-width:2;opacity:.8"
 TITLE = "Size and predicted loss"
 XMLNS = "http://www.w3.org/2000/svg"
 
@@ -46,7 +45,7 @@ def draw_plan_front(view: PlanView) -> Figure | None:
         for found in view.planned
         for plan in (found.plan,)
     ]
-    return _draw_front(view.front, dots, view.score_unit)
+    return _draw_front(view.front, dots, view.score_unit, XMLNS)
 
 
 def draw_run_front(summary: Summary) -> Figure | None:
@@ -59,7 +58,10 @@ def draw_run_front(summary: Summary) -> Figure | None:
     return _draw_front(summary.front, [dot], table.score_unit if table else "score")
 
 
-def _draw_front(front: Sequence[FrontPoint], dots: Sequence[Dot], unit: str) -> Figure | None:
+def _draw_front(
+    front: Sequence[FrontPoint], dots: Sequence[Dot], unit: str, xmlns: str | None = None
+) -> Figure | None:
+    """Draw a front; `xmlns` for a file of its own."""
     if len(front) < 2:
         return None
     losses = [loss for p in front for loss in (p.loss, p.uniform) if loss is not None]
@@ -73,14 +75,19 @@ def _draw_front(front: Sequence[FrontPoint], dots: Sequence[Dot], unit: str) -> 
         title=TITLE,
         caption=f"predicted loss, {unit}: lower is better{log}; interactions between units are not "
         "in it; each dot is a plan",
-        svg=_draw(front, dots, unit, scale, across),
+        svg=_draw(front, dots, unit, (scale, across), xmlns),
         legend=(("r0", "chosen widths"), ("r7", "even widths (dashed)")),
     )
 
 
 def _draw(
-    front: Sequence[FrontPoint], dots: Sequence[Dot], unit: str, scale: Scale, across: Scale
+    front: Sequence[FrontPoint],
+    dots: Sequence[Dot],
+    unit: str,
+    scales: tuple[Scale, Scale],
+    xmlns: str | None,
 ) -> str:
+    scale, across = scales
     chosen = [(point.nbytes, point.loss) for point in front]
     even = [(point.nbytes, p) for point in front if (p := point.uniform) is not None]
     body = _draw_axes(unit, scale, across)
@@ -89,7 +96,7 @@ def _draw(
     body += _draw_line(chosen, scale, across, "r0", name="chosen", place=place)
     body += "".join(_draw_dot(dot, scale, across) for dot in dots)
     words = "; ".join(_describe(point) for point in front)
-    return wrap_svg(body, "plan-front", TITLE, words, (WIDTH, HEIGHT), XMLNS)
+    return wrap_svg(body, "plan-front", TITLE, words, (WIDTH, HEIGHT), xmlns)
 
 
 def _describe(point: FrontPoint) -> str:
@@ -126,7 +133,7 @@ def _draw_line(
     if len(places) < 2:
         return ""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    line = tag("polyline", class_=f"line {css}", points=path, stroke_dasharray=dash, style=_STROKE)
+    line = tag("polyline", class_=f"line {css}", points=path, stroke_dasharray=dash, opacity="0.8")
     x, y = places[min(place, len(places) - 1)]
     at = y - 8 if name == "even" else y + 18
     anchor = "start" if name == "even" else "end"

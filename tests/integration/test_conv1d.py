@@ -32,6 +32,7 @@ def common(model: Path) -> dict[str, Any]:
     return {"model": source, "calibration": TEXT, "bits": (2, 4, 8, 16), "group_size": 16}
 
 
+@pytest.mark.slow
 def test_all_metrics_then_a_plan_of_each(tiny_model: TinyModel, tmp_path: Path) -> None:
     asked, out = common(tiny_model("gpt2")), tmp_path / "analysis"
     heard: list[Event] = []

@@ -88,6 +88,7 @@ def test_the_artifact_is_the_same(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "small", "text.txt", "whole"]
 
 
+@pytest.mark.slow
 def test_a_wrong_block_is_found_by_the_short_check(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

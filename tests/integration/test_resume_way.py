@@ -245,6 +245,7 @@ def test_an_impatient_hand_and_a_run_that_has_done_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused_and_a_damaged_step_is_made_again(
     forks: Forks, model: Path, whole: dict[str, str], tmp_path: Path, tiny_model: TinyModel
 ) -> None:
@@ -282,6 +283,7 @@ def test_two_runs_do_not_write_one_output(
     assert sha256_of(out) == whole
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_the_command_that_goes_on(
     forks: Forks, model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:

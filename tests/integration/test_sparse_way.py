@@ -78,6 +78,7 @@ def test_a_budget_that_only_sparse_weights_reach(model: Path, tmp_path: Path) ->
     assert {line.candidate for line in outcome.summary.results if line.candidate.sparsity}
 
 
+@pytest.mark.slow
 def test_a_measurement_is_reused_and_names_what_it_lacks(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "a"
     analyze(

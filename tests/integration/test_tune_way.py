@@ -129,6 +129,7 @@ def test_classifiers_and_encoders_are_tuned(
     assert outcome.artifact.manifest["verification"]["max_abs_difference"] < 1e-4
 
 
+@pytest.mark.slow
 def test_what_llamacpp_reads_can_be_exported(
     tiny_model: TinyModel, tmp_path: Path, heard: Heard
 ) -> None:
@@ -199,6 +200,7 @@ def test_when_nothing_is_better_that_is_said(
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_cut_short_says_so(
     tiny_model: TinyModel, tmp_path: Path, heard: Heard, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -149,6 +149,7 @@ def test_the_files_say_it_all(llama_validation: tuple[Path, Path, Validation]) -
         assert (words in (out / "report.md").read_text()) == words.startswith("Regret")
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was_and_the_same_seed_gives_the_same(
     llama_validation: tuple[Path, Path, Validation], tmp_path: Path
 ) -> None:

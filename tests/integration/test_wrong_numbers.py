@@ -102,7 +102,10 @@ def compare(
 @pytest.mark.parametrize(
     "defect",
     [
-        pytest.param(defect, marks=[pytest.mark.slow] if defect in ("dead input", "rank") else [])
+        pytest.param(
+            defect,
+            marks=[pytest.mark.slow] if defect in ("dead input", "rank", "unreached") else [],
+        )
         for defect in DEFECTS
     ],
 )

@@ -154,6 +154,7 @@ def test_a_missing_tensor_is_found(tiny_model: TinyModel, tmp_path: Path) -> Non
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_directory_that_does_not_load_is_said(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text('{"model_type": "bert"}')

@@ -278,6 +278,7 @@ def test_bad_options(options: dict[str, Any], named: str) -> None:
         cptq.bench("no/such-model", **options)
 
 
+@pytest.mark.slow
 def test_real_processes(tiny_model: TinyModel, heard: Heard) -> None:
     path = tiny_model("llama", tied=True)
     (model,) = run(heard, path, batch_size=(1, 2), repeats=1, threads=1).bench.models

@@ -88,7 +88,7 @@ def test_the_page_shows_every_part(summary: Summary) -> None:
     text = " ".join(Page(render_html(summary)).words)
     for words in (
         "Evaluation", "Size", "Layers per width", "Notices", "Bits of every layer",
-        "Before and after", "Bytes by part", "Predicted size and loss",
+        "Before and after", "Bytes by part", "Size and predicted loss",
         "Where the error accumulates", "Repeat it",
         "Sensitivity over depth by all metrics",
         "Sensitivity by output", "Sensitivity by taylor", "Sensitivity by cca",
