@@ -133,7 +133,7 @@ def _draw_line(
     if len(places) < 2:
         return ""
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    line = tag("polyline", class_=f"line {css}", points=path, stroke_dasharray=dash, opacity="0.8")
+    line = tag("polyline", class_=f"line strong {css}", points=path, stroke_dasharray=dash)
     x, y = places[min(place, len(places) - 1)]
     at = y - 8 if name == "even" else y + 18
     anchor = "start" if name == "even" else "end"
