@@ -18,9 +18,9 @@ from cptq.report.svg import (
     Scale,
     choose_scale,
     choose_step,
+    draw_columns,
     draw_levels,
     escape_text,
-    format_tick,
     tag,
     wrap_svg,
 )
@@ -122,13 +122,8 @@ def _draw_svg(points: Sequence[Point], scale: Scale, across: Scale, title: str, 
 
 
 def _draw_axes(scale: Scale, across: Scale, metric: str) -> str:
-    bottom = HEIGHT - BOTTOM
     drawing = draw_levels(scale, left=LEFT, right=WIDTH - RIGHT)
-    for value in across.list_ticks():
-        x = across.locate(value)
-        drawing += tag("line", class_="grid", x1=x, x2=x, y1=TOP, y2=bottom)
-        label = format_tick(value)
-        drawing += tag("text", label, class_="tick", x=x, y=bottom + 16, text_anchor="middle")
+    drawing += draw_columns(across, top=TOP, bottom=HEIGHT - BOTTOM)
     middle, end = (LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8
     label = "weight file, MB"
     drawing += tag("text", label, class_="tick", x=middle, y=end, text_anchor="middle")

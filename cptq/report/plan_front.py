@@ -16,9 +16,9 @@ from cptq.report.svg import (
     Figure,
     Scale,
     choose_scale,
+    draw_columns,
     draw_levels,
     escape_text,
-    format_tick,
     tag,
     wrap_svg,
 )
@@ -105,13 +105,8 @@ def _describe(point: FrontPoint) -> str:
 
 
 def _draw_axes(unit: str, scale: Scale, across: Scale) -> str:
-    bottom = HEIGHT - BOTTOM
     drawing = draw_levels(scale, left=LEFT, right=WIDTH - RIGHT)
-    for value in across.list_ticks():
-        x = across.locate(value)
-        drawing += tag("line", class_="grid", x1=x, x2=x, y1=TOP, y2=bottom)
-        label = format_tick(value)
-        drawing += tag("text", label, class_="tick", x=x, y=bottom + 16, text_anchor="middle")
+    drawing += draw_columns(across, top=TOP, bottom=HEIGHT - BOTTOM)
     middle = (LEFT + WIDTH - RIGHT) / 2
     label = "file, MB"
     drawing += tag("text", label, class_="tick", x=middle, y=HEIGHT - 8, text_anchor="middle")

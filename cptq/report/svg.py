@@ -199,3 +199,14 @@ def draw_levels(
         label = format_tick(value)
         drawing += tag("text", label, class_="tick", x=left - gap, y=y + 4, text_anchor="end")
     return drawing
+
+
+def draw_columns(across: Scale, *, top: float, bottom: float) -> str:
+    """Draw a vertical line with a label below it at each tick."""
+    drawing = ""
+    for value in across.list_ticks():
+        x = across.locate(value)
+        drawing += tag("line", class_="grid", x1=x, x2=x, y1=top, y2=bottom)
+        label = format_tick(value)
+        drawing += tag("text", label, class_="tick", x=x, y=bottom + 16, text_anchor="middle")
+    return drawing
