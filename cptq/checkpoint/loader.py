@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import transformers
@@ -186,15 +186,8 @@ def _load(
 ) -> LoadedModel:
     """Do what `load_model` says."""
     device, path = pick_device(settings.device), resolve_checkpoint(settings, emit)
-    config = _read_checked_config(path)
-    if dense:
-        refuse_compressed(settings.model, config)
-    kind = detect_kind(config, path)
-    files = find_weights(path, settings)
+    config, kind, files, stored = check_checkpoint(settings, path, dense=dense)
     report_stale_copies(files, emit)
-    stored = read_stored_tensors(path, files, settings)
-    check_sizes(path, config, stored)
-    check_stored(settings.model, config, stored)
     dtype = pick_dtype(settings.dtype, device, stored)
     emit(Progress(stage="load", done=0, total=None, message=settings.model))
     quantized = config.get("quantization_config") is not None
@@ -247,6 +240,36 @@ def _load(
         units=found.units,
         vocabulary=found.vocabulary,
     )
+
+
+class Checked(NamedTuple):
+    """What a checkpoint holds by its small files: config, kind, weight files and their tensors."""
+
+    config: Mapping[str, Any]
+    kind: ModelKind
+    files: list[Path]
+    stored: dict[str, TensorSpec]
+
+
+def check_checkpoint(settings: ModelSettings, path: Path, *, dense: bool) -> Checked:
+    """Read the small files of a checkpoint and refuse what cannot be loaded; no weight is read.
+
+    Args:
+        settings: which model, and whether pickles may be read.
+        path: its directory.
+        dense: refuse what is compressed already.
+
+    Raises:
+        ModelError: says what is wrong, and what to give or to type instead.
+    """
+    config = _read_checked_config(path)
+    if dense:
+        refuse_compressed(settings.model, config)
+    kind, files = detect_kind(config, path), find_weights(path, settings)
+    stored = read_stored_tensors(path, files, settings)
+    check_sizes(path, config, stored)
+    check_stored(settings.model, config, stored)
+    return Checked(config, kind, files, stored)
 
 
 def _read_checked_config(path: Path) -> Mapping[str, Any]:

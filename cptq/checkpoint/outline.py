@@ -17,13 +17,11 @@ from torch import nn
 
 from cptq.checkpoint.architectures import Architecture, get_architecture
 from cptq.checkpoint.experts import unstack_experts
-from cptq.checkpoint.files import check_sizes, read_config
 from cptq.checkpoint.inventory import Inventory, Trace, find_blocks, list_matrices, take_inventory
 from cptq.checkpoint.load_errors import explain_load_errors, refuse_library_errors
-from cptq.checkpoint.loader import AUTO_CLASSES, detect_kind
+from cptq.checkpoint.loader import AUTO_CLASSES, check_checkpoint
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.refusals import check_config, check_directory, check_stored, refuse_compressed
-from cptq.checkpoint.stored import find_weights, list_stored_tensors, read_stored_tensors
+from cptq.checkpoint.stored import list_stored_tensors
 from cptq.config import ModelSettings
 from cptq.errors import ModelError
 from cptq.types import Event, ModelKind, TensorSpec
@@ -43,14 +41,7 @@ def outline_model(settings: ModelSettings, *, conv1d: bool) -> tuple[LoadedModel
     """
     path = Path(settings.model)
     with refuse_library_errors(settings.model):
-        check_directory(path)
-        plain = read_config(path)
-        check_config(path, plain)
-        refuse_compressed(settings.model, plain)
-        kind, files = detect_kind(plain, path), find_weights(path, settings)
-        stored = read_stored_tensors(path, files, settings)
-        check_sizes(path, plain, stored)
-        check_stored(settings.model, plain, stored)
+        plain, kind, _, stored = check_checkpoint(settings, path, dense=True)
         family = get_architecture(str(plain.get("model_type")))
         with explain_load_errors(settings.model):
             module = _build_on_meta(path, kind, settings.trust_remote_code)
