@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +57,11 @@ from cptq.types import (
     Emit,
     Event,
     GuardQuality,
+    Keep,
     Notice,
     Plan,
     SensitivityTable,
+    keep_nothing,
 )
 
 #: the step of what --tune did
@@ -97,9 +100,10 @@ def compress(settings: CompressSettings, emit: Emit, ranks: Ranks = ALONE) -> Co
         run.identify(identify_compress(inputs))
         check_disk(count_disk(inputs), kept=run.nbytes)
         guard = Guard(inputs)
-        tables = run.keep("sensitivity", lambda: dict(measure_sensitivity(inputs, recorder)))
+        measure_here = partial(measure_sensitivity, inputs, recorder, run.keep)
+        tables = run.keep("sensitivity", lambda: dict(measure_here()))
         made = run.keep("plan", lambda: make_plan(inputs, tables, recorder))
-        plan = run.keep("chosen-plan", lambda: check_plan(inputs, made, guard, recorder))
+        plan = run.keep("chosen-plan", lambda: check_plan(inputs, made, guard, recorder, run.keep))
         guard.record_dense(run, recorder)
         compressed = compress_and_tune(inputs, plan, guard, run, recorder, ranks)
         quality = guard.measure(run, recorder, chose_plan=plan.notes != made.notes)
@@ -132,9 +136,12 @@ def plan(settings: CompressSettings, emit: Emit) -> Plan:
 
 
 def measure_sensitivity(
-    inputs: CompressInputs, recorder: Recorder
+    inputs: CompressInputs, recorder: Recorder, keep: Keep = keep_nothing
 ) -> Mapping[str, SensitivityTable]:
-    """Return {metric: table}: that of --sensitivity, else measured where the plan needs scores."""
+    """Return {metric: table}: that of --sensitivity, else measured where the plan needs scores.
+
+    `keep` keeps the units that are finished.
+    """
     settings = inputs.settings
     if not inputs.measures:
         return inputs.tables
@@ -153,6 +160,7 @@ def measure_sensitivity(
             compress=trial.weights if trial and truth else None,
             vocabulary=vocabulary,
             compress_outer=trial.compute_weights if trial else None,
+            keep=keep,
         )
 
 
@@ -243,8 +251,17 @@ def compress_and_tune(
     return replace(compressed, layers=tuple(layers), tuned=found.record)
 
 
-def check_plan(inputs: CompressInputs, plan: Plan, guard: Guard, recorder: Recorder) -> Plan:
-    """Return the plan, or the baseline plan where --check-uniform finds that better."""
+def check_plan(
+    inputs: CompressInputs,
+    plan: Plan,
+    guard: Guard,
+    recorder: Recorder,
+    keep: Keep = keep_nothing,
+) -> Plan:
+    """Return the plan, or the baseline plan where --check-uniform finds that better.
+
+    `keep` keeps what was measured of each.
+    """
     with recorder.stage("plan check"):
         baseline = _make_baseline_plan(inputs, plan, recorder)
         if baseline is None:
@@ -258,6 +275,7 @@ def check_plan(inputs: CompressInputs, plan: Plan, guard: Guard, recorder: Recor
             lambda tried, emit: _carry_out(inputs, tried, part, (), emit),
             guard.divergence,
             recorder,
+            keep,
         )
 
 

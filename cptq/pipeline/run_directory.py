@@ -212,7 +212,9 @@ class RunDirectory:
         for path in self.path.iterdir():
             if path.name not in kept:
                 _remove(path)
-        (self.path / _OWNER).write_text(str(os.getpid()), encoding="utf-8")
+        named = self.path / f"{_OWNER}.new"  # read by others while it is written
+        named.write_text(str(os.getpid()), encoding="utf-8")
+        named.replace(self.path / _OWNER)
 
 
 def _build_foreign_error(name: str, begun: Identity, identity: Identity, path: Path) -> ResumeError:

@@ -22,7 +22,7 @@ from torch import Tensor
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.checkpoint.model import LoadedModel
 from cptq.report.formatting import format_number
-from cptq.types import Emit, Event, Notice, Plan, Progress
+from cptq.types import Emit, Event, Keep, Notice, Plan, Progress, keep_nothing
 
 #: the allocator of the baseline plan
 BASELINE = "even"
@@ -40,6 +40,7 @@ def keep_better_plan(
     compress: Compress,
     divergence: DivergenceFromDense,
     emit: Emit,
+    keep: Keep = keep_nothing,
 ) -> Plan:
     """Carry out both plans and return the better one; `model` is dense again afterwards.
 
@@ -50,13 +51,17 @@ def keep_better_plan(
         compress: carries a plan out on the dense model, whose weights it changes.
         divergence: from the dense model, on held-out text.
         emit: receives progress and the result; what a trial has to say about its layers is dropped.
+        keep: keeps the divergences of each plan.
     """
-    rows = []
-    for tried in (plan, baseline):
+
+    def try_out(tried: Plan) -> Tensor:
         compress(tried, partial(_show_progress, emit, tried.allocator))
-        rows.append(divergence.measure_rows())
+        found = divergence.measure_rows()
         model.restore_dense()
-    own_R, other_R = rows
+        return found
+
+    own_R = keep("trial-of-plan", partial(try_out, plan))
+    other_R = keep("trial-of-baseline", partial(try_out, baseline))
     better = plan if float(own_R.mean()) <= float(other_R.mean()) else baseline
     note = _describe_result(own_R, other_R, baseline, divergence)
     emit(note)
