@@ -184,8 +184,8 @@ class CostModel:
     def count_uniform_bytes(self, candidate: Candidate) -> int:
         """Return `file_bytes` with one candidate for every unit that supports its group size.
 
-        Embeddings and heads that the runtime takes packed, but not so narrow, get the nearest width
-        above; those that it does not take packed stay dense.
+        Embeddings and heads that the runtime takes in fewer than 16 bits, but not so narrow, get
+        the nearest width above: 8-bit floats where it packs none.
         """
         choices: dict[str, Candidate] = {}
         for unit in self.units:
@@ -212,9 +212,12 @@ class CostModel:
 
     def _widen(self, candidate: Candidate) -> Candidate:
         """Return the candidate at the nearest width in which the runtime takes the vocabulary."""
-        wider = [bits for bits in self.runtime.vocabulary if bits >= candidate.bits]
-        dense = candidate.dense or not wider
-        return Candidate(bits=16) if dense else replace(candidate, bits=min(wider))
+        wider = [bits for bits in self.runtime.list_vocabulary_bits() if bits >= candidate.bits]
+        if candidate.dense or not wider:
+            return Candidate(bits=16)
+        if not self.runtime.vocabulary:
+            return Candidate(bits=min(wider), float8=self.runtime.list_scale_kinds()[0])
+        return replace(candidate, bits=min(wider))
 
     @property
     def _usual_bits(self) -> int:

@@ -13,7 +13,9 @@ from safetensors.torch import save
 from cptq.allocation.cost import CostModel
 from cptq.allocation.ledger import build_ledger
 from cptq.checkpoint.weights import TORCH_DTYPES
+from cptq.config import RUNTIMES
 from cptq.errors import PlanError
+from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.types import Budget, Candidate
 from tests.unit.allocation.synthetic import packed_model
 
@@ -63,6 +65,23 @@ def test_a_uniform_model_has_its_vocabulary_at_the_nearest_width(bits: int, labe
     cost = packed_model(9, vocabulary=True)
     uniform = Candidate(bits=bits, group_size=0 if bits == 16 else 16)
     plan = {unit.name: uniform for unit in cost.units} | {"model.embed": Candidate.parse(label)}
+    assert cost.count_uniform_bytes(uniform) == cost.file_bytes(plan)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "bits", "label"),
+    [("transformers", 4, "f8e4m3"), ("transformers", 16, "w16"), ("vllm", 4, "w16")],
+)
+def test_a_uniform_model_has_its_vocabulary_in_8_bit_floats_where_they_alone_are_taken(
+    runtime: str, bits: int, label: str
+) -> None:
+    packed = packed_model(9, vocabulary=True)
+    cost = CostModel(packed.units, packed.tensors, PACK_QUANTIZED, RUNTIMES[runtime])
+    uniform = Candidate(bits=bits, group_size=0 if bits == 16 else 32)
+    plan = {
+        unit.name: uniform for unit in cost.units if not cost.explain_refusal(unit.name, uniform)
+    }
+    plan["model.embed"] = Candidate.parse(label)
     assert cost.count_uniform_bytes(uniform) == cost.file_bytes(plan)
 
 

@@ -109,9 +109,9 @@ def test_a_result_larger_than_the_model_is_refused_unless_asked_for(
 ) -> None:
     half = tiny_model("llama", dtype=torch.float16)
     size = (half / "model.safetensors").stat().st_size
-    with pytest.raises(BudgetError, match=rf"the target 4bit allows .* has {size:,}.*--allow-larg"):
-        inputs(heard, half, tmp_path / "out", group_size=1)
-    found = inputs(heard, half, tmp_path / "out", group_size=1, allow_larger=True)
+    with pytest.raises(BudgetError, match=rf"the target 8bit allows .* has {size:,}.*--allow-larg"):
+        inputs(heard, half, tmp_path / "out", target="8bit", group_size=1)
+    found = inputs(heard, half, tmp_path / "out", target="8bit", group_size=1, allow_larger=True)
     assert found.need > size
     assert any(f"{found.need:,} bytes" in notice for notice in heard.notices)
     # as large as the model itself, or 16-bit scales beside float32, is not larger
