@@ -43,6 +43,7 @@ from cptq.pipeline.resume import (
     share_plan,
 )
 from cptq.pipeline.run_directory import RunDirectory, count_steps
+from cptq.pipeline.speed import measure_speed
 from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.tune import TuneResult, apply_tuned, record_dense, tune_layers
@@ -59,6 +60,7 @@ from cptq.types import (
     Notice,
     Plan,
     SensitivityTable,
+    SpeedReport,
 )
 
 #: the step of what --tune did
@@ -369,7 +371,9 @@ def write_artifact(
             files = encode_stage_files(model, record.calibration, tables, plan)
             d.write(content, record, files)
             check = d.verify(sample, short=_build_short_sample(inputs, sample, recorder))
-            report = _summarize(inputs, tables, compressed, quality, check, recorder)
+            stock = check.weight_bytes if check and d.form.multiplied_out else None
+            speed = measure_speed(inputs, d.folder, stock, recorder)
+            report = _summarize(inputs, tables, compressed, quality, check, speed, recorder)
             d.add(render_files(report))
             d.describe(build_json(report))
             run.announce_output(d.folder)
@@ -387,6 +391,7 @@ def _summarize(
     compressed: CompressedModel,
     quality: GuardQuality | None,
     check: ReloadCheck | None,
+    speed: SpeedReport,
     recorder: Recorder,
 ) -> Summary:
     """Return everything that is known once the files are written and verified."""
@@ -407,6 +412,7 @@ def _summarize(
         results=tuple(layer.result for layer in compressed.layers),
         quality=quality,
         verification=describe_check(check),
+        speed=speed,
     )
 
 

@@ -36,6 +36,7 @@ from cptq.types.result import (
     SizeReport,
 )
 from cptq.types.samples import PerSample, SamplePairs, SampleRatios
+from cptq.types.speed import Figure, ModelSpeed, SpeedReport
 from cptq.types.validation import Agreement, Interval, Pair, PlanTrial, Validation
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "EvalResult",
     "Event",
     "Explanation",
+    "Figure",
     "Fragment",
     "GuardMeasure",
     "GuardQuality",
@@ -61,6 +63,7 @@ __all__ = [
     "LayerResult",
     "LayerSpec",
     "ModelKind",
+    "ModelSpeed",
     "Notice",
     "Pair",
     "PairedDifference",
@@ -75,6 +78,7 @@ __all__ = [
     "Scope",
     "SensitivityTable",
     "SizeReport",
+    "SpeedReport",
     "Step",
     "TensorSpec",
     "Unit",
