@@ -23,6 +23,7 @@ from cptq.types.model import (
     TensorSpec,
     Unit,
     choose_16bit_dtype,
+    count_end_blocks,
     is_expert,
 )
 from cptq.types.plan import Budget, Candidate, Plan, Scope, SensitivityTable, compute_share, digest
@@ -85,6 +86,7 @@ __all__ = [
     "Validation",
     "choose_16bit_dtype",
     "compute_share",
+    "count_end_blocks",
     "digest",
     "is_expert",
     "join_results",
