@@ -132,13 +132,14 @@ def _take_turns(
     """Return the answers of `run_rows` per model; those of the first round are dropped."""
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in modules}
     begin = time.perf_counter()
+    message = "the dense model and the artifact in turns"
     for done in range(1 + REPEATS):
         recorder(
             Progress(
                 stage=STAGE,
                 done=done,
                 total=1 + REPEATS,
-                message="the dense model and the artifact in turns",
+                message=message,
             )
         )
         for name, module in modules.items():

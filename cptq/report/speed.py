@@ -71,7 +71,7 @@ def _explain(found: SpeedReport) -> str:
     ]
     if any(not model.way for model in found.models):
         words.append(
-            "stock transformers multiplies packed weights out (counted in float32); cptq eval --task "
-            "footprint measures its speed"
+            "stock transformers multiplies packed weights out (counted in float32); cptq eval "
+            "--task footprint measures its speed"
         )
     return "; ".join(words)

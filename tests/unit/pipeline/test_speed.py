@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ pytestmark = pytest.mark.usefixtures("short_manual")
 @pytest.fixture(scope="module")
 def inputs(
     tiny_model: TinyModel, tmp_path_factory: pytest.TempPathFactory, short_manual: None
-) -> Iterator[CompressInputs]:
-    yield load(tiny_model("llama"), tmp_path_factory.mktemp("speed") / "an out")
+) -> CompressInputs:
+    return load(tiny_model("llama"), tmp_path_factory.mktemp("speed") / "an out")
 
 
 def measure(inputs: CompressInputs, folder: Path, heard: Heard, **more: Any) -> SpeedReport:
@@ -41,9 +40,7 @@ def test_shared_tensors_count_once() -> None:
 
 
 def test_both_models_are_measured_in_turns(inputs: CompressInputs, heard: Heard) -> None:
-    found = measure(
-        inputs, inputs.model.path, heard
-    )  # the dense checkpoint, in the artifact's place
+    found = measure(inputs, inputs.model.path, heard)  # in the artifact's place
     dense, compressed, stock = found.models
     assert dense.weight_bytes == compressed.weight_bytes
     assert dense.weight_bytes >= 4 * inputs.model.parameters
