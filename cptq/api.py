@@ -146,6 +146,11 @@ def _build(kind: type[Any], given: Mapping[str, Any], without: tuple[str, ...] =
     return check_settings(settings_from(kind, line), writes="out" not in without)
 
 
+def _choose_listener(progress: Emit | None) -> Emit:
+    """Return the caller's; without one, notices become warnings."""
+    return _warn if progress is None else progress
+
+
 def _warn(event: Event) -> None:
     if isinstance(event, Notice) and event.kind in ("warning", "fallback"):
         warnings.warn(f"{event.subject}: {event.message}", stacklevel=4)
@@ -166,7 +171,7 @@ def analyze(model: Source, *, progress: Emit | None = None, **options: Any) -> A
         CptqError: an option, the model or the text cannot be used.
     """
     settings = _build(AnalyzeSettings, {"model": model, **options})
-    outcome: AnalyzeOutcome = execute(settings, progress or _warn)
+    outcome: AnalyzeOutcome = execute(settings, _choose_listener(progress))
     return outcome
 
 
@@ -185,7 +190,7 @@ def plan(model: Source, *, progress: Emit | None = None, **options: Any) -> Plan
         CptqError: an option or the model cannot be used, or no plan reaches the target.
     """
     settings = _build(CompressSettings, {"model": model, **options}, _NOT_FOR_PLANS)
-    found: Plan = import_module("cptq.pipeline").plan(settings, progress or _warn)
+    found: Plan = import_module("cptq.pipeline").plan(settings, _choose_listener(progress))
     return found
 
 
@@ -205,7 +210,7 @@ def plan_targets(model: Source, *, progress: Emit | None = None, **options: Any)
         CptqError: an option, the model or the scores cannot be used, or no plan reaches a target.
     """
     settings = _build(PlanSettings, {"model": model, **options})
-    found: PlansOutcome = execute(settings, progress or _warn)
+    found: PlansOutcome = execute(settings, _choose_listener(progress))
     return found
 
 
@@ -226,7 +231,7 @@ def estimate(model: Source, *, progress: Emit | None = None, **options: Any) -> 
         CptqError: an option, the model or the text cannot be used, or no plan reaches the target.
     """
     settings = _build(CompressSettings, {"model": model, **options, "dry_run": True})
-    found: Estimate = execute(settings, progress or _warn)
+    found: Estimate = execute(settings, _choose_listener(progress))
     return found
 
 
@@ -251,7 +256,7 @@ def compress(
             the written artifact fails its check.
     """
     settings = _build(CompressSettings, {"model": model, **options}, ("dry_run",))
-    outcome: CompressOutcome = execute(settings, progress or _warn, ranks)
+    outcome: CompressOutcome = execute(settings, _choose_listener(progress), ranks)
     return outcome
 
 
@@ -271,7 +276,7 @@ def evaluate(model: Source, *, progress: Emit | None = None, **options: Any) -> 
         CptqError: an option, a task, its data or the model cannot be used.
     """
     settings = _build(EvalSettings, {"model": model, **options})
-    outcome: EvalOutcome = execute(settings, progress or _warn)
+    outcome: EvalOutcome = execute(settings, _choose_listener(progress))
     return outcome
 
 
@@ -294,7 +299,7 @@ def compare(
     """
     given = {"model": model, "others": tuple(os.fspath(other) for other in others)}
     settings = _build(CompareSettings, {**given, **options})
-    outcome: CompareOutcome = execute(settings, progress or _warn)
+    outcome: CompareOutcome = execute(settings, _choose_listener(progress))
     return outcome
 
 
@@ -313,7 +318,7 @@ def export(
         CptqError: it is not an artifact, the format cannot hold a layer, or the check fails.
     """
     settings = _build(ExportSettings, {"artifact": artifact, "format": format, **options})
-    outcome: ExportOutcome = execute(settings, progress or _warn)
+    outcome: ExportOutcome = execute(settings, _choose_listener(progress))
     return outcome
 
 
@@ -330,7 +335,7 @@ def soup(*sources: Source, progress: Emit | None = None, **options: Any) -> Soup
     """
     given = {"sources": tuple(os.fspath(source) for source in sources)}
     settings = _build(SoupSettings, {**given, **options})
-    outcome: SoupOutcome = execute(settings, progress or _warn)
+    outcome: SoupOutcome = execute(settings, _choose_listener(progress))
     return outcome
 
 
@@ -353,7 +358,7 @@ def bench(
     """
     given = {"model": model, "others": tuple(os.fspath(other) for other in others)}
     settings = _build(BenchSettings, {**given, **options})
-    outcome: BenchOutcome = execute(settings, progress or _warn)
+    outcome: BenchOutcome = execute(settings, _choose_listener(progress))
     return outcome
 
 
@@ -375,7 +380,7 @@ def generate(
         CptqError: an option or the model cannot be used, or the context does not hold the prompt.
     """
     settings = _build(GenerateSettings, {"model": model, "prompt": prompt, **options})
-    outcome: GenerateOutcome = execute(settings, progress or _warn)
+    outcome: GenerateOutcome = execute(settings, _choose_listener(progress))
     return outcome
 
 
@@ -391,7 +396,7 @@ def verify(artifact: Source, *, progress: Emit | None = None, **options: Any) ->
         CptqError: it is damaged, does not load, or its outputs differ.
     """
     settings = _build(VerifySettings, {"artifact": artifact, **options})
-    found: VerifiedArtifact = execute(settings, progress or _warn)
+    found: VerifiedArtifact = execute(settings, _choose_listener(progress))
     return found
 
 

@@ -21,7 +21,7 @@ import torch
 
 from cptq.artifact import reload
 from cptq.data.pydoc_text import load_topics
-from cptq.types import Event, Notice, Progress
+from cptq.types import Event, Notice, Progress, SpeedReport
 from tests.tiny_models import build_tiny_model
 from tests.unit.artifact.same_process import run_here
 
@@ -65,9 +65,14 @@ def _existing(path: Path, what: str) -> Path:
 
 @pytest.fixture(scope="module")
 def same_process() -> Iterator[None]:
-    """Artifacts of the module are verified in this process: a new one takes seconds to start."""
+    """Artifacts of the module are verified in this process: a new one takes seconds to start.
+
+    Their speed is not measured, which would open each once more.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reload, "_run", run_here)
+        nothing = SpeedReport(command="", why="in a test")
+        patch.setattr("cptq.pipeline.speed._measure", lambda *_: nothing)
         yield
 
 

@@ -13,8 +13,8 @@ import pytest
 import cptq
 from cptq.config import AnalyzeSettings, CompressSettings, EvalSettings, list_options
 from cptq.errors import CptqError, OutputExistsError, PlanError, UsageError
-from cptq.types import Event, Notice, Plan, Progress
-from tests.conftest import TinyModel
+from cptq.types import Notice, Plan, Progress
+from tests.conftest import Heard, TinyModel
 
 pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 TEXT = {"calibration": "pydoc", "samples": 4, "seqlen": 32}
@@ -60,10 +60,11 @@ def test_names_of_flags_and_texts_of_the_line_are_taken(
 
 
 def test_one_measurement_serves_two_targets_and_a_plan_is_carried_out(
-    tiny_model: TinyModel, tmp_path: Path
+    tiny_model: TinyModel, tmp_path: Path, heard: Heard
 ) -> None:
-    model, heard = tiny_model("llama"), list[Event]()
-    analysis = cptq.analyze(model, out=tmp_path / "a", progress=heard.append, **TEXT)
+    model = tiny_model("llama")
+    assert not heard  # what listens is heard even while it counts as false
+    analysis = cptq.analyze(model, out=tmp_path / "a", progress=heard, **TEXT)
     assert analysis.summary.sensitivity["output"].metric == "output"
     assert {Progress, Notice} == {type(event) for event in heard}
     scores = tmp_path / "a" / "sensitivity" / "output.json"

@@ -66,6 +66,12 @@ def test_every_document_is_linked_from_the_readme_or_a_document() -> None:
         assert any(f"{path.name})" in text or f"{path.name}#" in text for text in others), path.name
 
 
+def test_every_document_has_a_place_on_the_site() -> None:
+    pages = re.findall(r"- ([a-z-]+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)
+    names = {"README.md": "index.md", "CONTRIBUTING.md": "contributing.md"}
+    assert {names.get(path.name, path.name) for path in DOCUMENTS} == {*pages} - {"changelog.md"}
+
+
 def test_the_picture_shows_measured_figures() -> None:
     measured = (ROOT / "docs" / "benchmarks.md").read_text(encoding="utf-8")
     svg = (ROOT / "docs" / "images" / "front.svg").read_text(encoding="utf-8")

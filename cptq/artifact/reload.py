@@ -56,13 +56,18 @@ class ReloadSample:
 
 @dataclass(frozen=True, kw_only=True)
 class ReloadCheck:
-    """Keys and outputs in the fresh process; difference None: it could not compute anything."""
+    """Keys and outputs in the fresh process; difference None: it could not compute anything.
+
+    `weight_bytes`: of its parameters and buffers after the forward pass; None: not counted, or of
+    some blocks alone.
+    """
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
     mismatched: tuple[str, ...]
     max_abs_difference: float | None
     seconds: float
+    weight_bytes: int | None = None
 
 
 def reload_in_fresh_process(
@@ -104,6 +109,7 @@ def reload_in_fresh_process(
         mismatched=tuple(report["mismatched"]),
         max_abs_difference=_measure_difference(answer, expected, sample.partial),
         seconds=time.perf_counter() - start,
+        weight_bytes=None if sample.blocks else report["weight_bytes"],
     )
     _check(found, [] if imports else report["cptq"], sample.tolerance * _find_largest(expected))
     return found

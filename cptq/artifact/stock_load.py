@@ -15,7 +15,7 @@ from typing import Any
 
 
 def main(job_file: str) -> None:
-    """Run the job; write {missing, unexpected, mismatched, cptq} and the output."""
+    """Run the job; write {missing, unexpected, mismatched, cptq, weight_bytes} and the output."""
     with open(job_file, encoding="utf-8") as stream:
         job = json.load(stream)
 
@@ -50,7 +50,14 @@ def main(job_file: str) -> None:
     answer = output.last_hidden_state if logits is None else logits
     save_file({"answer": answer.float().contiguous()}, job["answer"])
     with open(job["report"], "w", encoding="utf-8") as stream:
-        json.dump(_report(info, tuple(job["left_out"])), stream)
+        report = _report(info, tuple(job["left_out"]))
+        json.dump(report | {"weight_bytes": _count_bytes(model)}, stream)
+
+
+def _count_bytes(model: Any) -> int:
+    """Return the bytes of the parameters and buffers, each tensor once."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({(t.data_ptr(), t.nbytes): t.nbytes for t in tensors if t.nbytes}.values())
 
 
 def shorten(config: Any, blocks: int) -> Any:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cptq.cli.console import Console
 from cptq.cli.sparkline import draw_sparkline
 from cptq.config import AnySettings, InspectSettings
+from cptq.report.before_after import build_before_after_table
 from cptq.report.bench import BenchOutcome, build_bench_tables
 from cptq.report.comparison import (
     CompareOutcome,
@@ -33,6 +34,7 @@ from cptq.report.health import Health, build_health_tables
 from cptq.report.methods import MethodsOutcome, build_method_tables
 from cptq.report.plans import PlansOutcome, build_explanation_table, build_view_tables
 from cptq.report.prospect import build_prospect_tables
+from cptq.report.speed import build_speed_table
 from cptq.report.summary import (
     AnalyzeOutcome,
     CompressOutcome,
@@ -106,14 +108,15 @@ def present_analyze(settings: AnySettings, outcome: AnalyzeOutcome) -> Output:
 
 
 def present_compress(settings: AnySettings, outcome: CompressOutcome | Estimate) -> Output:
-    """Present bytes, bits, widths, and results if there are any; of a dry run, its estimate."""
+    """Present bytes, bits, widths, quality and speed; of a dry run, its estimate."""
     if isinstance(outcome, Estimate):
         return present_estimate(outcome)
     summary = outcome.summary
     tables = [
         build_size_table(summary),
         build_width_table(summary),
-        build_evaluation_table(summary),
+        build_before_after_table(summary),
+        build_speed_table(summary),
     ]
     return Output(
         tables=[*tables, make_last_table(outcome)],

@@ -201,7 +201,7 @@ class CompressSettings(PlanningSettings):
     )
     evaluate: bool = option(
         True,
-        "Measure on text that does not calibrate what the result lost, for the report.",
+        "Measure what the result lost, on text that did not calibrate, and its speed.",
         PLAN,
         flags=("--eval",),
     )

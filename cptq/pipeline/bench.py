@@ -36,9 +36,9 @@ from cptq.pipeline.bench_subjects import (
 )
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.summarize import collect_versions
-from cptq.report.bench import Bench, BenchedModel, BenchOutcome, Figure
+from cptq.report.bench import Bench, BenchedModel, BenchOutcome
 from cptq.report.render import format_json
-from cptq.types import Emit, Progress
+from cptq.types import Emit, Figure, Progress
 
 PROCESS = "cptq.evaluation.bench.process"
 

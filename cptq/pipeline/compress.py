@@ -8,18 +8,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from cptq.allocation.allocate import allocate
 from cptq.allocation.experts import fix_experts, list_experts
 from cptq.allocation.ledger import Ledger
 from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
-from cptq.artifact.formats import FORMATS
 from cptq.artifact.hub import push
-from cptq.artifact.reload import TOLERANCE, ReloadCheck, ReloadSample
-from cptq.calibration.batches import Batch, trim_padding
-from cptq.calibration.replay import BlockReplay, forward
+from cptq.artifact.reload import ReloadCheck
+from cptq.calibration.batches import Batch
 from cptq.calibration.samples import take_batches
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.ranks import ALONE, Ranks
@@ -36,6 +32,7 @@ from cptq.pipeline.plan_view import predict_front
 from cptq.pipeline.profile import build_masking, spread_zeros
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.refine import refine_plan
+from cptq.pipeline.reload_sample import build_sample, build_short_sample
 from cptq.pipeline.resume import (
     forget_resume,
     identify_compress,
@@ -44,6 +41,7 @@ from cptq.pipeline.resume import (
     share_plan,
 )
 from cptq.pipeline.run_directory import RunDirectory, count_steps
+from cptq.pipeline.speed import measure_speed
 from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.tune import TuneResult, apply_tuned, record_dense, tune_layers
@@ -61,16 +59,12 @@ from cptq.types import (
     Notice,
     Plan,
     SensitivityTable,
+    SpeedReport,
     keep_nothing,
 )
 
 #: the step of what --tune did
 TUNED_STEP = "tuned"
-#: tokens of the input on which a written artifact is compared with the model in memory
-SAMPLE_TOKENS = 64
-#: what a load in float32 may differ by from a run in a narrower type, as a share of the largest
-#: output: a few units of bfloat16's last place
-NARROW_TOLERANCE = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -373,7 +367,7 @@ def write_artifact(
         tuned=compressed.tuned,
     )
     with recorder.stage("artifact"):
-        sample = _build_sample(inputs)
+        sample = build_sample(inputs)
         most = parse_shard_size(settings.max_shard_size)
         content = build_content(model, compressed.layers, recorder, most)
         with draft(
@@ -386,8 +380,10 @@ def write_artifact(
         ) as d:
             files = encode_stage_files(model, record.calibration, tables, plan)
             d.write(content, record, files)
-            check = d.verify(sample, short=_build_short_sample(inputs, sample, recorder))
-            report = _summarize(inputs, tables, compressed, quality, check, recorder)
+            check = d.verify(sample, short=build_short_sample(inputs, sample, recorder))
+            stock = check.weight_bytes if check and d.form.multiplied_out else None
+            speed = measure_speed(inputs, d.folder, stock, recorder)
+            report = _summarize(inputs, tables, compressed, quality, check, speed, recorder)
             d.add(render_files(report))
             d.describe(build_json(report))
             run.announce_output(d.folder)
@@ -405,6 +401,7 @@ def _summarize(
     compressed: CompressedModel,
     quality: GuardQuality | None,
     check: ReloadCheck | None,
+    speed: SpeedReport,
     recorder: Recorder,
 ) -> Summary:
     """Return everything that is known once the files are written and verified."""
@@ -425,57 +422,8 @@ def _summarize(
         results=tuple(layer.result for layer in compressed.layers),
         quality=quality,
         verification=describe_check(check),
+        speed=speed,
     )
-
-
-@torch.no_grad()
-def _build_sample(inputs: CompressInputs) -> ReloadSample:
-    """Return a short input and the outputs of the compressed model in memory for it."""
-    model, batches = inputs.model, inputs.calibration.batches
-    # without token types, which llama.cpp does not take; a model without them gets zeros
-    names = ("input_ids", "attention_mask")
-    batch = trim_padding({name: batches[0][name][:1, :SAMPLE_TOKENS] for name in names})
-    exact = model.device.type == "cpu" and model.dtype == torch.float32
-    return ReloadSample(
-        inputs=batch,
-        expected=_select_output(forward(model, batch)),
-        tolerance=TOLERANCE if exact else NARROW_TOLERANCE,
-        trust_remote_code=inputs.settings.model.trust_remote_code,
-    )
-
-
-@torch.no_grad()
-def _build_short_sample(
-    inputs: CompressInputs, sample: ReloadSample, emit: Emit
-) -> ReloadSample | None:
-    """Return a sample of the first blocks alone, where memory holds no more of a loaded model."""
-    model = inputs.model
-    if model.memory is None or not FORMATS.get(inputs.space.form).multiplied_out:
-        return None
-    count = model.memory.count_loadable_blocks(model.layers)
-    if count is None:
-        return None
-    message = (
-        f"the check in a fresh process loads the first {count} of {len(model.blocks)} blocks, as "
-        "memory holds no more of the model multiplied out"
-    )
-    emit(Notice(kind="info", subject="artifact", message=message))
-    replay = BlockReplay(model, [dict(sample.inputs)])
-    hidden = replay.embed(0)
-    for block in range(count):
-        hidden = replay.run(block, hidden, 0)
-    return replace(
-        sample,
-        expected=_select_output(replay.finish(hidden, 0)),
-        blocks=count,
-        left_out=tuple(f"{name}." for name in model.block_names[count:]),
-    )
-
-
-def _select_output(output: Any) -> torch.Tensor:
-    answer = output.logits if hasattr(output, "logits") else output.last_hidden_state
-    assert isinstance(answer, torch.Tensor)
-    return answer.float().cpu()
 
 
 def _report_next_step(inputs: CompressInputs, emit: Emit) -> None:

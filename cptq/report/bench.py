@@ -20,7 +20,7 @@ from cptq.report.formatting import (
     shorten_names,
 )
 from cptq.report.summary import convert_to_plain
-from cptq.types import Notice
+from cptq.types import Figure, Notice
 
 SCHEMA = 1
 #: name of a figure -> (unit, whether a larger one is better)
@@ -54,24 +54,6 @@ def compute_ratio(value: float | None, first: float | None) -> float | None:
     if value is None or first is None or value <= 0 or first <= 0:
         return None
     return value / first
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Figure:
-    """One figure of a model with all its repetitions, in the order in which they were made.
-
-    `batch_size` is None where the figure has none. Load time, first token and memory are measured
-    once: a process is fresh once.
-    """
-
-    name: str
-    values: tuple[float, ...]
-    batch_size: int | None = None
-
-    @property
-    def median(self) -> float:
-        """The value that is reported."""
-        return statistics.median(self.values)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

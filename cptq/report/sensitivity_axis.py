@@ -14,11 +14,10 @@ from collections.abc import Mapping, Sequence
 from cptq.report.formatting import Table, format_number, format_plural
 from cptq.report.summary import Summary
 from cptq.report.svg import Figure, Scale, choose_scale, draw_levels, escape_text, tag, wrap_svg
+from cptq.types import count_end_blocks
 
 WIDTH, HEIGHT = 960.0, 300.0
 LEFT, RIGHT, TOP, BOTTOM = 62.0, 150.0, 18.0, 34.0
-#: share of the blocks in each outer band
-OUTER = 0.3
 DASHES = ("", "7 3", "2 3", "9 3 2 3", "4 4", "1 5", "12 4", "6 2 1 2")
 LINE = 13.0
 
@@ -38,7 +37,7 @@ def relate_blocks(summary: Summary) -> Curves:
 
 def split_depth(blocks: Sequence[int]) -> tuple[list[int], list[int], list[int]]:
     """Return the first 30% of the blocks (at least one), the middle ones, and the last 30%."""
-    count = max(1, round(OUTER * len(blocks)))
+    count = count_end_blocks(len(blocks))
     ordered = sorted(blocks)
     return ordered[:count], ordered[count:-count], ordered[-count:]
 

@@ -28,6 +28,7 @@ from cptq.types import (
     Plan,
     SensitivityTable,
     SizeReport,
+    SpeedReport,
     Unit,
     Validation,
 )
@@ -116,6 +117,7 @@ class Summary:
     results: tuple[LayerResult, ...] = ()
     quality: GuardQuality | None = None
     verification: VerificationFacts | None = None
+    speed: SpeedReport | None = None
     comparison: Comparison = field(default_factory=Comparison)
     baseline_source: str | None = None
     notices: tuple[Notice, ...] = ()

@@ -26,6 +26,7 @@ from cptq.report.plans import build_front_table
 from cptq.report.protocol import IN_DOMAIN, explain_in_domain, list_protocols, spell_in_domain
 from cptq.report.sensitivity_axis import build_depth_table
 from cptq.report.sparse import build_sparsity_table
+from cptq.report.speed import build_speed_table
 from cptq.report.summary import (
     Summary,
     VerificationFacts,
@@ -50,6 +51,7 @@ def build_tables(summary: Summary) -> Sequence[Table]:
     tables = [
         build_before_after_table(summary),
         build_parts_table(summary),
+        build_speed_table(summary),
         build_evaluation_table(summary),
         build_paired_table(summary.paired),
         build_size_table(summary),

@@ -23,6 +23,7 @@ from cptq.types.model import (
     TensorSpec,
     Unit,
     choose_16bit_dtype,
+    count_end_blocks,
     is_expert,
 )
 from cptq.types.plan import Budget, Candidate, Plan, Scope, SensitivityTable, compute_share, digest
@@ -36,6 +37,7 @@ from cptq.types.result import (
     SizeReport,
 )
 from cptq.types.samples import PerSample, SamplePairs, SampleRatios
+from cptq.types.speed import Figure, ModelSpeed, SpeedReport
 from cptq.types.validation import Agreement, Interval, Pair, PlanTrial, Validation
 
 __all__ = [
@@ -52,6 +54,7 @@ __all__ = [
     "EvalResult",
     "Event",
     "Explanation",
+    "Figure",
     "Fragment",
     "GuardMeasure",
     "GuardQuality",
@@ -61,6 +64,7 @@ __all__ = [
     "LayerResult",
     "LayerSpec",
     "ModelKind",
+    "ModelSpeed",
     "Notice",
     "Pair",
     "PairedDifference",
@@ -75,12 +79,14 @@ __all__ = [
     "Scope",
     "SensitivityTable",
     "SizeReport",
+    "SpeedReport",
     "Step",
     "TensorSpec",
     "Unit",
     "Validation",
     "choose_16bit_dtype",
     "compute_share",
+    "count_end_blocks",
     "digest",
     "is_expert",
     "join_results",

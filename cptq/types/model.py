@@ -125,3 +125,11 @@ class Unit:
     @property
     def numel(self) -> int:
         return sum(layer.numel for layer in self.layers)
+
+
+def count_end_blocks(blocks: int) -> int:
+    """Return how many blocks at either end CPTQuant (arXiv 2412.03599) holds to be sensitive.
+
+    30% of the blocks to the nearest whole number, halves up, and at least one.
+    """
+    return max(1, (3 * blocks + 5) // 10)

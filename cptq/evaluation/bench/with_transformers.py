@@ -61,18 +61,7 @@ class TransformersEngine:
 
     def run(self, rows: Rows, new_tokens: int) -> dict[str, Any]:
         """Generate exactly `new_tokens` tokens greedily, or compute one forward pass."""
-        ids_BT = torch.tensor(rows, device=self.device)
-        if self.kind == "causal-lm":
-            found = decode(self.model, ids_BT, new_tokens=new_tokens)
-            return {
-                "first_seconds": found.first_seconds,
-                "later_seconds": found.later_seconds,
-                "way": found.way,
-            }
-        with torch.inference_mode():
-            begin = read_clock(self.device)
-            self.model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
-            return {"first_seconds": read_clock(self.device) - begin, "way": "forward pass"}
+        return run_rows(self.model, self.kind, rows, new_tokens)
 
     def read_device_bytes(self) -> dict[str, float]:
         """Read the memory of torch's tensors on a CUDA device."""
@@ -82,3 +71,20 @@ class TransformersEngine:
             "loaded_device_bytes": float(torch.cuda.memory_allocated()),
             "peak_device_bytes": float(torch.cuda.max_memory_allocated()),
         }
+
+
+def run_rows(model: Any, kind: ModelKind, rows: Rows, new_tokens: int) -> dict[str, Any]:
+    """Do what `Engine.run` does, with a model on its device."""
+    device = str(model.device)
+    ids_BT = torch.tensor(rows, device=device)
+    if kind == "causal-lm":
+        found = decode(model, ids_BT, new_tokens=new_tokens)
+        return {
+            "first_seconds": found.first_seconds,
+            "later_seconds": found.later_seconds,
+            "way": found.way,
+        }
+    with torch.inference_mode():
+        begin = read_clock(device)
+        model(input_ids=ids_BT, attention_mask=torch.ones_like(ids_BT))
+        return {"first_seconds": read_clock(device) - begin, "way": "forward pass"}

@@ -14,19 +14,17 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from cptq.types import Candidate, Unit
-
-#: share of the blocks at either end that the paper (arXiv 2412.03599) calls the sensitive ones
-END_SHARE = 0.3
+from cptq.types import Candidate, Unit, count_end_blocks
 
 
 def classify_depth(block: int | None, blocks: int) -> str:
     """Return "first", "middle" or "last"; "outside" for what belongs to no block."""
     if block is None:
         return "outside"
-    if block < END_SHARE * blocks:
+    ends = count_end_blocks(blocks)
+    if block < ends:
         return "first"
-    return "last" if blocks - 1 - block < END_SHARE * blocks else "middle"
+    return "last" if blocks - 1 - block < ends else "middle"
 
 
 def choose_pairs(

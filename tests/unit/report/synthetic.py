@@ -14,15 +14,18 @@ from cptq.types import (
     CalibrationRecord,
     Candidate,
     EvalResult,
+    Figure,
     GuardMeasure,
     GuardQuality,
     LayerResult,
     LayerSpec,
+    ModelSpeed,
     Notice,
     PairedDifference,
     Plan,
     SensitivityTable,
     SizeReport,
+    SpeedReport,
     Unit,
     join_results,
 )
@@ -188,6 +191,27 @@ def make_quality(blocks: int) -> GuardQuality:
     )  # fmt: skip
 
 
+def make_speed() -> SpeedReport:
+    """Make what compress measures of a model, beside stock transformers' memory."""
+    return SpeedReport(
+        command="cptq bench smollm2-135m out",
+        models=(
+            make_model_speed("dense", 538_060_032, "generate", 250.0, 12.0),
+            make_model_speed("compressed, by cptq", 112_000_000, "own loop", 400.0, 60.0),
+            ModelSpeed(name="compressed, by stock transformers", weight_bytes=538_060_032),
+        ),
+        prompt_tokens=64, new_tokens=9, threads=2, device="cpu", dtype="float32",
+    )  # fmt: skip
+
+
+def make_model_speed(name: str, nbytes: int, way: str, prefill: float, decode: float) -> ModelSpeed:
+    figures = (
+        Figure(name="prefill", values=(prefill, prefill * 1.02, prefill * 0.98), batch_size=1),
+        Figure(name="decode", values=(decode, decode * 1.05, decode * 0.95), batch_size=1),
+    )
+    return ModelSpeed(name=name, weight_bytes=nbytes, way=way, figures=figures)
+
+
 def make_front() -> tuple[FrontPoint, ...]:
     """Make the front of a knapsack that beats the baseline a little at every size."""
     sizes = [70_000_000, 90_000_000, 111_998_320, 140_000_000]
@@ -252,6 +276,7 @@ def make_summary(
         results=tuple(make_layer_result(spec, wide[spec.name], rng) for spec in linears),
         front=make_front(),
         quality=make_quality(blocks),
+        speed=make_speed(),
         verification=VerificationFacts(max_abs_difference=0.0, seconds=6.2),
         comparison=join_results(make_results(1.18, 0.9048), make_results(1.0, 0.9106)),
         baseline_source=source,

@@ -12,13 +12,13 @@ from cptq.report.bench import (
     LONGEST_NAME,
     Bench,
     BenchedModel,
-    Figure,
     build_bench_tables,
     compute_ratio,
     compute_spread,
     format_ratio,
     name_models,
 )
+from cptq.types import Figure
 
 LONG = "a-model-of-an-uncommonly-long-name-that-goes-on-3.5bit"
 

@@ -16,6 +16,7 @@ from cptq.report.plans import build_front_table
 from cptq.report.sensitivity_axis import draw_sensitivity_axis, measure_depth, split_depth
 from cptq.report.sparse import build_sparsity_table
 from cptq.report.summary import map_layer_choices
+from cptq.sensitivity.validation.pairs import classify_depth
 from cptq.types import Candidate
 
 
@@ -86,6 +87,10 @@ def test_the_front_names_the_plan_that_was_carried_out(summary: Summary) -> None
 def test_outer_blocks_are_the_first_and_last_30_percent(summary: Summary) -> None:
     assert split_depth(range(10)) == ([0, 1, 2], [3, 4, 5, 6], [7, 8, 9])
     assert split_depth([5, 6]) == ([5], [], [6])
+    for blocks in range(2, 40):  # as cptq analyze --validate draws its pairs
+        parts = zip(("first", "middle", "last"), split_depth(range(blocks)), strict=True)
+        mine = {block: name for name, part in parts for block in part}
+        assert mine == {block: classify_depth(block, blocks) for block in range(blocks)}
     for means in measure_depth(summary).values():
         whole = [means["first"]] * 2 + [means["middle"]] + [means["last"]] * 2
         assert sum(whole) / 5 == pytest.approx(1)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 from cptq.cli.output import MANY, make_leader_table
-from cptq.report import VerificationFacts
+from cptq.report import Summary, VerificationFacts
 from cptq.report.protocol import IN_DOMAIN
+from cptq.report.speed import build_speed_table
 from cptq.report.tables import (
     build_evaluation_table,
     build_pruning_tables,
@@ -14,7 +15,7 @@ from cptq.report.tables import (
     describe_samples,
     describe_verification,
 )
-from cptq.types import SensitivityTable
+from cptq.types import SensitivityTable, SpeedReport
 from tests.unit.artifact.builders import RECORD
 from tests.unit.report import synthetic
 
@@ -109,3 +110,23 @@ def test_a_calibration_sample_in_words() -> None:
         "windows begin with the BOS and do not cross the borders of documents"
     )
     assert describe_samples(replace(RECORD, pairs=True)) == "pairs of sentences"
+
+
+def test_speed_and_memory_are_beside_the_dense_models(summary: Summary) -> None:
+    table = build_speed_table(summary)
+    assert table is not None
+    assert table.columns == ("model", "weights", "prefill", "decode", "way")
+    dense, compressed, stock = table.rows
+    assert dense[1:] == ("538.1 MB 1.00x", "250 1.00x", "12 1.00x", "generate")
+    assert compressed[1:] == ("112 MB 0.21x", "400 1.60x", "60 5.00x", "own loop")
+    assert stock[1:] == ("538.1 MB 1.00x", "-", "-", "-")
+    assert "cptq bench smollm2-135m out" in table.note
+    assert "differ by up to 10%" in table.note
+
+
+def test_what_was_not_measured_names_the_command(summary: Summary) -> None:
+    report = SpeedReport(command="cptq bench a b", why="--no-eval")
+    table = build_speed_table(replace(summary, speed=report))
+    assert table is not None
+    assert table.rows == (("not measured", "--no-eval"), ("to measure them", "cptq bench a b"))
+    assert build_speed_table(replace(summary, speed=None)) is None
