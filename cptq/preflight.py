@@ -15,6 +15,7 @@ from typing import Any
 
 from cptq.config import (
     GGUF,
+    RESULT_FILE,
     AnalyzeSettings,
     AnySettings,
     BenchSettings,
@@ -129,7 +130,11 @@ def _check_constraints(settings: PlanSettings | CompressSettings) -> None:
 
 def _check_eval(settings: EvalSettings) -> EvalSettings:
     _check_tasks(settings.tasks)
-    _check_result_file(settings.out, settings.model.model, overwrite=settings.overwrite)
+    out, model = settings.out, settings.model.model
+    if out is not None and out.suffix != RESULT_FILE:
+        check_place(out, model, overwrite=settings.overwrite)
+    else:
+        _check_result_file(out, model, overwrite=settings.overwrite)
     return settings
 
 

@@ -105,12 +105,16 @@ class Console:
             self.print_message(f"{notice.kind}: more of these follow; the report lists all", "dim")
 
     def print_message(self, text: str, style: str = "") -> None:
-        """Print a line on stderr, unless the output is quiet."""
+        """Print a message on stderr, folded between words in a terminal, unless it is quiet."""
         if self.output_format != "quiet":
-            self.err.print(Text(make_printable(text), style=style), soft_wrap=True)
+            whole = not self.err.is_terminal
+            self.err.print(Text(make_printable(text), style=style), soft_wrap=whole)
 
     def print_error(self, sentence: str, document: dict[str, Any]) -> None:
-        """Print an error: one sentence on stderr and, for json, a document on stdout."""
+        """Print an error: one sentence on stderr and, for json, a document on stdout.
+
+        It is not folded: a command in it can be copied as one line.
+        """
         text = Text.assemble(("Error: ", "bold red"), make_printable(sentence))
         self.err.print(text, soft_wrap=True)
         if self.output_format == "json":

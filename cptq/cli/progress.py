@@ -138,6 +138,8 @@ class ProgressLog:
             self.write(
                 f"{event.stage} ..." if not event.message else f"{event.stage}: {event.message}"
             )
+            if event.total is not None and event.done >= event.total and event.message:
+                self.ended = True  # a stage that comes back with its last word took no time
         if event.total is not None and event.done >= event.total:
             self._end_stage(now)
         elif now - self.logged >= LOG_INTERVAL:

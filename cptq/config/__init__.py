@@ -14,6 +14,7 @@ from cptq.config.options import Option, find_flag, list_options
 from cptq.config.recipes import save_recipe
 from cptq.config.running import (
     GGUF,
+    RESULT_FILE,
     BenchSettings,
     CompareSettings,
     EvalSettings,
@@ -61,6 +62,7 @@ __all__ = [
     "DTYPES",
     "GGUF",
     "GROUND_TRUTH",
+    "RESULT_FILE",
     "RUNTIMES",
     "AnalyzeSettings",
     "AnySettings",

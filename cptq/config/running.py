@@ -30,6 +30,8 @@ from cptq.errors import UsageError
 
 #: what a GGUF file's name ends in
 GGUF = ".gguf"
+#: ending of an output of `eval` that is one file; any other name is a directory of reports
+RESULT_FILE = ".json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +110,11 @@ class EvalSettings(EvaluationSettings):
         minimum=1,
         usual="windows side by side",
     )
-    out: Path | None = out_option("Write the results to this JSON file.", "FILE")
+    out: Path | None = out_option(
+        "Write the results to this directory as a page, Markdown and JSON; where the name ends in "
+        ".json, to that file alone.",
+        "DIR|FILE",
+    )
     overwrite: bool = overwrite_option()
 
     def __post_init__(self) -> None:

@@ -13,12 +13,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from cptq.artifact.atomic import refuse_existing, write_file
+from cptq.artifact.atomic import (
+    check_output,
+    create_directory,
+    refuse_existing,
+    write_file,
+    write_files,
+)
 from cptq.artifact.manifest import try_read_manifest
 from cptq.checkpoint.loader import load_model, read_spec
 from cptq.checkpoint.memory import choose_memory
 from cptq.checkpoint.model import LoadedModel
-from cptq.config import EvalSettings, ModelSettings, parse_max_memory
+from cptq.config import RESULT_FILE, EvalSettings, ModelSettings, parse_max_memory
 from cptq.data.overlap import decode_sketch
 from cptq.evaluation.baseline import add_flips, add_paired_differences
 from cptq.evaluation.divergence import StateComparer, StateRecorder
@@ -30,8 +36,8 @@ from cptq.inference.modules import find_packed_modules
 from cptq.inference.operations import exact_products
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.summarize import summarize
-from cptq.report.render import render_json
-from cptq.report.summary import EvalOutcome
+from cptq.report.render import FILES, render_files, render_json
+from cptq.report.summary import EvalOutcome, Summary
 from cptq.types import Comparison, Emit, EvalResult, Notice, Progress, join_results
 
 Results = tuple[EvalResult, ...]
@@ -54,8 +60,7 @@ class PreparedModel:
 def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
     """Run tasks on a model or artifact, and on a baseline beside it."""
     recorder = Recorder(emit)
-    if settings.out is not None:
-        refuse_existing(settings.out, overwrite=settings.overwrite)
+    place = _check_place(settings)
     sources = [source for source in (settings.baseline, settings.model.model) if source]
     *baselines, prepared = prepare_models(settings, sources, recorder)
     if baselines:
@@ -77,9 +82,37 @@ def evaluate(settings: EvalSettings, emit: Emit) -> EvalOutcome:
         baseline_source=settings.baseline,
         activations=settings.activations if find_packed_modules(model.module) else "",
     )
-    if settings.out is not None:
-        write_file(settings.out, render_json(report), overwrite=settings.overwrite)
-    return EvalOutcome(summary=report, out=settings.out)
+    reports = {} if place is None else _write(report, place, settings)
+    return EvalOutcome(summary=report, out=settings.out, reports=reports)
+
+
+def _check_place(settings: EvalSettings) -> Path | None:
+    """Return where to write, which may be written; None: nothing is written.
+
+    Raises:
+        OutputExistsError: it exists and may not be replaced.
+        ArtifactError: it is a directory that `eval` did not write.
+    """
+    out = settings.out
+    if out is None:
+        return None
+    if out.suffix == RESULT_FILE:
+        refuse_existing(out, overwrite=settings.overwrite)
+        return out
+    source = Path(settings.model.model).expanduser()
+    return check_output(out, overwrite=settings.overwrite, source=source, marker=FILES["json"])
+
+
+def _write(report: Summary, place: Path, settings: EvalSettings) -> dict[str, Path]:
+    """Write one JSON file, or a directory of three reports; return {kind: file}."""
+    if place.suffix == RESULT_FILE:
+        write_file(place, render_json(report), overwrite=settings.overwrite)
+        return {"json": place}
+    files = render_files(report)
+    with create_directory(place, sum(map(len, files.values()))) as draft:
+        write_files(draft, files)
+    assert settings.out is not None
+    return {kind: settings.out / name for kind, name in FILES.items()}
 
 
 def prepare_models(

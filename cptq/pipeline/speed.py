@@ -87,6 +87,7 @@ def _measure(
     recorder: Recorder,
 ) -> SpeedReport:
     model = inputs.model
+    recorder(Progress(stage=STAGE, done=0, total=1 + REPEATS, message="opening the artifact"))
     dtype = str(model.dtype).removeprefix("torch.")
     opened = open_module(
         str(folder),

@@ -74,7 +74,7 @@ def _draw_front(
         ident="plan-front",
         title=TITLE,
         caption=f"predicted loss, {unit}: lower is better{log}; interactions between units are not "
-        "in it; each dot is a plan",
+        "in it; dots: plans that were made",
         svg=_draw(front, dots, unit, (scale, across), xmlns),
         legend=(("r0", "chosen widths"), ("r7", "even widths (dashed)")),
     )

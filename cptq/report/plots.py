@@ -22,6 +22,8 @@ GAP = 0.8
 #: marks of more roles than this share the last colour
 MAX_ROLES = 8
 LABEL_PIXELS = 30.0
+#: name below what belongs to no block, and the room that it takes
+OUTSIDE, OUTSIDE_PIXELS = "outside", 44.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,7 +114,7 @@ def draw_sensitivity(table: SensitivityTable, units: Sequence[Unit], ident: str)
 
 
 def draw_errors(summary: Summary, ident: str = "errors") -> Figure | None:
-    """Draw relative output and weight error of each compressed layer; None without results."""
+    """Draw relative output and weight error of each compressed layer; None with fewer than two."""
     specs = {layer.name: layer for layer in summary.layers}
     kinds = (("output error", "e0"), ("weight error", "e1"))
     marks = [
@@ -128,8 +130,8 @@ def draw_errors(summary: Summary, ident: str = "errors") -> Figure | None:
         for (kind, css), value in zip(kinds, (row.output_error, row.weight_error), strict=True)
         if value is not None
     ]
-    if not marks:
-        return None
+    if len({mark.name for mark in marks}) < 2:
+        return None  # one dot shows nothing that the table of layers does not say
     title = "Error per layer"
     svg, remarks = draw_dots(marks, ident, title, "share of the squared norm", joined=False)
     held_out = any(row.held_out for row in summary.results)
@@ -203,7 +205,10 @@ def _describe_range(marks: Sequence[Mark], remarks: Sequence[str]) -> str:
 
 
 def _draw_bands(columns: Columns) -> str:
-    """Draw a faint background behind every other block, and block numbers below."""
+    """Draw a faint background behind every other block, and block numbers below.
+
+    What belongs to no block, such as the embedding, is named where its name has room.
+    """
     drawing, free = "", LEFT
     bottom = HEIGHT - BOTTOM
     for index, (block, left, right) in enumerate(columns.iterate_spans()):
@@ -217,5 +222,9 @@ def _draw_bands(columns: Columns) -> str:
                 "text", str(block), class_="tick", x=middle, y=bottom + 14, text_anchor="middle"
             )
             free = middle + LABEL_PIXELS
+        elif block is None and right - left >= OUTSIDE_PIXELS:
+            drawing += tag(
+                "text", OUTSIDE, class_="tick", x=middle, y=bottom + 14, text_anchor="middle"
+            )
     label = tag("text", "block", class_="tick", x=LEFT - 8, y=bottom + 14, text_anchor="end")
     return drawing + label

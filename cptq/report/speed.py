@@ -67,11 +67,11 @@ def _explain(found: SpeedReport) -> str:
         f"one sequence at a time, median of {format_plural(repeats, 'repetition')} that differ by "
         f"up to {widest:.0%}",
         f"{format_plural(found.threads, 'thread')}, {found.device}, {found.dtype}",
-        f"{found.command} measures it thoroughly, with load times and resident memory",
+        f"load times, resident memory and batches: {found.command}",
     ]
     if any(not model.way for model in found.models):
         words.append(
-            "stock transformers multiplies packed weights out (counted in float32); cptq eval "
-            "--task footprint measures its speed"
+            "stock transformers multiplies packed weights out (counted in float32); its speed: "
+            "cptq eval --task footprint"
         )
     return "; ".join(words)

@@ -182,7 +182,7 @@ class CompressOutcome:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalOutcome:
-    """Return value of `evaluate`; `out` is the JSON file of the results, if one was requested."""
+    """Return value of `evaluate`; `out` is the JSON file or the directory of reports, if any."""
 
     summary: Summary
     out: Path | None = None

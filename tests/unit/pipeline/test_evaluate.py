@@ -174,3 +174,21 @@ def test_a_perplexity_on_the_calibration_corpus_is_marked(place: Path, heard) ->
     told = json.loads(render_json(summary))["evaluation"][0]
     assert told["in_domain"] is True
     assert told["protocol"] == "windows: 4 of 64 tokens, no BOS"
+
+
+def test_a_directory_gets_all_reports_and_a_json_name_one_file(
+    place: Path, tmp_path: Path, heard
+) -> None:
+    both = [
+        evaluate(settings(place, "b.txt", out=tmp_path / name), heard) for name in ("d", "e.json")
+    ]
+    assert sorted(path.name for path in (tmp_path / "d").iterdir()) == [
+        *("report.html", "report.json", "report.md")
+    ]
+    assert both[0].reports["html"] == tmp_path / "d" / "report.html"
+    assert both[1].reports == {"json": tmp_path / "e.json"}
+    texts = [(tmp_path / name).read_text() for name in ("d/report.json", "e.json")]
+    values = [[row["value"] for row in json.loads(text)["evaluation"]] for text in texts]
+    assert values[0] == values[1]
+    with pytest.raises(CptqError, match="--overwrite"):
+        evaluate(settings(place, "b.txt", out=tmp_path / "d"), heard)
