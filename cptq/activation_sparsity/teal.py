@@ -70,7 +70,7 @@ class _Split:
             if steps < self._steps:  # measured before the last step
                 heapq.heappush(waiting, self._try(name))
                 continue
-            self._shares[name] += self._step(name)
+            self._shares[name] += min(self._step(name), self._left() / self._numel[name])
             self._error = error
             self._steps += 1
             if self._shares[name] < MOST - 1e-9 and self._left() > 1e-9 * self._budget:
@@ -81,8 +81,8 @@ class _Split:
         return self._budget - sum(self._shares[name] * n for name, n in self._numel.items())
 
     def _step(self, name: str) -> float:
-        """Return the next step of a linear, cut to what is left of it and of the budget."""
-        return min(STEP, MOST - self._shares[name], self._left() / self._numel[name])
+        """Return the next step of a linear; the last that is taken is cut to the budget."""
+        return min(STEP, MOST - self._shares[name])
 
     def _try(self, name: str) -> tuple[float, str, int, float]:
         """Return the error that the next step adds per weight saved, the name, the steps taken by

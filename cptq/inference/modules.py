@@ -181,7 +181,7 @@ class PackedEmbedding(PackedModule):
 def make_packed_module(module: nn.Module, scheme: Candidate, rule: str = "") -> PackedModule | None:
     """Make an empty packed module in place of a dense one; None for other kinds of modules.
 
-    `rule`: of a linear, how it drops inputs, or empty. Subclasses are not replaced: they may compute
+    `rule`: of a linear, how it drops inputs. Subclasses are not replaced: they may compute
     something else (scaled or shifted embeddings).
     """
     if type(module) is Conv1D:
