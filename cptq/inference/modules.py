@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from cptq.inference import activations, operations
 from cptq.inference.operations import PackedWeight
-from cptq.layouts.activations import PARTS, list_rule_tensors, parse_rule
+from cptq.layouts.activations import PARTS, RuleKind, list_rule_tensors, parse_rule
 from cptq.layouts.packed import list_packed_tensors
 from cptq.types import Candidate
 
@@ -115,15 +115,22 @@ class PackedLinear(PackedModule):
         rule: str = "",
     ) -> None:
         super().__init__(shape, scheme)
-        self.rule = parse_rule(rule) if rule else None
-        for spec in list_rule_tensors("", shape, rule):
-            value = nn.Parameter(torch.zeros(spec.shape), requires_grad=False)
-            self.register_parameter(spec.name[1:], value)
+        self.rule: RuleKind | None = None
+        self.set_rule(rule)
         self.out_features, self.in_features = shape
         self.transposed = transposed
         empty = nn.Parameter(torch.zeros(shape[0]), requires_grad=False) if bias else None
         self.bias: nn.Parameter | None
         self.register_parameter("bias", empty)
+
+    def set_rule(self, label: str) -> None:
+        """Have another rule, with tensors of zeros; an empty label for none."""
+        self.rule = parse_rule(label) if label else None
+        for part in PARTS:
+            self._parameters.pop(part, None)
+        for spec in list_rule_tensors("", self.shape, label):
+            value = nn.Parameter(torch.zeros(spec.shape), requires_grad=False)
+            self.register_parameter(spec.name[1:], value)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
@@ -199,10 +206,8 @@ def make_packed_module(module: nn.Module, scheme: Candidate, rule: str = "") -> 
 def remove_rules(model: nn.Module) -> None:
     """Have the packed linears of a model multiply all inputs, for good."""
     for module in find_packed_modules(model).values():
-        if isinstance(module, PackedLinear) and module.rule is not None:
-            module.rule = None
-            for part in PARTS:
-                module._parameters.pop(part, None)
+        if isinstance(module, PackedLinear):
+            module.set_rule("")
     quantization: Any = getattr(getattr(model, "config", None), "quantization_config", None)
     if getattr(quantization, "activations", None) is not None:
         quantization.activations = None

@@ -109,18 +109,9 @@ def drop_at_random(model: nn.Module, function: str) -> None:
         if not isinstance(module, PackedLinear) or name == "lm_head":
             continue
         label = f"gate-{function}" if name.endswith("gate_proj") else next(labels)
-        ruled = PackedLinear(
-            module.shape,
-            module.scheme,
-            bias=module.bias is not None,
-            transposed=module.transposed,
-            rule=label,
-        )
-        for part, value in module.named_parameters():
-            setattr(ruled, part, value)
-        for value in ruled.rule_tensors.values():
+        module.set_rule(label)
+        for value in module.rule_tensors.values():
             value.data = torch.rand(value.shape) * 0.5
-        model.set_submodule(name, ruled)
 
 
 @torch.no_grad()
