@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from cptq.activation_sparsity import METHODS as ACTIVATION_METHODS
 from cptq.allocation import ALLOCATORS
 from cptq.artifact.formats import FORMATS
 from cptq.compression import COMPRESSORS
@@ -26,6 +27,7 @@ _REGISTRIES: Mapping[str, tuple[str, Registry[Any]]] = {
     "metric": ("--metric", METRICS),
     "allocator": ("--allocator", ALLOCATORS),
     "compressor": ("--compressor", COMPRESSORS),
+    "activation sparsity": ("--activation-sparsity", ACTIVATION_METHODS),
     "format": ("cptq export --format", FORMATS),
     "task": ("--task", TASKS),
 }

@@ -26,6 +26,7 @@ from cptq.config import (
     GenerateSettings,
     PlanSettings,
     list_options,
+    parse_activation_sparsity,
 )
 from cptq.errors import ModelError, OutputExistsError, PlanError, UsageError
 from cptq.registry import find_closest
@@ -83,6 +84,7 @@ def _check_analyze(settings: AnalyzeSettings) -> AnalyzeSettings:
 def _check_compress(settings: CompressSettings, writes: bool) -> CompressSettings:
     names = ("metric", "allocator", "compressor", "sparsity_score", "sparsity_profile")
     _check_names(settings, *names)
+    _check_activation_method(settings)
     _check_calibration(settings.calibration.calibration)
     _check_constraints(settings)
     if settings.sensitivity is not None:
@@ -98,6 +100,12 @@ def _check_compress(settings: CompressSettings, writes: bool) -> CompressSetting
         return replace(settings, out=out)
     _check_directory(out, settings)
     return replace(settings, out=out)
+
+
+def _check_activation_method(settings: CompressSettings) -> None:
+    if settings.activation_sparsity is not None:
+        registry = list_options(type(settings))["activation_sparsity"].load_registry()
+        registry.check(parse_activation_sparsity(settings.activation_sparsity)[0])
 
 
 def _check_directory(out: Path, settings: AnalyzeSettings | CompressSettings) -> None:

@@ -67,7 +67,7 @@ class CostModel:
         self.shard_bytes = shard_bytes
         self._unit = {unit.name: unit for unit in self.units}
         self._specs: dict[tuple[str, Candidate], tuple[TensorSpec, ...]] = {}
-        self._entries: dict[tuple[str, Candidate], tuple[Entry, ...]] = {}
+        self._entries: dict[tuple[str, Candidate], list[tuple[Entry, ...]]] = {}
         self._dense_entries: dict[str, tuple[Entry, ...]] = {
             spec.name: (measure(spec),) for spec in self.tensors
         }
@@ -141,9 +141,14 @@ class CostModel:
 
     def list_unit_entries(self, unit_name: str, candidate: Candidate) -> tuple[Entry, ...]:
         """Return `unit_tensors` as entries of the header."""
+        return tuple(chain.from_iterable(self._list_entries(unit_name, candidate)))
+
+    def _list_entries(self, unit_name: str, candidate: Candidate) -> list[tuple[Entry, ...]]:
+        """Return the entries of each layer of a unit."""
         known = self._entries.get((unit_name, candidate))
         if known is None:
-            known = tuple(map(measure, self.list_unit_tensors(unit_name, candidate)))
+            layers = self._layers(unit_name)
+            known = [tuple(map(measure, self._layer(layer, candidate))) for layer in layers]
             self._entries[unit_name, candidate] = known
         return known
 
@@ -175,10 +180,9 @@ class CostModel:
         for unit in self.units:
             candidate = _get_choice(choices, unit)
             if not candidate.dense:
-                packed = self.list_unit_entries(unit.name, candidate)
-                each = len(packed) // len(unit.layers)  # one candidate: as many for every layer
-                for i, layer in enumerate(unit.layers):
-                    entries[layer.weight_name] = packed[i * each : (i + 1) * each]
+                packed = self._list_entries(unit.name, candidate)
+                for layer, own in zip(unit.layers, packed, strict=True):
+                    entries[layer.weight_name] = own
         return sum_bytes(chain.from_iterable(entries.values()), self.shard_bytes)
 
     def count_uniform_bytes(self, candidate: Candidate) -> int:

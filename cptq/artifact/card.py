@@ -54,6 +54,7 @@ def build_card(
             "",
             *_describe_compression(layers, plan, calibration, weight_bytes),
             *_describe_tuning(tuned),
+            *_describe_activations(model),
             "",
             "## Results",
             "",
@@ -165,6 +166,18 @@ def _describe_tuning(tuned: Mapping[str, Any] | None) -> list[str]:
         f"tokens: the scales of the compressed layers and {len(tuned['dense_tensors'])} norms and "
         "biases, which therefore differ from the base model's. Divergence from it on held-out "
         f"text: {tuned['before']:.4g} before, {tuned['after']:.4g} after, {tuned['unit']}."
+    ]
+
+
+def _describe_activations(model: Content) -> list[str]:
+    found = model.activations
+    if found is None:
+        return []
+    return [
+        f"- Activation sparsity `{found.label}`: rules fitted on {found.tokens:,} calibration "
+        f"tokens, on which {found.mean:.1%} of the products of {len(found.reached)} linears are "
+        "dropped. The environment variable `CPTQ_ACTIVATION_SPARSITY=off`, or `cptq.load(PATH, "
+        "activation_sparsity=False)`, leaves it out."
     ]
 
 

@@ -17,7 +17,15 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
 from cptq.layouts.safetensors_header import SHARD_BYTES
-from cptq.types import CompressedLayer, Emit, LayerSpec, ModelKind, Notice, TensorSpec
+from cptq.types import (
+    ActivationRecord,
+    CompressedLayer,
+    Emit,
+    LayerSpec,
+    ModelKind,
+    Notice,
+    TensorSpec,
+)
 
 _FLOAT8 = ("F8_E4M3", "F8_E5M2")
 #: {type in memory: storage types whose values it holds exactly}
@@ -38,7 +46,8 @@ class Content:
     `compressed` the compressed ones by the name of their weight tensor. `fetch` returns a dense
     tensor by name, in any floating type that holds it, or None if there is none. `hub_id` is the
     base model's name on the Hub, if it came from there. `shard_bytes`: most bytes of tensors in one
-    weight file, where a format has several.
+    weight file, where a format has several. `activations` says by which method and share the layers
+    got the rules that they have.
     """
 
     source: str
@@ -54,6 +63,7 @@ class Content:
     attention: str | None = None
     hub_id: str | None = None
     shard_bytes: int = SHARD_BYTES
+    activations: ActivationRecord | None = None
 
     @property
     def parameters(self) -> int:
@@ -82,6 +92,7 @@ def build_content(
     layers: Sequence[CompressedLayer],
     emit: Emit,
     shard_bytes: int = SHARD_BYTES,
+    activations: ActivationRecord | None = None,
 ) -> Content:
     """Build the content from a model in memory and its compressed layers.
 
@@ -107,6 +118,7 @@ def build_content(
         attention=getattr(model.config, "_attn_implementation", None),
         hub_id=None if Path(model.source).expanduser().is_dir() else model.source,
         shard_bytes=shard_bytes,
+        activations=activations,
     )
 
 

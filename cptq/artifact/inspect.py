@@ -17,16 +17,17 @@ from typing import Any
 
 from cptq.artifact.formats.compressed_tensors import EXPERTS
 from cptq.artifact.gguf.header import GgufTensor, read_gguf
-from cptq.artifact.manifest import MANIFEST
+from cptq.artifact.manifest import ACTIVATIONS, MANIFEST
 from cptq.checkpoint.files import UNREADABLE, find_weight_files, open_tensors, read_header
 from cptq.errors import ArtifactError, ModelError
-from cptq.types import Budget, Prospect, TensorSpec, is_expert
+from cptq.layouts.activations import PARTS as PARTS_OF_RULES
+from cptq.types import ActivationRecord, Budget, Prospect, TensorSpec, is_expert
 
 _DAMAGED = (OSError, *UNREADABLE)
 _BLOCK = re.compile(r"\.\d+\.")
 _PACKED = ("weight_packed", "weight_scale", "weight_shape")
 #: tensors of the packed format; its codes are a `weight` of 32-bit words
-_OWN_PARTS = ("weight_zero", "weight_mask", "weight_pattern")
+_OWN_PARTS = ("weight_zero", "weight_mask", "weight_pattern", *PARTS_OF_RULES)
 #: dense types of ggml
 FLOATS = ("F64", "F32", "F16", "BF16")
 #: parts of a file in the order shown
@@ -213,7 +214,7 @@ def _describe_own_packed(
     layer: str, specs: list[TensorSpec], label: str, shape: tuple[int, int] | None
 ) -> LayerFacts:
     """Describe a layer of the packed format."""
-    mine = [s for s in specs if s.name.startswith(f"{layer}.weight")]
+    mine = [s for s in specs if s.name.startswith((f"{layer}.weight", f"{layer}.activation_"))]
     nbytes = sum(spec.nbytes for spec in mine)
     bits = 8 * nbytes / prod(shape) if shape else float("nan")
     return LayerFacts(
@@ -280,9 +281,20 @@ def _describe_manifest(manifest: Mapping[str, Any]) -> dict[str, str]:
         "plan": f"{plan['allocator']}"
         + (f" with {plan['metric']} scores" if plan["metric"] else ""),
         "calibration": f"{text['source']}, {text['samples']} samples, {text['tokens']} tokens",
+        **_describe_activations(manifest),
         "seed": str(manifest["seed"]),
         "written by": ", ".join(f"{n} {v}" for n, v in manifest["versions"].items()),
     }
+
+
+def _describe_activations(manifest: Mapping[str, Any]) -> dict[str, str]:
+    if ACTIVATIONS not in manifest:
+        return {}
+    found = ActivationRecord.from_dict(manifest[ACTIVATIONS])
+    words = (
+        f"{found.label}, {found.mean:.1%} of the products of {len(found.reached)} linears dropped"
+    )
+    return {"activation sparsity": f"{words} on {found.tokens:,} calibration tokens"}
 
 
 def _read_packed_schemes(directory: Path) -> dict[str, tuple[str, tuple[int, int] | None]]:

@@ -19,6 +19,8 @@ from cptq.types import CalibrationRecord, LayerResult, Plan
 
 MANIFEST = "cptq.json"
 FORMAT_VERSION = 1
+#: the field of an artifact with activation sparsity
+ACTIVATIONS = "activation_sparsity"
 #: the field of an artifact that was tuned
 TUNED = "tuned"
 #: suffixes of the other files that a loader reads
@@ -68,6 +70,7 @@ def build_manifest(
         "tensors_sha256": dict(digests),
         "files_sha256": {},
         "verification": None,
+        **({} if model.activations is None else {ACTIVATIONS: model.activations.to_dict()}),
     }
 
 

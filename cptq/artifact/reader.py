@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,17 @@ from torch import Tensor
 from cptq.artifact.content import Content
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import Format, SafetensorsFormat
-from cptq.artifact.manifest import FORMAT_VERSION, MANIFEST
+from cptq.artifact.manifest import ACTIVATIONS, FORMAT_VERSION, MANIFEST
 from cptq.artifact.reload import ReloadSample
 from cptq.artifact.sample import read_sample
 from cptq.checkpoint.files import find_weight_files, open_tensors, read_header
 from cptq.checkpoint.loader import AUTO_CLASSES
 from cptq.errors import ArtifactError
+from cptq.layouts import Layout
+from cptq.layouts.activations import RuledLayout, list_rule_tensors
 from cptq.types import (
+    ActivationRecord,
+    ActivationRule,
     CalibrationRecord,
     Candidate,
     LayerResult,
@@ -134,13 +138,21 @@ def _read_content(directory: Path, manifest: Mapping[str, Any], form: Safetensor
     }
     inventory = {item["name"]: _parse_spec(item) for item in manifest["inventory"]}
     results = {item["name"]: _parse_result(item) for item in manifest["layers"]}
-    parts = {name: _check_tensors(form, inventory[name], r, stored) for name, r in results.items()}
+    record = None
+    if ACTIVATIONS in manifest:
+        record = ActivationRecord.from_dict(manifest[ACTIVATIONS])
+    rules = {} if record is None else record.rules
+    layout = RuledLayout(form.layout, rules)
+    parts = {n: _check_tensors(form, layout, inventory[n], r, stored) for n, r in results.items()}
     get = _make_getter(places)
     model = manifest["model"]
     if model["kind"] not in AUTO_CLASSES:
         raise ValueError(f"a model of kind {model['kind']!r}")
     layers = {
-        inventory[n].weight_name: form.read_layer(inventory[n], r, get) for n, r in results.items()
+        inventory[n].weight_name: replace(
+            form.read_layer(inventory[n], r, get), rule=_read_rule(inventory[n], rules.get(n), get)
+        )
+        for n, r in results.items()
     }
     return Content(
         source=str(model["source"]),
@@ -153,7 +165,18 @@ def _read_content(directory: Path, manifest: Mapping[str, Any], form: Safetensor
         compressed=layers,
         fetch=lambda name: get(name) if name in places else None,
         hub_id=None if model.get("hub_id") is None else str(model["hub_id"]),
+        activations=record,
     )
+
+
+def _read_rule(
+    spec: LayerSpec, label: str | None, get: Callable[[str], Tensor]
+) -> ActivationRule | None:
+    if label is None:
+        return None
+    parts = list_rule_tensors(spec.name, spec.shape, label)
+    tensors = {part.name.rpartition(".")[2]: get(part.name) for part in parts}
+    return ActivationRule(label=label, tensors=tensors)
 
 
 def _parse_spec(item: Mapping[str, Any]) -> LayerSpec:
@@ -178,13 +201,17 @@ def _parse_result(item: Mapping[str, Any]) -> LayerResult:
 
 
 def _check_tensors(
-    form: SafetensorsFormat, spec: LayerSpec, result: LayerResult, stored: Mapping[str, TensorSpec]
+    form: SafetensorsFormat,
+    layout: Layout,
+    spec: LayerSpec,
+    result: LayerResult,
+    stored: Mapping[str, TensorSpec],
 ) -> tuple[TensorSpec, ...]:
     """Return the tensors of a layer after checking that the files hold them as specified."""
     why = form.layout.explain_refusal(spec, result.candidate)
     if why is not None:
         raise ArtifactError(f"{spec.name} cannot be {result.candidate.label} in {form.name}: {why}")
-    parts = form.layout.tensors(spec, result.candidate)
+    parts = layout.tensors(spec, result.candidate)
     for part in parts:
         if stored.get(part.name) != part:
             raise ArtifactError(

@@ -57,6 +57,7 @@ from cptq.errors import ModelError, UsageError
 from cptq.inference import compressed_quantizer
 from cptq.inference.compressed_tensors import METHOD as COMPRESSED_TENSORS
 from cptq.inference.compressed_tensors import UnsupportedError, read_groups
+from cptq.inference.modules import remove_rules
 from cptq.inference.native.library import has_library
 from cptq.numerics.finite import is_finite
 from cptq.types import Emit, Event, ModelKind, Notice, Progress, TensorSpec
@@ -91,6 +92,7 @@ def load(
     token: str | None = None,
     trust_remote_code: bool = False,
     cache_dir: str | os.PathLike[str] | None = None,
+    activation_sparsity: bool = True,
 ) -> PreTrainedModel:
     """Load a transformers model in evaluation mode: packed, compressed-tensors or dense.
 
@@ -105,6 +107,8 @@ def load(
         token: access token for the Hub.
         trust_remote_code: allow Python code that comes with the model to run.
         cache_dir: where downloads are kept.
+        activation_sparsity: apply the rules of an artifact that drops inputs at run time; False
+            removes them from the model.
 
     Raises:
         CptqError: not found, not readable, not a text model, or a file that does not match; the
@@ -122,7 +126,10 @@ def load(
         trust_remote_code=trust_remote_code,
         cache_dir=None if cache_dir is None else Path(cache_dir),
     )
-    return cast("PreTrainedModel", load_model(settings, _warn, plain=True).module)
+    module = load_model(settings, _warn, plain=True).module
+    if not activation_sparsity:
+        remove_rules(module)
+    return cast("PreTrainedModel", module)
 
 
 def _warn(event: Event) -> None:

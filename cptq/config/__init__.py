@@ -4,6 +4,7 @@ from cptq.config.candidates import DEFAULT_BITS, DEFAULT_GROUP_SIZE
 from cptq.config.checks import (
     ALLOWED_BITS,
     check_repository,
+    parse_activation_sparsity,
     parse_max_memory,
     parse_shard_size,
     parse_size,
@@ -93,6 +94,7 @@ __all__ = [
     "flat_fields",
     "list_options",
     "name_fields",
+    "parse_activation_sparsity",
     "parse_edit",
     "parse_max_memory",
     "parse_shard_size",

@@ -90,7 +90,7 @@ class CandidateSettings:
         runtime = find_runtime(self.runtime)
         check_bits(self.bits)
         runtime.check(self.bits, self.group_size)
-        restricted = ("asymmetric", "sparsity", "embedding_bits")
+        restricted = ("asymmetric", "sparsity", "embedding_bits", "activation_sparsity")
         given = [name for name in restricted if getattr(self, name, None)]
         runtime.check_wider(*(find_flag(type(self), name) for name in given))
         if self.asymmetric and not set(self.bits) & set(runtime.asymmetric):

@@ -6,6 +6,8 @@ import re
 
 from cptq.errors import UsageError
 
+#: percent of the inputs that can be dropped
+MOST_DROPPED = 95
 ALLOWED_BITS = (2, 3, 4, 5, 6, 7, 8, 16)
 DEVICES = "auto, cpu, cuda, cuda:N, xpu, mps"
 
@@ -40,6 +42,35 @@ def parse_sparsity(word: str) -> tuple[float, str]:
             allowed="N:M such as 2:4 or 4:8, M at most 8, and shares such as 50%, from 1% to 99%",
         )
     return int(match[1]) / 100, "unstructured"
+
+
+#: methods of --activation-sparsity that take no share
+WITHOUT_SHARE = ("exact",)
+
+
+def parse_activation_sparsity(text: str) -> tuple[str, float | None]:
+    """Return method and share of `teal:50%`; the share is None for `exact`.
+
+    Whether there is such a method is for its registry to say.
+
+    Raises:
+        UsageError: a share is missing, too much, or not one.
+    """
+    method, colon, share = text.strip().partition(":")
+    if method in WITHOUT_SHARE:
+        if colon:
+            raise UsageError(
+                f"--activation-sparsity is {text!r}, and {method} takes no share",
+                allowed=f"--activation-sparsity {method}",
+            )
+        return method, None
+    match = re.fullmatch(r"([1-9]\d?)\s*%", share.strip())
+    if match is None or int(match[1]) > MOST_DROPPED:
+        raise UsageError(
+            f"--activation-sparsity is {text!r}",
+            allowed=f"exact, or a method and a share from 1% to {MOST_DROPPED}%, such as teal:50%",
+        )
+    return method, int(match[1]) / 100
 
 
 def check_limit(limit: float | None) -> None:

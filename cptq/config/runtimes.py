@@ -47,7 +47,8 @@ class Runtime:
     exactly, `experts` whether a mixture of experts in one scheme is taken. `conv1d` says that it
     takes the Conv1D of GPT-2, `vocabulary` which widths it takes token embeddings and output heads
     in, `float8` that it takes them, and scales, as 8-bit floats, `row_scales` that it takes scales
-    as codes times a factor per row, `sparse` that it takes sparse weights.
+    as codes times a factor per row, `sparse` that it takes sparse weights, `activation_sparsity`
+    that it drops inputs by stored rules.
     `next_step` is what to type with the artifact, if more is needed. `gguf`: what the program loads
     is a GGUF file that is exported from the artifact, so targets count that file. `facts`: what
     `cptq methods` says.
@@ -70,6 +71,7 @@ class Runtime:
     float8: bool = False
     row_scales: bool = False
     sparse: bool = False
+    activation_sparsity: bool = False
     next_step: str | None = None
     gguf: bool = False
     facts: Facts | None = None
@@ -93,6 +95,7 @@ class Runtime:
             "--asymmetric": bool(self.asymmetric),
             "--embedding-bits": bool(self.list_vocabulary_bits()),
             "--sparsity": self.sparse,
+            "--activation-sparsity": self.activation_sparsity,
         }
         return taken[option]
 
@@ -257,6 +260,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         vocabulary=(3, 4, 5, 6, 7, 8),
         row_scales=True,
         sparse=True,
+        activation_sparsity=True,
         facts=Facts(
             does="cptq's own modules: 2 to 8 bits, packed vocabulary, zero points, sparsity",
             source="docs/format-packed.md",

@@ -22,6 +22,7 @@ from cptq.config.candidates import (
 )
 from cptq.config.checks import (
     check_repository,
+    parse_activation_sparsity,
     parse_shard_size,
 )
 from cptq.config.inputs import (
@@ -62,6 +63,7 @@ GROUND_TRUTH = "kl"
 
 SCORES, PROFILES = "cptq.compression.scores:SCORES", "cptq.allocation.profiles:PROFILES"
 DEFAULT_SCORE, DEFAULT_PROFILE = "wanda", "uniform"
+ACTIVATION_METHODS = "cptq.activation_sparsity:METHODS"
 FORMATS = "cptq.artifact.formats:FORMATS"
 
 
@@ -183,6 +185,14 @@ class CompressSettings(PlanningSettings):
         registry=PROFILES,
         fixed_by=("plan",),
     )
+    activation_sparsity: str | None = option(
+        None,
+        "Drop a share of the inputs of the linears at run time: METHOD:SHARE such as teal:50%, or "
+        "exact for models with ReLU. Needs --runtime cptq.",
+        CANDIDATES,
+        "METHOD",
+        registry=ACTIVATION_METHODS,
+    )
     plan: Path | None = option(
         None, "Compress by this plan.json instead of planning for --target.", PLAN, "FILE"
     )
@@ -232,6 +242,8 @@ class CompressSettings(PlanningSettings):
         if self.tune_minutes != DEFAULT_TUNE_MINUTES and not self.tune:
             raise UsageError("--tune-minutes has no effect without --tune", hint="add --tune")
         self._check_sparsity()
+        if self.activation_sparsity is not None:
+            parse_activation_sparsity(self.activation_sparsity)
 
     def _check_sparsity(self) -> None:
         if self.sparsity_score != DEFAULT_SCORE and not (self.sparsity or self.plan):

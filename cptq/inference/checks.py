@@ -15,8 +15,10 @@ from torch import nn
 
 from cptq.errors import ArtifactError
 from cptq.inference.operations import PackedWeight
+from cptq.layouts.activations import list_rule_tensors, parse_rule
 from cptq.layouts.packed import (
     READABLE,
+    RULES_VERSION,
     count_pattern_bits,
     count_stored,
     explain_misfit,
@@ -57,10 +59,33 @@ def read_modules(modules: Any, version: Any) -> Mapping[str, str]:
     return modules
 
 
+def read_rules(activations: Any, modules: Mapping[str, str], version: int) -> Mapping[str, str]:
+    """Validate the table {module: label} of the rules of activation sparsity in config.json.
+
+    Raises:
+        ArtifactError: a version without rules, not a table of labels, or a module that is not
+            packed.
+    """
+    if activations is None:
+        return {}
+    rules = activations.get("rules") if isinstance(activations, Mapping) else None
+    if version < RULES_VERSION or not isinstance(rules, Mapping):
+        raise ArtifactError("config.json has no table of the rules of activation sparsity")
+    for name, label in rules.items():
+        try:
+            parse_rule(label)
+        except (ValueError, TypeError) as error:
+            raise ArtifactError(f"config.json has a rule of {name!r}: {error}") from error
+        if name not in modules:
+            raise ArtifactError(f"config.json has a rule of {name!r}, which is not packed")
+    return rules
+
+
 def check_header(
     files: Iterable[Path],
     modules: Mapping[str, tuple[tuple[int, int], Candidate]],
     model: nn.Module,
+    rules: Mapping[str, str],
 ) -> None:
     """Compare the tensors of the weight files with those that the modules need.
 
@@ -68,6 +93,7 @@ def check_header(
         files: the weight files; without any (for a state dict) only the schemes are checked.
         modules: {name: (shape, scheme)}.
         model: names in the files may have or lack its prefix.
+        rules: {name: label of the rule of activation sparsity}.
 
     Raises:
         ArtifactError: names the first tensor that does not fit, with the reason.
@@ -81,7 +107,8 @@ def check_header(
         return
     prefix = f"{model.base_model_prefix}."
     for name, (shape, scheme) in modules.items():
-        for spec in list_packed_tensors(name, shape, "F32", scheme):
+        ruled = list_rule_tensors(name, shape, rules.get(name, ""))
+        for spec in (*list_packed_tensors(name, shape, "F32", scheme), *ruled):
             names = (spec.name, spec.name.removeprefix(prefix), prefix + spec.name)
             known = next((found[other] for other in names if other in found), None)
             allowed = (spec.dtype,) if spec.dtype == "I32" else FLOATS

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from cptq.inference import operations
+from cptq.inference import activations, operations
 from cptq.inference.operations import PackedWeight
+from cptq.layouts.activations import PARTS, RuleKind, list_rule_tensors, parse_rule
 from cptq.layouts.packed import list_packed_tensors
 from cptq.types import Candidate
 
@@ -101,21 +102,50 @@ class PackedLinear(PackedModule):
         scheme: how the weight is packed.
         bias: whether there is a bias, which stays dense.
         transposed: whether the dense module is a Conv1D.
+        rule: label of the rule by which inputs are dropped (`cptq.layouts.activations`), or empty.
     """
 
     def __init__(
-        self, shape: tuple[int, int], scheme: Candidate, *, bias: bool, transposed: bool = False
+        self,
+        shape: tuple[int, int],
+        scheme: Candidate,
+        *,
+        bias: bool,
+        transposed: bool = False,
+        rule: str = "",
     ) -> None:
         super().__init__(shape, scheme)
+        self.rule: RuleKind | None = None
+        self.set_rule(rule)
         self.out_features, self.in_features = shape
         self.transposed = transposed
         empty = nn.Parameter(torch.zeros(shape[0]), requires_grad=False) if bias else None
         self.bias: nn.Parameter | None
         self.register_parameter("bias", empty)
 
+    def set_rule(self, label: str) -> None:
+        """Have another rule, with tensors of zeros; an empty label for none."""
+        self.rule = parse_rule(label) if label else None
+        for part in PARTS:
+            self._parameters.pop(part, None)
+        for spec in list_rule_tensors("", self.shape, label):
+            value = nn.Parameter(torch.zeros(spec.shape), requires_grad=False)
+            self.register_parameter(spec.name[1:], value)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
-        return operations.linear(x, self.packed, self._parameters["bias"])
+        bias = self._parameters["bias"]
+        if self.rule is None or not activations.is_enabled():
+            return operations.linear(x, self.packed, bias)
+        return activations.multiply(
+            self.rule, self.rule_tensors, x, lambda kept: operations.linear(kept, self.packed, bias)
+        )
+
+    @property
+    def rule_tensors(self) -> dict[str, Tensor]:
+        """The tensors of the rule by name."""
+        found = {part: self._parameters.get(part) for part in PARTS}
+        return {part: value for part, value in found.items() if value is not None}
 
     def make_dense(self, dtype: torch.dtype) -> nn.Module:
         """Return the dense module that this one replaces."""
@@ -155,21 +185,32 @@ class PackedEmbedding(PackedModule):
         return module
 
 
-def make_packed_module(module: nn.Module, scheme: Candidate) -> PackedModule | None:
+def make_packed_module(module: nn.Module, scheme: Candidate, rule: str = "") -> PackedModule | None:
     """Make an empty packed module in place of a dense one; None for other kinds of modules.
 
-    Subclasses are not replaced: they may compute something else (scaled or shifted embeddings).
+    `rule`: of a linear, how it drops inputs. Subclasses are not replaced: they may compute
+    something else (scaled or shifted embeddings).
     """
     if type(module) is Conv1D:
         inputs, out = module.weight.shape
-        return PackedLinear((out, inputs), scheme, bias=True, transposed=True)
+        return PackedLinear((out, inputs), scheme, bias=True, transposed=True, rule=rule)
     if type(module) is nn.Linear:
         shape = (module.out_features, module.in_features)
-        return PackedLinear(shape, scheme, bias=module.bias is not None)
-    if type(module) is nn.Embedding and module.max_norm is None and not scheme.sparsity:
+        return PackedLinear(shape, scheme, bias=module.bias is not None, rule=rule)
+    if type(module) is nn.Embedding and module.max_norm is None and not (scheme.sparsity or rule):
         shape = (module.num_embeddings, module.embedding_dim)
         return PackedEmbedding(shape, scheme, padding_idx=module.padding_idx)
     return None
+
+
+def remove_rules(model: nn.Module) -> None:
+    """Have the packed linears of a model multiply all inputs, for good."""
+    for module in find_packed_modules(model).values():
+        if isinstance(module, PackedLinear):
+            module.set_rule("")
+    quantization: Any = getattr(getattr(model, "config", None), "quantization_config", None)
+    if getattr(quantization, "activations", None) is not None:
+        quantization.activations = None
 
 
 def find_packed_modules(model: nn.Module) -> dict[str, PackedModule]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -27,7 +27,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from cptq.errors import ArtifactError
-from cptq.inference.checks import check_header, check_positions, read_modules
+from cptq.inference.checks import check_header, check_positions, read_modules, read_rules
 from cptq.inference.float8 import Float8Module, find_float8_modules
 from cptq.inference.modules import (
     PARAMETERS,
@@ -39,6 +39,8 @@ from cptq.inference.modules import (
 from cptq.layouts.packed import FORMAT_VERSION, METHOD, NEEDS, WEIGHT_FILES
 from cptq.types import Candidate
 
+T = TypeVar("T")
+
 
 class CptqConfig(QuantizationConfigMixin):
     """`quantization_config` of a packed artifact.
@@ -49,6 +51,8 @@ class CptqConfig(QuantizationConfigMixin):
         weights: name of the weight file, if not the usual one; None once the model is in memory,
             because transformers saves under the usual name.
         needs: what to install, for readers of the file.
+        activations: activation sparsity: its method and share, and {name of a module: label of its
+            rule} as `rules`; None: none.
 
     Raises:
         ArtifactError: another format version, an unknown scheme or weight file name.
@@ -60,6 +64,7 @@ class CptqConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         weights: str | None = None,
         needs: str = NEEDS,
+        activations: Mapping[str, Any] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = METHOD  # type: ignore[assignment]  # an enum of those it knows
@@ -67,6 +72,8 @@ class CptqConfig(QuantizationConfigMixin):
         self.needs = needs
         self.weights = weights
         self.modules = dict(read_modules(modules, format_version))
+        read_rules(activations, self.modules, format_version)
+        self.activations = None if activations is None else dict(activations)
         if weights is not None and weights not in WEIGHT_FILES:
             raise ArtifactError(
                 f"config.json names the weight file {weights!r}", allowed=", ".join(WEIGHT_FILES)
@@ -76,6 +83,11 @@ class CptqConfig(QuantizationConfigMixin):
     def schemes(self) -> dict[str, Candidate]:
         """{name of a module: its scheme}."""
         return {name: Candidate.parse(label) for name, label in self.modules.items()}
+
+    @property
+    def rules(self) -> Mapping[str, str]:
+        """{name of a module: label of its rule of activation sparsity}."""
+        return read_rules(self.activations, self.modules, self.format_version)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the content of config.json."""
@@ -120,8 +132,13 @@ class CptqQuantizer(PackedQuantizer):
     ) -> None:
         files = [Path(file) for file in checkpoint_files or ()]
         schemes = _resolve_names(model, self.quantization_config.schemes)
-        packed = {name: _make_packed(model, name, scheme) for name, scheme in schemes.items()}
-        check_header(files, {name: (m.shape, m.scheme) for name, m in packed.items()}, model)
+        rules = _resolve_names(model, self.quantization_config.rules)
+        packed = {
+            name: _make_packed(model, name, scheme, rules.get(name, ""))
+            for name, scheme in schemes.items()
+        }
+        shapes = {name: (m.shape, m.scheme) for name, m in packed.items()}
+        check_header(files, shapes, model, rules)
         for name, module in packed.items():
             model.set_submodule(name, module)
         _tie(model, packed)
@@ -158,15 +175,15 @@ def register() -> None:
         register_quantizer(METHOD)(CptqQuantizer)
 
 
-def _resolve_names(model: nn.Module, schemes: Mapping[str, Candidate]) -> dict[str, Candidate]:
-    """Return the schemes by the names of the modules in this model.
+def _resolve_names(model: nn.Module, schemes: Mapping[str, T]) -> dict[str, T]:
+    """Return schemes, or rules, by the names of the modules in this model.
 
     A base model may be loaded from a file written with a head, and the reverse; transformers then
     drops or adds the prefix of tensor names, and this does the same.
     """
     prefix = f"{model.base_model_prefix}."
     known = {name for name, _ in model.named_modules()}
-    found: dict[str, Candidate] = {}
+    found: dict[str, T] = {}
     for name, scheme in schemes.items():
         names = (name, name.removeprefix(prefix), prefix + name)
         place = next((other for other in names if other in known), None)
@@ -180,13 +197,13 @@ def _resolve_names(model: nn.Module, schemes: Mapping[str, Candidate]) -> dict[s
     return found
 
 
-def _make_packed(model: nn.Module, name: str, scheme: Candidate) -> PackedModule:
+def _make_packed(model: nn.Module, name: str, scheme: Candidate, rule: str) -> PackedModule:
     module = model.get_submodule(name)
-    packed = make_packed_module(module, scheme)
+    packed = make_packed_module(module, scheme, rule)
     if packed is None:
         raise ArtifactError(
             f"config.json packs {name!r}, of type {type(module).__name__}, as {scheme.label}",
-            allowed="linear layers, Conv1D, and embeddings without sparsity",
+            allowed="linear layers, Conv1D, and embeddings without sparsity or rules",
         )
     return packed
 

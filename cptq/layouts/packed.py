@@ -28,10 +28,13 @@ from math import comb
 from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, LayerSpec, TensorSpec
 
-#: grows when a tensor changes its meaning; 2 added `row` scales, 3 patterns other than 2:4
-FORMAT_VERSION = 3
+#: grows when a tensor changes its meaning; 2 added `row` scales, 3 patterns other than 2:4, 4 rules
+#: of activation sparsity
+FORMAT_VERSION = 4
 #: versions that this code reads
-READABLE = (1, 2, 3)
+READABLE = (1, 2, 3, 4)
+#: the first version that can hold rules of activation sparsity
+RULES_VERSION = 4
 #: bits of a code of a `row` scale
 ROW_BITS = 6
 #: `quant_method` in config.json

@@ -23,6 +23,7 @@ from cptq.compression.blockwise import Steps, compress_model
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, CompressSettings, parse_shard_size
 from cptq.errors import BudgetError, mark_kept
+from cptq.pipeline.activations import add_rules, attach_rules
 from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.guard import Guard
@@ -51,6 +52,7 @@ from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
 from cptq.sensitivity.measure import measure, needs_text
 from cptq.types import (
+    ActivationRecord,
     CompressedLayer,
     Emit,
     Event,
@@ -69,11 +71,13 @@ TUNED_STEP = "tuned"
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CompressedModel:
-    """A plan and the layers that carry it out. `tuned` says what --tune did; None: nothing."""
+    """A plan and the layers that carry it out. `tuned` says what --tune did, `activations` what
+    --activation-sparsity did; None: nothing."""
 
     plan: Plan
     layers: tuple[CompressedLayer, ...]
     tuned: Mapping[str, Any] | None = None
+    activations: ActivationRecord | None = None
 
 
 def compress(settings: CompressSettings, emit: Emit, ranks: Ranks = ALONE) -> CompressOutcome:
@@ -100,7 +104,9 @@ def compress(settings: CompressSettings, emit: Emit, ranks: Ranks = ALONE) -> Co
         plan = run.keep("chosen-plan", lambda: check_plan(inputs, made, guard, recorder, run.keep))
         guard.record_dense(run, recorder)
         compressed = compress_and_tune(inputs, plan, guard, run, recorder, ranks)
-        quality = guard.measure(run, recorder, chose_plan=plan.notes != made.notes)
+        compressed = drop_activations(inputs, compressed, run, recorder)
+        with attach_rules(inputs.model, compressed.layers):
+            quality = guard.measure(run, recorder, chose_plan=plan.notes != made.notes)
         outcome = write_artifact(inputs, tables, compressed, quality, run, recorder)
     _report_next_step(inputs, emit)
     _push_artifact(inputs, outcome, recorder)
@@ -245,6 +251,22 @@ def compress_and_tune(
     return replace(compressed, layers=tuple(layers), tuned=found.record)
 
 
+def drop_activations(
+    inputs: CompressInputs, compressed: CompressedModel, run: RunDirectory, recorder: Recorder
+) -> CompressedModel:
+    """Fit the rules of --activation-sparsity to the compressed model."""
+    layers, record = add_rules(
+        inputs.settings.activation_sparsity,
+        inputs.model,
+        compressed.layers,
+        inputs.space.rules,
+        inputs.calibration.batches,
+        run,
+        recorder,
+    )
+    return replace(compressed, layers=layers, activations=record)
+
+
 def check_plan(
     inputs: CompressInputs,
     plan: Plan,
@@ -369,7 +391,7 @@ def write_artifact(
     with recorder.stage("artifact"):
         sample = build_sample(inputs)
         most = parse_shard_size(settings.max_shard_size)
-        content = build_content(model, compressed.layers, recorder, most)
+        content = build_content(model, compressed.layers, recorder, most, compressed.activations)
         with draft(
             inputs.out,
             overwrite=settings.overwrite,
@@ -405,7 +427,7 @@ def _summarize(
     recorder: Recorder,
 ) -> Summary:
     """Return everything that is known once the files are written and verified."""
-    plan = compressed.plan
+    plan, record = compressed.plan, compressed.activations
     return summarize(
         "compress",
         inputs.settings,
@@ -421,6 +443,7 @@ def _summarize(
         size=inputs.space.cost.make_size_report(plan.choices),
         results=tuple(layer.result for layer in compressed.layers),
         quality=quality,
+        activation_sparsity={} if record is None else record.to_dict(),
         verification=describe_check(check),
         speed=speed,
     )

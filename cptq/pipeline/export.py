@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from cptq.artifact.content import Content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import Format
@@ -46,13 +47,24 @@ def export(settings: ExportSettings, emit: Emit) -> ExportOutcome:
     with draft(
         out, overwrite=settings.overwrite, source=stored.path, form=form.name, emit=emit
     ) as d:
-        d.write(replace(stored.content, shard_bytes=most), _record(stored))
+        content = _leave_out_rules(stored.content, form, emit)
+        d.write(replace(content, shard_bytes=most), _record(stored))
         d.verify(stored.sample)
     repository = None
     if settings.push_to_hub is not None:
         repository = push(d.artifact.path, settings.push_to_hub, token=settings.token, emit=emit)
     before = sum(stored.manifest["weight_files"].values())
     return ExportOutcome(artifact=d.artifact, bytes_before=before, repository=repository)
+
+
+def _leave_out_rules(content: Content, form: Format, emit: Emit) -> Content:
+    """Return the content without activation sparsity where the format does not hold it."""
+    if content.activations is None or form.holds_rules:
+        return content
+    message = f"{content.activations.label} is left out: {form.name} holds no rules for inputs"
+    emit(Notice(kind="warning", subject="activation sparsity", message=message))
+    layers = {name: replace(layer, rule=None) for name, layer in content.compressed.items()}
+    return replace(content, compressed=layers, activations=None)
 
 
 def _read_shard_bytes(settings: ExportSettings, form: Format) -> int:

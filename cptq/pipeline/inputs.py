@@ -8,7 +8,7 @@ before anything is measured.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from cptq.allocation import BLIND
@@ -39,8 +39,10 @@ from cptq.config import (
     parse_shard_size,
 )
 from cptq.layouts import Layout
+from cptq.layouts.activations import RuledLayout
 from cptq.layouts.gguf import GGUF_LAYOUT
 from cptq.layouts.safetensors_header import SHARD_BYTES
+from cptq.pipeline.activations import list_rules
 from cptq.pipeline.candidates import build_candidates, list_asymmetric_widths
 from cptq.pipeline.files import check_covers, fill_in_scales, fit_plan, read_table
 from cptq.pipeline.larger import refuse_larger
@@ -65,18 +67,20 @@ class SearchSpace:
     """What each unit may get, and what that costs in the file to be written.
 
     `candidates` are those that the options name, `options` {unit: those left by --pin, --min-bits,
-    --max-bits and --embedding-bits}. `form` names the file format.
+    --max-bits and --embedding-bits}. `form` names the file format. `rules`: {linear: label
+    of its rule of activation sparsity}.
     """
 
     candidates: tuple[Candidate, ...]
     options: Mapping[str, tuple[Candidate, ...]]
     form: str
     cost: CostModel
+    rules: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def layout(self) -> Layout:
         """The tensors that the file format makes of a layer."""
-        return FORMATS.get(self.form).layout
+        return _find_layout(self.form, self.rules)
 
     def list_vocabulary_options(self, model: LoadedModel) -> dict[str, tuple[Candidate, ...]]:
         """Return what the units of the vocabulary may get, of those that the runtime holds."""
@@ -228,7 +232,8 @@ def _build_search_space(
         or not all(choice.symmetric for _, choice in chosen),
         vocabulary=packed or (plan is None and _needs_packing(offered, runtime)),
     )
-    layout = FORMATS.get(form).layout
+    rules = list_rules(settings.activation_sparsity, model)
+    layout = _find_layout(form, rules)
     if plan is None:
         taken = _take_vocabulary(model, offered, layout, runtime, emit)
     else:
@@ -240,7 +245,13 @@ def _build_search_space(
         options=_apply_constraints(settings, model, candidates, offered, cost, emit),
         form=form,
         cost=cost,
+        rules=rules,
     )
+
+
+def _find_layout(form: str, rules: Mapping[str, str]) -> Layout:
+    layout = FORMATS.get(form).layout
+    return RuledLayout(layout, rules) if rules else layout
 
 
 def offer_vocabulary(

@@ -28,6 +28,7 @@ from safetensors.torch import save_file
 
 from cptq.artifact.atomic import sync_directory
 from cptq.types import (
+    ActivationRule,
     Budget,
     Candidate,
     CompressedLayer,
@@ -41,7 +42,7 @@ from cptq.types import (
 )
 
 _KINDS = (
-    *(Budget, Candidate, CompressedLayer, LayerResult, LayerSpec),
+    *(ActivationRule, Budget, Candidate, CompressedLayer, LayerResult, LayerSpec),
     *(GuardMeasure, GuardQuality, Notice, Plan, SensitivityTable),
 )
 _CLASSES: Mapping[str, Any] = {kind.__name__: kind for kind in _KINDS}

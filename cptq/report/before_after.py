@@ -25,7 +25,8 @@ Row = dict[str, Any]
 def tell(summary: Summary) -> list[str]:
     """Return what was done: the size, the loss, and how it was reached."""
     if summary.command == "compress" and summary.size is not None:
-        return [_tell_size(summary), _tell_loss(summary.quality), _tell_way(summary)]
+        dropped = _tell_dropped(summary)
+        return [_tell_size(summary), _tell_loss(summary.quality), _tell_way(summary), *dropped]
     if summary.command == "analyze":
         return _tell_analysis(summary)
     return _tell_evaluation(summary)
@@ -71,6 +72,19 @@ def _tell_way(summary: Summary) -> str:
         return f"Layers: {widths}."
     by = f"{plan.allocator} from {plan.metric} scores" if plan.metric else plan.allocator
     return f"Target {plan.budget.asked} was planned by {by}: {widths}."
+
+
+def _tell_dropped(summary: Summary) -> list[str]:
+    found = summary.activation_sparsity
+    if not found:
+        return []
+    asked = "" if found["share"] is None else f" at a share of {format_percent(found['share'])}"
+    count = format_plural(len(found["rules"]), "linear")
+    return [
+        f"At run time {found['method']}{asked} drops inputs of {count}: "
+        f"{format_percent(found['mean'])} of their products on {found['tokens']:,} calibration "
+        "tokens. What the model lost includes that."
+    ]
 
 
 def _tell_analysis(summary: Summary) -> list[str]:

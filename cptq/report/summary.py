@@ -91,6 +91,7 @@ class Summary:
     """Everything a report contains. Field names give the units: bytes, seconds.
 
     `activations`: how packed weights were multiplied, "exact" or "8bit"; empty if there are none.
+    `activation_sparsity`: which inputs are dropped at run time (`ActivationRecord.to_dict`).
     """
 
     command: str
@@ -110,6 +111,7 @@ class Summary:
     sensitivity: Mapping[str, SensitivityTable] = field(default_factory=dict)
     validation: Validation | None = None
     sparsity: Mapping[str, Any] = field(default_factory=dict)
+    activation_sparsity: Mapping[str, Any] = field(default_factory=dict)
     budget: Budget | None = None
     plan: Plan | None = None
     front: tuple[FrontPoint, ...] = ()

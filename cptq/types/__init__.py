@@ -5,6 +5,7 @@ Field names give the units: bytes, seconds, nats. Nothing here imports torch at 
 
 from __future__ import annotations
 
+from cptq.types.activations import ActivationRecord, ActivationRule
 from cptq.types.comparison import (
     ComparedResult,
     Comparison,
@@ -42,6 +43,8 @@ from cptq.types.validation import Agreement, Interval, Pair, PlanTrial, Validati
 
 __all__ = [
     "DTYPE_BYTES",
+    "ActivationRecord",
+    "ActivationRule",
     "Agreement",
     "Artifact",
     "Budget",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cptq.types.activations import ActivationRule
 from cptq.types.model import LayerSpec
 from cptq.types.plan import Candidate, Scope
 from cptq.types.samples import PerSample, read_per_sample
@@ -65,6 +66,7 @@ class CompressedLayer:
     never 0. The weight is codes * scale, groups being consecutive runs of inputs; on an asymmetric
     grid (codes - zero) * scale with zero int8 (out, groups). Where there is a mask, bool (out, in),
     a weight that it leaves out is 0. `cptq.numerics.grid.dequantize_layer` multiplies it out.
+    `rule`: which inputs are dropped at run time.
     """
 
     spec: LayerSpec
@@ -73,6 +75,7 @@ class CompressedLayer:
     scale: torch.Tensor
     zero: torch.Tensor | None = None
     mask: torch.Tensor | None = None
+    rule: ActivationRule | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

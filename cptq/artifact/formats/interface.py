@@ -37,6 +37,8 @@ class Format(ABC):
     multiplied_out: bool = False
     #: whether weights are split over files of `Content.shard_bytes`
     sharded: bool = True
+    #: whether rules of activation sparsity are stored, and applied by what loads the format
+    holds_rules: bool = False
 
     @abstractmethod
     def check(self, content: Content) -> None:

@@ -21,17 +21,20 @@ from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.files import read_config
 from cptq.checkpoint.loader import choose_auto_class
 from cptq.checkpoint.weights import (
+    TORCH_DTYPES,
     get_dtype_name,
     get_scale_dtype,
     get_scale_dtypes,
     get_storage_dtype,
 )
 from cptq.errors import ArtifactError
+from cptq.layouts.activations import PARTS, list_rule_tensors
 from cptq.layouts.packed import (
     METHOD,
     NEEDS,
     PACKED_LAYOUT,
     ROW_BITS,
+    RULES_VERSION,
     STEM,
     WEIGHT_FILES,
     count_pattern_bits,
@@ -55,6 +58,7 @@ class Packed(SafetensorsFormat):
     tags = ("cptq-packed",)
     imports = ("cptq",)
     stem = STEM
+    holds_rules = True
 
     def check_layer(self, layer: CompressedLayer) -> None:
         check_layer(layer)
@@ -62,10 +66,15 @@ class Packed(SafetensorsFormat):
     def list_layer_tensors(self, layer: CompressedLayer) -> tuple[TensorSpec, ...]:
         spec, scheme = layer.spec, get_scheme(layer)
         stored = spec.scale_dtype if scheme.scales else get_dtype_name(layer.scale.dtype)
-        return list_packed_tensors(spec.name, spec.shape, stored, scheme)
+        label = "" if layer.rule is None else layer.rule.label
+        ruled = list_rule_tensors(spec.name, spec.shape, label)
+        return (*list_packed_tensors(spec.name, spec.shape, stored, scheme), *ruled)
 
     def pack_layer_tensor(self, layer: CompressedLayer, spec: TensorSpec) -> Tensor:
-        return _PACKERS[spec.name.rpartition(".")[2]](layer)
+        part = spec.name.rpartition(".")[2]
+        if part in PARTS and layer.rule is not None:
+            return layer.rule.tensors[part].to(TORCH_DTYPES[spec.dtype]).reshape(spec.shape)
+        return _PACKERS[part](layer)
 
     def read_layer(
         self, spec: LayerSpec, result: LayerResult, get: Callable[[str], Tensor]
@@ -87,12 +96,19 @@ class Packed(SafetensorsFormat):
         if not layers:
             return None
         shards = split_shards(self._list_tensors(content), content.shard_bytes)
+        version = max(find_version(get_scheme(layer)) for layer in layers)
+        rules = {layer.spec.name: layer.rule.label for layer in layers if layer.rule is not None}
+        ruled: dict[str, Any] = {}
+        if content.activations is not None and rules:
+            found = content.activations
+            ruled = {"method": found.method, "share": found.share, "rules": rules}
         return {
             "quant_method": METHOD,
-            "format_version": max(find_version(get_scheme(layer)) for layer in layers),
+            "format_version": max(version, RULES_VERSION) if ruled else version,
             "needs": NEEDS,
             "weights": WEIGHT_FILES[len(shards) > 1],
             "modules": {layer.spec.name: get_scheme(layer).label for layer in layers},
+            **({"activations": ruled} if ruled else {}),
         }
 
     def describe_loading(self, content: Content) -> Sequence[str]:

@@ -52,6 +52,7 @@ typedef struct {
     float *attended;  /* (tokens, heads * head) */
     float *gate, *up; /* (tokens, inner) */
     float *added;     /* (tokens, width): what a block adds */
+    float *kept;      /* (tokens, widest input with a rule) */
     float *scores;    /* (threads, capacity) */
     char *input;      /* prepared tokens */
     char *scratch;    /* (threads, scratch_bytes) */
@@ -86,13 +87,16 @@ static float *take_floats(char *base, size_t *used, size_t count)
 static workspace lay_out(const cptq_decoder *d, int64_t tokens, int threads, char *base)
 {
     workspace s = {0};
-    size_t input = 0, n = (size_t)tokens;
+    size_t input = 0, ruled = 0, n = (size_t)tokens;
     for (int64_t b = 0; b < d->blocks; b++) {
         const cptq_block *k = d->block + b;
         const cptq_projection *all[] = {&k->query, &k->key,  &k->value, &k->output,
                                         &k->gate,  &k->up,   &k->down};
         for (size_t i = 0; i < sizeof all / sizeof *all; i++)
             widen(all[i], tokens, d->exact, &input, &s.scratch_bytes);
+        for (size_t i = 0; i < sizeof all / sizeof *all; i++)
+            if (all[i]->rule)
+                ruled = most(ruled, (size_t)all[i]->weight.in);
     }
     widen(&d->to_logits, tokens, d->exact, &input, &s.scratch_bytes);
     widen(&d->embedding, 1, 1, &input, &s.scratch_bytes);
@@ -107,6 +111,7 @@ static workspace lay_out(const cptq_decoder *d, int64_t tokens, int threads, cha
     s.gate = take_floats(base, &s.bytes, n * (size_t)d->inner);
     s.up = take_floats(base, &s.bytes, n * (size_t)d->inner);
     s.added = take_floats(base, &s.bytes, n * (size_t)d->width);
+    s.kept = take_floats(base, &s.bytes, n * ruled);
     s.scores = take_floats(base, &s.bytes, (size_t)threads * (size_t)d->capacity); /* whole tiles */
     s.input = base + s.bytes;
     s.bytes += pad(n * input);
@@ -369,9 +374,63 @@ static void meet(void)
 #endif
 }
 
+/* Whether inputs of a projection are dropped. */
+static int drops(const team *t, const cptq_projection *p)
+{
+    return t->d->rules && (p->rule == CPTQ_KEEP_LARGE || p->rule == CPTQ_KEEP_SPREAD);
+}
+
+/* y = x with 0 where |x| is at most the threshold: one, or one for each. NaN stays. */
+VECTORISED static void keep_large(const float *restrict x, const float *restrict limit,
+                                  int64_t limits, int64_t n, float *restrict y)
+{
+    if (limits == 1) {
+        float only = *limit;
+        for (int64_t i = 0; i < n; i++)
+            y[i] = fabsf(x[i]) <= only ? 0.0f : x[i];
+        return;
+    }
+    for (int64_t i = 0; i < n; i++)
+        y[i] = fabsf(x[i]) <= limit[i] ? 0.0f : x[i];
+}
+
+/* mean of |x| and `deviations` times its deviation above that */
+VECTORISED static float find_spread(const float *restrict x, float deviations, int64_t n)
+{
+    float sum = 0.0f, square = 0.0f;
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < n; i++)
+        sum += fabsf(x[i]);
+    float mean = sum / (float)n;
+#pragma omp simd reduction(+ : square)
+    for (int64_t i = 0; i < n; i++)
+        square += (fabsf(x[i]) - mean) * (fabsf(x[i]) - mean);
+    return mean + deviations * sqrtf(square / (float)n);
+}
+
+/* Leave in `kept` what tokens [first, last) of x keep. */
+static void drop(const team *t, const float *x, const cptq_projection *p, int64_t first,
+                 int64_t last)
+{
+    int64_t n = p->weight.in;
+    for (int64_t i = first; i < last; i++) {
+        const float *limit = p->threshold;
+        float spread;
+        if (p->rule == CPTQ_KEEP_SPREAD) {
+            spread = find_spread(x + i * n, *limit, n);
+            limit = &spread;
+        }
+        keep_large(x + i * n, limit, p->thresholds, n, t->s->kept + i * n);
+    }
+}
+
 static void prepare_some(const team *t, const float *x, const cptq_projection *p, int64_t first,
                          int64_t last)
 {
+    if (drops(t, p)) {
+        drop(t, x, p, first, last);
+        x = t->s->kept;
+    }
     if (first < last && !p->dense)
         cptq_prepare(&p->weight, x, first, last, t->d->exact, t->s->input);
 }
@@ -422,7 +481,8 @@ static void project(const team *t, const cptq_projection *p, const float *x, int
 static void project_again(const team *t, const cptq_projection *a, const cptq_projection *b,
                           const float *x, float *y)
 {
-    if (!b->dense && (a->dense || !cptq_same_input(&a->weight, &b->weight, t->d->exact))) {
+    if (!b->dense && (a->dense || drops(t, a) || drops(t, b) ||
+                      !cptq_same_input(&a->weight, &b->weight, t->d->exact))) {
         meet(); /* others may still read the input */
         prepare(t, x, b);
     }
@@ -517,14 +577,25 @@ static void attend(const team *t, int64_t block)
     meet();
 }
 
-static void activate_all(const team *t, int gated)
+/* Set outputs [first, last) of all tokens' activated gates to 0 where they are small. */
+static void close_gates(float *x, const float *limit, int64_t inner, int64_t first, int64_t last)
 {
+    for (int64_t j = first; j < last; j++)
+        if (fabsf(x[j]) <= limit[j % inner])
+            x[j] = 0.0f;
+}
+
+static void activate_all(const team *t, const cptq_projection *gate)
+{
+    int gated = gate->weight.out != 0;
     const cptq_decoder *d = t->d;
     int64_t first, last;
     float *x = gated ? t->s->gate : t->s->up;
     share(t->tokens * d->inner, 16, t, &first, &last);
     if (first < last) {
         activate(d->activation, x + first, last - first);
+        if (d->rules && gate->rule == CPTQ_KEEP_GATE)
+            close_gates(x, gate->threshold, d->inner, first, last);
         if (gated)
             multiply_into(x + first, t->s->up + first, last - first);
     }
@@ -552,7 +623,7 @@ static void run_block(const team *t, int64_t block, const float *added)
     if (gated)
         project_again(t, &k->up, &k->gate, s->normed, s->gate);
     meet();
-    activate_all(t, gated);
+    activate_all(t, &k->gate);
     const float *inner = gated ? s->gate : s->up;
     prepare(t, inner, &k->down);
     project(t, &k->down, inner, 0, s->added);

@@ -22,6 +22,11 @@ enum cptq_activation { CPTQ_SILU = 0, CPTQ_GELU_TANH = 1, CPTQ_GELU = 2, CPTQ_RE
 /* Types of dense weights beside those of enum cptq_type: 8-bit floats, finite values only. */
 enum cptq_float8 { CPTQ_E4M3 = 8, CPTQ_E5M2 = 9 };
 
+/* Which inputs x of a packed weight, or outputs of a gate, are taken as 0 (docs/format-packed.md):
+ * those of |x| at most the threshold; or at most mean + threshold * deviation of the token's |x|; or
+ * outputs y of `gate` with |f(y)| at most the threshold. */
+enum cptq_rule { CPTQ_KEEP_ALL = 0, CPTQ_KEEP_LARGE = 1, CPTQ_KEEP_SPREAD = 2, CPTQ_KEEP_GATE = 3 };
+
 /* A packed weight, or where `dense` is not NULL a dense one (out, in), row-major, of which `weight`
  * holds only `out` and `in`. */
 typedef struct {
@@ -29,6 +34,9 @@ typedef struct {
     const void *dense;
     int32_t dense_type; /* enum cptq_type or cptq_float8, not CPTQ_ROW_CODES */
     const float *bias;  /* (out,) or NULL */
+    const float *threshold; /* one, or one for each input (of CPTQ_KEEP_GATE: output), or NULL */
+    int64_t thresholds;     /* how many */
+    int32_t rule;           /* enum cptq_rule; of a packed weight alone */
 } cptq_projection;
 
 /* One block, before-norm: h += attention(norm(h)); h += mlp(norm(h)). */
@@ -48,6 +56,7 @@ typedef struct {
     int32_t norm;       /* enum cptq_norm */
     int32_t activation; /* enum cptq_activation */
     int32_t exact;      /* as in cptq_linear */
+    int32_t rules;      /* whether rules of projections are applied */
     float epsilon, scale; /* of the norms; of query times key */
     const cptq_block *block;
     cptq_projection embedding;

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from cptq.inference import operations
+from cptq.inference import activations, operations
 from cptq.inference.float8 import Float8Embedding, Float8Linear
-from cptq.inference.modules import PackedModule
+from cptq.inference.modules import PackedLinear, PackedModule
 from cptq.inference.native.library import (
     DENSE_TYPES,
     LibraryError,
@@ -36,10 +36,13 @@ from cptq.inference.native.library import (
     load_library,
 )
 from cptq.inference.reference import select_rows
+from cptq.layouts.activations import THRESHOLD
 
 #: codes of enum cptq_norm and enum cptq_activation
 RMS_NORM, LAYER_NORM = 0, 1
 ACTIVATIONS = {"silu": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu": 2, "relu": 3}
+#: codes of enum cptq_rule
+RULES = {"value": 1, "channel": 1, "spread": 2, "gate": 3}
 #: CPTQ_KEY_TILE: the cache holds a multiple of so many tokens
 KEY_TILE = 32
 DENSE_MODULES = (nn.Linear, nn.Embedding, Conv1D, Float8Linear, Float8Embedding)
@@ -74,7 +77,7 @@ class _Decoder(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_int64) for name in ("blocks", "width", "heads", "key_heads", "head")),
         *((name, ctypes.c_int64) for name in ("inner", "vocabulary", "capacity")),
-        *((name, ctypes.c_int32) for name in ("norm", "activation", "exact")),
+        *((name, ctypes.c_int32) for name in ("norm", "activation", "exact", "rules")),
         *((name, ctypes.c_float) for name in ("epsilon", "scale")),
         ("block", ctypes.POINTER(_Block)),
         ("embedding", Projection),
@@ -127,6 +130,7 @@ class NativeDecoder:
         if not ids or self.length + len(ids) > self.capacity:
             raise ValueError(f"{self.length + len(ids)} tokens; 1 to {self.capacity} have room")
         self._struct.exact = operations.is_exact()
+        self._struct.rules = activations.is_enabled()
         for start in range(0, len(ids), CHUNK):
             logits_TV = self._run_part(ids[start : start + CHUNK], every=False)
         return logits_TV[0]
@@ -162,10 +166,15 @@ class NativeDecoder:
         """Raise where the first tokens do not come out as the model's own forward has them."""
         count = min(CHECKED, self._vocabulary)
         ids = torch.arange(count) * (self._vocabulary // count)
-        with torch.no_grad(), operations.exact_products():
+        # without rules: an input at its threshold may fall on either side of it
+        with (
+            torch.no_grad(),
+            operations.exact_products(),
+            activations.without_activation_sparsity(),
+        ):
             logits_TV = model(ids[None], use_cache=False).logits[0]
             expected_TV = logits_TV.float()
-            self._struct.exact = 1
+            self._struct.exact, self._struct.rules = 1, 0
             found_TV = torch.cat(
                 [
                     self._run_part(ids[:-1].tolist(), every=True),
@@ -214,7 +223,9 @@ class _Builder:
         if isinstance(module, PackedModule):
             packed = module.packed if rows == ALL else select_rows(module.packed, rows)
             self.kept += [module, packed]
-            return Projection(weight=describe_weight(packed), bias=bias)
+            found = Projection(weight=describe_weight(packed), bias=bias)
+            self._describe_rule(found, module, rows)
+            return found
         weight: Tensor = getattr(module, "floats", module.weight).detach()
         if type(module) not in DENSE_MODULES or weight.dtype not in DENSE_TYPES:
             raise UnsupportedModelError(f"it has a {type(module).__name__} of {weight.dtype}")
@@ -223,6 +234,18 @@ class _Builder:
         described = describe_dense(weight)
         described.bias = bias
         return described
+
+    def _describe_rule(self, found: Projection, module: PackedModule, rows: slice) -> None:
+        """Set the rule by which a packed linear drops inputs, or a gate outputs."""
+        rule = module.rule if isinstance(module, PackedLinear) else None
+        if rule is None or rule.kind == "zeros":
+            return
+        if rule.kind not in RULES or (rule.kind == "gate" and rows != ALL):
+            raise UnsupportedModelError(f"it drops inputs by the rule {rule.kind}")
+        assert isinstance(module, PackedLinear)
+        threshold = module.rule_tensors[THRESHOLD]
+        found.rule, found.thresholds = RULES[rule.kind], threshold.numel()
+        found.threshold = self.keep(threshold)
 
     def describe_norm(self, block: _Block, place: str, norm: Any) -> None:
         """Set a norm of a block, and its bias where it has one."""

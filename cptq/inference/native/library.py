@@ -20,7 +20,7 @@ from cptq.inference.operations import PackedWeight
 #: where setuptools places the library
 FOLDER = Path(__file__).parent
 #: CPTQ_ABI_VERSION of packed.h
-ABI_VERSION = 2
+ABI_VERSION = 3
 #: codes of enum cptq_type
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ROW_CODES = 3
@@ -51,13 +51,16 @@ class WeightStruct(ctypes.Structure):
 
 
 class Projection(ctypes.Structure):
-    """`cptq_projection` of decoder.h: a packed weight or a dense one, and a bias."""
+    """`cptq_projection` of decoder.h: a packed weight or a dense one, a bias, a rule for inputs."""
 
     _fields_ = (
         ("weight", WeightStruct),
         ("dense", ctypes.c_void_p),
         ("dense_type", ctypes.c_int32),
         ("bias", ctypes.c_void_p),
+        ("threshold", ctypes.c_void_p),
+        ("thresholds", ctypes.c_int64),
+        ("rule", ctypes.c_int32),
     )
 
 

@@ -24,7 +24,7 @@ extern "C" {
 #endif
 
 /* grows when a struct or a meaning below changes */
-#define CPTQ_ABI_VERSION 2
+#define CPTQ_ABI_VERSION 3
 
 enum cptq_type { CPTQ_F32 = 0, CPTQ_F16 = 1, CPTQ_BF16 = 2, CPTQ_ROW_CODES = 3 };
 enum cptq_error { CPTQ_EWEIGHT = -1, CPTQ_EMEMORY = -2, CPTQ_EINDEX = -3 };

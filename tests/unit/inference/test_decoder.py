@@ -16,8 +16,9 @@ from transformers import AutoModelForCausalLM, Phi3Config
 from transformers.pytorch_utils import Conv1D
 
 from cptq.inference import operations
+from cptq.inference.activations import count_dropped, without_activation_sparsity
 from cptq.inference.generation import GREEDY, Sampling, decode
-from cptq.inference.modules import PackedModule, make_packed_module
+from cptq.inference.modules import PackedLinear, PackedModule, make_packed_module
 from cptq.inference.native import decoder as native
 from cptq.inference.native.decoder import NativeDecoder, UnsupportedModelError
 from cptq.inference.native.library import has_library
@@ -99,6 +100,42 @@ def test_logits_are_those_of_the_model(
     decoder.reset(5)
     found = decoder.run(PROMPT[5:])
     torch.testing.assert_close(found, expected_TV[-1], rtol=1e-3, atol=1e-4)
+
+
+def drop_at_random(model: nn.Module, function: str) -> None:
+    """Give packed linears rules of all kinds, with thresholds amid their inputs."""
+    labels = cycle(["value", "channel", "spread", "zeros", ""])
+    for name, module in list(model.named_modules()):
+        if not isinstance(module, PackedLinear) or name == "lm_head":
+            continue
+        label = f"gate-{function}" if name.endswith("gate_proj") else next(labels)
+        module.set_rule(label)
+        for value in module.rule_tensors.values():
+            value.data = torch.rand(value.shape) * 0.5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("arch", "function"), [("llama", "silu"), ("opt", ""), ("phi3", "")])
+def test_rules_drop_the_same_inputs_as_in_the_model(
+    arch: str, function: str, load: Any, threads: int
+) -> None:
+    model = load(arch)
+    pack_at_random(model, ["w4g16-row", "w3c", "w8g16"])
+    drop_at_random(model, function)
+    decoder = NativeDecoder(model, capacity=len(PROMPT))
+    with count_dropped() as counted:
+        expected_TV = model(torch.tensor([PROMPT])).logits[0]
+    assert 0.1 < counted.share < 0.9
+    found = decoder.run(PROMPT[:-1])
+    torch.testing.assert_close(found, expected_TV[-2], rtol=1e-3, atol=1e-4)
+    found = decoder.run(PROMPT[-1:])
+    torch.testing.assert_close(found, expected_TV[-1], rtol=1e-3, atol=1e-4)
+    with without_activation_sparsity():
+        decoder.reset()
+        expected_V = model(torch.tensor([PROMPT])).logits[0, -1]
+        found = decoder.run(PROMPT)
+    torch.testing.assert_close(found, expected_V, rtol=1e-3, atol=1e-4)
+    assert float((expected_V - expected_TV[-1]).abs().max()) > 0.01
 
 
 @torch.no_grad()

@@ -1,0 +1,190 @@
+#!/usr/bin/env python3
+"""Measure activation sparsity: method x share, beside the same weights with all inputs.
+
+    scripts/bench_activations MODEL [--bits 4] [--shares 25%,40%,50%,65%] [--methods teal,wina]
+
+Every linear of the blocks is compressed once, to the same width; embeddings and head stay at 16
+bits. Then each method fits its rules to the calibration text, and is measured on held-out text that
+nothing was fitted to:
+
+- divergence from the model with dense weights, mean per token with standard error over windows,
+  and the ratio of perplexities to it;
+- the share of the products with these linears that its rules drop there;
+- processor milliseconds per token, decoding one token after the other from the packed weights: the
+  least of some turns.
+
+One run, one model in memory; the packed file goes to a temporary directory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_sparsity import build_plan, ignore
+
+import cptq
+from cptq.activation_sparsity import METHODS
+from cptq.activation_sparsity.walk import apply_rules, find_function, fit_rules
+from cptq.artifact.content import build_content
+from cptq.artifact.formats.packed import PACKED
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
+from cptq.calibration.objective import choose_objective
+from cptq.compression.blockwise import compress_model
+from cptq.config import CompressSettings, parse_activation_sparsity, settings_from
+from cptq.errors import UsageError
+from cptq.inference.activations import DroppedInputs
+from cptq.inference.generation import decode
+from cptq.inference.modules import PackedLinear, remove_rules
+from cptq.numerics.standard_error import compute_standard_error
+from cptq.pipeline.inputs import CompressInputs, load_inputs
+from cptq.pipeline.recorder import Recorder
+from cptq.types import ActivationRule, Candidate
+
+TURNS, PROMPT = 3, 16
+
+
+def measure_nll(divergence: DivergenceFromDense) -> float:
+    """Mean loss in nats per token of the model as it is now."""
+    total, count = 0.0, 0
+    for _, now_RV, next_R in divergence.iterate_rows():
+        assert next_R is not None, "perplexity needs a causal language model"
+        known = next_R >= 0
+        losses = torch.nn.functional.cross_entropy(
+            now_RV[known].float(), next_R[known], reduction="none"
+        )
+        total += float(losses.double().sum())
+        count += int(known.sum())
+    return total / count
+
+
+def load_packed(inputs: CompressInputs, layers: Any) -> Any:
+    """Write the packed file and load it as users do."""
+    with tempfile.TemporaryDirectory() as folder:
+        content = build_content(inputs.model, layers, ignore)
+        PACKED.write(content, Path(folder), ignore)
+        return cptq.load(folder, device="cpu")
+
+
+def set_rules(packed: Any, rules: Mapping[str, ActivationRule]) -> None:
+    """Have a packed model drop inputs by other rules."""
+    remove_rules(packed)
+    for name, rule in rules.items():
+        module = packed.get_submodule(name)
+        assert isinstance(module, PackedLinear)
+        module.set_rule(rule.label)
+        for part, value in module.rule_tensors.items():
+            value.data = rule.tensors[part].to(value.dtype)
+
+
+def time_tokens(packed: Any, tokens: int) -> tuple[float, str]:
+    """Return processor milliseconds per token, and how they were decoded."""
+    ids = torch.arange(3, 3 + PROMPT)[None]
+    taken = []
+    for _ in range(TURNS):
+        began = time.process_time()
+        found = decode(packed, ids, new_tokens=1)
+        prompt = time.process_time() - began
+        began = time.process_time()
+        found = decode(packed, ids, new_tokens=tokens + 1)
+        taken.append(time.process_time() - began - prompt)
+    return min(taken) / tokens * 1e3, found.way
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("--bits", default="4")
+    parser.add_argument("--methods", default=",".join(METHODS))
+    parser.add_argument("--shares", default="25%,40%,50%,65%")
+    parser.add_argument("--samples", default="64")
+    parser.add_argument("--seqlen", default="256")
+    parser.add_argument("--calibration", default=None)
+    parser.add_argument("--compressor", default="gptq")
+    parser.add_argument("--tokens", type=int, default=64, help="tokens to decode")
+    asked = parser.parse_args()
+    given = {
+        "model": asked.model,
+        "runtime": "cptq",
+        "bits": f"{asked.bits},16",
+        "samples": int(asked.samples),
+        "seqlen": int(asked.seqlen),
+        "compressor": asked.compressor,
+        "target": "16bit",
+    }
+    if asked.calibration:
+        given["calibration"] = asked.calibration
+    torch.set_num_threads(1)
+    settings = settings_from(CompressSettings, given)
+    inputs = load_inputs(settings, Recorder(ignore), writes=False)
+    bench = Bench(inputs, Candidate(bits=int(asked.bits), group_size=settings.group_size), asked)
+    bench.show("none", {})
+    for name in asked.methods.split(","):
+        for share in ("",) if name == "exact" else asked.shares.split(","):
+            bench.run(f"{name}:{share}".removesuffix(":"))
+
+
+class Bench:
+    """A model with compressed weights, what the dense one made of the text, and the packed one."""
+
+    def __init__(self, inputs: CompressInputs, candidate: Candidate, asked: Any) -> None:
+        model = inputs.model
+        self.inputs, self.model, self.tokens = inputs, model, asked.tokens
+        objective = choose_objective(model.kind, model.config)
+        self.divergence = DivergenceFromDense(model, inputs.held_out.judge, objective, units=False)
+        self.dense = measure_nll(self.divergence)
+        plan = build_plan(inputs, candidate)
+        layers = compress_model(
+            model,
+            inputs.calibration,
+            plan,
+            compressor=inputs.settings.compressor,
+            layout=inputs.space.layout,
+            emit=ignore,
+        )
+        self.specs = [layer.spec for layer in layers if layer.spec.block is not None]
+        self.packed = load_packed(inputs, layers)
+        counted = f"{self.divergence.tokens:,} tokens in {self.divergence.samples}"
+        print(f"{counted} {self.divergence.sample_name}s, weights as {candidate.label}")
+        print("| inputs | divergence | perplexity ratio | dropped | ms/token | decoded by |")
+        print("|---|--:|--:|--:|--:|---|")
+
+    def run(self, option: str) -> None:
+        """Fit a method and show its row, or why there is none."""
+        name, share = parse_activation_sparsity(option)
+        method = METHODS.get(name)
+        try:
+            labels = method.list_rules(self.specs, find_function(self.model.config))
+        except UsageError as error:
+            print(f"| {option} | {error} | | | | |")
+            return
+        rules, _ = fit_rules(
+            self.model, self.inputs.calibration.batches, method, share or 1.0, labels, ignore
+        )
+        self.show(option, rules)
+
+    def show(self, option: str, rules: Mapping[str, ActivationRule]) -> None:
+        """Measure with rules and print the row."""
+        counts: dict[str, DroppedInputs] = {}
+        with apply_rules(self.model, rules, counts) if rules else nullcontext():
+            rows = self.divergence.measure_rows()
+            ratio = torch.tensor(measure_nll(self.divergence) - self.dense).exp()
+        error = compute_standard_error(rows, self.divergence.window_R)
+        numel = {spec.name: spec.numel for spec in self.specs if counts.get(spec.name)}
+        ruled = {n: k for n, k in numel.items() if counts[n].total}
+        dropped = sum(counts[n].share * k for n, k in ruled.items()) / max(1, sum(ruled.values()))
+        set_rules(self.packed, rules)
+        took, way = time_tokens(self.packed, self.tokens)
+        row = f"{option} | {float(rows.mean()):.4f} ± {error:.4f} | {float(ratio):.3f}"
+        print(f"| {row} | {dropped:.1%} | {took:.2f} | {way} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
