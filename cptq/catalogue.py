@@ -27,7 +27,7 @@ _REGISTRIES: Mapping[str, tuple[str, Registry[Any]]] = {
     "metric": ("--metric", METRICS),
     "allocator": ("--allocator", ALLOCATORS),
     "compressor": ("--compressor", COMPRESSORS),
-    "activation sparsity": ("--activation-sparsity", ACTIVATION_METHODS),
+    "activation-sparsity": ("--activation-sparsity", ACTIVATION_METHODS),
     "format": ("cptq export --format", FORMATS),
     "task": ("--task", TASKS),
 }

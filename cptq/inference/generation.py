@@ -18,7 +18,7 @@ token, with a cache of keys and values.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -29,11 +29,14 @@ from torch import Tensor
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from cptq.inference.modules import find_packed_modules
+from cptq.inference.modules import PackedLinear, PackedModule, find_packed_modules
 from cptq.inference.native.decoder import NativeDecoder, UnsupportedModelError
 
-#: the decoder of a model, as long as the model lives; not with the model, which may be copied
-_DECODERS: WeakKeyDictionary[Any, NativeDecoder] = WeakKeyDictionary()
+#: the rules by which the linears of a model drop inputs, and which tensors they have
+Rules = tuple[tuple[object, ...], ...]
+#: the decoder of a model and the rules that it was made with, as long as the model lives; not with
+#: the model, which may be copied
+_DECODERS: WeakKeyDictionary[Any, tuple[NativeDecoder, Rules]] = WeakKeyDictionary()
 #: how tokens were decoded: by transformers' `generate`, or by a loop of cptq
 Way = Literal["generate", "own loop"]
 Receive = Callable[[list[int]], None]
@@ -126,20 +129,27 @@ def _find_decoder(model: Any, ids_BT: Tensor, new_tokens: int) -> NativeDecoder 
 
     It is kept for the model; one that is too small is made anew. A dense model wants none.
     """
-    if not find_packed_modules(model):
+    packed = find_packed_modules(model)
+    if not packed:
         return ""
     if len(ids_BT) != 1 or not ids_BT.is_cpu:
         return "it takes one sequence, on the CPU"
     capacity = ids_BT.shape[1] + new_tokens
-    decoder = _DECODERS.get(model)
-    if decoder is None or decoder.capacity < capacity:
+    rules = _list_rules(packed.values())
+    decoder, known = _DECODERS.get(model, (None, ()))
+    if decoder is None or decoder.capacity < capacity or rules != known:
         try:
             decoder = NativeDecoder(model, capacity=capacity)
         except UnsupportedModelError as error:
             return str(error)
-        _DECODERS[model] = decoder
+        _DECODERS[model] = decoder, rules
     decoder.reset()
     return decoder
+
+
+def _list_rules(modules: Iterable[PackedModule]) -> Rules:
+    ruled = [m for m in modules if isinstance(m, PackedLinear) and m.rule is not None]
+    return tuple((m.rule, *map(id, m.rule_tensors.values())) for m in ruled)
 
 
 @torch.no_grad()

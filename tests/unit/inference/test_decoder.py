@@ -18,7 +18,12 @@ from transformers.pytorch_utils import Conv1D
 from cptq.inference import operations
 from cptq.inference.activations import count_dropped, without_activation_sparsity
 from cptq.inference.generation import GREEDY, Sampling, decode
-from cptq.inference.modules import PackedLinear, PackedModule, make_packed_module
+from cptq.inference.modules import (
+    PackedLinear,
+    PackedModule,
+    make_packed_module,
+    remove_rules,
+)
 from cptq.inference.native import decoder as native
 from cptq.inference.native.decoder import NativeDecoder, UnsupportedModelError
 from cptq.inference.native.library import has_library
@@ -136,6 +141,21 @@ def test_rules_drop_the_same_inputs_as_in_the_model(
         found = decoder.run(PROMPT)
     torch.testing.assert_close(found, expected_V, rtol=1e-3, atol=1e-4)
     assert float((expected_V - expected_TV[-1]).abs().max()) > 0.01
+
+
+def test_a_decoder_is_made_anew_for_other_rules(load: Any) -> None:
+    model = load("llama")
+    pack_at_random(model, ["w4g16-row", "w3c", "w8g16"])
+    ids = torch.tensor([PROMPT])
+    usual = decode(model, ids, new_tokens=3)
+    drop_at_random(model, "silu")
+    ruled = decode(model, ids, new_tokens=3)
+    assert (usual.way, ruled.way) == ("own loop", "own loop")
+    assert ruled.steps == decode(copy.deepcopy(model), ids, new_tokens=3).steps != usual.steps
+    model.model.layers[0].self_attn.q_proj.set_rule("low-rank-2")
+    assert "low-rank" in decode(model, ids, new_tokens=3).why
+    remove_rules(model)
+    assert decode(model, ids, new_tokens=3).steps == usual.steps
 
 
 @torch.no_grad()
