@@ -40,7 +40,7 @@ from cptq.types import Emit, ModelSpeed, Notice, Progress, SpeedReport
 STAGE = "speed"
 PROMPT_TOKENS, NEW_TOKENS = 64, 9
 BUDGET_SECONDS, REPEATS = 4.0, 5
-DENSE, COMPRESSED, STOCK = "dense", "compressed, by cptq", "compressed, by stock transformers"
+DENSE, COMPRESSED, STOCK = "dense", "compressed, in cptq", "compressed, in transformers"
 
 
 def count_weight_bytes(module: nn.Module) -> int:
