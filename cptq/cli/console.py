@@ -71,6 +71,9 @@ class Console:
     def close(self) -> None:
         """End the display of progress and the line of a text; a second call has no effect."""
         self.progress.close()
+        self._end_line()
+
+    def _end_line(self) -> None:
         if self.line_is_open:
             self.line_is_open = False
             self.print_line("")
@@ -107,6 +110,8 @@ class Console:
     def print_message(self, text: str, style: str = "") -> None:
         """Print a message on stderr, folded between words in a terminal, unless it is quiet."""
         if self.output_format != "quiet":
+            if self.out.is_terminal:
+                self._end_line()  # else the message would continue a text that is being written
             whole = not self.err.is_terminal
             self.err.print(Text(make_printable(text), style=style), soft_wrap=whole)
 

@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from cptq.checkpoint.loader import open_module
+from cptq.errors import CptqError
 from cptq.evaluation.bench.with_transformers import run_rows
 from cptq.pipeline.bench import compute_speeds, draw_prompt
 from cptq.pipeline.inputs import CompressInputs
@@ -39,7 +40,7 @@ from cptq.types import Emit, ModelSpeed, Notice, Progress, SpeedReport
 STAGE = "speed"
 PROMPT_TOKENS, NEW_TOKENS = 64, 9
 BUDGET_SECONDS, REPEATS = 4.0, 5
-DENSE, COMPRESSED, STOCK = "dense", "compressed, by cptq", "compressed, by stock transformers"
+DENSE, COMPRESSED, STOCK = "dense", "compressed, in cptq", "compressed, in transformers"
 
 
 def count_weight_bytes(module: nn.Module) -> int:
@@ -70,7 +71,9 @@ def measure_speed(
             return _measure(inputs, folder, stock_bytes, command, recorder)
     # whatever a model's own code raises: the artifact is complete, and this is only about its speed
     except Exception as error:
-        return _skip(command, " ".join(str(error).split()) or type(error).__name__, recorder)
+        words = " ".join(str(error).split())
+        why = words if isinstance(error, CptqError) else f"{type(error).__name__}: {words}"
+        return _skip(command, why, recorder)
 
 
 def _skip(command: str, why: str, emit: Emit) -> SpeedReport:

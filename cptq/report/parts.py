@@ -131,7 +131,12 @@ def _list_options(summary: Summary, parts: dict[str, Part], vocabulary: float) -
     if SCALES in parts and parts[SCALES].share >= 0.1:
         found.append("A larger --group-size makes fewer scales.")
     if DENSE in parts and parts[DENSE].share >= 0.1:
-        found.append("What stays in 16 bits is listed with its reason under All layers.")
+        chosen = summary.plan and any(c.dense for c in summary.plan.choices.values())
+        found.append(
+            "The target leaves room for layers of 16 bits; a smaller --target makes them narrower."
+            if chosen
+            else "What stays in 16 bits is listed with its reason under All layers."
+        )
     return found
 
 

@@ -45,7 +45,7 @@ COMMANDS = (
     "inspect made",
     "verify made",
     "export made --format dense -o dense",
-    "soup MODEL MODEL -o soup",
+    "soup MODEL dense -o soup",
     "compress no-such-model --target 4bit",
     "compres MODEL",
 )

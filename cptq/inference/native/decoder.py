@@ -221,7 +221,10 @@ class _Builder:
         bias = getattr(module, "bias", None)
         bias = self.keep(None if bias is None else bias[rows])
         if isinstance(module, PackedModule):
-            packed = module.packed if rows == ALL else select_rows(module.packed, rows)
+            packed = module.packed
+            if packed.mask is not None or packed.pattern is not None:
+                raise UnsupportedModelError("it has sparse weights")
+            packed = packed if rows == ALL else select_rows(packed, rows)
             self.kept += [module, packed]
             found = Projection(weight=describe_weight(packed), bias=bias)
             self._describe_rule(found, module, rows)

@@ -257,6 +257,15 @@ def test_what_it_does_not_know_is_refused(
         NativeDecoder(load(arch, **change), capacity=32)
 
 
+@pytest.mark.parametrize("scheme", ["w3g16-s50", "w3c-2:4"])
+def test_sparse_weights_are_left_to_generate(scheme: str, load: Any) -> None:
+    model = load("llama")
+    place = model.model.layers[1].mlp.down_proj
+    model.model.layers[1].mlp.down_proj = make_packed_module(place, Candidate.parse(scheme))
+    with pytest.raises(UnsupportedModelError, match="sparse weights"):
+        NativeDecoder(model, capacity=8)
+
+
 def test_a_model_that_computes_otherwise_is_found_out(load: Any) -> None:
     model = load("llama")
     model.model.layers[1].self_attn.scaling *= 1.5  # read from the first block only

@@ -197,8 +197,8 @@ def make_speed() -> SpeedReport:
         command="cptq bench smollm2-135m out",
         models=(
             make_model_speed("dense", 538_060_032, "generate", 250.0, 12.0),
-            make_model_speed("compressed, by cptq", 112_000_000, "own loop", 400.0, 60.0),
-            ModelSpeed(name="compressed, by stock transformers", weight_bytes=538_060_032),
+            make_model_speed("compressed, in cptq", 112_000_000, "own loop", 400.0, 60.0),
+            ModelSpeed(name="compressed, in transformers", weight_bytes=538_060_032),
         ),
         prompt_tokens=64, new_tokens=9, threads=2, device="cpu", dtype="float32",
     )  # fmt: skip

@@ -40,6 +40,17 @@ def test_the_option_that_helps_is_named(summary: Summary, runtime: str, words: s
     assert words in advise(replace(summary, settings={"runtime": runtime}))
 
 
+def test_layers_that_the_plan_leaves_in_16_bits_are_blamed_on_the_target(summary: Summary) -> None:
+    assert summary.plan is not None
+    assert summary.size is not None
+    wide = Candidate(bits=16, group_size=0)
+    choices = dict.fromkeys(summary.plan.choices, wide)
+    plan = replace(summary.plan, choices=choices)
+    results = tuple(replace(row, candidate=wide) for row in summary.results)
+    assert "a smaller --target" in advise(replace(summary, plan=plan, results=results))
+    assert "a smaller --target" not in advise(summary)
+
+
 def test_the_map_has_a_cell_per_unit_with_its_numbers(summary: Summary) -> None:
     figure = draw_map(summary)
     assert figure is not None
