@@ -157,9 +157,8 @@ class Bench:
         self.packed = load_packed(inputs, layers)
         counted = f"{self.divergence.tokens:,} tokens in {self.divergence.samples}"
         print(f"{counted} {self.divergence.sample_name}s, weights as {candidate.label}")
-        print(
-            "| inputs | divergence | perplexity ratio | dropped | ms/token / all inputs | decoded by |"
-        )
+        speed = "ms/token / all inputs | decoded by"
+        print(f"| inputs | divergence | perplexity ratio | dropped | {speed} |")
         print("|---|--:|--:|--:|--:|---|")
 
     def run(self, option: str) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import cptq
+from cptq.activation_sparsity import METHODS as ACTIVATION_METHODS
 from cptq.allocation import ALLOCATORS
 from cptq.artifact.formats import FORMATS
 from cptq.checkpoint import architectures
@@ -147,7 +148,9 @@ def test_the_compressor_and_the_format_work(
 ) -> None:
     _register(monkeypatch, COMPRESSORS, "absmax")
     _register(monkeypatch, FORMATS, "float32")
+    _register(monkeypatch, ACTIVATION_METHODS, "median")
     words = ("--allocator", "uniform", "--compressor", "absmax", "--group-size", "16")
+    words += ("--activation-sparsity", "median:40%")
     run("compress", tiny_model("gpt2"), "--runtime", "cptq", *words, "-o", "out")
     run("export", "out", "--format", "float32", "-o", "dense")
     values = load_file("dense/model.safetensors").values()
