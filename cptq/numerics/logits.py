@@ -23,6 +23,8 @@ from torch import Tensor
 
 #: logits that go through all operations at once
 CACHED = 1 << 19
+#: logits of which `find_likeliest` takes the largest first
+RUN = 512
 
 
 def compute_logsumexp(logits_TV: Tensor) -> Tensor:
@@ -63,7 +65,24 @@ def _compare(
     p_TV = (a_TV - a_lse_T.float().unsqueeze(-1)).exp_()
     gap_TV = (a_TV - b_TV).sub_((a_lse_T - b_lse_T).float().unsqueeze(-1))
     kl_T = gap_TV.mul_(p_TV).sum(-1, dtype=torch.float64).clamp_(min=0)
-    return kl_T, a_TV.argmax(-1), b_TV.argmax(-1)
+    return kl_T, find_likeliest(a_TV), find_likeliest(b_TV)
+
+
+def find_likeliest(logits_TV: Tensor) -> Tensor:
+    """Return the first index of the largest value of each row, as `argmax(-1)` does: int64.
+
+    torch's `argmax` takes 2.6 ns a value on a CPU, `amax` 0.2: so runs of `RUN` values are reduced
+    to their largest, and only the first run that holds the largest of all is searched.
+    """
+    width = logits_TV.shape[-1]
+    whole = width - width % RUN
+    tops = [logits_TV[:, :whole].unflatten(-1, (-1, RUN)).amax(-1)] if whole else []
+    if whole < width:
+        tops.append(logits_TV[:, whole:].amax(-1, keepdim=True))
+    start_T1 = torch.cat(tops, dim=-1).argmax(-1, keepdim=True) * RUN
+    # beyond the end the last value is repeated, which is never the first of its kind
+    place_TR = (start_T1 + torch.arange(RUN, device=logits_TV.device)).clamp_(max=width - 1)
+    return start_T1.squeeze(-1) + logits_TV.gather(-1, place_TR).argmax(-1)
 
 
 def _split(logits_TV: Tensor) -> list[Tensor]:

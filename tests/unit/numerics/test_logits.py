@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from cptq.numerics import logits
-from cptq.numerics.logits import compare_logits, compute_logsumexp
+from cptq.numerics.logits import RUN, compare_logits, compute_logsumexp, find_likeliest
 
 
 @pytest.mark.parametrize(("positions", "vocabulary"), [(1, 1), (3, 7), (11, 301)])
@@ -34,3 +34,13 @@ def test_equal_logits_have_no_divergence_and_large_ones_do_not_overflow() -> Non
     kl_T, _, _ = compare_logits(z_TV, z_TV.clone(), lse_T, lse_T)
     assert kl_T.tolist() == [0.0, 0.0]
     assert float(compute_logsumexp(z_TV)[0]) == pytest.approx(1e4 + 0.6931, rel=1e-6)
+
+
+@pytest.mark.parametrize("width", [1, 7, RUN - 1, RUN, RUN + 1, 3 * RUN, 5 * RUN + 13])
+def test_the_likeliest_is_the_first_of_the_largest(width: int) -> None:
+    generator = torch.Generator().manual_seed(width)
+    logits = torch.randint(-4, 5, (6, width), generator=generator).float()  # many are equal
+    logits[0] = -torch.inf
+    logits[1, -1] = 9.0
+    logits[2, width // 2] = torch.nan
+    assert torch.equal(find_likeliest(logits), logits.argmax(-1))
