@@ -158,7 +158,7 @@ class Bench:
         counted = f"{self.divergence.tokens:,} tokens in {self.divergence.samples}"
         print(f"{counted} {self.divergence.sample_name}s, weights as {candidate.label}")
         speed = "ms/token / all inputs | decoded by"
-        print(f"| inputs | divergence | perplexity ratio | dropped | {speed} |")
+        print(f"| inputs | divergence | perplexity ratio | dropped | {speed} |", flush=True)
         print("|---|--:|--:|--:|--:|---|")
 
     def run(self, option: str) -> None:

@@ -56,8 +56,8 @@ def refused(path: Path, words: str) -> None:
     ("change", "words"),
     [
         (
-            lambda q: q.update(format_version=4),
-            r"version 4\b.*; allowed: version 1, 2 or 3",
+            lambda q: q.update(format_version=5),
+            r"version 5\b.*; allowed: version 1, 2, 3 or 4",
         ),
         (lambda q: q.pop("modules"), "packed modules"),
         (lambda q: q.update(modules=["a"]), "packed modules"),
