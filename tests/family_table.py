@@ -9,7 +9,7 @@ import transformers
 
 from tests.family_walk import Row
 
-_ORDER = ("works", "refused", "wrong", "error", "not built")
+_ORDER = ("works", "refused", "late", "wrong", "error", "not built")
 _HEAD = """# Families of models
 
 Every text family that transformers {version} builds from a config, with random weights of a few
@@ -33,9 +33,7 @@ def render_table(rows: Sequence[Row]) -> str:
     """Return the document."""
     counts = Counter(row.verdict for row in rows)
     line = ", ".join(f"{counts[name]} {name}" for name in _ORDER if counts[name])
-    head = _HEAD.format(
-        version=transformers.__version__, counts=f"{len(rows)} families: {line}.{_spell(rows)}"
-    )
+    head = _HEAD.format(version=transformers.__version__, counts=f"{len(rows)} families: {line}.")
     parts = [head]
     for verdict in _ORDER:
         group = sorted((row for row in rows if row.verdict == verdict), key=lambda row: row.family)
@@ -43,17 +41,6 @@ def render_table(rows: Sequence[Row]) -> str:
             lines = _render_working(group) if verdict == "works" else _render_others(group)
             parts += [f"## {verdict.capitalize()}", "", *lines, ""]
     return "\n".join(parts)
-
-
-def _spell(rows: Sequence[Row]) -> str:
-    """Say how many rows were walked in fewer steps."""
-    said = {
-        "load": "only loaded and replayed, and may\nstill be refused when they are compressed "
-        "(stacked experts; what stock transformers cannot load)",
-        "gptq": "compressed by GPTQ alone",
-    }
-    counts = Counter(row.depth for row in rows if row.depth in said)
-    return "".join(f" {count} were {said[depth]}." for depth, count in sorted(counts.items()))
 
 
 def _render_working(rows: Sequence[Row]) -> list[str]:
