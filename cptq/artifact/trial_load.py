@@ -37,9 +37,10 @@ from cptq.artifact.content import Content
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.experts import unstack_experts
+from cptq.checkpoint.files import read_config
 from cptq.checkpoint.inventory import find_ties
 from cptq.checkpoint.load_errors import extract_reason
-from cptq.checkpoint.loader import AUTO_CLASSES
+from cptq.checkpoint.loader import choose_auto_class
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import TORCH_DTYPES, get_scale_dtype
 from cptq.inference.operations import exact_products
@@ -138,7 +139,7 @@ def _build_short_model(model: LoadedModel, blocks: int, trusted: bool) -> _Short
             if getattr(part, name, None) is not None:
                 setattr(part, name, 0 if name == "pad_token_id" else None)
     with torch.device("meta"):
-        auto = getattr(transformers, AUTO_CLASSES[model.kind])
+        auto = getattr(transformers, choose_auto_class(read_config(model.path), model.kind))
         module: nn.Module = auto.from_config(config, trust_remote_code=trusted)
     stored = {spec.name: spec.dtype for spec in model.tensors}
     unstack_experts(module, stored)
@@ -238,7 +239,7 @@ def _load(short: _Short, place: Path, imports: tuple[str, ...]) -> Mapping[str, 
     save_file({"input_ids": ids}, place.parent / "inputs")
     job: dict[str, Any] = {
         "directory": str(place),
-        "auto_class": AUTO_CLASSES[short.model.kind],
+        "auto_class": choose_auto_class(read_config(short.model.path), short.model.kind),
         "attention": None,
         "trust_remote_code": short.trust_remote_code,
         "blocks": None,

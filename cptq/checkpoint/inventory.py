@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from cptq.checkpoint.architectures import Architecture
+from cptq.checkpoint.architectures import GENERIC, Architecture
 from cptq.checkpoint.chain import find_break
+from cptq.checkpoint.initialization import list_initialized_linears
 from cptq.errors import ModelError
 from cptq.types import Emit, LayerKind, LayerSpec, Notice, TensorSpec, Unit
 
@@ -97,6 +98,9 @@ def take_inventory(
         _describe_layer(module, name, family, blocks, trace, ties, tensors, conv1d)
         for name in _list_in_forward_order(module, trace)
     )
+    if family is GENERIC:  # the others are known to load
+        read = list_initialized_linears(module)
+        layers = tuple(replace(spec, initialized=spec.name in read) for spec in layers)
     _report_dense(layers, emit)
     _report_unlisted(module, layers, emit)
     return Inventory(
