@@ -38,7 +38,7 @@ from tests.families import UNBUILT, build_family, choose_kind
 from tests.tiny_models import SENTENCES
 from tests.unit.artifact.same_process import run_here
 
-SEQLEN, SAMPLES, GROUP, BITS = 64, 4, 16, (2, 4, 16)
+SEQLEN, SAMPLES, LINES, GROUP, BITS = 64, 4, 32, 16, (2, 4, 16)
 #: tokens of padding at the end of the second row that is compared
 PADDING = 20
 METRICS = (DEFAULT_METRIC, "cca", "pruning", "taylor")
@@ -72,9 +72,10 @@ class Row:
 
 
 def write_text(path: Path) -> Path:
-    """Write a text of a few thousand tokens, each line its own."""
+    """Write a text of some two thousand tokens, each line its own."""
     lines = [
-        f"{SENTENCES[i % 5]} {i * 7919 % 1009} {SENTENCES[i * 3 % 5][: i % 60]}" for i in range(150)
+        f"{SENTENCES[i % 5]} {i * 7919 % 1009} {SENTENCES[i * 3 % 5][: i % 60]}"
+        for i in range(LINES)
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path

@@ -9,8 +9,8 @@ which have no hooks and cannot be compressed. Here they become E modules of thre
     y = sum over the experts e chosen for x of  p_e down_e(act(gate_e(x)) * up_e(x)),
 
 that share the stack's memory and have names which stock transformers stacks when it loads them
-(`mlp.experts.7.up_proj`; Mixtral's are `w1`, `w3` and `w2`). Every expert is called in every pass, possibly with no rows, so that the
-hooks on the layers reach all of them.
+(`mlp.experts.7.up_proj`; Mixtral's are `w1`, `w3` and `w2`). Every expert is called in every pass,
+possibly with no rows, so that the hooks on the layers reach all of them.
 
 Only stacks of that form are split, and only if the checkpoint has them one by one, or transformers'
 table of conversions says how it stacks them, and if the result agrees with the original on random

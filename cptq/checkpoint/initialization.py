@@ -5,8 +5,8 @@ read from it are then left alone. Most families initialize each linear on its ow
 holds packed tensors instead of a weight. Some reach into a module's children
 (`init.zeros_(module.gate.weight)`), and fail with compressed-tensors, whose linears have no weight.
 
-Here `_init_weights` runs on a shadow of the model: the same modules, without values and with linears
-that have no weight. Whose weight is missed gets it, and the module is tried again.
+Here `_init_weights` runs on a shadow of the model: the same modules, without values, and with
+linears that have no weight. Whose weight is missed gets it, and the module is tried again.
 
 Cost: a copy of the tree of modules, no weights. Limit: what such code does beside reading weights
 is run on the meta device; where it fails there for another reason, nothing is found.
