@@ -64,7 +64,8 @@ class DepthError:
             mask_BT = mask_real_tokens(row)
             pairs = zip(self._dense[index], self._run(index), strict=True)
             for place, (dense_BTD, own_BTD) in enumerate(pairs):
-                dense_ND, own_ND = dense_BTD[mask_BT].double(), own_BTD[mask_BT].double()
+                real = mask_BT if dense_BTD.shape[:2] == mask_BT.shape else ...
+                dense_ND, own_ND = dense_BTD[real].double(), own_BTD[real].double()
                 gap[place] += float((own_ND - dense_ND).square().sum())
                 norm[place] += float(dense_ND.square().sum())
         return tuple(a / b if b else 0.0 for a, b in zip(gap, norm, strict=True))

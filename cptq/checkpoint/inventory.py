@@ -317,6 +317,8 @@ def _describe_layer(
         reason = READ_REASON
     weight = part.weight
     assert isinstance(weight, Tensor)
+    # of a subclass the pass has shown it
+    multiplies = isinstance(part, nn.Linear) and name in trace.inputs and name not in trace.special
     shape = weight.T.shape if isinstance(part, Conv1D) else weight.shape
     return LayerSpec(
         name=name,
@@ -330,7 +332,7 @@ def _describe_layer(
         transposed=isinstance(part, Conv1D),
         compressible=reason is None,
         reason=reason,
-        plain=type(part) in (nn.Linear, nn.Embedding, Conv1D),
+        plain=type(part) in (nn.Linear, nn.Embedding, Conv1D) or multiplies,
     )
 
 

@@ -53,8 +53,10 @@ def check_loadable(
         emit(Notice(kind="info", subject=runtime.name, message=message))
         return
     candidate = min(plain, key=lambda c: abs(c.bits - 4))
-    _refuse_mostly_dense(model, runtime, candidate)
+    _refuse_mostly_dense(model, runtime, candidate, trust_remote_code)
     found = _try(model, runtime, form, candidate, units, trust_remote_code)
+    if found is None:
+        return
     if not found.known:
         message = f"whether the result loads could not be tried beforehand: {found.why}"
         emit(Notice(kind="info", subject=runtime.name, message=message))
@@ -78,7 +80,7 @@ def explain_trial(
     if _is_known(model):
         return None
     found = _try(model, runtime, form, candidate, units, trust_remote_code)
-    return found.why if found.known else None
+    return found.why if found is not None and found.known else None
 
 
 def _is_known(model: LoadedModel) -> bool:
@@ -91,7 +93,9 @@ def _is_stacked(name: str) -> bool:
     return not name.endswith(".weight")
 
 
-def _refuse_mostly_dense(model: LoadedModel, runtime: Runtime, candidate: Candidate) -> None:
+def _refuse_mostly_dense(
+    model: LoadedModel, runtime: Runtime, candidate: Candidate, trusted: bool
+) -> None:
     """Refuse a runtime that leaves much dense because of how it loads, where another does not.
 
     Raises:
@@ -103,10 +107,9 @@ def _refuse_mostly_dense(model: LoadedModel, runtime: Runtime, candidate: Candid
     whole = sum(size for _, size in units)
     dense = sum(size for u, size in units if any(spec.initialized for spec in u.layers))
     other = RUNTIMES[OWN]
-    if (
-        dense > DENSE_SHARE * whole
-        and _try(model, other, other.format, candidate, model.units, False) == Trial()
-    ):
+    if dense <= DENSE_SHARE * whole:
+        return
+    if _try(model, other, other.format, candidate, model.units, trusted) == Trial():
         raise ModelError(
             f"stock transformers reads the weights of linears of a {type(model.module).__name__} "
             f"as it loads it, so that {dense / whole:.0%} of them would stay dense",
@@ -126,7 +129,8 @@ def _try(
     candidate: Candidate,
     units: Iterable[Unit],
     trusted: bool,
-) -> Trial:
+) -> Trial | None:
+    """Try the loader; None: there is nothing to pack, over which it could stumble."""
     layout = FORMATS.get(form).layout
     packed = {
         spec.name
@@ -134,8 +138,8 @@ def _try(
         for spec in unit.layers
         if explain_layer_refusal(spec, candidate, layout, runtime) is None
     }
-    if not packed:  # nothing that a loader could stumble over
-        return Trial()
+    if not packed:
+        return None
     return try_loading(model, form, candidate, packed, trust_remote_code=trusted)
 
 
