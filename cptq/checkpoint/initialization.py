@@ -77,7 +77,7 @@ def _initialize(model: PreTrainedModel, part: nn.Module, missed: set[str]) -> No
     while True:
         try:
             with torch.no_grad():
-                model._init_weights(part)
+                model._init_weights(part)  # type: ignore[no-untyped-call]
         except _MissedError as error:
             missed.add(str(error))
         except Exception:  # a family's code without values can raise anything
