@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 
 import transformers
@@ -26,8 +25,8 @@ rows of their own.
   nearest rounding, or the run says so. *whole*: its blocks are not a chain, so that the part around
   them is run as a whole, which takes more time and memory. *kept dense* counts the linears that
   stay as they are, and says why.
-- **works in cptq**: the same with `--runtime cptq`; the default runtime refuses it at the door, with
-  the sentence given.
+- **works in cptq**: the same with `--runtime cptq`; the default runtime refuses it at the door,
+  with the sentence given.
 - **refused**: at the door, by the step given, with the sentence given.
 - **late**: refused after work was begun, with the sentence given.
 - **wrong**, **error**: a number differs from the one by hand; an exception escaped.

@@ -33,7 +33,8 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.config import ModelSettings
 from cptq.config.analysis import DEFAULT_METRIC
 from cptq.errors import ArtifactError, CptqError
-from cptq.types import Event, Notice, Progress
+from cptq.layouts.pack_quantized import INITIALIZED
+from cptq.types import Event, Notice, Progress, is_expert
 from tests.families import UNBUILT, build_family, choose_kind
 from tests.tiny_models import SENTENCES
 from tests.unit.artifact.same_process import run_here
@@ -44,6 +45,8 @@ PADDING = 20
 METRICS = (DEFAULT_METRIC, "cca", "pruning", "taylor")
 #: stages of a run in which nothing is measured or compressed
 DOOR = ("load", "plan")
+#: why experts stay dense that are no linears of their own
+STACKED = "experts in one tensor (counted by tensors)"
 #: how a refusal names the runtime that takes the family
 OTHER_RUNTIME = "--runtime cptq"
 #: largest difference of the replay from a plain forward, as a share of the largest output
@@ -206,7 +209,13 @@ class _Way:
         model = load_model(settings, self.heard.append, conv1d=True, experts=True)
         inner = [s for s in model.layers if s.kind not in ("embedding", "head")]
         self.row.compressed = sum(spec.compressible for spec in inner)
-        self.row.dense = dict(Counter(str(s.reason) for s in inner if not s.compressible))
+        dense = Counter(str(s.reason) for s in inner if not s.compressible)
+        dense[INITIALIZED] = sum(s.initialized and s.compressible for s in inner)
+        dense[STACKED] = sum(
+            is_expert(spec.name) and not spec.name.endswith(("weight", "bias"))
+            for spec in model.tensors
+        )
+        self.row.dense = {reason: count for reason, count in dense.items() if count}
         return model
 
     def _batch(self, padding: int = 0) -> dict[str, torch.Tensor]:
