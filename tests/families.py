@@ -103,17 +103,26 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
             "qwen3_next",
             "qwen3_5_text",
             "qwen3_5_moe_text",
-            "bailing_hybrid",
             "kimi_linear",
             "granitemoehybrid",
-            "qwen4_exp_text",
         )
+    },
+    "bailing_hybrid": {
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        "num_expert_group": 1,
     },
     "bamba": {"attn_layer_indices": [1]},
     "canine": {"num_hash_buckets": 64},
+    "cohere_compass_text": {
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 10000.0}
+            for kind in ("sliding_attention", "full_attention")
+        },
+    },
     "codegen": {"n_head": 4, "n_embd": 64},
     "dbrx": {
-        "attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0},
+        "attn_config": {"kv_n_heads": 1, "rope_theta": 10000.0, "clip_qkv": 8.0},
         "ffn_config": {"ffn_hidden_size": 32, "moe_num_experts": 6, "moe_top_k": 2},
     },
     "diffllama": {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 64},
@@ -137,7 +146,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"], "num_dense_layers": 1},
     "luke": {"entity_vocab_size": 50, "entity_emb_size": HIDDEN},
     "mamba2": {"num_heads": 6, "head_dim": 16},
-    "mimo_v2_flash": {"partial_rotary_factor": 0.5},
+    "layoutlmv3": {"coordinate_size": 8, "shape_size": 8},
+    "mimo_v2_flash": {"head_dim": 24, "num_attention_heads": 4},
     "mobilebert": {
         "hidden_size": 64,
         "intra_bottleneck_size": 32,
@@ -146,12 +156,40 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "embedding_size": 32,
     },
     "perceiver": {"d_latents": HIDDEN, "num_latents": 16, "num_self_attends_per_block": 2},
+    "qwen4_exp_text": {
+        "layer_types": ["linear_attention", "indexed_attention", "linear_attention"],
+        "hc_lowrank": 8,
+        "ple_embed_dim": 16,
+        "ngram_vocab_size_base": 64,
+        "heads_per_ngram": 2,
+        "split_ngram_parts": 2,
+        "indexer_n_heads": 2,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": HEAD_SIZE,
+        "indexer_budget": 16,
+        "indexer_compress_ratio": 4,
+    },
     "reformer": {"axial_pos_embds_dim": [16, 32], "axial_pos_shape": [16, 16]},
     "roc_bert": {"shape_vocab_size": 64, "pronunciation_vocab_size": 64},
     "xlm": {"emb_dim": 64, "n_heads": 4, "n_layers": 3},
     "flaubert": {"emb_dim": 64, "n_heads": 4, "n_layers": 3},
     "xmod": {"default_language": "en_XX"},
-    "zamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "num_hidden_layers": 6},
+    "xlstm": {"hidden_size": 64, "embedding_dim": 64, "num_heads": 4, "qk_dim_factor": 1.0},
+    "zamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "num_hidden_layers": 6,
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 2 * HEAD_SIZE,
+    },
+    "zamba2": {
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention"],
+        "hybrid_layer_ids": [1],
+        "attention_hidden_size": 2 * HIDDEN,
+        "attention_head_dim": 2 * HEAD_SIZE,
+        "num_key_value_heads": HEADS,
+        "n_mamba_heads": 6,
+    },
     "zaya": {"num_experts_per_tok": 1},
 }
 

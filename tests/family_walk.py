@@ -1,8 +1,10 @@
 """Walk a family the whole way: analyze, compress, verify, eval; compare with plain forward passes.
 
-A verdict is `works`, `refused` (with the sentence), `wrong` (a number differs from the one computed
-by hand) or `error` (an exception that is not a `CptqError`). A row is written as soon as a family
-is done, so that a walk can be interrupted and goes on where it was.
+A verdict is `works`, `refused` (at the door, with the sentence), `late` (refused after the work was
+begun), `wrong` (a number differs from the one computed by hand) or `error` (an exception that is
+not a `CptqError`). A family that the default runtime refuses, naming another, is walked with that
+one. A row is written as soon as a family is done, so that a walk can be interrupted and goes on
+where it was; of several rows of a family the last one counts.
 """
 
 from __future__ import annotations
@@ -29,19 +31,24 @@ from cptq.calibration.replay import BlockReplay, forward
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import ModelSettings
+from cptq.config.analysis import DEFAULT_METRIC
 from cptq.errors import ArtifactError, CptqError
-from cptq.types import Event, Notice
+from cptq.layouts.pack_quantized import INITIALIZED
+from cptq.types import Event, Notice, Progress, is_expert
 from tests.families import UNBUILT, build_family, choose_kind
 from tests.tiny_models import SENTENCES
 from tests.unit.artifact.same_process import run_here
 
-SEQLEN, SAMPLES, GROUP = 64, 4, 16
-#: how the reload check tells that stock transformers does not load an artifact
-NOT_STOCK = "stock transformers cannot load what was written"
-#: how far to go: load and replay; then compress by GPTQ alone, in default options, which measures
-#: as well; or analyze, compress by nearest rounding and GPTQ, and judge that one does no harm
-DEPTHS = ("load", "gptq", "all")
-METRICS = ("cca", "pruning", "taylor")
+SEQLEN, SAMPLES, LINES, GROUP, BITS = 64, 4, 32, 16, (2, 4, 16)
+#: tokens of padding at the end of the second row that is compared
+PADDING = 20
+METRICS = (DEFAULT_METRIC, "cca", "pruning", "taylor")
+#: stages of a run in which nothing is measured or compressed
+DOOR = ("load", "plan")
+#: why experts stay dense that are no linears of their own
+STACKED = "experts in one tensor (counted by tensors)"
+#: how a refusal names the runtime that takes the family
+OTHER_RUNTIME = "--runtime cptq"
 #: largest difference of the replay from a plain forward, as a share of the largest output
 EXACT = 1e-5
 #: a compressor may be so much worse than nearest rounding, in divergence, before that is "wrong"
@@ -62,56 +69,46 @@ class Row:
     dense: dict[str, int] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     replay: float | None = None
+    padded: float | None = None
     divergence: dict[str, float] = field(default_factory=dict)
-    depth: str = "all"
     seconds: float = 0.0
 
 
 def write_text(path: Path) -> Path:
-    """Write a text of a few thousand tokens, each line its own."""
+    """Write a text of some two thousand tokens, each line its own."""
     lines = [
-        f"{SENTENCES[i % 5]} {i * 7919 % 1009} {SENTENCES[i * 3 % 5][: i % 60]}" for i in range(150)
+        f"{SENTENCES[i % 5]} {i * 7919 % 1009} {SENTENCES[i * 3 % 5][: i % 60]}"
+        for i in range(LINES)
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
     return path
 
 
-def walk(
-    families: Iterable[str],
-    out: Path,
-    *,
-    metrics: bool = False,
-    depth: str = "all",
-    until: float = math.inf,
-) -> Iterator[Row]:
-    """Walk families that have no row in `out` yet, append their rows, and yield them.
+def walk(families: Iterable[str], out: Path, *, until: float = math.inf) -> Iterator[Row]:
+    """Walk families, append their rows to `out`, and yield them.
 
     Args:
         families: names.
         out: a JSON lines file.
-        metrics: measure `METRICS` beside the default one.
-        depth: one of `DEPTHS`.
         until: begin no family after this many seconds.
     """
-    known = {row.family for row in read_rows(out)}
     start = time.monotonic()
     for family in families:
-        if family in known:
-            continue
         if time.monotonic() - start > until:
             return
         with tempfile.TemporaryDirectory() as folder, _same_process():
-            row = walk_family(family, Path(folder), metrics=metrics, depth=depth)
+            row = walk_family(family, Path(folder))
         with out.open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(asdict(row)) + "\n")
         yield row
 
 
-def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a JSON lines file; none where there is no file."""
+def read_rows(path: Path) -> dict[str, Row]:
+    """Return the last row of each family in a JSON lines file; none where there is no file."""
     if not path.exists():
-        return []
-    return [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {}
+    rows = [Row(**json.loads(line)) for line in path.read_text(encoding="utf-8").splitlines()]
+    return {row.family: row for row in rows}
 
 
 @contextmanager
@@ -126,21 +123,21 @@ def _run_here(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
     try:
         return run_here(folder, job)
     except Exception as error:
-        raise ArtifactError(f"{NOT_STOCK}: {type(error).__name__}: {error}") from error
+        raise ArtifactError(f"cannot load what was written: {error!r}") from error
 
 
-def walk_family(family: str, folder: Path, *, metrics: bool = False, depth: str = "all") -> Row:
+def walk_family(family: str, folder: Path) -> Row:
     """Walk one family; nothing that goes wrong escapes."""
-    row, start = Row(family, depth=depth), time.monotonic()
+    row, start = Row(family), time.monotonic()
     if family in UNBUILT:
         row.verdict, row.text = "not built", UNBUILT[family]
         return row
     row.kind = choose_kind(family)
     way = _Way(row, folder)
     try:
-        way.go(metrics, depth)
+        way.go()
     except CptqError as error:
-        row.verdict, row.text = "refused", str(error)
+        row.verdict, row.text = way.judge_refusal(error), str(error)
     except Exception as error:
         row.verdict = "not built" if row.step == "build" else "error"
         row.text = f"{type(error).__name__}: {error}"[:300]
@@ -160,23 +157,18 @@ class _Way:
             "samples": SAMPLES,
             "seqlen": SEQLEN,
             "group_size": GROUP,
-            "allocator": "uniform",
+            "bits": BITS,
         }
         self.heard: list[Event] = []
 
-    def go(self, metrics: bool, depth: str) -> None:
-        """Go the steps of one of `DEPTHS`."""
+    def go(self) -> None:
+        """Go all steps."""
         self._do("build", lambda: build_family(self.path, self.row.family))
         torch.manual_seed(0)
         dense = self._do("load", self._load)
-        self._do("replay", lambda: self._compare_replay(dense))
-        if depth == "load":
-            return
-        if depth == "gptq":  # the default allocator measures, so that this is an analysis as well
-            del self.options["allocator"]
-            self._carry_out(dense, "gptq")
-            return
-        self._do("analyze", lambda: self._analyze(metrics))
+        self.row.replay = self._do("replay", lambda: self._compare_replay(dense, 0))
+        self.row.padded = self._do("replay padded", lambda: self._compare_replay(dense, PADDING))
+        self._do("analyze", self._analyze)
         for compressor in ("nearest", "gptq"):
             self._carry_out(dense, compressor)
         # a classifier gives a few numbers for the whole batch, which tell nothing
@@ -185,12 +177,18 @@ class _Way:
         if self.row.kind != "classifier" and own > WORSE * nearest + 1e-6 and not told:
             self._fail(f"gptq diverges by {own:.3g}, nearest rounding by {nearest:.3g}")
 
+    def judge_refusal(self, error: CptqError) -> str:
+        """Return whether a refusal came at the door, or after work was begun."""
+        begun = any(isinstance(e, Progress) and e.stage not in DOOR for e in self.heard)
+        return "late" if begun or isinstance(error, ArtifactError) else "refused"
+
     def _carry_out(self, dense: LoadedModel, compressor: str) -> None:
         out = self.folder / compressor
         self._do(f"compress {compressor}", lambda: self._compress(compressor, out))
         self._do(f"verify {compressor}", lambda: cptq.verify(out, progress=self.heard.append))
-        self._do(f"eval {compressor}", lambda: self._evaluate(out))
-        self._do(f"compare {compressor}", lambda: self._diverge(dense, compressor, out))
+        module = self._do(f"load {compressor}", lambda: cptq.load(out))
+        self._do(f"eval {compressor}", lambda: self._evaluate(out, module))
+        self._do(f"compare {compressor}", lambda: self._diverge(dense, compressor, module))
         shutil.rmtree(out)
 
     def _do(self, step: str, run: Callable[[], Any]) -> Any:
@@ -200,82 +198,87 @@ class _Way:
         finally:
             told = {f"{e.subject}: {e.message}" for e in self.heard if isinstance(e, Notice)}
             kept = ("chain", "worse than nearest", "router", "forward of its own")
-            self.row.notices = sorted(n for n in told if any(word in n for word in kept))
+            found = {n for n in told if any(word in n for word in kept)}
+            self.row.notices = sorted(found | set(self.row.notices))
 
     def _fail(self, text: str) -> None:
         self.row.verdict, self.row.text = "wrong", text
 
     def _load(self) -> LoadedModel:
-        conv1d = bool(self.row.runtime)
-        model = load_model(
-            ModelSettings(model=str(self.path)), self.heard.append, conv1d=conv1d, experts=True
-        )
+        settings = ModelSettings(model=str(self.path))
+        model = load_model(settings, self.heard.append, conv1d=True, experts=True)
         inner = [s for s in model.layers if s.kind not in ("embedding", "head")]
-        if not model.units and any(spec.kind == "conv1d" for spec in inner) and not conv1d:
-            self.row.runtime = "cptq"
-            self.options["runtime"] = "cptq"
-            return self._load()
         self.row.compressed = sum(spec.compressible for spec in inner)
-        self.row.dense = dict(Counter(str(s.reason) for s in inner if not s.compressible))
+        dense = Counter(str(s.reason) for s in inner if not s.compressible)
+        dense[INITIALIZED] = sum(s.initialized and s.compressible for s in inner)
+        dense[STACKED] = sum(
+            is_expert(spec.name) and not spec.name.endswith(("weight", "bias"))
+            for spec in model.tensors
+        )
+        self.row.dense = {reason: count for reason, count in dense.items() if count}
         return model
 
-    def _batch(self) -> dict[str, torch.Tensor]:
+    def _batch(self, padding: int = 0) -> dict[str, torch.Tensor]:
         tokenizer = AutoTokenizer.from_pretrained(self.path)
         ids = tokenizer(self.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
         ids = ids[:, 500 : 500 + 2 * SEQLEN].reshape(2, SEQLEN)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        mask = torch.ones_like(ids)
+        mask[1, SEQLEN - padding :] = 0
+        return {"input_ids": ids, "attention_mask": mask}
 
     @torch.no_grad()
-    def _compare_replay(self, model: LoadedModel) -> None:
-        batch = self._batch()
+    def _compare_replay(self, model: LoadedModel, padding: int) -> float:
+        """Return the difference of the replay from a plain forward, where tokens are no padding."""
+        batch = self._batch(padding)
         replay = BlockReplay(model, [batch])
         hidden = replay.embed(0)
         for block in range(len(model.blocks)):
             hidden = replay.run(block, hidden, 0)
         ours, plain = _answer(replay.finish(hidden, 0)), _answer(forward(model, batch))
-        self.row.replay = float((ours - plain).abs().max() / plain.abs().max())
-        if not self.row.replay <= EXACT:
-            self._fail(f"the replay differs from a plain forward by {self.row.replay:.2g}")
+        if plain.ndim == 3 and plain.shape[1] == SEQLEN:
+            ours, plain = (x[batch["attention_mask"].bool()] for x in (ours, plain))
+        share = float((ours - plain).abs().max() / plain.abs().max())
+        if not share <= EXACT:
+            self._fail(f"{self.row.step} differs from a plain forward by {share:.2g}")
+        return share
 
-    def _analyze(self, metrics: bool) -> None:
-        options = {name: value for name, value in self.options.items() if name != "allocator"}
-        for number, more in enumerate([{}, {"metrics": METRICS}] if metrics else [{}]):
-            out = self.folder / f"analysis-{number}"
-            cptq.analyze(self.path, out=out, progress=self.heard.append, **options, **more)
+    def _analyze(self) -> None:
+        out = self.folder / "analysis"
+        cptq.analyze(
+            self.path, out=out, metrics=METRICS, progress=self.heard.append, **self.options
+        )
 
     def _compress(self, compressor: str, out: Path) -> None:
+        self.heard.clear()
         try:
             self._compress_for_runtime(compressor, out)
-        except ArtifactError as error:
-            if self.row.runtime or NOT_STOCK not in str(error):
+        except CptqError as error:
+            named = OTHER_RUNTIME in str(error)
+            if "runtime" in self.options or not named or self.judge_refusal(error) == "late":
                 raise
-            self.options["runtime"] = "cptq"
-            try:
-                self._compress_for_runtime(compressor, out)
-            except CptqError:
-                raise error from None
-            self.row.runtime, self.row.text = "cptq", str(error).removeprefix(f"{NOT_STOCK}: ")
+            self.options["runtime"] = self.row.runtime = "cptq"
+            self.row.text = str(error)
+            self._compress_for_runtime(compressor, out)
 
     def _compress_for_runtime(self, compressor: str, out: Path) -> None:
         cptq.compress(
-            self.path, out=out, target="4bit", compressor=compressor,
+            self.path, out=out, target="4bit", compressor=compressor, allocator="uniform",
             overwrite=True, progress=self.heard.append, **self.options,
         )  # fmt: skip
 
-    def _evaluate(self, out: Path) -> None:
+    def _evaluate(self, out: Path, module: torch.nn.Module) -> None:
         if self.row.kind != "causal-lm":
             return
         outcome = cptq.evaluate(
             out, tasks=(f"text:{self.text}",), seqlen=SEQLEN, limit=3, progress=self.heard.append
         )
         (found,) = [r for r in outcome.summary.evaluation if r.metric == "perplexity"]
-        known = self._compute_perplexity(out)
+        known = self._compute_perplexity(module)
         if not math.isclose(found.value, known, rel_tol=1e-3):
             self._fail(f"perplexity {found.value:.6g}, by hand {known:.6g}")
 
     @torch.no_grad()
-    def _compute_perplexity(self, out: Path) -> float:
-        module = cptq.load(out)
+    def _compute_perplexity(self, module: torch.nn.Module) -> float:
         tokenizer = AutoTokenizer.from_pretrained(self.path)
         ids = tokenizer(self.text.read_text(encoding="utf-8"), return_tensors="pt").input_ids
         rows = ids[0, : 3 * SEQLEN].reshape(3, SEQLEN)
@@ -286,9 +289,9 @@ class _Way:
         return math.exp(total / (3 * (SEQLEN - 1)))
 
     @torch.no_grad()
-    def _diverge(self, dense: LoadedModel, compressor: str, out: Path) -> None:
+    def _diverge(self, dense: LoadedModel, compressor: str, module: torch.nn.Module) -> None:
         batch = self._batch()
-        own, other = _answer(forward(dense, batch)), _answer(cptq.load(out)(**batch))
+        own, other = _answer(forward(dense, batch)), _answer(module(**batch))
         share = (own.double() - other.double()).square().sum() / own.double().square().sum()
         self.row.divergence[compressor] = float(share)
 

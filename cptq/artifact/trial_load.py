@@ -3,7 +3,8 @@
 Some families read `module.weight` of their linears themselves (Mamba, RWKV) or were not made for
 packed modules at all. That shows when what was written is loaded, after all the work. So a model of
 the same config is written in the format and loaded and run by its loader: with the fewest first
-blocks that show every kind of block, a vocabulary of a few tokens, and zero weights.
+blocks that show every kind of block, a vocabulary of a few tokens, and zero weights. Where a family
+cannot be shortened, with all its blocks, if memory holds them.
 
 Where that fails, the same model is tried dense. If that fails, too, the short model is at fault and
 nothing was learned.
@@ -37,9 +38,10 @@ from cptq.artifact.content import Content
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.checkpoint.experts import unstack_experts
+from cptq.checkpoint.files import read_config
 from cptq.checkpoint.inventory import find_ties
 from cptq.checkpoint.load_errors import extract_reason
-from cptq.checkpoint.loader import AUTO_CLASSES
+from cptq.checkpoint.loader import choose_auto_class
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import TORCH_DTYPES, get_scale_dtype
 from cptq.inference.operations import exact_products
@@ -93,21 +95,29 @@ def try_loading(
     """
     count = count_trial_blocks(model)
     found = _try_blocks(model, count, form, candidate, packed, trust_remote_code)
-    if found.known or count > 1 or len(model.blocks) == 1:
-        return found
-    # some families (RWKV) divide by the number of blocks less one
-    return _try_blocks(model, 2, form, candidate, packed, trust_remote_code)
+    if not found.known and count == 1 < len(model.blocks):
+        # some families (RWKV) divide by the number of blocks less one
+        found = _try_blocks(model, 2, form, candidate, packed, trust_remote_code)
+    if not found.known and _fits(model):
+        found = _try_blocks(model, None, form, candidate, packed, trust_remote_code)
+    return found
+
+
+def _fits(model: LoadedModel) -> bool:
+    """Whether memory holds all blocks as the loader multiplies them out."""
+    fits = model.memory.count_loadable_blocks(model.layers) if model.memory else None
+    return fits is None or fits >= len(model.blocks)
 
 
 def _try_blocks(
     model: LoadedModel,
-    blocks: int,
+    blocks: int | None,
     form: str,
     candidate: Candidate,
     packed: Collection[str],
     trusted: bool,
 ) -> Trial:
-    """Try the first blocks, compressed, and dense where that fails."""
+    """Try the first blocks (None: all), compressed, and dense where that fails."""
     try:
         short = _build_short_model(model, blocks, trusted)
     except Exception as error:  # a config can refuse to be shortened in any way
@@ -129,16 +139,17 @@ class _Short:
     trust_remote_code: bool
 
 
-def _build_short_model(model: LoadedModel, blocks: int, trusted: bool) -> _Short:
+def _build_short_model(model: LoadedModel, blocks: int | None, trusted: bool) -> _Short:
     config = copy.deepcopy(model.config)
-    text = stock_load.shorten(config.get_text_config(), blocks)
+    text = config.get_text_config()
+    text = text if blocks is None else stock_load.shorten(text, blocks)
     text.vocab_size = min(text.vocab_size, VOCABULARY)
     for part in {id(part): part for part in (config, text)}.values():
         for name in (f"{word}_token_id" for word in _SPECIALS):
             if getattr(part, name, None) is not None:
                 setattr(part, name, 0 if name == "pad_token_id" else None)
     with torch.device("meta"):
-        auto = getattr(transformers, AUTO_CLASSES[model.kind])
+        auto = getattr(transformers, choose_auto_class(read_config(model.path), model.kind))
         module: nn.Module = auto.from_config(config, trust_remote_code=trusted)
     stored = {spec.name: spec.dtype for spec in model.tensors}
     unstack_experts(module, stored)
@@ -238,7 +249,7 @@ def _load(short: _Short, place: Path, imports: tuple[str, ...]) -> Mapping[str, 
     save_file({"input_ids": ids}, place.parent / "inputs")
     job: dict[str, Any] = {
         "directory": str(place),
-        "auto_class": AUTO_CLASSES[short.model.kind],
+        "auto_class": choose_auto_class(read_config(short.model.path), short.model.kind),
         "attention": None,
         "trust_remote_code": short.trust_remote_code,
         "blocks": None,

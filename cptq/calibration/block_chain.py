@@ -33,6 +33,7 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.replay import BlockReplay
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.spill import States
+from cptq.errors import ModelError
 from cptq.numerics.pairwise import add_where_known
 from cptq.types import Unit
 
@@ -144,9 +145,16 @@ class BlockChain:
         with torch.enable_grad():
             arguments = self._replay.take_arguments(block, start.clone(), self.batch)
             output = self._replay.call(block, arguments)
-            return torch.autograd.grad(
-                output, [start, *weights], self._now[self.batch], allow_unused=True
-            )
+            try:
+                return torch.autograd.grad(
+                    output, [start, *weights], self._now[self.batch], allow_unused=True
+                )
+            except (AssertionError, NotImplementedError) as error:  # Reformer's, outside training
+                raise ModelError(
+                    f"the model's code gives no gradients in evaluation ({error})",
+                    allowed="metrics that need none (--metric cca or pruning), or "
+                    "--allocator uniform",
+                ) from error
 
     def _walk_batches(self) -> Iterator[int]:
         for index in range(len(self._replay.batches)):

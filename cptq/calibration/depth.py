@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from cptq.calibration.batches import Batch
-from cptq.calibration.objective import mask_real_tokens
+from cptq.calibration.objective import mask_real_tokens, select_real_rows
 from cptq.calibration.replay import BlockReplay
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.spill import States
@@ -64,7 +64,9 @@ class DepthError:
             mask_BT = mask_real_tokens(row)
             pairs = zip(self._dense[index], self._run(index), strict=True)
             for place, (dense_BTD, own_BTD) in enumerate(pairs):
-                dense_ND, own_ND = dense_BTD[mask_BT].double(), own_BTD[mask_BT].double()
+                dense_ND, own_ND = (
+                    select_real_rows(x, mask_BT).double() for x in (dense_BTD, own_BTD)
+                )
                 gap[place] += float((own_ND - dense_ND).square().sum())
                 norm[place] += float(dense_ND.square().sum())
         return tuple(a / b if b else 0.0 for a, b in zip(gap, norm, strict=True))

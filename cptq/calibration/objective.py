@@ -135,6 +135,30 @@ def mask_real_tokens(batch: Mapping[str, Tensor]) -> Tensor:
     return mask_BT.bool()
 
 
+def flatten_rows(x: Tensor, mask_BT: Tensor) -> Tensor:
+    """Return activations (..., width) as (M, width), one row of text after the other.
+
+    Some families (XLNet) hand on (tokens, rows, width) inside. The shape tells, except where there
+    are as many rows as tokens.
+    """
+    if x.ndim == 3 and x.shape[:2] != mask_BT.shape and x.shape[:2] == mask_BT.T.shape:
+        x = x.transpose(0, 1)
+    return x.reshape(-1, x.shape[-1])
+
+
+def select_real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """Return activations (rows, tokens, in) as (real tokens, in), padding left out.
+
+    Some families hand on (rows * tokens, in); what has no row per token is kept whole.
+    """
+    if mask is None:
+        return x.reshape(-1, x.shape[-1])
+    x_MI = flatten_rows(x, mask)
+    if len(x_MI) != mask.numel():
+        return x_MI
+    return x_MI[mask.flatten().bool()]
+
+
 def pool_mean(hidden_BTD: Tensor, mask_BT: Tensor) -> Tensor:
     """Return the mean over the real tokens, scaled to length 1, (batch, width)."""
     weight_BT1 = mask_BT.unsqueeze(-1).to(hidden_BTD.dtype)

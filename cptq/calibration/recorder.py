@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from cptq.calibration.finite import build_not_finite_error
+from cptq.calibration.objective import flatten_rows
 from cptq.calibration.row_sampler import RowSampler
 from cptq.checkpoint.model import LoadedModel
 from cptq.numerics.finite import is_finite
@@ -121,16 +122,19 @@ class Recorder:
             yield
         self._last = (None, "")
 
+    def _flatten(self, x: Tensor) -> Tensor:
+        return flatten_rows(x.detach(), self._masks[self._get_batch()])
+
     def select_few(self, rows: Tensor) -> Tensor:
         """Return the rows whose activations are kept, float32 on the CPU."""
-        rows_MF = rows.detach().reshape(-1, rows.shape[-1])
+        rows_MF = self._flatten(rows)
         index = self._sampler.get_few(self._get_batch(), len(rows_MF))
         return rows_MF[index.to(rows.device)].float().cpu()
 
     def _make_hook(self, spec: LayerSpec, block: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
             kept = self._kept.setdefault(spec.name, _Kept())
-            x_MI = args[0].detach().reshape(-1, args[0].shape[-1])
+            x_MI = self._flatten(args[0])
             batch = self._get_batch()
             index = self._sampler.get_rows(batch, len(x_MI))
             tokens = len(x_MI) == self._masks[batch].numel()
@@ -142,7 +146,8 @@ class Recorder:
             if self._request.activations:
                 call.few = self._keep_activations(spec, args[0], output)
             if output.requires_grad:
-                output.register_hook(_make_gradient_hook(spec, call, index))
+                mask_BT = self._masks[batch]
+                output.register_hook(_make_gradient_hook(spec, call, index, mask_BT))
 
         return hook
 
@@ -152,7 +157,7 @@ class Recorder:
         if last is x:  # q, k and v read the same tensor: keep it once
             kept.moment = self._kept[reader].moment
             return self._kept[reader].calls[-1].x_RI
-        x_MI = x.detach().reshape(-1, x.shape[-1])
+        x_MI = self._flatten(x)
         rows = x_MI[index.to(x_MI.device)].float().cpu()
         if not is_finite(rows):
             raise build_not_finite_error(f"the input of layer {spec.name}")
@@ -196,9 +201,9 @@ class Recorder:
         return samples, activations
 
 
-def _make_gradient_hook(spec: LayerSpec, call: _Call, index: Tensor) -> Any:
+def _make_gradient_hook(spec: LayerSpec, call: _Call, index: Tensor, mask_BT: Tensor) -> Any:
     def hook(gradient: Tensor) -> None:
-        g_MO = gradient.reshape(-1, gradient.shape[-1])
+        g_MO = flatten_rows(gradient, mask_BT)
         rows = g_MO[index.to(g_MO.device)].float().cpu()
         if not is_finite(rows):
             raise build_not_finite_error(f"the gradient of layer {spec.name}")

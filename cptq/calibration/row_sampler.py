@@ -65,6 +65,8 @@ class RowSampler:
     def get_few(self, batch: int, length: int) -> Tensor:
         """Return those of the row indices whose activations are kept."""
         rows = self.get_rows(batch, length)
-        # numbers within this batch; a shorter input may have fewer rows than the quota
-        local = self._few_numbers - self._first[batch]
-        return rows[local[(local >= 0) & (local < min(self._quotas[batch], len(rows)))]]
+        local = self._few_numbers - self._first[batch]  # numbers within this batch
+        local = local[(local >= 0) & (local < self._quotas[batch])]
+        if len(rows) < self._quotas[batch]:  # of a shorter input, rows from all over it
+            local = torch.linspace(0, len(rows) - 1, min(len(local), len(rows))).round().long()
+        return rows[local]

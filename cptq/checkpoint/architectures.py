@@ -75,10 +75,11 @@ _LLAMA_LIKE = (
     "smollm3",
     "llama4_text",
     "qwen3_next",
-    "mixtral",
     "gpt_oss",
     "granitemoe",
 )
+#: Mixtral's names of an expert's linears
+_MIXTRAL_ROLES = _LLAMA_ROLES | {"w1": "gate", "w3": "up", "w2": "down"}
 _BERT_LIKE = ("electra", "xlm-roberta", "esm")
 
 
@@ -118,6 +119,9 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "olmoe": _make_llama_like("olmoe"),
     **{name: _make_llama_like(name) for name in _LLAMA_LIKE},
     **{name: _make_bert_like(name) for name in _BERT_LIKE},
+    "mixtral": Architecture(
+        family="mixtral", blocks="model.layers", roles=_MIXTRAL_ROLES, fused=QKV_GATE_UP
+    ),
     "phi3": _make_joined("phi3", "model.layers", _JOINED_ROLES),
     "glm": Architecture(family="glm", blocks="model.layers", roles=_GATED_JOINED_ROLES, fused=QKV),
     "starcoder2": Architecture(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from cptq.checkpoint.architectures import Architecture
+from cptq.checkpoint.architectures import GENERIC, Architecture
 from cptq.checkpoint.chain import find_break
+from cptq.checkpoint.initialization import list_initialized_linears
 from cptq.errors import ModelError
 from cptq.types import Emit, LayerKind, LayerSpec, Notice, TensorSpec, Unit
 
@@ -97,6 +98,9 @@ def take_inventory(
         _describe_layer(module, name, family, blocks, trace, ties, tensors, conv1d)
         for name in _list_in_forward_order(module, trace)
     )
+    if family is GENERIC:  # the others are known to load
+        read = list_initialized_linears(module)
+        layers = tuple(replace(spec, initialized=spec.name in read) for spec in layers)
     _report_dense(layers, emit)
     _report_unlisted(module, layers, emit)
     return Inventory(
@@ -313,6 +317,8 @@ def _describe_layer(
         reason = READ_REASON
     weight = part.weight
     assert isinstance(weight, Tensor)
+    # of a subclass the pass has shown it
+    multiplies = isinstance(part, nn.Linear) and name in trace.inputs and name not in trace.special
     shape = weight.T.shape if isinstance(part, Conv1D) else weight.shape
     return LayerSpec(
         name=name,
@@ -326,7 +332,7 @@ def _describe_layer(
         transposed=isinstance(part, Conv1D),
         compressible=reason is None,
         reason=reason,
-        plain=type(part) in (nn.Linear, nn.Embedding, Conv1D),
+        plain=type(part) in (nn.Linear, nn.Embedding, Conv1D) or multiplies,
     )
 
 

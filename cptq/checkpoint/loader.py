@@ -17,6 +17,7 @@ import torch
 import transformers
 from torch import nn
 from transformers import PretrainedConfig
+from transformers.models.auto import modeling_auto
 
 from cptq.checkpoint.architectures import GENERIC, Architecture, get_architecture
 from cptq.checkpoint.contradictions import report_stale_copies, report_untied_head
@@ -80,6 +81,13 @@ _ENDINGS: tuple[tuple[str, ModelKind], ...] = (
     ("ForMaskedLM", "masked-lm"),
     ("ForSequenceClassification", "classifier"),
     ("Model", "encoder"),
+)
+#: where transformers lists classes with other endings (BertGenerationDecoder)
+_LISTED: tuple[tuple[Mapping[str, Any], ModelKind], ...] = (
+    (modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, "causal-lm"),
+    (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, "masked-lm"),
+    (modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES, "classifier"),
+    (modeling_auto.MODEL_MAPPING_NAMES, "encoder"),
 )
 
 
@@ -348,6 +356,9 @@ def detect_kind(config: Mapping[str, Any], path: Path) -> ModelKind:
         )
     for ending, kind in _ENDINGS:
         if name.endswith(ending):
+            return kind
+    for listed, kind in _LISTED:
+        if name in listed.values():
             return kind
     raise ModelError(
         f"{path} holds a {name or 'model that names no architecture'}, which cptq does not support",

@@ -17,9 +17,10 @@ from torch import nn
 
 from cptq.checkpoint.architectures import Architecture, get_architecture
 from cptq.checkpoint.experts import unstack_experts
+from cptq.checkpoint.files import read_config
 from cptq.checkpoint.inventory import Inventory, Trace, find_blocks, list_matrices, take_inventory
 from cptq.checkpoint.load_errors import explain_load_errors, refuse_library_errors
-from cptq.checkpoint.loader import AUTO_CLASSES, check_checkpoint
+from cptq.checkpoint.loader import check_checkpoint, choose_auto_class
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.stored import list_stored_tensors
 from cptq.config import ModelSettings
@@ -73,7 +74,7 @@ def _build_on_meta(path: Path, kind: ModelKind, trusted: bool) -> nn.Module:
     config = transformers.AutoConfig.from_pretrained(path, trust_remote_code=trusted)
     config._attn_implementation = "eager"  # plain products, which run without values
     with torch.device("meta"):
-        auto = getattr(transformers, AUTO_CLASSES[kind])
+        auto = getattr(transformers, choose_auto_class(read_config(path), kind))
         module: nn.Module = auto.from_config(config, trust_remote_code=trusted)
     # families look for it in the input, which has no values
     cast(transformers.PretrainedConfig, module.config).pad_token_id = None

@@ -44,6 +44,7 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from cptq.calibration.batches import Batch
+from cptq.calibration.objective import select_real_rows
 from cptq.calibration.replay import BlockReplay, forward
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.ranks import ALONE, PARTS, Ranks
@@ -393,17 +394,6 @@ class _SeenAll(Exception):
 
     Of linears in a block raised only where the first batch called each of them exactly once.
     """
-
-
-def select_real_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """Return activations (rows, tokens, in) as (real tokens, in), padding left out.
-
-    Some families hand on (rows * tokens, in); what has no row per token is kept whole.
-    """
-    x_MI = x.reshape(-1, x.shape[-1])
-    if mask is None or len(x_MI) != mask.numel():
-        return x_MI
-    return x_MI[mask.flatten().bool()]
 
 
 @contextmanager

@@ -177,19 +177,11 @@ class Runtime:
             ModelError: a tensor belongs to an expert.
         """
         experts = [name for name in names if is_expert(name)]
-        stacked = [name for name in experts if not name.endswith(".weight")]
         if experts and not self.experts:
             raise ModelError(
                 f"the model is a mixture of experts ({experts[0]}), which --runtime {self.name} "
                 "does not take",
                 allowed="--runtime transformers, or models without experts",
-            )
-        if stacked:
-            raise ModelError(
-                f"the experts are in one stacked tensor ({stacked[0]}) that cptq cannot split: "
-                "they would stay dense, and dense experts beside quantized attention do not load",
-                allowed="experts whose checkpoint holds gate_proj, up_proj and down_proj of each, "
-                "such as Qwen's",
             )
 
     def _spell_groups(self) -> str:

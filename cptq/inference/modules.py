@@ -188,13 +188,13 @@ class PackedEmbedding(PackedModule):
 def make_packed_module(module: nn.Module, scheme: Candidate, rule: str = "") -> PackedModule | None:
     """Make an empty packed module in place of a dense one; None for other kinds of modules.
 
-    `rule`: of a linear, how it drops inputs. Subclasses are not replaced: they may compute
-    something else (scaled or shifted embeddings).
+    `rule`: of a linear, how it drops inputs. Subclasses of embeddings are not replaced: they may
+    scale or shift what they look up.
     """
     if type(module) is Conv1D:
         inputs, out = module.weight.shape
         return PackedLinear((out, inputs), scheme, bias=True, transposed=True, rule=rule)
-    if type(module) is nn.Linear:
+    if isinstance(module, nn.Linear):  # the writer has seen that a subclass only multiplies
         shape = (module.out_features, module.in_features)
         return PackedLinear(shape, scheme, bias=module.bias is not None, rule=rule)
     if type(module) is nn.Embedding and module.max_norm is None and not (scheme.sparsity or rule):

@@ -17,6 +17,8 @@ from __future__ import annotations
 from cptq.layouts.groups import resolve_group
 from cptq.types import Candidate, LayerSpec, TensorSpec
 
+#: why a layer that is `initialized` is refused
+INITIALIZED = "a layer whose weight transformers' code for the family reads as it loads it"
 #: tensors of one packed layer
 PACKED_TENSORS = 3
 
@@ -36,6 +38,8 @@ class PackQuantized:
             return "a Conv1D, whose packed weights stock transformers replaces by random ones"
         if layer.kind == "embedding":
             return "an embedding, which the format has in 16 bits or as 8-bit floats"
+        if layer.initialized:
+            return INITIALIZED
         if candidate.scales == "row" or (candidate.scales and layer.expert):
             return "scales in another form than stock transformers multiplies with"
         if not candidate.symmetric:

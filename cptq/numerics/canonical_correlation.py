@@ -106,7 +106,8 @@ def _compute_left_singular(X_TF: Tensor) -> tuple[Tensor, Tensor]:
     with one_thread():
         values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0).clamp_min(0), vectors.flip(1)
-    kept = int((values > values[0] * 1e-12).sum()) if float(values[0]) > 0 else 0
+    # without features, as of a constant input, there are no values
+    kept = int((values > values[0] * 1e-12).sum()) if len(values) and float(values[0]) > 0 else 0
     values, vectors = values[:kept], vectors[:, :kept]
     return values, vectors if wide else (X_TF @ vectors) / values.sqrt()
 

@@ -36,6 +36,7 @@ from cptq.report.render import FILES, render_files
 from cptq.report.summary import AnalyzeOutcome, Summary
 from cptq.sensitivity import SLOW, list_default_metrics
 from cptq.sensitivity.measure import measure, needs_text
+from cptq.sensitivity.prepare import check_units
 from cptq.types import Candidate, Emit, Notice, SensitivityTable, Validation
 
 #: builds the trial model the first time, which takes a pass over the text
@@ -93,6 +94,7 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder, folder: Path) ->
     `folder`: where activations go that memory does not hold.
     """
     model = load_dense(settings, recorder, conv1d=True, folder=folder)
+    check_units(model)
     _report_dense_layers(model, settings, recorder)
     out = settings.out or Path(f"{model.path.name}-analysis")
     place = check_output(out, overwrite=settings.overwrite, source=model.path, marker=_MARKER)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 
 from cptq.allocation.cost import explain_layer_refusal
 from cptq.artifact.formats import FORMATS
@@ -11,10 +12,12 @@ from cptq.checkpoint.architectures import GENERIC
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import RUNTIMES, Runtime
 from cptq.errors import ModelError
-from cptq.types import Candidate, Emit, Notice, Unit
+from cptq.types import Candidate, Emit, Notice, Unit, is_expert
 
 #: the runtimes whose loader is at hand
-LOADERS = ("transformers", "cptq")
+STOCK, OWN = LOADERS = ("transformers", "cptq")
+#: how much of the linears' weights may stay dense so that stock transformers loads the rest
+DENSE_SHARE = 0.1
 
 
 def check_loadable(
@@ -41,8 +44,8 @@ def check_loadable(
     Raises:
         ModelError: it does not load; names the runtime whose loader opens it, if there is one.
     """
-    plain = [c for c in candidates if not (c.dense or c.float8 or c.scales or c.sparsity)]
-    if model.family != GENERIC.family or not plain:
+    plain = [_strip(c) for c in candidates if not (c.dense or c.float8)]
+    if _is_known(model) or not plain:
         return
     fits = model.memory.count_loadable_blocks(model.layers) if model.memory else None
     if fits is not None and fits < count_trial_blocks(model):
@@ -50,7 +53,10 @@ def check_loadable(
         emit(Notice(kind="info", subject=runtime.name, message=message))
         return
     candidate = min(plain, key=lambda c: abs(c.bits - 4))
+    _refuse_mostly_dense(model, runtime, candidate, trust_remote_code)
     found = _try(model, runtime, form, candidate, units, trust_remote_code)
+    if found is None:
+        return
     if not found.known:
         message = f"whether the result loads could not be tried beforehand: {found.why}"
         emit(Notice(kind="info", subject=runtime.name, message=message))
@@ -71,10 +77,49 @@ def explain_trial(
 
     None also for a family that is known to load, and where nothing could be tried.
     """
-    if model.family != GENERIC.family:
+    if _is_known(model):
         return None
     found = _try(model, runtime, form, candidate, units, trust_remote_code)
-    return found.why if found.known else None
+    return found.why if found is not None and found.known else None
+
+
+def _is_known(model: LoadedModel) -> bool:
+    """Whether the family is known to load; dense stacks of experts beside packed layers may not."""
+    stacked = any(is_expert(spec.name) and _is_stacked(spec.name) for spec in model.tensors)
+    return model.family != GENERIC.family and not stacked
+
+
+def _is_stacked(name: str) -> bool:
+    return not name.endswith(".weight")
+
+
+def _refuse_mostly_dense(
+    model: LoadedModel, runtime: Runtime, candidate: Candidate, trusted: bool
+) -> None:
+    """Refuse a runtime that leaves much dense because of how it loads, where another does not.
+
+    Raises:
+        ModelError: names the other runtime.
+    """
+    if runtime.format != RUNTIMES[STOCK].format or any(s.expert for s in model.layers):
+        return
+    units = [(unit, sum(spec.numel for spec in unit.layers)) for unit in model.units]
+    whole = sum(size for _, size in units)
+    dense = sum(size for u, size in units if any(spec.initialized for spec in u.layers))
+    other = RUNTIMES[OWN]
+    if dense <= DENSE_SHARE * whole:
+        return
+    if _try(model, other, other.format, candidate, model.units, trusted) == Trial():
+        raise ModelError(
+            f"stock transformers reads the weights of linears of a {type(model.module).__name__} "
+            f"as it loads it, so that {dense / whole:.0%} of them would stay dense",
+            allowed=f"--runtime {OWN}, which loads them packed",
+        )
+
+
+def _strip(candidate: Candidate) -> Candidate:
+    """Return a candidate without narrow scales, zeros or zero points: loaders know it best."""
+    return replace(candidate, scales="", sparsity=0.0, pattern="none", symmetric=True)
 
 
 def _try(
@@ -84,7 +129,8 @@ def _try(
     candidate: Candidate,
     units: Iterable[Unit],
     trusted: bool,
-) -> Trial:
+) -> Trial | None:
+    """Try the loader; None: there is nothing to pack, over which it could stumble."""
     layout = FORMATS.get(form).layout
     packed = {
         spec.name
@@ -92,8 +138,8 @@ def _try(
         for spec in unit.layers
         if explain_layer_refusal(spec, candidate, layout, runtime) is None
     }
-    if not packed:  # nothing that a loader could stumble over
-        return Trial()
+    if not packed:
+        return None
     return try_loading(model, form, candidate, packed, trust_remote_code=trusted)
 
 
@@ -103,11 +149,13 @@ def _build_error(
     """Name the first options whose loader passes the same trial."""
     kind = type(model.module).__name__
     loader = "cptq" if runtime.format == "packed" else "stock transformers"
-    for name in LOADERS:
-        other = RUNTIMES[name]
-        ways = {f"--runtime {name}": model.all_units}
+    mixture = any(is_expert(spec.name) for spec in model.tensors)
+    for other in (RUNTIMES[name] for name in LOADERS):
+        if mixture and not other.experts:
+            continue
+        ways = {f"--runtime {other.name}": model.all_units}
         if other.vocabulary:
-            ways[f"--runtime {name} --embedding-bits 16"] = model.units
+            ways[f"--runtime {other.name} --embedding-bits 16"] = model.units
         for words, units in ways.items():
             found = _try(model, other, other.format, candidate, units, trusted)
             if found == Trial():

@@ -54,7 +54,8 @@ class LayerSpec:
     Conv1D, whose tensor is `transposed` on disk. `dtype` is the storage type in the checkpoint.
     `fused` names the group that inference engines fuse the layer with, `tied_to` the layer whose
     tensor it shares, and `reason` why it is not compressible. `plain`: the module does nothing but
-    multiply, or look up (some embeddings scale what they look up).
+    multiply, or look up (some embeddings scale what they look up). `initialized`: transformers
+    reads its weight when it loads the family, whatever the checkpoint holds.
     """
 
     name: str
@@ -69,6 +70,7 @@ class LayerSpec:
     compressible: bool = True
     reason: str | None = None
     plain: bool = True
+    initialized: bool = False
 
     @property
     def numel(self) -> int:

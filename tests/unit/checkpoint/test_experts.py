@@ -15,6 +15,7 @@ from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import ModelSettings
 from tests.conftest import TinyModel
+from tests.families import build_family
 
 MIXTURES = ("qwen2_moe", "qwen3_moe", "olmoe")
 
@@ -51,6 +52,19 @@ def test_every_expert_is_a_unit_under_the_names_of_the_checkpoint(
     assert "model.layers.1.mlp.experts.5.down_proj" in names
     blocks = [unit.block for unit in model.units]
     assert blocks == sorted(blocks)
+
+
+def test_experts_are_named_as_transformers_stacks_them(tmp_path: Path) -> None:
+    """Mixtral's linears are w1, w3 and w2 in checkpoints; the name of its blocks is another."""
+    path = build_family(tmp_path / "model", "mixtral")
+    stock, apart = (opened(path, experts=flag) for flag in (False, True))
+    names = {spec.name.rpartition(".")[2] for spec in apart.layers if spec.expert}
+    assert names == {"w1", "w2", "w3"}
+    assert {spec.role for spec in apart.layers if spec.expert} == {"gate", "up", "down"}
+    ids = torch.arange(3, 24)[None]
+    with torch.no_grad():
+        theirs, ours = (forward(model, {"input_ids": ids}).logits for model in (stock, apart))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_without_being_asked_nothing_is_taken_apart(tiny_model: TinyModel) -> None:

@@ -24,8 +24,9 @@ ROLES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("cohere2", "stablelm", "smollm3", "phi3", "glm"), _LLAMA),
     **dict.fromkeys(("starcoder2", "bloom", "mpt", "gptj"), _BERT),
     **dict.fromkeys(("electra", "xlm-roberta", "esm"), _BERT),
+    "mixtral": ("qkv", "o", *_EXPERTS),
     # routed experts come in one stack
-    **dict.fromkeys(("mixtral", "gpt_oss", "granitemoe"), ("qkv", "o")),
+    **dict.fromkeys(("gpt_oss", "granitemoe"), ("qkv", "o")),
     "llama4_text": _LLAMA,
     "qwen3_next": ("qkv", "o", *_LLAMA[2:], "shared_expert_gate", *_EXPERTS),
     "deepseek_v2": (*_LOW_RANK, *_EXPERTS, *_LLAMA[2:]),

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from cptq.calibration.objective import select_real_rows
 from cptq.calibration.replay import forward
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
@@ -19,7 +20,7 @@ from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import blockwise, gptq, nearest
 from cptq.compression.blockwise import compress_model
 from cptq.compression.layer import LayerProblem, LayerSolution
-from cptq.compression.streams import DENSE_SHARE, select_real_rows
+from cptq.compression.streams import DENSE_SHARE
 from cptq.errors import CalibrationError, UnknownNameError
 from cptq.layouts.groups import resolve_group
 from cptq.layouts.pack_quantized import list_packed_tensors
@@ -333,6 +334,7 @@ def test_padding_is_left_out_however_a_family_shapes_its_tokens() -> None:
     assert select_real_rows(x, mask).tolist() == kept
     assert select_real_rows(x.view(6, 4), mask).tolist() == kept
     assert select_real_rows(x, None).tolist() == x.view(6, 4).tolist()
+    assert select_real_rows(x.transpose(0, 1), mask).tolist() == kept  # XLNet's order
     assert select_real_rows(x[:, 0], mask).tolist() == x[:, 0].tolist()  # one row per sentence
 
 
