@@ -8,7 +8,6 @@ from typing import Any
 from cptq.report.formatting import (
     Table,
     format_bytes,
-    format_bytes_exact,
     format_number,
     format_percent,
     format_plural,
@@ -161,8 +160,8 @@ def build_before_after_table(summary: Summary) -> Table | None:
 
 def _format_row(row: Row) -> tuple[str, ...]:
     if row["unit"] == "bytes":
-        cells = [format_bytes_exact(row[key]) for key in ("before", "after")]
-        return (row["what"], *cells, format_signed(row["difference"]), "exact", "bytes")
+        cells = [f"{row[key]:,}" for key in ("before", "after")]
+        return (row["what"], *cells, f"{row['difference']:+,}", "exact", "bytes")
     before = "" if row["before"] is None else format_with_error(row["before"], row["before_stderr"])
     after = format_with_error(row["after"], row["after_stderr"])
     change = "" if row["difference"] is None else format_signed(row["difference"], 3)

@@ -60,12 +60,16 @@ def _explain(found: SpeedReport) -> str:
         if generates
         else f"forward: sentences of {found.prompt_tokens} random tokens per second"
     )
+    rounds = (
+        f"median of {format_plural(repeats, 'repetition')} that differ by up to {widest:.0%}"
+        if repeats > 1
+        else "one repetition"
+    )
     words = [
         "x: ratio to the dense model",
         "weights: bytes of parameters and buffers in memory, counted",
         speed,
-        f"one sequence at a time, median of {format_plural(repeats, 'repetition')} that differ by "
-        f"up to {widest:.0%}",
+        f"one sequence at a time, {rounds}",
         f"{format_plural(found.threads, 'thread')}, {found.device}, {found.dtype}",
         f"load times, resident memory and batches: {found.command}",
     ]
