@@ -93,6 +93,21 @@ def _is_stacked(name: str) -> bool:
     return not name.endswith(".weight")
 
 
+def explain_mostly_dense(model: LoadedModel, runtime: Runtime) -> str | None:
+    """Return why a runtime is refused that leaves much dense because of how it loads, or None."""
+    if runtime.format != RUNTIMES[STOCK].format or any(s.expert for s in model.layers):
+        return None
+    units = [(unit, sum(spec.numel for spec in unit.layers)) for unit in model.units]
+    whole = sum(size for _, size in units)
+    dense = sum(size for u, size in units if any(spec.initialized for spec in u.layers))
+    if dense <= DENSE_SHARE * whole:
+        return None
+    return (
+        f"stock transformers reads the weights of linears of a {type(model.module).__name__} "
+        f"as it loads it, so that {dense / whole:.0%} of them would stay dense"
+    )
+
+
 def _refuse_mostly_dense(
     model: LoadedModel, runtime: Runtime, candidate: Candidate, trusted: bool
 ) -> None:
@@ -101,20 +116,9 @@ def _refuse_mostly_dense(
     Raises:
         ModelError: names the other runtime.
     """
-    if runtime.format != RUNTIMES[STOCK].format or any(s.expert for s in model.layers):
-        return
-    units = [(unit, sum(spec.numel for spec in unit.layers)) for unit in model.units]
-    whole = sum(size for _, size in units)
-    dense = sum(size for u, size in units if any(spec.initialized for spec in u.layers))
-    other = RUNTIMES[OWN]
-    if dense <= DENSE_SHARE * whole:
-        return
-    if _try(model, other, other.format, candidate, model.units, trusted) == Trial():
-        raise ModelError(
-            f"stock transformers reads the weights of linears of a {type(model.module).__name__} "
-            f"as it loads it, so that {dense / whole:.0%} of them would stay dense",
-            allowed=f"--runtime {OWN}, which loads them packed",
-        )
+    why, other = explain_mostly_dense(model, runtime), RUNTIMES[OWN]
+    if why and _try(model, other, other.format, candidate, model.units, trusted) == Trial():
+        raise ModelError(why, allowed=f"--runtime {OWN}, which loads them packed")
 
 
 def _strip(candidate: Candidate) -> Candidate:
