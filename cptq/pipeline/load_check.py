@@ -116,9 +116,10 @@ def _refuse_mostly_dense(
     Raises:
         ModelError: names the other runtime.
     """
-    why, other = explain_mostly_dense(model, runtime), RUNTIMES[OWN]
-    if why and _try(model, other, other.format, candidate, model.units, trusted) == Trial():
-        raise ModelError(why, allowed=f"--runtime {OWN}, which loads them packed")
+    why = explain_mostly_dense(model, runtime)
+    way = _find_way(model, candidate, trusted, [OWN]) if why else None
+    if why and way:
+        raise ModelError(why, allowed=f"{way}, which loads it")
 
 
 def _strip(candidate: Candidate) -> Candidate:
@@ -153,21 +154,29 @@ def _build_error(
     """Name the first options whose loader passes the same trial."""
     kind = type(model.module).__name__
     loader = "cptq" if runtime.format == "packed" else "stock transformers"
+    way = _find_way(model, candidate, trusted, LOADERS)
+    if way:
+        return ModelError(
+            f"{loader} does not load a compressed {kind} ({why})", allowed=f"{way}, which loads it"
+        )
+    return ModelError(
+        f"neither stock transformers nor cptq loads a compressed {kind} ({why})",
+        allowed="families of docs/runtimes-and-formats.md",
+    )
+
+
+def _find_way(
+    model: LoadedModel, candidate: Candidate, trusted: bool, runtimes: Iterable[str]
+) -> str | None:
+    """Return the first options whose loader opens a short model of zeros, with something packed."""
     mixture = any(is_expert(spec.name) for spec in model.tensors)
-    for other in (RUNTIMES[name] for name in LOADERS):
+    for other in (RUNTIMES[name] for name in runtimes):
         if mixture and not other.experts:
             continue
         ways = {f"--runtime {other.name}": model.all_units}
         if other.vocabulary:
             ways[f"--runtime {other.name} --embedding-bits 16"] = model.units
         for words, units in ways.items():
-            found = _try(model, other, other.format, candidate, units, trusted)
-            if found == Trial():
-                return ModelError(
-                    f"{loader} does not load a compressed {kind} ({why})",
-                    allowed=f"{words}, which loads it",
-                )
-    return ModelError(
-        f"neither stock transformers nor cptq loads a compressed {kind} ({why})",
-        allowed="families of docs/runtimes-and-formats.md",
-    )
+            if _try(model, other, other.format, candidate, units, trusted) == Trial():
+                return words
+    return None
