@@ -25,7 +25,7 @@ from cptq.checkpoint.outline import outline_model
 from cptq.checkpoint.refusals import check_directory
 from cptq.config import RUNTIMES, InspectSettings, ModelSettings, Runtime
 from cptq.errors import ArtifactError, CptqError
-from cptq.pipeline.load_check import explain_trial
+from cptq.pipeline.load_check import explain_mostly_dense, explain_trial
 from cptq.types import Candidate, LayerSpec, Prospect, ProspectPart, Unit
 
 #: the width that runtimes are asked about: all take it
@@ -158,7 +158,7 @@ def _judge(
     reasons = [why for why in refused if why is not None]
     if specs and len(reasons) == len(specs):
         return False, f"no layer: {reasons[0]}"
-    why = trial(form)
+    why = explain_mostly_dense(model, runtime) or trial(form)
     if why is not None:
         return False, why
     some = f"{len(specs) - len(reasons)} of {len(specs)} linears"

@@ -93,6 +93,21 @@ def _is_stacked(name: str) -> bool:
     return not name.endswith(".weight")
 
 
+def explain_mostly_dense(model: LoadedModel, runtime: Runtime) -> str | None:
+    """Return why a runtime is refused that leaves much dense because of how it loads, or None."""
+    if runtime.format != RUNTIMES[STOCK].format or any(s.expert for s in model.layers):
+        return None
+    units = [(unit, sum(spec.numel for spec in unit.layers)) for unit in model.units]
+    whole = sum(size for _, size in units)
+    dense = sum(size for u, size in units if any(spec.initialized for spec in u.layers))
+    if dense <= DENSE_SHARE * whole:
+        return None
+    return (
+        f"stock transformers reads the weights of linears of a {type(model.module).__name__} "
+        f"as it loads it, so that {dense / whole:.0%} of them would stay dense"
+    )
+
+
 def _refuse_mostly_dense(
     model: LoadedModel, runtime: Runtime, candidate: Candidate, trusted: bool
 ) -> None:
@@ -101,20 +116,10 @@ def _refuse_mostly_dense(
     Raises:
         ModelError: names the other runtime.
     """
-    if runtime.format != RUNTIMES[STOCK].format or any(s.expert for s in model.layers):
-        return
-    units = [(unit, sum(spec.numel for spec in unit.layers)) for unit in model.units]
-    whole = sum(size for _, size in units)
-    dense = sum(size for u, size in units if any(spec.initialized for spec in u.layers))
-    other = RUNTIMES[OWN]
-    if dense <= DENSE_SHARE * whole:
-        return
-    if _try(model, other, other.format, candidate, model.units, trusted) == Trial():
-        raise ModelError(
-            f"stock transformers reads the weights of linears of a {type(model.module).__name__} "
-            f"as it loads it, so that {dense / whole:.0%} of them would stay dense",
-            allowed=f"--runtime {OWN}, which loads them packed",
-        )
+    why = explain_mostly_dense(model, runtime)
+    way = _find_way(model, candidate, trusted, [OWN]) if why else None
+    if why and way:
+        raise ModelError(why, allowed=f"{way}, which loads it")
 
 
 def _strip(candidate: Candidate) -> Candidate:
@@ -149,21 +154,29 @@ def _build_error(
     """Name the first options whose loader passes the same trial."""
     kind = type(model.module).__name__
     loader = "cptq" if runtime.format == "packed" else "stock transformers"
+    way = _find_way(model, candidate, trusted, LOADERS)
+    if way:
+        return ModelError(
+            f"{loader} does not load a compressed {kind} ({why})", allowed=f"{way}, which loads it"
+        )
+    return ModelError(
+        f"neither stock transformers nor cptq loads a compressed {kind} ({why})",
+        allowed="families of docs/runtimes-and-formats.md",
+    )
+
+
+def _find_way(
+    model: LoadedModel, candidate: Candidate, trusted: bool, runtimes: Iterable[str]
+) -> str | None:
+    """Return the first options whose loader opens a short model of zeros, with something packed."""
     mixture = any(is_expert(spec.name) for spec in model.tensors)
-    for other in (RUNTIMES[name] for name in LOADERS):
+    for other in (RUNTIMES[name] for name in runtimes):
         if mixture and not other.experts:
             continue
         ways = {f"--runtime {other.name}": model.all_units}
         if other.vocabulary:
             ways[f"--runtime {other.name} --embedding-bits 16"] = model.units
         for words, units in ways.items():
-            found = _try(model, other, other.format, candidate, units, trusted)
-            if found == Trial():
-                return ModelError(
-                    f"{loader} does not load a compressed {kind} ({why})",
-                    allowed=f"{words}, which loads it",
-                )
-    return ModelError(
-        f"neither stock transformers nor cptq loads a compressed {kind} ({why})",
-        allowed="families of docs/runtimes-and-formats.md",
-    )
+            if _try(model, other, other.format, candidate, units, trusted) == Trial():
+                return words
+    return None

@@ -40,6 +40,7 @@ def check_units(model: LoadedModel) -> None:
         conv1d = any(spec.kind == "conv1d" for spec in model.layers)
         raise ModelError(
             f"{model.source} has no layer that can be compressed",
+            allowed=None if conv1d else "models whose blocks hold linear layers",
             hint="its layers are Conv1D, which --runtime cptq packs" if conv1d else None,
         )
 
