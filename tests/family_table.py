@@ -20,11 +20,11 @@ rows of their own.
 
 - **works**: with the default runtime, stock transformers, each of these steps: load; the replay
   block by block equals a plain forward pass, with and without padding; analyze by the default
-  metric, CCA, pruning and Taylor; compress to 4 bits by nearest rounding and by GPTQ; verify; eval of
-  causal LMs, whose perplexity equals the one computed by hand; and, except in classifiers, GPTQ's
-  output is no worse than that of nearest rounding, or the run says so. *whole*: its blocks are not a chain, so that the part around
-  them is run as a whole, which takes more time and memory. *kept dense* counts the linears that
-  stay as they are, and says why.
+  metric, CCA, pruning and Taylor; compress to 4 bits by nearest rounding and by GPTQ; verify; eval
+  of causal LMs, whose perplexity equals the one computed by hand; and, except in classifiers,
+  GPTQ's output is no worse than that of nearest rounding, or the run says so. *whole*: its blocks
+  are not a chain, so that the part around them is run as a whole, which takes more time and memory.
+  *kept dense* counts the linears that stay as they are, and says why.
 - **works in cptq**: the same with `--runtime cptq`; the default runtime refuses it at the door,
   with the sentence given.
 - **refused**: at the door, by the step given, with the sentence given.
