@@ -20,11 +20,11 @@ rows of their own.
 
 - **works**: with the default runtime, stock transformers, each of these steps: load; the replay
   block by block equals a plain forward pass, with and without padding; analyze by the default
-  metric, CCA, pruning and Taylor; compress to 4 bits by nearest rounding and by GPTQ; verify; eval,
-  whose perplexity equals the one computed by hand; and GPTQ's output is no worse than that of
-  nearest rounding, or the run says so. *whole*: its blocks are not a chain, so that the part around
-  them is run as a whole, which takes more time and memory. *kept dense* counts the linears that
-  stay as they are, and says why.
+  metric, CCA, pruning and Taylor; compress to 4 bits by nearest rounding and by GPTQ; verify; eval
+  of causal LMs, whose perplexity equals the one computed by hand; and, except in classifiers,
+  GPTQ's output is no worse than that of nearest rounding, or the run says so. *whole*: its blocks
+  are not a chain, so that the part around them is run as a whole, which takes more time and memory.
+  *kept dense* counts the linears that stay as they are, and says why.
 - **works in cptq**: the same with `--runtime cptq`; the default runtime refuses it at the door,
   with the sentence given.
 - **refused**: at the door, by the step given, with the sentence given.
@@ -43,7 +43,7 @@ def render_table(rows: Sequence[Row]) -> str:
         groups[_judge(row)].append(row)
     counts = ", ".join(f"{len(group)} {name}" for name, group in groups.items() if group)
     some = sum(bool(row.dense) for row in rows if row.verdict == "works")
-    counts = f"{len(rows)} families: {counts}. Of those that work {some} keep linears dense."
+    counts = f"{len(rows)} families: {counts}.\nOf those that work {some} keep linears dense."
     parts = [_HEAD.format(version=transformers.__version__, counts=counts)]
     for verdict, group in groups.items():
         if group:

@@ -25,6 +25,6 @@ def test_a_family_works_or_is_refused(family: str, tmp_path: Path) -> None:
 def test_a_table_lists_every_verdict() -> None:
     rows = [Row("a", dense={"the head; kept dense": 2}), Row("b", verdict="refused", text="x | y")]
     text = render_table(rows)
-    assert "2 families: 1 works, 1 refused. Of those that work 1 keep linears dense." in text
+    assert "2 families: 1 works, 1 refused.\nOf those that work 1 keep linears dense." in text
     assert "| a |  |  | 0 | 2: the head |" in text
     assert "x \\| y" in text
