@@ -20,7 +20,7 @@ import math
 import re
 from bisect import bisect_left
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Literal
 
@@ -245,5 +245,15 @@ def _find_bits(need: int, cost: CostModel, group_size: int) -> Fraction:
 
 
 def _count_uniform(bits: int, cost: CostModel, group_size: int) -> int:
-    dense = bits >= 16
-    return cost.count_uniform_bytes(Candidate(bits=bits, group_size=0 if dense else group_size))
+    """Return the bytes of the uniform model.
+
+    That of the fewest bits counts with the kind of scales that takes most: narrow scales among half
+    as many inputs are as many bytes, but their entries in the header are longer, and the smallest
+    plan may have no others.
+    """
+    plain = Candidate(bits=bits, group_size=0 if bits >= 16 else group_size)
+    forms = [plain]
+    if bits == LEVELS[0] and group_size % 2 == 0:
+        kinds = cost.runtime.list_scale_kinds()
+        forms += [replace(plain, group_size=group_size // 2, scales=kind) for kind in kinds]
+    return max(map(cost.count_uniform_bytes, forms))

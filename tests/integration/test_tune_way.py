@@ -161,7 +161,7 @@ def test_errors_are_those_of_the_tuned_layers(pair: Pair) -> None:
     grown = 0
     for before, after in zip(*rows, strict=True):
         assert before["name"] == after["name"]
-        if before["name"] == "lm_head":
+        if before["name"] in ("lm_head", "model.embed_tokens"):
             assert after == before
             continue
         assert before["nbytes"] == after["nbytes"]

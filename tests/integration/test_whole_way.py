@@ -72,7 +72,8 @@ def test_an_artifact_has_what_its_report_says(stories_4bit: tuple[Path, Compress
     assert len(report["results"]) == 36  # 35 linears and the embedding, which is the head as well
     labels = {line["name"]: line["candidate"] for line in report["results"]}
     assert labels.pop("model.embed_tokens") == "f8e4m3"
-    assert {Candidate.parse(label).bits for label in labels.values()} <= {4, 5, 6, 8}
+    widths = [Candidate.parse(label).bits for label in labels.values()]
+    assert 3.5 <= sum(widths) / len(widths) <= 4.5
     for name in ("report.md", "report.html", "plan.json", "cptq.json", "tokenizer.json"):
         assert (out / name).stat().st_size > 100
     # down_proj has 172 inputs, which neither 64 nor 32 divides
@@ -194,7 +195,8 @@ def test_a_failed_verification_leaves_no_artifact(
     def wrong(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
         shape = load_file(job["inputs"])["input_ids"].shape
         save_file({"answer": torch.zeros(*shape, 300)}, job["answer"])
-        return {"missing": [], "unexpected": [], "mismatched": [], "cptq": []}
+        found: dict[str, Any] = {"missing": [], "unexpected": [], "mismatched": [], "cptq": []}
+        return found | {"weight_bytes": 0}
 
     monkeypatch.setattr(reload, "_run", wrong)
     asked = settings(tiny_model("llama"), tmp_path / "x", group_size=16, compressor="nearest")
