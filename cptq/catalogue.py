@@ -1,4 +1,4 @@
-"""`cptq methods`: every metric, compressor, allocator, activation rule, format, runtime, task: a line.
+"""`cptq methods`: metrics, compressors, allocators, activation rules, formats, runtimes and tasks.
 
 The facts stand beside the entries of the registries, so that one is not changed without the other.
 Nothing is imported but the tables.
