@@ -1,4 +1,4 @@
-"""`cptq methods`: every metric, compressor, allocator, format, runtime, task and kernel, in a line.
+"""`cptq methods`: metrics, compressors, allocators, activation rules, formats, runtimes and tasks.
 
 The facts stand beside the entries of the registries, so that one is not changed without the other.
 Nothing is imported but the tables.
@@ -27,7 +27,7 @@ _REGISTRIES: Mapping[str, tuple[str, Registry[Any]]] = {
     "metric": ("--metric", METRICS),
     "allocator": ("--allocator", ALLOCATORS),
     "compressor": ("--compressor", COMPRESSORS),
-    "activation-sparsity": ("--activation-sparsity", ACTIVATION_METHODS),
+    "activation-rule": ("--activation-sparsity", ACTIVATION_METHODS),
     "format": ("cptq export --format", FORMATS),
     "task": ("--task", TASKS),
 }

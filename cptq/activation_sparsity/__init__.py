@@ -19,7 +19,7 @@ METHODS: Registry[Method] = Registry(
         "exact": Entry(
             "cptq.activation_sparsity.exact:METHOD",
             Facts(
-                does="skip the zeros that ReLU leaves; the same result",
+                does="mark and count the zeros that ReLU leaves; the same result",
                 source="arXiv 2210.06313",
                 good="models with ReLU",
             ),
@@ -29,7 +29,7 @@ METHODS: Registry[Method] = Registry(
             Facts(
                 does="drop small inputs; shares split greedily within a block",
                 source="arXiv 2408.14690",
-                cost="some hundred runs of each block on 256 tokens",
+                cost="about a hundred runs of each block on 256 tokens",
                 good="one number per linear in the file",
             ),
         ),

@@ -28,7 +28,7 @@ def test_every_name_has_a_line(method: object) -> None:
 def test_every_kind_is_listed() -> None:
     kinds = {method.kind for method in METHODS}
     assert kinds == {"metric", "allocator", "compressor", "format", "task", "runtime"} | {
-        "activation-sparsity"
+        "activation-rule"
     }
     assert [m.name for m in METHODS if m.kind == "metric"] == METRICS.list_names()
     assert [m.name for m in METHODS if m.kind == "runtime"] == list(RUNTIMES)

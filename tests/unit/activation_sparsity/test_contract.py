@@ -132,7 +132,7 @@ def test_without_rules_the_weights_are_those_of_a_run_without(
         found = compute(cptq.load(tmp_path / "b", device="cpu"))
     assert torch.equal(found, compute(cptq.load(tmp_path / "a", device="cpu")))
     again = cptq.export(tmp_path / "b", format="packed", out=tmp_path / "c", progress=heard.append)
-    assert not any(isinstance(event, Notice) for event in heard)
+    assert not any("rules" in e.message for e in heard if isinstance(e, Notice))
     for name in again.artifact.manifest["weight_files"]:
         assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "c" / name).read_bytes()
     cptq.export(tmp_path / "b", format="dense", out=tmp_path / "d", progress=heard.append)
