@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_sparsity import build_plan, ignore
+from bench_sparsity import add_run_arguments, build_plan, ignore, load_model
 
 import cptq
 from cptq.activation_sparsity import METHODS
@@ -37,14 +37,13 @@ from cptq.artifact.formats.packed import PACKED
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.compression.blockwise import compress_model
-from cptq.config import CompressSettings, parse_activation_sparsity, settings_from
+from cptq.config import parse_activation_sparsity
 from cptq.errors import UsageError
 from cptq.inference.activations import DroppedInputs, without_activation_sparsity
 from cptq.inference.generation import decode
 from cptq.inference.modules import PackedLinear, remove_rules
 from cptq.numerics.standard_error import compute_standard_error
-from cptq.pipeline.inputs import CompressInputs, load_inputs
-from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.inputs import CompressInputs
 from cptq.types import ActivationRule, Candidate
 
 TURNS, PROMPT = 5, 16
@@ -108,27 +107,13 @@ def main() -> None:
     parser.add_argument("--bits", default="4")
     parser.add_argument("--methods", default=",".join(METHODS))
     parser.add_argument("--shares", default="25%,40%,50%,65%")
-    parser.add_argument("--samples", default="64")
-    parser.add_argument("--seqlen", default="256")
-    parser.add_argument("--calibration", default=None)
-    parser.add_argument("--compressor", default="gptq")
+    add_run_arguments(parser)
     parser.add_argument("--tokens", type=int, default=64, help="tokens to decode")
     asked = parser.parse_args()
-    given = {
-        "model": asked.model,
-        "runtime": "cptq",
-        "bits": f"{asked.bits},16",
-        "samples": int(asked.samples),
-        "seqlen": int(asked.seqlen),
-        "compressor": asked.compressor,
-        "target": "16bit",
-    }
-    if asked.calibration:
-        given["calibration"] = asked.calibration
     torch.set_num_threads(1)
-    settings = settings_from(CompressSettings, given)
-    inputs = load_inputs(settings, Recorder(ignore), writes=False)
-    bench = Bench(inputs, Candidate(bits=int(asked.bits), group_size=settings.group_size), asked)
+    inputs = load_model(asked, bits=f"{asked.bits},16")
+    group = inputs.settings.group_size
+    bench = Bench(inputs, Candidate(bits=int(asked.bits), group_size=group), asked)
     bench.show("none", {})
     for name in asked.methods.split(","):
         for share in ("",) if name == "exact" else asked.shares.split(","):

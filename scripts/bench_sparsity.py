@@ -76,6 +76,30 @@ def measure(
     return plan.predicted_bytes, float(rows.mean()), error, seconds
 
 
+def add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what says how every row of a table is compressed."""
+    parser.add_argument("--samples", default="64")
+    parser.add_argument("--seqlen", default="256")
+    parser.add_argument("--calibration", default=None)
+    parser.add_argument("--compressor", default="gptq")
+
+
+def load_model(asked: argparse.Namespace, **more: str) -> CompressInputs:
+    """Load the model and text of `asked` for the packed format, with `more` options of compress."""
+    given = {
+        "model": asked.model,
+        "runtime": "cptq",
+        "samples": int(asked.samples),
+        "seqlen": int(asked.seqlen),
+        "compressor": asked.compressor,
+        "target": "16bit",
+        **more,
+    }
+    if asked.calibration:
+        given["calibration"] = asked.calibration
+    return load_inputs(settings_from(CompressSettings, given), Recorder(ignore), writes=False)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -85,26 +109,10 @@ def main() -> None:
     parser.add_argument("--sparsity", default="30%,50%,2:4,4:8")
     parser.add_argument("--scores", default=",".join(SCORES))
     parser.add_argument("--profiles", default="uniform")
-    parser.add_argument("--samples", default="64")
-    parser.add_argument("--seqlen", default="256")
-    parser.add_argument("--calibration", default=None)
-    parser.add_argument("--compressor", default="gptq")
+    add_run_arguments(parser)
     asked = parser.parse_args()
-    given = {
-        "model": asked.model,
-        "runtime": "cptq",
-        "bits": "2,3,4,8,16",
-        "sparsity": asked.sparsity,
-        "samples": int(asked.samples),
-        "seqlen": int(asked.seqlen),
-        "compressor": asked.compressor,
-        "target": "16bit",
-    }
-    if asked.calibration:
-        given["calibration"] = asked.calibration
-    settings = settings_from(CompressSettings, given)
-    inputs = load_inputs(settings, Recorder(ignore), writes=False)
-    group = settings.group_size
+    inputs = load_model(asked, bits="2,3,4,8,16", sparsity=asked.sparsity)
+    settings, group = inputs.settings, inputs.settings.group_size
     model = inputs.model
     objective = choose_objective(model.kind, model.config)
     divergence = DivergenceFromDense(model, inputs.held_out.judge, objective, units=False)

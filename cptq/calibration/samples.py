@@ -40,9 +40,10 @@ from torch import Tensor
 from cptq.calibration.batches import Batch, count_tokens, split_batches
 from cptq.calibration.block_chain import BlockChain, find_unit_blocks
 from cptq.calibration.finite import build_not_finite_error
-from cptq.calibration.objective import Objective, mask_real_tokens
+from cptq.calibration.objective import Objective, choose_objective, mask_real_tokens
 from cptq.calibration.recorder import LayerActivations, LayerSample, Recorder, SampleRequest
 from cptq.calibration.row_sampler import RowSampler
+from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import CalibrationError
 from cptq.numerics.finite import is_finite
@@ -214,6 +215,26 @@ def sample_blocks(
         raise CalibrationError("the calibration data holds no tokens")
     keep = min(_limit_rows(model, request, keep, least, memory_bytes, emit), total)
     return SamplePass(model, batches, objective, request, seed=seed, keep=keep, emit=emit)
+
+
+def sample_moments(
+    model: LoadedModel, calibration: Calibration, *, seed: int, emit: Emit
+) -> SamplePass:
+    """Prepare a pass over all of the text that keeps the second moment of every layer's inputs.
+
+    Raises:
+        CalibrationError: as `sample_blocks`.
+    """
+    return sample_blocks(
+        model,
+        calibration.batches,
+        choose_objective(model.kind, model.config),
+        SampleRequest(moments=True),
+        seed=seed,
+        emit=emit,
+        keep=1,
+        tokens=calibration.tokens,
+    )
 
 
 def take_batches(rows: Sequence[Batch], tokens: int) -> list[Batch]:

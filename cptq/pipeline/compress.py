@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +97,9 @@ def compress(settings: CompressSettings, emit: Emit, ranks: Ranks = ALONE) -> Co
         run.identify(identify_compress(inputs))
         check_disk(count_disk(inputs), kept=run.nbytes)
         guard = Guard(inputs)
-        measure_here = partial(measure_sensitivity, inputs, recorder, run.keep)
-        tables = run.keep("sensitivity", lambda: dict(measure_here()))
+        tables = run.keep(
+            "sensitivity", lambda: dict(measure_sensitivity(inputs, recorder, run.keep))
+        )
         made = run.keep("plan", lambda: make_plan(inputs, tables, recorder))
         plan = run.keep("chosen-plan", lambda: check_plan(inputs, made, guard, recorder, run.keep))
         guard.record_dense(run, recorder)

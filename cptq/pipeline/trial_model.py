@@ -10,9 +10,7 @@ from torch import Tensor
 
 from cptq.allocation.cost import CostModel
 from cptq.calibration.batches import split_batches
-from cptq.calibration.objective import choose_objective
-from cptq.calibration.recorder import SampleRequest
-from cptq.calibration.samples import sample_blocks, take_batches
+from cptq.calibration.samples import sample_moments, take_batches
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
@@ -74,17 +72,7 @@ def _measure_units(
     model: LoadedModel, calibration: Calibration, compressor: str, seed: int, emit: Emit
 ) -> dict[str, Tensor]:
     """Return {unit: second moment of its inputs over all of the text}."""
-    objective = choose_objective(model.kind, model.config)
-    sampling = sample_blocks(
-        model,
-        calibration.batches,
-        objective,
-        SampleRequest(moments=True),
-        seed=seed,
-        emit=emit,
-        keep=1,
-        tokens=calibration.tokens,
-    )
+    sampling = sample_moments(model, calibration, seed=seed, emit=emit)
     hessians: dict[str, Tensor] = {}
     blocks = len(model.block_names)
     emit(Progress(stage="samples", done=0, total=blocks, message=f"{sampling.tokens:,} tokens"))

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from cptq.calibration.objective import choose_objective
-from cptq.calibration.recorder import SampleRequest
-from cptq.calibration.samples import sample_blocks
+from cptq.calibration.samples import sample_moments
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
@@ -26,18 +24,8 @@ def measure_outlier_ratios(
     model: LoadedModel, calibration: Calibration, seed: int, emit: Emit
 ) -> dict[int, float]:
     """Return {block: outlier ratio}; blocks without a second moment are left out, with a notice."""
-    sampling = sample_blocks(
-        model,
-        calibration.batches,
-        choose_objective(model.kind, model.config),
-        SampleRequest(moments=True),
-        seed=seed,
-        emit=emit,
-        keep=1,
-        tokens=calibration.tokens,
-    )
     ratios: dict[int, float] = {}
-    for samples in sampling:
+    for samples in sample_moments(model, calibration, seed=seed, emit=emit):
         scores, block = [], None
         for unit in samples.units:
             for spec in unit.layers:
