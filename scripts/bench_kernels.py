@@ -5,8 +5,9 @@ Of each weight there are as many copies as fill COLD bytes, used in turn. Every 
 product once (and the read bandwidth: the sum of an array of COLD bytes); a figure is the median of
 the rounds, a speed-up the median of the rounds' ratios, so that a busy machine slows both sides.
 With one thread, times are its processor seconds.
-With `--device cuda` the backend `triton` is measured beside bfloat16 `F.linear`, in seconds that
-include starting the kernels; this way was never run, for lack of a GPU.
+With `--device cuda` the backend `triton` is measured beside bfloat16 `F.linear`: all copies of a
+weight in one CUDA graph, so that no time of Python or the driver is in it; what a call costs there
+is a table of its own.
 Codes and scales are random: this is about speed alone.
 """
 
@@ -29,8 +30,8 @@ from cptq.inference.operations import PackedWeight
 from cptq.numerics.packing import count_words
 from cptq.types import Candidate
 
-#: bytes of all copies of a weight; more than a last-level cache
-COLD = 1 << 26
+#: bytes of all copies of a weight; more than a last-level cache, or the L2 cache of a GPU
+COLD = {"cpu": 1 << 26, "cuda": 1 << 29}
 #: seconds of one measurement, at least
 SPAN = 0.02
 
@@ -57,30 +58,54 @@ def make_weight(
     )
 
 
-def seconds(run: Callable[[], object], calls: int, device: str) -> float:
-    on_gpu = device == "cuda"
-    one = torch.get_num_threads() == 1 and not on_gpu
-    clock = time.thread_time if one else time.perf_counter
-    if on_gpu:
-        torch.cuda.synchronize()
+def seconds(run: Callable[[], object], calls: int) -> float:
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     began = clock()
     for _ in range(calls):
         run()
-    if on_gpu:
-        torch.cuda.synchronize()
     return (clock() - began) / calls
 
 
-def count_calls(run: Callable[[], object], device: str) -> int:
-    run()  # a kernel is compiled by its first call
-    return max(1, int(SPAN / max(1e-7, seconds(run, 2, device))))
+def seconds_on_gpu(graph: torch.cuda.CUDAGraph, calls: int) -> float:
+    """Of one of the `calls` that were captured, as the GPU's own clock has it."""
+    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    first.record()
+    graph.replay()
+    last.record()
+    torch.cuda.synchronize()
+    return first.elapsed_time(last) / 1e3 / calls
+
+
+def make_timer(run: Callable[[], object], copies: int, device: str) -> Callable[[], float]:
+    """What measures the seconds of a call; `copies` calls use every copy of the weight once."""
+    for _ in range(copies):
+        run()  # a kernel is compiled by its first call, and kept with a weight
+    if device == "cpu":
+        calls = max(1, int(SPAN / max(1e-7, seconds(run, 2))))
+        return lambda: seconds(run, calls)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(copies):
+            run()
+
+    def time_graph(_: object = run) -> float:  # a graph does not keep the tensors that it reads
+        return seconds_on_gpu(graph, copies)
+
+    return time_graph
+
+
+def copy_weight(weight: PackedWeight) -> PackedWeight:
+    parts = {"codes": weight.codes, "scale": weight.scale, "factor": weight.factor}
+    copies = {name: None if part is None else part.clone() for name, part in parts.items()}
+    return PackedWeight(scheme=weight.scheme, shape=weight.shape, **copies)  # type: ignore[arg-type]
 
 
 class Read:
     """Sums an array of int64: as fast as one thread, or a GPU, reads."""
 
     def __init__(self, device: str) -> None:
-        self.array = torch.ones(COLD // 8, dtype=torch.int64, device=device)
+        self.array = torch.ones(COLD[device] // 8, dtype=torch.int64, device=device)
 
     def __call__(self) -> object:
         return self.array.sum()
@@ -95,26 +120,26 @@ def measure(
     backend = triton_backend if on_gpu else native_backend
     kind = {"device": device, "dtype": torch.bfloat16 if on_gpu else torch.float32}
     x = torch.randn(tokens, inputs, **kind)
-    copies = max(1, min(256, COLD // (x.element_size() * out * inputs)))
+    cold = COLD[device]
+    copies = max(1, min(256, cold // (x.element_size() * out * inputs)))
     dense = cycle([torch.randn(out, inputs, **kind) for _ in range(copies)])
-    runs: dict[int, Callable[[], object]] = {0: lambda: functional.linear(x, next(dense))}
-    nbytes = {}
-    for bits in options.bits:
-        shape = out, inputs, bits, group, options.row, device
-        weight = make_weight(*shape)
-        nbytes[bits] = weight.nbytes
-        number = max(2, min(2048, COLD // weight.nbytes))
-        turn = cycle([make_weight(*shape) for _ in range(number)])
-        runs[bits] = lambda turn=turn: backend.linear(x, next(turn), None)
-    read = Read(device)
-    calls = {key: count_calls(run, device) for key, run in runs.items()}
-    times: dict[int, list[float]] = {key: [] for key in runs}
-    reads = []
     with torch.inference_mode():
+        timers = {0: make_timer(lambda: functional.linear(x, next(dense)), copies, device)}
+        nbytes = {}
+        for bits in options.bits:
+            weight = make_weight(out, inputs, bits, group, options.row, device)
+            nbytes[bits] = weight.nbytes
+            copies = max(2, min(2048, cold // weight.nbytes))
+            turn = cycle([weight, *(copy_weight(weight) for _ in range(copies - 1))])
+            run = lambda turn=turn: backend.linear(x, next(turn), None)  # noqa: E731
+            timers[bits] = make_timer(run, copies, device)
+        read = make_timer(Read(device), 1, device)
+        times: dict[int, list[float]] = {key: [] for key in timers}
+        reads = []
         for _ in range(options.rounds):
-            reads.append(seconds(read, 1, device) / COLD)
-            for key, run in runs.items():
-                times[key].append(seconds(run, calls[key], device))
+            reads.append(read() / cold)
+            for key, timer in timers.items():
+                times[key].append(timer())
     return {
         bits: (
             statistics.median(
@@ -149,7 +174,7 @@ def main() -> None:
         "--device",
         choices=("cpu", "cuda"),
         default="cpu",
-        help="cuda: the backend triton beside bfloat16 F.linear (untested: written without a GPU)",
+        help="cuda: the backend triton beside bfloat16 F.linear",
     )
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -166,6 +191,31 @@ def main() -> None:
             share = f"{100 * found[1][bits][0]:.0f}%" if 1 in found else ""
             gains = [f"{found[n][bits][1]:.1f}" for n in options.tokens]
             print(f"| {' | '.join([shape, str(bits), share, *gains])} |", flush=True)
+    if options.device == "cuda":
+        print_starts(options)
+
+
+def print_starts(options: argparse.Namespace) -> None:
+    """Microseconds that Python and the driver need for one call; the product itself is small."""
+    x = torch.randn(1, 256, device="cuda", dtype=torch.bfloat16)
+    W_OI = torch.randn(256, 256, device="cuda", dtype=torch.bfloat16)
+    weight = make_weight(256, 256, options.bits[0], 64, options.row, "cuda")
+    calls: dict[str, Callable[[], object]] = {
+        "F.linear": lambda: functional.linear(x, W_OI),
+        "triton, 1 token": lambda: triton_backend.linear(x, weight, None),
+    }
+    print("\n| a call | us of the host |\n|---|---|")
+    with torch.inference_mode():
+        for name, run in calls.items():
+            run()
+            found = []
+            for _ in range(options.rounds):
+                torch.cuda.synchronize()
+                began = time.perf_counter()
+                for _ in range(200):
+                    run()
+                found.append((time.perf_counter() - began) / 200)
+            print(f"| {name} | {1e6 * statistics.median(found):.0f} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from cptq.inference import activations, operations
+from cptq.inference import activations, compiled, operations
 from cptq.inference.operations import PackedWeight
 from cptq.layouts.activations import PARTS, RuleKind, list_rule_tensors, parse_rule
 from cptq.layouts.packed import list_packed_tensors
@@ -40,6 +40,7 @@ class PackedModule(nn.Module):
     def __init__(self, shape: tuple[int, int], scheme: Candidate) -> None:
         super().__init__()
         self.shape, self.scheme = shape, scheme
+        self.number = compiled.enroll(self)
         self._kept: tuple[list[Any], PackedWeight] | None = None
         specs = {spec.name[1:]: spec for spec in list_packed_tensors("", shape, "F32", scheme)}
         for part in PARAMETERS.values():
@@ -81,6 +82,15 @@ class PackedModule(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles go without what is kept, which points into memory."""
         return self.__dict__ | {"_kept": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A copy is a module of its own."""
+        super().__setstate__(state)
+        self.number = compiled.enroll(self)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Map an input outside of `torch.compile`."""
+        raise NotImplementedError
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the dense weight (out, in)."""
@@ -134,6 +144,12 @@ class PackedLinear(PackedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
+        if torch.compiler.is_compiling():
+            return compiled.linear(x, self.number, self.out_features)
+        return self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Map x (..., in) to (..., out), outside of `torch.compile`."""
         bias = self._parameters["bias"]
         if self.rule is None or not activations.is_enabled():
             return operations.linear(x, self.packed, bias)
@@ -174,7 +190,13 @@ class PackedEmbedding(PackedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids (...) to (..., width) in the type of the scales, which is the model's."""
-        return operations.embedding(ids, self.packed, self.dtype)
+        if torch.compiler.is_compiling():
+            return compiled.embedding(ids, self.number, self.embedding_dim, self.dtype)
+        return self.compute(ids)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """Map ids (...) to (..., width), outside of `torch.compile`."""
+        return operations.embedding(x, self.packed, self.dtype)
 
     def make_dense(self, dtype: torch.dtype) -> nn.Module:
         """Return the dense module that this one replaces."""

@@ -115,6 +115,11 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return False
 
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the model: `cptq.inference.compiled`."""
+        return True
+
 
 class CptqQuantizer(PackedQuantizer):
     """Loads what config.json calls `cptq`."""

@@ -1,26 +1,29 @@
 """The backend `triton`: packed products on a GPU; `triton_kernels` has the method.
 
-| tokens    | computed by                                                          |
-|-----------|----------------------------------------------------------------------|
-| 1         | `multiply_one`: no tensor cores, the sum over inputs split           |
-| up to 256 | `multiply_many`: tiles on tensor cores, the sum split while it helps |
-| more      | tiles of unpacked rows in the type of x, times x by torch            |
+| tokens       | computed by                                                            |
+|--------------|------------------------------------------------------------------------|
+| 1            | `multiply_one`: no tensor cores, whole rows                            |
+| up to 32, 64 | `multiply_many`: tiles on tensor cores, the sum split while it helps   |
+| more         | tiles of unpacked rows in the type of x, times x by torch              |
 
-Only the last row rounds weights to the type of x. Activations are never rounded, whatever
-`operations.is_exact` says.
+Groups that no chunk divides (of 24, say) take the last way from two tokens on. Only that way rounds
+weights to the type of x. Activations are never rounded, whatever `operations.is_exact` says.
+
+Cost of a call besides the product: some 20 microseconds of Python and the driver, about those of
+`torch.nn.functional.linear`; a CUDA graph has none of it (`compiled`).
 
 Limits: CUDA devices of compute capability 8.0 and later (or ROCm), float32, bfloat16 and float16,
-no sparse weights, no gradients (an `x` that needs them is given to `reference`). Checked in
-Triton's interpreter; not yet measured on a GPU: the constants below are guesses.
+no sparse weights, no gradients (an `x` that needs them is given to `reference`). Block sizes are
+those that served best on an H100 (`scripts/bench_kernels --device cuda`).
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from functools import cache
-from math import ceil, prod
+from math import ceil, gcd, prod
 from typing import Any
 
 import torch
@@ -33,38 +36,48 @@ from cptq.layouts.packed import ROW_BITS
 from cptq.numerics.packing import count_words
 
 TYPES = (torch.float32, torch.float16, torch.bfloat16)
-#: tokens above which unpacked tiles are multiplied by torch
-MOST_TOKENS = 256
-#: weights unpacked at once for that: 32 MiB in 16 bits
-TILE = 1 << 24
-#: rows of a block, and inputs that one token's kernel takes at once
-ROWS, INPUTS = {1: 16, 16: 64, 32: 64, 64: 64}, 256
+#: tokens above which unpacked tiles are multiplied by torch: codes that may straddle words, others
+MOST_TOKENS = (32, 64)
+#: weights unpacked at once for that: 128 MiB in 16 bits
+TILE = 1 << 26
+#: one token: rows of a program, and units at once, at least and at most
+ROWS_OF_ONE, UNITS_OF_ONE = 4, (32, 128)
+#: tokens of a block, and its rows
+TOKENS, ROWS = (16, 32), 64
 #: inputs of a chunk, largest first; tensor cores need 16
 CHUNKS = (64, 32, 16)
-#: share of a group that chunks may add to it
-WASTE = 0.1
 #: programs per processor that hide the latency of memory, and the most parts of a sum
 PROGRAMS, PARTS = 4, 16
 #: processors that are assumed where there is no GPU (Triton's interpreter)
 ASSUMED_PROCESSORS = 4
-#: chunks that a program of `write_rows` writes, and elements of one of `add_parts`
-SPAN, BLOCK = 8, 1024
-#: stages of loads: with 3, float32 tiles exceed the shared memory of RTX 30 and 40; codes that may
-#: straddle words would be copied there one by one
-STAGES = {True: 2, False: 1}
-#: rows of a block of `write_rows`
-UNPACKED_ROWS = 32
+#: elements of a program of `add_parts`
+BLOCK = 1024
+#: {bytes of an x: stages of loads}: with 3, float32 exceeds the shared memory of RTX 30 and 40
+STAGES = {2: 3, 4: 2}
+#: rows and units of a program of `write_rows`
+UNPACKED = (2, 128)
+#: bytes of which every address must be a multiple where a start is repeated
+ALIGNMENT = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """How the kernels take a weight: `tensors` and `sizes` are arguments, `flags` constants."""
+    """How the kernels take a weight.
+
+    Attributes:
+        tensors, sizes: their arguments.
+        flags: their constants.
+        chunk: inputs of a chunk of `multiply_many`; 0 where it cannot be used.
+        most_tokens: up to so many are multiplied by kernels.
+        starts: of `multiply_one`, by the types of its tensors: what starts the compiled kernel.
+    """
 
     tensors: tuple[Tensor | None, ...]
     sizes: tuple[int, ...]
     flags: dict[str, Any]
     chunk: int
-    chunks: int
+    most_tokens: int
+    starts: dict[Any, Callable[..., None]] = field(default_factory=dict)
 
 
 def supports(weight: PackedWeight, dtype: torch.dtype) -> bool:
@@ -124,13 +137,13 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         return reference.linear(x, weight, bias)
     tokens = prod(leading)
-    if tokens > MOST_TOKENS:
+    if tokens > 1 and tokens > _find_shape(weight).most_tokens:
         return _multiply_unpacked(x, weight, bias)
     y = torch.empty((*leading, out), dtype=x.dtype, device=x.device)
     if y.numel():
+        multiply = _multiply_one if tokens == 1 else _multiply_many
         with torch.cuda.device_of(x):
-            bias_O = None if bias is None else bias.contiguous()
-            _multiply(x.contiguous(), weight, bias_O, y, tokens)
+            multiply(x.contiguous(), weight, None if bias is None else bias.contiguous(), y)
     return y
 
 
@@ -148,47 +161,80 @@ def dequantize(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     return W_OI
 
 
-def _multiply(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor, tokens: int) -> None:
-    """Start the kernels of a product of few tokens, and of its sum where it is split."""
+def _multiply_one(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:
+    """Start the kernel of a product of one token.
+
+    Triton takes longer to look a compiled kernel up than the kernel takes: it is kept with the
+    weight, and started itself where what Triton assumed of it holds (types, alignment).
+    """
     kernels, shape, out = _load_kernels(), _find_shape(weight), weight.shape[0]
-    block = next((size for size in ROWS if size >= tokens), max(ROWS))
-    together = max(1, INPUTS // shape.chunk) if block == 1 and shape.flags["EVEN"] else 1
-    across = ceil(tokens / block), ceil(out / ROWS[block])
-    parts, span = _split(shape.chunks, together, prod(across), _count_processors(x.device))
+    operands = (x, *shape.tensors, bias, y, *shape.sizes)
+    key = x.dtype, None if bias is None else bias.dtype
+    start = shape.starts.get(key)
+    aligned = all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in (x, bias, y))
+    together = min(max(_round_up(shape.sizes[3]), UNITS_OF_ONE[0]), UNITS_OF_ONE[1])
+    constants = shape.flags | {"BN": ROWS_OF_ONE, "BU": together}
+    if start is not None and aligned:
+        start(*operands, *constants.values())
+        return
+    grid = (ceil(out / ROWS_OF_ONE), 1, 1)
+    compiled = kernels.multiply_one[grid](*operands, **constants, num_warps=together // 32)
+    if aligned and compiled is not None:  # None in the interpreter
+        shape.starts[key] = compiled[grid]
+
+
+def _multiply_many(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tensor) -> None:
+    """Start the kernels of a product of few tokens, and of its sum where it is split."""
+    kernels, shape, (out, inputs) = _load_kernels(), _find_shape(weight), weight.shape
+    tokens = x.numel() // inputs
+    block = next((size for size in TOKENS if size >= tokens), max(TOKENS))
+    across = ceil(tokens / block), ceil(out / ROWS)
+    chunks = ceil(inputs / shape.chunk)
+    parts, span = _split(chunks, prod(across), _count_processors(x.device))
     result, rest = y, bias
     if parts > 1:
         result, rest = y.new_empty((parts, tokens, out), dtype=torch.float32), None
-    constants = shape.flags | {"SPLIT": parts > 1, "BN": ROWS[block], "BK": shape.chunk}
-    operands = (x, *shape.tensors, rest, result, *shape.sizes)
-    if block == 1:
-        kernels.multiply_one[(across[1], parts)](*operands, span, **constants, C=together)
-    else:
-        kernels.multiply_many[(*across, parts)](
-            *operands, tokens, span, **constants, BM=block, num_stages=STAGES[shape.flags["WHOLE"]]
-        )
+    flags = {name: shape.flags[name] for name in ("BITS", "V")}
+    kernels.multiply_many[(*across, parts)](
+        *(x, *shape.tensors, rest, result, *shape.sizes),
+        tokens,
+        span,
+        **flags,
+        SPLIT=parts > 1,
+        BM=block,
+        BN=ROWS,
+        BK=shape.chunk,
+        num_stages=STAGES[x.element_size()],
+    )
     if parts > 1:
         count = tokens * out
         grid = (ceil(count / BLOCK),)
         kernels.add_parts[grid](result, bias, y, count, out, parts, BLOCK=BLOCK)
 
 
-def _split(chunks: int, together: int, programs: int, processors: int) -> tuple[int, int]:
-    """Return into how many parts a sum over chunks is split, and the chunks of a part.
-
-    Parts begin at multiples of the chunks that are taken `together`.
-    """
-    steps = ceil(chunks / together)
-    parts = max(1, min(PARTS, steps, PROGRAMS * processors // programs))
-    span = ceil(steps / parts) * together
+def _split(chunks: int, programs: int, processors: int) -> tuple[int, int]:
+    """Return into how many parts a sum over chunks is split, and the chunks of a part."""
+    parts = max(1, min(PARTS, chunks, PROGRAMS * processors // programs))
+    span = ceil(chunks / parts)
     return ceil(chunks / span), span
 
 
+def _round_up(number: int) -> int:
+    """Return the least power of two that is not smaller."""
+    return 1 << (number - 1).bit_length()
+
+
 def _multiply_unpacked(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
-    parts = []
+    out, inputs = weight.shape
+    if out * inputs <= TILE:
+        bias_O = None if bias is None else bias.to(x.dtype)
+        return functional.linear(x, dequantize(weight, x.dtype), bias_O)
+    x_TI, y = x.reshape(-1, inputs), x.new_empty((*x.shape[:-1], out))
+    y_TO = y.view(-1, out)
     for start, W_RI in _iterate_tiles(weight, x.dtype):
         bias_R = None if bias is None else bias[start : start + len(W_RI)].to(x.dtype)
-        parts.append(functional.linear(x, W_RI, bias_R))
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        y_TO[:, start : start + len(W_RI)] = functional.linear(x_TI, W_RI, bias_R)
+    return y
 
 
 def _iterate_tiles(weight: PackedWeight, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
@@ -206,20 +252,11 @@ def _unpack(weight: PackedWeight, y: Tensor, ids: Tensor | None, start: int, cou
     """Write the rows `ids`, or `count` rows from `start`, to the beginning of `y`."""
     if not count:
         return
-    kernels, shape = _load_kernels(), _find_shape(weight)
-    grid = (ceil(count / UNPACKED_ROWS), ceil(shape.chunks / SPAN))
+    kernels, shape, (rows, units) = _load_kernels(), _find_shape(weight), UNPACKED
+    grid = (ceil(count / rows), ceil(shape.sizes[3] / units))
     with torch.cuda.device_of(y):
         kernels.write_rows[grid](
-            ids,
-            *shape.tensors,
-            y,
-            *shape.sizes,
-            count,
-            start,
-            SPAN,
-            **shape.flags,
-            BR=UNPACKED_ROWS,
-            BK=shape.chunk,
+            *(ids, *shape.tensors, y, *shape.sizes), count, start, **shape.flags, BR=rows, BU=units
         )
 
 
@@ -234,31 +271,30 @@ def _find_shape(weight: PackedWeight) -> Shape:
 def _describe(weight: PackedWeight) -> Shape:
     _check(weight)
     (out, inputs), bits = weight.shape, weight.scheme.bits
-    group = weight.scheme.group_size or inputs
-    chunk = choose_chunk(group)
-    per_group = ceil(group / chunk)
-    chunks = per_group * (inputs // group)
+    group, unit = weight.scheme.group_size or inputs, count_unit(bits)
+    chunk = choose_chunk(group, inputs, unit)
     widths = (
         part.shape[1] if part is not None else 0
         for part in (weight.codes, weight.scale, weight.zero)
     )
     return Shape(
         tensors=(weight.codes, weight.scale, weight.factor, weight.zero),
-        sizes=(out, inputs, group, per_group, chunks, *widths),
-        flags={
-            "BITS": bits,
-            "EVEN": group % chunk == 0,
-            "WHOLE": 32 % bits == 0 and (group == inputs or group * bits % 32 == 0),
-        },
+        sizes=(out, inputs, group, ceil(inputs / unit), *widths),
+        flags={"BITS": bits, "V": unit, "REGULAR": group == inputs or group % unit == 0},
         chunk=chunk,
-        chunks=chunks,
+        most_tokens=MOST_TOKENS[32 % bits == 0] if chunk else 1,
     )
 
 
-def choose_chunk(group: int) -> int:
-    """Return the inputs of a chunk: the largest that adds little to a group."""
-    fitting = (size for size in CHUNKS if ceil(group / size) * size <= (1 + WASTE) * group)
-    return next(fitting, CHUNKS[-1])
+def count_unit(bits: int) -> int:
+    """Return the codes of a unit: as many as fill whole words."""
+    return 32 // gcd(32, bits)
+
+
+def choose_chunk(group: int, inputs: int, unit: int) -> int:
+    """Return the inputs of a chunk: whole units that divide a group; 0 where there are none."""
+    fitting = (size for size in CHUNKS if group in (inputs, size * (group // size)))
+    return next((size for size in fitting if size % unit == 0), 0)
 
 
 def _check(weight: PackedWeight) -> None:

@@ -4,21 +4,23 @@ The weight of a row n and an input k in group g is (q_nk - z_ng) s_ng (docs/form
 
     y_mn = sum_g s_ng sum_{k in g} x_mk (q_nk - z_ng)  [+ b_n].
 
-**Method.** Inputs are taken in chunks of BK that do not cross a group; what a chunk has beyond the
-end of its group is masked. The inner sum then has integer weights of at most 255 in size, which
-float16 and bfloat16 hold exactly, and one scale per row multiplies it afterwards in float32: no
-weight is ever rounded, and the tensor cores work in the type of x. The result is rounded once.
+The inner sum has integer weights of at most 255 in size, which float16 and bfloat16 hold exactly,
+and one scale per row and group multiplies it afterwards in float32: no weight is ever rounded. The
+result is rounded once.
 
-**Bits.** Where 32 is a multiple of the width and chunks begin on whole words, each word is loaded
-once and shifted apart in registers. Other widths load for each value the word it begins in and,
-where it straddles two, the next: each word is loaded by about 32 / bits lanes, from the L1 cache.
+**Bits.** Codes are taken in units: the fewest whole words that hold whole codes (`count_unit` of
+the backend: at 3 bits 3 words of 32 codes, at 4 bits one word of 8). A thread loads the words of a
+unit once and shifts them apart in registers (`expand`), for every width alike. `REGULAR`: a unit
+lies in one group, so that it has one scale; other groups (of 24, say) load a scale per code.
 
-**Shape of the work.** Products of few tokens read all weights for little arithmetic: the time is
-that of the memory if enough loads are under way. So the sum over inputs is split among programs
-(`part`) until the processors are full, each writes its float32 sums, and `add_parts` adds them in a
-fixed order: unlike atomic additions, the same result each time. One token needs no tensor core
-(`multiply_one`); more are one side of a 16-row tile (`multiply_many`), whose cost does not depend
-on how many of the 16 are used.
+**One token** (`multiply_one`) reads all weights for little arithmetic. Each program multiplies few
+whole rows; threads lie along the inputs, so a thread uses its inputs for all rows of the program,
+and sums over threads are taken once, at the end: in a fixed order, with the same result each time.
+
+**Up to some tens of tokens** (`multiply_many`): 16-row tensor-core tiles, whose cost does not
+depend on how many of the 16 rows are used. Inputs are taken in chunks of BK that divide a group.
+The sum over inputs is split among programs (`part`) until the processors are full, each writes
+float32 sums, and `add_parts` adds them in a fixed order.
 
 **Sources.** Splitting the inner dimension of quantized products of few rows: Hoque et al., arXiv
 2402.00025 (with atomics). Dequantizing in registers before 16-row tensor-core tiles, for up to 16
@@ -28,9 +30,8 @@ in advance; here they lie as in the file.
 **Cost.** Per weight a shift, a mask, a subtraction, a conversion and a multiply-add. Memory: the
 result, and float32 sums of parts x tokens x out.
 
-**Limits.** Checked in Triton's interpreter; not yet measured on a GPU. Block sizes are guesses, not
-tuned. Groups smaller than 16, or that 16 does not divide, waste the masked part of their chunks.
-float32 x are multiplied in full float32, without tensor cores.
+**Limits.** `multiply_many` takes regular groups alone. float32 x are multiplied in full float32,
+without tensor cores.
 """
 
 from __future__ import annotations
@@ -55,28 +56,105 @@ def read_values(words, index, keep, BITS: tl.constexpr):
 
 
 @triton.jit
-def read_codes(
-    words_R, width, first, limit, keep_R, BITS: tl.constexpr, K: tl.constexpr, WHOLE: tl.constexpr
-):
-    """Unsigned codes (R, K) of inputs from `first`; those from `limit` on have no meaning.
+def read_word(row_R, first_U, width, keep_RU, place: tl.constexpr):
+    """Word `place` of the units that begin at the words `first_U` of rows at the pointers row_R."""
+    index_U = first_U + place
+    keep_RU = keep_RU & (index_U < width)[None, :]
+    word_RU = tl.load(row_R[:, None] + index_U[None, :], mask=keep_RU, other=0)
+    return word_RU.to(tl.uint32, bitcast=True)
 
-    `words_R` are where rows begin, `width` their words. `WHOLE`: `first` begins a word and no code
-    straddles two.
+
+@triton.jit
+def get_code(words, J: tl.constexpr, BITS: tl.constexpr):
+    """Code J of each unit."""
+    code_RU = words[J * BITS // 32] >> (J * BITS % 32)
+    if J * BITS % 32 + BITS > 32:
+        code_RU |= words[J * BITS // 32 + 1] << (32 - J * BITS % 32)
+    return code_RU & ((1 << BITS) - 1)
+
+
+# Codes J, J + STEP, J + 2 STEP, ... of each unit along a new last dimension, which a thread holds.
+
+
+@triton.jit
+def get_2(words, J: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr):
+    return tl.join(get_code(words, J, BITS), get_code(words, J + STEP, BITS))
+
+
+@triton.jit
+def get_4(words, J: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr):
+    pairs = tl.join(get_2(words, J, 2 * STEP, BITS), get_2(words, J + STEP, 2 * STEP, BITS))
+    return tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], 4))
+
+
+@triton.jit
+def get_8(words, J: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr):
+    pairs = tl.join(get_4(words, J, 2 * STEP, BITS), get_4(words, J + STEP, 2 * STEP, BITS))
+    return tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], 8))
+
+
+@triton.jit
+def get_16(words, J: tl.constexpr, STEP: tl.constexpr, BITS: tl.constexpr):
+    pairs = tl.join(get_8(words, J, 2 * STEP, BITS), get_8(words, J + STEP, 2 * STEP, BITS))
+    return tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], 16))
+
+
+@triton.jit
+def get_32(words, BITS: tl.constexpr):
+    pairs = tl.join(get_16(words, 0, 2, BITS), get_16(words, 1, 2, BITS))
+    return tl.reshape(pairs, (pairs.shape[0], pairs.shape[1], 32))
+
+
+@triton.jit
+def expand(row_R, unit_U, width, keep_RU, BITS: tl.constexpr):
+    """Codes (rows, units, codes of a unit), int32, of rows of `width` words at the pointers row_R.
+
+    What lies beyond the last word of a row, or is not `keep`, is 0.
     """
-    if WHOLE:
-        PER: tl.constexpr = 32 // BITS
-        word_W = first // PER + tl.arange(0, K // PER)
-        keep_RW = keep_R[:, None] & (word_W < width)[None, :]
-        packed_RW = tl.load(words_R[:, None] + word_W[None, :], mask=keep_RW, other=0)
-        shift_P = (tl.arange(0, PER) * BITS).to(tl.uint32)
-        values_RWP = packed_RW.to(tl.uint32, bitcast=True)[:, :, None] >> shift_P[None, None, :]
-        values_RWP &= (1 << BITS) - 1
-        values_RK = tl.reshape(values_RWP, (words_R.shape[0], K)).to(tl.int32)
+    if BITS == 8:
+        words = (read_word(row_R, unit_U, width, keep_RU, 0),)
+        codes_RUV = get_4(words, 0, 1, BITS)
+    elif BITS == 4:
+        words = (read_word(row_R, unit_U, width, keep_RU, 0),)
+        codes_RUV = get_8(words, 0, 1, BITS)
+    elif BITS == 2:
+        words = (read_word(row_R, unit_U, width, keep_RU, 0),)
+        codes_RUV = get_16(words, 0, 1, BITS)
+    elif BITS == 6:
+        words = (
+            read_word(row_R, unit_U * 3, width, keep_RU, 0),
+            read_word(row_R, unit_U * 3, width, keep_RU, 1),
+            read_word(row_R, unit_U * 3, width, keep_RU, 2),
+        )
+        codes_RUV = get_16(words, 0, 1, BITS)
+    elif BITS == 3:
+        words = (
+            read_word(row_R, unit_U * 3, width, keep_RU, 0),
+            read_word(row_R, unit_U * 3, width, keep_RU, 1),
+            read_word(row_R, unit_U * 3, width, keep_RU, 2),
+        )
+        codes_RUV = get_32(words, BITS)
+    elif BITS == 5:
+        words = (
+            read_word(row_R, unit_U * 5, width, keep_RU, 0),
+            read_word(row_R, unit_U * 5, width, keep_RU, 1),
+            read_word(row_R, unit_U * 5, width, keep_RU, 2),
+            read_word(row_R, unit_U * 5, width, keep_RU, 3),
+            read_word(row_R, unit_U * 5, width, keep_RU, 4),
+        )
+        codes_RUV = get_32(words, BITS)
     else:
-        index_K = first + tl.arange(0, K)
-        keep_RK = keep_R[:, None] & (index_K < limit)[None, :]
-        values_RK = read_values(words_R[:, None], index_K[None, :], keep_RK, BITS)
-    return values_RK
+        words = (
+            read_word(row_R, unit_U * 7, width, keep_RU, 0),
+            read_word(row_R, unit_U * 7, width, keep_RU, 1),
+            read_word(row_R, unit_U * 7, width, keep_RU, 2),
+            read_word(row_R, unit_U * 7, width, keep_RU, 3),
+            read_word(row_R, unit_U * 7, width, keep_RU, 4),
+            read_word(row_R, unit_U * 7, width, keep_RU, 5),
+            read_word(row_R, unit_U * 7, width, keep_RU, 6),
+        )
+        codes_RUV = get_32(words, BITS)
+    return codes_RUV.to(tl.int32)
 
 
 @triton.jit
@@ -101,17 +179,7 @@ def read_zeros(zero, width, rows, groups, keep, BITS: tl.constexpr):
     return values
 
 
-@triton.jit
-def find_chunk(chunk, group, per_group, inputs, BK: tl.constexpr, EVEN: tl.constexpr):
-    """Group of a chunk, its first input, and the end of what belongs to it."""
-    g = chunk // per_group
-    first = g * group + (chunk - g * per_group) * BK
-    # where chunks fill groups, several chunks are consecutive inputs as well
-    limit = inputs if EVEN else (g + 1) * group
-    return g, first, limit
-
-
-@triton.jit(do_not_specialize=["span"])
+@triton.jit(do_not_specialize=["code_width"])
 def multiply_one(
     x,
     codes,
@@ -123,49 +191,43 @@ def multiply_one(
     out,
     inputs,
     group,
-    per_group,
-    chunks,
+    units,
     code_width,
     scale_width,
     zero_width,
-    span,
     BITS: tl.constexpr,
-    EVEN: tl.constexpr,
-    WHOLE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    V: tl.constexpr,
+    REGULAR: tl.constexpr,
     BN: tl.constexpr,
-    BK: tl.constexpr,
-    C: tl.constexpr,
+    BU: tl.constexpr,
 ):
-    """One token: rows (program 0) times `span` chunks of inputs (program 1), C chunks at once.
-
-    y is (out,), or with `SPLIT` float32 (parts, out). More than one chunk at once needs `EVEN`.
-    """
+    """One token: y (out,) of BN rows (program 0), BU units of V codes at a time."""
     row_N = tl.program_id(0) * BN + tl.arange(0, BN)
-    part = tl.program_id(1)
     keep_N, long_N = row_N < out, row_N.to(tl.int64)
-    total_NC = tl.zeros((BN, C), tl.float32)
-    for chunk in range(part * span, tl.minimum(part * span + span, chunks), C):
-        _, first, limit = find_chunk(chunk, group, per_group, inputs, BK, EVEN)
-        index_K = first + tl.arange(0, C * BK)
-        x_K = tl.load(x + index_K, mask=index_K < limit, other=0.0).to(tl.float32)
-        chunk_C = chunk + tl.arange(0, C)
-        keep_NC = keep_N[:, None] & (chunk_C < chunks)[None, :]
-        at_N1, group_1C = long_N[:, None], (chunk_C // per_group)[None, :]
-        q_NK = read_codes(
-            codes + long_N * code_width, code_width, first, limit, keep_N, BITS, C * BK, WHOLE
-        )
-        zero_NC = read_zeros(zero, zero_width, at_N1, group_1C, keep_NC, BITS)
-        steps_NCK = tl.reshape(q_NK, (BN, C, BK)) - zero_NC[:, :, None]
-        sum_NC = tl.sum(steps_NCK.to(tl.float32) * tl.reshape(x_K, (1, C, BK)), 2)
-        total_NC += sum_NC * read_scales(scale, factor, scale_width, at_N1, group_1C, keep_NC)
-    y_N = tl.sum(total_NC, 1)
-    if SPLIT:
-        tl.store(y + part.to(tl.int64) * out + row_N, y_N, mask=keep_N)
-    else:
-        if bias is not None:
-            y_N += tl.load(bias + row_N, mask=keep_N, other=0.0).to(tl.float32)
-        tl.store(y + row_N, y_N.to(y.dtype.element_ty), mask=keep_N)
+    total_NU = tl.zeros((BN, BU), tl.float32)
+    for first in range(0, units, BU):
+        unit_U = first + tl.arange(0, BU)
+        keep_NU = keep_N[:, None] & (unit_U < units)[None, :]
+        index_UV = unit_U[:, None] * V + tl.arange(0, V)[None, :]
+        x_UV = tl.load(x + index_UV, mask=index_UV < inputs, other=0.0).to(tl.float32)
+        q_NUV = expand(codes + long_N * code_width, unit_U, code_width, keep_NU, BITS)
+        if REGULAR:
+            at_N1, group_1U = long_N[:, None], (unit_U * V // group)[None, :]
+            zero_NU = read_zeros(zero, zero_width, at_N1, group_1U, keep_NU, BITS)
+            steps_NUV = (q_NUV - zero_NU[:, :, None]).to(tl.float32)
+            sum_NU = tl.sum(steps_NUV * x_UV[None, :, :], 2)
+            total_NU += sum_NU * read_scales(scale, factor, scale_width, at_N1, group_1U, keep_NU)
+        else:
+            at_N11, group_1UV = long_N[:, None, None], (index_UV // group)[None, :, :]
+            keep_NUV = keep_N[:, None, None] & (index_UV < inputs)[None, :, :]
+            zero_NUV = read_zeros(zero, zero_width, at_N11, group_1UV, keep_NUV, BITS)
+            scale_NUV = read_scales(scale, factor, scale_width, at_N11, group_1UV, keep_NUV)
+            steps_NUV = (q_NUV - zero_NUV).to(tl.float32)
+            total_NU += tl.sum(steps_NUV * scale_NUV * x_UV[None, :, :], 2)
+    y_N = tl.sum(total_NU, 1)
+    if bias is not None:
+        y_N += tl.load(bias + row_N, mask=keep_N, other=0.0).to(tl.float32)
+    tl.store(y + row_N, y_N.to(y.dtype.element_ty), mask=keep_N)
 
 
 @triton.jit(do_not_specialize=["tokens", "span"])
@@ -180,16 +242,14 @@ def multiply_many(
     out,
     inputs,
     group,
-    per_group,
-    chunks,
+    units,
     code_width,
     scale_width,
     zero_width,
     tokens,
     span,
     BITS: tl.constexpr,
-    EVEN: tl.constexpr,
-    WHOLE: tl.constexpr,
+    V: tl.constexpr,
     SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -205,17 +265,18 @@ def multiply_many(
     keep_M, long_M = token_M < tokens, token_M.to(tl.int64)
     keep_N, long_N = row_N < out, row_N.to(tl.int64)
     total_MN = tl.zeros((BM, BN), tl.float32)
-    for chunk in range(part * span, tl.minimum(part * span + span, chunks)):
-        g, first, limit = find_chunk(chunk, group, per_group, inputs, BK, EVEN)
-        index_K = first + tl.arange(0, BK)
-        keep_MK = keep_M[:, None] & (index_K < limit)[None, :]
+    for chunk in range(part * span, tl.minimum(part * span + span, tl.cdiv(inputs, BK))):
+        index_K = chunk * BK + tl.arange(0, BK)
+        keep_MK = keep_M[:, None] & (index_K < inputs)[None, :]
         x_MK = tl.load(x + long_M[:, None] * inputs + index_K[None, :], mask=keep_MK, other=0.0)
-        q_NK = read_codes(
-            codes + long_N * code_width, code_width, first, limit, keep_N, BITS, BK, WHOLE
-        )
-        steps_NK = q_NK - read_zeros(zero, zero_width, long_N, g, keep_N, BITS)[:, None]
+        unit_U = chunk * (BK // V) + tl.arange(0, BK // V)
+        keep_NU = keep_N[:, None] & (unit_U < units)[None, :]
+        q_NUV = expand(codes + long_N * code_width, unit_U, code_width, keep_NU, BITS)
+        g = chunk * BK // group
+        zero_N = read_zeros(zero, zero_width, long_N, g, keep_N, BITS)
         # of at most 255 in size: exact in every type of x
-        steps_KN = tl.trans(steps_NK.to(tl.float32).to(x_MK.dtype))
+        steps_NUV = (q_NUV - zero_N[:, None, None]).to(tl.float32).to(x_MK.dtype)
+        steps_KN = tl.trans(tl.reshape(steps_NUV, (BN, BK)))
         sum_MN = tl.dot(x_MK, steps_KN, input_precision="ieee", out_dtype=tl.float32)
         total_MN += sum_MN * read_scales(scale, factor, scale_width, long_N, g, keep_N)[None, :]
     keep_MN = keep_M[:, None] & keep_N[None, :]
@@ -255,40 +316,45 @@ def write_rows(
     out,
     inputs,
     group,
-    per_group,
-    chunks,
+    units,
     code_width,
     scale_width,
     zero_width,
     count,
     start,
-    span,
     BITS: tl.constexpr,
-    EVEN: tl.constexpr,
-    WHOLE: tl.constexpr,
+    V: tl.constexpr,
+    REGULAR: tl.constexpr,
     BR: tl.constexpr,
-    BK: tl.constexpr,
+    BU: tl.constexpr,
 ):
     """Weights y (count, inputs) of the rows `ids`, or without ids of the rows from `start` on.
 
-    A row that does not exist becomes NaN: an error could be told only by waiting for the GPU.
+    BR rows (program 0) and BU units (program 1). A row that does not exist becomes NaN: an error
+    could be told only by waiting for the GPU.
     """
     place_R = tl.program_id(0).to(tl.int64) * BR + tl.arange(0, BR)
-    part = tl.program_id(1)
     stored_R = place_R < count
     row_R = start + place_R
     if ids is not None:
         row_R = tl.load(ids + place_R, mask=stored_R, other=0).to(tl.int64)
     keep_R = stored_R & (row_R >= 0) & (row_R < out)
-    for chunk in range(part * span, tl.minimum(part * span + span, chunks)):
-        g, first, limit = find_chunk(chunk, group, per_group, inputs, BK, EVEN)
-        index_K = first + tl.arange(0, BK)
-        q_RK = read_codes(
-            codes + row_R * code_width, code_width, first, limit, keep_R, BITS, BK, WHOLE
-        )
-        steps_RK = q_RK - read_zeros(zero, zero_width, row_R, g, keep_R, BITS)[:, None]
-        scale_R = read_scales(scale, factor, scale_width, row_R, g, keep_R)
-        W_RK = steps_RK.to(tl.float32) * tl.where(keep_R, scale_R, float("nan"))[:, None]
-        keep_RK = stored_R[:, None] & (index_K < limit)[None, :]
-        place_RK = y + place_R[:, None] * inputs + index_K[None, :]
-        tl.store(place_RK, W_RK.to(y.dtype.element_ty), mask=keep_RK)
+    unit_U = tl.program_id(1) * BU + tl.arange(0, BU)
+    keep_RU = keep_R[:, None] & (unit_U < units)[None, :]
+    index_UV = unit_U[:, None] * V + tl.arange(0, V)[None, :]
+    q_RUV = expand(codes + row_R * code_width, unit_U, code_width, keep_RU, BITS)
+    if REGULAR:
+        at_R1, group_1U = row_R[:, None], (unit_U * V // group)[None, :]
+        zero_RUV = read_zeros(zero, zero_width, at_R1, group_1U, keep_RU, BITS)[:, :, None]
+        scale_RU = read_scales(scale, factor, scale_width, at_R1, group_1U, keep_RU)
+        scale_RUV = scale_RU[:, :, None]
+    else:
+        at_R11, group_1UV = row_R[:, None, None], (index_UV // group)[None, :, :]
+        keep_RUV = keep_R[:, None, None] & (index_UV < inputs)[None, :, :]
+        zero_RUV = read_zeros(zero, zero_width, at_R11, group_1UV, keep_RUV, BITS)
+        scale_RUV = read_scales(scale, factor, scale_width, at_R11, group_1UV, keep_RUV)
+    exists_R11 = keep_R[:, None, None]
+    W_RUV = (q_RUV - zero_RUV).to(tl.float32) * tl.where(exists_R11, scale_RUV, float("nan"))
+    kept_RUV = stored_R[:, None, None] & (index_UV < inputs)[None, :, :]
+    place_RUV = y + place_R[:, None, None] * inputs + index_UV[None, :, :]
+    tl.store(place_RUV, W_RUV.to(y.dtype.element_ty), mask=kept_RUV)
