@@ -10,8 +10,8 @@ nothing was fitted to:
 - divergence from the model with dense weights, mean per token with standard error over windows,
   and the ratio of perplexities to it;
 - the share of all products with the linears of the blocks that its rules drop there;
-- processor milliseconds per token, decoding one token after the other from the packed weights, by
-  the rules and with all inputs: each the least of some turns.
+- milliseconds per token (on a CPU processor time), decoding one token after the other from the
+  packed weights, by the rules and with all inputs: each the least of some turns.
 
 One run, one model in memory; the packed file goes to a temporary directory.
 """
@@ -68,7 +68,7 @@ def load_packed(inputs: CompressInputs, layers: Any) -> Any:
     with tempfile.TemporaryDirectory() as folder:
         content = build_content(inputs.model, layers, ignore)
         PACKED.write(content, Path(folder), ignore)
-        return cptq.load(folder, device="cpu")
+        return cptq.load(folder, device=str(inputs.model.device))
 
 
 def set_rules(packed: Any, rules: Mapping[str, ActivationRule]) -> None:
@@ -83,20 +83,21 @@ def set_rules(packed: Any, rules: Mapping[str, ActivationRule]) -> None:
 
 
 def time_tokens(packed: Any, tokens: int) -> tuple[float, float, str]:
-    """Return processor milliseconds per token by the rules and without, and how it was decoded.
+    """Return milliseconds per token by the rules and without, and how it was decoded.
 
     Both by turns, as others may use the machine.
     """
-    ids = torch.arange(3, 3 + PROMPT)[None]
+    ids = torch.arange(3, 3 + PROMPT, device=packed.device)[None]
+    clock = time.process_time if packed.device.type == "cpu" else time.perf_counter
     taken: dict[bool, list[float]] = {True: [], False: []}
     for ruled in (True, False) * TURNS:
         with nullcontext() if ruled else without_activation_sparsity():
-            began = time.process_time()
+            began = clock()
             decode(packed, ids, new_tokens=1)
-            prompt = time.process_time() - began
-            began = time.process_time()
+            prompt = clock() - began
+            began = clock()
             found = decode(packed, ids, new_tokens=tokens + 1)
-            taken[ruled].append(time.process_time() - began - prompt)
+            taken[ruled].append(clock() - began - prompt)
     return min(taken[True]) / tokens * 1e3, min(taken[False]) / tokens * 1e3, found.way
 
 

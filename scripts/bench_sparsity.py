@@ -82,6 +82,8 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seqlen", default="256")
     parser.add_argument("--calibration", default=None)
     parser.add_argument("--compressor", default="gptq")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--dtype", default="float32")
 
 
 def load_model(asked: argparse.Namespace, **more: str) -> CompressInputs:
@@ -92,6 +94,8 @@ def load_model(asked: argparse.Namespace, **more: str) -> CompressInputs:
         "samples": int(asked.samples),
         "seqlen": int(asked.seqlen),
         "compressor": asked.compressor,
+        "device": asked.device,
+        "dtype": asked.dtype,
         "target": "16bit",
         **more,
     }

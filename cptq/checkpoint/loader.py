@@ -31,7 +31,7 @@ from cptq.checkpoint.files import (
 from cptq.checkpoint.hub import resolve_checkpoint
 from cptq.checkpoint.inventory import Inventory, take_inventory
 from cptq.checkpoint.load_errors import explain_load_errors, refuse_library_errors
-from cptq.checkpoint.memory import Memory
+from cptq.checkpoint.memory import GPU_SHARE, Memory
 from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.checkpoint.opening import choose_load_dtype, has_rounded_buffers, list_parts
 from cptq.checkpoint.pages import MappedFiles
@@ -296,10 +296,17 @@ def _read_checked_config(path: Path) -> Mapping[str, Any]:
 
 
 def _limit_weights(memory: Memory | None, device: torch.device) -> int | None:
-    """Return the bytes that matrices may take; a GPU has memory of its own, so none by default."""
-    if memory is None or (device.type != "cpu" and not memory.asked):
+    """Return the bytes that matrices may take.
+
+    A GPU has memory of its own: unless --max-memory says less, matrices take a share of what is
+    free there, and a larger model is on it block by block.
+    """
+    if memory is None:
         return None
-    return memory.weights
+    if device.type == "cpu" or memory.asked:
+        return memory.weights
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return None if free is None else int(GPU_SHARE * free)
 
 
 def read_spec(settings: ModelSettings, emit: Emit) -> ModelSpec:

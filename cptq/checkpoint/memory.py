@@ -32,6 +32,8 @@ FREE_SHARE = 0.8
 #: matrices of the size of the largest second moment, float32: that moment, the cross moment, that
 #: of held-out text, and a factor, or one more sum of a part
 MOMENTS = 4
+#: share of what is free on a GPU that the matrices of a model may take there
+GPU_SHARE = 0.6
 _CGROUP = Path("/sys/fs/cgroup")
 
 

@@ -85,7 +85,7 @@ class PackedModule(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """A copy is a module of its own."""
-        super().__setstate__(state)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
         self.number = compiled.enroll(self)
 
     def compute(self, x: Tensor) -> Tensor:
@@ -145,7 +145,8 @@ class PackedLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """Map x (..., in) to (..., out)."""
         if torch.compiler.is_compiling():
-            return compiled.linear(x, self.number, self.out_features)
+            found: Tensor = compiled.linear(x, self.number, self.out_features)
+            return found
         return self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
@@ -191,7 +192,8 @@ class PackedEmbedding(PackedModule):
     def forward(self, ids: Tensor) -> Tensor:
         """Map ids (...) to (..., width) in the type of the scales, which is the model's."""
         if torch.compiler.is_compiling():
-            return compiled.embedding(ids, self.number, self.embedding_dim, self.dtype)
+            found: Tensor = compiled.embedding(ids, self.number, self.embedding_dim, self.dtype)
+            return found
         return self.compute(ids)
 
     def compute(self, x: Tensor) -> Tensor:

@@ -65,6 +65,51 @@ def read_word(row_R, first_U, width, keep_RU, place: tl.constexpr):
 
 
 @triton.jit
+def read_1(row_R, unit_U, width, keep_RU):
+    """The word of each unit, as a tuple."""
+    return (read_word(row_R, unit_U, width, keep_RU, 0),)
+
+
+@triton.jit
+def read_3(row_R, unit_U, width, keep_RU):
+    """The 3 words of each unit."""
+    first_U = unit_U * 3
+    return (
+        read_word(row_R, first_U, width, keep_RU, 0),
+        read_word(row_R, first_U, width, keep_RU, 1),
+        read_word(row_R, first_U, width, keep_RU, 2),
+    )
+
+
+@triton.jit
+def read_5(row_R, unit_U, width, keep_RU):
+    """The 5 words of each unit."""
+    first_U = unit_U * 5
+    return (
+        read_word(row_R, first_U, width, keep_RU, 0),
+        read_word(row_R, first_U, width, keep_RU, 1),
+        read_word(row_R, first_U, width, keep_RU, 2),
+        read_word(row_R, first_U, width, keep_RU, 3),
+        read_word(row_R, first_U, width, keep_RU, 4),
+    )
+
+
+@triton.jit
+def read_7(row_R, unit_U, width, keep_RU):
+    """The 7 words of each unit."""
+    first_U = unit_U * 7
+    return (
+        read_word(row_R, first_U, width, keep_RU, 0),
+        read_word(row_R, first_U, width, keep_RU, 1),
+        read_word(row_R, first_U, width, keep_RU, 2),
+        read_word(row_R, first_U, width, keep_RU, 3),
+        read_word(row_R, first_U, width, keep_RU, 4),
+        read_word(row_R, first_U, width, keep_RU, 5),
+        read_word(row_R, first_U, width, keep_RU, 6),
+    )
+
+
+@triton.jit
 def get_code(words, J: tl.constexpr, BITS: tl.constexpr):
     """Code J of each unit."""
     code_RU = words[J * BITS // 32] >> (J * BITS % 32)
@@ -112,48 +157,19 @@ def expand(row_R, unit_U, width, keep_RU, BITS: tl.constexpr):
     What lies beyond the last word of a row, or is not `keep`, is 0.
     """
     if BITS == 8:
-        words = (read_word(row_R, unit_U, width, keep_RU, 0),)
-        codes_RUV = get_4(words, 0, 1, BITS)
+        codes_RUV = get_4(read_1(row_R, unit_U, width, keep_RU), 0, 1, BITS)
     elif BITS == 4:
-        words = (read_word(row_R, unit_U, width, keep_RU, 0),)
-        codes_RUV = get_8(words, 0, 1, BITS)
+        codes_RUV = get_8(read_1(row_R, unit_U, width, keep_RU), 0, 1, BITS)
     elif BITS == 2:
-        words = (read_word(row_R, unit_U, width, keep_RU, 0),)
-        codes_RUV = get_16(words, 0, 1, BITS)
+        codes_RUV = get_16(read_1(row_R, unit_U, width, keep_RU), 0, 1, BITS)
     elif BITS == 6:
-        words = (
-            read_word(row_R, unit_U * 3, width, keep_RU, 0),
-            read_word(row_R, unit_U * 3, width, keep_RU, 1),
-            read_word(row_R, unit_U * 3, width, keep_RU, 2),
-        )
-        codes_RUV = get_16(words, 0, 1, BITS)
+        codes_RUV = get_16(read_3(row_R, unit_U, width, keep_RU), 0, 1, BITS)
     elif BITS == 3:
-        words = (
-            read_word(row_R, unit_U * 3, width, keep_RU, 0),
-            read_word(row_R, unit_U * 3, width, keep_RU, 1),
-            read_word(row_R, unit_U * 3, width, keep_RU, 2),
-        )
-        codes_RUV = get_32(words, BITS)
+        codes_RUV = get_32(read_3(row_R, unit_U, width, keep_RU), BITS)
     elif BITS == 5:
-        words = (
-            read_word(row_R, unit_U * 5, width, keep_RU, 0),
-            read_word(row_R, unit_U * 5, width, keep_RU, 1),
-            read_word(row_R, unit_U * 5, width, keep_RU, 2),
-            read_word(row_R, unit_U * 5, width, keep_RU, 3),
-            read_word(row_R, unit_U * 5, width, keep_RU, 4),
-        )
-        codes_RUV = get_32(words, BITS)
+        codes_RUV = get_32(read_5(row_R, unit_U, width, keep_RU), BITS)
     else:
-        words = (
-            read_word(row_R, unit_U * 7, width, keep_RU, 0),
-            read_word(row_R, unit_U * 7, width, keep_RU, 1),
-            read_word(row_R, unit_U * 7, width, keep_RU, 2),
-            read_word(row_R, unit_U * 7, width, keep_RU, 3),
-            read_word(row_R, unit_U * 7, width, keep_RU, 4),
-            read_word(row_R, unit_U * 7, width, keep_RU, 5),
-            read_word(row_R, unit_U * 7, width, keep_RU, 6),
-        )
-        codes_RUV = get_32(words, BITS)
+        codes_RUV = get_32(read_7(row_R, unit_U, width, keep_RU), BITS)
     return codes_RUV.to(tl.int32)
 
 

@@ -15,7 +15,11 @@ def report_memory(model: LoadedModel, emit: Emit) -> None:
     memory = model.memory
     if memory is None or model.held_whole:
         return
-    message = f"one block at a time is in memory, within {format_bytes(memory.total)}"
+    place = "in memory" if model.device.type == "cpu" else f"on {model.device}"
+    within = (
+        f", within {format_bytes(memory.total)}" if memory.asked or place == "in memory" else ""
+    )
+    message = f"one block at a time is {place}{within}"
     if model.device.type == "cpu" and model.spill.limit is not None:
         limit, folder = format_bytes(model.spill.limit), memory.folder
         message += f"; activations beyond {limit} go to {folder or 'a temporary directory'}"
