@@ -4,12 +4,12 @@
         x = torch.ones(3, device="cuda")    # x.device is cuda:0
         x + torch.ones(3)                   # RuntimeError, as on a GPU
 
-Where a tensor lies is a mark of its storage, so views, parameters and `x.data = y` keep it. Two
-modes of torch see every call. The one of functions (`_Functions`) answers `device`, carries out
-moves, takes `device="cuda"` from factories and refuses what a GPU refuses. The one of operators
-(`_Operators`) marks what is new in a call on the GPU; it sees the operators of a backward pass, too.
+Where a tensor lies is a mark of its storage, so views, parameters and `x.data = y` keep it. A mode
+of torch sees every call of a function (`_Functions`): it answers `device`, carries out moves, takes
+`device="cuda"` from factories, refuses what CUDA refuses and marks results. In a backward pass,
+where no function is called, another one marks what the operators make (`_Operators`).
 
-Refused, as by torch 2.11 on an H100:
+Refused, as torch refuses it on CUDA:
 - tensors of both devices in one call, except for CPU scalars (no dimensions) among what is
   computed element by element, CPU indices into a GPU tensor, and `copy_`;
 - `numpy()` and what NumPy makes of a tensor on the GPU;
@@ -48,17 +48,38 @@ _MIXING = {
 _INDEXING = {"__getitem__", "index_put", "index_put_", "index"}
 #: what takes no CPU scalar beside a tensor on the GPU
 _STRICT = {
-    *("cat", "concat", "stack", "hstack", "vstack", "gather", "scatter", "scatter_", "index_select"),
+    *(
+        "cat",
+        "concat",
+        "stack",
+        "hstack",
+        "vstack",
+        "gather",
+        "scatter",
+        "scatter_",
+        "index_select",
+    ),
     *("index_add", "index_add_", "searchsorted", "bucketize", "mm", "matmul", "linear", "addmm_"),
 }
 #: what makes a tensor of numbers, or of another tensor
 _MAKING = {"tensor", "as_tensor", "asarray"}
-_PRODUCTS = {"mm", "matmul", "__matmul__", "bmm", "addmm", "addmm_", "linear", "einsum", "dot", "mv"}
+_PRODUCTS = {
+    "mm",
+    "matmul",
+    "__matmul__",
+    "bmm",
+    "addmm",
+    "addmm_",
+    "linear",
+    "einsum",
+    "dot",
+    "mv",
+}
 _INTEGERS = {torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64}
 
 
 class _Marks:
-    """Which storages lie on the GPU. A weak reference keeps an address from standing for another."""
+    """Which storages lie on the GPU. A weak reference keeps an address from being used again."""
 
     def __init__(self) -> None:
         self._known: dict[int, StorageWeakRef] = {}
@@ -155,9 +176,7 @@ class _Functions(TorchFunctionMode):
         super().__init__()
         self.marks, self._state = marks, state
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         if isinstance(func, torch._ops.OpOverload):  # from `_Operators`
             return func(*args, **kwargs)
@@ -167,6 +186,7 @@ class _Functions(TorchFunctionMode):
         name = func.__name__
         if name in _METHODS and args and isinstance(args[0], Tensor):
             return _METHODS[name](self, func, args, kwargs)
+        kwargs.pop("pin_memory", None)
         asked = _read_device(kwargs.get("device"))
         if asked is not None and asked.type in ("cuda", "cpu"):
             kwargs["device"] = "cpu"
@@ -192,7 +212,8 @@ class _Functions(TorchFunctionMode):
 
     def copy(self, x: Tensor, on_gpu: bool) -> Tensor:
         """A copy that lies there."""
-        found: Tensor = self._call(on_gpu, torch.clone, (x.detach(),), {})
+        with torch._C.DisableTorchFunction():  # a backward pass calls with this mode in force
+            found: Tensor = self._call(on_gpu, torch.clone, (x.detach(),), {})
         if on_gpu:
             self.marks.add(found)
         return found
@@ -223,8 +244,7 @@ class _Functions(TorchFunctionMode):
             return func(x, asked, *rest, **kwargs)
         on_gpu = self.marks.has(x) if asked is None else asked.type == "cuda"
         x = self.move(x, on_gpu) if asked is not None else x
-        if asked is not None and rest and rest[0] is None:
-            rest.pop(0)
+        rest = [value for value in rest if value is not None]
         if rest and isinstance(rest[0], bool):  # non_blocking, copy
             return self.move(x, on_gpu, copy=len(rest) > 1 and rest[1])
         if not rest and not kwargs:
@@ -376,10 +396,3 @@ def _enter_callbacks(patch: pytest.MonkeyPatch, marks: _Marks, state: _State) ->
 
     patch.setattr(torch.autograd, "_engine_run_backward", run_backward)
     patch.setattr(ThreadPoolExecutor, "submit", submit_here)
-
-
-@pytest.fixture
-def fake_gpu() -> Iterator[None]:
-    """A GPU for the time of a test."""
-    with pretend_gpu():
-        yield

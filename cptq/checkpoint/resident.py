@@ -46,9 +46,9 @@ Source = Tensor | Callable[[], Tensor]
 class Weight:
     """One matrix, shared by all modules that hold it (`owners`).
 
-    `stored` is as the checkpoint has it, in the CPU's memory; `source` is where its values come from
-    now, on any device. `current` is what the modules compute with, None while it is not in memory.
-    What is read lies where the model computes.
+    `stored` is as the checkpoint has it, in the CPU's memory; `source` is where its values come
+    from now, on any device. `current` is what the modules compute with, None while it is not in
+    memory. What is read lies where the model computes.
     """
 
     def __init__(self, parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> None:

@@ -89,7 +89,8 @@ class RecordedStates:
     def recall(self, rows: slice, positions: slice, labels_BT: Tensor) -> Chunk:
         """Return predictions that were recorded, in the baseline's type and on its device."""
         assert self.states is not None
-        assert self.head is not None and self.like is not None
+        assert self.head is not None
+        assert self.like is not None
         states_BTC = torch.from_numpy(self.states[rows, positions].copy()).to(self.like)
         return Chunk(
             head=self.head,

@@ -68,7 +68,8 @@ def dense(weight: PackedWeight) -> NDArray[np.float64]:
         None if part is None else part.cpu()
         for part in (weight.codes, weight.scale, weight.factor, weight.zero)
     )
-    assert codes is not None and scale is not None
+    assert codes is not None
+    assert scale is not None
     return truth.weight(
         codes.numpy(),
         scale.numpy() if factor is not None else scale.double().numpy(),
