@@ -21,7 +21,9 @@ import torch
 
 from cptq.artifact import reload
 from cptq.data.pydoc_text import load_topics
+from cptq.inference import operations
 from cptq.types import Event, Notice, Progress, SpeedReport
+from tests.fake_gpu import pretend_gpu
 from tests.tiny_models import build_tiny_model
 from tests.unit.artifact.same_process import run_here
 
@@ -84,6 +86,15 @@ def short_manual() -> Iterator[None]:
     some = {name: topics[name] for name in sorted(topics)[1::5]}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("cptq.data.text.load_topics", lambda: (some, origin))
+        yield
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A GPU that is none (`tests.fake_gpu`); packed weights are multiplied by the reference."""
+    entries = {"reference": operations.BACKENDS._entries["reference"]}
+    monkeypatch.setattr(operations.BACKENDS, "_entries", entries)
+    with pretend_gpu():
         yield
 
 

@@ -46,8 +46,9 @@ Source = Tensor | Callable[[], Tensor]
 class Weight:
     """One matrix, shared by all modules that hold it (`owners`).
 
-    `stored` is as the checkpoint has it, `source` where its values come from now. `current` is what
-    the modules compute with, None while it is not in memory.
+    `stored` is as the checkpoint has it, in the CPU's memory; `source` is where its values come
+    from now, on any device. `current` is what the modules compute with, None while it is not in
+    memory. What is read lies where the model computes.
     """
 
     def __init__(self, parameter: nn.Parameter, device: torch.device, dtype: torch.dtype) -> None:
@@ -77,10 +78,15 @@ class Weight:
         return self.stored.numel() * self._dtype.itemsize
 
     def read(self) -> Tensor:
-        """Return the values, in the type of the model or in the narrower one of the checkpoint."""
+        """Return the values on the model's device, in its type or the checkpoint's narrower one."""
         if self.current is not None:
             return self.current.detach()
-        return self.source if isinstance(self.source, Tensor) else self.source()
+        values = self.source if isinstance(self.source, Tensor) else self.source()
+        return values.to(self._device)
+
+    def read_stored(self) -> Tensor:
+        """Return the values of the checkpoint on the model's device, in the checkpoint's type."""
+        return self.stored.to(self._device)
 
     def write(self, source: Source) -> None:
         """Take the values from another source from now on."""
@@ -302,7 +308,8 @@ class _LookUp(HeldForward):
         (weight,) = self.part.weights
         if weight.current is not None or not isinstance(weight.source, Tensor) or len(args) != 1:
             return super().__call__(*args, **kwargs)
-        return functional.embedding(args[0], weight.source).to(self._resident.dtype)
+        rows = functional.embedding(args[0].to(weight.source.device), weight.source)
+        return rows.to(args[0].device, self._resident.dtype)
 
 
 def _wrap_forward(resident: ResidentWeights, part: Part, module: nn.Module) -> HeldForward:

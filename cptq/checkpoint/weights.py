@@ -66,10 +66,10 @@ def get_dtype_name(dtype: torch.dtype) -> str:
 
 
 def get_weight(module: nn.Module) -> Tensor:
-    """Return the weight as an (out, in) view; a Conv1D stores the transpose.
+    """Return the weight (out, in) on the model's device; a Conv1D stores the transpose.
 
     A weight that is not in memory comes in the type of the checkpoint, which may be narrower than
-    that of the model. Do not write to it: use `set_weight`.
+    that of the model. Do not write to it, it may be a view: use `set_weight`.
     """
     known = find_weight(module)
     weight = module.weight if known is None else known.read()
@@ -83,7 +83,8 @@ def get_stored_weight(module: nn.Module) -> Tensor:
     known = find_weight(module)
     if known is None:
         return get_weight(module)
-    return known.stored.T if isinstance(module, Conv1D) else known.stored
+    stored = known.read_stored()
+    return stored.T if isinstance(module, Conv1D) else stored
 
 
 def set_weight(module: nn.Module, W_OI: Tensor) -> None:

@@ -199,19 +199,24 @@ def _sweep(
     low, high = get_code_range(problem.bits)
     codes_IO = torch.empty(W_OI.shape[::-1], dtype=torch.int8, device=W_OI.device)
     scale_GO = scale_OG.to(W_OI.dtype).T.contiguous()
-    zero = torch.zeros_like(scale_OG) if zero_OG is None else zero_OG
-    zero_GO = zero.to(W_OI.dtype).T.contiguous()
+    zero_GO = None if zero_OG is None else zero_OG.to(W_OI.dtype).T.contiguous()
     mask_IO = None if problem.mask_OI is None else problem.mask_OI.T[order_I].contiguous()
     mask_IO = mask_IO if mask is None else mask.mask_IO
     group_of = (order_I // problem.group).tolist()
 
     def project(position: int, column_O: Tensor) -> Tensor:
-        scale_O, zero_O = scale_GO[group_of[position]], zero_GO[group_of[position]]
-        code_O = torch.div(column_O, scale_O).round_().add_(zero_O).clamp_(low, high)
+        scale_O = scale_GO[group_of[position]]
+        code_O = torch.div(column_O, scale_O).round_()
+        zero_O = None if zero_GO is None else zero_GO[group_of[position]]
+        if zero_O is not None:
+            code_O.add_(zero_O)
+        code_O.clamp_(low, high)
         if mask_IO is not None:
-            code_O = torch.where(mask_IO[position], code_O, zero_O)
+            code_O = torch.where(mask_IO[position], code_O, 0.0 if zero_O is None else zero_O)
         codes_IO[position] = code_O
-        return code_O.sub_(zero_O).mul_(scale_O)
+        if zero_O is not None:
+            code_O.sub_(zero_O)
+        return code_O.mul_(scale_O)
 
     sweep_columns(W_OI.T[order_I].contiguous(), U_II, project, mask=mask)
     return _restore_order(codes_IO, order_I)

@@ -86,11 +86,12 @@ class RecordedStates:
         self.chunks.append((chunk.rows, chunk.positions))
         return True
 
-    def recall(self, rows: slice, positions: slice, labels_BT: Tensor, like: Tensor) -> Chunk:
-        """Return predictions that were recorded, in the type and on the device of a tensor."""
+    def recall(self, rows: slice, positions: slice, labels_BT: Tensor) -> Chunk:
+        """Return predictions that were recorded, in the baseline's type and on its device."""
         assert self.states is not None
         assert self.head is not None
-        states_BTC = torch.from_numpy(self.states[rows, positions].copy()).to(like)
+        assert self.like is not None
+        states_BTC = torch.from_numpy(self.states[rows, positions].copy()).to(self.like)
         return Chunk(
             head=self.head,
             rows=rows,
@@ -110,10 +111,9 @@ class RecordedStates:
         if self.build is None:
             return []
         if self.nll_N is None:  # nothing was compared with it
-            assert self.like is not None
             with torch.inference_mode():
                 for (rows, positions), labels_BT in zip(self.chunks, self.labels, strict=True):
-                    self.add_nll(self.recall(rows, positions, labels_BT, self.like))
+                    self.add_nll(self.recall(rows, positions, labels_BT))
         assert self.nll_N is not None
         return self.build(self.nll_N)
 
@@ -222,7 +222,7 @@ class TokenComparison:
         """Compare the predictions of a chunk."""
         if self.refused:
             return False
-        base = self.base.recall(chunk.rows, chunk.positions, chunk.labels_BT, chunk.hidden_BTC)
+        base = self.base.recall(chunk.rows, chunk.positions, chunk.labels_BT)
         base_TV, own_TV = base.logits_BTV.flatten(0, 1), chunk.logits_BTV.flatten(0, 1)
         labels_T = chunk.labels_BT.flatten()
         self.found = self._check_vocabulary(base_TV.shape[-1], own_TV.shape[-1])

@@ -60,6 +60,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cptq.numerics.chunks import choose_chunk
 from cptq.numerics.scale_grids import ScaleType
 from cptq.types import CompressedLayer
 
@@ -74,7 +75,7 @@ ASYMMETRIC_SHARES = (1.3, 0.35)
 SYMMETRIC_FINER = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
 #: factors of the best asymmetric scale, each tried with the zero point one lower and higher
 ASYMMETRIC_FINER = (0.85, 0.92, 1.0, 1.08, 1.18)
-#: weights handled at once by the search, which needs a few copies of them
+#: weights handled at once by the search on a CPU; it needs a few copies of them
 CHUNK = 1 << 20
 
 #: significant bits of a float16, its smallest number as a power of two, and the largest scale
@@ -180,7 +181,7 @@ def fit_grid(
     float16_offset: bool = False,
 ) -> Grid:
     """Fit scales, never 0 and in `scale_dtype`, and int8 zero points; see `quantize_nearest`."""
-    rows = max(1, CHUNK // W_OI.shape[1])
+    rows = max(1, choose_chunk(W_OI, CHUNK) // W_OI.shape[1])
     h_GK = None if importance_I is None else importance_I.to(W_OI.dtype).view(-1, group)
     grids = [
         _fit_chunk(_split_groups(W_RI, group), bits, symmetric, clip, h_GK)

@@ -21,7 +21,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-#: logits that go through all operations at once
+from cptq.numerics.chunks import choose_chunk
+
+#: logits that go through all operations at once on a CPU
 CACHED = 1 << 19
 #: logits of which `find_likeliest` takes the largest first
 RUN = 512
@@ -86,4 +88,6 @@ def find_likeliest(logits_TV: Tensor) -> Tensor:
 
 
 def _split(logits_TV: Tensor) -> list[Tensor]:
-    return list(torch.split(logits_TV, max(1, CACHED // logits_TV.shape[-1])))
+    return list(
+        torch.split(logits_TV, max(1, choose_chunk(logits_TV, CACHED) // logits_TV.shape[-1]))
+    )

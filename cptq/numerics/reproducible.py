@@ -24,7 +24,12 @@ ROWS = 1 << 22
 
 
 def compute_total(X: Tensor) -> Tensor:
-    """Return the sum of all numbers of a tensor, a scalar of its type."""
+    """Return the sum of all numbers of a tensor, a scalar of its type.
+
+    A GPU divides a sum by its size alone, so there one operation gives the same bits again.
+    """
+    if X.device.type != "cpu":
+        return X.sum()
     parts = X.reshape(-1)
     while len(parts) > PART:
         parts = torch.stack([part.sum() for part in parts.split(PART)])

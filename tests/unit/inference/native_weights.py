@@ -63,12 +63,18 @@ def make_weight(
 
 
 def dense(weight: PackedWeight) -> NDArray[np.float64]:
-    """The weight (out, in) in float64."""
+    """The weight (out, in) in float64, wherever it lies."""
+    codes, scale, factor, zero = (
+        None if part is None else part.cpu()
+        for part in (weight.codes, weight.scale, weight.factor, weight.zero)
+    )
+    assert codes is not None
+    assert scale is not None
     return truth.weight(
-        weight.codes.numpy(),
-        weight.scale.numpy() if weight.factor is not None else weight.scale.double().numpy(),
-        None if weight.factor is None else weight.factor.double().numpy(),
-        None if weight.zero is None else weight.zero.numpy(),
+        codes.numpy(),
+        scale.numpy() if factor is not None else scale.double().numpy(),
+        None if factor is None else factor.double().numpy(),
+        None if zero is None else zero.numpy(),
         weight.scheme.bits,
         weight.shape[1],
         weight.scheme.group_size or weight.shape[1],
