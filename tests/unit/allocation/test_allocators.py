@@ -4,6 +4,7 @@ import random
 import re
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -206,6 +207,20 @@ def test_a_budget_beyond_all_candidates_says_what_is_left() -> None:
     assert {c.bits for c in plan.choices.values()} == {4}
     left = plan.budget.limit_bytes - plan.predicted_bytes
     assert f"{left:,} bytes" in plan.notes[0]
+
+
+@pytest.mark.parametrize("slack", [0, 1, 7, 60, 10_000])
+def test_what_bins_show_to_be_dominated_is_what_sorting_drops(slack: int) -> None:
+    draw = np.random.default_rng(slack)
+    nbytes, score = draw.integers(0, 3000, 2000), draw.integers(0, 400, 2000) / 7
+    states = knapsack._States(
+        nbytes=nbytes, score=score, reduced=score, parent=np.arange(2000), option=nbytes
+    )
+    few = states.select(knapsack._find_not_clearly_dominated(nbytes, score, slack))
+    wanted = knapsack._drop_pareto_dominated(states, slack)
+    found = knapsack._drop_pareto_dominated(few, slack)
+    assert found.parent.tolist() == wanted.parent.tolist()
+    assert len(few.nbytes) < 2000 or slack > 3000
 
 
 def test_too_many_states_are_cut_and_reported(
