@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from cptq.allocation.cost import CostModel
-from cptq.artifact import reload
 from cptq.artifact.content import build_content
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import Format, SafetensorsFormat
@@ -28,7 +27,8 @@ from cptq.types import CompressedLayer
 from tests.conftest import TinyModel
 from tests.tiny_models import RECIPES
 from tests.unit.artifact.builders import candidate, compress_layer, load, sample_of
-from tests.unit.artifact.same_process import run_here
+
+pytestmark = pytest.mark.usefixtures("same_process")
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 #: sizes that 32 divides, so that every format can hold the layers; by each family's own names
@@ -53,11 +53,6 @@ QUICK = [
     pytest.param(*pair, marks=() if pair[1] == "llama" or pair[0] == "packed" else pytest.mark.slow)
     for pair in PAIRS
 ]
-
-
-@pytest.fixture(autouse=True)
-def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reload, "_run", run_here)
 
 
 @pytest.fixture(scope="module")
