@@ -25,7 +25,7 @@ from cptq.config import RUNTIMES
 from cptq.errors import ArtifactError
 from cptq.types import CompressedLayer
 from tests.conftest import TinyModel
-from tests.tiny_models import RECIPES
+from tests.tiny_models import RECIPES, VARIED
 from tests.unit.artifact.builders import candidate, compress_layer, load, sample_of
 
 pytestmark = pytest.mark.usefixtures("same_process")
@@ -48,10 +48,18 @@ SIZES: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 64, "hidden_dim": 96, "n_heads": 4},
 }
 PAIRS = [(form, arch) for form in FORMATS for arch in RECIPES]
-#: of these the quick tests take every format and every architecture at least once
+#: of these the quick tests take every format, and one architecture of each build
+QUICK_FORMS: dict[str, tuple[str, ...]] = {
+    arch: FORMATS
+    if arch == "llama"
+    else ("packed",)
+    if arch in (*VARIED, "bert", "generic")
+    else ()
+    for arch in RECIPES
+}
 QUICK = [
-    pytest.param(*pair, marks=() if pair[1] == "llama" or pair[0] == "packed" else pytest.mark.slow)
-    for pair in PAIRS
+    pytest.param(form, arch, marks=() if form in QUICK_FORMS[arch] else pytest.mark.slow)
+    for form, arch in PAIRS
 ]
 
 
