@@ -29,7 +29,7 @@ from tests.conftest import TinyModel
 from tests.quick import cover
 from tests.tiny_models import SENTENCES
 
-pytestmark = pytest.mark.usefixtures("same_process")
+pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 
 SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_inner": 96, "n_head": 4},
