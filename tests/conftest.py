@@ -59,6 +59,14 @@ def pytest_configure() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_fsync() -> Iterator[None]:
+    """No test cuts the power: files need not be on the disk when a step is finished."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 def _existing(path: Path, what: str) -> Path:
     if not path.exists():
         pytest.skip(f"needs {what}: {path} is absent (CPTQ_ASSETS names the directory of assets)")

@@ -6,7 +6,6 @@ import ast
 import os
 import re
 import subprocess
-import sys
 import tomllib
 from functools import cache
 from pathlib import Path
@@ -14,6 +13,9 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from typer.testing import CliRunner
+
+from cptq.cli.app import app
 
 ROOT = Path(__file__).resolve().parents[1]
 MODULES = sorted((ROOT / "cptq").rglob("*.py"))
@@ -104,17 +106,10 @@ def test_the_documents_name_no_script_or_document_that_is_not_there() -> None:
 
 @cache
 def _help(*arguments: str) -> str:
-    code = "from cptq.cli.app import main; main()"
-    answer = subprocess.run(
-        [sys.executable, "-c", code, *arguments, "--help"],
-        env=os.environ | {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert answer.returncode == 0, answer.stderr
-    return answer.stdout
+    plain = {"COLUMNS": "200", "NO_COLOR": "1", "TERM": "dumb"}
+    answer = CliRunner().invoke(app, [*arguments, "--help"], env=plain)
+    assert answer.exit_code == 0, answer.output
+    return answer.output
 
 
 def test_the_documents_name_every_command_and_no_command_or_option_that_is_not_there() -> None:

@@ -114,6 +114,8 @@ RECIPES: Mapping[str, Recipe] = {
     "generic": Recipe("phi", AutoModelForCausalLM, _COMMON),
 }
 CAUSAL_ARCHITECTURES = tuple(n for n, r in RECIPES.items() if r.auto is AutoModelForCausalLM)
+#: one of each build: rotary, learned positions, Conv1D, parallel, encoder, relative, experts
+VARIED = ("llama", "opt", "gpt2", "gpt_neox", "bert-mlm", "mpnet", "qwen3_moe")
 #: those that run in float64; transformers' experts do not
 EXACT_ARCHITECTURES = tuple(
     n for n in CAUSAL_ARCHITECTURES if "num_experts" not in RECIPES[n].config

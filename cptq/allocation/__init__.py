@@ -58,3 +58,5 @@ ALLOCATORS: Registry[Allocator] = Registry(
 )
 #: allocators that need no scores, and so no measurement
 BLIND = ("uniform", "even")
+#: allocators whose plan no other within the budget beats by its summed score
+EXACT = ("knapsack",)

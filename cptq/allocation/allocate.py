@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from cptq.allocation import ALLOCATORS, BLIND
+from cptq.allocation import ALLOCATORS, BLIND, EXACT
 from cptq.allocation.cost import CostModel
 from cptq.allocation.experts import check_tied, list_experts, solve_tied
 from cptq.allocation.ledger import Ledger
@@ -49,7 +49,7 @@ def allocate(
         return _solve(name, table, ledger, candidates, model_fingerprint, emit)
 
     if list_experts(ledger.cost.units):
-        return solve_tied(ledger, solve, emit)
+        return solve_tied(ledger, solve, emit, exact=name in EXACT)
     return solve(ledger, emit)
 
 

@@ -8,6 +8,10 @@ problem is solved once per candidate that all experts can have, with the experts
 the best plan is taken: least predicted loss, or without scores the plan whose smallest width is
 largest, then the largest plan.
 
+For an exact allocator the plan without the rule is not made: if it gave all experts one candidate,
+it would be the best of those with the experts fixed. It is the dearest of all, as many units of one
+size have many nearly equal plans. The exception is a budget for the whole model at 16 bits.
+
 One scheme also means one group size: it must divide the inputs of all expert layers.
 
 Cost: as many allocations as candidates, each with the units outside the experts free.
@@ -41,21 +45,22 @@ def fix_experts(ledger: Ledger, candidate: Candidate) -> Ledger:
     return ledger.restrict({**ledger.bytes_of, **dict.fromkeys(experts, (candidate,))})
 
 
-def solve_tied(ledger: Ledger, solve: Solve, emit: Emit) -> Plan:
+def solve_tied(ledger: Ledger, solve: Solve, emit: Emit, *, exact: bool) -> Plan:
     """Find the best plan that gives all experts one candidate.
 
     Args:
         ledger: the budget and the options of a model that has experts.
         solve: makes a plan in which every unit is free.
         emit: receives the events of the plan that is returned.
+        exact: `solve` finds the least predicted loss of all plans that fit.
 
     Raises:
         PlanError: there is no width below 16 bits that all experts can have.
         BudgetError: no plan fits, whatever the experts get.
     """
     units = ledger.cost.units
-    found = _try(solve, ledger)
-    if not _is_tied(units, found[0].choices):
+    found = None if exact and not _fits_dense(ledger) else _try(solve, ledger)
+    if found is None or not _is_tied(units, found[0].choices):
         attempts = _try_each(ledger, solve)
         found = min(attempts, key=lambda attempt: _rank(attempt[0]))
     plan, events = found
@@ -63,6 +68,12 @@ def solve_tied(ledger: Ledger, solve: Solve, emit: Emit) -> Plan:
         emit(event)  # type: ignore[arg-type]
     check_tied(units, plan.choices)
     return plan
+
+
+def _fits_dense(ledger: Ledger) -> bool:
+    """Return whether every unit can be dense and the budget holds that."""
+    dense = {unit: c for unit, row in ledger.bytes_of.items() for c in row if c.dense}
+    return len(dense) == len(ledger.bytes_of) and ledger.count_bytes(dense) <= ledger.limit
 
 
 def _try_each(ledger: Ledger, solve: Solve) -> list[Attempt]:

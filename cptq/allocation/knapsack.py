@@ -55,6 +55,8 @@ MOST_STATES = 200_000
 FEW_STATES = 1_000
 #: rounds of dropping options, each of which makes the slack smaller and the bound tighter
 _ROUNDS = 6
+#: bins of bytes that the slack is divided into, to find most dominated states without sorting
+_BINS_OF_SLACK = 8
 #: relative rounding error of a sum of scores
 _ROUNDING = 1e-12
 
@@ -242,9 +244,7 @@ def _search(core: _Core, most_states: int) -> tuple[dict[str, Candidate] | None,
     most = _sum_suffixes([int(unit.nbytes.max()) for unit in units])
     slack, proven, history = core.problem.ledger.slack, True, [_start()]
     for i, unit in enumerate(units):
-        states = _extend(history[-1], unit)
-        unused = _count_unused(states, core.room - most[i + 1])
-        states = _drop_hopeless(states, unused, core.room - least[i + 1], core)
+        states = _extend(history[-1], unit, core, least=least[i + 1], most=most[i + 1])
         states = _drop_pareto_dominated(states, slack)
         if len(states.nbytes) > most_states:
             proven = False
@@ -268,30 +268,49 @@ def _sum_suffixes(values: list[int]) -> list[int]:
     return sums[::-1]
 
 
-def _extend(states: _States, unit: _CoreUnit) -> _States:
-    """Combine every state with every option of the next unit."""
-    count, width = len(states.nbytes), len(unit.option)
+def _extend(states: _States, unit: _CoreUnit, core: _Core, least: int, most: int) -> _States:
+    """Combine every state with every option of the next unit, where that leads anywhere.
+
+    Kept is what can still fit if the units to come take `least` bytes, can still beat the best plan
+    (the gap), and is not seen at once to be dominated. The bound paid p for every byte of the
+    limit, so a byte that stays unused even if the units to come take `most` costs p beyond it.
+    """
+    nbytes = (states.nbytes[:, None] + unit.nbytes).ravel()
+    reduced = (states.reduced[:, None] + unit.reduced).ravel()
+    unused = np.maximum(core.room - most - nbytes, 0)
+    keep = (nbytes <= core.room - least) & (reduced + core.price * unused <= core.gap)
+    index = np.flatnonzero(keep)
+    parent, option = np.divmod(index, len(unit.option))
+    score = states.score[parent] + unit.score[option]
+    kept = _find_not_clearly_dominated(nbytes[index], score, core.problem.ledger.slack)
+    index = index[kept]
     return _States(
-        nbytes=(states.nbytes[:, None] + unit.nbytes).ravel(),
-        score=(states.score[:, None] + unit.score).ravel(),
-        reduced=(states.reduced[:, None] + unit.reduced).ravel(),
-        parent=np.repeat(np.arange(count, dtype=np.int64), width),
-        option=np.tile(unit.option, count),
+        nbytes=nbytes[index],
+        score=score[kept],
+        reduced=reduced[index],
+        parent=parent[kept],
+        option=unit.option[option[kept]],
     )
 
 
-def _count_unused(states: _States, filled: int) -> _Floats:
-    """Return the bytes that stay unused even if all units to come take their largest option.
+def _find_not_clearly_dominated(nbytes: _Ints, score: _Floats, slack: int) -> npt.NDArray[np.intp]:
+    """Return the positions of the states that no bin of smaller ones dominates, without sorting.
 
-    The bound paid p for every byte of the limit, so an unused byte costs p beyond it.
+    States are put into bins of equal width by their bytes. All of a bin are smaller by the slack
+    than those of a bin that is `apart` further on. What this drops, sorting would drop as well, as
+    domination is transitive (`_drop_pareto_dominated`), and sorting the few that are left is quick.
     """
-    return np.maximum(filled - states.nbytes, 0).astype(np.float64)
-
-
-def _drop_hopeless(states: _States, unused: _Floats, room: int, core: _Core) -> _States:
-    """Keep the states that can still fit (`room`) and can still beat the best plan (the gap)."""
-    keep = (states.nbytes <= room) & (states.reduced + core.price * unused <= core.gap)
-    return states.select(np.flatnonzero(keep))
+    if not len(nbytes):
+        return np.arange(0)
+    first, least = int(nbytes.min()), max(slack, 1)
+    width = max(least // _BINS_OF_SLACK, int(nbytes.max() - first) // len(nbytes) + 1)
+    place = (nbytes - first) // width
+    best = np.full(int(place.max()) + 1, np.inf)
+    np.minimum.at(best, place, score)
+    best = np.minimum.accumulate(best)
+    apart = 1 + -(-(least - 1) // width)
+    smaller = np.concatenate([np.full(apart, np.inf), best])
+    return np.flatnonzero(smaller[place] > score)
 
 
 def _drop_pareto_dominated(states: _States, slack: int) -> _States:

@@ -35,7 +35,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import brentq
-from scipy.stats import binomtest, norm
+from scipy.special import ndtri
 
 from cptq.evaluation.metrics import ROW_METRICS, Values, draw_samples
 from cptq.types import (
@@ -154,12 +154,14 @@ def _describe(result: EvalResult) -> dict[str, Any]:
 
 def compute_mcnemar_p(lost: int, gained: int) -> float:
     """Compute the exact two-sided p-value; 1 where no answer differs."""
+    from scipy.stats import binomtest  # at the head it would slow the start of every command
+
     return float(binomtest(lost, lost + gained).pvalue) if lost + gained else 1.0
 
 
 def compute_tango_interval(lost: int, gained: int, samples: int) -> tuple[float, float]:
     """Compute Tango's score interval of (gained - lost) / samples at LEVEL, within [-1, 1]."""
-    z = float(norm.ppf((1 + LEVEL) / 2))
+    z = float(ndtri((1 + LEVEL) / 2))
     value = (gained - lost) / samples
 
     def beyond(difference: float, limit: float) -> float:

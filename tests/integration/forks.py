@@ -3,8 +3,9 @@
     python -m tests.integration.forks
 
 A server imports what `cptq compress` needs and forks for every command line that it is sent, one
-JSON document per line each way. The reload check is that of `same_process`, and --tune makes few
-steps. Threads do not survive a fork: a server of several has run nothing before.
+JSON document per line each way. The reload check is that of `same_process`, speed is not measured,
+and --tune makes few steps. Threads do not survive a fork: a server of several has run nothing
+before.
 """
 
 from __future__ import annotations
@@ -75,12 +76,15 @@ def _serve() -> None:
 
     from cptq.api import compress
     from cptq.artifact import reload
-    from cptq.pipeline import tune
+    from cptq.pipeline import speed, tune
+    from cptq.types import SpeedReport
     from tests.unit.artifact.same_process import run_here
 
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     tune.STEPS = FEW  # type: ignore[attr-defined]
     reload._run = run_here  # type: ignore[assignment]
+    unmeasured = SpeedReport(command="", why="in a test")
+    speed._measure = lambda *_: unmeasured  # type: ignore[assignment]
     if torch.get_num_threads() == 1:
         _warm_up(compress)
     for line in sys.stdin:

@@ -8,23 +8,16 @@ from typing import Any
 
 import pytest
 
-from cptq.artifact import reload
 from cptq.config import AnalyzeSettings, CalibrationSettings, CompressSettings, ModelSettings
 from cptq.errors import UsageError
 from cptq.pipeline import analyze, compress
 from cptq.sensitivity import list_default_metrics
 from cptq.types import Event, Notice
 from tests.conftest import TinyModel
-from tests.unit.artifact.same_process import run_here
 
-pytestmark = pytest.mark.usefixtures("short_manual")
+pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 TEXT = CalibrationSettings(calibration="pydoc", samples=12, seqlen=64, batch_size=4)
 UNITS = 8  # four Conv1D in each of two blocks
-
-
-@pytest.fixture(autouse=True)
-def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reload, "_run", run_here)
 
 
 def common(model: Path) -> dict[str, Any]:

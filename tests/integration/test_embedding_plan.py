@@ -21,10 +21,11 @@ from cptq.pipeline.compress import plan
 from cptq.report import CompressOutcome
 from cptq.types import Plan
 from tests.conftest import TinyModel
-from tests.integration.test_packed_way import same_process, settings
+from tests.integration.test_packed_way import settings
+from tests.quick import cover
 from tests.unit.artifact.builders import load
 
-__all__ = ["same_process"]  # artifacts are verified in this process here too
+pytestmark = pytest.mark.usefixtures("same_process")
 
 
 def run(model: Path, out: Path, **options: Any) -> CompressOutcome:
@@ -102,13 +103,14 @@ def test_a_plan_of_an_earlier_version_is_refused_by_name(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("tied", "names"), [(True, ["embed_tokens"]), (False, ["embed_tokens", "lm_head"])]
+    ("dtype", "tied"),
+    cover([torch.float16, torch.bfloat16, torch.float32], [True, False], at_once=1),
 )
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_stock_transformers_reads_8_bit_floats(
-    tiny_model: TinyModel, tmp_path: Path, dtype: torch.dtype, tied: bool, names: list[str]
+    tiny_model: TinyModel, tmp_path: Path, dtype: torch.dtype, tied: bool
 ) -> None:
     """The default runtime stores the vocabulary as 8-bit floats; the reload check compares."""
+    names = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     model = tiny_model("llama", dtype=dtype, tied=tied)
     asked = settings(model, tmp_path / "out", target="4.5bit", embedding_bits=8)
     done = compress(replace(asked, runtime="transformers"), lambda event: None)

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner, Result
 
-from cptq.artifact import hub, reload
+from cptq.artifact import hub
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import SafetensorsFormat
 from cptq.artifact.inspect import inspect
@@ -25,16 +25,14 @@ from cptq.errors import ArtifactError, CptqError, OutputExistsError
 from cptq.numerics.grid import dequantize_layer
 from cptq.pipeline import compress, export
 from tests.tiny_models import build_tiny_model
-from tests.unit.artifact.same_process import run_here
 
-
-@pytest.fixture(autouse=True)
-def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reload, "_run", run_here)
+pytestmark = pytest.mark.usefixtures("same_process")
 
 
 @pytest.fixture(scope="module")
-def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def artifact(
+    tmp_path_factory: pytest.TempPathFactory, same_process: None, short_manual: None
+) -> Path:
     """A llama in float32, compressed for llama.cpp to a mixed plan."""
     place = tmp_path_factory.mktemp("export")
     model = build_tiny_model(
@@ -46,21 +44,19 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
         num_key_value_heads=2,
         head_dim=16,
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reload, "_run", run_here)
-        compress(
-            CompressSettings(
-                model=ModelSettings(model=str(model), device="cpu"),
-                calibration=CalibrationSettings(calibration="pydoc", samples=4, seqlen=32),
-                runtime="llamacpp",
-                bits=(4, 5, 8, 16),
-                group_size=32,
-                embedding_bits=16,
-                target="8bit",
-                out=place / "artifact",
-            ),
-            lambda event: None,
-        )
+    compress(
+        CompressSettings(
+            model=ModelSettings(model=str(model), device="cpu"),
+            calibration=CalibrationSettings(calibration="pydoc", samples=4, seqlen=32),
+            runtime="llamacpp",
+            bits=(4, 5, 8, 16),
+            group_size=32,
+            embedding_bits=16,
+            target="8bit",
+            out=place / "artifact",
+        ),
+        lambda event: None,
+    )
     return place / "artifact"
 
 

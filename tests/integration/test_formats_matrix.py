@@ -15,7 +15,6 @@ import pytest
 import torch
 
 from cptq.allocation.cost import CostModel
-from cptq.artifact import reload
 from cptq.artifact.content import build_content
 from cptq.artifact.formats import FORMATS
 from cptq.artifact.formats.interface import Format, SafetensorsFormat
@@ -26,9 +25,10 @@ from cptq.config import RUNTIMES
 from cptq.errors import ArtifactError
 from cptq.types import CompressedLayer
 from tests.conftest import TinyModel
-from tests.tiny_models import RECIPES
+from tests.tiny_models import RECIPES, VARIED
 from tests.unit.artifact.builders import candidate, compress_layer, load, sample_of
-from tests.unit.artifact.same_process import run_here
+
+pytestmark = pytest.mark.usefixtures("same_process")
 
 WIDTHS = (2, 3, 4, 5, 6, 7, 8, 16)
 #: sizes that 32 divides, so that every format can hold the layers; by each family's own names
@@ -48,16 +48,19 @@ SIZES: dict[str, dict[str, Any]] = {
     "distilbert": {"dim": 64, "hidden_dim": 96, "n_heads": 4},
 }
 PAIRS = [(form, arch) for form in FORMATS for arch in RECIPES]
-#: of these the quick tests take every format and every architecture at least once
+#: of these the quick tests take every format, and one architecture of each build
+QUICK_FORMS: dict[str, tuple[str, ...]] = {
+    arch: FORMATS
+    if arch == "llama"
+    else ("packed",)
+    if arch in (*VARIED, "bert", "generic")
+    else ()
+    for arch in RECIPES
+}
 QUICK = [
-    pytest.param(*pair, marks=() if pair[1] == "llama" or pair[0] == "packed" else pytest.mark.slow)
-    for pair in PAIRS
+    pytest.param(form, arch, marks=() if form in QUICK_FORMS[arch] else pytest.mark.slow)
+    for form, arch in PAIRS
 ]
-
-
-@pytest.fixture(autouse=True)
-def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reload, "_run", run_here)
 
 
 @pytest.fixture(scope="module")

@@ -66,6 +66,7 @@ def starve(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.param("opt", "cptq", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures("same_process")
 def test_the_artifact_is_the_same(
     arch: str,
     runtime: str,

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from cptq.artifact import reload
 from cptq.artifact.reader import open_artifact
 from cptq.compression import trial_model
 from cptq.config import (
@@ -27,8 +26,10 @@ from cptq.pipeline import analyze, compress, export
 from cptq.report.summary import CompressOutcome
 from cptq.types import CompressedLayer
 from tests.conftest import TinyModel
+from tests.quick import cover
 from tests.tiny_models import SENTENCES
-from tests.unit.artifact.same_process import run_here
+
+pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 
 SIZES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_inner": 96, "n_head": 4},
@@ -36,11 +37,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4},
 }
 KINDS = {"w4g32": "Q4_0", "w8g32": "Q8_0", "w4g32-asym": "Q4_1", "w5g32-asym": "Q5_1"}
-
-
-@pytest.fixture(autouse=True)
-def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reload, "_run", run_here)
 
 
 def compressed(model: Path, out: Path, **options: Any) -> CompressOutcome:
@@ -67,29 +63,15 @@ def exported(artifact: Path, out: Path) -> gguf.GGUFReader:
 
 
 @pytest.mark.parametrize(
-    ("arch", "asymmetric", "form"),
-    [
-        ("gpt2", False, "packed"),
-        ("gpt2", True, "packed"),
-        ("bert", True, "packed"),
-        ("llama", True, "packed"),
-        ("bert", False, "packed"),
-    ],
-)
-@pytest.mark.parametrize(
-    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.slow)]
+    ("arch", "asymmetric", "dtype"),
+    cover(["gpt2", "bert", "llama"], [False, True], [torch.bfloat16, torch.float32], at_once=1),
 )
 def test_a_mixed_plan_comes_out_bit_for_bit(
-    tiny_model: TinyModel,
-    tmp_path: Path,
-    arch: str,
-    asymmetric: bool,
-    form: str,
-    dtype: torch.dtype,
+    tiny_model: TinyModel, tmp_path: Path, arch: str, asymmetric: bool, dtype: torch.dtype
 ) -> None:
     source = tiny_model(arch, dtype=dtype, **SIZES[arch])
     done = compressed(source, tmp_path / "out", asymmetric=asymmetric, bits=(4, 8))
-    assert done.artifact.manifest["form"] == form
+    assert done.artifact.manifest["form"] == "packed"
     content = open_artifact(done.out).content
     labels = {layer.result.candidate.label for layer in content.compressed.values()}
     assert labels == ({"w4g32-asym", "w8g32"} if asymmetric else {"w4g32", "w8g32"})
@@ -106,9 +88,9 @@ def test_a_mixed_plan_comes_out_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("arch", "asymmetric"), [("llama", False), ("llama", True), ("gpt2", False)]
+    ("arch", "asymmetric", "dtype"),
+    cover(["llama", "gpt2"], [False, True], [torch.float32, torch.bfloat16], at_once=1),
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_embedding_comes_out_as_q8_0(
     tiny_model: TinyModel, tmp_path: Path, arch: str, asymmetric: bool, dtype: torch.dtype
 ) -> None:
@@ -177,8 +159,9 @@ def test_an_embedding_that_no_block_holds_stays_dense_and_that_is_said(
     assert any("llamacpp takes inputs that 32 divides, and this is 300 x 48" in m for m in said)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "bert"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("arch", "dtype"), cover(["llama", "gpt2", "bert"], [torch.float32, torch.bfloat16], at_once=1)
+)
 def test_a_target_counts_the_gguf(
     tiny_model: TinyModel, tmp_path: Path, arch: str, dtype: torch.dtype
 ) -> None:

@@ -11,39 +11,32 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from cptq.artifact import reload
 from cptq.artifact.inspect import inspect
 from cptq.cli.app import app
 from cptq.config import CompressSettings
 from cptq.pipeline import compress
 from tests.integration.test_packed_way import settings
 from tests.tiny_models import build_tiny_model
-from tests.unit.artifact.same_process import run_here
+
+pytestmark = pytest.mark.usefixtures("same_process")
 
 LABELS = ["w4g16-s50", "w4g16-2:4", "w3g16-asym", "w16"]
 
 
-@pytest.fixture(autouse=True)
-def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reload, "_run", run_here)
-
-
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+def made(tmp_path_factory: pytest.TempPathFactory, same_process: None) -> tuple[Path, Path]:
     """A GPT-2 and its artifact: sparse, asymmetric and dense Conv1D, a packed embedding."""
     place = tmp_path_factory.mktemp("packed")
     model = build_tiny_model(place / "model", "gpt2", dtype=torch.float16)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reload, "_run", run_here)
-        first = settings(model, place / "first", embedding_bits=8, group_size=16)
-        compress(first, lambda event: None)
-        plan = json.loads((place / "first" / "plan.json").read_text())
-        for k, unit in enumerate(u for u in plan["choices"] if u != "transformer.wte"):
-            plan["choices"][unit] = LABELS[k % len(LABELS)]
-        (place / "plan.json").write_text(json.dumps(plan))
-        asked = settings(model, place / "out", plan=place / "plan.json", target=None)
-        assert isinstance(asked, CompressSettings)
-        compress(asked, lambda event: None)
+    first = settings(model, place / "first", embedding_bits=8, group_size=16)
+    compress(first, lambda event: None)
+    plan = json.loads((place / "first" / "plan.json").read_text())
+    for k, unit in enumerate(u for u in plan["choices"] if u != "transformer.wte"):
+        plan["choices"][unit] = LABELS[k % len(LABELS)]
+    (place / "plan.json").write_text(json.dumps(plan))
+    asked = settings(model, place / "out", plan=place / "plan.json", target=None)
+    assert isinstance(asked, CompressSettings)
+    compress(asked, lambda event: None)
     return model, place / "out"
 
 

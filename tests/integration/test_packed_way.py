@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import cptq
-from cptq.artifact import reload
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
 from cptq.errors import PlanError, UsageError
 from cptq.inference.modules import find_packed_modules
@@ -19,12 +18,8 @@ from cptq.pipeline import compress
 from cptq.types import Event
 from tests.conftest import TinyModel
 from tests.tiny_models import SENTENCES
-from tests.unit.artifact.same_process import run_here
 
-
-@pytest.fixture(autouse=True)
-def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reload, "_run", run_here)
+pytestmark = pytest.mark.usefixtures("same_process")
 
 
 def settings(model: Path, out: Path, **options: Any) -> CompressSettings:

@@ -16,6 +16,7 @@ from cptq.errors import BudgetError, CalibrationError, PlanError
 from cptq.pipeline import compress
 from cptq.types import Event, Notice
 from tests.conftest import TinyModel
+from tests.quick import keep_quick
 
 pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
@@ -81,15 +82,14 @@ def test_an_edited_plan_replays_exactly(model: Path, measured: Path, tmp_path: P
     plan["choices"][unit] = "w5g16" if plan["choices"][unit] != "w5g16" else "w6g16"
     edited = tmp_path / "edited.json"
     edited.write_text(json.dumps(plan))
-    for name in ("b", "c"):
-        compress(settings(model, tmp_path / name, target=None, plan=edited), quiet)
-    assert sha256(tmp_path / "b") == sha256(tmp_path / "c") != sha256(measured.parents[1])
+    compress(settings(model, tmp_path / "b", target=None, plan=edited), quiet)
+    assert sha256(tmp_path / "b") != sha256(measured.parents[1])
     again = json.loads((tmp_path / "b" / "plan.json").read_text())
     assert again["choices"] == plan["choices"]
     # and the plan that the edited one wrote gives the same bytes once more
     written = tmp_path / "b" / "plan.json"
-    compress(settings(model, tmp_path / "d", target=None, plan=written), quiet)
-    assert sha256(tmp_path / "d") == sha256(tmp_path / "b")
+    compress(settings(model, tmp_path / "c", target=None, plan=written), quiet)
+    assert sha256(tmp_path / "c") == sha256(tmp_path / "b")
 
 
 def test_a_target_in_bits_per_weight_limits_the_weights_and_an_old_plan_of_it_replays(
@@ -225,7 +225,7 @@ def test_without_text_to_judge_on_the_check_is_left_out_and_that_is_said(
         compress(settings(model, tmp_path / "b", refine=3, calibration=short), quiet)
 
 
-@pytest.mark.parametrize("compressor", ["nearest", "gptq"])
+@pytest.mark.parametrize("compressor", keep_quick(("nearest", "gptq"), "gptq"))
 def test_refinement_mends_a_misled_plan_within_the_same_bytes(
     model: Path, measured: Path, tmp_path: Path, compressor: str
 ) -> None:

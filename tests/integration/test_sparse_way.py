@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import cptq
-from cptq.artifact import reload
 from cptq.config import (
     AnalyzeSettings,
     CalibrationSettings,
@@ -24,16 +23,10 @@ from cptq.inference.modules import find_packed_modules
 from cptq.pipeline import analyze, compress
 from cptq.types import Candidate, Event, Notice
 from tests.conftest import TinyModel
-from tests.unit.artifact.same_process import run_here
 
-pytestmark = pytest.mark.usefixtures("short_manual")
+pytestmark = pytest.mark.usefixtures("same_process", "short_manual")
 TEXT = CalibrationSettings(calibration="pydoc", samples=12, seqlen=64, batch_size=4)
 SPARSE = {"runtime": "cptq", "sparsity": ("2:4", "50%"), "bits": (3, 4, 16), "group_size": 16}
-
-
-@pytest.fixture(autouse=True)
-def same_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reload, "_run", run_here)
 
 
 def common(model: Path) -> dict[str, Any]:

@@ -13,7 +13,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from cptq.artifact import reload, stock_load
 from cptq.compression.tune import RATES
 from cptq.config import CalibrationSettings, CompressSettings, ExportSettings, ModelSettings
 from cptq.errors import CalibrationError, UsageError
@@ -27,16 +26,9 @@ CALIBRATION = CalibrationSettings(calibration="pydoc", samples=16, seqlen=64, ba
 
 
 @pytest.fixture(scope="module", autouse=True)
-def in_short() -> Iterator[None]:
-    """Few steps; artifacts are checked in this process, as a new one imports torch for seconds."""
-
-    def run(folder: Path, job: dict[str, Any]) -> dict[str, Any]:
-        (folder / "job.json").write_text(json.dumps(job))
-        stock_load.main(str(folder / "job.json"))
-        return json.loads(Path(job["report"]).read_text()) | {"cptq": []}
-
+def in_short(same_process: None, short_manual: None) -> Iterator[None]:
+    """Few steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reload, "_run", run)
         patch.setattr(tuning, "STEPS", 16)
         patch.setattr("cptq.compression.tune.CHECK_EVERY", 4)
         yield

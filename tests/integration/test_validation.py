@@ -20,6 +20,7 @@ from cptq.pipeline import analyze
 from cptq.sensitivity.rounding import compute_rounding_error
 from cptq.types import Budget, Candidate, Event, Notice, Plan, Validation
 from tests.conftest import TinyModel
+from tests.quick import keep_quick
 
 pytestmark = pytest.mark.usefixtures("short_manual")
 CALIBRATION = CalibrationSettings(calibration="pydoc", samples=4, seqlen=64, batch_size=2)
@@ -158,7 +159,7 @@ def test_the_model_is_left_as_it_was_and_the_same_seed_gives_the_same(
     assert (again.pairs, again.trials) == (found.pairs, found.trials)
 
 
-@pytest.mark.parametrize("arch", ["bert", "mpnet"])
+@pytest.mark.parametrize("arch", keep_quick(("bert", "mpnet"), "bert"))
 def test_sentences_are_judged_whole(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str
 ) -> None:

@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
 
 from cptq.types import Agreement, Interval
 
@@ -37,6 +36,8 @@ Statistic = Callable[[Floats, Floats], float]
 
 def compute_spearman(x: Floats, y: Floats) -> float:
     """Return the correlation of ranks, ties sharing their mean rank; 0 where either is constant."""
+    from scipy.stats import rankdata  # at the head it would slow the start of every command
+
     return _compute_cosine(_center(rankdata(x)), _center(rankdata(y)))
 
 

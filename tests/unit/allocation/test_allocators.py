@@ -4,6 +4,7 @@ import random
 import re
 import time
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from cptq.allocation.kmeans import cluster_line
 from cptq.allocation.ledger import build_ledger
 from cptq.errors import BudgetError
 from cptq.types import Budget, Candidate, Event, Notice, Plan
+from tests.quick import keep_quick
 from tests.reference.allocation import best_clusters, best_loss, spread
 from tests.unit.allocation.synthetic import CANDIDATES, model, random_table, run, table
 
@@ -37,10 +39,10 @@ def assert_full(cost: CostModel, plan: Plan, candidates: tuple[Candidate, ...]) 
                 assert larger > ledger.limit or larger <= used
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     seed=st.integers(0, 10**6),
-    units=st.integers(1, 5),
+    units=st.integers(1, 4),
     share=st.floats(0, 1),
     noise=st.sampled_from([0.0, 0.3, 2.0]),
     count=st.integers(1, 7),
@@ -76,7 +78,7 @@ def test_knapsack_is_optimal(
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10**6), extra=st.integers(0, 40), units=st.integers(1, 4))
+@given(seed=st.integers(0, 10**6), extra=st.integers(0, 40), units=st.integers(1, 3))
 def test_knapsack_is_optimal_at_the_edge_of_a_plan(seed: int, extra: int, units: int) -> None:
     """Limits within a few bytes of some plan, where the digits of offsets decide."""
     cost, draw = model(units, seed=seed, sizes=(33, 34, 35)), random.Random(seed)
@@ -208,6 +210,20 @@ def test_a_budget_beyond_all_candidates_says_what_is_left() -> None:
     assert f"{left:,} bytes" in plan.notes[0]
 
 
+@pytest.mark.parametrize("slack", [0, 1, 7, 60, 10_000])
+def test_what_bins_show_to_be_dominated_is_what_sorting_drops(slack: int) -> None:
+    draw = np.random.default_rng(slack)
+    nbytes, score = draw.integers(0, 3000, 2000), draw.integers(0, 400, 2000) / 7
+    states = knapsack._States(
+        nbytes=nbytes, score=score, reduced=score, parent=np.arange(2000), option=nbytes
+    )
+    few = states.select(knapsack._find_not_clearly_dominated(nbytes, score, slack))
+    wanted = knapsack._drop_pareto_dominated(states, slack)
+    found = knapsack._drop_pareto_dominated(few, slack)
+    assert found.parent.tolist() == wanted.parent.tolist()
+    assert len(few.nbytes) < 2000 or slack > 3000
+
+
 def test_too_many_states_are_cut_and_reported(
     monkeypatch: pytest.MonkeyPatch, events: list[Event]
 ) -> None:
@@ -219,7 +235,7 @@ def test_too_many_states_are_cut_and_reported(
     assert any(isinstance(e, Notice) and e.kind == "fallback" for e in events)
 
 
-@pytest.mark.parametrize("name", MIXING)
+@pytest.mark.parametrize("name", keep_quick(MIXING, "knapsack"))
 def test_32_blocks_of_7_layers_with_14_candidates_take_seconds(name: str) -> None:
     cost = model(224, sizes=(512, 576, 1536))
     candidates = tuple(

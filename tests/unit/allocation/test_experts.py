@@ -92,6 +92,12 @@ def test_no_other_candidate_of_the_experts_makes_a_better_plan() -> None:
     assert plan.predicted_loss == min(losses)
 
 
+def test_a_budget_for_the_whole_model_leaves_it_dense() -> None:
+    cost = mixture(blocks=1)
+    plan = run("knapsack", random_table(cost, seed=5), cost, "16bit")
+    assert set(plan.choices.values()) == {W16}
+
+
 def test_experts_that_hardly_matter_pay_for_the_attention() -> None:
     cost = mixture()
 

@@ -20,6 +20,7 @@ from cptq.errors import ArtifactError
 from cptq.numerics.grid import dequantize_layer
 from cptq.types import Candidate, Event, Notice
 from tests.conftest import TinyModel
+from tests.quick import cover
 from tests.unit.artifact.builders import (
     compress_layer,
     load,
@@ -60,8 +61,9 @@ NAMES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("arch", list(NAMES))
+@pytest.mark.parametrize(
+    ("arch", "dtype"), cover(NAMES, [torch.float16, torch.bfloat16, torch.float32], at_once=1)
+)
 def test_every_weight_is_exactly_that_of_the_artifact(
     tiny_model: TinyModel, tmp_path: Path, arch: str, dtype: torch.dtype
 ) -> None:

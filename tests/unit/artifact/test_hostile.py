@@ -24,7 +24,7 @@ from cptq.errors import ArtifactError, CptqError
 from tests.tiny_models import build_tiny_model
 from tests.unit.artifact.builders import compress, load, sample_of, write
 
-QUICK, LONG = 60, 3000
+QUICK, LONG = 30, 3000
 #: what reading a small damaged file may take beside the file itself
 MEMORY = 8 << 20
 HUGE = (2**63 - 1, 2**64 - 1, 10**30, -1, 0, 1.5, float("inf"), "7", None, True, [], {}, [[1]])

@@ -56,8 +56,15 @@ def answer(module: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     return output.last_hidden_state if logits is None else logits
 
 
-CASES = [(*family, EVERYTHING) for family in FAMILIES]
-CASES += [(*family, labels) for family in (FAMILIES[0], FAMILIES[5]) for labels in KINDS]
+CASES: list[Any] = [(*family, EVERYTHING) for family in FAMILIES[:6]]
+CASES += [(*FAMILIES[0], labels) for labels in KINDS]
+CASES += [
+    pytest.param(*case, marks=pytest.mark.slow)
+    for case in (
+        *((*family, EVERYTHING) for family in FAMILIES[6:]),
+        *((*FAMILIES[5], labels) for labels in KINDS),
+    )
+]
 
 
 @pytest.mark.parametrize(("arch", "options", "labels"), CASES)

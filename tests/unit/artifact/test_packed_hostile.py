@@ -153,7 +153,7 @@ def test_places_that_the_codes_cannot_fill(copy: Path, part: str) -> None:
     refused(copy, r"positions.*model\.layers")
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.recursive(
         st.none() | st.booleans() | st.integers() | st.text(max_size=12),
@@ -171,7 +171,7 @@ def test_any_json_is_a_table_of_schemes_or_an_error(modules: Any, version: Any) 
     assert all(isinstance(label, str) for label in found.values())
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_flipped_bytes_of_the_header_are_an_error_or_change_nothing(
     whole: Path, tmp_path: Path, data: st.DataObject

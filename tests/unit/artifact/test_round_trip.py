@@ -17,21 +17,26 @@ from cptq.types import Artifact
 from tests.conftest import TinyModel
 from tests.unit.artifact.builders import compress, load, sample_of, write
 
-CASES = [
+CASES: list[Any] = [
     ("llama", {"tied": True, "intermediate_size": 77, "num_hidden_layers": 3}, (32, 0, 64)),
     ("llama", {"tied": False, "dtype": torch.bfloat16}, (16,)),
     ("opt", {"dtype": torch.float16, "ffn_dim": 129}, (32, 0)),
     ("bert", {"hidden_size": 96, "intermediate_size": 131}, (32, 64, 0)),
-    ("roberta", {"dtype": torch.float16}, (0, 32)),
     ("mpnet", {}, (32,)),
     ("bert-mlm", {}, (32,)),
-    ("mistral", {"dtype": torch.bfloat16}, (0,)),
-    ("qwen2", {"dtype": torch.float16}, (32,)),
     ("generic", {}, (32,)),
     ("bert-encoder", {"dtype": torch.float16}, (64,)),
-    ("qwen3", {"dtype": torch.bfloat16}, (16, 0)),
     ("gpt_neox", {}, (32,)),
-    ("distilbert", {}, (32,)),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (
+            ("roberta", {"dtype": torch.float16}, (0, 32)),
+            ("mistral", {"dtype": torch.bfloat16}, (0,)),
+            ("qwen2", {"dtype": torch.float16}, (32,)),
+            ("qwen3", {"dtype": torch.bfloat16}, (16, 0)),
+            ("distilbert", {}, (32,)),
+        )
+    ),
 ]
 
 

@@ -15,8 +15,9 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, replace_weight
 from tests.conftest import TinyModel
 from tests.left_behind import list_replaced_forwards
+from tests.quick import keep_quick
 from tests.reference.sensitivity import loaded
-from tests.tiny_models import BLOCKS, RECIPES, VOCABULARY
+from tests.tiny_models import BLOCKS, RECIPES, VARIED, VOCABULARY
 
 LENGTHS = ((9, 4, 7), (3, 12))
 
@@ -49,7 +50,7 @@ def direct(model: LoadedModel, batch: Batch) -> Any:
     return forward(model, batch)
 
 
-@pytest.fixture(scope="module", params=list(RECIPES))
+@pytest.fixture(scope="module", params=keep_quick(RECIPES, *VARIED))
 def model(request: pytest.FixtureRequest, tiny_model: TinyModel) -> LoadedModel:
     return loaded(tiny_model(request.param))
 

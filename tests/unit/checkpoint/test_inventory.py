@@ -18,7 +18,8 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.errors import ModelError
 from cptq.types import Event, LayerSpec, Notice, TensorSpec
 from tests.conftest import TinyModel
-from tests.tiny_models import BLOCKS, RECIPES
+from tests.quick import cover, keep_quick
+from tests.tiny_models import BLOCKS, RECIPES, VARIED
 from tests.unit.checkpoint.made import load
 from tests.unit.checkpoint.test_named_families import ROLES
 
@@ -215,8 +216,10 @@ def test_the_longest_input_runs(made: Made) -> None:
     assert bool(torch.isfinite(output[0]).all())
 
 
-@pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "gpt2", "opt", "gpt_neox", "bert-mlm"])
+@pytest.mark.parametrize(
+    ("arch", "tied"),
+    cover(["llama", "qwen2", "gpt2", "opt", "gpt_neox", "bert-mlm"], [False, True], at_once=1),
+)
 def test_a_tied_head_is_listed_and_counted_once(
     arch: str, tied: bool, tiny_model: TinyModel
 ) -> None:
@@ -235,7 +238,7 @@ def test_a_tied_head_is_listed_and_counted_once(
     assert model.parameters == sum(p.numel() for p in model.module.parameters())
 
 
-@pytest.mark.parametrize("arch", [arch for arch in RECIPES if arch != "generic"])
+@pytest.mark.parametrize("arch", keep_quick((a for a in RECIPES if a != "generic"), *VARIED))
 def test_an_unknown_family_gives_the_same_decisions(
     arch: str, tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -28,6 +28,7 @@ from cptq.config import ModelSettings
 from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.types import Budget, Candidate, Event, Plan
 from tests.conftest import TinyModel
+from tests.quick import cover, keep_quick
 from tests.reference.sensitivity import random_calibration
 from tests.unit.checkpoint.made import edit_weights
 
@@ -60,15 +61,12 @@ def run(model: LoadedModel) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "dtype",
-    [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)],
-)
-@pytest.mark.parametrize(
-    "arch",
-    [
-        *("llama", "gpt2", "bert-mlm", "qwen3_moe"),
-        *(pytest.param(arch, marks=pytest.mark.slow) for arch in ("opt", "bert", "mpnet")),
-    ],
+    ("arch", "dtype"),
+    cover(
+        ["llama", "gpt2", "bert-mlm", "qwen3_moe", "opt", "bert", "mpnet"],
+        [torch.float32, torch.bfloat16, torch.float16],
+        at_once=1,
+    ),
 )
 @torch.no_grad()
 def test_outputs_are_those_of_transformers_in_float32(
@@ -182,7 +180,9 @@ def mixed_plan(model: LoadedModel) -> Plan:
     )
 
 
-@pytest.mark.parametrize("arch", ["llama", "opt", "bert", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "arch", keep_quick(("llama", "opt", "bert", "qwen3_moe"), "opt", "qwen3_moe")
+)
 def test_compression_gives_the_same_bits_one_block_at_a_time(
     arch: str, tiny_model: TinyModel, tmp_path: Path
 ) -> None:

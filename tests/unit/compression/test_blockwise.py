@@ -30,6 +30,7 @@ from cptq.numerics.grid import dequantize_layer
 from cptq.types import Budget, Candidate, CompressedLayer, Event, Notice, Plan, Progress
 from tests.conftest import TinyModel
 from tests.left_behind import list_left_behind
+from tests.quick import keep_quick
 from tests.reference.moments import naive_cross_moment, naive_moment
 from tests.reference.sensitivity import loaded, random_calibration
 from tests.tiny_models import RECIPES, VOCABULARY
@@ -93,7 +94,12 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> list[LayerProblem]:
     return problems
 
 
-@pytest.mark.parametrize("arch", [arch for arch in RECIPES if arch != "gpt2"])
+@pytest.mark.parametrize(
+    "arch",
+    keep_quick(
+        (a for a in RECIPES if a != "gpt2"), "llama", "gpt_neox", "bert", "mpnet", "qwen3_moe"
+    ),
+)
 def test_a_block_sees_what_the_compressed_blocks_before_it_give(
     arch: str, tiny_model: TinyModel, seen: list[LayerProblem]
 ) -> None:
@@ -117,8 +123,12 @@ def test_a_block_sees_what_the_compressed_blocks_before_it_give(
 
 @pytest.mark.parametrize(
     ("arch", "rounded"),
-    [(arch, False) for arch in ("llama", "opt", "gpt_neox", "bert", "mpnet")]
-    + [(arch, True) for arch in ("llama", "gpt_neox", "bert")],
+    [(arch, False) for arch in ("opt", "gpt_neox", "mpnet")]
+    + [(arch, True) for arch in ("llama", "bert")]
+    + [
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in (("llama", False), ("bert", False), ("gpt_neox", True))
+    ],
 )
 def test_a_unit_makes_up_for_the_errors_of_those_before_it(
     arch: str, rounded: bool, tiny_model: TinyModel, seen: list[LayerProblem]

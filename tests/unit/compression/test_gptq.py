@@ -13,6 +13,7 @@ from cptq.compression.gptq import DAMPING
 from cptq.compression.layer import LayerProblem, LayerSolution
 from cptq.errors import UnknownNameError
 from cptq.numerics.grid import dequantize, fit_grid, get_code_range, quantize_nearest
+from tests.quick import cover
 from tests.reference import gptq as truth
 
 BITS = range(2, 9)
@@ -140,9 +141,10 @@ def test_inputs_that_are_all_dead() -> None:
     assert found.notes == ("no calibration token reaches it: rounded to nearest",)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("group", [8, 24, 48])
-@pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("bits", "group", "scale_dtype"),
+    cover(BITS, [8, 24, 48], [torch.float16, torch.bfloat16]),
+)
 def test_the_output_comes_nearer_than_by_rounding(
     bits: int, group: int, scale_dtype: torch.dtype
 ) -> None:

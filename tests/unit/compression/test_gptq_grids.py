@@ -15,6 +15,7 @@ from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.numerics.grid import dequantize, dequantize_layer, fit_grid
 from cptq.numerics.masks import build_magnitude_mask, build_n_of_m_mask
 from cptq.types import Candidate, LayerSpec
+from tests.quick import cover
 from tests.reference import gptq as truth
 
 SHAPES = [(5, 7, 7), (3, 33, 11), (4, 40, 8), (2, 150, 30)]
@@ -41,13 +42,14 @@ def output_error(asked: LayerProblem, Q_OI: Tensor) -> float:
     return float(((D_OI @ asked.H_II) * D_OI).sum())
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize(("out", "features", "group"), SHAPES)
+@pytest.mark.parametrize(
+    ("shape", "bits", "symmetric", "masked"),
+    cover(SHAPES, [2, 3, 4, 8], [False, True], [False, True]),
+)
 def test_equals_brain_surgery_by_elimination(
-    out: int, features: int, group: int, bits: int, symmetric: bool, masked: bool
+    shape: tuple[int, int, int], bits: int, symmetric: bool, masked: bool
 ) -> None:
+    out, features, group = shape
     asked = problem(out, features, group, bits, symmetric=symmetric)
     mask_OI = build_magnitude_mask(asked.W_OI, 0.4) if masked else None
     asked = replace(asked, mask_OI=mask_OI)

@@ -21,6 +21,7 @@ from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.numerics.gguf_blocks import compute_minimum, fits_float16
 from cptq.numerics.grid import dequantize, dequantize_layer
 from cptq.types import Candidate, LayerSpec
+from tests.quick import cover
 
 
 def problem(dtype: torch.dtype, size: float = 1.0, **more: Any) -> LayerProblem:
@@ -101,11 +102,17 @@ def test_a_group_that_does_not_divide_is_replaced_and_noted(
     assert layer.result.notes == (() if note is None else (note,))
 
 
-@pytest.mark.parametrize("label", ["w8c-asym", "w8g16", "w3g16-s50", "w2c-asym-2:4"])
-@pytest.mark.parametrize("stored", ["F16", "BF16", "F32"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("expert", [False, True])
-@pytest.mark.parametrize("size", [1e-38, 1e-6, 1.0, 1e4, 1e38])
+@pytest.mark.parametrize(
+    ("label", "stored", "dtype", "expert", "size"),
+    cover(
+        ["w8c-asym", "w8g16", "w3g16-s50", "w2c-asym-2:4"],
+        ["F16", "BF16", "F32"],
+        [torch.float16, torch.bfloat16, torch.float32],
+        [False, True],
+        [1e-38, 1e-6, 1.0, 1e4, 1e38],
+        at_once=3,
+    ),
+)
 def test_the_module_gets_the_layer_multiplied_out_in_its_type(
     label: str, stored: str, dtype: torch.dtype, expert: bool, size: float
 ) -> None:

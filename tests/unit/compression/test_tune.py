@@ -37,6 +37,7 @@ from cptq.numerics.grid import dequantize_layer
 from cptq.numerics.scale_grids import join_rows, split_rows
 from cptq.types import Candidate, CompressedLayer, LayerSpec
 from tests.conftest import Heard, TinyModel
+from tests.quick import keep_quick
 from tests.reference.sensitivity import loaded, random_calibration
 from tests.reference.tuning import differentiate
 
@@ -109,7 +110,13 @@ def snapshot(model: LoadedModel) -> dict[str, Tensor]:
     return {name: x.clone() for name, x in model.module.state_dict().items()}
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "opt", "bert", "bert-encoder", "distilbert"])
+@pytest.mark.parametrize(
+    "arch",
+    keep_quick(
+        ("llama", "gpt2", "opt", "bert", "bert-encoder", "distilbert"),
+        *("llama", "opt", "bert", "bert-encoder"),
+    ),
+)
 def test_gradients_are_those_of_autograd_in_float64(arch: str, tiny_model: TinyModel) -> None:
     case = build(tiny_model(arch), CANDIDATES, conv1d=True)
     vectors = find_free_vectors(case.model)
@@ -152,7 +159,13 @@ def test_the_gradient_of_a_scale_is_a_sum_over_its_group() -> None:
             assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["llama", "gpt2", "qwen3_moe", "bert", "bert-encoder", "bert-mlm"])
+@pytest.mark.parametrize(
+    "arch",
+    keep_quick(
+        ("llama", "gpt2", "qwen3_moe", "bert", "bert-encoder", "bert-mlm"),
+        *("gpt2", "bert", "bert-encoder"),
+    ),
+)
 def test_tuning_brings_a_model_closer_to_the_dense_one(arch: str, tiny_model: TinyModel) -> None:
     case = build(tiny_model(arch), conv1d=True)
     before = case.judge.measure_rows()

@@ -28,6 +28,10 @@ ARCHITECTURES = {"causal-lm": "llama", "classifier": "bert", "encoder": "bert-en
 ARCHITECTURES["masked-lm"] = "bert-mlm"
 CASES = [(name, kind) for name in TASKS for kind in TASK_KINDS[name]]
 CASES += [("text:", "causal-lm"), ("rolled:", "causal-lm")]
+#: tasks of GLUE that others here stand for: all are computed by hand in `test_glue_all`
+GLUE = ("sst2", "mrpc", "qqp", "mnli-mm", "mnli_mismatch", "qnli", "rte", "wnli")
+QUICK = [case for case in CASES if case[0].removeprefix("glue/") not in GLUE]
+QUICK = [case for case in QUICK if case[0] != "glue/stsb-test" or case[1] == "encoder"]
 
 
 def build_model(tiny_model: Callable[..., Path], task: str, kind: str, place: Path) -> Path:
@@ -40,7 +44,10 @@ def build_model(tiny_model: Callable[..., Path], task: str, kind: str, place: Pa
     return place
 
 
-@pytest.mark.parametrize(("task", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("task", "kind"),
+    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+)
 def test_a_task_is_prepared_without_weights_checked_and_measured(
     tiny_model, heard, every_data: Path, file: str, tmp_path: Path, monkeypatch, task, kind
 ) -> None:

@@ -49,6 +49,8 @@ FAMILIES: list[tuple[str, dict[str, Any], str]] = [
     ("bert-mlm", {}, "e4m3"),
     ("generic", {"tied": False}, "e4m3"),
 ]
+#: with and without a vocabulary of 8-bit floats, both of their kinds, tied and not, an encoder
+QUICK = ("llama", "gpt_neox", "bert")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +99,10 @@ def count_bytes(model: nn.Module) -> int:
     return sum({t.data_ptr(): t.nbytes for t in tensors if t.numel()}.values())
 
 
-@pytest.mark.parametrize(("arch", "options", "vocabulary"), FAMILIES)
+@pytest.mark.parametrize(
+    ("arch", "options", "vocabulary"),
+    [f if f[0] in QUICK else pytest.param(*f, marks=pytest.mark.slow) for f in FAMILIES],
+)
 def test_computes_what_stock_transformers_does(
     tiny_model: TinyModel, tmp_path: Path, arch: str, options: dict[str, Any], vocabulary: str
 ) -> None:

@@ -16,6 +16,7 @@ from cptq.inference.operations import PackedWeight
 from cptq.layouts.packed import resolve_candidate
 from cptq.numerics.grid import dequantize_layer
 from cptq.types import Candidate, CompressedLayer, LayerSpec
+from tests.quick import cover
 from tests.reference import packed as truth
 from tests.unit.artifact.packed_builders import mask_of
 from tests.unit.compression.test_gptq_grids import problem
@@ -54,12 +55,11 @@ def module_of(layer: CompressedLayer, kind: type[PackedModule]) -> Any:
     return module
 
 
-@pytest.mark.parametrize("label", LABELS)
-@pytest.mark.parametrize(("out", "inputs"), SHAPES)
-@pytest.mark.parametrize("tile", [1, 100, 1 << 20])
+@pytest.mark.parametrize(("label", "shape", "tile"), cover(LABELS, SHAPES, [1, 100, 1 << 20]))
 def test_every_weight_is_where_its_bits_say(
-    out: int, inputs: int, label: str, tile: int, monkeypatch: pytest.MonkeyPatch
+    label: str, shape: tuple[int, int], tile: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    out, inputs = shape
     monkeypatch.setattr(reference, "TILE", tile)
     layer = compressed(out, inputs, label)
     choice = layer.result.candidate

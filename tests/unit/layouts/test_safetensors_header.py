@@ -47,7 +47,7 @@ def test_equals_the_library_for_all_types_and_odd_shapes() -> None:
 names = st.text(min_size=1, max_size=8).filter(lambda n: n != "__metadata__")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(
     st.dictionaries(
         names.filter(lambda n: n.isprintable()),

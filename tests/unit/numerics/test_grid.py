@@ -8,6 +8,7 @@ from torch import Tensor
 
 from cptq.numerics import grid
 from cptq.numerics.grid import dequantize, fit_grid, get_code_range, quantize_nearest
+from tests.quick import cover
 from tests.reference import grid as truth
 
 BITS = range(2, 9)
@@ -27,12 +28,13 @@ def group_errors(W_OI: Tensor, codes_OI: Tensor, scale_OG: Tensor, h_I: Tensor) 
     return (D_OI.square() * h_I).view(scale_OG.numel(), -1).sum(1)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize(("out", "features", "group"), SHAPES)
-@pytest.mark.parametrize("scale_dtype", [*HALF, torch.float64])
+@pytest.mark.parametrize(
+    ("bits", "shape", "scale_dtype"), cover(BITS, SHAPES, [*HALF, torch.float64])
+)
 def test_every_code_is_the_nearest_on_the_stored_scale(
-    bits: int, out: int, features: int, group: int, scale_dtype: torch.dtype
+    bits: int, shape: tuple[int, int, int], scale_dtype: torch.dtype
 ) -> None:
+    out, features, group = shape
     W_OI = weights(out, features)
     codes_OI, scale_OG, _ = quantize_nearest(W_OI, bits, group, scale_dtype=scale_dtype)
     assert codes_OI.dtype is torch.int8
@@ -121,11 +123,14 @@ def test_codes_fill_their_range_and_do_not_leave_it(bits: int) -> None:
         assert bool((scale_OG > 0).any())
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("clip", [False, True])
-@pytest.mark.parametrize("scale_dtype", [*HALF, torch.float32])
 @pytest.mark.parametrize(
-    "size", [0.0, 1e-45, 1e-38, 1e-30, 1e-9, 1e-4, 1e4, 1e9, 1e30, 3e38], ids="{:g}".format
+    ("bits", "clip", "scale_dtype", "size"),
+    cover(
+        BITS,
+        [False, True],
+        [*HALF, torch.float32],
+        [0.0, 1e-45, 1e-38, 1e-30, 1e-9, 1e-4, 1e4, 1e9, 1e30, 3e38],
+    ),
 )
 def test_scales_of_any_size_are_finite_and_not_zero(
     bits: int, clip: bool, scale_dtype: torch.dtype, size: float

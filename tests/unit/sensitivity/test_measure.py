@@ -29,6 +29,7 @@ from cptq.sensitivity.metric import Memo
 from cptq.sensitivity.rounding import NearestRounding, compute_rounding_error
 from cptq.types import Candidate, Notice, Progress, SensitivityTable, Unit
 from tests.conftest import TinyModel
+from tests.quick import keep_quick
 from tests.reference.sensitivity import loaded, random_calibration
 from tests.unit.checkpoint.made import edit_weights
 from tests.unit.sensitivity.conftest import Score
@@ -52,7 +53,7 @@ def tables(
     )
 
 
-@pytest.mark.parametrize("arch", KINDS)
+@pytest.mark.parametrize("arch", keep_quick(KINDS, "llama", "bert", "bert-encoder"))
 def test_every_metric_scores_every_unit(arch: str, tiny_model: TinyModel) -> None:
     path = tiny_model(arch)
     units = loaded(path).units
