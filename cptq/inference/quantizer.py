@@ -132,6 +132,9 @@ class CptqQuantizer(PackedQuantizer):
             config.transformers_weights = self.quantization_config.weights
         return config
 
+    #: that hook before transformers 5.18
+    update_ep_plan = update_attn_implementation
+
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: Sequence[str] | None = None, **_: Any
     ) -> None:
