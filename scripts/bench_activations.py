@@ -79,7 +79,7 @@ def set_rules(packed: Any, rules: Mapping[str, ActivationRule]) -> None:
         assert isinstance(module, PackedLinear)
         module.set_rule(rule.label)
         for part, value in module.rule_tensors.items():
-            value.data = rule.tensors[part].to(value.dtype)
+            value.data = rule.tensors[part].to(value)
 
 
 def time_tokens(packed: Any, tokens: int) -> tuple[float, float, str]:
