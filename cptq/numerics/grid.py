@@ -74,8 +74,9 @@ ASYMMETRIC_SHARES = (1.3, 0.35)
 SYMMETRIC_FINER = (-0.75, -0.5, -0.25, 0.25, 0.5, 0.75)
 #: factors of the best asymmetric scale, each tried with the zero point one lower and higher
 ASYMMETRIC_FINER = (0.85, 0.92, 1.0, 1.08, 1.18)
-#: weights handled at once by the search, which needs a few copies of them
-CHUNK = 1 << 20
+#: weights handled at once by the search, which needs a few copies of them: as many as a core's cache
+#: holds (1536 x 576, 4 bits: 0.03 s, with 2^20 at once 0.055 s), on a GPU as many as keep it busy
+CHUNK, GPU_CHUNK = 1 << 17, 1 << 20
 
 #: significant bits of a float16, its smallest number as a power of two, and the largest scale
 SIGNIFICANT, SMALLEST, LARGEST = 11, -24, 2.0**11
@@ -180,7 +181,8 @@ def fit_grid(
     float16_offset: bool = False,
 ) -> Grid:
     """Fit scales, never 0 and in `scale_dtype`, and int8 zero points; see `quantize_nearest`."""
-    rows = max(1, CHUNK // W_OI.shape[1])
+    chunk = CHUNK if W_OI.device.type == "cpu" else GPU_CHUNK
+    rows = max(1, chunk // W_OI.shape[1])
     h_GK = None if importance_I is None else importance_I.to(W_OI.dtype).view(-1, group)
     grids = [
         _fit_chunk(_split_groups(W_RI, group), bits, symmetric, clip, h_GK)
