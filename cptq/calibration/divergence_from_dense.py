@@ -199,8 +199,9 @@ class DivergenceFromDense:
             What a divergence is measured from (rows, width), the output now (rows, width), and of
             causal language models the next token of each row (rows,), -1 where there is none.
         """
-        for index, (row, reference_RV) in enumerate(zip(self._rows, self._reference, strict=True)):
-            yield reference_RV, self._select(self._run(None, index), index), self._label(row, index)
+        parts = zip(self._rows, self._reference, self._run_all(None), strict=True)
+        for index, (row, reference_RV, output) in enumerate(parts):
+            yield reference_RV, self._select(output, index), self._label(row, index)
 
     def _label(self, row: Batch, index: int) -> Tensor | None:
         positions = self._positions[index]
@@ -222,22 +223,25 @@ class DivergenceFromDense:
 
     def _measure_batches(self, block: int | None) -> list[Tensor]:
         """Return the divergences of each batch, run again from the first block that may differ."""
-        if block is None or self._model.held_whole:
-            outputs: Iterator[object] = (
-                self._run(block, index) for index in range(len(self._rows))
-            )
-        else:
-            outputs = self._run_together(block)
         return [
             self.objective.compute_divergence(self._reference[index], self._select(output, index))
-            for index, output in enumerate(outputs)
+            for index, output in enumerate(self._run_all(block))
         ]
 
-    def _run_together(self, block: int) -> Iterator[object]:
+    def _run_all(self, block: int | None) -> Iterator[object]:
+        """Yield the output of each batch, run again from the first block that may differ."""
+        if self._model.held_whole:
+            return (self._run(block, index) for index in range(len(self._rows)))
+        return self._run_together(block)
+
+    def _run_together(self, block: int | None) -> Iterator[object]:
         """Yield the output of each batch; all go through a block while it is in memory."""
         spill, replay = self._model.spill, self._replay
-        hidden = States(spill, (inputs[block] for inputs in self._inputs))
-        for place in range(block, len(self._model.blocks)):
+        if block is None:
+            hidden = States(spill, (replay.embed(index) for index in range(len(self._rows))))
+        else:
+            hidden = States(spill, (inputs[block] for inputs in self._inputs))
+        for place in range(block or 0, len(self._model.blocks)):
             for index, state in enumerate(hidden):
                 hidden[index] = replay.run(place, state, index)
         for index, state in enumerate(hidden):

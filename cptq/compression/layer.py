@@ -154,6 +154,7 @@ def compress_module(
     held_out_II: Tensor | None = None,
     float16_scales: bool = False,
     masking: Masking = USUAL_MASKING,
+    measure_output: bool = True,
 ) -> CompressedLayer:
     """Compress a layer in place: the module then computes with the compressed weight.
 
@@ -162,7 +163,8 @@ def compress_module(
     `compress_layer`.
     """
     asked = spec, get_weight(module).float(), H_II, candidate, method, layout
-    error_II, held_out = _choose_moment(H_II, held_out_II), held_out_II is not None
+    error_II = _choose_moment(H_II, held_out_II) if measure_output else None
+    held_out = held_out_II is not None
     layer, Q_OI = _compress(*asked, float16_scales, masking, error_II, held_out, target_OI)
     set_weight(module, _convert(layer, Q_OI, dtype))
     return layer

@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cptq.allocation.allocate import allocate
 from cptq.allocation.experts import fix_experts, list_experts
 from cptq.allocation.ledger import Ledger
 from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.hub import push
 from cptq.artifact.reload import ReloadCheck
-from cptq.calibration.batches import Batch
-from cptq.calibration.samples import take_batches
-from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.ranks import ALONE, Ranks
-from cptq.compression.blockwise import Steps, compress_model
+from cptq.compression.blockwise import Steps
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, CompressSettings, parse_shard_size
-from cptq.errors import BudgetError, mark_kept
+from cptq.errors import mark_kept
 from cptq.pipeline.activations import add_rules, attach_rules
+from cptq.pipeline.carry_out import allocate_plan, carry_out
 from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.guard import Guard
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.nearest_check import check_against_nearest
+from cptq.pipeline.plan_check import check_plan
 from cptq.pipeline.plan_view import predict_front
 from cptq.pipeline.profile import build_masking, spread_zeros
 from cptq.pipeline.recorder import Recorder
@@ -45,7 +43,6 @@ from cptq.pipeline.speed import measure_speed
 from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.tune import TuneResult, apply_tuned, record_dense, tune_layers
-from cptq.pipeline.uniform_check import BASELINE, TRIAL_TOKENS, keep_better_plan
 from cptq.report.derived import build_json
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
@@ -54,7 +51,6 @@ from cptq.types import (
     ActivationRecord,
     CompressedLayer,
     Emit,
-    Event,
     GuardQuality,
     Keep,
     Notice,
@@ -186,7 +182,7 @@ def make_plan(
         return inputs.plan
     table = next(iter(tables.values()), None)
     with recorder.stage("allocation"):
-        plan = _allocate(inputs, inputs.settings.allocator, table, recorder)
+        plan = allocate_plan(inputs, inputs.settings.allocator, table, recorder)
         plan = spread_zeros(inputs, plan, recorder)
     if not inputs.settings.refine:
         return plan
@@ -201,21 +197,6 @@ def make_plan(
             inputs.settings,
             recorder,
         )
-
-
-def _allocate(
-    inputs: CompressInputs, allocator: str, table: SensitivityTable | None, emit: Emit
-) -> Plan:
-    space = inputs.space
-    assert inputs.ledger is not None  # a plan of --plan is not allocated
-    return allocate(
-        allocator,
-        table,
-        inputs.ledger,
-        space.candidates,
-        model_fingerprint=inputs.model.fingerprint,
-        emit=emit,
-    )
 
 
 def _restrict_to_refinable(inputs: CompressInputs, plan: Plan) -> Ledger:
@@ -267,34 +248,6 @@ def drop_activations(
     return replace(compressed, layers=layers, activations=record)
 
 
-def check_plan(
-    inputs: CompressInputs,
-    plan: Plan,
-    guard: Guard,
-    recorder: Recorder,
-    keep: Keep = keep_nothing,
-) -> Plan:
-    """Return the plan, or the baseline plan where --check-uniform finds that better.
-
-    `keep` keeps what was measured of each.
-    """
-    with recorder.stage("plan check"):
-        baseline = _make_baseline_plan(inputs, plan, recorder)
-        if baseline is None:
-            return plan
-        batches = take_batches(inputs.calibration.batches, TRIAL_TOKENS)
-        part = replace(inputs.calibration, batches=batches)
-        return keep_better_plan(
-            inputs.model,
-            plan,
-            baseline,
-            lambda tried, emit: _carry_out(inputs, tried, part, (), emit),
-            guard.divergence,
-            recorder,
-            keep,
-        )
-
-
 def compress_layers(
     inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder, ranks: Ranks = ALONE
 ) -> CompressedModel:
@@ -319,57 +272,7 @@ def _carry_out_together(
     """Carry out the plan, which the first process has, as have `steps`, in all processes."""
     plan = share_plan(inputs, plan, ranks)
     judge = inputs.held_out.errors
-    return _carry_out(inputs, plan, inputs.calibration, judge, emit, steps, ranks)
-
-
-def _carry_out(
-    inputs: CompressInputs,
-    plan: Plan,
-    calibration: Calibration,
-    held_out: Sequence[Batch],
-    emit: Emit,
-    steps: Steps | None = None,
-    ranks: Ranks = ALONE,
-) -> list[CompressedLayer]:
-    return compress_model(
-        inputs.model,
-        calibration,
-        plan,
-        compressor=inputs.settings.compressor,
-        float16_scales=inputs.runtime.float16_scales,
-        layout=inputs.space.layout,
-        masking=build_masking(inputs.settings),
-        held_out=held_out,
-        steps=steps,
-        ranks=ranks,
-        emit=emit,
-    )
-
-
-def _make_baseline_plan(inputs: CompressInputs, plan: Plan, emit: Emit) -> Plan | None:
-    """Return the plan to compare with; None where none is needed, or none can be compared."""
-    if not inputs.compare_with_baseline:
-        return None
-    try:
-        baseline = _allocate(inputs, BASELINE, None, _ignore)
-    except BudgetError:  # of the candidates only sparse ones are small enough
-        message = "no plan without sparse weights is so small: nothing to compare with"
-        emit(Notice(kind="warning", subject="--check-uniform", message=message))
-        return None
-    if baseline.choices == plan.choices:
-        return None
-    if not inputs.held_out.judge:
-        message = (
-            "no text is left beside what calibrates: the plan is not compared with a uniform "
-            "one; fewer --samples or a longer text would leave some"
-        )
-        emit(Notice(kind="warning", subject="--check-uniform", message=message))
-        return None
-    return baseline
-
-
-def _ignore(_event: Event) -> None:
-    """Drop notices about allocating the baseline plan, which may not be kept."""
+    return carry_out(inputs, plan, inputs.calibration, judge, emit, steps, ranks)
 
 
 def write_artifact(

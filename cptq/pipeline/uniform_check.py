@@ -1,10 +1,22 @@
 """`--check-uniform`: keep the better plan, the mixed one or the baseline plan that needs no scores.
 
-Both are carried out by the run's own compressor on a part of the calibration text
-(`TRIAL_TOKENS`), and compared on held-out text that neither calibrated nor chose; the better one is
-then carried out on all of it. The baseline plan is `even`: uniform where the target is a whole
-number of bits, otherwise two neighbouring widths spread over depth, so that both take the same
-bytes.
+Both are tried, and compared on held-out text that neither calibrated nor chose; the better one is
+then carried out on all of the calibration text. The baseline plan is `even`: uniform where the
+target is a whole number of bits, otherwise two neighbouring widths spread over depth, so that both
+take the same bytes.
+
+Trials cost more and tell more from one to the next, and the first that is plain decides:
+
+    rounded to nearest              no text, seconds; decides for the mixed plan alone
+    by the run's own compressor     on the first `FEW_TOKENS` of the calibration text
+    the same                        on `TRIAL_TOKENS` of it; decides whatever it finds
+
+A difference d of the two divergences is plain if |d| > `ERRORS` SE(d), paired over the windows of
+the held-out text (`numerics.standard_error`), and above `SHARE` of the larger one. Nearest rounding
+is no judge of its own: a plan is made from scores of the run's compressor, which corrects part of
+what rounding does. Where the scores say that the mixed plan is the better one and even without
+those corrections it plainly is, two independent measurements agree; where they do not agree, the
+compressor decides.
 
 From less text both plans come out worse, so that their divergences are those of the trial, not of
 what is shipped. What is decided is their order, for which a part of the text is enough where all
@@ -13,58 +25,104 @@ of it costs twice a compression.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 
 from torch import Tensor
 
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.checkpoint.model import LoadedModel
+from cptq.numerics.standard_error import compute_standard_error
 from cptq.report.formatting import format_number
 from cptq.types import Emit, Event, Keep, Notice, Plan, Progress, keep_nothing
 
 #: the allocator of the baseline plan
 BASELINE = "even"
-#: tokens of the calibration text that both plans are tried on
-TRIAL_TOKENS = 8192
+#: tokens of the calibration text that both plans are tried on: at first, and at most
+FEW_TOKENS, TRIAL_TOKENS = 4096, 8192
+#: standard errors, and share of the larger divergence, that a plain difference exceeds
+ERRORS, SHARE = 3.0, 0.1
 
 #: carries a plan out on the model in memory
 Compress = Callable[[Plan, Emit], object]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One way to try a plan.
+
+    `name` names its steps; `way`: the same in words, for the report. `against`: it may decide
+    against the mixed plan.
+    """
+
+    name: str
+    way: str
+    compress: Compress
+    against: bool = True
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Found:
+    """The divergence (rows,) of both plans in one trial."""
+
+    own_R: Tensor
+    other_R: Tensor
+
+    @property
+    def wins(self) -> bool:
+        """Whether the mixed plan is no worse."""
+        return float(self.own_R.mean()) <= float(self.other_R.mean())
+
+    def is_plain(self, window_R: Tensor) -> bool:
+        """Whether the difference is more than chance; `window_R`: the window of each row."""
+        gap_R = self.own_R - self.other_R
+        gap, larger = abs(float(gap_R.mean())), max(float(self.own_R.mean()), self._other)
+        return gap > max(ERRORS * compute_standard_error(gap_R, window_R), SHARE * larger)
+
+    @property
+    def _other(self) -> float:
+        return float(self.other_R.mean())
 
 
 def keep_better_plan(
     model: LoadedModel,
     plan: Plan,
     baseline: Plan,
-    compress: Compress,
+    trials: Sequence[Trial],
     divergence: DivergenceFromDense,
     emit: Emit,
     keep: Keep = keep_nothing,
 ) -> Plan:
-    """Carry out both plans and return the better one; `model` is dense again afterwards.
+    """Try both plans and return the better one; `model` is dense again afterwards.
 
     Args:
         model: dense.
         plan: the mixed plan; at equal divergence it is kept.
         baseline: the plan that needs no scores.
-        compress: carries a plan out on the dense model, whose weights it changes.
+        trials: from the cheapest to the one that decides in any case.
         divergence: from the dense model, on held-out text.
         emit: receives progress and the result; what a trial has to say about its layers is dropped.
         keep: keeps the divergences of each plan.
     """
 
-    def try_out(tried: Plan) -> Tensor:
-        compress(tried, partial(_show_progress, emit, tried.allocator))
+    def try_out(trial: Trial, tried: Plan) -> Tensor:
+        trial.compress(tried, partial(_show_progress, emit, tried.allocator))
         found = divergence.measure_rows()
         model.restore_dense()
         return found
 
-    own_R = keep("trial-of-plan", partial(try_out, plan))
-    other_R = keep("trial-of-baseline", partial(try_out, baseline))
-    better = plan if float(own_R.mean()) <= float(other_R.mean()) else baseline
-    note = _describe_result(own_R, other_R, baseline, divergence)
+    for trial in trials:
+        found = _Found(
+            own_R=keep(f"trial-{trial.name}-of-plan", partial(try_out, trial, plan)),
+            other_R=keep(f"trial-{trial.name}-of-baseline", partial(try_out, trial, baseline)),
+        )
+        allowed = found.wins or trial.against
+        if trial is trials[-1] or (allowed and found.is_plain(divergence.window_R)):
+            break
+    note = _describe_result(trial, found, baseline, divergence)
     emit(note)
+    better = plan if found.wins else baseline
     return replace(better, notes=(*better.notes, note.message))
 
 
@@ -74,16 +132,16 @@ def _show_progress(emit: Emit, allocator: str, event: Event) -> None:
 
 
 def _describe_result(
-    own_R: Tensor, other_R: Tensor, baseline: Plan, divergence: DivergenceFromDense
+    trial: Trial, found: _Found, baseline: Plan, divergence: DivergenceFromDense
 ) -> Notice:
-    own, other = float(own_R.mean()), float(other_R.mean())
+    own_R, other_R = found.own_R, found.other_R
     labels = {c.label for c in baseline.choices.values() if not c.float8}
     rival = f"uniform {labels.pop()}" if len(labels) == 1 else "two widths spread evenly"
     numbers = (
-        f"{format_number(own)} against {format_number(other)} "
-        f"{divergence.unit} ({divergence.describe_difference(own_R - other_R)})"
+        f"{format_number(float(own_R.mean()))} against {format_number(float(other_R.mean()))} "
+        f"{divergence.unit} ({divergence.describe_difference(own_R - other_R)}; {trial.way})"
     )
-    if own <= other:
+    if found.wins:
         message = f"the mixed plan is kept: {numbers} of {rival} at the same bytes"
         return Notice(kind="info", subject="--check-uniform", message=message)
     message = f"the mixed plan loses to {rival} at the same bytes, {numbers}: the latter is shipped"
