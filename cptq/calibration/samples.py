@@ -42,6 +42,7 @@ from cptq.calibration.block_chain import BlockChain, find_unit_blocks
 from cptq.calibration.finite import build_not_finite_error
 from cptq.calibration.objective import Objective, choose_objective, mask_real_tokens
 from cptq.calibration.recorder import LayerActivations, LayerSample, Recorder, SampleRequest
+from cptq.calibration.replay import can_leave_out_logits
 from cptq.calibration.row_sampler import RowSampler
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
@@ -53,6 +54,9 @@ from cptq.types import Emit, Notice, Progress, Unit
 ROWS = 1024
 #: most tokens that flow through the model in a pass
 PASS_TOKENS = 4096
+#: logits that are made at once, where a model can leave out the others: they, their gradient and
+#: what it is drawn from are the most that a pass has in memory
+LOGITS = 1 << 23
 #: memory that the kept rows of a block may take
 MEMORY_BYTES = 4 << 30
 
@@ -130,7 +134,7 @@ class SamplePass:
             message = f"{self.tokens:,} tokens through block {block + 1}"
             self._emit(Progress(stage="samples", done=block, total=len(blocks), message=message))
             self._run_block(block, keep=True)
-        self._chain.turn_around(self._judge)
+        self._chain.turn_around(self._judge, self._split_output)
         self._emit(Progress(stage="samples", done=len(blocks), total=len(blocks)))
         for block in reversed(blocks):
             with self._record(block):
@@ -157,8 +161,17 @@ class SamplePass:
     def _record(self, block: int) -> AbstractContextManager[None]:
         return self._recorder.record(block, [u for u, blocks in self._where if block in blocks])
 
-    def _judge(self, batch: int, output: Any) -> tuple[Tensor, Tensor]:
-        z_RV = self._objective.select_rows(output, self._batches[batch])
+    def _split_output(self, batch: int) -> Sequence[Tensor | None]:
+        """Return the positions whose logits are made at once, in the order of the output's rows."""
+        ids_BT, kind = self._batches[batch]["input_ids"], self._model.kind
+        if kind != "causal-lm" or len(ids_BT) > 1 or not can_leave_out_logits(self._model):
+            return [None]
+        width = int(self._model.config.get_text_config().vocab_size)
+        positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        return positions_T.split(max(1, LOGITS // width))
+
+    def _judge(self, batch: int, output: Any, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        z_RV = self._objective.select_rows(output, self._batches[batch], positions)
         if not is_finite(z_RV):
             raise build_not_finite_error("the model's output")
         self.output_rows += z_RV.shape[0]

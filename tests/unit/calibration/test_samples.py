@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cptq.calibration.batches import split_held_out
+import cptq.calibration.samples as sampling
+from cptq.calibration.batches import split_batches, split_held_out
 from cptq.calibration.objective import choose_objective
 from cptq.calibration.recorder import LayerActivations, LayerSample, SampleRequest
 from cptq.calibration.replay import forward
@@ -120,6 +121,32 @@ def test_the_fisher_measures_the_kl_in_nats(tiny_model: TinyModel) -> None:
         row = samples.layers[spec.name]
         squares.append(float((row.g_TO * (row.x_TI @ dW.T)).sum()) ** 2)
     assert sum(squares) / len(squares) / 2 / 24 == pytest.approx(kl, rel=0.25)
+
+
+def test_logits_made_part_by_part_give_the_same_gradients(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(tiny_model("llama"))
+    rows = split_batches(random_calibration(model, rows=3, length=17).batches, 1)
+    objective = choose_objective(model.kind, model.config)
+    given = model, rows, objective, SampleRequest(gradients=True)
+    whole = collect_samples(*given, seed=3, emit=lambda event: None)
+    monkeypatch.setattr(sampling, "LOGITS", 5 * int(model.config.vocab_size))
+    asked: list[int] = []
+    select = type(objective).select_rows
+
+    def count(self: Any, output: Any, *more: Any) -> torch.Tensor:
+        asked.append(output.logits.shape[1])
+        return select(self, output, *more)
+
+    monkeypatch.setattr(type(objective), "select_rows", count)
+    parts = collect_samples(*given, seed=3, emit=lambda event: None)
+    assert asked == 3 * [5, 5, 5, 2]
+    assert parts.done.output_rows == whole.done.output_rows == 3 * 17
+    for name, sample in whole.layers.items():
+        assert sample.g_TO is not None
+        torch.testing.assert_close(parts.layers[name].g_TO, sample.g_TO, rtol=1e-4, atol=1e-6)
+        assert sample.g_TO.abs().sum() > 0
 
 
 def test_same_seed_same_rows_and_another_seed_others(tiny_model: TinyModel) -> None:
