@@ -13,6 +13,7 @@ from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.hub import push
 from cptq.artifact.reload import ReloadCheck
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.checkpoint.ranks import ALONE, Ranks
 from cptq.compression.blockwise import Steps
 from cptq.compression.trial_model import TrialModel
@@ -216,10 +217,10 @@ def compress_and_tune(
 ) -> CompressedModel:
     """Carry out the plan by `compress_layers`, and tune the result where --tune asks for it."""
     if not inputs.settings.tune:
-        return compress_layers(inputs, plan, run, recorder, ranks)
+        return compress_layers(inputs, plan, run, recorder, ranks, guard.recorded)
     with recorder.stage("tuning"):
         dense = None if TUNED_STEP in run else record_dense(inputs, guard.judge)
-    compressed = compress_layers(inputs, plan, run, recorder, ranks)
+    compressed = compress_layers(inputs, plan, run, recorder, ranks, guard.recorded)
 
     def tune() -> dict[str, Any]:
         assert dense is not None
@@ -249,16 +250,22 @@ def drop_activations(
 
 
 def compress_layers(
-    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder, ranks: Ranks = ALONE
+    inputs: CompressInputs,
+    plan: Plan,
+    run: RunDirectory,
+    recorder: Recorder,
+    ranks: Ranks = ALONE,
+    dense: DivergenceFromDense | None = None,
 ) -> CompressedModel:
     """Carry out the plan; the model in memory then computes with the compressed weights.
 
-    Every block is a step of the run.
+    Every block is a step of the run. `dense`: the divergence on `inputs.held_out.judge`, where it
+    was recorded before.
     """
     steps, emit = keep_blocks(run, inputs.model.device, recorder)
     with recorder.stage("compression"):
         layers = _carry_out_together(inputs, plan, emit, ranks, steps)
-    check_against_nearest(inputs, plan, layers, recorder)
+    check_against_nearest(inputs, plan, layers, recorder, dense)
     return CompressedModel(plan=plan, layers=tuple(layers))
 
 

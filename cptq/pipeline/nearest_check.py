@@ -6,7 +6,8 @@ not those that the model computes. Nearest rounding needs none of these. So both
 the same plan, by their divergence from the dense model on held-out text (`GUARD_TOKENS`); the
 matrices of the vocabulary are alike in both.
 
-Cost: three forward passes of a few hundred tokens, and one rounding of all weights. Limits: it
+Cost: three forward passes of a few hundred tokens, two where the dense model has run them before,
+and one rounding of all weights. Limits: it
 finds gross damage, not a difference within `ERRORS` standard errors.
 """
 
@@ -39,9 +40,16 @@ ERRORS, SHARE = 2.0, 0.05
 
 @torch.no_grad()
 def check_against_nearest(
-    inputs: CompressInputs, plan: Plan, layers: Sequence[CompressedLayer], recorder: Recorder
+    inputs: CompressInputs,
+    plan: Plan,
+    layers: Sequence[CompressedLayer],
+    recorder: Recorder,
+    dense: DivergenceFromDense | None = None,
 ) -> None:
-    """Say where a run's compressor does harm; nothing where no text is left to tell."""
+    """Say where a run's compressor does harm; nothing where no text is left to tell.
+
+    `dense`: the divergence on `inputs.held_out.judge`, where it was recorded before.
+    """
     held_out, compressor = inputs.held_out.judge, inputs.settings.compressor
     if compressor in WITHOUT_ACTIVATIONS or not held_out:
         return
@@ -55,6 +63,7 @@ def check_against_nearest(
             layout=inputs.space.layout,
             float16_scales=inputs.runtime.float16_scales,
             emit=recorder,
+            dense=dense,
         )
 
 
@@ -69,6 +78,7 @@ def warn_if_worse_than_nearest(
     layout: Layout,
     float16_scales: bool,
     emit: Emit,
+    dense: DivergenceFromDense | None = None,
 ) -> None:
     """Compare the model, which computes with `layers` and does so afterwards, with rounded ones.
 
@@ -81,12 +91,15 @@ def warn_if_worse_than_nearest(
         layout: how layers are stored.
         float16_scales: as they were compressed.
         emit: receives a warning where the compressor's model is the worse one.
+        dense: the divergence on `held_out`, recorded while the model was dense.
     """
-    objective = choose_objective(model.kind, model.config)
-    model.restore_dense()
-    rows = take_batches(held_out, GUARD_TOKENS)
-    divergence = DivergenceFromDense(model, rows, objective, units=False)
-    restore_layers(model, layers)
+    if dense is None:
+        objective = choose_objective(model.kind, model.config)
+        model.restore_dense()
+        rows = take_batches(held_out, GUARD_TOKENS)
+        dense = DivergenceFromDense(model, rows, objective, units=False)
+        restore_layers(model, layers)
+    divergence = dense.take_part(GUARD_TOKENS)
     own_R = divergence.measure_rows()
     round_units(model, model.units, choices, layout=layout, float16_scales=float16_scales)
     nearest_R = divergence.measure_rows()
