@@ -23,7 +23,7 @@ past its hidden state (position embeddings, masks) has no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,7 @@ from cptq.types import Unit
 #: pulled back
 Judge = Callable[[int, Any, Tensor | None], tuple[Tensor, Tensor]]
 #: batch -> the positions whose outputs are made at once, part by part; None: all
-Split = Callable[[int], Sequence[Tensor | None]]
+Split = Callable[[int], Iterable[Tensor | None]]
 
 
 def find_unit_blocks(model: LoadedModel) -> list[list[int]]:

@@ -157,6 +157,7 @@ def measure_sensitivity(
             compress=trial.weights if trial and truth else None,
             vocabulary=vocabulary,
             compress_outer=trial.compute_weights if trial else None,
+            take_head_moment=trial.take_head_moment if trial else None,
             keep=keep,
         )
 
