@@ -208,7 +208,8 @@ class SamplePass:
             return [None]
         width = int(self._model.config.get_text_config().vocab_size)
         positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
-        return positions_T.split(max(1, LOGITS // width))
+        parts: Sequence[Tensor] = positions_T.split(max(1, LOGITS // width))
+        return parts
 
     def _judge(self, batch: int, output: Any, positions: Tensor | None) -> tuple[Tensor, Tensor]:
         z_RV = self._objective.select_rows(output, self._batches[batch], positions)
