@@ -117,9 +117,7 @@ def take_share(batches: Sequence[Batch], ranks: Ranks = ALONE) -> Share:
 def embed_batches(model: LoadedModel, batches: Sequence[Batch], ranks: Ranks = ALONE) -> States:
     """Return the input of the first block for every batch of this process's share."""
     replay = BlockReplay(model, take_share(batches, ranks).batches)
-    states = States(model.spill, (replay.embed(index) for index in range(len(replay.batches))))
-    model.give_back_memory()  # pages of the embedding, of which the system maps more than is read
-    return states
+    return States(model.spill, (replay.embed(index) for index in range(len(replay.batches))))
 
 
 @torch.no_grad()
