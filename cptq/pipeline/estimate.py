@@ -182,14 +182,11 @@ def estimate_time(inputs: CompressInputs, probe: Probe) -> TimeFacts:
 
 
 def _estimate_check(inputs: CompressInputs, probe: Probe) -> float:
-    """Return the seconds of --check-uniform where no trial before the last one is plain.
-
-    Rounding to nearest, which mostly is, takes seconds and is left out but for its passes.
-    """
+    """Return the seconds of --check-uniform where no trial before the last one is plain."""
     positions = count_positions(inputs.held_out.judge) * len(inputs.model.blocks)
     texts = list_trial_texts(inputs).values()
     carried_out = sum(_estimate_plan(inputs, probe, part, ()) for part in texts)
-    return 2 * carried_out + (1 + 2 * (1 + len(texts))) * positions * probe.per_position
+    return 2 * carried_out + (1 + 2 * len(texts)) * positions * probe.per_position
 
 
 def _list_left_out(inputs: CompressInputs) -> str:

@@ -8,7 +8,6 @@ from functools import partial
 from cptq.calibration.batches import Batch, count_tokens
 from cptq.calibration.samples import take_batches
 from cptq.calibration.tokens import Calibration
-from cptq.compression.rounded import round_units
 from cptq.errors import BudgetError
 from cptq.pipeline.carry_out import allocate_plan, carry_out
 from cptq.pipeline.guard import Guard
@@ -43,33 +42,22 @@ def check_plan(
             inputs.model,
             plan,
             baseline,
-            list_trials(inputs, plan),
+            list_trials(inputs),
             guard.divergence,
             recorder,
             keep,
         )
 
 
-def list_trials(inputs: CompressInputs, plan: Plan) -> list[Trial]:
-    """Return the trials of --check-uniform; which weights a sparse plan keeps needs text."""
-    texts = list_trial_texts(inputs)
-    trials = [
+def list_trials(inputs: CompressInputs) -> list[Trial]:
+    """Return the trials of --check-uniform."""
+    return [
         Trial(
-            name=f"{tokens}",
-            way=f"calibrated on {tokens:,} tokens",
+            tokens=tokens,
             compress=partial(_try_on, inputs, replace(inputs.calibration, batches=batches)),
         )
-        for tokens, batches in texts.items()
+        for tokens, batches in list_trial_texts(inputs).items()
     ]
-    if any(candidate.sparsity for candidate in plan.choices.values()):
-        return trials
-    nearest = Trial(
-        name="nearest",
-        way="both rounded to nearest",
-        compress=partial(_try_rounded, inputs),
-        against=False,
-    )
-    return [nearest, *trials]
 
 
 def list_trial_texts(inputs: CompressInputs) -> dict[int, list[Batch]]:
@@ -80,16 +68,6 @@ def list_trial_texts(inputs: CompressInputs) -> dict[int, list[Batch]]:
 
 def _try_on(inputs: CompressInputs, part: Calibration, plan: Plan, emit: Emit) -> None:
     carry_out(inputs, plan, part, (), emit, measure_output=False)
-
-
-def _try_rounded(inputs: CompressInputs, plan: Plan, _emit: Emit) -> None:
-    round_units(
-        inputs.model,
-        inputs.model.all_units,
-        plan.choices,
-        layout=inputs.space.layout,
-        float16_scales=inputs.runtime.float16_scales,
-    )
 
 
 def _make_baseline_plan(inputs: CompressInputs, plan: Plan, emit: Emit) -> Plan | None:
