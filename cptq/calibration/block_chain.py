@@ -23,7 +23,7 @@ past its hidden state (position embeddings, masks) has no gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -37,8 +37,11 @@ from cptq.errors import ModelError
 from cptq.numerics.pairwise import add_where_known
 from cptq.types import Unit
 
-#: (batch, model output) -> the rows z that count, and the gradient by them that is pulled back
-Judge = Callable[[int, Any], tuple[Tensor, Tensor]]
+#: (batch, model output, its positions) -> the rows z that count, and the gradient by them that is
+#: pulled back
+Judge = Callable[[int, Any, Tensor | None], tuple[Tensor, Tensor]]
+#: batch -> the positions whose outputs are made at once, part by part; None: all
+Split = Callable[[int], Iterable[Tensor | None]]
 
 
 def find_unit_blocks(model: LoadedModel) -> list[list[int]]:
@@ -105,16 +108,24 @@ class BlockChain:
         """Return the model's output for a batch that has passed all blocks."""
         return self._replay.finish(self._now[batch], batch)
 
-    def turn_around(self, judge: Judge) -> None:
-        """Go from the last hidden states to gradients by them."""
+    def turn_around(self, judge: Judge, split: Split = lambda _batch: [None]) -> None:
+        """Go from the last hidden states to gradients by them, of which each part gives some."""
         for index in self._walk_batches():
             end = self._now[index].detach().requires_grad_()
-            with torch.enable_grad():
-                # a leaf must not be changed in place by what follows: hand on a copy
-                output = self._replay.finish(end.clone(), index)
-                z_RV, d_RV = judge(index, output)
-                (gradient,) = torch.autograd.grad(z_RV, end, d_RV.to(z_RV.dtype))
-            self._now[index] = gradient
+            total: Tensor | None = None
+            for positions in split(index):
+                total = add_where_known(total, self._turn_part(end, positions, judge))
+            assert total is not None
+            self._now[index] = total
+
+    def _turn_part(self, end: Tensor, positions: Tensor | None, judge: Judge) -> Tensor:
+        """Return the gradient by the last hidden state of the output at some positions."""
+        with torch.enable_grad():
+            # a leaf must not be changed in place by what follows: hand on a copy
+            output = self._replay.finish(end.clone(), self.batch, positions)
+            z_RV, d_RV = judge(self.batch, output, positions)
+            (gradient,) = torch.autograd.grad(z_RV, end, d_RV.to(z_RV.dtype))
+        return gradient
 
     def backward_block(self, block: int, weights: Sequence[Tensor] = ()) -> list[Tensor | None]:
         """Pull the gradients of all batches back through a block, the last one not gone through.

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 from cptq.calibration.batches import Batch, count_tokens
 from cptq.calibration.objective import Objective, mask_real_tokens
 from cptq.calibration.replay import BlockReplay, forward
+from cptq.calibration.samples import take_batches
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.spill import States
 from cptq.checkpoint.weights import replace_weight
@@ -79,11 +81,23 @@ class DivergenceFromDense:
             self._reference.append(objective.compute_reference(z_RV))
             emit(Progress(stage="held-out text", done=index + 1, total=len(self._rows)))
         self.unit = objective.unit
-        self.window_R = self._number_windows()
-        self.samples = int(self.window_R[-1]) + 1
         self.sample_name = "window" if objective.row == "token" else objective.row
-        self.tokens = count_tokens(self._rows)
         self.trials = 0
+        self.window_R = self._number_windows()
+        self._count()
+
+    def _count(self) -> None:
+        self.samples = int(self.window_R[-1]) + 1
+        self.tokens = count_tokens(self._rows)
+
+    def take_part(self, tokens: int) -> DivergenceFromDense:
+        """Return the same on the first batches that hold `tokens` together; it shares memory."""
+        part = copy(self)
+        part._rows = take_batches(self._rows, tokens)
+        windows = sum(len(row["input_ids"]) for row in part._rows)
+        part.window_R = self.window_R[self.window_R < windows]
+        part._count()
+        return part
 
     def _record(self, index: int) -> object:
         """Return the dense model's output, and keep the input of every block."""
@@ -94,9 +108,8 @@ class DivergenceFromDense:
     def _number_windows(self) -> Tensor:
         """Return the window of each output row, counted through all batches."""
         found, done = [], 0
-        for row, positions, reference_RV in zip(
-            self._rows, self._positions, self._reference, strict=True
-        ):
+        for index, row in enumerate(self._rows):
+            positions, reference_RV = self._positions[index], self._reference[index]
             samples = len(row["input_ids"])
             counts = torch.ones(samples, dtype=torch.long)
             if positions is not None:
@@ -199,8 +212,9 @@ class DivergenceFromDense:
             What a divergence is measured from (rows, width), the output now (rows, width), and of
             causal language models the next token of each row (rows,), -1 where there is none.
         """
-        for index, (row, reference_RV) in enumerate(zip(self._rows, self._reference, strict=True)):
-            yield reference_RV, self._select(self._run(None, index), index), self._label(row, index)
+        for index, output in enumerate(self._run_all(None)):
+            label_R = self._label(self._rows[index], index)
+            yield self._reference[index], self._select(output, index), label_R
 
     def _label(self, row: Batch, index: int) -> Tensor | None:
         positions = self._positions[index]
@@ -222,22 +236,28 @@ class DivergenceFromDense:
 
     def _measure_batches(self, block: int | None) -> list[Tensor]:
         """Return the divergences of each batch, run again from the first block that may differ."""
-        if block is None or self._model.held_whole:
-            outputs: Iterator[object] = (
-                self._run(block, index) for index in range(len(self._rows))
-            )
-        else:
-            outputs = self._run_together(block)
+        return self._measure_parts(self._run_all(block))
+
+    def _measure_parts(self, outputs: Iterator[object]) -> list[Tensor]:
         return [
             self.objective.compute_divergence(self._reference[index], self._select(output, index))
             for index, output in enumerate(outputs)
         ]
 
-    def _run_together(self, block: int) -> Iterator[object]:
+    def _run_all(self, block: int | None) -> Iterator[object]:
+        """Yield the output of each batch, run again from the first block that may differ."""
+        if self._model.held_whole:
+            return (self._run(block, index) for index in range(len(self._rows)))
+        return self._run_together(block)
+
+    def _run_together(self, block: int | None) -> Iterator[object]:
         """Yield the output of each batch; all go through a block while it is in memory."""
         spill, replay = self._model.spill, self._replay
-        hidden = States(spill, (inputs[block] for inputs in self._inputs))
-        for place in range(block, len(self._model.blocks)):
+        if block is None:
+            hidden = States(spill, (replay.embed(index) for index in range(len(self._rows))))
+        else:
+            hidden = States(spill, (inputs[block] for inputs in self._inputs[: len(self._rows)]))
+        for place in range(block or 0, len(self._model.blocks)):
             for index, state in enumerate(hidden):
                 hidden[index] = replay.run(place, state, index)
         for index, state in enumerate(hidden):

@@ -67,20 +67,24 @@ class BlockReplay:
         """Run a block on arguments that were taken; return its output hidden state."""
         return self._blocks.call(block, arguments)
 
-    def run_from(self, block: int, hidden: Tensor, batch_index: int) -> Any:
-        """Return the model's output, given the input of `block`.
+    def run_from(
+        self, block: int, hidden: Tensor, batch_index: int, positions: Tensor | None = None
+    ) -> Any:
+        """Return the model's output, given the input of `block`; `positions` as in `forward`.
 
         With `block` equal to the number of blocks only what follows the last one runs. Gradients
         flow unless the caller has disabled them.
         """
-        return self._blocks.run_from(block, hidden, self._make_run(batch_index))
+        return self._blocks.run_from(block, hidden, self._make_run(batch_index, positions))
 
-    def finish(self, hidden: Tensor, batch_index: int) -> Any:
+    def finish(self, hidden: Tensor, batch_index: int, positions: Tensor | None = None) -> Any:
         """Return the model's output, given the last block's output."""
-        return self.run_from(len(self.model.blocks), hidden, batch_index)
+        return self.run_from(len(self.model.blocks), hidden, batch_index, positions)
 
-    def _make_run(self, batch_index: int) -> Callable[[], Any]:
-        return partial(forward, self.model, self.batches[batch_index], self._positions[batch_index])
+    def _make_run(self, batch_index: int, positions: Tensor | None = None) -> Callable[[], Any]:
+        if positions is None:
+            positions = self._positions[batch_index]
+        return partial(forward, self.model, self.batches[batch_index], positions)
 
 
 def forward(model: LoadedModel, batch: Batch, positions: Tensor | None = None) -> Any:
@@ -90,9 +94,11 @@ def forward(model: LoadedModel, batch: Batch, positions: Tensor | None = None) -
     all of them.
     """
     extra: dict[str, Any] = {"use_cache": False} if model.kind == "causal-lm" else {}
-    if (
-        positions is not None
-        and "logits_to_keep" in inspect.signature(model.module.forward).parameters
-    ):
+    if positions is not None and can_leave_out_logits(model):
         extra["logits_to_keep"] = positions
     return model.module(**batch, **extra)
+
+
+def can_leave_out_logits(model: LoadedModel) -> bool:
+    """Return whether a model gives the logits of some positions alone."""
+    return "logits_to_keep" in inspect.signature(model.module.forward).parameters

@@ -30,29 +30,39 @@ the few output rows of every block where activations are kept.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cptq.calibration.batches import Batch, count_tokens, split_batches
 from cptq.calibration.block_chain import BlockChain, find_unit_blocks
 from cptq.calibration.finite import build_not_finite_error
-from cptq.calibration.objective import Objective, choose_objective, mask_real_tokens
+from cptq.calibration.objective import (
+    Objective,
+    choose_objective,
+    mask_real_tokens,
+    select_real_rows,
+)
 from cptq.calibration.recorder import LayerActivations, LayerSample, Recorder, SampleRequest
+from cptq.calibration.replay import can_leave_out_logits
 from cptq.calibration.row_sampler import RowSampler
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.errors import CalibrationError
 from cptq.numerics.finite import is_finite
+from cptq.numerics.hessian import SecondMoment
 from cptq.types import Emit, Notice, Progress, Unit
 
 #: token rows kept per layer
 ROWS = 1024
 #: most tokens that flow through the model in a pass
 PASS_TOKENS = 4096
+#: logits that are made at once, where a model can leave out the others: they, their gradient and
+#: what it is drawn from are the most that a pass has in memory
+LOGITS = 1 << 23
 #: memory that the kept rows of a block may take
 MEMORY_BYTES = 4 << 30
 
@@ -80,6 +90,8 @@ class SamplePass:
         output_rows: how many rows the model's output had; 0 without gradients.
         sampled_rows: most rows that a layer had so far.
         activation_rows: most rows of activations that a layer had so far.
+        head_moment: second moment of what the output head was given; None where it is not asked
+            for, or the head did not run.
         block_outputs: the output rows (tokens, width) of every block that has run on all batches,
             in order; the tokens of the activations. Empty where none are requested.
     """
@@ -94,17 +106,22 @@ class SamplePass:
         seed: int,
         keep: int,
         emit: Emit,
+        head: bool = False,
     ) -> None:
         self.tokens = count_tokens(batches)
         self.output_rows = self.sampled_rows = self.activation_rows = 0
         self.block_outputs: list[Tensor] = []
+        self.head_moment: SecondMoment | None = None
+        self._head = model.module.get_output_embeddings() if head else None  # type: ignore[operator]
+        #: positions whose output is being made, where these are not all
+        self._part: Tensor | None = None
         self._model, self._objective, self._request = model, objective, request
         self._batches, self._emit = list(batches), emit
         self._directions = torch.Generator().manual_seed(seed + 1)
-        masks = [mask_real_tokens(batch) for batch in batches]
+        self._masks = [mask_real_tokens(batch) for batch in batches]
         self._chain = BlockChain(model, batches)
-        sampler = RowSampler(masks, seed, keep, request.activations)
-        self._recorder = Recorder(model, request, sampler, masks, lambda: self._chain.batch)
+        sampler = RowSampler(self._masks, seed, keep, request.activations)
+        self._recorder = Recorder(model, request, sampler, self._masks, lambda: self._chain.batch)
         self._where = list(zip(model.units, find_unit_blocks(model), strict=True))
 
     def __iter__(self) -> Iterator[Samples]:
@@ -130,7 +147,8 @@ class SamplePass:
             message = f"{self.tokens:,} tokens through block {block + 1}"
             self._emit(Progress(stage="samples", done=block, total=len(blocks), message=message))
             self._run_block(block, keep=True)
-        self._chain.turn_around(self._judge)
+        with self._watch_head():
+            self._chain.turn_around(self._judge, self._split_output)
         self._emit(Progress(stage="samples", done=len(blocks), total=len(blocks)))
         for block in reversed(blocks):
             with self._record(block):
@@ -157,8 +175,44 @@ class SamplePass:
     def _record(self, block: int) -> AbstractContextManager[None]:
         return self._recorder.record(block, [u for u, blocks in self._where if block in blocks])
 
-    def _judge(self, batch: int, output: Any) -> tuple[Tensor, Tensor]:
-        z_RV = self._objective.select_rows(output, self._batches[batch])
+    @contextmanager
+    def _watch_head(self) -> Iterator[None]:
+        """Sum the second moment of what the output head is given."""
+        if self._head is None:
+            yield
+            return
+
+        def add(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            mask_BT = self._masks[self._chain.batch]
+            if self._part is not None and args[0].shape[1] == len(self._part):
+                mask_BT = mask_BT[:, self._part]
+            rows_MI = select_real_rows(args[0].detach(), mask_BT)
+            self.head_moment = self.head_moment or SecondMoment(rows_MI.shape[1], rows_MI.device)
+            self.head_moment.add(rows_MI)
+
+        handle = self._head.register_forward_pre_hook(add)
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _split_output(self, batch: int) -> Iterator[Tensor | None]:
+        """Yield the positions whose logits are made at once, in the order of the output's rows."""
+        for positions in self._list_parts(batch):
+            self._part = positions
+            yield positions
+
+    def _list_parts(self, batch: int) -> Sequence[Tensor | None]:
+        ids_BT, kind = self._batches[batch]["input_ids"], self._model.kind
+        if kind != "causal-lm" or len(ids_BT) > 1 or not can_leave_out_logits(self._model):
+            return [None]
+        width = int(self._model.config.get_text_config().vocab_size)
+        positions_T = torch.arange(ids_BT.shape[1], device=ids_BT.device)
+        parts: Sequence[Tensor] = positions_T.split(max(1, LOGITS // width))
+        return parts
+
+    def _judge(self, batch: int, output: Any, positions: Tensor | None) -> tuple[Tensor, Tensor]:
+        z_RV = self._objective.select_rows(output, self._batches[batch], positions)
         if not is_finite(z_RV):
             raise build_not_finite_error("the model's output")
         self.output_rows += z_RV.shape[0]
@@ -191,6 +245,7 @@ def sample_blocks(
     least: int = 0,
     tokens: int = PASS_TOKENS,
     memory_bytes: int = MEMORY_BYTES,
+    head: bool = False,
 ) -> SamplePass:
     """Prepare a pass; it runs while the caller iterates over it.
 
@@ -205,6 +260,7 @@ def sample_blocks(
         least: rows that are kept whatever the memory.
         tokens: most tokens that flow through the model.
         memory_bytes: about how much the kept rows may take.
+        head: sum the second moment of what the output head is given, if it runs.
 
     Raises:
         CalibrationError: no tokens; while it runs, an activation or a gradient is NaN or infinite.
@@ -214,7 +270,9 @@ def sample_blocks(
     if total == 0:
         raise CalibrationError("the calibration data holds no tokens")
     keep = min(_limit_rows(model, request, keep, least, memory_bytes, emit), total)
-    return SamplePass(model, batches, objective, request, seed=seed, keep=keep, emit=emit)
+    return SamplePass(
+        model, batches, objective, request, seed=seed, keep=keep, emit=emit, head=head
+    )
 
 
 def sample_moments(

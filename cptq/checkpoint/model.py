@@ -98,6 +98,11 @@ class LoadedModel(ModelSpec):
             raise RuntimeError("only the weights of a dense model can be restored")
         self.resident.restore()
 
+    def give_back_memory(self) -> None:
+        """Give back what a stage has left, where memory does not hold the model as a whole."""
+        if self.resident is not None:
+            self.resident.give_back()
+
     @contextmanager
     def hold(self, block: int) -> Iterator[None]:
         """Have the weights of a block in memory inside, in tensors that stay the same."""

@@ -250,6 +250,18 @@ class ResidentWeights:
             if weight.source is not weight.stored:
                 weight.write(weight.stored)
 
+    def give_back(self) -> None:
+        """Give memory back that nothing needs: the heap's, and pages of what is not computed with.
+
+        Pages are read again when they are needed; without a limit they stay.
+        """
+        if self.limit is None:
+            return
+        for weight in self._weights.values():
+            if weight.current is None or weight.current.dtype != weight.stored.dtype:
+                self._files.drop_pages(weight.stored)
+        trim_heap()
+
     def pin(self) -> None:
         """Keep all weights in memory for good; `set_weight` then writes in place."""
         for weight in self._weights.values():

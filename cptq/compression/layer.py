@@ -19,7 +19,7 @@ well.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
 
@@ -138,7 +138,7 @@ def compress_layer(
     """
     asked = spec, W_OI, H_II, candidate, method, layout
     error_II = _choose_moment(H_II, held_out_II) if measure_output else None
-    return _compress(*asked, float16_scales, masking, error_II, held_out_II is not None)[0]
+    return _compress(*asked, float16_scales, masking, error_II, held_out_II is not None)
 
 
 def compress_module(
@@ -154,6 +154,7 @@ def compress_module(
     held_out_II: Tensor | None = None,
     float16_scales: bool = False,
     masking: Masking = USUAL_MASKING,
+    measure_output: bool = True,
 ) -> CompressedLayer:
     """Compress a layer in place: the module then computes with the compressed weight.
 
@@ -161,10 +162,22 @@ def compress_module(
     come near to instead of the dense one (`numerics.asymmetric_target`). The rest as in
     `compress_layer`.
     """
-    asked = spec, get_weight(module).float(), H_II, candidate, method, layout
-    error_II, held_out = _choose_moment(H_II, held_out_II), held_out_II is not None
-    layer, Q_OI = _compress(*asked, float16_scales, masking, error_II, held_out, target_OI)
-    set_weight(module, _convert(layer, Q_OI, dtype))
+    error_II = _choose_moment(H_II, held_out_II) if measure_output else None
+    held_out = held_out_II is not None
+    layer = _compress(
+        spec,
+        get_weight(module).float(),
+        H_II,
+        candidate,
+        method,
+        layout,
+        float16_scales,
+        masking,
+        error_II,
+        held_out,
+        target_OI,
+    )
+    set_weight(module, dequantize_layer(layer, dtype))  # the dense weight is gone by now
     return layer
 
 
@@ -234,11 +247,11 @@ def measure_layer(layer: CompressedLayer, W_OI: Tensor, H_II: Tensor | None) -> 
         W_OI: its dense weight, float32.
         H_II: second moment of inputs that do not calibrate; None: the output error is not known.
     """
-    Q_OI = dequantize_layer(layer, torch.float32)
+    stored = _Stored(layer.codes, layer.scale, layer.zero, layer.mask)
     result = replace(
         layer.result,
-        weight_error=_measure_weight_error(W_OI, Q_OI),
-        output_error=None if H_II is None else _measure_output_error(W_OI, Q_OI, H_II),
+        weight_error=_measure_weight_error(W_OI, stored),
+        output_error=None if H_II is None else _measure_output_error(W_OI, stored, H_II),
         held_out=H_II is not None,
     )
     return replace(layer, result=result)
@@ -256,8 +269,8 @@ def _compress(
     error_II: Tensor | None,
     held_out: bool,
     target_OI: Tensor | None = None,
-) -> tuple[CompressedLayer, Tensor]:
-    """Return the compressed layer and its weight (out, in), multiplied out in float32.
+) -> CompressedLayer:
+    """Return the compressed layer, whose weight is multiplied out some rows at a time.
 
     The output error is measured on `error_II`, which is that of `held_out` inputs or of those that
     calibrate, and relative to the target, which is W where none is given.
@@ -269,9 +282,9 @@ def _compress(
     solution = solve_layer_problem(problem, method, float16_scales=float16_scales)
     codes_OI, scale_OG, zero_OG = solution.codes_OI, solution.scale_OG, solution.zero_OG
     mask_OI = problem.mask_OI if solution.mask_OI is None else solution.mask_OI
-    Q_OI = dequantize(codes_OI, scale_OG, zero_OG, mask_OI, dtype=torch.float32)
-    weight_error = _measure_weight_error(W_OI, Q_OI)
-    output_error = None if error_II is None else _measure_output_error(target_OI, Q_OI, error_II)
+    stored = _Stored(codes_OI, scale_OG, zero_OG, mask_OI)
+    weight_error = _measure_weight_error(W_OI, stored)
+    output_error = None if error_II is None else _measure_output_error(target_OI, stored, error_II)
     result = LayerResult(
         name=spec.name,
         candidate=candidate,
@@ -283,7 +296,7 @@ def _compress(
         held_out=held_out and output_error is not None,
         notes=_group_note(candidate, problem.group, spec) + solution.notes,
     )
-    layer = CompressedLayer(
+    return CompressedLayer(
         spec=spec,
         result=result,
         codes=codes_OI,
@@ -291,23 +304,23 @@ def _compress(
         zero=zero_OG,
         mask=mask_OI,
     )
-    return layer, Q_OI
 
 
-def _convert(layer: CompressedLayer, Q_OI: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return what `dequantize_layer` gives, from the float32 weight where that has the same bits.
+class _Stored:
+    """A weight (out, in) as it is stored, multiplied out in float32 some rows at a time."""
 
-    A step has 8 bits and a 16-bit scale at most 11, so that their product is exact in float32, and
-    rounding it to the type of the scale is what a product in that type does.
-    """
-    if layer.result.candidate.float8:
-        return Q_OI.to(dtype)
-    stored = layer.scale.dtype
-    product = stored if layer.spec.expert else dtype
-    exact = product is stored and stored in (torch.float16, torch.bfloat16)
-    if exact or product is torch.float32:
-        return Q_OI.to(product).to(dtype)
-    return dequantize_layer(layer, dtype)
+    def __init__(self, *parts: Tensor | None) -> None:
+        #: codes, scale, zero point and mask; those that there are
+        self._known = [part is not None for part in parts]
+        self.matrices = [part for part in parts if part is not None]
+
+    def multiply_out(self, rows: Sequence[Tensor]) -> Tensor:
+        """Return the weight of some rows of `matrices`."""
+        found = iter(rows)
+        codes_RI, scale_RG, zero_RG, mask_RI = (next(found) if k else None for k in self._known)
+        assert codes_RI is not None
+        assert scale_RG is not None
+        return dequantize(codes_RI, scale_RG, zero_RG, mask_RI, dtype=torch.float32)
 
 
 def _bound_scales(solution: LayerSolution, bits: int) -> LayerSolution:
@@ -332,20 +345,26 @@ def _choose_moment(H_II: Tensor | None, held_out_II: Tensor | None) -> Tensor | 
     return H_II if held_out_II is None else held_out_II
 
 
-def _measure_weight_error(W_OI: Tensor, Q_OI: Tensor) -> float:
+def _measure_weight_error(W_OI: Tensor, stored: _Stored) -> float:
     """Return |W - Q|^2 / |W|^2."""
-    lost = sum_over_rows(lambda W_RI, Q_RI: (W_RI - Q_RI).square(), W_OI, Q_OI)
+    lost = sum_over_rows(
+        lambda W_RI, *rows: (W_RI - stored.multiply_out(rows)).square(), W_OI, *stored.matrices
+    )
     return _divide(lost, sum_over_rows(torch.square, W_OI))
 
 
-def _measure_output_error(W_OI: Tensor, Q_OI: Tensor, H_II: Tensor) -> float:
+def _measure_output_error(W_OI: Tensor, stored: _Stored, H_II: Tensor) -> float:
     """Return the relative squared error of the output."""
 
     def compute_energy(W_RI: Tensor) -> Tensor:
         """Return what adds up to E|x W^T|^2 for inputs with second moment H."""
         return (W_RI @ H_II).mul_(W_RI)
 
-    lost = sum_over_rows(lambda W_RI, Q_RI: compute_energy(W_RI - Q_RI), W_OI, Q_OI)
+    lost = sum_over_rows(
+        lambda W_RI, *rows: compute_energy(W_RI - stored.multiply_out(rows)),
+        W_OI,
+        *stored.matrices,
+    )
     return _divide(lost, sum_over_rows(compute_energy, W_OI))
 
 

@@ -14,7 +14,7 @@ Cost: each (unit, candidate) once, when it is first needed. Memory: the Hessians
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,7 @@ from cptq.compression import COMPRESSORS
 from cptq.compression.blockwise import restore_layers
 from cptq.compression.layer import compress_layer
 from cptq.compression.scores import USUAL_MASKING, Masking
-from cptq.compression.vocabulary import choose_compressor
+from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout
 from cptq.numerics.grid import dequantize_layer
 from cptq.types import Candidate, CompressedLayer, Emit, LayerSpec, Progress, Unit
@@ -44,6 +44,8 @@ class TrialModel:
         emit: takes progress.
         hessians: {unit name: H_II} on the dense model's activations; a unit without one is
             compressed as if its inputs were independent and equal.
+        measure_heads: gives those of output heads when one is first compressed, unless
+            `take_head_moment` was called before.
         layout, float16_scales, masking: as `compress_model` takes them;
             the weights tried are those shipped.
     """
@@ -58,15 +60,21 @@ class TrialModel:
         layout: Layout,
         float16_scales: bool,
         masking: Masking = USUAL_MASKING,
+        measure_heads: Callable[[], Mapping[str, Tensor]] | None = None,
     ) -> None:
         self.model = model
         self._layout, self._float16_scales, self._masking = layout, float16_scales, masking
         self._emit = emit
         self._method = COMPRESSORS.get(compressor)
-        self._hessians = hessians or {}
+        self._hessians, self._measure_heads = dict(hessians or {}), measure_heads
         self._units = {unit.name: unit for unit in model.all_units}
         self._made: dict[tuple[str, Candidate], list[CompressedLayer]] = {}
         self._now: dict[str, Candidate] = {}
+
+    def take_head_moment(self, H_II: Tensor) -> None:
+        """Compress output heads on this second moment of what they are given."""
+        self._hessians |= {u.name: H_II for u in self.model.vocabulary if is_head(u)}
+        self._measure_heads = None
 
     @contextmanager
     def restore_after(self) -> Iterator[None]:
@@ -130,6 +138,9 @@ class TrialModel:
 
     def _compress(self, unit: Unit, candidate: Candidate) -> list[CompressedLayer]:
         outer = unit.block is None
+        if outer and self._measure_heads is not None and is_head(unit):
+            self._hessians |= self._measure_heads()
+            self._measure_heads = None
         method = choose_compressor(unit, self._method) if outer else self._method
         return [
             compress_layer(

@@ -174,6 +174,7 @@ def _measure_missing(
             compress=trial.weights if trial else None,
             vocabulary=inputs.vocabulary,
             compress_outer=trial.compute_weights if trial else None,
+            take_head_moment=trial.take_head_moment if trial else None,
             keep=run.keep,
         )
 

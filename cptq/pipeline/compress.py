@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cptq.allocation.allocate import allocate
 from cptq.allocation.experts import fix_experts, list_experts
 from cptq.allocation.ledger import Ledger
 from cptq.artifact.content import build_content
 from cptq.artifact.draft import Record, draft
 from cptq.artifact.hub import push
 from cptq.artifact.reload import ReloadCheck
-from cptq.calibration.batches import Batch
-from cptq.calibration.samples import take_batches
-from cptq.calibration.tokens import Calibration
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.checkpoint.ranks import ALONE, Ranks
-from cptq.compression.blockwise import Steps, compress_model
+from cptq.compression.blockwise import Steps
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, CompressSettings, parse_shard_size
-from cptq.errors import BudgetError, mark_kept
+from cptq.errors import mark_kept
 from cptq.pipeline.activations import add_rules, attach_rules
+from cptq.pipeline.carry_out import allocate_plan, carry_out
 from cptq.pipeline.disk import check_disk, count_disk
 from cptq.pipeline.files import encode_stage_files
 from cptq.pipeline.guard import Guard
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.nearest_check import check_against_nearest
+from cptq.pipeline.plan_check import check_plan
 from cptq.pipeline.plan_view import predict_front
 from cptq.pipeline.profile import build_masking, spread_zeros
 from cptq.pipeline.recorder import Recorder
@@ -45,7 +44,6 @@ from cptq.pipeline.speed import measure_speed
 from cptq.pipeline.summarize import describe_check, summarize
 from cptq.pipeline.trial_model import build_trial_model
 from cptq.pipeline.tune import TuneResult, apply_tuned, record_dense, tune_layers
-from cptq.pipeline.uniform_check import BASELINE, TRIAL_TOKENS, keep_better_plan
 from cptq.report.derived import build_json
 from cptq.report.render import FILES, render_files
 from cptq.report.summary import CompressOutcome, Summary
@@ -54,7 +52,6 @@ from cptq.types import (
     ActivationRecord,
     CompressedLayer,
     Emit,
-    Event,
     GuardQuality,
     Keep,
     Notice,
@@ -160,6 +157,7 @@ def measure_sensitivity(
             compress=trial.weights if trial and truth else None,
             vocabulary=vocabulary,
             compress_outer=trial.compute_weights if trial else None,
+            take_head_moment=trial.take_head_moment if trial else None,
             keep=keep,
         )
 
@@ -186,7 +184,7 @@ def make_plan(
         return inputs.plan
     table = next(iter(tables.values()), None)
     with recorder.stage("allocation"):
-        plan = _allocate(inputs, inputs.settings.allocator, table, recorder)
+        plan = allocate_plan(inputs, inputs.settings.allocator, table, recorder)
         plan = spread_zeros(inputs, plan, recorder)
     if not inputs.settings.refine:
         return plan
@@ -201,21 +199,6 @@ def make_plan(
             inputs.settings,
             recorder,
         )
-
-
-def _allocate(
-    inputs: CompressInputs, allocator: str, table: SensitivityTable | None, emit: Emit
-) -> Plan:
-    space = inputs.space
-    assert inputs.ledger is not None  # a plan of --plan is not allocated
-    return allocate(
-        allocator,
-        table,
-        inputs.ledger,
-        space.candidates,
-        model_fingerprint=inputs.model.fingerprint,
-        emit=emit,
-    )
 
 
 def _restrict_to_refinable(inputs: CompressInputs, plan: Plan) -> Ledger:
@@ -235,10 +218,10 @@ def compress_and_tune(
 ) -> CompressedModel:
     """Carry out the plan by `compress_layers`, and tune the result where --tune asks for it."""
     if not inputs.settings.tune:
-        return compress_layers(inputs, plan, run, recorder, ranks)
+        return compress_layers(inputs, plan, run, recorder, ranks, guard.recorded)
     with recorder.stage("tuning"):
         dense = None if TUNED_STEP in run else record_dense(inputs, guard.judge)
-    compressed = compress_layers(inputs, plan, run, recorder, ranks)
+    compressed = compress_layers(inputs, plan, run, recorder, ranks, guard.recorded)
 
     def tune() -> dict[str, Any]:
         assert dense is not None
@@ -267,45 +250,23 @@ def drop_activations(
     return replace(compressed, layers=layers, activations=record)
 
 
-def check_plan(
+def compress_layers(
     inputs: CompressInputs,
     plan: Plan,
-    guard: Guard,
+    run: RunDirectory,
     recorder: Recorder,
-    keep: Keep = keep_nothing,
-) -> Plan:
-    """Return the plan, or the baseline plan where --check-uniform finds that better.
-
-    `keep` keeps what was measured of each.
-    """
-    with recorder.stage("plan check"):
-        baseline = _make_baseline_plan(inputs, plan, recorder)
-        if baseline is None:
-            return plan
-        batches = take_batches(inputs.calibration.batches, TRIAL_TOKENS)
-        part = replace(inputs.calibration, batches=batches)
-        return keep_better_plan(
-            inputs.model,
-            plan,
-            baseline,
-            lambda tried, emit: _carry_out(inputs, tried, part, (), emit),
-            guard.divergence,
-            recorder,
-            keep,
-        )
-
-
-def compress_layers(
-    inputs: CompressInputs, plan: Plan, run: RunDirectory, recorder: Recorder, ranks: Ranks = ALONE
+    ranks: Ranks = ALONE,
+    dense: DivergenceFromDense | None = None,
 ) -> CompressedModel:
     """Carry out the plan; the model in memory then computes with the compressed weights.
 
-    Every block is a step of the run.
+    Every block is a step of the run. `dense`: the divergence on `inputs.held_out.judge`, where it
+    was recorded before.
     """
     steps, emit = keep_blocks(run, inputs.model.device, recorder)
     with recorder.stage("compression"):
         layers = _carry_out_together(inputs, plan, emit, ranks, steps)
-    check_against_nearest(inputs, plan, layers, recorder)
+    check_against_nearest(inputs, plan, layers, recorder, dense)
     return CompressedModel(plan=plan, layers=tuple(layers))
 
 
@@ -319,57 +280,7 @@ def _carry_out_together(
     """Carry out the plan, which the first process has, as have `steps`, in all processes."""
     plan = share_plan(inputs, plan, ranks)
     judge = inputs.held_out.errors
-    return _carry_out(inputs, plan, inputs.calibration, judge, emit, steps, ranks)
-
-
-def _carry_out(
-    inputs: CompressInputs,
-    plan: Plan,
-    calibration: Calibration,
-    held_out: Sequence[Batch],
-    emit: Emit,
-    steps: Steps | None = None,
-    ranks: Ranks = ALONE,
-) -> list[CompressedLayer]:
-    return compress_model(
-        inputs.model,
-        calibration,
-        plan,
-        compressor=inputs.settings.compressor,
-        float16_scales=inputs.runtime.float16_scales,
-        layout=inputs.space.layout,
-        masking=build_masking(inputs.settings),
-        held_out=held_out,
-        steps=steps,
-        ranks=ranks,
-        emit=emit,
-    )
-
-
-def _make_baseline_plan(inputs: CompressInputs, plan: Plan, emit: Emit) -> Plan | None:
-    """Return the plan to compare with; None where none is needed, or none can be compared."""
-    if not inputs.compare_with_baseline:
-        return None
-    try:
-        baseline = _allocate(inputs, BASELINE, None, _ignore)
-    except BudgetError:  # of the candidates only sparse ones are small enough
-        message = "no plan without sparse weights is so small: nothing to compare with"
-        emit(Notice(kind="warning", subject="--check-uniform", message=message))
-        return None
-    if baseline.choices == plan.choices:
-        return None
-    if not inputs.held_out.judge:
-        message = (
-            "no text is left beside what calibrates: the plan is not compared with a uniform "
-            "one; fewer --samples or a longer text would leave some"
-        )
-        emit(Notice(kind="warning", subject="--check-uniform", message=message))
-        return None
-    return baseline
-
-
-def _ignore(_event: Event) -> None:
-    """Drop notices about allocating the baseline plan, which may not be kept."""
+    return carry_out(inputs, plan, inputs.calibration, judge, emit, steps, ranks)
 
 
 def write_artifact(

@@ -37,6 +37,12 @@ class Guard:
         return DivergenceFromDense(model, self._inputs.held_out.judge, objective, units=False)
 
     @property
+    def recorded(self) -> DivergenceFromDense | None:
+        """`divergence`; None where nothing has asked for it so far."""
+        found: DivergenceFromDense | None = self.__dict__.get("divergence")
+        return found
+
+    @property
     def judge(self) -> DivergenceFromDense | None:
         """`divergence`; None where no text is held out for it."""
         return self.divergence if self._inputs.held_out.judge else None

@@ -452,7 +452,7 @@ def calibrate(
     """
     with recorder.stage("calibration"):
         recorder(Progress(stage="calibration", done=0, total=None, message="read text"))
-        return build_calibration(
+        calibration = build_calibration(
             model,
             settings.calibration,
             settings.model,
@@ -460,6 +460,8 @@ def calibrate(
             held_out=parts * count_part_rows(model, settings.calibration.seqlen),
             reserve=reserve,
         )
+    model.give_back_memory()
+    return calibration
 
 
 def build_cost_model(

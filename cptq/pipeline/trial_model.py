@@ -40,8 +40,8 @@ def build_trial_model(
 ) -> TrialModel:
     """Build a trial model for `compressor`; where that uses activations, one pass gathers them.
 
-    Without `blocks` only the vocabulary is to be tried, and the blocks' activations are not
-    gathered.
+    Without `blocks` only the vocabulary is to be tried: the blocks' activations are not gathered,
+    and those of a head when it is tried, unless another pass has given them.
 
     All of the calibration text goes into the Hessians, as in the final compression: from fewer
     tokens wide units look more sensitive than they are. `cost` knows the file and the runtime that
@@ -53,9 +53,10 @@ def build_trial_model(
     sparse = any(candidate.sparsity for candidate in candidates)
     if compressor in WITHOUT_ACTIVATIONS and not sparse:
         return build(model, compressor, emit)
-    heads = _measure_heads(model, calibration, emit)
+    measure_heads = partial(_measure_heads, model, calibration, emit)
     if not blocks:
-        return build(model, compressor, emit, heads)
+        return build(model, compressor, emit, measure_heads=measure_heads)
+    heads = measure_heads()
     need = sum(4 * unit.layers[0].shape[1] ** 2 for unit in model.units)
     if need > HESSIAN_BYTES:
         message = (

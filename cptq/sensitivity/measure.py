@@ -16,7 +16,7 @@ the held-out text run again; they cost as much as a few trials.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -63,6 +63,7 @@ def measure(
     compress: Compress | None = None,
     vocabulary: Mapping[str, Sequence[Candidate]] | None = None,
     compress_outer: Compress | None = None,
+    take_head_moment: Callable[[torch.Tensor], None] | None = None,
     keep: Keep = keep_nothing,
 ) -> dict[str, SensitivityTable]:
     """Score every unit at every candidate by each metric.
@@ -84,6 +85,8 @@ def measure(
         vocabulary: {unit outside the blocks: ways to store it}; the others are not scored.
         compress_outer: gives the weights of such a unit stored as a candidate; needed where a
             metric reads text.
+        take_head_moment: is given, before that, the second moment of what an output head reads,
+            where a pass of the samples has come by it.
         keep: keeps what is finished.
 
     Returns:
@@ -112,6 +115,9 @@ def measure(
         started=started,
     )
     scoring.score_units()
+    head = context.samples.head_moment if context.samples is not None else None
+    if head is not None and take_head_moment is not None:
+        take_head_moment(head.mean_II)
     scoring.score_outer(compress_outer)
     scoring.finish_metrics()
     return scoring.build_tables()

@@ -236,7 +236,9 @@ class _PathPasses:
     def _list_units(self, block: int) -> list[Unit]:
         return [unit for unit, blocks in self._where if block in blocks]
 
-    def _judge(self, distances: list[float], batch: int, output: Any) -> tuple[Tensor, Tensor]:
+    def _judge(
+        self, distances: list[float], batch: int, output: Any, _positions: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Return the output rows and the gradient of their divergence; add that to `distances`."""
         reference_RV = self._reference[batch]
         z_RV = self._objective.select_rows(output, self._rows[batch])

@@ -71,7 +71,7 @@ def prepare_context(
     samples = divergence = path = None
     if any(kind.needs.text for kind in kinds.values()):
         split = _split_text(model, kinds, calibration)
-        samples = _prepare_samples(model, kinds, split, seed, emit)
+        samples = _prepare_samples(model, kinds, split, seed, emit, head=outer)
         if outer or any(kind.needs.divergence for kind in kinds.values()):
             divergence = DivergenceFromDense(model, split.held_out, objective, emit)
         if samples and divergence and split.overlap:
@@ -115,7 +115,7 @@ def _split_text(model: LoadedModel, kinds: Kinds, calibration: Calibration | Non
 
 
 def _prepare_samples(
-    model: LoadedModel, kinds: Kinds, split: Split, seed: int, emit: Emit
+    model: LoadedModel, kinds: Kinds, split: Split, seed: int, emit: Emit, *, head: bool
 ) -> SamplePass | None:
     requests = [kind.needs.samples for kind in kinds.values() if kind.needs.samples is not None]
     if not requests:
@@ -125,7 +125,9 @@ def _prepare_samples(
         combined = combined | request
     objective = choose_objective(model.kind, model.config)
     least = max(kind.get_min_tokens(model) for kind in kinds.values())
-    return sample_blocks(model, split.fit, objective, combined, seed=seed, emit=emit, least=least)
+    return sample_blocks(
+        model, split.fit, objective, combined, seed=seed, emit=emit, least=least, head=head
+    )
 
 
 def _compute_path_gradients(

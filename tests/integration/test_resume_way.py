@@ -24,10 +24,10 @@ from tests.integration.forks import TEXT, Forks, place_text_beside
 SMALL = [*("--samples", "4", "--seqlen", "64", "--batch-size", "2", "--target", "3.5bit")]
 SMALL += ["--group-size", "16"]
 #: what --check-uniform and --tune leave, in their order, beside a step per unit that is measured
-TRIALS = ["trial-of-plan", "trial-of-baseline"]
+TRIALS = ["trial-256-of-plan", "trial-256-of-baseline"]
 BLOCKS = ["block-0", "block-1", "head"]
 STEPS = ["run", "sensitivity", "plan", *TRIALS, "chosen-plan", *BLOCKS, "quality", "written"]
-MOMENTS = ["sensitivity", "trial-of-plan", "block-0"]
+MOMENTS = ["sensitivity", "trial-256-of-plan", "block-0"]
 TUNED = ["run", "sensitivity", "plan", "chosen-plan", *BLOCKS, "tuned", "quality", "written"]
 #: seconds after which a test gives up
 PATIENCE = 120.0

@@ -22,7 +22,7 @@ def walk(model: LoadedModel, weights: dict[int, list[Tensor]]) -> dict[int, list
     objective = choose_objective(model.kind, model.config)
     chain = BlockChain(model, batches)
 
-    def judge(batch: int, output: Any) -> tuple[Tensor, Tensor]:
+    def judge(batch: int, output: Any, _positions: Tensor | None) -> tuple[Tensor, Tensor]:
         z_RV = objective.select_rows(output, batches[batch])
         return z_RV, torch.ones_like(z_RV).cumsum(1)
 

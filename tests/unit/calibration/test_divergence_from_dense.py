@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from cptq.calibration.batches import split_held_out
+from cptq.calibration.batches import count_tokens, split_held_out
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.checkpoint.weights import get_weight, replace_weight
@@ -54,6 +54,29 @@ def test_many_layers_changed_at_once_equal_a_model_with_those_weights(
     expected = truth.trial(model, rows, objective, weights)
     assert divergence.measure_layers(weights) == pytest.approx(expected, rel=1e-4)
     assert all(torch.equal(before[n], v) for n, v in model.module.state_dict().items())
+
+
+def test_a_part_equals_its_batches_alone_whatever_the_memory(tiny_model: TinyModel) -> None:
+    model = loaded(tiny_model("llama"))
+    objective = choose_objective(model.kind, model.config)
+    rows = random_calibration(model, rows=6, length=12).batches
+    assert len(rows) > 1
+    whole = DivergenceFromDense(model, rows, objective, units=False)
+    part, alone = (
+        whole.take_part(count_tokens(rows[:1])),
+        DivergenceFromDense(model, rows[:1], objective, units=False),
+    )
+    name = model.units[0].layers[0].name
+    with replace_weight(model.linear(name), get_weight(model.linear(name)) * 0.8):
+        found_R = part.measure_rows()
+        assert torch.equal(found_R, alone.measure_rows())
+        assert torch.equal(found_R, whole.measure_rows()[: len(found_R)])
+        # as where one block at a time is in memory
+        assert torch.equal(found_R, torch.cat(part._measure_parts(part._run_together(None))))
+    assert float(found_R.mean()) > 0
+    assert (part.tokens, part.samples) == (alone.tokens, alone.samples)
+    assert torch.equal(part.window_R, alone.window_R)
+    assert whole.tokens > part.tokens
 
 
 def test_disturbed_readers_of_one_tensor_read_one_disturbance(tiny_model: TinyModel) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 
-from cptq.calibration.batches import split_held_out
+import cptq.calibration.samples as sampling
+from cptq.calibration.batches import split_batches, split_held_out
 from cptq.calibration.objective import choose_objective
 from cptq.calibration.recorder import LayerActivations, LayerSample, SampleRequest
 from cptq.calibration.replay import forward
@@ -18,6 +19,7 @@ from cptq.calibration.row_sampler import RowSampler
 from cptq.calibration.samples import SamplePass, sample_blocks
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, replace_weight
+from cptq.compression.streams import measure_head_moment
 from cptq.errors import CalibrationError
 from cptq.types import Notice, Progress
 from tests.conftest import TinyModel
@@ -120,6 +122,51 @@ def test_the_fisher_measures_the_kl_in_nats(tiny_model: TinyModel) -> None:
         row = samples.layers[spec.name]
         squares.append(float((row.g_TO * (row.x_TI @ dW.T)).sum()) ** 2)
     assert sum(squares) / len(squares) / 2 / 24 == pytest.approx(kl, rel=0.25)
+
+
+def test_logits_made_part_by_part_give_the_same_gradients(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = loaded(tiny_model("llama"))
+    rows = split_batches(random_calibration(model, rows=3, length=17).batches, 1)
+    objective = choose_objective(model.kind, model.config)
+    given = model, rows, objective, SampleRequest(gradients=True)
+    whole = collect_samples(*given, seed=3, emit=lambda event: None, head=True)
+    monkeypatch.setattr(sampling, "LOGITS", 5 * int(model.config.vocab_size))
+    asked: list[int] = []
+    select = type(objective).select_rows
+
+    def count(self: Any, output: Any, *more: Any) -> torch.Tensor:
+        asked.append(output.logits.shape[1])
+        return select(self, output, *more)
+
+    monkeypatch.setattr(type(objective), "select_rows", count)
+    parts = collect_samples(*given, seed=3, emit=lambda event: None, head=True)
+    assert asked == 3 * [5, 5, 5, 2]
+    assert parts.done.output_rows == whole.done.output_rows == 3 * 17
+    for name, sample in whole.layers.items():
+        assert sample.g_TO is not None
+        torch.testing.assert_close(parts.layers[name].g_TO, sample.g_TO, rtol=1e-4, atol=1e-6)
+        assert sample.g_TO.abs().sum() > 0
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_a_head_is_given_is_summed_on_the_way(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch, padded: bool
+) -> None:
+    model = loaded(tiny_model("llama"))
+    batches = random_calibration(model, rows=3, length=17).batches
+    rows = batches if padded else split_batches(batches, 1)
+    if padded:
+        rows[0]["attention_mask"][-1, 9:] = 0
+    expected_II = measure_head_moment(model, rows)
+    monkeypatch.setattr(sampling, "LOGITS", 5 * int(model.config.vocab_size))
+    objective = choose_objective(model.kind, model.config)
+    given = model, rows, objective, SampleRequest(gradients=True)
+    found = collect_samples(*given, seed=3, emit=lambda event: None, head=True).done.head_moment
+    assert found is not None
+    assert found.tokens == 3 * 17 - 8 * padded
+    torch.testing.assert_close(found.mean_II, expected_II)
 
 
 def test_same_seed_same_rows_and_another_seed_others(tiny_model: TinyModel) -> None:

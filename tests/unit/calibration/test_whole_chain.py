@@ -59,7 +59,9 @@ def test_outputs_and_gradients_are_those_of_a_plain_pass(
     chain.embed()
     assert len(list(chain.forward_block(0, keep=True))) == len(batches)
 
-    def judge(batch: int, output: object) -> tuple[torch.Tensor, torch.Tensor]:
+    def judge(
+        batch: int, output: object, _positions: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         z_RV = objective.select_rows(output, batches[batch])
         return z_RV, torch.ones_like(z_RV).cumsum(1)
 

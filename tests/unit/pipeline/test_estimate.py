@@ -110,7 +110,7 @@ def test_nothing_is_measured_or_compressed(
         raise AssertionError("a dry run measures and compresses nothing")
 
     compress = sys.modules["cptq.pipeline.compress"]
-    for name in ("measure", "compress_model", "build_trial_model", "refine_plan", "draft"):
+    for name in ("measure", "carry_out", "build_trial_model", "refine_plan", "draft"):
         monkeypatch.setattr(compress, name, refuse)
     options = dict(SMALL, refine=3, tune=True, allocator="even")
     found = cptq.estimate(tiny_model("llama"), out=tmp_path / "o", progress=heard.append, **options)

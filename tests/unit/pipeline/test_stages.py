@@ -17,15 +17,10 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.config import CalibrationSettings, CompressSettings, ModelSettings
-from cptq.pipeline.compress import (
-    check_plan,
-    compress,
-    compress_layers,
-    make_plan,
-    measure_sensitivity,
-)
+from cptq.pipeline.compress import compress, compress_layers, make_plan, measure_sensitivity
 from cptq.pipeline.guard import Guard
 from cptq.pipeline.inputs import CompressInputs, HeldOutText, load_inputs
+from cptq.pipeline.plan_check import check_plan
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.run_directory import open_run
 from tests.conftest import TinyModel
@@ -115,7 +110,7 @@ def test_plans_are_compared_with_the_model_as_it_came(
         raise KeyboardInterrupt
 
     # the package of the same name holds the function
-    monkeypatch.setattr(sys.modules["cptq.pipeline.compress"], "keep_better_plan", stop)
+    monkeypatch.setattr(sys.modules["cptq.pipeline.plan_check"], "keep_better_plan", stop)
     with pytest.raises(KeyboardInterrupt):
         check_plan(inputs, plan, Guard(inputs), recorder())
     with torch.no_grad():  # as if it had been compressed by now

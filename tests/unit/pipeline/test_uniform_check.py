@@ -1,0 +1,87 @@
+"""The first trial whose difference is plain decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor
+
+from cptq.pipeline.uniform_check import Trial, keep_better_plan
+from cptq.types import Budget, Candidate, Plan
+from tests.conftest import Heard
+
+ROWS = 8
+
+
+def plan(bits: int, allocator: str) -> Plan:
+    return Plan(
+        model_fingerprint="",
+        budget=Budget(limit_bytes=0, asked="by hand"),
+        allocator=allocator,
+        metric=None,
+        table_digest=None,
+        choices={"unit": Candidate(bits=bits, group_size=16)},
+        predicted_bytes=0,
+        predicted_loss=None,
+    )
+
+
+OWN, OTHER = plan(3, "knapsack"), plan(4, "even")
+
+
+@dataclass
+class Measured:
+    """A model and its divergence: `now` is what a trial has set."""
+
+    now: float = 0.0
+    unit: str = "nats"
+    window_R: Tensor = field(default_factory=lambda: torch.arange(ROWS))
+
+    def measure_rows(self) -> Tensor:
+        noise_R = torch.linspace(-0.1, 0.1, ROWS, dtype=torch.float64)
+        return self.now + noise_R * self.now
+
+    def describe_difference(self, gap_R: Tensor) -> str:
+        return f"difference {float(gap_R.mean()):+.3g}"
+
+    def restore_dense(self) -> None:
+        self.now = 0.0
+
+
+def decide(found: Sequence[tuple[float, float]], heard: Heard) -> tuple[str, list[str]]:
+    """Return whose plan is kept, and the trials that ran; `found`: of plan and baseline in each."""
+    measured, ran = Measured(), []
+
+    def make(tokens: int, own: float, other: float) -> Trial:
+        def compress(tried: Plan, _emit: Any) -> None:
+            ran.append(f"{tokens} {tried.allocator}")
+            measured.now = own if tried is OWN else other
+
+        return Trial(tokens=tokens, compress=compress)
+
+    trials = [make(tokens, *pair) for tokens, pair in enumerate(found)]
+    stub = cast(Any, measured)
+    better = keep_better_plan(stub, OWN, OTHER, trials, stub, heard)
+    assert better.notes[-1] == heard.notices[-1]
+    assert f"calibrated on {ran[-1].split()[0]})" in better.notes[-1]
+    return better.allocator, [name.split()[0] for name in ran[::2]]
+
+
+@pytest.mark.parametrize(
+    ("found", "kept", "ran"),
+    [
+        ([(1.0, 2.0), (9.0, 1.0), (9.0, 1.0)], "knapsack", 1),
+        ([(2.0, 1.0), (1.0, 2.0)], "even", 1),
+        ([(1.0, 1.02), (2.0, 1.0), (1.0, 2.0)], "even", 2),  # within SHARE
+        ([(1.0, 1.01), (1.01, 1.0)], "even", 2),
+        ([(1.0, 1.01), (1.0, 1.0)], "knapsack", 2),  # kept where both are equal
+    ],
+)
+def test_the_first_plain_trial_decides(
+    found: list[tuple[float, float]], kept: str, ran: int, heard: Heard
+) -> None:
+    assert decide(found, heard) == (kept, [str(i) for i in range(ran)])
