@@ -186,6 +186,8 @@ class SamplePass:
             mask_BT = self._masks[self._chain.batch]
             if self._part is not None and args[0].shape[1] == len(self._part):
                 mask_BT = mask_BT[:, self._part]
+            elif self._part is not None and int(self._part[0]):
+                return  # a head that runs on all positions whatever is asked for: counted once
             rows_MI = select_real_rows(args[0].detach(), mask_BT)
             self.head_moment = self.head_moment or SecondMoment(rows_MI.shape[1], rows_MI.device)
             self.head_moment.add(rows_MI)

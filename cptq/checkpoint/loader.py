@@ -6,6 +6,7 @@ config.json names, except that weights which it would initialize randomly are an
 
 from __future__ import annotations
 
+import gc
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -31,7 +32,7 @@ from cptq.checkpoint.files import (
 from cptq.checkpoint.hub import resolve_checkpoint
 from cptq.checkpoint.inventory import Inventory, take_inventory
 from cptq.checkpoint.load_errors import explain_load_errors, refuse_library_errors
-from cptq.checkpoint.memory import GPU_SHARE, Memory
+from cptq.checkpoint.memory import Memory
 from cptq.checkpoint.model import LoadedModel, ModelSpec
 from cptq.checkpoint.opening import choose_load_dtype, has_rounded_buffers, list_parts
 from cptq.checkpoint.pages import MappedFiles
@@ -305,8 +306,11 @@ def _limit_weights(memory: Memory | None, device: torch.device) -> int | None:
         return None
     if device.type == "cpu" or memory.asked:
         return memory.weights
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
-    return None if free is None else int(GPU_SHARE * free)
+    if device.type != "cuda":
+        return None
+    gc.collect()  # a model refers to itself: an earlier one is still there until this
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(memory.of_gpu * (torch.cuda.mem_get_info(device)[0] + kept))
 
 
 def read_spec(settings: ModelSettings, emit: Emit) -> ModelSpec:

@@ -32,18 +32,23 @@ FREE_SHARE = 0.8
 #: matrices of the size of the largest second moment, float32: that moment, the cross moment, that
 #: of held-out text, and a factor, or one more sum of a part
 MOMENTS = 4
-#: share of what is free on a GPU that the matrices of a model may take there
-GPU_SHARE = 0.6
+#: share of what is free on a GPU for the matrices of a model: in a compression, and where the model
+#: is only run
+GPU_SHARE, GPU_SHARE_TO_RUN = 0.6, 0.9
 _CGROUP = Path("/sys/fs/cgroup")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Memory:
-    """A limit in bytes, and where activations go that do not fit; `asked`: by --max-memory."""
+    """A limit in bytes, and where activations go that do not fit; `asked`: by --max-memory.
+
+    `of_gpu`: share of what is free on a GPU that the matrices of a model may take there.
+    """
 
     total: int
     asked: bool = False
     folder: Path | None = None
+    of_gpu: float = GPU_SHARE
 
     @property
     def weights(self) -> int:

@@ -28,7 +28,7 @@ way.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -155,7 +155,7 @@ class _CarryingOut:
             layers = self._steps.load(name)
             if layers is None:
                 return
-            yield name, layers
+            yield name, self._place(layers)
 
     def list_layers(self) -> list[CompressedLayer]:
         """Return the layers of all steps."""
@@ -169,11 +169,17 @@ class _CarryingOut:
             self._restore(name)
         return True
 
+    def _place(self, layers: list[CompressedLayer]) -> list[CompressedLayer]:
+        """Return layers where they stay: beside a model that is on a device as a whole."""
+        model = self._model
+        device = model.device if model.held_whole else torch.device("cpu")
+        return [move_layer(layer, device) for layer in layers]
+
     def _restore(self, name: str) -> None:
         restore_layers(self._model, self._done[name])
 
     def _save(self, name: str, layers: list[CompressedLayer]) -> None:
-        self._done[name] = self._steps.save(name, layers)
+        self._done[name] = self._place(self._steps.save(name, layers))
         self._restore(name)  # from now on from what was saved, so that no copy is kept in memory
 
     def compress_all(self, calibration: Calibration, held_out: Sequence[Batch]) -> None:
@@ -301,7 +307,19 @@ def name_block(block: int) -> str:
 def restore_layers(model: LoadedModel, layers: Iterable[CompressedLayer]) -> None:
     """Let a model compute with compressed layers, multiplied out when they are needed."""
     for layer in layers:
-        make_weight(model.linear(layer.spec.name), partial(dequantize_layer, layer, model.dtype))
+        make_weight(model.linear(layer.spec.name), partial(_multiply_out, layer, model))
+
+
+def _multiply_out(layer: CompressedLayer, model: LoadedModel) -> Tensor:
+    return dequantize_layer(move_layer(layer, model.device), model.dtype)
+
+
+def move_layer(layer: CompressedLayer, device: torch.device) -> CompressedLayer:
+    """Return a layer with its tensors on a device; itself where they are there."""
+    names = ("codes", "scale", "zero", "mask")
+    return replace(
+        layer, **{n: t.to(device) for n in names if (t := getattr(layer, n)) is not None}
+    )
 
 
 def _split_stages(units: Sequence[Unit], *, one_by_one: bool) -> list[list[Unit]]:

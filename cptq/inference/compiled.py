@@ -11,7 +11,10 @@ when its cache is static, and a graph has none of the time that Python needs to 
 
     model.generate(**inputs, cache_implementation="static")
 
-Limits: no gradients, no `torch.export`; the compiled code ends with the process.
+Limits: no gradients, no `torch.export`; the compiled code ends with the process. A CUDA graph goes
+on with the weights, and with the rules on or off, that it was recorded with; models with sparse
+weights or rules are therefore not compiled by `generate`. Compiling block by block compiles each
+block anew, since each has its numbers: compile the whole model.
 """
 
 from __future__ import annotations

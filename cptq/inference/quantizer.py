@@ -115,16 +115,20 @@ class PackedQuantizer(HfQuantizer):
     def is_trainable(self) -> bool:
         return False
 
-    @property
-    def is_compileable(self) -> bool:
-        """Whether `generate` may compile the model: `cptq.inference.compiled`."""
-        return True
-
 
 class CptqQuantizer(PackedQuantizer):
     """Loads what config.json calls `cptq`."""
 
     quantization_config: CptqConfig
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may make CUDA graphs of the model (`cptq.inference.compiled`).
+
+        Products with sparse weights wait for the GPU, and whether rules are on would be recorded.
+        """
+        config = self.quantization_config
+        return not config.rules and not any(s.sparsity for s in config.schemes.values())
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Set the name of the weight file; the only hook that runs before files are looked up."""

@@ -263,7 +263,7 @@ def compress_layers(
     Every block is a step of the run. `dense`: the divergence on `inputs.held_out.judge`, where it
     was recorded before.
     """
-    steps, emit = keep_blocks(run, inputs.model.device, recorder)
+    steps, emit = keep_blocks(run, recorder)
     with recorder.stage("compression"):
         layers = _carry_out_together(inputs, plan, emit, ranks, steps)
     check_against_nearest(inputs, plan, layers, recorder, dense)

@@ -22,7 +22,7 @@ from cptq.artifact.atomic import (
 )
 from cptq.artifact.manifest import try_read_manifest
 from cptq.checkpoint.loader import load_model, read_spec
-from cptq.checkpoint.memory import choose_memory
+from cptq.checkpoint.memory import GPU_SHARE_TO_RUN, choose_memory
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import RESULT_FILE, EvalSettings, ModelSettings, parse_max_memory
 from cptq.data.overlap import decode_sketch
@@ -200,6 +200,7 @@ def measure_model(
     """Load the model and measure it by each of its tasks."""
     with recorder.stage("load"):
         memory = choose_memory(parse_max_memory(settings.max_memory))
+        memory = replace(memory, of_gpu=GPU_SHARE_TO_RUN)
         model = load_model(prepared.settings, recorder, memory=memory)
     options = replace(_build_options(settings), observer=observer)
     results: list[EvalResult] = []

@@ -15,8 +15,6 @@ from dataclasses import replace
 from importlib.metadata import version
 from typing import TypeVar
 
-import torch
-
 from cptq import __version__
 from cptq.artifact.atomic import refuse_existing
 from cptq.artifact.manifest import MANIFEST
@@ -50,6 +48,8 @@ FREE = frozenset(
     )
 )
 _PACKAGES = ("torch", "transformers")
+#: counts the changes, within a version, of what the steps of a run hold
+STEPS = 2
 
 
 def resume_or_begin(
@@ -79,7 +79,7 @@ def forget_resume(settings: Resumable, run: RunDirectory) -> Resumable:
 
 def identify(settings: AnalyzeSettings | CompressSettings) -> dict[str, str]:
     """Return the versions and the options of a run as words, by what they are of."""
-    found = {"cptq": f"cptq {__version__}"}
+    found = {"cptq": f"cptq {__version__}, steps {STEPS}"}
     found |= {package: f"{package} {version(package)}" for package in _PACKAGES}
     return found | {
         flag: words for flag, words in spell_options(settings).items() if flag not in FREE
@@ -146,7 +146,7 @@ def _digest_batches(batches: Iterable[Batch]) -> str:
     return digest_tokens(rows)
 
 
-def keep_blocks(run: RunDirectory, device: torch.device, emit: Emit) -> tuple[Steps, Emit]:
+def keep_blocks(run: RunDirectory, emit: Emit) -> tuple[Steps, Emit]:
     """Return the steps of a plan that is carried out, and what it is to emit its events to.
 
     The notices of a block are kept with it, and emitted again when it is taken over.
@@ -161,26 +161,18 @@ def keep_blocks(run: RunDirectory, device: torch.device, emit: Emit) -> tuple[St
     def load(step: str) -> list[CompressedLayer] | None:
         if step not in run:
             return None
+        layers: list[CompressedLayer]
         layers, kept = run.read(step)
         for notice in kept:
             emit(notice)
-        return _move(layers, device)
+        return layers
 
     def save(step: str, layers: list[CompressedLayer]) -> list[CompressedLayer]:
         found = run.save(step, layers, tuple(notices))
         notices.clear()
-        return _move(found, device)
+        return found
 
     return Steps(load=load, save=save), note
-
-
-def _move(layers: Iterable[CompressedLayer], device: torch.device) -> list[CompressedLayer]:
-    """Return layers with their tensors where they were made; files are mapped to the CPU."""
-    names = ("codes", "scale", "zero", "mask")
-    return [
-        replace(layer, **{n: t.to(device) for n in names if (t := getattr(layer, n)) is not None})
-        for layer in layers
-    ]
 
 
 def estimate_bytes(inputs: CompressInputs) -> int:

@@ -66,6 +66,8 @@ class _Found:
 
     def is_plain(self, window_R: Tensor) -> bool:
         """Whether the difference is more than chance; `window_R`: the window of each row."""
+        if int(window_R[-1]) < 1:  # chance cannot be told from one window
+            return False
         gap_R = self.own_R - self.other_R
         larger = max(float(self.own_R.mean()), float(self.other_R.mean()))
         least = max(ERRORS * compute_standard_error(gap_R, window_R), SHARE * larger)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_a_run_is_resumed(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("cptq.pipeline.compress.write_artifact", stop)
+        patch.setattr(import_module("cptq.pipeline.compress"), "write_artifact", stop)
         with pytest.raises(KeyboardInterrupt):
             compress(tiny_model("llama"), options)
     compress(tiny_model("llama"), options, resume=True)

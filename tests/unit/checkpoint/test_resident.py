@@ -270,10 +270,13 @@ def test_constants_are_computed_in_the_type_of_the_run(tmp_path: Path) -> None:
 def test_the_memory_of_the_machine_does_not_limit_a_gpu_unless_it_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (900, 2000))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 300)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 200)
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
     assert _limit_weights(None, cpu) is None
     assert _limit_weights(Memory(total=BASE + 30), cpu) == 10
     assert _limit_weights(Memory(total=BASE + 30), gpu) == 600
+    assert _limit_weights(Memory(total=BASE + 30, of_gpu=0.9), gpu) == 900
     assert _limit_weights(Memory(total=BASE + 30), torch.device("mps")) is None
     assert _limit_weights(Memory(total=BASE + 30, asked=True), gpu) == 10

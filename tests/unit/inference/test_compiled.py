@@ -10,6 +10,7 @@ from torch import nn
 
 from cptq.inference import compiled
 from cptq.inference.modules import PackedEmbedding, PackedLinear
+from cptq.inference.quantizer import CptqConfig, CptqQuantizer
 from tests.unit.inference.native_weights import make_weight
 
 
@@ -64,3 +65,15 @@ def test_copies_are_modules_of_their_own() -> None:
     for module in (first, second):
         assert torch.equal(compiled.linear(x, module.number, 9), module(x))
     assert not torch.equal(first(x), second(x))
+
+
+@pytest.mark.parametrize(
+    ("label", "rules", "compiles"),
+    [("w4g32", None, True), ("w4g32-2:4", None, False), ("w4g32", "teal", False)],
+)
+def test_generate_compiles_no_sparse_weights_and_no_rules(
+    label: str, rules: str | None, compiles: bool
+) -> None:
+    activations = rules and {"method": rules, "share": 0.5, "rules": {"head": "value"}}
+    config = CptqConfig(modules={"head": label}, activations=activations)
+    assert CptqQuantizer(config).is_compileable is compiles
