@@ -7,31 +7,36 @@ the same plan, by their divergence from the dense model on held-out text (`GUARD
 matrices of the vocabulary are alike in both.
 
 Cost: three forward passes of a few hundred tokens, two where the dense model has run them before,
-and one rounding of all weights. Limits: it
-finds gross damage, not a difference within `ERRORS` standard errors.
+and one rounding of all weights. Limits: it finds gross damage, not a difference within `ERRORS`
+standard errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 
 import torch
+from torch import Tensor
 
 from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import choose_objective
 from cptq.calibration.samples import take_batches
 from cptq.checkpoint.model import LoadedModel
-from cptq.compression import WITHOUT_ACTIVATIONS
+from cptq.checkpoint.weights import get_stored_weight, make_weight
+from cptq.compression import COMPRESSORS, WITHOUT_ACTIVATIONS
 from cptq.compression.blockwise import restore_layers
-from cptq.compression.rounded import round_units
+from cptq.compression.layer import compress_layer
 from cptq.layouts import Layout
+from cptq.numerics.grid import dequantize_layer
 from cptq.numerics.standard_error import compute_standard_error
 from cptq.pipeline.inputs import CompressInputs
 from cptq.pipeline.recorder import Recorder
 from cptq.report.formatting import format_number
-from cptq.types import Candidate, CompressedLayer, Emit, Notice, Plan
+from cptq.types import Candidate, CompressedLayer, Emit, LayerSpec, Notice, Plan
 
+NEAREST = "nearest"
 #: tokens of held-out text that are run
 GUARD_TOKENS = 1024
 #: standard errors, and share of nearest rounding's divergence, that a difference must exceed
@@ -101,7 +106,9 @@ def warn_if_worse_than_nearest(
         restore_layers(model, layers)
     divergence = dense.take_part(GUARD_TOKENS)
     own_R = divergence.measure_rows()
-    round_units(model, model.units, choices, layout=layout, float16_scales=float16_scales)
+    for spec, candidate in _list_rounded(model, choices):
+        rounded = partial(_round, model, spec, candidate, layout, float16_scales)
+        make_weight(model.linear(spec.name), rounded)
     nearest_R = divergence.measure_rows()
     restore_layers(model, layers)
     gap, least = float((own_R - nearest_R).mean()), SHARE * float(nearest_R.mean())
@@ -114,3 +121,28 @@ def warn_if_worse_than_nearest(
             "--compressor nearest, or --calibration text like what the model will read"
         )
         emit(Notice(kind="warning", subject=f"--compressor {compressor}", message=message))
+
+
+def _list_rounded(
+    model: LoadedModel, choices: Mapping[str, Candidate]
+) -> Iterable[tuple[LayerSpec, Candidate]]:
+    for unit in model.units:
+        if not choices[unit.name].dense:
+            yield from ((spec, choices[unit.name]) for spec in unit.layers)
+
+
+def _round(
+    model: LoadedModel, spec: LayerSpec, candidate: Candidate, layout: Layout, float16_scales: bool
+) -> Tensor:
+    """Return the weight W_OI of a layer, rounded to the nearest codes."""
+    layer = compress_layer(
+        spec,
+        get_stored_weight(model.linear(spec.name)).float(),
+        None,
+        candidate,
+        COMPRESSORS.get(NEAREST),
+        layout,
+        float16_scales=float16_scales,
+        measure_output=False,
+    )
+    return dequantize_layer(layer, model.dtype)
