@@ -114,7 +114,7 @@ def measure(model: Any, options: argparse.Namespace) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="scripts/bench_gpu", description=__doc__)
     parser.add_argument("shape", choices=SHAPES)
     parser.add_argument("--blocks", type=int, help="so many blocks instead of all")
     parser.add_argument("--bits", type=int, nargs="+", default=[4])

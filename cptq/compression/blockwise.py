@@ -315,7 +315,7 @@ def _multiply_out(layer: CompressedLayer, model: LoadedModel) -> Tensor:
 
 
 def move_layer(layer: CompressedLayer, device: torch.device) -> CompressedLayer:
-    """Return a layer with its tensors on a device; itself where they are there."""
+    """Return a layer with its tensors on a device; those that are there are shared."""
     names = ("codes", "scale", "zero", "mask")
     return replace(
         layer, **{n: t.to(device) for n in names if (t := getattr(layer, n)) is not None}

@@ -66,7 +66,8 @@ class Shape:
 
     Attributes:
         tensors, sizes: their arguments.
-        flags: their constants.
+        flags: their constants; `of_one`: those of `multiply_one`.
+        units: of a row.
         chunk: inputs of a chunk of `multiply_many`; 0 where it cannot be used.
         most_tokens: up to so many are multiplied by kernels.
         starts: of `multiply_one`, by the types of its tensors: what starts the compiled kernel.
@@ -75,6 +76,8 @@ class Shape:
     tensors: tuple[Tensor | None, ...]
     sizes: tuple[int, ...]
     flags: dict[str, Any]
+    of_one: dict[str, Any]
+    units: int
     chunk: int
     most_tokens: int
     starts: dict[Any, Callable[..., None]] = field(default_factory=dict)
@@ -137,7 +140,7 @@ def linear(x: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
     if x.requires_grad and torch.is_grad_enabled():
         return reference.linear(x, weight, bias)
     tokens = prod(leading)
-    if tokens > 1 and tokens > _find_shape(weight).most_tokens:
+    if tokens > _find_shape(weight).most_tokens:
         return _multiply_unpacked(x, weight, bias)
     y = torch.empty((*leading, out), dtype=x.dtype, device=x.device)
     if y.numel():
@@ -167,18 +170,18 @@ def _multiply_one(x: Tensor, weight: PackedWeight, bias: Tensor | None, y: Tenso
     Triton takes longer to look a compiled kernel up than the kernel takes: it is kept with the
     weight, and started itself where what Triton assumed of it holds (types, alignment).
     """
-    kernels, shape, out = _load_kernels(), _find_shape(weight), weight.shape[0]
+    shape, out = _find_shape(weight), weight.shape[0]
     operands = (x, *shape.tensors, bias, y, *shape.sizes)
     key = x.dtype, None if bias is None else bias.dtype
     start = shape.starts.get(key)
     aligned = all(t is None or t.data_ptr() % ALIGNMENT == 0 for t in (x, bias, y))
-    together = min(max(_round_up(shape.sizes[3]), UNITS_OF_ONE[0]), UNITS_OF_ONE[1])
-    constants = shape.flags | {"BN": ROWS_OF_ONE, "BU": together}
     if start is not None and aligned:
-        start(*operands, *constants.values())
+        start(*operands, *shape.of_one.values())
         return
     grid = (ceil(out / ROWS_OF_ONE), 1, 1)
-    compiled = kernels.multiply_one[grid](*operands, **constants, num_warps=together // 32)
+    compiled = _load_kernels().multiply_one[grid](
+        *operands, **shape.of_one, num_warps=shape.of_one["BU"] // 32
+    )
     if aligned and compiled is not None:  # None in the interpreter
         shape.starts[key] = compiled[grid]
 
@@ -253,7 +256,7 @@ def _unpack(weight: PackedWeight, y: Tensor, ids: Tensor | None, start: int, cou
     if not count:
         return
     kernels, shape, (rows, units) = _load_kernels(), _find_shape(weight), UNPACKED
-    grid = (ceil(count / rows), ceil(shape.sizes[3] / units))
+    grid = (ceil(count / rows), ceil(shape.units / units))
     with torch.cuda.device_of(y):
         kernels.write_rows[grid](
             *(ids, *shape.tensors, y, *shape.sizes), count, start, **shape.flags, BR=rows, BU=units
@@ -272,15 +275,20 @@ def _describe(weight: PackedWeight) -> Shape:
     _check(weight)
     (out, inputs), bits = weight.shape, weight.scheme.bits
     group, unit = weight.scheme.group_size or inputs, count_unit(bits)
-    chunk = choose_chunk(group, inputs, unit)
+    chunk, units = choose_chunk(group, inputs, unit), ceil(inputs / unit)
+    flags = {"BITS": bits, "V": unit, "REGULAR": group == inputs or group % unit == 0}
+    least, most = UNITS_OF_ONE
+    together = min(max(_round_up(units), least), most)
     widths = (
         part.shape[1] if part is not None else 0
         for part in (weight.codes, weight.scale, weight.zero)
     )
     return Shape(
         tensors=(weight.codes, weight.scale, weight.factor, weight.zero),
-        sizes=(out, inputs, group, ceil(inputs / unit), *widths),
-        flags={"BITS": bits, "V": unit, "REGULAR": group == inputs or group % unit == 0},
+        sizes=(out, inputs, group, units, *widths),
+        flags=flags,
+        of_one=flags | {"BN": ROWS_OF_ONE, "BU": together},
+        units=units,
         chunk=chunk,
         most_tokens=MOST_TOKENS[32 % bits == 0] if chunk else 1,
     )
