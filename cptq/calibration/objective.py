@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from transformers import PretrainedConfig
 
-from cptq.numerics.chunks import choose_chunk
+from cptq.numerics.chunks import choose_rows
 from cptq.types import ModelKind
 
 Form = Literal["classes", "values"]
@@ -87,7 +87,7 @@ class Objective:
 
     def compute_divergence(self, reference_RV: Tensor, z_RV: Tensor) -> Tensor:
         """Return the distance of each row (rows,) from the dense one, float64, never negative."""
-        rows = max(1, choose_chunk(z_RV, CHUNK) // z_RV.shape[1])
+        rows = choose_rows(z_RV, CHUNK)
         parts = zip(reference_RV.split(rows), z_RV.split(rows), strict=True)
         measure = compute_kl if self.form == "classes" else compute_half_squared_distance
         return torch.cat([measure(dense, other.float()) for dense, other in parts])
@@ -109,7 +109,7 @@ class Objective:
         if self.form == "values":
             return signs_RV.float().mul_(2).sub_(1)
         d_RV = torch.empty(z_RV.shape, device=z_RV.device)
-        rows = max(1, choose_chunk(z_RV, CHUNK) // z_RV.shape[1])
+        rows = choose_rows(z_RV, CHUNK)
         parts = (x.split(rows) for x in (z_RV.detach(), signs_RV, d_RV))
         for z_PV, signs_PV, d_PV in zip(*parts, strict=True):
             p_PV = z_PV.float().softmax(-1)

@@ -17,3 +17,8 @@ ON_DEVICE = 1 << 25
 def choose_chunk(x: Tensor, cached: int) -> int:
     """Return how many numbers of a tensor to handle at once: `cached` on a CPU, more on a GPU."""
     return cached if x.device.type == "cpu" else max(cached, ON_DEVICE)
+
+
+def choose_rows(X: Tensor, cached: int) -> int:
+    """Return how many rows of a matrix (rows, width) have so many numbers; at least one."""
+    return max(1, choose_chunk(X, cached) // X.shape[-1])

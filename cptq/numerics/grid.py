@@ -60,7 +60,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cptq.numerics.chunks import choose_chunk
+from cptq.numerics.chunks import choose_rows
 from cptq.numerics.scale_grids import ScaleType
 from cptq.types import CompressedLayer
 
@@ -182,7 +182,7 @@ def fit_grid(
     float16_offset: bool = False,
 ) -> Grid:
     """Fit scales, never 0 and in `scale_dtype`, and int8 zero points; see `quantize_nearest`."""
-    rows = max(1, choose_chunk(W_OI, CHUNK) // W_OI.shape[1])
+    rows = choose_rows(W_OI, CHUNK)
     h_GK = None if importance_I is None else importance_I.to(W_OI.dtype).view(-1, group)
     grids = [
         _fit_chunk(_split_groups(W_RI, group), bits, symmetric, clip, h_GK)

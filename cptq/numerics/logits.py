@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cptq.numerics.chunks import choose_chunk
+from cptq.numerics.chunks import choose_rows
 
 #: logits that go through all operations at once on a CPU
 CACHED = 1 << 19
@@ -88,6 +88,4 @@ def find_likeliest(logits_TV: Tensor) -> Tensor:
 
 
 def _split(logits_TV: Tensor) -> list[Tensor]:
-    return list(
-        torch.split(logits_TV, max(1, choose_chunk(logits_TV, CACHED) // logits_TV.shape[-1]))
-    )
+    return list(torch.split(logits_TV, choose_rows(logits_TV, CACHED)))
