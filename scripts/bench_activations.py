@@ -7,11 +7,12 @@ Every linear of the blocks is compressed once, to the same width; embeddings and
 bits. Then each method fits its rules to the calibration text, and is measured on held-out text that
 nothing was fitted to:
 
-- divergence from the model with dense weights, mean per token with standard error over windows,
-  and the ratio of perplexities to it;
+- divergence from the model with dense weights, mean per token (of a classifier per example) with
+  standard error over windows, and of a causal language model the ratio of perplexities to it;
 - the share of all products with the linears of the blocks that its rules drop there;
-- milliseconds per token (on a CPU processor time), decoding one token after the other from the
-  packed weights, by the rules and with all inputs: each the least of some turns.
+- of a causal language model milliseconds per token (on a CPU processor time), decoding one token
+  after the other from the packed weights, by the rules and with all inputs: each the least of some
+  turns.
 
 One run, one model in memory; the packed file goes to a temporary directory.
 """
@@ -19,6 +20,7 @@ One run, one model in memory; the packed file goes to a temporary directory.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from collections.abc import Mapping
@@ -129,7 +131,8 @@ class Bench:
         self.inputs, self.model, self.tokens = inputs, model, asked.tokens
         objective = choose_objective(model.kind, model.config)
         self.divergence = DivergenceFromDense(model, inputs.held_out.judge, objective, units=False)
-        self.dense = measure_nll(self.divergence)
+        self.causal = model.kind == "causal-lm"
+        self.dense = measure_nll(self.divergence) if self.causal else 0.0
         plan = build_plan(inputs, candidate)
         layers = compress_model(
             model,
@@ -140,7 +143,7 @@ class Bench:
             emit=ignore,
         )
         self.specs = [layer.spec for layer in layers if layer.spec.block is not None]
-        self.packed = load_packed(inputs, layers)
+        self.packed = load_packed(inputs, layers) if self.causal else None
         counted = f"{self.divergence.tokens:,} tokens in {self.divergence.samples}"
         print(f"{counted} {self.divergence.sample_name}s, weights as {candidate.label}")
         speed = "ms/token / all inputs | decoded by"
@@ -166,15 +169,21 @@ class Bench:
         counts: dict[str, DroppedInputs] = {}
         with apply_rules(self.model, rules, counts) if rules else nullcontext():
             rows = self.divergence.measure_rows()
-            ratio = torch.tensor(measure_nll(self.divergence) - self.dense).exp()
+            now = measure_nll(self.divergence) if self.causal else 0.0
         error = compute_standard_error(rows, self.divergence.window_R)
         dropped = sum(counts[x.name].share * x.numel for x in self.specs if x.name in counts)
         dropped /= sum(spec.numel for spec in self.specs)
+        ratio = f"{math.exp(now - self.dense):.3f}" if self.causal else ""
+        row = f"{option} | {float(rows.mean()):.4f} ± {error:.4f} | {ratio}"
+        print(f"| {row} | {dropped:.1%} | {self.time(rules)} |", flush=True)
+
+    def time(self, rules: Mapping[str, ActivationRule]) -> str:
+        """The two cells about speed, empty where the model does not decode."""
+        if self.packed is None:
+            return " | "
         set_rules(self.packed, rules)
         took, usual, way = time_tokens(self.packed, self.tokens)
-        row = f"{option} | {float(rows.mean()):.4f} ± {error:.4f} | {float(ratio):.3f}"
-        speed = f"{took:.2f} / {usual:.2f} | {way}"
-        print(f"| {row} | {dropped:.1%} | {speed} |", flush=True)
+        return f"{took:.2f} / {usual:.2f} | {way}"
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ A matrix that is not there is represented by a tensor of its shape and type that
 single number of memory: what reads it by mistake cannot go unnoticed.
 
 A matrix has a source: the stored tensor, another tensor that replaces it, or a function that makes
-it, such as the multiplying out of compressed codes (`write`). The stored tensor is never changed,
+it, such as the multiplying out of compressed codes (`write`), of which an embedding asks for the
+rows that it looks up (`MakesRows`). The stored tensor is never changed,
 so that the dense model can be had again (`restore`) and needs no copy.
 
 Departure from accelerate's `disk_offload`, which loads linear by linear from a hook: a block is
@@ -29,7 +30,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,19 @@ from cptq.checkpoint.pages import MappedFiles, trim_heap
 #: attribute of a module that holds {name of a parameter: its `Weight`}
 _HELD = "_cptq_weights"
 
-Source = Tensor | Callable[[], Tensor]
+
+@runtime_checkable
+class MakesRows(Protocol):
+    """A function that makes a matrix, and can make some of its rows alone."""
+
+    def __call__(self) -> Tensor:
+        """Return the matrix."""
+
+    def take_rows(self, ids: Tensor) -> Tensor:
+        """Return the rows (..., in) of `ids` (...)."""
+
+
+Source = Tensor | MakesRows | Callable[[], Tensor]
 
 
 class Weight:
@@ -318,10 +331,14 @@ class _LookUp(HeldForward):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         (weight,) = self.part.weights
-        if weight.current is not None or not isinstance(weight.source, Tensor) or len(args) != 1:
-            return super().__call__(*args, **kwargs)
-        rows = functional.embedding(args[0].to(weight.source.device), weight.source)
-        return rows.to(args[0].device, self._resident.dtype)
+        source = weight.source
+        if weight.current is None and len(args) == 1:
+            if isinstance(source, Tensor):
+                rows = functional.embedding(args[0].to(source.device), source)
+                return rows.to(args[0].device, self._resident.dtype)
+            if isinstance(source, MakesRows):
+                return source.take_rows(args[0]).to(args[0].device, self._resident.dtype)
+        return super().__call__(*args, **kwargs)
 
 
 def _wrap_forward(resident: ResidentWeights, part: Part, module: nn.Module) -> HeldForward:

@@ -27,8 +27,8 @@ way.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -38,16 +38,16 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.ranks import ALONE, Ranks
-from cptq.checkpoint.weights import get_weight, make_weight
+from cptq.checkpoint.weights import get_weight
 from cptq.compression import COMPRESSORS, CORRECTING, WITHOUT_ACTIVATIONS
 from cptq.compression.layer import compress_module
+from cptq.compression.restored import move_layer, restore_layers
 from cptq.compression.scores import USUAL_MASKING, Masking
 from cptq.compression.streams import Moments, Stream, embed_batches
 from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.numerics.asymmetric_target import compute_asymmetric_targets
-from cptq.numerics.grid import dequantize_layer
 from cptq.types import CompressedLayer, Emit, LayerSpec, Notice, Plan, Progress, Unit
 
 #: names of the steps outside the blocks
@@ -302,24 +302,6 @@ def _estimate_cost(spec: LayerSpec) -> float:
 def name_block(block: int) -> str:
     """Return the name of the step of a block."""
     return f"block-{block}"
-
-
-def restore_layers(model: LoadedModel, layers: Iterable[CompressedLayer]) -> None:
-    """Let a model compute with compressed layers, multiplied out when they are needed."""
-    for layer in layers:
-        make_weight(model.linear(layer.spec.name), partial(_multiply_out, layer, model))
-
-
-def _multiply_out(layer: CompressedLayer, model: LoadedModel) -> Tensor:
-    return dequantize_layer(move_layer(layer, model.device), model.dtype)
-
-
-def move_layer(layer: CompressedLayer, device: torch.device) -> CompressedLayer:
-    """Return a layer with its tensors on a device; those that are there are shared."""
-    names = ("codes", "scale", "zero", "mask")
-    return replace(
-        layer, **{n: t.to(device) for n in names if (t := getattr(layer, n)) is not None}
-    )
 
 
 def _split_stages(units: Sequence[Unit], *, one_by_one: bool) -> list[list[Unit]]:

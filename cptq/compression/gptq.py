@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from cptq.compression import nearest
-from cptq.compression.layer import LayerProblem, LayerSolution, Selection
+from cptq.compression.layer import LayerProblem, LayerSolution, Selection, widen
 from cptq.numerics.float8 import round_to_float8
 from cptq.numerics.grid import Grid, count_scale_bits, fit_grid, get_code_range
 from cptq.numerics.hessian import add_damping, factor_damped_inverse, find_dead_inputs
@@ -48,7 +48,7 @@ DAMPING = 0.01
 DEAD_SHARE = 1e-3
 #: weights that are rounded at once, and the least number of outputs: every step of the sweep holds
 #: some copies of them
-CHUNK, LEAST_ROWS = 1 << 23, 1024
+CHUNK, LEAST_ROWS = 1 << 22, 1024
 #: of an expert to which no token was routed, say
 UNSEEN = "no calibration token reaches it: rounded to nearest"
 
@@ -57,7 +57,7 @@ def compress(problem: LayerProblem) -> LayerSolution:
     """Round with error compensation; fall back to nearest, with a note, if H is unusable."""
     W_OI, H_II = problem.W_OI, problem.H_II
     if H_II is None:
-        H_II = torch.eye(W_OI.shape[1], dtype=W_OI.dtype, device=W_OI.device)
+        H_II = torch.eye(W_OI.shape[1], dtype=widen(W_OI[:1]).dtype, device=W_OI.device)
     dead_I = find_dead_inputs(H_II)
     if bool(dead_I.all()):
         return replace(nearest.compress(problem), notes=(UNSEEN,))
@@ -115,7 +115,8 @@ def _split_rows(problem: LayerProblem) -> Iterator[LayerProblem]:
         selection = problem.selection
         if selection is not None:
             selection = selection.take_rows(range(start, stop), len(problem.W_OI))
-        yield replace(problem, W_OI=problem.W_OI[start:stop], mask_OI=mask_OI, selection=selection)
+        W_OI = widen(problem.W_OI[start:stop])
+        yield replace(problem, W_OI=W_OI, mask_OI=mask_OI, selection=selection)
 
 
 def _round_rows(

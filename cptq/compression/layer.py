@@ -26,7 +26,8 @@ from zlib import crc32
 import torch
 from torch import Tensor, nn
 
-from cptq.checkpoint.weights import get_scale_type, get_weight, set_weight
+from cptq.checkpoint.weights import get_scale_type, get_weight, make_weight
+from cptq.compression.restored import Restored
 from cptq.compression.scores import SCORES, USUAL_MASKING, Masking
 from cptq.compression.scores.choice import choose_mask
 from cptq.layouts import Layout
@@ -34,7 +35,6 @@ from cptq.layouts.groups import resolve_group
 from cptq.numerics.grid import (
     count_scale_bits,
     dequantize,
-    dequantize_layer,
     get_code_range,
     round_scales,
 )
@@ -60,10 +60,17 @@ class Selection:
         return replace(self, drop=after - before)
 
 
+def widen(W_OI: Tensor) -> Tensor:
+    """Return a weight in float32, or as it is where it is wider."""
+    return W_OI.to(torch.promote_types(W_OI.dtype, torch.float32))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LayerProblem:
-    """One linear: weight W_OI (out, in) float32, its Hessian H_II = E[x x^T], and a grid.
+    """One linear: weight W_OI (out, in), its Hessian H_II = E[x x^T], and a grid.
 
+    W is float32, or of a matrix of the vocabulary as the checkpoint stores it, which a compressor
+    converts some rows at a time.
     `damping`: share of the mean diagonal that is added to H; the compressor's own where None.
     `float8` names a grid of 8-bit floats (`numerics.float8`), which has neither groups nor scales.
     Without a Hessian the inputs count as independent and equal. `group` divides `in`;
@@ -166,7 +173,8 @@ def compress_module(
     held_out = held_out_II is not None
     layer = _compress(
         spec,
-        get_weight(module).float(),
+        # a matrix of the vocabulary may be a third of the model: it stays as narrow as it is stored
+        get_weight(module) if spec.block is None else get_weight(module).float(),
         H_II,
         candidate,
         method,
@@ -177,7 +185,7 @@ def compress_module(
         held_out,
         target_OI,
     )
-    set_weight(module, dequantize_layer(layer, dtype))  # the dense weight is gone by now
+    make_weight(module, Restored(layer, layer.codes.device, dtype))
     return layer
 
 
@@ -350,7 +358,7 @@ def _measure_weight_error(W_OI: Tensor, stored: _Stored) -> float:
     lost = sum_over_rows(
         lambda W_RI, *rows: (W_RI - stored.multiply_out(rows)).square(), W_OI, *stored.matrices
     )
-    return _divide(lost, sum_over_rows(torch.square, W_OI))
+    return _divide(lost, sum_over_rows(lambda W_RI: W_RI.float().square(), W_OI))
 
 
 def _measure_output_error(W_OI: Tensor, stored: _Stored, H_II: Tensor) -> float:
@@ -358,7 +366,7 @@ def _measure_output_error(W_OI: Tensor, stored: _Stored, H_II: Tensor) -> float:
 
     def compute_energy(W_RI: Tensor) -> Tensor:
         """Return what adds up to E|x W^T|^2 for inputs with second moment H."""
-        return (W_RI @ H_II).mul_(W_RI)
+        return (W_RI.float() @ H_II).mul_(W_RI)
 
     lost = sum_over_rows(
         lambda W_RI, *rows: compute_energy(W_RI - stored.multiply_out(rows)),

@@ -5,17 +5,19 @@ The baseline that every table has (RTN). See `numerics.grid` for the equations a
 
 from __future__ import annotations
 
-from cptq.compression.layer import LayerProblem, LayerSolution
+from cptq.compression.layer import LayerProblem, LayerSolution, widen
 from cptq.numerics.float8 import round_to_float8
 from cptq.numerics.grid import quantize_nearest
 
 
 def compress(problem: LayerProblem) -> LayerSolution:
     """Round each weight to the nearest point of its group's grid."""
+    W_OI = widen(problem.W_OI)
     if problem.float8:
-        codes_OI = round_to_float8(problem.W_OI, problem.float8)
-        return LayerSolution(codes_OI=codes_OI, scale_OG=problem.W_OI.new_ones(len(codes_OI), 1))
-    W_OI = problem.W_OI if problem.mask_OI is None else problem.W_OI * problem.mask_OI
+        codes_OI = round_to_float8(W_OI, problem.float8)
+        return LayerSolution(codes_OI=codes_OI, scale_OG=W_OI.new_ones(len(codes_OI), 1))
+    if problem.mask_OI is not None:
+        W_OI = W_OI * problem.mask_OI
     codes_OI, scale_OG, zero_OG = quantize_nearest(
         W_OI,
         problem.bits,

@@ -23,8 +23,8 @@ from torch import Tensor
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_stored_weight, set_weight
 from cptq.compression import COMPRESSORS
-from cptq.compression.blockwise import restore_layers
 from cptq.compression.layer import compress_layer
+from cptq.compression.restored import restore_layers
 from cptq.compression.scores import USUAL_MASKING, Masking
 from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout

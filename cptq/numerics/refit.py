@@ -29,7 +29,7 @@ RIDGE = 1e-6
 #: groups whose products with H are held at once, for some rows and all inputs
 GROUPS = 4
 #: floats of the largest intermediate
-CHUNK = 1 << 24
+CHUNK = 1 << 22
 
 
 def refit_scales(
@@ -44,7 +44,7 @@ def refit_scales(
     """Scales in their storage type with an output error no larger in any row.
 
     Args:
-        W_OI: the weight to come near to (out, in), float.
+        W_OI: the weight to come near to (out, in); some rows at a time take the type of H.
         H_II: second moment of the inputs.
         codes_OI: int8 codes, not changed.
         scale_OG: present scales (out, groups), in storage type.
@@ -67,6 +67,7 @@ def _refit_rows(
     precision_OG: Tensor | None,
     stored: ScaleType,
 ) -> Tensor:
+    W_OI = W_OI.to(H_II.dtype)
     present_OG = scale_OG.to(W_OI.dtype)
     A_OGH, b_OG = _build_equations(W_OI, H_II, codes_OI, present_OG)
     fitted_OG = round_scales(present_OG + _solve(A_OGH, b_OG), stored, precision_OG)

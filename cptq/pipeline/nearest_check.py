@@ -26,8 +26,8 @@ from cptq.calibration.samples import take_batches
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_stored_weight, make_weight
 from cptq.compression import COMPRESSORS, WITHOUT_ACTIVATIONS
-from cptq.compression.blockwise import restore_layers
 from cptq.compression.layer import compress_layer
+from cptq.compression.restored import restore_layers
 from cptq.layouts import Layout
 from cptq.numerics.grid import dequantize_layer
 from cptq.numerics.standard_error import compute_standard_error

@@ -13,7 +13,7 @@ from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import Objective, choose_objective
 from cptq.checkpoint.model import LoadedModel
-from cptq.compression.blockwise import restore_layers
+from cptq.compression.restored import restore_layers
 from cptq.compression.tune import (
     STEP_TOKENS,
     STEPS,

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from cptq.checkpoint.weights import get_weight
-from cptq.compression.blockwise import compress_model, restore_layers
+from cptq.compression.blockwise import compress_model
+from cptq.compression.restored import restore_layers
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.numerics.grid import dequantize_layer
 from cptq.pipeline.nearest_check import warn_if_worse_than_nearest
