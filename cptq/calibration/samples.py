@@ -86,7 +86,8 @@ class SamplePass:
     with the one that runs last.
 
     Attributes:
-        tokens: how many flow through the model.
+        batches: what flows through the model.
+        tokens: how many these are.
         output_rows: how many rows the model's output had; 0 without gradients.
         sampled_rows: most rows that a layer had so far.
         activation_rows: most rows of activations that a layer had so far.
@@ -116,7 +117,7 @@ class SamplePass:
         #: positions whose output is being made, where these are not all
         self._part: Tensor | None = None
         self._model, self._objective, self._request = model, objective, request
-        self._batches, self._emit = list(batches), emit
+        self.batches, self._emit = list(batches), emit
         self._directions = torch.Generator().manual_seed(seed + 1)
         self._masks = [mask_real_tokens(batch) for batch in batches]
         self._chain = BlockChain(model, batches)
@@ -127,6 +128,10 @@ class SamplePass:
     def __iter__(self) -> Iterator[Samples]:
         self._chain.embed()
         return self._go_back() if self._request.gradients else self._go_forward()
+
+    def finish(self, batch: int) -> Any:
+        """Return the model's output for one of `batches` once a way forward has gone to its end."""
+        return self._chain.finish(batch)
 
     def run_to_end(self) -> None:
         """Run all of it, for what it measures of the model as a whole."""
@@ -205,7 +210,7 @@ class SamplePass:
             yield positions
 
     def _list_parts(self, batch: int) -> Sequence[Tensor | None]:
-        ids_BT, kind = self._batches[batch]["input_ids"], self._model.kind
+        ids_BT, kind = self.batches[batch]["input_ids"], self._model.kind
         if kind != "causal-lm" or len(ids_BT) > 1 or not can_leave_out_logits(self._model):
             return [None]
         width = int(self._model.config.get_text_config().vocab_size)
@@ -214,7 +219,7 @@ class SamplePass:
         return parts
 
     def _judge(self, batch: int, output: Any, positions: Tensor | None) -> tuple[Tensor, Tensor]:
-        z_RV = self._objective.select_rows(output, self._batches[batch], positions)
+        z_RV = self._objective.select_rows(output, self.batches[batch], positions)
         if not is_finite(z_RV):
             raise build_not_finite_error("the model's output")
         self.output_rows += z_RV.shape[0]

@@ -86,7 +86,6 @@ def compress_model(
     layout: Layout = PACK_QUANTIZED,
     masking: Masking = USUAL_MASKING,
     held_out: Sequence[Batch] = (),
-    measure_output: bool = True,
     steps: Steps | None = None,
     ranks: Ranks = ALONE,
     emit: Emit,
@@ -95,9 +94,9 @@ def compress_model(
 
     `layout` counts the bytes of a layer. `float16_scales` makes every scale one that float16 holds,
     whatever the checkpoint's type. `masking`: what sparse layers keep. `held_out` are batches that
-    do not calibrate, on which output errors are measured; without any, on those that do; without
-    `measure_output` not at all. `steps` that are finished are not made again, and the result is the
-    same to the bit. Several `ranks` call this alike and get the same.
+    do not calibrate, on which output errors are measured; without any, on those that do. `steps`
+    that are finished are not made again, and the result is the same to the bit. Several `ranks`
+    call this alike and get the same.
 
     Returns:
         One `CompressedLayer` for every layer that is not kept dense: embedding, blocks, head.
@@ -113,7 +112,6 @@ def compress_model(
         dtype=model.dtype,
         float16_scales=float16_scales,
         masking=masking,
-        measure_output=measure_output,
     )
     finished = (steps or Steps()).share(ranks)
     run = _CarryingOut(model, plan, compressor, compress, finished, ranks, emit)

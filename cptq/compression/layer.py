@@ -161,7 +161,6 @@ def compress_module(
     held_out_II: Tensor | None = None,
     float16_scales: bool = False,
     masking: Masking = USUAL_MASKING,
-    measure_output: bool = True,
 ) -> CompressedLayer:
     """Compress a layer in place: the module then computes with the compressed weight.
 
@@ -169,7 +168,7 @@ def compress_module(
     come near to instead of the dense one (`numerics.asymmetric_target`). The rest as in
     `compress_layer`.
     """
-    error_II = _choose_moment(H_II, held_out_II) if measure_output else None
+    error_II = _choose_moment(H_II, held_out_II)
     held_out = held_out_II is not None
     layer = _compress(
         spec,

@@ -8,13 +8,14 @@ candidates) one thing differs: a block does not see the errors of the blocks bef
 uses the trial model, and what is written is compressed anew.
 
 Cost: each (unit, candidate) once, when it is first needed. Memory: the Hessians
-(in^2 floats per unit, only for compressors that use activations), the codes of everything tried
-(1 byte a weight, and another for the mask of a sparse candidate).
+(in^2 floats per unit, only for compressors that use activations; with `solve` those of one unit at
+a time), the codes of everything tried (1 byte a weight, and another for the mask of a sparse
+candidate), which go to files beyond the limit of the model's spill.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -24,7 +25,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_stored_weight, set_weight
 from cptq.compression import COMPRESSORS
 from cptq.compression.layer import compress_layer
-from cptq.compression.restored import restore_layers
+from cptq.compression.restored import KeptLayer, restore_layers
 from cptq.compression.scores import USUAL_MASKING, Masking
 from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout
@@ -68,13 +69,23 @@ class TrialModel:
         self._method = COMPRESSORS.get(compressor)
         self._hessians, self._measure_heads = dict(hessians or {}), measure_heads
         self._units = {unit.name: unit for unit in model.all_units}
-        self._made: dict[tuple[str, Candidate], list[CompressedLayer]] = {}
+        self._made: dict[tuple[str, Candidate], list[KeptLayer]] = {}
         self._now: dict[str, Candidate] = {}
 
     def take_head_moment(self, H_II: Tensor) -> None:
         """Compress output heads on this second moment of what they are given."""
         self._hessians |= {u.name: H_II for u in self.model.vocabulary if is_head(u)}
         self._measure_heads = None
+
+    @torch.no_grad()
+    def solve(self, unit: Unit, H_II: Tensor | None, candidates: Iterable[Candidate]) -> None:
+        """Compress a unit at some candidates on its Hessian, which is not kept."""
+        if H_II is not None:
+            self._hessians[unit.name] = H_II
+        for candidate in candidates:
+            self._keep(unit, candidate)
+        if H_II is not None:
+            del self._hessians[unit.name]
 
     @contextmanager
     def restore_after(self) -> Iterator[None]:
@@ -110,7 +121,7 @@ class TrialModel:
         for index, (name, candidate) in enumerate(new):
             if len(new) > MANY:
                 self._emit(Progress(stage="units", done=index, total=len(new), message=name))
-            self.weights(self._units[name], candidate)
+            self._keep(self._units[name], candidate)
         if len(new) > MANY:
             self._emit(Progress(stage="units", done=len(new), total=len(new)))
 
@@ -119,10 +130,16 @@ class TrialModel:
         """Return {layer name: W_OI} of a unit at a candidate, in the model's type, and keep it."""
         if candidate.dense:
             return {spec.name: self._source(spec) for spec in unit.layers}
+        return self._multiply_out([kept.get() for kept in self._keep(unit, candidate)])
+
+    @torch.no_grad()
+    def _keep(self, unit: Unit, candidate: Candidate) -> list[KeptLayer]:
+        """Return the layers of a unit at a candidate that is not dense, and keep them."""
         key = (unit.name, candidate)
         if key not in self._made:
-            self._made[key] = self._compress(unit, candidate)
-        return self._multiply_out(self._made[key])
+            spill = self.model.spill
+            self._made[key] = [KeptLayer(made, spill) for made in self._compress(unit, candidate)]
+        return self._made[key]
 
     @torch.no_grad()
     def compute_weights(self, unit: Unit, candidate: Candidate) -> dict[str, Tensor]:

@@ -38,8 +38,6 @@ def carry_out(
     emit: Emit,
     steps: Steps | None = None,
     ranks: Ranks = ALONE,
-    *,
-    measure_output: bool = True,
 ) -> list[CompressedLayer]:
     """Carry a plan out on the model in memory by the run's compressor, as `compress_model` does."""
     return compress_model(
@@ -51,7 +49,6 @@ def carry_out(
         layout=inputs.space.layout,
         masking=build_masking(inputs.settings),
         held_out=held_out,
-        measure_output=measure_output,
         steps=steps,
         ranks=ranks,
         emit=emit,

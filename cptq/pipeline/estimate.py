@@ -182,11 +182,20 @@ def estimate_time(inputs: CompressInputs, probe: Probe) -> TimeFacts:
 
 
 def _estimate_check(inputs: CompressInputs, probe: Probe) -> float:
-    """Return the seconds of --check-uniform where no trial before the last one is plain."""
-    positions = count_positions(inputs.held_out.judge) * len(inputs.model.blocks)
-    texts = list_trial_texts(inputs).values()
-    carried_out = sum(_estimate_plan(inputs, probe, part, ()) for part in texts)
-    return 2 * carried_out + (1 + 2 * len(texts)) * positions * probe.per_position
+    """Return the seconds of --check-uniform where no trial before the last one is plain.
+
+    As if the two plans agreed in no unit.
+    """
+    model, texts = inputs.model, list_trial_texts(inputs).values()
+    judged = (1 + 2 * len(texts)) * count_positions(inputs.held_out.judge)
+    passed = sum(map(count_positions, texts))
+    squares = sum(unit.layers[0].shape[1] ** 2 for unit in model.units)
+    cubes = sum(_count_work(*layer.shape) for unit in model.units for layer in unit.layers)
+    return (
+        (judged + passed) * len(model.blocks) * probe.per_position
+        + passed * squares * probe.per_square
+        + 2 * len(texts) * cubes * probe.per_cube
+    )
 
 
 def _list_left_out(inputs: CompressInputs) -> str:

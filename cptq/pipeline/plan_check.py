@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
+from torch import Tensor
+
 from cptq.calibration.batches import Batch, count_tokens
+from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.samples import take_batches
-from cptq.calibration.tokens import Calibration
 from cptq.errors import BudgetError
-from cptq.pipeline.carry_out import allocate_plan, carry_out
+from cptq.pipeline.carry_out import allocate_plan
 from cptq.pipeline.guard import Guard
 from cptq.pipeline.inputs import CompressInputs
+from cptq.pipeline.profile import build_masking
 from cptq.pipeline.recorder import Recorder
+from cptq.pipeline.trial_model import solve_choices
 from cptq.pipeline.uniform_check import (
     BASELINE,
     FEW_TOKENS,
@@ -38,24 +43,14 @@ def check_plan(
         baseline = _make_baseline_plan(inputs, plan, recorder)
         if baseline is None:
             return plan
-        return keep_better_plan(
-            inputs.model,
-            plan,
-            baseline,
-            list_trials(inputs),
-            guard.divergence,
-            recorder,
-            keep,
-        )
+        trials = list_trials(inputs, guard.divergence, recorder)
+        return keep_better_plan(plan, baseline, trials, guard.divergence, recorder, keep)
 
 
-def list_trials(inputs: CompressInputs) -> list[Trial]:
+def list_trials(inputs: CompressInputs, divergence: DivergenceFromDense, emit: Emit) -> list[Trial]:
     """Return the trials of --check-uniform."""
     return [
-        Trial(
-            tokens=tokens,
-            compress=partial(_try_on, inputs, replace(inputs.calibration, batches=batches)),
-        )
+        Trial(tokens=tokens, measure=partial(_try_on, inputs, batches, divergence, emit))
         for tokens, batches in list_trial_texts(inputs).items()
     ]
 
@@ -66,8 +61,31 @@ def list_trial_texts(inputs: CompressInputs) -> dict[int, list[Batch]]:
     return {count_tokens(batches): batches for batches in taken}
 
 
-def _try_on(inputs: CompressInputs, part: Calibration, plan: Plan, emit: Emit) -> None:
-    carry_out(inputs, plan, part, (), emit, measure_output=False)
+def _try_on(
+    inputs: CompressInputs,
+    batches: list[Batch],
+    divergence: DivergenceFromDense,
+    emit: Emit,
+    plans: Sequence[Plan],
+) -> list[Tensor]:
+    """Return the divergence (rows,) of each plan, its units compressed on some batches."""
+    settings, part = inputs.settings, replace(inputs.calibration, batches=batches)
+    trial = solve_choices(
+        inputs.model,
+        part,
+        settings.compressor,
+        inputs.space.cost,
+        [plan.choices for plan in plans],
+        seed=settings.calibration.seed,
+        masking=build_masking(settings),
+        emit=emit,
+    )
+    found = []
+    with trial.restore_after():
+        for plan in plans:
+            trial.apply_choices(plan.choices)
+            found.append(divergence.measure_rows())
+    return found
 
 
 def _make_baseline_plan(inputs: CompressInputs, plan: Plan, emit: Emit) -> Plan | None:

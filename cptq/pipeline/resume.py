@@ -49,7 +49,7 @@ FREE = frozenset(
 )
 _PACKAGES = ("torch", "transformers")
 #: counts the changes, within a version, of what the steps of a run hold
-STEPS = 2
+STEPS = 3
 
 
 def resume_or_begin(

@@ -69,7 +69,8 @@ def bound_compress(inputs: CompressInputs) -> int:
         stages.append(bound_pass(model, inputs.calibration.batches, back=False) + judged)
     if inputs.compare_with_baseline:
         part = take_batches(inputs.calibration.batches, TRIAL_TOKENS)
-        stages.append(_count_references(model, text.judge) + _bound_blocks(inputs, part, ()))
+        passed = bound_pass(model, part, back=False) + _count_codes(inputs)
+        stages.append(_count_references(model, text.judge) + passed)
     settings = inputs.settings
     kept = _count_references(model, text.tune) if settings.tune else 0
     kept += _count_references(model, text.judge) if settings.tune or settings.evaluate else 0
@@ -147,6 +148,12 @@ def _bound_dense(model: LoadedModel, batches: Sequence[Batch]) -> int:
     """Bound the inputs of all blocks and the outputs of held-out text."""
     inputs = len(model.block_names) * _count_state(model, batches)
     return inputs + _count_largest(model, batches) + _count_references(model, batches)
+
+
+def _count_codes(inputs: CompressInputs) -> int:
+    """Return the bytes of the codes that two plans give all units, and of their masks."""
+    weights = sum(layer.numel for unit in inputs.space.cost.units for layer in unit.layers)
+    return 2 * weights * (2 if inputs.settings.sparsity else 1)
 
 
 def _bound_blocks(inputs: CompressInputs, batches: Sequence[Batch], judged: Sequence[Batch]) -> int:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from cptq.allocation.cost import CostModel
 from cptq.calibration.batches import split_batches
-from cptq.calibration.samples import sample_moments, take_batches
+from cptq.calibration.samples import SamplePass, Samples, sample_moments, take_batches
 from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
@@ -18,7 +20,7 @@ from cptq.compression.scores import USUAL_MASKING, Masking
 from cptq.compression.streams import measure_head_moment
 from cptq.compression.trial_model import TrialModel
 from cptq.compression.vocabulary import is_head
-from cptq.types import Candidate, Emit, Notice, Progress
+from cptq.types import Candidate, Emit, Notice, Progress, Unit
 
 #: tokens whose second moment stands for all where a head is tried
 HEAD_TOKENS = 4096
@@ -69,6 +71,69 @@ def build_trial_model(
     return build(model, compressor, emit, heads | hessians)
 
 
+@torch.no_grad()
+def solve_choices(
+    model: LoadedModel,
+    calibration: Calibration,
+    compressor: str,
+    cost: CostModel,
+    choices: Sequence[Mapping[str, Candidate]],
+    *,
+    seed: int,
+    masking: Masking = USUAL_MASKING,
+    emit: Emit,
+) -> TrialModel:
+    """Build a trial model in which all that some choices give the units is compressed already.
+
+    One pass over the text, block by block: a block's second moments are gone when its units are
+    compressed.
+
+    Args:
+        model: dense.
+        calibration: the text, all of which the pass takes.
+        compressor: a name of `COMPRESSORS`.
+        cost: knows the file and the runtime that the weights are meant for.
+        choices: {unit: candidate} each.
+        seed: of masks that are drawn by lot.
+        masking: how the weights that a sparse candidate keeps are chosen.
+        emit: receives progress.
+    """
+    asked = {
+        name: sorted({choice[name] for choice in choices if not choice[name].dense})
+        for name in choices[0]
+    }
+    layout, float16_scales = cost.layout, cost.runtime.float16_scales
+    options: dict[str, Any] = {"layout": layout, "float16_scales": float16_scales}
+    trial = TrialModel(model, compressor, emit, masking=masking, **options)
+    sparse = any(candidate.sparsity for found in asked.values() for candidate in found)
+    if compressor in WITHOUT_ACTIVATIONS and not sparse:
+        for unit in cost.units:
+            trial.solve(unit, None, asked[unit.name])
+        return trial
+    sampling = sample_moments(model, calibration, seed=seed, emit=emit)
+    blocks = len(model.block_names)
+    for done, samples in enumerate(sampling, 1):
+        for unit in samples.units:
+            trial.solve(unit, _take_moment(samples, unit), asked.get(unit.name, ()))
+        emit(Progress(stage="trial", done=done, total=blocks))
+    for unit in (unit for unit in cost.units if unit.block is None):
+        some = asked[unit.name]
+        H_II = _measure_passed_head(model, sampling) if some and is_head(unit) else None
+        trial.solve(unit, H_II, some)
+    return trial
+
+
+def _take_moment(samples: Samples, unit: Unit) -> Tensor | None:
+    """Return the second moment of a unit's inputs; None where it is too wide, or never ran."""
+    sample = samples.layers.get(unit.layers[0].name)
+    return None if sample is None or sample.moment is None else sample.moment.mean_II
+
+
+def _measure_passed_head(model: LoadedModel, sampling: SamplePass) -> Tensor:
+    """Return the second moment of what the head is given at the end of a pass that has been run."""
+    return measure_head_moment(model, sampling.batches, sampling.finish)
+
+
 def _measure_units(
     model: LoadedModel, calibration: Calibration, compressor: str, seed: int, emit: Emit
 ) -> dict[str, Tensor]:
@@ -79,9 +144,9 @@ def _measure_units(
     emit(Progress(stage="samples", done=0, total=blocks, message=f"{sampling.tokens:,} tokens"))
     for done, samples in enumerate(sampling, 1):
         for unit in samples.units:
-            sample = samples.layers.get(unit.layers[0].name)
-            if sample is not None and sample.moment is not None:
-                hessians[unit.name] = sample.moment.mean_II
+            H_II = _take_moment(samples, unit)
+            if H_II is not None:
+                hessians[unit.name] = H_II
             else:
                 message = "too wide for a Hessian here: compared as if its inputs were independent"
                 emit(Notice(kind="fallback", subject=unit.name, message=message))

@@ -5,18 +5,20 @@ out on all of the calibration text. The baseline plan is `even`: uniform where t
 target is a whole number of bits, otherwise two neighbouring widths spread over depth, so that both
 take the same bytes.
 
-Both are carried out by the run's own compressor on the first `FEW_TOKENS` of the calibration text,
-and where the difference d of their divergences is not plain, again on `TRIAL_TOKENS` of it, which
+A trial compresses what both plans ask for by the run's own compressor, each unit on what the dense
+model gives it (`pipeline.trial_model`), on the first `FEW_TOKENS` of the calibration text; and
+where the difference d of their divergences is not plain, again on `TRIAL_TOKENS` of it, which
 decides. It is plain if |d| > `ERRORS` SE(d), paired over the windows of the held-out text
 (`numerics.standard_error`), and above `SHARE` of the larger divergence.
+
+What is shipped is compressed block after block on more text, by a compressor that may correct the
+errors that arrive, and loses less. What is decided is the order of two plans, which is the same:
+docs/sensitivity.md has the figures. Units that both plans give the same are compressed once, and
+the text passes the model once, so a trial costs a fifth of carrying both plans out.
 
 Rounding both plans to nearest, which needs no text, is no first trial: at 4 bits on
 smollm2-135m-dithered it gives 0.529 and 0.517 (1.1 SE apart), at 3 bits on stories260k 0.889 and
 0.879, where the compressor gives 0.356 and 0.414. A plan counts on what the compressor corrects.
-
-From less text both plans come out worse, so that their divergences are those of the trial, not of
-what is shipped. What is decided is their order, for which a part of the text is enough where all
-of it costs twice a compression.
 """
 
 from __future__ import annotations
@@ -28,10 +30,9 @@ from functools import partial
 from torch import Tensor
 
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
-from cptq.checkpoint.model import LoadedModel
 from cptq.numerics.standard_error import compute_standard_error
 from cptq.report.formatting import format_number
-from cptq.types import Emit, Event, Keep, Notice, Plan, Progress, keep_nothing
+from cptq.types import Emit, Keep, Notice, Plan, keep_nothing
 
 #: the allocator of the baseline plan
 BASELINE = "even"
@@ -40,19 +41,19 @@ FEW_TOKENS, TRIAL_TOKENS = 4096, 8192
 #: standard errors, and share of the larger divergence, that a plain difference exceeds
 ERRORS, SHARE = 2.0, 0.05
 
-#: carries a plan out on the model in memory
-Compress = Callable[[Plan, Emit], object]
+#: gives the divergence (rows,) of each of some plans
+Measure = Callable[[Sequence[Plan]], Sequence[Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Trial:
-    """One way to try a plan: by `compress`, on so many tokens."""
+    """One way to try plans: by `measure`, on so many tokens."""
 
     tokens: int
-    compress: Compress
+    measure: Measure
 
 
-@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Found:
     """The divergence (rows,) of both plans in one trial."""
 
@@ -75,7 +76,6 @@ class _Found:
 
 
 def keep_better_plan(
-    model: LoadedModel,
     plan: Plan,
     baseline: Plan,
     trials: Sequence[Trial],
@@ -83,40 +83,24 @@ def keep_better_plan(
     emit: Emit,
     keep: Keep = keep_nothing,
 ) -> Plan:
-    """Try both plans and return the better one; `model` is dense again afterwards.
+    """Try both plans and return the better one.
 
     Args:
-        model: dense.
         plan: the mixed plan; at equal divergence it is kept.
         baseline: the plan that needs no scores.
         trials: from the cheapest to the one that decides in any case.
-        divergence: from the dense model, on held-out text.
-        emit: receives progress and the result; what a trial has to say about its layers is dropped.
-        keep: keeps the divergences of each plan.
+        divergence: what the trials measure, on held-out text.
+        emit: receives the result.
+        keep: keeps the divergences of each trial.
     """
-
-    def try_out(trial: Trial, tried: Plan) -> Tensor:
-        trial.compress(tried, partial(_show_progress, emit, tried.allocator))
-        found = divergence.measure_rows()
-        model.restore_dense()
-        return found
-
     for trial in trials:
-        found = _Found(
-            own_R=keep(f"trial-{trial.tokens}-of-plan", partial(try_out, trial, plan)),
-            other_R=keep(f"trial-{trial.tokens}-of-baseline", partial(try_out, trial, baseline)),
-        )
+        found = _Found(*keep(f"trial-{trial.tokens}", partial(trial.measure, (plan, baseline))))
         if trial is trials[-1] or found.is_plain(divergence.window_R):
             break
     note = _describe_result(trial, found, baseline, divergence)
     emit(note)
     better = plan if found.wins else baseline
     return replace(better, notes=(*better.notes, note.message))
-
-
-def _show_progress(emit: Emit, allocator: str, event: Event) -> None:
-    if isinstance(event, Progress):
-        emit(replace(event, stage=f"trial of {allocator}"))
 
 
 def _describe_result(

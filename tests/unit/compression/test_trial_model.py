@@ -11,6 +11,7 @@ from cptq.allocation.cost import CostModel
 from cptq.calibration import samples
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
+from cptq.checkpoint.memory import BASE, Memory
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import blockwise
@@ -19,7 +20,7 @@ from cptq.compression.trial_model import TrialModel
 from cptq.config import RUNTIMES, CalibrationSettings, ModelSettings, Runtime, find_runtime
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.layouts.packed import PACKED_LAYOUT
-from cptq.pipeline.trial_model import build_trial_model
+from cptq.pipeline.trial_model import build_trial_model, solve_choices
 from cptq.types import Budget, Candidate, Event, LayerSpec, Plan, Progress
 from tests.conftest import TinyModel
 from tests.reference.sensitivity import random_calibration
@@ -212,3 +213,28 @@ def test_long_work_is_told_and_done_once(
     assert told == len(model.units) + 1
     assert len(heard) == told
     assert all(isinstance(event, Progress) for event in heard)
+
+
+@pytest.mark.parametrize("memory", [None, Memory(total=BASE)], ids=["whole", "by block"])
+def test_choices_are_solved_on_the_way_as_one_by_one(
+    memory: Memory | None, tiny_model: TinyModel
+) -> None:
+    settings = ModelSettings(model=str(tiny_model("llama", tied=True)))
+    model = load_model(settings, quiet, memory=memory)
+    text = build_calibration(model, TEXT, settings, quiet)
+    cost = CostModel(model.all_units, model.tensors, PACKED_LAYOUT, find_runtime("cptq"))
+    dense = weights(model)
+    names = [unit.name for unit in cost.units]
+    choices = [dict.fromkeys(names, WIDTHS[2]), {n: WIDTHS[1 + k % 3] for k, n in enumerate(names)}]
+    args: Any = (model, text, "gptaq", cost)
+    found = solve_choices(*args, choices, seed=0, emit=quiet)
+    one_by_one = build_trial_model(*args, WIDTHS, seed=0, emit=quiet)
+    for choice in choices:
+        for unit in (unit for unit in cost.units if not choice[unit.name].dense):
+            expected = one_by_one.weights(unit, choice[unit.name])
+            for name, W_OI in found.weights(unit, choice[unit.name]).items():
+                assert torch.equal(W_OI, expected[name])
+    with found.restore_after():
+        found.apply_choices(choices[0])
+        assert all(not torch.equal(dense[name], W_OI) for name, W_OI in weights(model).items())
+    assert all(torch.equal(dense[name], W_OI) for name, W_OI in weights(model).items())

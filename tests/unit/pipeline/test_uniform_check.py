@@ -34,41 +34,35 @@ OWN, OTHER = plan(3, "knapsack"), plan(4, "even")
 
 
 @dataclass
-class Measured:
-    """A model and its divergence: `now` is what a trial has set."""
+class Judge:
+    """What the divergences are measured by."""
 
-    now: float = 0.0
     unit: str = "nats"
+    tokens: int = 64
     window_R: Tensor = field(default_factory=lambda: torch.arange(ROWS))
-
-    def measure_rows(self) -> Tensor:
-        noise_R = torch.linspace(-0.1, 0.1, ROWS, dtype=torch.float64)
-        return self.now + noise_R * self.now
 
     def describe_difference(self, gap_R: Tensor) -> str:
         return f"difference {float(gap_R.mean()):+.3g}"
 
-    def restore_dense(self) -> None:
-        self.now = 0.0
-
 
 def decide(found: Sequence[tuple[float, float]], heard: Heard) -> tuple[str, list[str]]:
     """Return whose plan is kept, and the trials that ran; `found`: of plan and baseline in each."""
-    measured, ran = Measured(), []
+    ran: list[str] = []
+    noise_R = torch.linspace(0.9, 1.1, ROWS, dtype=torch.float64)
 
-    def make(tokens: int, own: float, other: float) -> Trial:
-        def compress(tried: Plan, _emit: Any) -> None:
-            ran.append(f"{tokens} {tried.allocator}")
-            measured.now = own if tried is OWN else other
+    def make(tokens: int, pair: tuple[float, float]) -> Trial:
+        def measure(plans: Sequence[Plan]) -> list[Tensor]:
+            assert [tried.allocator for tried in plans] == ["knapsack", "even"]
+            ran.append(str(tokens))
+            return [mean * noise_R for mean in pair]
 
-        return Trial(tokens=tokens, compress=compress)
+        return Trial(tokens=tokens, measure=measure)
 
-    trials = [make(tokens, *pair) for tokens, pair in enumerate(found)]
-    stub = cast(Any, measured)
-    better = keep_better_plan(stub, OWN, OTHER, trials, stub, heard)
+    trials = [make(tokens, pair) for tokens, pair in enumerate(found)]
+    better = keep_better_plan(OWN, OTHER, trials, cast(Any, Judge()), heard)
     assert better.notes[-1] == heard.notices[-1]
-    assert f"calibrated on {ran[-1].split()[0]})" in better.notes[-1]
-    return better.allocator, [name.split()[0] for name in ran[::2]]
+    assert f"calibrated on {ran[-1]})" in better.notes[-1]
+    return better.allocator, ran
 
 
 @pytest.mark.parametrize(
