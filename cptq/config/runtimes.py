@@ -3,13 +3,13 @@
 The table is measured on the unmodified tools (transformers 5.23 with compressed-tensors 0.20,
 llama.cpp) and from vLLM's source (0.33; not run here):
 
-| runtime      | bits    | groups                   | dimensions             | scales  | vocabulary |
-|--------------|---------|--------------------------|------------------------|---------|------------|
-| transformers | 2 to 8  | any that divide, channel | any                    | any     | fp8        |
-| vllm         | 4, 8    | 32, 64, 128, channel     | both divisible by 32   | any     | none       |
-| llamacpp     | 4, 5, 8 | 32                       | inputs divisible by 32 | float16 | 4, 5, 8    |
-|              | 3, 6    | 16                       | inputs divisible by 256| `k`     | 3, 6       |
-| cptq         | 2 to 8  | any that divide, channel | any                    | any     | 3 to 8     |
+| runtime      | bits    | groups                   | dimensions           | scales  | vocabulary |
+|--------------|---------|--------------------------|----------------------|---------|------------|
+| transformers | 2 to 8  | any that divide, channel | any                  | any     | fp8        |
+| vllm         | 4, 8    | 32, 64, 128, channel     | both multiples of 32 | any     | none       |
+| llamacpp     | 4, 5, 8 | 32                       | inputs of 32         | float16 | 4, 5, 8    |
+|              | 3, 6    | 16                       | inputs of 256        | `k`     | 3, 6       |
+| cptq         | 2 to 8  | any that divide, channel | any                  | any     | 3 to 8     |
 
 All runtimes take any layer at 16 bits. The vocabulary is the token embedding and the output head,
 which most models share; fp8 are 8-bit floats without scales. Only `cptq`, which is cptq's own

@@ -3,10 +3,10 @@
 A weight is d c q: q its code, c the integer scale of its group of 16, d the float16 of the
 super-block (`numerics.super_scales`).
 
-| type | bytes | layout of a super-block                                                            |
-|------|-------|------------------------------------------------------------------------------------|
-| Q6_K | 210   | 128 bytes low, 64 bytes high, 16 signed bytes c, d (float16);  u = q + 32          |
-| Q3_K | 110   | 32 bytes high, 64 bytes low, 12 bytes c + 32 in 6 bits, d (float16);  u = q + 4    |
+| type | bytes | layout of a super-block                                          | stored |
+|------|-------|------------------------------------------------------------------|--------|
+| Q6_K | 210   | 128 bytes low, 64 bytes high, 16 signed bytes c, d (float16)     | q + 32 |
+| Q3_K | 110   | 32 bytes high, 64 bytes low, 12 bytes c + 32 in 6 bits, d        | q + 4  |
 
 Q6_K, for each half h (128 values) and l < 32, value 128 h + 32 k + l, k < 4: its low four bits are
 in byte 64 h + 32 (k mod 2) + l of the low bytes, the low half of it for k < 2; its high two bits in

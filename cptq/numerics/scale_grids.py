@@ -17,9 +17,10 @@ section 3) do, with a whole row as the outer block and a sign, since scales here
 row's largest |s| / 31.
 
 Such scales are kept in memory as float32 numbers that their kind holds exactly, and taken apart
-where they are written (`split_rows`). A group of zeros has no scale of its own: it is given as 0
-and gets the smallest, so that it does not spoil those that it shares a factor with. Limits: e4m3 loses precision below 2^-6, e5m2 below 2^-14; a
-group of `row` with a scale below a sixtieth of its row's largest gets a scale that is too large.
+where they are written (`split_rows`). A group of zeros has no scale of its own: it comes as 0 and
+gets the smallest, so that it does not spoil the scales that it shares a factor with.
+Limits: e4m3 loses precision below 2^-6, e5m2 below 2^-14; a group of `row` with a scale below a
+sixtieth of its row's largest gets a scale that is too large.
 """
 
 from __future__ import annotations

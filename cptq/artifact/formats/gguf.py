@@ -3,9 +3,10 @@
 Symmetric codes become ggml's Q4_0, Q5_0 and Q8_0 blocks bit for bit, asymmetric ones Q4_1 and Q5_1
 (`numerics.gguf_blocks`), if 32 divides the inputs and the groups and float16 holds the scales and
 the scales times zero points (`numerics.grid`). Symmetric codes of 3 and 6 bits with `k` scales
-become Q3_K and Q6_K (`numerics.gguf_super_blocks`), if 256 divides the inputs. Dense matrices are stored as F16 if float16
-holds every value, else as BF16 or F32 as in the checkpoint; vectors, and matrices for which
-llama.cpp requires it, as F32. The weights of the file are therefore exactly those of the artifact.
+become Q3_K and Q6_K (`numerics.gguf_super_blocks`), if 256 divides the inputs. Dense matrices are
+stored as F16 if float16 holds every value, else as BF16 or F32 as in the checkpoint; vectors, and
+matrices for which llama.cpp requires it, as F32. The weights of the file are therefore exactly
+those of the artifact.
 
 Limits: the families of `artifact.gguf.families`. Q2_K, Q4_K and Q5_K are not written: their groups
 have minima that are integers times a second factor, which zero points times scales are not.
