@@ -222,10 +222,9 @@ class CostModel:
             return Candidate(bits=16)
         if not self.runtime.vocabulary:
             return Candidate(bits=min(wider), float8=self.runtime.list_scale_kinds()[0])
-        made = [replace(candidate, bits=bits) for bits in sorted(wider)]
-        grids = {self.runtime.choose_grid(c): c for c in made}
+        made = [self.runtime.choose_grid(replace(candidate, bits=b)) for b in sorted(wider)]
         # a width with k scales is not for every matrix; where none is, the caller refuses the first
-        taken = (c for grid, c in grids.items() if not self.explain_refusal(unit.name, grid))
+        taken = (c for c in made if not self.explain_refusal(unit.name, c))
         return next(taken, made[0])
 
     @property
