@@ -225,15 +225,15 @@ def test_a_pin_to_a_super_block_is_taken_or_refused_by_name(
     tiny_model: TinyModel, tmp_path: Path
 ) -> None:
     source = tiny_model("llama", dtype=torch.float16, **WIDE)
-    options = {"bits": (4, 8), "target": "7bit"}
+    options: dict[str, Any] = {"bits": (4, 8), "target": "7bit"}
     done = compressed(source, tmp_path / "out", pins=("q_proj=6bit",), **options)
     labels = {u: c.label for u, c in done.summary.plan.choices.items()}
     assert labels["model.layers.0.self_attn.qkv"] == "w6g16-k"
     with pytest.raises(PlanError, match="down_proj is pinned to w3g16-k: 96 inputs"):
         compressed(source, tmp_path / "again", pins=("down_proj=3bit",), **options)
+    options |= {"scales": "16bit", "pins": ("q_proj=6bit",)}
     with pytest.raises(PlanError, match="takes k scales, in groups of 16, at 6 bits"):
-        pins = ("q_proj=6bit",)
-        compressed(source, tmp_path / "again", pins=pins, scales="16bit", **options)
+        compressed(source, tmp_path / "again", **options)
 
 
 def _sums(reader: gguf.GGUFReader, kinds: set[str]) -> list[tuple[float, ...]]:

@@ -70,7 +70,7 @@ def test_scales_without_a_common_factor_cannot_be_taken_apart() -> None:
         torch.full((1, 16), 1e30),
         torch.ones(1, 17),
     ):
-        with pytest.raises(ValueError, match="no codes up to 31|no super-blocks of 16"):
+        with pytest.raises(ValueError, match=r"no codes up to 31|no super-blocks of 16"):
             split_supers(wrong_OG, 31)
 
 
