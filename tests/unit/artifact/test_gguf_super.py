@@ -11,11 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from cptq.allocation.cost import CostModel
 from cptq.artifact.content import Content, build_content
-from cptq.artifact.formats.gguf import GGUF
+from cptq.artifact.formats.gguf import GGUF, measure_sizes
 from cptq.artifact.reader import open_artifact
 from cptq.checkpoint.model import LoadedModel
+from cptq.config import RUNTIMES
 from cptq.errors import ArtifactError
+from cptq.layouts.gguf import GGUF_LAYOUT
 from cptq.numerics.grid import dequantize_layer
 from cptq.types import Candidate, CompressedLayer, Plan
 from tests.conftest import TinyModel
@@ -102,6 +105,39 @@ def _plan_for(model: LoadedModel, layers: list[CompressedLayer]) -> Plan:
     _, plan = compress(load(model.path), bits=(16,))
     choices = {unit.name: chosen[unit.layers[0].name] for unit in model.units}
     return replace(plan, choices=choices)
+
+
+def _cost_of(path: Path) -> tuple[LoadedModel, CostModel]:
+    """The bytes of a GGUF file with the vocabulary packed."""
+    model = load(path)
+    sizes = measure_sizes(build_content(model, (), lambda event: None))
+    units = (*model.units, *model.vocabulary)
+    return model, CostModel(units, model.tensors, GGUF_LAYOUT, RUNTIMES["llamacpp"], sizes)
+
+
+@pytest.mark.parametrize(("bits", "row"), [(3, 110), (6, 210)])
+def test_a_target_in_bits_is_the_file_of_k_types(
+    tiny_model: TinyModel, bits: int, row: int
+) -> None:
+    _, cost = _cost_of(tiny_model("llama", dtype=torch.float16, **SIZES["llama"]))
+    uniform = Candidate(bits=bits, group_size=16, scales="k")
+    whole = cost.file_bytes({unit.name: uniform for unit in cost.units})
+    assert cost.count_uniform_bytes(Candidate(bits=bits, group_size=32)) == whole
+    padded = [-(-x.numel // 256 * row // 32) * 32 for unit in cost.units for x in unit.layers]
+    assert whole == cost.other_bytes + sum(padded)
+
+
+@pytest.mark.parametrize(("bits", "wider"), [(3, 4), (6, 8)])
+def test_a_vocabulary_without_k_types_counts_at_the_width_above(
+    tiny_model: TinyModel, bits: int, wider: int
+) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
+    model, cost = _cost_of(tiny_model("llama", dtype=torch.float16, **sizes))
+    held = Candidate(bits=wider, group_size=32)
+    vocabulary = sum(cost.count_unit_bytes(unit.name, held) for unit in model.vocabulary)
+    ideal = sum(unit.numel for unit in model.units) * (4 * bits + 2) // 32
+    whole = cost.other_bytes + vocabulary + ideal
+    assert cost.count_uniform_bytes(Candidate(bits=bits, group_size=32)) == whole
 
 
 def test_what_no_super_block_holds_is_refused(tiny_model: TinyModel) -> None:
