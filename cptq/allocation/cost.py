@@ -193,7 +193,7 @@ class CostModel:
         """
         choices: dict[str, Candidate] = {}
         for unit in self.units:
-            own = candidate if unit.block is not None else self._widen(candidate)
+            own = candidate if unit.block is not None else self._widen(unit, candidate)
             usual = own if unit.block is None or own.dense else replace(own, bits=self._usual_bits)
             if not self.explain_refusal(unit.name, usual):
                 choices[unit.name] = own
@@ -203,25 +203,29 @@ class CostModel:
 
     def _sum_ideal_blocks(self, choices: Choices) -> int:
         """Return the bytes of a GGUF file in which every width has a block type, which ggml has for
-        4, 5 and 8 bits alone: targets such as `6bit` then lie between those, and `3bit` below."""
+        4, 5 and 8 bits alone, and for 3 and 6 where 256 divides the inputs: targets such as `7bit`,
+        or `6bit` of other models, then lie between those, and `2bit` below."""
         total = self.other_bytes
         for unit in self.units:
-            candidate = _get_choice(choices, unit)
-            if candidate.dense:
+            candidate = self.runtime.choose_grid(_get_choice(choices, unit))
+            if candidate.dense or not self.explain_refusal(unit.name, candidate):
                 total += self.count_unit_bytes(unit.name, candidate)
                 continue
             block = count_block_bytes(candidate.bits)
             total += sum(align(layer.numel // BLOCK * block) for layer in unit.layers)
         return total
 
-    def _widen(self, candidate: Candidate) -> Candidate:
+    def _widen(self, unit: Unit, candidate: Candidate) -> Candidate:
         """Return the candidate at the nearest width in which the runtime takes the vocabulary."""
         wider = [bits for bits in self.runtime.list_vocabulary_bits() if bits >= candidate.bits]
         if candidate.dense or not wider:
             return Candidate(bits=16)
         if not self.runtime.vocabulary:
             return Candidate(bits=min(wider), float8=self.runtime.list_scale_kinds()[0])
-        return replace(candidate, bits=min(wider))
+        made = [self.runtime.choose_grid(replace(candidate, bits=b)) for b in sorted(wider)]
+        # a width with k scales is not for every matrix; where none is, the caller refuses the first
+        taken = (c for c in made if not self.explain_refusal(unit.name, c))
+        return next(taken, made[0])
 
     @property
     def _usual_bits(self) -> int:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 
 from cptq.allocation.ledger import Ledger
 from cptq.errors import PlanError
-from cptq.types import Candidate, Emit, Notice, SensitivityTable
+from cptq.types import SUPER_SCALES, Candidate, Emit, Notice, SensitivityTable
 
 #: an excess over a smaller option's score, relative to it, that is rounding and not reported
 _NOISE = 1e-9
@@ -173,9 +173,11 @@ def report_refused(ledger: Ledger, candidates: Sequence[Candidate], emit: Emit) 
     for unit, sizes in ledger.bytes_of.items():
         refused = {ledger.cost.explain_refusal(unit, c): c for c in offered}
         dense = all(c.dense for c in sizes)
-        lead = "kept dense" if dense else "some --sparsity left out"
         for why, candidate in refused.items():
-            if why is not None and (dense or candidate.sparsity):
+            supers = candidate.scales == SUPER_SCALES
+            left = "some --sparsity left out" if candidate.sparsity else "some --bits left out"
+            lead = "kept dense" if dense else left
+            if why is not None and (dense or candidate.sparsity or supers):
                 reasons.setdefault(f"{lead}: {why}", []).append(unit)
     for why, units in reasons.items():
         names = ", ".join(units[:3]) + (f" and {len(units) - 3} more" if len(units) > 3 else "")

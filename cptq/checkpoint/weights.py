@@ -10,8 +10,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from cptq.checkpoint.resident import find_weight
+from cptq.layouts.gguf import SUPER_MOST
 from cptq.numerics.scale_grids import Float8Scales, RowScales, ScaleType
-from cptq.types import Candidate, LayerSpec
+from cptq.numerics.super_scales import SuperScales
+from cptq.types import SUPER_SCALES, Candidate, LayerSpec
 
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     "F64": torch.float64,
@@ -43,6 +45,8 @@ def get_scale_type(spec: LayerSpec, candidate: Candidate) -> ScaleType:
     """Return how the scales of a layer are stored under a candidate."""
     if not candidate.scales:
         return get_scale_dtype(spec)
+    if candidate.scales == SUPER_SCALES:
+        return SuperScales(SUPER_MOST[candidate.bits], get_scale_dtype(spec))
     return (
         RowScales(get_scale_dtype(spec))
         if candidate.scales == "row"
@@ -55,7 +59,7 @@ def get_scale_dtypes(spec: LayerSpec, candidate: Candidate) -> tuple[torch.dtype
 
     16-bit ones the type of the file; earlier versions kept the checkpoint's. Narrower ones float32.
     """
-    if candidate.scales:
+    if candidate.narrow_scales:
         return (torch.float32,)
     return get_scale_dtype(spec), get_storage_dtype(spec)
 

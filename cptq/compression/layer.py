@@ -11,6 +11,8 @@ not, above 65280 neither. A scale outside is pulled to the bound and the codes o
 rounded anew, which moves a weight by at most 2^-18 (groups of weights that small hardly exist).
 (Scales of a float32 checkpoint are float16 anyhow: 16 bits more per group buy nothing.)
 
+`k` scales (`numerics.super_scales`) are codes times a factor that float16 holds, in any type.
+
 An asymmetric grid has its scales rounded while they are fitted (`float16_offset`, see
 `numerics.grid`), in any type, so that llama.cpp's minimum, scale times zero point, is exact as
 well.
@@ -220,7 +222,7 @@ def solve_layer_problem(
     problem: LayerProblem, method: Compressor, *, float16_scales: bool = False
 ) -> LayerSolution:
     """Run a compressor; with `float16_scales` its scales are exact in float16 too."""
-    if not float16_scales or problem.float8:
+    if not float16_scales or problem.float8 or not isinstance(problem.scale_dtype, torch.dtype):
         return method(problem)
     if problem.scale_dtype is torch.bfloat16 and problem.symmetric:
         return _bound_scales(method(problem), problem.bits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from cptq.config.inputs import (
     max_shard_size_option,
 )
 from cptq.config.options import CANDIDATES, CONSTRAINTS, PLAN, check_options, find_flag, option
-from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, find_runtime
+from cptq.config.runtimes import DEFAULT_RUNTIME, RUNTIMES, Runtime, find_runtime
 from cptq.errors import UsageError
 
 DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
@@ -59,7 +60,7 @@ class CandidateSettings:
     scales: str = option(
         "auto",
         "Store scales in 16 bits each (16bit), or in 8 or 6 for groups of half the size (auto: "
-        "where the runtime takes them and they lose less).",
+        "where the runtime takes them and they lose less; llamacpp: 3 and 6 bits, by its K-types).",
         CANDIDATES,
         "KIND",
         choices=SCALE_KINDS,
@@ -98,8 +99,25 @@ class CandidateSettings:
                 f"--asymmetric has no effect at --bits {','.join(map(str, self.bits))}",
                 allowed=f"--bits with one of {', '.join(map(str, runtime.asymmetric))}",
             )
+        if self.scales == "16bit" and self.bits != runtime.default_bits:
+            _check_16bit_scales("--bits", self.bits, runtime)
         for word in self.sparsity:
             parse_sparsity(word)
+
+
+def _check_16bit_scales(flag: str, bits: Iterable[int], runtime: Runtime) -> None:
+    """Refuse given widths that the runtime has with other scales than --scales 16bit asks for.
+
+    Raises:
+        UsageError: names the widths.
+    """
+    wrong = [width for width in bits if width in runtime.super_bits]
+    if wrong:
+        raise UsageError(
+            f"{flag} names {', '.join(map(str, wrong))}, which --runtime {runtime.name} does not "
+            "take with --scales 16bit",
+            allowed=f"--scales auto, or {', '.join(map(str, runtime.list_16bit_widths()))}",
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -129,7 +147,7 @@ class PlanningSettings(CandidateSettings):
     embedding_bits: int | None = option(
         None,
         "Store the token embeddings and the output head in exactly N bits: 3 to 8 with --runtime "
-        "cptq, 4, 5 or 8 with llamacpp, 8 (floats) with transformers; 16 keeps them dense.",
+        "cptq, 3, 4, 5, 6 or 8 with llamacpp, 8 (floats) with transformers; 16 keeps them dense.",
         CANDIDATES,
         "N",
         usual="chosen with the layers' widths",
@@ -175,3 +193,6 @@ class PlanningSettings(CandidateSettings):
                 f"--embedding-bits is {self.embedding_bits}",
                 allowed=f"{', '.join(map(str, widths))} with --runtime {self.runtime}",
             )
+        if self.scales == "16bit" and self.embedding_bits is not None:
+            runtime = find_runtime(self.runtime)
+            _check_16bit_scales("--embedding-bits", [self.embedding_bits], runtime)

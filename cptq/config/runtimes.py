@@ -3,17 +3,20 @@
 The table is measured on the unmodified tools (transformers 5.23 with compressed-tensors 0.20,
 llama.cpp) and from vLLM's source (0.33; not run here):
 
-| runtime      | bits    | groups                   | dimensions            | scales  | vocabulary |
-|--------------|---------|--------------------------|-----------------------|---------|------------|
-| transformers | 2 to 8  | any that divide, channel | any                   | any     | fp8        |
-| vllm         | 4, 8    | 32, 64, 128, channel     | both divisible by 32  | any     | none       |
-| llamacpp     | 4, 5, 8 | 32                       | inputs divisible by 32| float16 | 4, 5, 8    |
-| cptq         | 2 to 8  | any that divide, channel | any                   | any     | 3 to 8     |
+| runtime      | bits    | groups                   | dimensions           | scales  | vocabulary |
+|--------------|---------|--------------------------|----------------------|---------|------------|
+| transformers | 2 to 8  | any that divide, channel | any                  | any     | fp8        |
+| vllm         | 4, 8    | 32, 64, 128, channel     | both multiples of 32 | any     | none       |
+| llamacpp     | 4, 5, 8 | 32                       | inputs of 32         | float16 | 4, 5, 8    |
+|              | 3, 6    | 16                       | inputs of 256        | `k`     | 3, 6       |
+| cptq         | 2 to 8  | any that divide, channel | any                  | any     | 3 to 8     |
 
 All runtimes take any layer at 16 bits. The vocabulary is the token embedding and the output head,
 which most models share; fp8 are 8-bit floats without scales. Only `cptq`, which is cptq's own
 (`cptq.inference`), and `llamacpp` take it packed, and asymmetric grids (llama.cpp at 4 and 5 bits:
-its Q4_1 and Q5_1) and the Conv1D of GPT-2. The GGUF file for llama.cpp is exported from an
+its Q4_1 and Q5_1) and the Conv1D of GPT-2. llama.cpp's 3 and 6 bits are its Q3_K and Q6_K
+(`layouts.gguf`). With 16-bit scales they would lie in Q4_0 and Q8_0, in whose bytes 4 and 8 bits
+are better, so they are not offered. The GGUF file for llama.cpp is exported from an
 artifact: `packed` if it has one of these, else `compressed-tensors`.
 Query, key and value, and gate and up, are one decision in every plan, as vLLM requires for the
 matrices that it fuses. vLLM also takes 2, 3, 5 and 6 bits by a fallback kernel, which is not
@@ -28,11 +31,12 @@ verified, and cptq's own modules and llama.cpp's files hold single linear layers
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cptq.errors import ModelError, UnknownNameError, UsageError
+from cptq.layouts.gguf import SUPER_GROUP, SUPER_TYPES
 from cptq.registry import Facts, find_closest
-from cptq.types import Candidate, LayerSpec, is_expert
+from cptq.types import SUPER_SCALES, Candidate, LayerSpec, is_expert
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +51,8 @@ class Runtime:
     exactly, `experts` whether a mixture of experts in one scheme is taken. `conv1d` says that it
     takes the Conv1D of GPT-2, `vocabulary` which widths it takes token embeddings and output heads
     in, `float8` that it takes them, and scales, as 8-bit floats, `row_scales` that it takes scales
-    as codes times a factor per row, `sparse` that it takes sparse weights, `activation_sparsity`
+    as codes times a factor per row, `super_bits` which of the bits it takes with `k` scales and no
+    others, `sparse` that it takes sparse weights, `activation_sparsity`
     that it drops inputs by stored rules.
     `next_step` is what to type with the artifact, if more is needed. `gguf`: what the program loads
     is a GGUF file that is exported from the artifact, so targets count that file. `facts`: what
@@ -70,6 +75,7 @@ class Runtime:
     vocabulary: tuple[int, ...] = ()
     float8: bool = False
     row_scales: bool = False
+    super_bits: tuple[int, ...] = ()
     sparse: bool = False
     activation_sparsity: bool = False
     next_step: str | None = None
@@ -106,6 +112,17 @@ class Runtime:
     def list_scale_kinds(self) -> tuple[str, ...]:
         """Return the ways to store scales in fewer than 16 bits that the runtime takes."""
         return (("e4m3", "e5m2") if self.float8 else ()) + (("row",) if self.row_scales else ())
+
+    def list_16bit_widths(self) -> tuple[int, ...]:
+        """Return the widths that the runtime takes with 16-bit scales, and 16 itself."""
+        return (*(width for width in self.bits if width not in self.super_bits), 16)
+
+    def choose_grid(self, candidate: Candidate) -> Candidate:
+        """Return the candidate with the scales and groups that its width has in this runtime."""
+        plain = candidate.symmetric and not (candidate.sparsity or candidate.float8)
+        if candidate.bits not in self.super_bits or candidate.scales or not plain:
+            return candidate
+        return replace(candidate, group_size=SUPER_GROUP, scales=SUPER_SCALES)
 
     def format_for(
         self, layers: Iterable[LayerSpec], *, asymmetric: bool, vocabulary: bool = False
@@ -153,7 +170,11 @@ class Runtime:
             return f"{self.name} takes embeddings and heads of {taken} bits, not {candidate.bits}"
         if candidate.bits not in self.bits:
             return f"{self.name} takes {', '.join(map(str, self.bits))} bits, not {candidate.bits}"
-        if candidate.scales and candidate.scales not in self.list_scale_kinds():
+        supers = candidate.scales == SUPER_SCALES
+        if (candidate.bits in self.super_bits) != supers:
+            kind = "no k scales" if supers else f"k scales, in groups of {SUPER_GROUP},"
+            return f"{self.name} takes {kind} at {candidate.bits} bits"
+        if candidate.scales and not supers and candidate.scales not in self.list_scale_kinds():
             return f"{self.name} takes no {candidate.scales} scales"
         if candidate.sparsity and not self.sparse:
             return f"{self.name} takes no sparse weights"
@@ -165,7 +186,7 @@ class Runtime:
             both = f"outputs and {least}" if self.out_multiple > 1 else least
             return f"{self.name} takes {both}, and this is {out} x {inputs}"
         real = 0 if group == inputs and group not in self.groups else group
-        if self.groups and real not in self.groups:
+        if self.groups and real not in self.groups and not supers:
             what = f"groups of {group}" if real else "one scale per channel"
             return f"{self.name} takes {self._spell_groups()}, not {what}"
         return None
@@ -223,20 +244,21 @@ RUNTIMES: Mapping[str, Runtime] = {
     "llamacpp": Runtime(
         name="llamacpp",
         format="compressed-tensors",
-        bits=(4, 5, 8),
-        default_bits=(4, 5, 8, 16),
+        bits=(3, 4, 5, 6, 8),
+        default_bits=(3, 4, 5, 6, 8, 16),
         group_size=32,
         groups=(32,),
         in_multiple=32,
         float16_scales=True,
+        super_bits=tuple(SUPER_TYPES),
         wide_format="packed",
         asymmetric=(4, 5),
         conv1d=True,
-        vocabulary=(4, 5, 8),
+        vocabulary=(3, 4, 5, 6, 8),
         next_step="cptq export {out} --format gguf",
         gguf=True,
         facts=Facts(
-            does="llama.cpp by cptq export --format gguf: 4, 5 and 8 bits",
+            does="llama.cpp by cptq export --format gguf: 3, 4, 5, 6, 8 bits",
             source="llama.cpp",
             good="perplexity 27.17 at 105.5 MB as GGUF, Q4_K_M 28.86 (SmolLM2-135M)",
         ),

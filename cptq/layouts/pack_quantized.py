@@ -54,7 +54,8 @@ class PackQuantized:
             return (list_float8_tensor(layer, candidate),)
         inputs = layer.shape[1]
         groups = inputs // resolve_group(inputs, candidate.group_size)
-        narrow = name_float8_dtype(candidate.scales) if candidate.scales else None
+        kind = candidate.narrow_scales
+        narrow = name_float8_dtype(kind) if kind else None
         return list_packed_tensors(layer, candidate.bits, groups, narrow)
 
 

@@ -71,9 +71,11 @@ def count_stored(shape: tuple[int, int], scheme: Candidate) -> int:
 
 
 def resolve_candidate(candidate: Candidate, inputs: int) -> Candidate:
-    """The candidate with the group size that a layer of so many inputs really gets."""
+    """The candidate with the group size that a layer of so many inputs really gets, and its scales
+    as the format stores them: `k` scales are 16-bit ones here."""
     group = resolve_group(inputs, candidate.group_size)
-    return replace(candidate, group_size=0 if group == inputs else group)
+    size = 0 if group == inputs else group
+    return replace(candidate, group_size=size, scales=candidate.narrow_scales)
 
 
 def explain_misfit(shape: tuple[int, int], scheme: Candidate) -> str | None:

@@ -31,7 +31,7 @@ per group; for weights distributed evenly around 0 signed symmetric scales are a
 Cost: 2 * 6 + 6 passes over the weights for a symmetric grid, 6^2 + 3 * 5 for an asymmetric one,
 about three times as long; a block of rows at a time.
 Limits: the search is a lattice, not exact. A group of zeros gets scale 1 (stock loaders divide by
-the scale nowhere, but some refuse a 0).
+the scale nowhere, but some refuse a 0); of scales with a common factor, the smallest.
 Shapes: W_OI (out, in), scale_OG and zero_OG (out, groups), codes_OI int8; a group is a run of
 `in / G` inputs.
 
@@ -191,6 +191,8 @@ def fit_grid(
     scale_OG = torch.cat([scale for scale, _ in grids])
     zeros = [zero for _, zero in grids if zero is not None]
     if not zeros:
+        if not isinstance(scale_dtype, torch.dtype):
+            scale_OG = torch.where(_find_empty_groups(W_OI, group), 0.0, scale_OG)
         return round_scales(scale_OG, scale_dtype), None
     zero_OG = torch.cat(zeros).to(torch.int8)
     precision_OG = count_scale_bits(zero_OG, bits) if float16_offset else None
@@ -200,7 +202,8 @@ def fit_grid(
 def round_scales(scale_OG: Tensor, dtype: ScaleType, precision_OG: Tensor | None = None) -> Tensor:
     """Round scales to their storage type; what would become 0 or overflow is pulled back inside.
 
-    Narrower ways to store them give float32 (`numerics.scale_grids`).
+    Narrower ways to store them give float32 (`numerics.scale_grids`), or 16 bits in the case of
+    `numerics.super_scales`.
 
     `precision_OG`: the significant bits that each may have (`count_scale_bits`), if fewer.
     """
@@ -247,6 +250,12 @@ def round_to_precision(scale_OG: Tensor, precision_OG: Tensor) -> Tensor:
 
 def _split_groups(W_OI: Tensor, group: int) -> Tensor:
     return W_OI.reshape(W_OI.shape[0], -1, group)
+
+
+def _find_empty_groups(W_OI: Tensor, group: int) -> Tensor:
+    """Return where all weights of a group are 0, bool (out, groups)."""
+    rows = W_OI.split(choose_rows(W_OI, CHUNK))
+    return torch.cat([~_split_groups(W_RI, group).any(-1) for W_RI in rows])
 
 
 class _SymmetricTrials:

@@ -1,4 +1,4 @@
-"""Scales stored in fewer than 16 bits: 8-bit floats, or 6-bit codes times one factor per row.
+"""Scales stored in fewer than 16 bits: 8-bit floats, or integer codes times one factor.
 
 A scale of 16 bits among 64 inputs takes 0.25 bits a weight. It need not be so exact: codes are
 fitted to whatever the scale is, so a scale that is off by a few per cent costs next to nothing, and
@@ -10,14 +10,17 @@ the bits are better spent on more scales.
 | e5m2 | an 8-bit float of wider range              | 0.25                             |
 | row  | c f, c a 6-bit integer in -31..31 not 0,  | 0.19 and 16 per row              |
 |      | f one 16-bit float per row                |                                  |
+| k    | c d, d one float16 per 256 inputs; 16 bits except in a GGUF file (`super_scales`) | |
 
 `row` is what ggml's K-quants and QLoRA's double quantization (Dettmers et al., arXiv 2305.14314,
 section 3) do, with a whole row as the outer block and a sign, since scales here have one. f is the
 row's largest |s| / 31.
 
 Such scales are kept in memory as float32 numbers that their kind holds exactly, and taken apart
-where they are written (`split_rows`). Limits: e4m3 loses precision below 2^-6, e5m2 below 2^-14; a
-group of `row` with a scale below a sixtieth of its row's largest gets a scale that is too large.
+where they are written (`split_rows`). A group of zeros has no scale of its own: it comes as 0 and
+gets the smallest, so that it does not spoil the scales that it shares a factor with.
+Limits: e4m3 loses precision below 2^-6, e5m2 below 2^-14; a group of `row` with a scale below a
+sixtieth of its row's largest gets a scale that is too large.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from torch import Tensor
 
 from cptq.layouts.packed import ROW_BITS
 from cptq.numerics.float8 import FORMATS, round_to_float8
+from cptq.numerics.super_scales import SuperScales
 
 #: the largest code of `row`
 MOST = (1 << (ROW_BITS - 1)) - 1
@@ -66,7 +70,7 @@ class RowScales:
 
 
 #: a torch type, or a narrower way to store scales
-ScaleType = torch.dtype | Float8Scales | RowScales
+ScaleType = torch.dtype | Float8Scales | RowScales | SuperScales
 
 
 def split_rows(scale_OG: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

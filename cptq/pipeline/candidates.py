@@ -6,8 +6,9 @@ from collections.abc import Collection, Sequence
 
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import AnalyzeSettings, CompressSettings, find_runtime, parse_sparsity
+from cptq.layouts.gguf import GGUF_LAYOUT
 from cptq.pipeline.scales import choose_scales
-from cptq.types import Candidate
+from cptq.types import SUPER_SCALES, Candidate
 
 
 def list_asymmetric_widths(settings: AnalyzeSettings | CompressSettings) -> tuple[int, ...]:
@@ -20,7 +21,12 @@ def build_candidates(
     model: LoadedModel,
     bits: Sequence[int] | None = None,
 ) -> tuple[Candidate, ...]:
-    """Return the candidates that the options name, at other `bits` where given."""
+    """Return the candidates that the options name, at other `bits` where given.
+
+    Widths with `k` scales are left out with --scales 16bit; those that no layer can have are, if
+    the runtime names them and not the user.
+    """
+    runtime = find_runtime(settings.runtime)
     named = list_candidates(
         bits or settings.bits,
         settings.group_size,
@@ -28,8 +34,18 @@ def build_candidates(
         sparsity=settings.sparsity if bits is None else (),
     )
     if settings.scales == "16bit":
-        return named
-    return choose_scales(model, named, find_runtime(settings.runtime))
+        return tuple(c for c in named if runtime.choose_grid(c) == c)
+    chosen = map(runtime.choose_grid, choose_scales(model, named, runtime))
+    usual = bits is None and settings.bits == runtime.default_bits
+    return tuple(c for c in chosen if not usual or _is_of_use(c, model))
+
+
+def _is_of_use(candidate: Candidate, model: LoadedModel) -> bool:
+    """Whether some layer can have `k` scales, if the candidate has them."""
+    if candidate.scales != SUPER_SCALES:
+        return True
+    specs = (spec for unit in model.all_units for spec in unit.layers)
+    return any(GGUF_LAYOUT.explain_refusal(spec, candidate) is None for spec in specs)
 
 
 def list_candidates(

@@ -288,7 +288,8 @@ def _prepare_rounding(
     """Return what compresses a layer as the run does, at about 4 bits."""
     settings = inputs.settings
     method = COMPRESSORS.get(settings.compressor)
-    group = next((c.group_size for c in inputs.space.candidates if not c.dense), 0)
+    packed = [c for c in inputs.space.candidates if not c.dense]
+    group = min(packed, key=lambda c: abs(c.bits - 4)).group_size if packed else 0
     candidate = Candidate(bits=4, group_size=group)
 
     def compress() -> object:

@@ -357,6 +357,9 @@ def _apply_constraints(
         layers=model.layers,
         emit=emit,
     )
+    if settings.scales != "16bit":  # a pin may name a width that is not offered
+        choose = cost.runtime.choose_grid
+        options = {unit: tuple(map(choose, row)) for unit, row in options.items()}
     if constraints.pins:
         cost.check_pinned(options)
     return options

@@ -125,8 +125,8 @@ def _list_options(summary: Summary, parts: dict[str, Part], vocabulary: float) -
         found.append("A smaller --embedding-bits makes that part smaller.")
     elif vocabulary >= 0.1:
         found.append(
-            "--runtime cptq (3 to 8 bits) or llamacpp (4, 5 or 8) packs them in fewer bits; the "
-            f"runtime {runtime or 'in use'} stores them in 8-bit floats or 16 bits."
+            "--runtime cptq (3 to 8 bits) or llamacpp (3, 4, 5, 6 or 8) packs them in fewer "
+            f"bits; the runtime {runtime or 'in use'} stores them in 8-bit floats or 16 bits."
         )
     if SCALES in parts and parts[SCALES].share >= 0.1:
         found.append("A larger --group-size makes fewer scales.")

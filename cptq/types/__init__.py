@@ -27,7 +27,16 @@ from cptq.types.model import (
     count_end_blocks,
     is_expert,
 )
-from cptq.types.plan import Budget, Candidate, Plan, Scope, SensitivityTable, compute_share, digest
+from cptq.types.plan import (
+    SUPER_SCALES,
+    Budget,
+    Candidate,
+    Plan,
+    Scope,
+    SensitivityTable,
+    compute_share,
+    digest,
+)
 from cptq.types.prospect import Prospect, ProspectPart
 from cptq.types.result import (
     Artifact,
@@ -43,6 +52,7 @@ from cptq.types.validation import Agreement, Interval, Pair, PlanTrial, Validati
 
 __all__ = [
     "DTYPE_BYTES",
+    "SUPER_SCALES",
     "ActivationRecord",
     "ActivationRule",
     "Agreement",

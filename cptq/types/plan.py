@@ -17,6 +17,8 @@ from cptq.errors import PlanError
 Scope = Literal["file", "weights"]
 #: the largest M of a pattern N:M: its places then have at most C(8, 4) = 70 orders, 7 bits
 MOST_OF = 8
+#: the kind of scales of ggml's K-quants (`numerics.super_scales`)
+SUPER_SCALES = "k"
 
 
 def digest(value: Any) -> str:
@@ -31,8 +33,8 @@ class Candidate:
 
     `bits` 16 keeps the unit dense. `group_size` 0 means one scale per output channel. `float8`
     stores 8-bit floats without scales, "e4m3" or "e5m2"; then `bits` is 8. `scales` names a narrow
-    way to store scales (`numerics.scale_grids`); empty: 16 bits each. `sparsity` is the share of
-    zeros, `pattern` where they lie: "none", "unstructured", or "N:M".
+    way to store scales (`numerics.scale_grids`, `numerics.super_scales`); empty: 16 bits each.
+    `sparsity` is the share of zeros, `pattern` where they lie: "none", "unstructured", or "N:M".
     """
 
     bits: int
@@ -48,6 +50,12 @@ class Candidate:
         return self.bits >= 16
 
     @property
+    def narrow_scales(self) -> str:
+        """The kind of `scales` in a safetensors file, where `k` scales are 16-bit numbers: they are
+        narrow in a GGUF file alone."""
+        return "" if self.scales == SUPER_SCALES else self.scales
+
+    @property
     def kept_of(self) -> tuple[int, int] | None:
         """(N, M) where N of every M neighbouring inputs are stored, else None."""
         kept, colon, of = self.pattern.partition(":")
@@ -55,8 +63,8 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """Short name: `w4g64`, `w4c` (per channel), `w3g64-asym`, `w4g32-row`, `w4c-s50`, `w16`,
-        `w4c-2:4`, `f8e4m3`."""
+        """Short name: `w4g64`, `w4c` (per channel), `w3g64-asym`, `w4g32-row`, `w6g16-k`,
+        `w4c-s50`, `w16`, `w4c-2:4`, `f8e4m3`."""
         if self.dense:
             return "w16"
         if self.float8:
@@ -80,7 +88,7 @@ class Candidate:
         if label in ("f8e4m3", "f8e5m2"):
             return cls(bits=8, float8=label.removeprefix("f8"))
         match = re.fullmatch(
-            r"w([2-8])(?:g(\d+)|c)(-asym)?(?:-(row|e4m3|e5m2))?(?:-s(\d+)|-(\d:\d))?", label
+            r"w([2-8])(?:g(\d+)|c)(-asym)?(?:-(row|k|e4m3|e5m2))?(?:-s(\d+)|-(\d:\d))?", label
         )
         if match is None or (match[6] and not _is_pattern(match[6])):
             raise ValueError(

@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 from cptq.artifact.reader import open_artifact
 from cptq.compression import trial_model
@@ -37,6 +38,9 @@ SIZES: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4},
 }
 KINDS = {"w4g32": "Q4_0", "w8g32": "Q8_0", "w4g32-asym": "Q4_1", "w5g32-asym": "Q5_1"}
+KINDS |= {"w3g16-k": "Q3_K", "w6g16-k": "Q6_K"}
+#: whole super-blocks, but for the 96 inputs of down_proj
+WIDE = SIZES["llama"] | {"hidden_size": 256, "num_attention_heads": 2, "head_dim": 128}
 
 
 def compressed(model: Path, out: Path, **options: Any) -> CompressOutcome:
@@ -182,6 +186,54 @@ def test_a_target_below_what_blocks_can_do_is_refused(
     source = tiny_model("llama", dtype=torch.float16, **SIZES["llama"])
     with pytest.raises(BudgetError, match="the target 3bit is below the smallest plan"):
         compressed(source, tmp_path / "out", target="3bit")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "inner"), cover([torch.float32, torch.bfloat16], [512, 96], at_once=1)
+)
+def test_a_plan_of_k_types_is_read_by_gguf_and_by_transformers(
+    tiny_model: TinyModel, tmp_path: Path, dtype: torch.dtype, inner: int
+) -> None:
+    source = tiny_model("llama", dtype=dtype, **(WIDE | {"intermediate_size": inner}))
+    target = {512: "3.9bit", 96: "4.4bit"}[inner]
+    options = {"bits": (3, 4, 6), "pins": ("q_proj=6bit",)}
+    done = compressed(source, tmp_path / "out", target=target, **options)
+    content = open_artifact(done.out).content
+    choices = {unit: choice.label for unit, choice in done.summary.plan.choices.items()}
+    assert set(choices.values()) == {"w3g16-k", "w4g32", "w6g16-k"}
+    said = [n.message for n in done.summary.notices if n.message.startswith("some --bits left out")]
+    why = f"some --bits left out: {inner} inputs, which super-blocks of 256 do not divide"
+    assert said == [why] * (inner == 96)
+    assert ({choices[f"model.layers.{i}.mlp.down_proj"] for i in (0, 1)} == {"w4g32"}) == (
+        inner == 96
+    )
+    reader = exported(done.out, tmp_path / "gguf")
+    file = next((tmp_path / "gguf").glob("*.gguf"))
+    assert file.stat().st_size == done.summary.plan.predicted_bytes
+    assert done.summary.plan.predicted_bytes <= done.summary.plan.budget.limit_bytes
+    wanted = {n: dequantize_layer(x, torch.float32) for n, x in content.compressed.items()}
+    found = sorted(_sums(reader, {KINDS[label] for label in choices.values()}))
+    assert found == sorted(_sum(value.double().numpy()) for value in wanted.values())
+    read = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, dtype=torch.float32
+    ).state_dict()
+    for name, value in wanted.items():
+        assert torch.equal(read[name], value)
+
+
+def test_a_pin_to_a_super_block_is_taken_or_refused_by_name(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    source = tiny_model("llama", dtype=torch.float16, **WIDE)
+    options: dict[str, Any] = {"bits": (4, 8), "target": "7bit"}
+    done = compressed(source, tmp_path / "out", pins=("q_proj=6bit",), **options)
+    labels = {u: c.label for u, c in done.summary.plan.choices.items()}
+    assert labels["model.layers.0.self_attn.qkv"] == "w6g16-k"
+    with pytest.raises(PlanError, match="down_proj is pinned to w3g16-k: 96 inputs"):
+        compressed(source, tmp_path / "again", pins=("down_proj=3bit",), **options)
+    options |= {"scales": "16bit", "pins": ("q_proj=6bit",)}
+    with pytest.raises(PlanError, match="takes k scales, in groups of 16, at 6 bits"):
+        compressed(source, tmp_path / "again", **options)
 
 
 def _sums(reader: gguf.GGUFReader, kinds: set[str]) -> list[tuple[float, ...]]:

@@ -22,3 +22,27 @@ def unpack_block(raw: bytes, kind: str) -> list[float]:
         fifth = (high >> j) & 1
         values.append(d * (nibble | fifth << 4) + minimum)
     return values
+
+
+def pack_super_block(codes: list[int], scales: list[int], d: float, kind: str) -> bytes:
+    """The bytes of a super-block of 256 codes and 16 scale codes, one bit field at a time."""
+    size = {"Q6_K": 208, "Q3_K": 108}[kind]
+    field = bytearray(size)
+    for i, code in enumerate(codes):
+        half, run, place = i // 128, i % 128 // 32, i % 32
+        if kind == "Q6_K":
+            u = code + 32
+            field[64 * half + 32 * (run % 2) + place] |= (u & 15) << (4 * (run // 2))
+            field[128 + 32 * half + place] |= (u >> 4) << (2 * run)
+        else:
+            u = code + 4
+            field[32 + 32 * half + place] |= (u & 3) << (2 * run)
+            field[place] |= (u >> 2) << (4 * half + run)
+    for g, scale in enumerate(scales):
+        if kind == "Q6_K":
+            field[192 + g] = scale % 256
+        else:
+            s = scale + 32
+            field[96 + g % 8] |= (s & 15) << (4 * (g // 8))
+            field[96 + 8 + g % 4] |= (s >> 4) << (2 * (g // 4))
+    return bytes(field) + struct.pack("<e", d)

@@ -97,7 +97,8 @@ def test_the_rules_are_those_that_were_measured() -> None:
     assert RUNTIMES["transformers"].bits == (2, 3, 4, 5, 6, 7, 8)
     assert RUNTIMES["vllm"].bits == (4, 8)
     assert RUNTIMES["vllm"].groups == (32, 64, 128, 0)
-    assert RUNTIMES["llamacpp"].bits == (4, 5, 8)
+    assert RUNTIMES["llamacpp"].bits == (3, 4, 5, 6, 8)
+    assert RUNTIMES["llamacpp"].super_bits == (3, 6)
     assert RUNTIMES["llamacpp"].groups == (32,)
 
 
@@ -107,7 +108,7 @@ def test_the_rules_are_those_that_were_measured() -> None:
         ("vllm", (3, 4), 64, "3", "4, 8, 16"),
         ("vllm", (4,), 48, "48", "32, 64, 128, 0"),
         ("llamacpp", (4,), 64, "64", "32"),
-        ("llamacpp", (2, 6), 32, "2, 6", "4, 5, 8, 16"),
+        ("llamacpp", (2, 7), 32, "2, 7", "3, 4, 5, 6, 8, 16"),
     ],
 )
 def test_options_that_a_runtime_does_not_take_are_refused(
@@ -145,14 +146,41 @@ def test_asymmetric_grids_are_for_the_widths_that_have_a_block() -> None:
     assert "4, 5" in str(error.allowed)
 
 
+def test_k_scales_are_for_the_widths_that_have_a_super_block() -> None:
+    runtime, layer = RUNTIMES["llamacpp"], model(1, sizes=(256,)).units[0].layers[0]
+    made = [runtime.choose_grid(Candidate(bits=bits, group_size=32)) for bits in runtime.bits]
+    assert [c.label for c in made] == ["w3g16-k", "w4g32", "w5g32", "w6g16-k", "w8g32"]
+    assert all(runtime.choose_grid(candidate) == candidate for candidate in made)
+    for candidate in made:
+        assert runtime.explain_refusal(layer, candidate, candidate.group_size) is None
+        assert Candidate.parse(candidate.label) == candidate
+    for label, name, words in (
+        ("w6g32", "llamacpp", "llamacpp takes k scales, in groups of 16, at 6 bits"),
+        ("w4g16-k", "llamacpp", "llamacpp takes no k scales at 4 bits"),
+        ("w6g16-k", "cptq", "cptq takes no k scales at 6 bits"),
+    ):
+        candidate = Candidate.parse(label)
+        found = RUNTIMES[name].explain_refusal(layer, candidate, candidate.group_size)
+        assert found == words
+
+
+def test_16_bit_scales_leave_out_the_widths_with_k_scales() -> None:
+    plain = {"runtime": "llamacpp", "group_size": 32, "scales": "16bit"}
+    assert settings(**plain, bits=RUNTIMES["llamacpp"].default_bits).scales == "16bit"
+    for more in ({"bits": (3, 4, 6)}, {"bits": (4,), "embedding_bits": 6}):
+        error = catch(UsageError, lambda more=more: settings(**plain, **more))
+        assert "--runtime llamacpp does not take with --scales 16bit" in error.problem
+        assert error.allowed == "--scales auto, or 4, 5, 8, 16"
+
+
 def test_embeddings_are_for_the_runtimes_and_widths_that_have_them() -> None:
     asked = settings(runtime="llamacpp", bits=(4,), group_size=32, embedding_bits=8)
     assert asked.embedding_bits == 8
     plain = {"bits": (4,), "group_size": 32}
-    six = {"runtime": "llamacpp", **plain, "embedding_bits": 6}
-    error = catch(UsageError, lambda: settings(**six))
-    assert error.problem == "--embedding-bits is 6"
-    assert error.allowed == "4, 5, 8, 16 with --runtime llamacpp"
+    seven = {"runtime": "llamacpp", **plain, "embedding_bits": 7}
+    error = catch(UsageError, lambda: settings(**seven))
+    assert error.problem == "--embedding-bits is 7"
+    assert error.allowed == "3, 4, 5, 6, 8, 16 with --runtime llamacpp"
     assert settings(**plain, embedding_bits=8).embedding_bits == 8
     error = catch(UsageError, lambda: settings(runtime="vllm", **plain, embedding_bits=8))
     assert "--embedding-bits" in error.problem
@@ -176,7 +204,7 @@ def test_the_format_is_the_portable_one_where_that_holds_the_plan() -> None:
 
 def test_a_runtime_brings_its_own_bits_and_groups() -> None:
     found = settings_from(CompressSettings, {"model": "m", "runtime": "llamacpp"})
-    assert (found.bits, found.group_size) == ((4, 5, 8, 16), 32)
+    assert (found.bits, found.group_size) == ((3, 4, 5, 6, 8, 16), 32)
     usual = settings_from(CompressSettings, {"model": "m"})
     assert (usual.bits, usual.group_size) == ((2, 3, 4, 5, 6, 8, 16), 64)
     assert command_line(found) == "cptq compress m --runtime llamacpp"

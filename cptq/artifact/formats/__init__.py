@@ -36,7 +36,7 @@ FORMATS: Registry[Format] = Registry(
         "gguf": Entry(
             "cptq.artifact.formats.gguf:GGUF",
             Facts(
-                does="4, 5 and 8 bits in blocks of 32, with the tokenizer",
+                does="3, 4, 5, 6, 8 bits in ggml's blocks, with the tokenizer",
                 source="llama.cpp",
                 good="llama.cpp: perplexity 27.17 at 105.5 MB, Q4_K_M 28.86 (SmolLM2-135M)",
             ),

@@ -71,7 +71,7 @@ class CompressedTensors(SafetensorsFormat):
         if packed.shape != (out, count_words(inputs, bits)) or packed.dtype is not torch.int32:
             raise ArtifactError(f"the packed tensors of {spec.name} do not match the manifest")
         codes = unpack_rows(packed, bits, inputs)
-        scale = scale.float() if result.candidate.scales else scale
+        scale = scale.float() if result.candidate.narrow_scales else scale
         layer = CompressedLayer(spec=spec, result=result, codes=codes, scale=scale)
         check_layer(layer)
         return layer
@@ -158,7 +158,8 @@ def list_layer_tensors(layer: CompressedLayer) -> tuple[TensorSpec, ...]:
     if layer.result.candidate.float8:
         return (list_float8_tensor(layer.spec, layer.result.candidate),)
     candidate, groups = layer.result.candidate, layer.scale.shape[1]
-    narrow = name_float8_dtype(candidate.scales) if candidate.scales else None
+    kind = candidate.narrow_scales
+    narrow = name_float8_dtype(kind) if kind else None
     dtype = narrow or get_dtype_name(layer.scale.dtype)
     return list_packed_tensors(layer.spec, candidate.bits, groups, dtype)
 

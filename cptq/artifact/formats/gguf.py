@@ -2,13 +2,14 @@
 
 Symmetric codes become ggml's Q4_0, Q5_0 and Q8_0 blocks bit for bit, asymmetric ones Q4_1 and Q5_1
 (`numerics.gguf_blocks`), if 32 divides the inputs and the groups and float16 holds the scales and
-the scales times zero points (`numerics.half_offset`). Dense matrices are stored as F16 if float16
-holds every value, else as BF16 or F32 as in the checkpoint; vectors, and matrices for which
-llama.cpp requires it, as F32. The weights of the file are therefore exactly those of the artifact.
+the scales times zero points (`numerics.grid`). Symmetric codes of 3 and 6 bits with `k` scales
+become Q3_K and Q6_K (`numerics.gguf_super_blocks`), if 256 divides the inputs. Dense matrices are
+stored as F16 if float16 holds every value, else as BF16 or F32 as in the checkpoint; vectors, and
+matrices for which llama.cpp requires it, as F32. The weights of the file are therefore exactly
+those of the artifact.
 
-Limits: the families of `artifact.gguf.families`. K-quants are not written: their scales are 6-bit
-integers (Q6_K: 8-bit) times one float16 per 256 weights, which our scales are not; a search would
-have to fit all scales of a super-block together.
+Limits: the families of `artifact.gguf.families`. Q2_K, Q4_K and Q5_K are not written: their groups
+have minima that are integers times a second factor, which zero points times scales are not.
 """
 
 from __future__ import annotations
@@ -46,18 +47,23 @@ from cptq.artifact.reload import ReloadCheck, ReloadSample
 from cptq.checkpoint.weights import TORCH_DTYPES
 from cptq.errors import ArtifactError
 from cptq.layouts.gguf import (
-    BLOCK_BYTES,
     GGUF_LAYOUT,
+    SUPER_BYTES,
+    SUPER_MOST,
     GgufSizes,
     align,
+    count_row_bytes,
     explain_shape,
     explain_type,
     find_type,
 )
 from cptq.numerics.gguf_blocks import compute_minimum, fits_float16, pack_blocks
+from cptq.numerics.gguf_super_blocks import pack_super_blocks
+from cptq.numerics.super_scales import split_supers
 from cptq.types import CompressedLayer, Emit, ModelKind, TensorSpec
 
-_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9}
+#: llama.cpp's names for files of mostly one type; of Q3_K there are three, S that of Q3_K alone
+_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q3_K": 11, "Q6_K": 18}
 _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
 
 
@@ -81,7 +87,7 @@ class _Entry:
     def byte_shape(self) -> tuple[int, ...]:
         """Shape of the bytes (uint8)."""
         *rows, last = self.shape
-        width = last // 32 * BLOCK_BYTES[self.kind] if self.layer else last * _WIDTHS[self.kind]
+        width = count_row_bytes(last, self.kind) if self.layer else last * _WIDTHS[self.kind]
         return (*rows, width)
 
 
@@ -194,13 +200,23 @@ def _explain_refusal(layer: CompressedLayer) -> str | None:
     kind = find_type(candidate)
     if kind is None:
         return explain_type(candidate)
-    shape = explain_shape(inputs, inputs // layer.scale.shape[1])
+    shape = explain_shape(inputs, inputs // layer.scale.shape[1], candidate)
     if shape is not None:
         return shape
+    if kind in SUPER_BYTES:
+        return _explain_super_scales(layer)
     if not fits_float16(layer.scale):
         return "scales that are not exact in float16"
     if layer.zero is not None and not fits_float16(compute_minimum(layer.scale, layer.zero, kind)):
         return "scales times zero points that are not exact in float16"
+    return None
+
+
+def _explain_super_scales(layer: CompressedLayer) -> str | None:
+    try:
+        split_supers(layer.scale, SUPER_MOST[layer.result.candidate.bits])
+    except ValueError as error:
+        return f"a super-block here: {error}"
     return None
 
 
@@ -321,7 +337,12 @@ def _pack_bytes(content: Content, entry: _Entry, order: Tensor | None) -> np.nda
         codes, scale, zero = parts
         assert codes is not None
         assert scale is not None
-        packed: np.ndarray[Any, Any] = pack_blocks(codes, scale, entry.kind, zero).numpy()
+        supers = entry.kind in SUPER_BYTES
+        packed: np.ndarray[Any, Any] = (
+            pack_super_blocks(codes, scale, entry.kind)
+            if supers
+            else pack_blocks(codes, scale, entry.kind, zero)
+        ).numpy()
         return packed
     value = content.get_dense(entry.spec).detach().cpu()
     value = value.T if entry.transposed else value

@@ -131,7 +131,7 @@ class Packed(SafetensorsFormat):
 
 
 def get_scheme(layer: CompressedLayer) -> Candidate:
-    """Return the candidate with the group size that was used."""
+    """Return the candidate with the group size that was used, and the scales that are stored."""
     return resolve_candidate(layer.result.candidate, layer.spec.shape[1])
 
 
@@ -210,7 +210,7 @@ def _pack_pattern(layer: CompressedLayer) -> Tensor:
 
 
 def _pack_scale(layer: CompressedLayer) -> Tensor:
-    if not layer.result.candidate.scales:
+    if not get_scheme(layer).scales:
         return layer.scale
     return pack_rows(_split_scales(layer)[0], ROW_BITS)
 

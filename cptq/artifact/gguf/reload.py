@@ -2,10 +2,10 @@
 
 The file is also read back strictly and every tensor hashed (`compute_gguf_digests`). llama.cpp runs
 only if llama-cpp-python is installed. It rounds activations to 8 bits before it multiplies them
-with Q4_0, Q5_0 or Q8_0 weights, and to 16 for F16 and BF16, so outputs agree only to about a
-percent of the largest although the weights are equal. `TOLERANCE` detects a wrong row order or
-scale, which change outputs by as much as the outputs themselves, but not a wrong last bit; the bits
-are covered by the tests of packing.
+with quantized weights, and to 16 for F16 and BF16, so outputs agree only to about a percent of the
+largest although the weights are equal. `TOLERANCE` detects a wrong row order or scale, which change
+outputs by as much as the outputs themselves, but not a wrong last bit; the bits are covered by the
+tests of packing.
 """
 
 from __future__ import annotations

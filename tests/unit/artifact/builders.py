@@ -18,10 +18,11 @@ from cptq.artifact.formats.gguf import GGUF
 from cptq.artifact.reload import ReloadSample
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_scale_dtype, get_weight, set_weight
+from cptq.checkpoint.weights import get_scale_type, get_weight, set_weight
 from cptq.config import ModelSettings
 from cptq.layouts.groups import resolve_group
 from cptq.numerics.grid import MOST_BITS, dequantize_layer, quantize_nearest
+from cptq.numerics.scale_grids import ScaleType
 from cptq.types import (
     Artifact,
     Budget,
@@ -83,7 +84,7 @@ def candidate(bits: int, group: int) -> Candidate:
 
 
 def quantized(
-    W_OI: torch.Tensor, choice: Candidate, group: int, dtype: torch.dtype
+    W_OI: torch.Tensor, choice: Candidate, group: int, dtype: ScaleType
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes, scales, zero points; on asymmetric grids as llama.cpp wants them, where it can."""
     return quantize_nearest(
@@ -101,7 +102,7 @@ def compress_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Co
     group = resolve_group(inputs, choice.group_size)
     module = model.linear(spec.name)
     W_OI = get_weight(module).float().contiguous()
-    codes, scale, zero = quantized(W_OI, choice, group, get_scale_dtype(spec))
+    codes, scale, zero = quantized(W_OI, choice, group, get_scale_type(spec, choice))
     result = LayerResult(
         name=spec.name,
         candidate=choice,

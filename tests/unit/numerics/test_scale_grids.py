@@ -17,12 +17,16 @@ from cptq.numerics.scale_grids import (
     join_rows,
     split_rows,
 )
+from cptq.numerics.super_scales import SuperScales
 
 KINDS: list[ScaleType] = [
     Float8Scales("e4m3"),
     Float8Scales("e5m2"),
     RowScales(torch.float16),
     RowScales(torch.bfloat16),
+    SuperScales(31, torch.float16),
+    SuperScales(127, torch.float16),
+    SuperScales(31, torch.bfloat16),
 ]
 
 
