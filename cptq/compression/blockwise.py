@@ -41,7 +41,7 @@ from cptq.checkpoint.ranks import ALONE, Ranks
 from cptq.checkpoint.weights import get_weight
 from cptq.compression import COMPRESSORS, CORRECTING, WITHOUT_ACTIVATIONS
 from cptq.compression.layer import compress_module
-from cptq.compression.restored import move_layer, restore_layers
+from cptq.compression.restored import place_layer, restore_layers
 from cptq.compression.scores import USUAL_MASKING, Masking
 from cptq.compression.streams import Moments, Stream, embed_batches
 from cptq.compression.vocabulary import choose_compressor, is_head
@@ -153,7 +153,7 @@ class _CarryingOut:
             layers = self._steps.load(name)
             if layers is None:
                 return
-            yield name, self._place(layers)
+            yield name, [place_layer(self._model, layer) for layer in layers]
 
     def list_layers(self) -> list[CompressedLayer]:
         """Return the layers of all steps."""
@@ -167,17 +167,12 @@ class _CarryingOut:
             self._restore(name)
         return True
 
-    def _place(self, layers: list[CompressedLayer]) -> list[CompressedLayer]:
-        """Return layers where they stay: beside a model that is on a device as a whole."""
-        model = self._model
-        device = model.device if model.held_whole else torch.device("cpu")
-        return [move_layer(layer, device) for layer in layers]
-
     def _restore(self, name: str) -> None:
         restore_layers(self._model, self._done[name])
 
     def _save(self, name: str, layers: list[CompressedLayer]) -> None:
-        self._done[name] = self._place(self._steps.save(name, layers))
+        saved = self._steps.save(name, layers)
+        self._done[name] = [place_layer(self._model, layer) for layer in saved]
         self._restore(name)  # from now on from what was saved, so that no copy is kept in memory
 
     def compress_all(self, calibration: Calibration, held_out: Sequence[Batch]) -> None:

@@ -76,6 +76,11 @@ def restore_layers(model: LoadedModel, layers: Iterable[CompressedLayer | KeptLa
         make_weight(model.linear(layer.spec.name), restored)
 
 
+def place_layer(model: LoadedModel, layer: CompressedLayer) -> CompressedLayer:
+    """Return a layer where it waits: on the device that holds the whole model, else outside."""
+    return move_layer(layer, model.device if model.held_whole else torch.device("cpu"))
+
+
 def move_layer(layer: CompressedLayer, device: torch.device) -> CompressedLayer:
     """Return a layer with its tensors on a device; those that are there are shared."""
     return replace(

@@ -25,11 +25,10 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_stored_weight, set_weight
 from cptq.compression import COMPRESSORS
 from cptq.compression.layer import compress_layer
-from cptq.compression.restored import KeptLayer, restore_layers
+from cptq.compression.restored import KeptLayer, Restored, place_layer, restore_layers
 from cptq.compression.scores import USUAL_MASKING, Masking
 from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout
-from cptq.numerics.grid import dequantize_layer
 from cptq.types import Candidate, CompressedLayer, Emit, LayerSpec, Progress, Unit
 
 #: fewest units compressed for one choice whose progress is reported
@@ -130,15 +129,16 @@ class TrialModel:
         """Return {layer name: W_OI} of a unit at a candidate, in the model's type, and keep it."""
         if candidate.dense:
             return {spec.name: self._source(spec) for spec in unit.layers}
-        return self._multiply_out([kept.get() for kept in self._keep(unit, candidate)])
+        return self._multiply_out(self._keep(unit, candidate))
 
     @torch.no_grad()
     def _keep(self, unit: Unit, candidate: Candidate) -> list[KeptLayer]:
         """Return the layers of a unit at a candidate that is not dense, and keep them."""
         key = (unit.name, candidate)
         if key not in self._made:
-            spill = self.model.spill
-            self._made[key] = [KeptLayer(made, spill) for made in self._compress(unit, candidate)]
+            model = self.model
+            placed = [place_layer(model, made) for made in self._compress(unit, candidate)]
+            self._made[key] = [KeptLayer(layer, model.spill) for layer in placed]
         return self._made[key]
 
     @torch.no_grad()
@@ -146,8 +146,9 @@ class TrialModel:
         """Return the same for a candidate that is not dense, and keep nothing."""
         return self._multiply_out(self._compress(unit, candidate))
 
-    def _multiply_out(self, layers: list[CompressedLayer]) -> dict[str, Tensor]:
-        return {layer.spec.name: dequantize_layer(layer, self.model.dtype) for layer in layers}
+    def _multiply_out(self, layers: Iterable[CompressedLayer | KeptLayer]) -> dict[str, Tensor]:
+        device, dtype = self.model.device, self.model.dtype
+        return {layer.spec.name: Restored(layer, device, dtype)() for layer in layers}
 
     def _source(self, spec: LayerSpec) -> Tensor:
         """Return the dense weight, whatever the module holds now."""
