@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cptq.checkpoint.pages import MappedFiles, trim_heap
+from cptq.checkpoint.pages import MappedFiles, return_large_tensors, trim_heap
 
 #: attribute of a module that holds {name of a parameter: its `Weight`}
 _HELD = "_cptq_weights"
@@ -207,6 +207,7 @@ class ResidentWeights:
         else:
             blocks = [part.nbytes for part in self._parts if len(part.weights) > 1]
             self.limit = min(self.limit, max(blocks, default=self.limit))
+            return_large_tensors()
 
     def _convert(self, tensor: Tensor) -> Tensor:
         floating = tensor.is_floating_point()
