@@ -108,6 +108,10 @@ class BlockChain:
         """Return the model's output for a batch that has passed all blocks."""
         return self._replay.finish(self._now[batch], batch)
 
+    def drop(self) -> None:
+        """Let go of all hidden states."""
+        self._entered, self._now = [], States(self._spill)
+
     def turn_around(self, judge: Judge, split: Split = lambda _batch: [None]) -> None:
         """Go from the last hidden states to gradients by them, of which each part gives some."""
         for index in self._walk_batches():

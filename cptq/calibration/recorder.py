@@ -31,12 +31,14 @@ MOMENT_FEATURES = 4096
 class SampleRequest:
     """What a pass keeps: gradients with the input rows they belong to, second moments, activations.
 
-    `activations` is the number of tokens at which inputs and outputs are kept.
+    `activations` is the number of tokens at which inputs and outputs are kept; `features`, how many
+    inputs a layer may have for a second moment.
     """
 
     gradients: bool = False
     moments: bool = False
     activations: int = 0
+    features: int = MOMENT_FEATURES
 
     def __or__(self, other: SampleRequest) -> SampleRequest:
         """Return the request that covers both."""
@@ -162,7 +164,7 @@ class Recorder:
         if not is_finite(rows):
             raise build_not_finite_error(f"the input of layer {spec.name}")
         self._last = (x, spec.name)
-        if self._request.moments and x_MI.shape[1] <= MOMENT_FEATURES:
+        if self._request.moments and x_MI.shape[1] <= self._request.features:
             kept.moment = kept.moment or SecondMoment(x_MI.shape[1], x_MI.device)
             mask = self._masks[self._get_batch()].flatten()
             kept.moment.add(x_MI[mask] if len(mask) == len(x_MI) else x_MI)

@@ -46,7 +46,13 @@ from cptq.calibration.objective import (
     mask_real_tokens,
     select_real_rows,
 )
-from cptq.calibration.recorder import LayerActivations, LayerSample, Recorder, SampleRequest
+from cptq.calibration.recorder import (
+    MOMENT_FEATURES,
+    LayerActivations,
+    LayerSample,
+    Recorder,
+    SampleRequest,
+)
 from cptq.calibration.replay import can_leave_out_logits
 from cptq.calibration.row_sampler import RowSampler
 from cptq.calibration.tokens import Calibration
@@ -132,6 +138,10 @@ class SamplePass:
     def finish(self, batch: int) -> Any:
         """Return the model's output for one of `batches` once a way forward has gone to its end."""
         return self._chain.finish(batch)
+
+    def drop_states(self) -> None:
+        """Let go of the last hidden states, which `finish` needs."""
+        self._chain.drop()
 
     def run_to_end(self) -> None:
         """Run all of it, for what it measures of the model as a whole."""
@@ -283,9 +293,18 @@ def sample_blocks(
 
 
 def sample_moments(
-    model: LoadedModel, calibration: Calibration, *, seed: int, emit: Emit
+    model: LoadedModel,
+    calibration: Calibration,
+    *,
+    seed: int,
+    emit: Emit,
+    features: int = MOMENT_FEATURES,
 ) -> SamplePass:
     """Prepare a pass over all of the text that keeps the second moment of every layer's inputs.
+
+    Args:
+        model, calibration, seed, emit: as `sample_blocks`.
+        features: how many inputs a layer may have for that.
 
     Raises:
         CalibrationError: as `sample_blocks`.
@@ -294,7 +313,7 @@ def sample_moments(
         model,
         calibration.batches,
         choose_objective(model.kind, model.config),
-        SampleRequest(moments=True),
+        SampleRequest(moments=True, features=features),
         seed=seed,
         emit=emit,
         keep=1,

@@ -26,14 +26,14 @@ Without H the inputs count as independent and equal.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from cptq.compression import nearest
-from cptq.compression.layer import LayerProblem, LayerSolution, Selection, widen
+from cptq.compression.layer import LayerProblem, LayerSolution, Selection, choose_dtype
 from cptq.numerics.float8 import round_to_float8
 from cptq.numerics.grid import Grid, count_scale_bits, fit_grid, get_code_range
 from cptq.numerics.hessian import add_damping, factor_damped_inverse, find_dead_inputs
@@ -57,7 +57,7 @@ def compress(problem: LayerProblem) -> LayerSolution:
     """Round with error compensation; fall back to nearest, with a note, if H is unusable."""
     W_OI, H_II = problem.W_OI, problem.H_II
     if H_II is None:
-        H_II = torch.eye(W_OI.shape[1], dtype=widen(W_OI[:1]).dtype, device=W_OI.device)
+        H_II = torch.eye(W_OI.shape[1], dtype=choose_dtype(W_OI), device=W_OI.device)
     dead_I = find_dead_inputs(H_II)
     if bool(dead_I.all()):
         return replace(nearest.compress(problem), notes=(UNSEEN,))
@@ -69,7 +69,8 @@ def compress(problem: LayerProblem) -> LayerSolution:
         note = "the Hessian could not be factored even with full damping: rounded to nearest"
         return replace(solution, notes=(note,))
     notes = (f"damping raised from {asked:g} to {used:g}",) if used != asked else ()
-    rounded = [_round_rows(rows, U_II, order_I, dead_I) for rows in _split_rows(problem)]
+    parts = problem.split_rows(max(LEAST_ROWS, CHUNK // W_OI.shape[1]), H_II.dtype)
+    rounded = [_round_rows(rows, U_II, order_I, dead_I) for rows in parts]
     solution = LayerSolution(
         codes_OI=torch.cat([part.codes_OI for part in rounded]),
         scale_OG=torch.cat([part.scale_OG for part in rounded]),
@@ -104,19 +105,6 @@ def _choose_order(H_II: Tensor, selection: Selection | None) -> Tensor:
     of = selection.kept_of[1]
     order_B = diagonal_I.view(-1, of).sum(1).argsort(descending=True, stable=True)
     return (order_B.unsqueeze(1) * of + torch.arange(of, device=order_B.device)).flatten()
-
-
-def _split_rows(problem: LayerProblem) -> Iterator[LayerProblem]:
-    """Yield the problem of some outputs after the other: none depends on another's."""
-    size = max(LEAST_ROWS, CHUNK // problem.W_OI.shape[1])
-    for start in range(0, len(problem.W_OI), size):
-        stop = min(start + size, len(problem.W_OI))
-        mask_OI = None if problem.mask_OI is None else problem.mask_OI[start:stop]
-        selection = problem.selection
-        if selection is not None:
-            selection = selection.take_rows(range(start, stop), len(problem.W_OI))
-        W_OI = widen(problem.W_OI[start:stop])
-        yield replace(problem, W_OI=W_OI, mask_OI=mask_OI, selection=selection)
 
 
 def _round_rows(

@@ -21,7 +21,7 @@ well.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from zlib import crc32
 
@@ -62,9 +62,9 @@ class Selection:
         return replace(self, drop=after - before)
 
 
-def widen(W_OI: Tensor) -> Tensor:
-    """Return a weight in float32, or as it is where it is wider."""
-    return W_OI.to(torch.promote_types(W_OI.dtype, torch.float32))
+def choose_dtype(W_OI: Tensor) -> torch.dtype:
+    """Return the type to compute with a weight in: float32, or its own where that is wider."""
+    return torch.promote_types(W_OI.dtype, torch.float32)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -97,6 +97,20 @@ class LayerProblem:
     def damp(self, damping: float) -> LayerProblem:
         """Return the problem with another damping."""
         return replace(self, damping=damping)
+
+    def split_rows(self, size: int, dtype: torch.dtype) -> Iterator[LayerProblem]:
+        """Yield the problem of `size` outputs after the other, the weight in a type.
+
+        None depends on another's.
+        """
+        for start in range(0, len(self.W_OI), size):
+            stop = min(start + size, len(self.W_OI))
+            mask_OI = None if self.mask_OI is None else self.mask_OI[start:stop]
+            selection = self.selection
+            if selection is not None:
+                selection = selection.take_rows(range(start, stop), len(self.W_OI))
+            W_OI = self.W_OI[start:stop].to(dtype)
+            yield replace(self, W_OI=W_OI, mask_OI=mask_OI, selection=selection)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -5,14 +5,30 @@ The baseline that every table has (RTN). See `numerics.grid` for the equations a
 
 from __future__ import annotations
 
-from cptq.compression.layer import LayerProblem, LayerSolution, widen
+import torch
+
+from cptq.compression.layer import LayerProblem, LayerSolution, choose_dtype
 from cptq.numerics.float8 import round_to_float8
 from cptq.numerics.grid import quantize_nearest
+
+#: weights that are rounded at once
+CHUNK = 1 << 22
 
 
 def compress(problem: LayerProblem) -> LayerSolution:
     """Round each weight to the nearest point of its group's grid."""
-    W_OI = widen(problem.W_OI)
+    size = max(1, CHUNK // problem.W_OI.shape[1])
+    parts = [_round(part) for part in problem.split_rows(size, choose_dtype(problem.W_OI))]
+    zeros = [part.zero_OG for part in parts if part.zero_OG is not None]
+    return LayerSolution(
+        codes_OI=torch.cat([part.codes_OI for part in parts]),
+        scale_OG=torch.cat([part.scale_OG for part in parts]),
+        zero_OG=torch.cat(zeros) if zeros else None,
+    )
+
+
+def _round(problem: LayerProblem) -> LayerSolution:
+    W_OI = problem.W_OI
     if problem.float8:
         codes_OI = round_to_float8(W_OI, problem.float8)
         return LayerSolution(codes_OI=codes_OI, scale_OG=W_OI.new_ones(len(codes_OI), 1))

@@ -25,7 +25,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_stored_weight, set_weight
 from cptq.compression import COMPRESSORS
 from cptq.compression.layer import compress_layer
-from cptq.compression.restored import KeptLayer, Restored, place_layer, restore_layers
+from cptq.compression.restored import KeptLayer, Restored, move_layer, restore_layers
 from cptq.compression.scores import USUAL_MASKING, Masking
 from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout
@@ -33,13 +33,14 @@ from cptq.types import Candidate, CompressedLayer, Emit, LayerSpec, Progress, Un
 
 #: fewest units compressed for one choice whose progress is reported
 MANY = 8
+CPU = torch.device("cpu")
 
 
 class TrialModel:
     """Weights of units at candidates, and the model in which they are tried.
 
     Args:
-        model: dense now; `trying` leaves it so.
+        model: dense now; `restore_after` leaves it so.
         compressor: a name of `COMPRESSORS`.
         emit: takes progress.
         hessians: {unit name: H_II} on the dense model's activations; a unit without one is
@@ -88,7 +89,7 @@ class TrialModel:
 
     @contextmanager
     def restore_after(self) -> Iterator[None]:
-        """Allow `settle` inside; afterwards the model is dense again, to the bit."""
+        """Allow `apply_choices` inside; afterwards the model is dense again, to the bit."""
         try:
             yield
         finally:
@@ -136,9 +137,9 @@ class TrialModel:
         """Return the layers of a unit at a candidate that is not dense, and keep them."""
         key = (unit.name, candidate)
         if key not in self._made:
-            model = self.model
-            placed = [place_layer(model, made) for made in self._compress(unit, candidate)]
-            self._made[key] = [KeptLayer(layer, model.spill) for layer in placed]
+            # not on a GPU, where the codes of many candidates may have no room beside the model
+            made = [move_layer(layer, CPU) for layer in self._compress(unit, candidate)]
+            self._made[key] = [KeptLayer(layer, self.model.spill) for layer in made]
         return self._made[key]
 
     @torch.no_grad()
@@ -163,7 +164,7 @@ class TrialModel:
         return [
             compress_layer(
                 spec,
-                self._source(spec).float(),
+                self._source(spec) if outer else self._source(spec).float(),
                 self._hessians.get(unit.name),
                 candidate,
                 method,

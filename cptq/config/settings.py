@@ -206,7 +206,7 @@ class CompressSettings(PlanningSettings):
     )
     check_uniform: bool = option(
         True,
-        "Compress by the uniform baseline plan of the same size too, and keep the better result.",
+        "Try the uniform baseline plan of the same size too, and ship the better of the two.",
         PLAN,
     )
     evaluate: bool = option(

@@ -1,4 +1,5 @@
-"""The most activations that can lie on the disk at once, counted before a run begins.
+"""The most that can lie on the disk of what waits, counted before a run begins: activations, and
+the codes of what a search or a trial has compressed.
 
 With T(x) the token positions of a text x, padding included, w the width of the hidden states, e the
 bytes of a number in the type that the model runs in, B the blocks and V the outputs of the model:
@@ -51,6 +52,7 @@ from cptq.config import GROUND_TRUTH
 from cptq.pipeline.uniform_check import TRIAL_TOKENS
 from cptq.sensitivity import METRICS
 from cptq.sensitivity.path_metric import PATH_TOKENS
+from cptq.types import Candidate
 
 if TYPE_CHECKING:  # they import this module
     from cptq.pipeline.analyze import AnalyzeInputs
@@ -61,15 +63,18 @@ def bound_compress(inputs: CompressInputs) -> int:
     """Return the most bytes of activations that `cptq compress` has on the disk at once."""
     model, text = inputs.model, inputs.held_out
     stages = [0]
+    candidates = inputs.space.candidates
     if inputs.measures:
         metrics, outer = (inputs.settings.metric,), inputs.scores_vocabulary
-        stages.append(_bound_measurement(model, inputs.calibration, metrics, outer=outer))
+        measured = _bound_measurement(model, inputs.calibration, metrics, outer=outer)
+        stages.append(measured + _count_scored_codes(model, metrics, candidates))
     if inputs.settings.refine:
         judged = _count_references(model, text.search) + _count_references(model, text.guard)
-        stages.append(bound_pass(model, inputs.calibration.batches, back=False) + judged)
+        passed = bound_pass(model, inputs.calibration.batches, back=False)
+        stages.append(passed + judged + _count_codes(model, candidates, len(candidates)))
     if inputs.compare_with_baseline:
         part = take_batches(inputs.calibration.batches, TRIAL_TOKENS)
-        passed = bound_pass(model, part, back=False) + _count_codes(inputs)
+        passed = bound_pass(model, part, back=False) + _count_codes(model, candidates, 2)
         stages.append(_count_references(model, text.judge) + passed)
     settings = inputs.settings
     kept = _count_references(model, text.tune) if settings.tune else 0
@@ -87,7 +92,8 @@ def bound_analyze(inputs: AnalyzeInputs) -> int:
     if calibration is None:
         return 0
     outer = bool(inputs.vocabulary)
-    stages = [_bound_measurement(model, calibration, inputs.missing, outer=outer)]
+    codes = _count_scored_codes(model, inputs.missing, inputs.candidates)
+    stages = [_bound_measurement(model, calibration, inputs.missing, outer=outer) + codes]
     if settings.validate:
         stages.append(_bound_hessians(model, calibration, settings.compressor))
         part = split_parts(model, calibration.held_out, 1)[0]
@@ -150,10 +156,19 @@ def _bound_dense(model: LoadedModel, batches: Sequence[Batch]) -> int:
     return inputs + _count_largest(model, batches) + _count_references(model, batches)
 
 
-def _count_codes(inputs: CompressInputs) -> int:
-    """Return the bytes of the codes that two plans give all units, and of their masks."""
-    weights = sum(layer.numel for unit in inputs.space.cost.units for layer in unit.layers)
-    return 2 * weights * (2 if inputs.settings.sparsity else 1)
+def _count_codes(model: LoadedModel, candidates: Collection[Candidate], times: int) -> int:
+    """Return the bytes of all units compressed some times: codes, masks and scales."""
+    weights = sum(layer.numel for unit in model.all_units for layer in unit.layers)
+    masks = any(candidate.sparsity for candidate in candidates)
+    return times * (weights * (2 if masks else 1) + weights // 8)
+
+
+def _count_scored_codes(
+    model: LoadedModel, metrics: Collection[str], candidates: Collection[Candidate]
+) -> int:
+    """Return the bytes of what a metric keeps that tries all units at all candidates."""
+    tried = sum(not candidate.dense for candidate in candidates)
+    return _count_codes(model, candidates, tried) if GROUND_TRUTH in metrics else 0
 
 
 def _bound_blocks(inputs: CompressInputs, batches: Sequence[Batch], judged: Sequence[Batch]) -> int:

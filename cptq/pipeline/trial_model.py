@@ -17,7 +17,7 @@ from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.compression import WITHOUT_ACTIVATIONS
 from cptq.compression.scores import USUAL_MASKING, Masking
-from cptq.compression.streams import measure_head_moment
+from cptq.compression.streams import measure_head_moment, take_share
 from cptq.compression.trial_model import TrialModel
 from cptq.compression.vocabulary import is_head
 from cptq.types import Candidate, Emit, Notice, Progress, Unit
@@ -110,7 +110,8 @@ def solve_choices(
         for unit in cost.units:
             trial.solve(unit, None, asked[unit.name])
         return trial
-    sampling = sample_moments(model, calibration, seed=seed, emit=emit)
+    widest = max(unit.layers[0].shape[1] for unit in model.units)
+    sampling = sample_moments(model, calibration, seed=seed, emit=emit, features=widest)
     blocks = len(model.block_names)
     for done, samples in enumerate(sampling, 1):
         for unit in samples.units:
@@ -120,18 +121,20 @@ def solve_choices(
         some = asked[unit.name]
         H_II = _measure_passed_head(model, sampling) if some and is_head(unit) else None
         trial.solve(unit, H_II, some)
+    sampling.drop_states()
     return trial
 
 
 def _take_moment(samples: Samples, unit: Unit) -> Tensor | None:
-    """Return the second moment of a unit's inputs; None where it is too wide, or never ran."""
+    """Return the second moment of a unit's inputs; None where none were kept, or it never ran."""
     sample = samples.layers.get(unit.layers[0].name)
     return None if sample is None or sample.moment is None else sample.moment.mean_II
 
 
 def _measure_passed_head(model: LoadedModel, sampling: SamplePass) -> Tensor:
     """Return the second moment of what the head is given at the end of a pass that has been run."""
-    return measure_head_moment(model, sampling.batches, sampling.finish)
+    order = take_share(sampling.batches).indices  # a measurement takes them in an order of its own
+    return measure_head_moment(model, sampling.batches, lambda place: sampling.finish(order[place]))
 
 
 def _measure_units(
@@ -148,7 +151,10 @@ def _measure_units(
             if H_II is not None:
                 hessians[unit.name] = H_II
             else:
-                message = "too wide for a Hessian here: compared as if its inputs were independent"
+                message = (
+                    "too wide for a Hessian here, or never run: compared as if its inputs were "
+                    "independent"
+                )
                 emit(Notice(kind="fallback", subject=unit.name, message=message))
         emit(Progress(stage="samples", done=done, total=blocks))
     return hessians

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from cptq.allocation.cost import CostModel
-from cptq.calibration import samples
+from cptq.calibration import recorder, samples
+from cptq.calibration.batches import Batch
+from cptq.calibration.objective import choose_objective
 from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.memory import BASE, Memory
@@ -16,6 +20,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import blockwise
 from cptq.compression.blockwise import compress_model
+from cptq.compression.streams import measure_head_moment
 from cptq.compression.trial_model import TrialModel
 from cptq.config import RUNTIMES, CalibrationSettings, ModelSettings, Runtime, find_runtime
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
@@ -238,3 +243,60 @@ def test_choices_are_solved_on_the_way_as_one_by_one(
         found.apply_choices(choices[0])
         assert all(not torch.equal(dense[name], W_OI) for name, W_OI in weights(model).items())
     assert all(torch.equal(dense[name], W_OI) for name, W_OI in weights(model).items())
+
+
+def test_a_head_is_tried_on_its_own_inputs_where_rows_are_padded(tiny_model: TinyModel) -> None:
+    model = load(tiny_model("llama", tied=False))
+    batches = [pad_last(batch, count) for count, batch in enumerate(random_batches(model, 5))]
+    text = replace(random_calibration(model), batches=batches)
+    cost = CostModel(model.all_units, model.tensors, PACKED_LAYOUT, find_runtime("cptq"))
+    choice = dict.fromkeys((unit.name for unit in cost.units), WIDTHS[1])
+    found = solve_choices(model, text, "gptq", cost, [choice], seed=0, emit=quiet)
+    (head,) = (unit for unit in model.vocabulary if unit.role == "head")
+    expected = TrialModel(model, "gptq", quiet, **(USUAL | {"layout": PACKED_LAYOUT}))
+    expected.take_head_moment(measure_head_moment(model, batches))
+    W_OI = expected.weights(head, WIDTHS[1])["lm_head"]
+    assert torch.equal(found.weights(head, WIDTHS[1])["lm_head"], W_OI)
+
+
+def random_batches(model: LoadedModel, count: int) -> list[Batch]:
+    """Batches of two rows each, all different."""
+    generator = torch.Generator().manual_seed(1)
+    vocabulary = model.config.vocab_size
+    rows = [torch.randint(3, vocabulary, (2, 24), generator=generator) for _ in range(count)]
+    return [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in rows]
+
+
+def pad_last(batch: Batch, count: int) -> Batch:
+    """Say that the last 4 * count positions of the second row are padding."""
+    mask = batch["attention_mask"].clone()
+    mask[1, mask.shape[1] - 4 * count :] = 0
+    return batch | {"attention_mask": mask}
+
+
+def test_every_width_is_tried_on_its_moment(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, text = loaded(tiny_model, "llama")
+    narrow = partial(samples.sample_blocks, model, text.batches)
+    widest = max(unit.layers[0].shape[1] for unit in model.units)
+    asked: list[int] = []
+
+    def record(*args: Any, **options: Any) -> samples.SamplePass:
+        asked.append(options["features"])
+        return samples.sample_moments(*args, **options)
+
+    monkeypatch.setattr("cptq.pipeline.trial_model.sample_moments", record)
+    choice = dict.fromkeys((unit.name for unit in model.units), WIDTHS[1])
+    solve_choices(model, text, "gptq", cost_of(model), [choice], seed=0, emit=quiet)
+    assert asked == [widest]
+    objective = choose_objective(model.kind, model.config)
+    for features in (widest, widest - 1):
+        request = recorder.SampleRequest(moments=True, features=features)
+        found = {
+            name: layer.moment is not None
+            for part in narrow(objective, request, seed=0, emit=quiet)
+            for name, layer in part.layers.items()
+        }
+        widths = {spec.name: spec.shape[1] for unit in model.units for spec in unit.layers}
+        assert found == {name: widths[name] <= features for name in found}
