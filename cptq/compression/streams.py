@@ -57,8 +57,8 @@ from cptq.numerics.pairwise import PairwiseSum, order_parts
 from cptq.types import Unit
 
 #: batches that the dense stream takes, which give C. KL of smollm2-135m at 3 bits: all 0.0243, half
-#: 0.0244, a quarter 0.0253, for 605, 485 and 398 processor seconds; perplexity at 4 bits: half 28.53,
-#: a quarter 28.92
+#: 0.0244, a quarter 0.0253, for 605, 485 and 398 processor seconds; perplexity at 4 bits: half
+#: 28.53, a quarter 28.92
 DENSE_SHARE = 0.5
 #: bytes per token and feature of the hidden state that a batch holds while it waits in a block: at
 #: most the state, its norm, queries, keys and values, beside the input of the unit, which can go to

@@ -12,8 +12,8 @@ inputs were independent and equal. Both uses together are H + l I, so a head is 
 bits: to nearest 0.989 / 0.217 / 0.058 / 0.010, so 0.157 / 0.042 / 0.010 / 0.003. An embedding that
 is no head has no inputs: it is rounded to nearest.
 
-Cost: of a head one factorisation of width^3 and vocabulary * width^2 multiply-adds. The matrix, in a
-small model the largest there is, is converted to float32 some rows at a time, and once as a whole
+Cost: of a head one factorisation of width^3 and vocabulary * width^2 multiply-adds. The matrix, in
+a small model the largest there is, is converted to float32 some rows at a time, and once as a whole
 where it is multiplied with.
 """
 
