@@ -4,12 +4,15 @@
 
 t is the p-quantile of |x|, B = U_r S_r^(1/2) and A = S_r^(1/2) V_r^T in float16.
 
-Source: R-Sparse (Zhang et al., arXiv 2504.19449): channels above a threshold exactly, the others
-through the leading singular directions.
+Source: R-Sparse (Zhang et al., arXiv 2504.19449) and its released code (`R_Sparse_Linear`): channels
+above a threshold exactly, the others through the leading singular directions.
 
 Departures: the paper searches the balance of channels and rank per layer by an evolutionary
-algorithm; here p is the same everywhere and the rank a fixed part of the smaller side (1 /
-`RANK_PART`), because rank costs bytes, which the target counts. W is the compressed weight. The
+algorithm, where both take their part of one budget of products; here p is the same everywhere and
+the rank a fixed part of the smaller side (1 / `RANK_PART`), because rank costs bytes, which the
+target counts. The released code compares |x_j| times a number per input, which comes with the
+factors, and by default multiplies a prompt with all inputs; here sizes are compared as they are (a
+norm per column is `wina`), and prompts drop inputs too. W is the compressed weight. The
 products of the low-rank part are not counted in what is saved: they are 2 / `RANK_PART` of W's, or
 less. Cost: a singular value decomposition per linear; 16 bits times rank times (in + out) in the
 file.
