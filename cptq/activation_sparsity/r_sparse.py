@@ -4,8 +4,8 @@
 
 t is the p-quantile of |x|, B = U_r S_r^(1/2) and A = S_r^(1/2) V_r^T in float16.
 
-Source: R-Sparse (Zhang et al., arXiv 2504.19449) and its released code (`R_Sparse_Linear`): channels
-above a threshold exactly, the others through the leading singular directions.
+Source: R-Sparse (Zhang et al., arXiv 2504.19449) and its released code (`R_Sparse_Linear`):
+channels above a threshold exactly, the others through the leading singular directions.
 
 Departures: the paper searches the balance of channels and rank per layer by an evolutionary
 algorithm, where both take their part of one budget of products; here p is the same everywhere and
