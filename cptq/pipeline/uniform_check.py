@@ -15,7 +15,7 @@ What is shipped is compressed block after block on more text, by a compressor th
 errors that arrive, and loses less. What is decided is the order of two plans, which was the same
 in 18 of 20 cases, and within two standard errors in the others (docs/sensitivity.md). Units that
 both plans give the same are compressed once, and the text passes the model once: on
-smollm2-135m 74 seconds, where carrying both plans out on as much text took 154.
+smollm2-135m 69 to 74 seconds, where carrying both plans out on as much text took 154.
 
 Rounding both plans to nearest, which needs no text, is no first trial: at 4 bits on
 smollm2-135m-dithered it gives 0.529 and 0.517 (1.1 SE apart), at 3 bits on stories260k 0.889 and
