@@ -63,6 +63,14 @@ class MappedFiles:
         """Return itself: a copied model has its weights on the same pages."""
         return self
 
+    @classmethod
+    def find_all(cls) -> MappedFiles:
+        """Return all files that are mapped now, for tensors that nothing writes to."""
+        found = cls(())
+        found._ranges = _find_ranges(None)
+        found._advise = ctypes.CDLL(None).madvise if found._ranges else None
+        return found
+
     def drop_pages(self, tensor: Tensor) -> None:
         """Give back the whole pages of a tensor that lies in a mapped file; else do nothing."""
         if self._advise is None or tensor.device.type != "cpu" or not tensor.is_contiguous():
@@ -76,14 +84,14 @@ class MappedFiles:
             self._advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_DONTNEED)
 
 
-def _find_ranges(paths: set[str]) -> list[tuple[int, int]]:
-    """Return the address ranges at which these files are mapped."""
+def _find_ranges(paths: set[str] | None) -> list[tuple[int, int]]:
+    """Return the address ranges at which these files are mapped; without, all that are."""
     if not sys.platform.startswith("linux"):
         return []
     found = []
     for line in Path("/proc/self/maps").read_text(encoding="utf-8").splitlines():
         fields = line.split(maxsplit=5)
-        if len(fields) == 6 and fields[5] in paths:
+        if len(fields) == 6 and (fields[5][0] == "/" if paths is None else fields[5] in paths):
             low, high = fields[0].split("-")
             found.append((int(low, 16), int(high, 16)))
     return found

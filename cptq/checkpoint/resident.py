@@ -44,13 +44,16 @@ _HELD = "_cptq_weights"
 
 @runtime_checkable
 class MakesRows(Protocol):
-    """A function that makes a matrix, and can make some of its rows alone."""
+    """A function that makes a matrix, or some of its rows alone, of what may lie in files."""
 
     def __call__(self) -> Tensor:
         """Return the matrix."""
 
     def take_rows(self, ids: Tensor) -> Tensor:
         """Return the rows (..., in) of `ids` (...)."""
+
+    def drop_pages(self) -> None:
+        """Give back the pages of files that it has read."""
 
 
 Source = Tensor | MakesRows | Callable[[], Tensor]
@@ -292,6 +295,8 @@ class ResidentWeights:
         for weight in part.weights:
             weight.unload()
             self._files.drop_pages(weight.stored)
+            if isinstance(weight.source, MakesRows):
+                weight.source.drop_pages()
         del self._loaded[part]
 
     def _make_room(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.pages import MappedFiles
 from cptq.checkpoint.spill import Spill
 from cptq.checkpoint.weights import make_weight
 from cptq.numerics.grid import dequantize_layer
@@ -67,6 +68,15 @@ class Restored:
         }
         found_RI = Restored(replace(layer, **some), self._device, self._dtype)()
         return found_RI.view(*ids.shape, -1)
+
+    def drop_pages(self) -> None:
+        """Give back the pages of codes that are mapped from a file; they are read again."""
+        if isinstance(self._source, KeptLayer):
+            return
+        files = MappedFiles.find_all()
+        for name in _BY_ROWS:
+            if (tensor := getattr(self._source, name)) is not None:
+                files.drop_pages(tensor)
 
 
 def restore_layers(model: LoadedModel, layers: Iterable[CompressedLayer | KeptLayer]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -96,11 +97,29 @@ def test_pages_of_a_file_are_given_back_and_nothing_else(tmp_path: Path) -> None
     torch.arange(1 << 16, dtype=torch.float32).numpy().tofile(path)
     mapped = torch.from_file(str(path), shared=False, size=1 << 16)
     own = torch.arange(1 << 16, dtype=torch.float32)
-    files = MappedFiles([path])
-    for tensor in (mapped, own, mapped[::2]):
-        files.drop_pages(tensor)
+    for files in (MappedFiles([path]), MappedFiles.find_all()):
+        for tensor in (mapped, own, mapped[::2]):
+            files.drop_pages(tensor)
     assert torch.equal(mapped, own)
     assert torch.equal(own, torch.arange(1 << 16, dtype=torch.float32))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="pages are given back on Linux")
+def test_pages_that_were_read_are_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    torch.zeros(1 << 22).numpy().tofile(path)
+    mapped = torch.from_file(str(path), shared=False, size=1 << 22)
+    before = count_file_pages()
+    mapped.sum()
+    assert count_file_pages() - before >= 15 << 20
+    MappedFiles.find_all().drop_pages(mapped)
+    assert count_file_pages() - before < 1 << 20
+
+
+def count_file_pages() -> int:
+    """Return the bytes of files that are in this process's memory."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile"))
 
 
 def spec(shape: tuple[int, int], block: int | None = 0) -> LayerSpec:

@@ -37,6 +37,8 @@ def test_rows_are_those_of_the_whole(tiny_model: TinyModel, candidate: Candidate
     restored = Restored(layer, model.device, torch.float32)
     ids_BT = torch.tensor([[0, 3, 3], [1, len(W_OI) - 1, 2]])
     assert torch.equal(restored.take_rows(ids_BT), restored()[ids_BT])
+    restored.drop_pages()  # of codes that lie in no file: nothing is lost
+    assert torch.equal(restored.take_rows(ids_BT), restored()[ids_BT])
 
 
 def test_an_embedding_multiplies_out_the_rows_that_it_looks_up(
