@@ -249,7 +249,11 @@ def _load(
         device=device,
         dtype=dtype,
         resident=resident,
-        spill=memory.make_spill(resident.limit if resident else None) if memory else Spill(),
+        spill=(
+            memory.make_spill(resident.limit if resident else None, found.layers)
+            if memory
+            else Spill()
+        ),
         memory=memory,
         block_names=found.block_names,
         layers=found.layers,

@@ -4,7 +4,8 @@ What is left beside the libraries themselves (`BASE`) goes to three uses:
 
     a third      matrices of the model (`cptq.checkpoint.resident`)
     a quarter    activations that wait (`cptq.checkpoint.spill`); what exceeds it goes to disk
-    the rest     work under way: the sums and factors of one layer, logits, gradients
+    the rest     work under way: the sums and factors of one layer, logits, gradients; where these
+                 sums and factors need more, activations get less
 
 A model that fits into the first third is in memory as a whole. Of another one a single block is, as
 passes take block after block and no other would still be there when it is needed again; what that
@@ -67,10 +68,17 @@ class Memory:
         fits = max(1, int(room * blocks / max(1, 6 * inner)))
         return None if fits >= blocks else fits
 
-    def make_spill(self, held: int | None) -> Spill:
-        """Return what keeps the activations of a run; `held`: bytes of the matrices, if limited."""
-        unused = 0 if held is None else self.weights - held
-        return Spill(max(0, self.total - BASE) // 4 + unused, self.folder)
+    def make_spill(self, held: int | None, layers: tuple[LayerSpec, ...]) -> Spill:
+        """Return what keeps the activations of a run; `held`: bytes of the matrices, if limited.
+
+        Of a model with wide layers the work on one of them may take more than the rest; then less
+        is left for activations.
+        """
+        room = max(0, self.total - BASE)
+        if held is None:
+            return Spill(room // 4, self.folder)
+        asked = room // 4 + self.weights - held
+        return Spill(max(0, min(asked, room - held - _count_work(layers))), self.folder)
 
     def check(self, layers: tuple[LayerSpec, ...]) -> None:
         """Refuse a limit that was asked for and does not hold a single layer.
@@ -113,8 +121,12 @@ def count_least(layers: tuple[LayerSpec, ...]) -> int:
     for spec in layers:
         if spec.block is not None:
             blocks[spec.block] = blocks.get(spec.block, 0) + 4 * spec.numel
+    outer = max((4 * spec.numel for spec in layers if spec.block is None), default=0)
+    return BASE + max(max(blocks.values(), default=0) + _count_work(layers), outer)
+
+
+def _count_work(layers: tuple[LayerSpec, ...]) -> int:
+    """Return about the bytes of compressing the widest and the largest layer of the blocks."""
     widest = max((spec.shape[1] for spec in layers if spec.block is not None), default=0)
     largest = max((spec.numel for spec in layers if spec.block is not None), default=0)
-    outer = max((4 * spec.numel for spec in layers if spec.block is None), default=0)
-    work = MOMENTS * 4 * widest**2 + 3 * 4 * largest
-    return BASE + max(max(blocks.values(), default=0) + work, outer)
+    return MOMENTS * 4 * widest**2 + 3 * 4 * largest

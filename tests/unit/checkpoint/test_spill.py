@@ -137,6 +137,19 @@ def test_a_limit_that_holds_no_block_is_refused_with_one_that_does() -> None:
     Memory(total=1_000_000).check(layers)  # chosen by the machine: it is tried
 
 
+def test_activations_get_what_the_widest_layer_leaves() -> None:
+    layers = (spec((4096, 4096)), spec((4096, 11008)), spec((32000, 4096), None))
+    held = 4 * (4096 * 4096 + 4096 * 11008)
+    for total in (count_least(layers), 4 * 10**9, 8 * 10**9, 64 * 10**9):
+        memory = Memory(total=total)
+        limit = memory.make_spill(held, layers).limit
+        assert limit is not None
+        assert 0 <= limit <= total - count_least(layers)
+        assert limit <= (total - BASE) // 4 + memory.weights - held
+    assert limit == (total - BASE) // 4 + memory.weights - held
+    assert memory.make_spill(None, layers).limit == (total - BASE) // 4
+
+
 def test_a_limit_that_nobody_asked_for_is_less_than_what_is_free() -> None:
     chosen = choose_memory(None)
     assert 0 < chosen.total < measure_free_bytes()
