@@ -21,8 +21,9 @@ def report_memory(model: LoadedModel, emit: Emit) -> None:
     )
     message = f"one block at a time is {place}{within}"
     if model.device.type == "cpu" and model.spill.limit is not None:
-        limit, folder = format_bytes(model.spill.limit), memory.folder
-        message += f"; activations beyond {limit} go to {folder or 'a temporary directory'}"
+        limit, folder = model.spill.limit, memory.folder or "a temporary directory"
+        beyond = f" beyond {format_bytes(limit)}" if limit else ""
+        message += f"; activations{beyond} go to {folder}"
     subject = "--max-memory" if memory.asked else "memory"
     emit(Notice(kind="info", subject=subject, message=message))
 

@@ -142,10 +142,13 @@ def test_memory_is_told_where_it_does_not_hold_the_model(
     heard.clear()
     parts = cptq.estimate(model, out=out, progress=heard.append, **SMALL)
     assert not parts.memory.held_whole
-    assert (parts.memory.weights, parts.memory.activations) == (1_333, 1_000)
+    assert (parts.memory.weights, parts.memory.activations) == (
+        1_333,
+        0,
+    )  # one layer takes the rest
     assert parts.disk.spilled > 0 == whole.disk.spilled
     (told,) = [message for message in heard.notices if "one block at a time" in message]
-    assert "within 600 MB; activations beyond 1 kB go to" in told
+    assert "within 600 MB; activations go to" in told
     assert ".out.cptq-run" in told
 
 
