@@ -24,10 +24,9 @@ from tests.integration.forks import TEXT, Forks, place_text_beside
 SMALL = [*("--samples", "4", "--seqlen", "64", "--batch-size", "2", "--target", "3.5bit")]
 SMALL += ["--group-size", "16"]
 #: what --check-uniform and --tune leave, in their order, beside a step per unit that is measured
-TRIALS = ["trial-256-of-plan", "trial-256-of-baseline"]
 BLOCKS = ["block-0", "block-1", "head"]
-STEPS = ["run", "sensitivity", "plan", *TRIALS, "chosen-plan", *BLOCKS, "quality", "written"]
-MOMENTS = ["sensitivity", "trial-256-of-plan", "block-0"]
+STEPS = ["run", "sensitivity", "plan", "trial-256", "chosen-plan", *BLOCKS, "quality", "written"]
+MOMENTS = ["sensitivity", "trial-256", "block-0"]
 TUNED = ["run", "sensitivity", "plan", "chosen-plan", *BLOCKS, "tuned", "quality", "written"]
 #: seconds after which a test gives up
 PATIENCE = 120.0
@@ -185,7 +184,7 @@ def test_a_run_that_is_killed_when_its_output_is_in_place_replaces_its_own(
     forks: Forks, model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    send_at(forks, command(model, out), out, signal.SIGKILL, "head")
+    send_at(forks, command(model, out), out, signal.SIGKILL, "quality")
     # a copy of the steps, put back after the end: what a kill between two renames leaves
     kept = tmp_path / "kept"
     shutil.copytree(find_run(out), kept, ignore=shutil.ignore_patterns("*-written.*"))
