@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -184,19 +185,29 @@ def test_a_run_that_is_killed_when_its_output_is_in_place_replaces_its_own(
     forks: Forks, model: Path, whole: dict[str, str], tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    send_at(forks, command(model, out), out, signal.SIGKILL, "quality")
+    send_at(forks, command(model, out), out, signal.SIGKILL, "head")
     # a copy of the steps, put back after the end: what a kill between two renames leaves
     kept = tmp_path / "kept"
     shutil.copytree(find_run(out), kept, ignore=shutil.ignore_patterns("*-written.*"))
     pid = forks.start(command(model, out, "--resume"), tmp_path / "log")
-    wait_for(lambda: "written" in list_steps(out))
-    (written,) = find_run(out).glob("*-written.*")
-    content = written.read_bytes()
+    found: dict[str, bytes] = {}
+
+    def read() -> bool:
+        with suppress(OSError):  # the run ends at any moment
+            found.update((path.name, path.read_bytes()) for path in list_written())
+        return bool(found) or ended(pid)
+
+    def list_written() -> list[Path]:
+        return list(find_run(out).glob("*-written.*"))
+
+    wait_for(read)
+    ((written, content),) = found.items()
     assert forks.wait(pid) == 0
     kept.rename(find_run(out))
     assert forks.run(command(model, out, "--resume"), tmp_path / "log") == 2
     assert "--overwrite to replace it" in (tmp_path / "log").read_text()
-    (find_run(out) / written.name).write_bytes(content)
+    name = written.partition("-")[2]  # steps are numbered, and this is the next one
+    (find_run(out) / f"{len(list_steps(out)):03d}-{name}").write_bytes(content)
     assert forks.run(command(model, out, "--resume"), tmp_path / "log") == 0
     assert sha256_of(out) == whole
     assert not find_run(out).exists()
