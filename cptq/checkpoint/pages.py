@@ -53,23 +53,16 @@ def trim_heap() -> None:
 
 
 class MappedFiles:
-    """Where files are mapped in the memory of this process."""
+    """Where files are mapped in the memory of this process; without `files` all that are."""
 
-    def __init__(self, files: Iterable[Path]) -> None:
-        self._ranges = _find_ranges({str(file.resolve()) for file in files})
+    def __init__(self, files: Iterable[Path] | None = None) -> None:
+        paths = None if files is None else {str(file.resolve()) for file in files}
+        self._ranges = _find_ranges(paths)
         self._advise = ctypes.CDLL(None).madvise if self._ranges else None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> MappedFiles:
         """Return itself: a copied model has its weights on the same pages."""
         return self
-
-    @classmethod
-    def find_all(cls) -> MappedFiles:
-        """Return all files that are mapped now, for tensors that nothing writes to."""
-        found = cls(())
-        found._ranges = _find_ranges(None)
-        found._advise = ctypes.CDLL(None).madvise if found._ranges else None
-        return found
 
     def drop_pages(self, tensor: Tensor) -> None:
         """Give back the whole pages of a tensor that lies in a mapped file; else do nothing."""

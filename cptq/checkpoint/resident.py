@@ -52,8 +52,8 @@ class MakesRows(Protocol):
     def take_rows(self, ids: Tensor) -> Tensor:
         """Return the rows (..., in) of `ids` (...)."""
 
-    def drop_pages(self) -> None:
-        """Give back the pages of files that it has read."""
+    def drop_pages(self, files: MappedFiles) -> None:
+        """Give back the pages of mapped files that it has read."""
 
 
 Source = Tensor | MakesRows | Callable[[], Tensor]
@@ -295,8 +295,10 @@ class ResidentWeights:
         for weight in part.weights:
             weight.unload()
             self._files.drop_pages(weight.stored)
-            if isinstance(weight.source, MakesRows):
-                weight.source.drop_pages()
+        sources = [w.source for w in part.weights if isinstance(w.source, MakesRows)]
+        mapped = MappedFiles() if sources else self._files
+        for source in sources:
+            source.drop_pages(mapped)
         del self._loaded[part]
 
     def _make_room(self) -> None:

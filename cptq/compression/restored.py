@@ -69,11 +69,10 @@ class Restored:
         found_RI = Restored(replace(layer, **some), self._device, self._dtype)()
         return found_RI.view(*ids.shape, -1)
 
-    def drop_pages(self) -> None:
+    def drop_pages(self, files: MappedFiles) -> None:
         """Give back the pages of codes that are mapped from a file; they are read again."""
         if isinstance(self._source, KeptLayer):
             return
-        files = MappedFiles.find_all()
         for name in _BY_ROWS:
             if (tensor := getattr(self._source, name)) is not None:
                 files.drop_pages(tensor)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +82,8 @@ def solve_choices(
     masking: Masking = USUAL_MASKING,
     emit: Emit,
 ) -> TrialModel:
-    """Build a trial model in which all that some choices give the units is compressed already.
+    """Build a trial model in which all that some choices give the units is compressed already,
+    where that takes activations.
 
     One pass over the text, block by block: a block's second moments are gone when its units are
     compressed.
@@ -102,14 +102,17 @@ def solve_choices(
         name: sorted({choice[name] for choice in choices if not choice[name].dense})
         for name in choices[0]
     }
-    layout, float16_scales = cost.layout, cost.runtime.float16_scales
-    options: dict[str, Any] = {"layout": layout, "float16_scales": float16_scales}
-    trial = TrialModel(model, compressor, emit, masking=masking, **options)
+    trial = TrialModel(
+        model,
+        compressor,
+        emit,
+        layout=cost.layout,
+        float16_scales=cost.runtime.float16_scales,
+        masking=masking,
+    )
     sparse = any(candidate.sparsity for found in asked.values() for candidate in found)
     if compressor in WITHOUT_ACTIVATIONS and not sparse:
-        for unit in cost.units:
-            trial.solve(unit, None, asked[unit.name])
-        return trial
+        return trial  # a unit needs nothing but its weights, when it is tried
     widest = max(unit.layers[0].shape[1] for unit in model.units)
     sampling = sample_moments(model, calibration, seed=seed, emit=emit, features=widest)
     blocks = len(model.block_names)

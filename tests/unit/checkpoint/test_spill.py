@@ -97,7 +97,7 @@ def test_pages_of_a_file_are_given_back_and_nothing_else(tmp_path: Path) -> None
     torch.arange(1 << 16, dtype=torch.float32).numpy().tofile(path)
     mapped = torch.from_file(str(path), shared=False, size=1 << 16)
     own = torch.arange(1 << 16, dtype=torch.float32)
-    for files in (MappedFiles([path]), MappedFiles.find_all()):
+    for files in (MappedFiles([path]), MappedFiles()):
         for tensor in (mapped, own, mapped[::2]):
             files.drop_pages(tensor)
     assert torch.equal(mapped, own)
@@ -112,7 +112,7 @@ def test_pages_that_were_read_are_given_back(tmp_path: Path) -> None:
     before = count_file_pages()
     mapped.sum()
     assert count_file_pages() - before >= 15 << 20
-    MappedFiles.find_all().drop_pages(mapped)
+    MappedFiles().drop_pages(mapped)
     assert count_file_pages() - before < 1 << 20
 
 

@@ -7,6 +7,7 @@ import torch
 
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.memory import BASE, Memory
+from cptq.checkpoint.pages import MappedFiles
 from cptq.checkpoint.weights import get_weight
 from cptq.compression import nearest
 from cptq.compression.layer import compress_layer
@@ -37,7 +38,7 @@ def test_rows_are_those_of_the_whole(tiny_model: TinyModel, candidate: Candidate
     restored = Restored(layer, model.device, torch.float32)
     ids_BT = torch.tensor([[0, 3, 3], [1, len(W_OI) - 1, 2]])
     assert torch.equal(restored.take_rows(ids_BT), restored()[ids_BT])
-    restored.drop_pages()  # of codes that lie in no file: nothing is lost
+    restored.drop_pages(MappedFiles())  # of codes that lie in no file: nothing is lost
     assert torch.equal(restored.take_rows(ids_BT), restored()[ids_BT])
 
 
