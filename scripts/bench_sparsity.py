@@ -12,6 +12,7 @@ model in memory: nothing is written.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from dataclasses import replace
 
@@ -20,6 +21,7 @@ from cptq.calibration.objective import choose_objective
 from cptq.compression.blockwise import compress_model
 from cptq.compression.scores import SCORES
 from cptq.config import CompressSettings, parse_sparsity, settings_from
+from cptq.errors import CptqError
 from cptq.numerics.standard_error import compute_standard_error
 from cptq.pipeline.inputs import CompressInputs, load_inputs
 from cptq.pipeline.profile import build_masking, spread_zeros
@@ -101,7 +103,10 @@ def load_model(asked: argparse.Namespace, **more: str) -> CompressInputs:
     }
     if asked.calibration:
         given["calibration"] = asked.calibration
-    return load_inputs(settings_from(CompressSettings, given), Recorder(ignore), writes=False)
+    try:
+        return load_inputs(settings_from(CompressSettings, given), Recorder(ignore), writes=False)
+    except CptqError as error:
+        sys.exit(f"Error: {error}")
 
 
 def main() -> None:
