@@ -27,6 +27,7 @@ from cptq.inference import operations, triton_backend
 from cptq.inference.native import backend as native_backend
 from cptq.inference.native.library import load_library
 from cptq.inference.operations import PackedWeight
+from cptq.layouts.levels import LEVELS, NONLINEAR
 from cptq.numerics.packing import count_words
 from cptq.types import Candidate
 
@@ -36,20 +37,27 @@ COLD = {"cpu": 1 << 26, "cuda": 1 << 29}
 SPAN = 0.02
 
 
+#: stands for the dense product among (bits, levels)
+DENSE = (16, "")
+
+
 def draw_words(out: int, values: int, bits: int) -> Tensor:
     words = torch.randint(-(2**31), 2**31, (out, count_words(values, bits)), dtype=torch.int64)
     return words.to(torch.int32)
 
 
 def make_weight(
-    out: int, inputs: int, bits: int, group: int, row: bool, device: str
+    out: int, inputs: int, bits: int, group: int, row: bool, device: str, levels: str = ""
 ) -> PackedWeight:
     """A random symmetric weight with float16 scales, or 6-bit ones times a factor per row."""
     groups = inputs // group
     scale = (torch.rand(out, groups) * 0.01 + 0.001).half().to(device)
     return PackedWeight(
         scheme=Candidate(
-            bits=bits, group_size=0 if group == inputs else group, scales="row" if row else ""
+            bits=bits,
+            group_size=0 if group == inputs else group,
+            scales="row" if row else "",
+            levels=levels,
         ),
         shape=(out, inputs),
         codes=draw_words(out, inputs, bits).to(device),
@@ -111,10 +119,16 @@ class Read:
         return self.array.sum()
 
 
+def list_kinds(options: argparse.Namespace) -> list[tuple[int, str]]:
+    """Widths and levels, each width even and, if asked for, uneven."""
+    tables = ["", NONLINEAR] if options.levels else [""]
+    return [(b, kind) for b in options.bits for kind in tables if not kind or b in LEVELS[kind]]
+
+
 def measure(
     out: int, inputs: int, tokens: int, options: argparse.Namespace
-) -> dict[int, tuple[float, float]]:
-    """{bits: (share of the bandwidth, speed-up)}."""
+) -> dict[tuple[int, str], tuple[float, float]]:
+    """{(bits, levels): (share of the bandwidth, speed-up)}."""
     group = options.group if inputs % options.group == 0 else inputs
     device, on_gpu = options.device, options.device == "cuda"
     backend = triton_backend if on_gpu else native_backend
@@ -124,30 +138,31 @@ def measure(
     copies = max(1, min(256, cold // (x.element_size() * out * inputs)))
     dense = cycle([torch.randn(out, inputs, **kind) for _ in range(copies)])
     with torch.inference_mode():
-        timers = {0: make_timer(lambda: functional.linear(x, next(dense)), copies, device)}
+        timer = make_timer(lambda: functional.linear(x, next(dense)), copies, device)
+        timers: dict[tuple[int, str], Callable[[], float]] = {DENSE: timer}
         nbytes = {}
-        for bits in options.bits:
-            weight = make_weight(out, inputs, bits, group, options.row, device)
-            nbytes[bits] = weight.nbytes
+        for bits, levels in list_kinds(options):
+            weight = make_weight(out, inputs, bits, group, options.row, device, levels)
+            nbytes[bits, levels] = weight.nbytes
             copies = max(2, min(2048, cold // weight.nbytes))
             turn = cycle([weight, *(copy_weight(weight) for _ in range(copies - 1))])
             run = lambda turn=turn: backend.linear(x, next(turn), None)  # noqa: E731
-            timers[bits] = make_timer(run, copies, device)
+            timers[bits, levels] = make_timer(run, copies, device)
         read = make_timer(Read(device), 1, device)
-        times: dict[int, list[float]] = {key: [] for key in timers}
+        times: dict[tuple[int, str], list[float]] = {key: [] for key in timers}
         reads = []
         for _ in range(options.rounds):
             reads.append(read() / cold)
             for key, timer in timers.items():
                 times[key].append(timer())
     return {
-        bits: (
+        kind: (
             statistics.median(
-                nbytes[bits] * r / t for r, t in zip(reads, times[bits], strict=True)
+                nbytes[kind] * r / t for r, t in zip(reads, times[kind], strict=True)
             ),
-            statistics.median(d / t for d, t in zip(times[0], times[bits], strict=True)),
+            statistics.median(d / t for d, t in zip(times[DENSE], times[kind], strict=True)),
         )
-        for bits in options.bits
+        for kind in list_kinds(options)
     }
 
 
@@ -168,6 +183,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--group", type=int, default=64)
     parser.add_argument("--row", action="store_true", help="scales of 6 bits and factors per row")
+    parser.add_argument("--levels", action="store_true", help="uneven levels as well")
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--exact", action="store_true", help="float32 activations")
     parser.add_argument(
@@ -187,10 +203,11 @@ def main() -> None:
     for shape in options.shape:
         out, inputs = map(int, shape.split("x"))
         found = {n: measure(out, inputs, n, options) for n in options.tokens}
-        for bits in options.bits:
-            share = f"{100 * found[1][bits][0]:.0f}%" if 1 in found else ""
-            gains = [f"{found[n][bits][1]:.1f}" for n in options.tokens]
-            print(f"| {' | '.join([shape, str(bits), share, *gains])} |", flush=True)
+        for kind in list_kinds(options):
+            share = f"{100 * found[1][kind][0]:.0f}%" if 1 in found else ""
+            gains = [f"{found[n][kind][1]:.1f}" for n in options.tokens]
+            name = f"{kind[0]} {kind[1]}".rstrip()
+            print(f"| {' | '.join([shape, name, share, *gains])} |", flush=True)
     if options.device == "cuda":
         print_starts(options)
 

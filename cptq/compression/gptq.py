@@ -37,6 +37,7 @@ from cptq.compression.layer import LayerProblem, LayerSolution, Selection, choos
 from cptq.numerics.float8 import round_to_float8
 from cptq.numerics.grid import Grid, count_scale_bits, fit_grid, get_code_range
 from cptq.numerics.hessian import add_damping, factor_damped_inverse, find_dead_inputs
+from cptq.numerics.levels import Spacing
 from cptq.numerics.refit import refit_scales
 from cptq.numerics.sweep import sweep_columns
 from cptq.numerics.sweep_mask import SweepMask
@@ -151,6 +152,7 @@ def _fit_grid(W_OI: Tensor, cost_I: Tensor, problem: LayerProblem) -> Grid:
         scale_dtype=problem.scale_dtype,
         importance_I=cost_I,
         float16_offset=problem.float16_offset,
+        levels=problem.levels,
     )
 
 
@@ -184,8 +186,8 @@ def _sweep(
     problem: LayerProblem,
     mask: SweepMask | None,
 ) -> Tensor:
-    """Return codes (out, in) int8 after one sweep in `order_I` on fixed grids."""
-    low, high = get_code_range(problem.bits)
+    """Return codes (out, in) int8, or uneven levels, after one sweep on fixed grids."""
+    spacing, (low, high) = Spacing(problem.bits, problem.levels), get_code_range(problem.bits)
     codes_IO = torch.empty(W_OI.shape[::-1], dtype=torch.int8, device=W_OI.device)
     scale_GO = scale_OG.to(W_OI.dtype).T.contiguous()
     zero_GO = None if zero_OG is None else zero_OG.to(W_OI.dtype).T.contiguous()
@@ -195,11 +197,12 @@ def _sweep(
 
     def project(position: int, column_O: Tensor) -> Tensor:
         scale_O = scale_GO[group_of[position]]
-        code_O = torch.div(column_O, scale_O).round_()
+        code_O = torch.div(column_O, scale_O)
         zero_O = None if zero_GO is None else zero_GO[group_of[position]]
-        if zero_O is not None:
-            code_O.add_(zero_O)
-        code_O.clamp_(low, high)
+        if zero_O is None:
+            code_O = spacing.round(code_O)
+        else:
+            code_O.round_().add_(zero_O).clamp_(low, high)
         if mask_IO is not None:
             code_O = torch.where(mask_IO[position], code_O, 0.0 if zero_O is None else zero_O)
         codes_IO[position] = code_O

@@ -37,9 +37,9 @@ from cptq.layouts.groups import resolve_group
 from cptq.numerics.grid import (
     count_scale_bits,
     dequantize,
-    get_code_range,
     round_scales,
 )
+from cptq.numerics.levels import Spacing
 from cptq.numerics.masks import count_dropped
 from cptq.numerics.reproducible import sum_over_rows
 from cptq.numerics.scale_grids import ScaleType
@@ -79,7 +79,8 @@ class LayerProblem:
     `scale_dtype` is the storage type of the scales. Where there is a mask, bool (out, in), a
     weight outside it becomes 0. A `selection` has the mask chosen anew inside the sweep, where the
     compressor has one. An asymmetric solution has a `zero`, and with `float16_offset`
-    float16 holds scale times zero point (`numerics.grid`).
+    float16 holds scale times zero point (`numerics.grid`). `levels` names unevenly spaced ones
+    (`numerics.levels`), which then take the place of codes.
     """
 
     W_OI: Tensor
@@ -93,6 +94,7 @@ class LayerProblem:
     selection: Selection | None = None
     damping: float | None = None
     float8: str = ""
+    levels: str = ""
 
     def damp(self, damping: float) -> LayerProblem:
         """Return the problem with another damping."""
@@ -229,6 +231,7 @@ def build_layer_problem(
         mask_OI=choose_mask(score, W_OI, H_II, candidate, seed),
         selection=selection,
         float8=candidate.float8,
+        levels=candidate.levels,
     )
 
 
@@ -239,7 +242,7 @@ def solve_layer_problem(
     if not float16_scales or problem.float8 or not isinstance(problem.scale_dtype, torch.dtype):
         return method(problem)
     if problem.scale_dtype is torch.bfloat16 and problem.symmetric:
-        return _bound_scales(method(problem), problem.bits)
+        return _bound_scales(method(problem), Spacing(problem.bits, problem.levels))
     dtype = torch.bfloat16 if problem.scale_dtype is torch.bfloat16 else torch.float16
     return method(replace(problem, scale_dtype=dtype, float16_offset=not problem.symmetric))
 
@@ -346,21 +349,20 @@ class _Stored:
         return dequantize(codes_RI, scale_RG, zero_RG, mask_RI, dtype=torch.float32)
 
 
-def _bound_scales(solution: LayerSolution, bits: int) -> LayerSolution:
+def _bound_scales(solution: LayerSolution, spacing: Spacing) -> LayerSolution:
     """Pull bfloat16 scales into float16's range and round the codes of those groups anew."""
     old_OG, codes_OI = solution.scale_OG.float(), solution.codes_OI
     new_OG = old_OG.sign() * old_OG.abs().clamp(LEAST, MOST)
     if torch.equal(old_OG, new_OG):
         return solution
-    moved_OI = _rescale_codes(codes_OI, old_OG / new_OG, bits)
+    moved_OI = _rescale_codes(codes_OI, old_OG / new_OG, spacing)
     return replace(solution, codes_OI=moved_OI, scale_OG=new_OG.to(solution.scale_OG.dtype))
 
 
-def _rescale_codes(codes_OI: Tensor, ratio_OG: Tensor, bits: int) -> Tensor:
+def _rescale_codes(codes_OI: Tensor, ratio_OG: Tensor, spacing: Spacing) -> Tensor:
     out, groups = ratio_OG.shape
     codes_OGK = codes_OI.float().view(out, groups, -1) * ratio_OG.unsqueeze(-1)
-    low, high = get_code_range(bits)
-    return codes_OGK.round().clamp(low, high).to(torch.int8).view(codes_OI.shape)
+    return spacing.round(codes_OGK).to(torch.int8).view(codes_OI.shape)
 
 
 def _choose_moment(H_II: Tensor | None, held_out_II: Tensor | None) -> Tensor | None:

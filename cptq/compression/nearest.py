@@ -41,5 +41,6 @@ def _round(problem: LayerProblem) -> LayerSolution:
         symmetric=problem.symmetric,
         scale_dtype=problem.scale_dtype,
         float16_offset=problem.float16_offset,
+        levels=problem.levels,
     )
     return LayerSolution(codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=zero_OG)

@@ -21,6 +21,8 @@ DEFAULT_GROUP_SIZE = RUNTIMES[DEFAULT_RUNTIME].group_size
 DEFAULT_BITS = RUNTIMES[DEFAULT_RUNTIME].default_bits
 #: values of --scales
 SCALE_KINDS = ("auto", "16bit")
+#: values of --levels
+LEVEL_KINDS = ("auto", "even")
 
 METRICS, ALLOCATORS = "cptq.sensitivity:METRICS", "cptq.allocation:ALLOCATORS"
 COMPRESSORS = "cptq.compression:COMPRESSORS"
@@ -64,6 +66,15 @@ class CandidateSettings:
         CANDIDATES,
         "KIND",
         choices=SCALE_KINDS,
+        fixed_by=("plan",),
+    )
+    levels: str = option(
+        "auto",
+        "Space the values of a weight evenly (even), or closer around 0 (auto: where the runtime "
+        "takes that and they lose less: cptq at 2 to 6 bits, llamacpp at 4).",
+        CANDIDATES,
+        "KIND",
+        choices=LEVEL_KINDS,
         fixed_by=("plan",),
     )
     asymmetric: bool = option(

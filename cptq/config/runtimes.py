@@ -15,7 +15,8 @@ All runtimes take any layer at 16 bits. The vocabulary is the token embedding an
 which most models share; fp8 are 8-bit floats without scales. Only `cptq`, which is cptq's own
 (`cptq.inference`), and `llamacpp` take it packed, and asymmetric grids (llama.cpp at 4 and 5 bits:
 its Q4_1 and Q5_1) and the Conv1D of GPT-2. llama.cpp's 3 and 6 bits are its Q3_K and Q6_K
-(`layouts.gguf`). With 16-bit scales they would lie in Q4_0 and Q8_0, in whose bytes 4 and 8 bits
+(`layouts.gguf`). These two take uneven levels as well: `cptq` at 2 to 6 bits, llama.cpp at 4, its
+IQ4_NL. With 16-bit scales they would lie in Q4_0 and Q8_0, in whose bytes 4 and 8 bits
 are better, so they are not offered. The GGUF file for llama.cpp is exported from an
 artifact: `packed` if it has one of these, else `compressed-tensors`.
 Query, key and value, and gate and up, are one decision in every plan, as vLLM requires for the
@@ -35,6 +36,7 @@ from dataclasses import dataclass, replace
 
 from cptq.errors import ModelError, UnknownNameError, UsageError
 from cptq.layouts.gguf import SUPER_GROUP, SUPER_TYPES
+from cptq.layouts.levels import GGML_NONLINEAR, NONLINEAR
 from cptq.registry import Facts, find_closest
 from cptq.types import SUPER_SCALES, Candidate, LayerSpec, is_expert
 
@@ -51,9 +53,9 @@ class Runtime:
     exactly, `experts` whether a mixture of experts in one scheme is taken. `conv1d` says that it
     takes the Conv1D of GPT-2, `vocabulary` which widths it takes token embeddings and output heads
     in, `float8` that it takes them, and scales, as 8-bit floats, `row_scales` that it takes scales
-    as codes times a factor per row, `super_bits` which of the bits it takes with `k` scales and no
-    others, `sparse` that it takes sparse weights, `activation_sparsity`
-    that it drops inputs by stored rules.
+    as codes times a factor per row, `levels` which tables of uneven levels it takes, `super_bits`
+    which of the bits it takes with `k` scales and no others, `sparse` that it takes sparse weights,
+    `activation_sparsity` that it drops inputs by stored rules.
     `next_step` is what to type with the artifact, if more is needed. `gguf`: what the program loads
     is a GGUF file that is exported from the artifact, so targets count that file. `facts`: what
     `cptq methods` says.
@@ -76,6 +78,7 @@ class Runtime:
     float8: bool = False
     row_scales: bool = False
     super_bits: tuple[int, ...] = ()
+    levels: tuple[str, ...] = ()
     sparse: bool = False
     activation_sparsity: bool = False
     next_step: str | None = None
@@ -119,18 +122,25 @@ class Runtime:
 
     def choose_grid(self, candidate: Candidate) -> Candidate:
         """Return the candidate with the scales and groups that its width has in this runtime."""
-        plain = candidate.symmetric and not (candidate.sparsity or candidate.float8)
+        plain = candidate.symmetric and not (
+            candidate.sparsity or candidate.float8 or candidate.levels
+        )
         if candidate.bits not in self.super_bits or candidate.scales or not plain:
             return candidate
         return replace(candidate, group_size=SUPER_GROUP, scales=SUPER_SCALES)
 
     def format_for(
-        self, layers: Iterable[LayerSpec], *, asymmetric: bool, vocabulary: bool = False
+        self,
+        layers: Iterable[LayerSpec],
+        *,
+        asymmetric: bool,
+        vocabulary: bool = False,
+        uneven: bool = False,
     ) -> str:
-        """Return the file format that holds these layers, with asymmetric grids or a packed
-        vocabulary if so."""
+        """Return the file format that holds these layers, with asymmetric grids, a packed
+        vocabulary or uneven levels if so."""
         conv1d = any(layer.compressible and layer.kind == "conv1d" for layer in layers)
-        wide = asymmetric or conv1d or vocabulary
+        wide = asymmetric or conv1d or vocabulary or uneven
         return self.wide_format if self.wide_format and wide else self.format
 
     def check(self, bits: Sequence[int], group_size: int) -> None:
@@ -176,6 +186,8 @@ class Runtime:
             return f"{self.name} takes {kind} at {candidate.bits} bits"
         if candidate.scales and not supers and candidate.scales not in self.list_scale_kinds():
             return f"{self.name} takes no {candidate.scales} scales"
+        if candidate.levels and candidate.levels not in self.levels:
+            return f"{self.name} takes no {candidate.levels} levels"
         if candidate.sparsity and not self.sparse:
             return f"{self.name} takes no sparse weights"
         if not candidate.symmetric and candidate.bits not in self.asymmetric:
@@ -251,6 +263,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         in_multiple=32,
         float16_scales=True,
         super_bits=tuple(SUPER_TYPES),
+        levels=(GGML_NONLINEAR,),
         wide_format="packed",
         asymmetric=(4, 5),
         conv1d=True,
@@ -273,6 +286,7 @@ RUNTIMES: Mapping[str, Runtime] = {
         conv1d=True,
         vocabulary=(3, 4, 5, 6, 7, 8),
         row_scales=True,
+        levels=(NONLINEAR,),
         sparse=True,
         activation_sparsity=True,
         facts=Facts(

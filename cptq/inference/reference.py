@@ -19,6 +19,7 @@ from torch.nn import functional
 from cptq.inference.operations import Backend, PackedWeight
 from cptq.layouts.packed import ROW_BITS, count_pattern_bits
 from cptq.numerics import grid
+from cptq.numerics.levels import Spacing, to_levels
 from cptq.numerics.packing import unpack_rows, unpack_values
 from cptq.numerics.scale_grids import join_rows
 from cptq.numerics.sparse import join_n_of_m, scatter_codes, unpack_range
@@ -90,7 +91,9 @@ def _unpack_dense(weight: PackedWeight, dtype: torch.dtype) -> Tensor:
     """Return all values of a weight without a bitmask."""
     bits, inputs = weight.scheme.bits, weight.shape[1]
     if weight.scheme.kept_of is None:
-        return _multiply_out(unpack_rows(weight.codes, bits, inputs), None, weight, dtype)
+        codes_RI = unpack_rows(weight.codes, bits, inputs)
+        levels_RI = to_levels(codes_RI, Spacing(bits, weight.scheme.levels))
+        return _multiply_out(levels_RI, None, weight, dtype)
     assert weight.pattern is not None
     kept, of = weight.scheme.kept_of
     pattern_RB = unpack_values(weight.pattern, count_pattern_bits(kept, of), inputs // of)

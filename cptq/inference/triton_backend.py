@@ -32,6 +32,7 @@ from torch.nn import functional
 
 from cptq.inference import reference
 from cptq.inference.operations import Backend, PackedWeight
+from cptq.layouts.levels import get_levels
 from cptq.layouts.packed import ROW_BITS
 from cptq.numerics.packing import count_words
 
@@ -284,7 +285,7 @@ def _describe(weight: PackedWeight) -> Shape:
         for part in (weight.codes, weight.scale, weight.zero)
     )
     return Shape(
-        tensors=(weight.codes, weight.scale, weight.factor, weight.zero),
+        tensors=(weight.codes, weight.scale, weight.factor, weight.zero, _make_levels(weight)),
         sizes=(out, inputs, group, units, *widths),
         flags=flags,
         of_one=flags | {"BN": ROWS_OF_ONE, "BU": together},
@@ -292,6 +293,14 @@ def _describe(weight: PackedWeight) -> Shape:
         chunk=chunk,
         most_tokens=MOST_TOKENS[32 % bits == 0] if chunk else 1,
     )
+
+
+def _make_levels(weight: PackedWeight) -> Tensor | None:
+    """Return the table that codes look up, where levels are uneven."""
+    kind, bits = weight.scheme.levels, weight.scheme.bits
+    if not kind:
+        return None
+    return torch.tensor(get_levels(kind, bits), dtype=torch.int8, device=weight.codes.device)
 
 
 def count_unit(bits: int) -> int:

@@ -4,6 +4,8 @@ The weight of a row n and an input k in group g is (q_nk - z_ng) s_ng (docs/form
 
     y_mn = sum_g s_ng sum_{k in g} x_mk (q_nk - z_ng)  [+ b_n].
 
+With uneven levels (`layouts.levels`) l_q takes the place of q - z, by a load from their table.
+
 The inner sum has integer weights of at most 255 in size, which float16 and bfloat16 hold exactly,
 and one scale per row and group multiplies it afterwards in float32: no weight is ever rounded. The
 result is rounded once.
@@ -186,9 +188,19 @@ def read_scales(scale, factor, width, rows, groups, keep):
 
 
 @triton.jit
-def read_zeros(zero, width, rows, groups, keep, BITS: tl.constexpr):
-    """Zero points as unsigned codes; the middle of the codes on a symmetric grid."""
-    if zero is None:
+def find_levels(codes_RUV, levels):
+    """What codes stand for; without a table themselves."""
+    if levels is not None:
+        codes_RUV = tl.load(levels + codes_RUV).to(tl.int32)
+    return codes_RUV
+
+
+@triton.jit
+def read_zeros(zero, levels, width, rows, groups, keep, BITS: tl.constexpr):
+    """Zero points as unsigned codes; the middle of the codes on a symmetric grid, 0 of levels."""
+    if levels is not None:
+        values = tl.where(keep, 0, 0)
+    elif zero is None:
         values = tl.where(keep, 1 << (BITS - 1), 0)
     else:
         values = read_values(zero + rows * width, groups, keep, BITS)
@@ -202,6 +214,7 @@ def multiply_one(
     scale,
     factor,
     zero,
+    levels,
     bias,
     y,
     out,
@@ -227,16 +240,17 @@ def multiply_one(
         index_UV = unit_U[:, None] * V + tl.arange(0, V)[None, :]
         x_UV = tl.load(x + index_UV, mask=index_UV < inputs, other=0.0).to(tl.float32)
         q_NUV = expand(codes + long_N * code_width, unit_U, code_width, keep_NU, BITS)
+        q_NUV = find_levels(q_NUV, levels)
         if REGULAR:
             at_N1, group_1U = long_N[:, None], (unit_U * V // group)[None, :]
-            zero_NU = read_zeros(zero, zero_width, at_N1, group_1U, keep_NU, BITS)
+            zero_NU = read_zeros(zero, levels, zero_width, at_N1, group_1U, keep_NU, BITS)
             steps_NUV = (q_NUV - zero_NU[:, :, None]).to(tl.float32)
             sum_NU = tl.sum(steps_NUV * x_UV[None, :, :], 2)
             total_NU += sum_NU * read_scales(scale, factor, scale_width, at_N1, group_1U, keep_NU)
         else:
             at_N11, group_1UV = long_N[:, None, None], (index_UV // group)[None, :, :]
             keep_NUV = keep_N[:, None, None] & (index_UV < inputs)[None, :, :]
-            zero_NUV = read_zeros(zero, zero_width, at_N11, group_1UV, keep_NUV, BITS)
+            zero_NUV = read_zeros(zero, levels, zero_width, at_N11, group_1UV, keep_NUV, BITS)
             scale_NUV = read_scales(scale, factor, scale_width, at_N11, group_1UV, keep_NUV)
             steps_NUV = (q_NUV - zero_NUV).to(tl.float32)
             total_NU += tl.sum(steps_NUV * scale_NUV * x_UV[None, :, :], 2)
@@ -253,6 +267,7 @@ def multiply_many(
     scale,
     factor,
     zero,
+    levels,
     bias,
     y,
     out,
@@ -288,8 +303,9 @@ def multiply_many(
         unit_U = chunk * (BK // V) + tl.arange(0, BK // V)
         keep_NU = keep_N[:, None] & (unit_U < units)[None, :]
         q_NUV = expand(codes + long_N * code_width, unit_U, code_width, keep_NU, BITS)
+        q_NUV = find_levels(q_NUV, levels)
         g = chunk * BK // group
-        zero_N = read_zeros(zero, zero_width, long_N, g, keep_N, BITS)
+        zero_N = read_zeros(zero, levels, zero_width, long_N, g, keep_N, BITS)
         # of at most 255 in size: exact in every type of x
         steps_NUV = (q_NUV - zero_N[:, None, None]).to(tl.float32).to(x_MK.dtype)
         steps_KN = tl.trans(tl.reshape(steps_NUV, (BN, BK)))
@@ -328,6 +344,7 @@ def write_rows(
     scale,
     factor,
     zero,
+    levels,
     y,
     out,
     inputs,
@@ -359,15 +376,16 @@ def write_rows(
     keep_RU = keep_R[:, None] & (unit_U < units)[None, :]
     index_UV = unit_U[:, None] * V + tl.arange(0, V)[None, :]
     q_RUV = expand(codes + row_R * code_width, unit_U, code_width, keep_RU, BITS)
+    q_RUV = find_levels(q_RUV, levels)
     if REGULAR:
         at_R1, group_1U = row_R[:, None], (unit_U * V // group)[None, :]
-        zero_RUV = read_zeros(zero, zero_width, at_R1, group_1U, keep_RU, BITS)[:, :, None]
+        zero_RUV = read_zeros(zero, levels, zero_width, at_R1, group_1U, keep_RU, BITS)[:, :, None]
         scale_RU = read_scales(scale, factor, scale_width, at_R1, group_1U, keep_RU)
         scale_RUV = scale_RU[:, :, None]
     else:
         at_R11, group_1UV = row_R[:, None, None], (index_UV // group)[None, :, :]
         keep_RUV = keep_R[:, None, None] & (index_UV < inputs)[None, :, :]
-        zero_RUV = read_zeros(zero, zero_width, at_R11, group_1UV, keep_RUV, BITS)
+        zero_RUV = read_zeros(zero, levels, zero_width, at_R11, group_1UV, keep_RUV, BITS)
         scale_RUV = read_scales(scale, factor, scale_width, at_R11, group_1UV, keep_RUV)
     exists_R11 = keep_R[:, None, None]
     W_RUV = (q_RUV - zero_RUV).to(tl.float32) * tl.where(exists_R11, scale_RUV, float("nan"))

@@ -7,6 +7,8 @@ and those of 6 and 7 in Q8_0, exactly, with bits to spare. Asymmetric ones are o
 A super-block is 256 weights in 16 groups, each with an integer scale, and one float16 factor:
 candidates with `k` scales (`cptq.numerics.super_scales`), of 3 bits in Q3_K and of 6 in Q6_K;
 `cptq.numerics.gguf_super_blocks` packs them.
+
+IQ4_NL is Q4_0 with ggml's uneven levels (`layouts.levels`) in place of even ones.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cptq.layouts.groups import resolve_group
+from cptq.layouts.levels import GGML_NONLINEAR
 from cptq.types import SUPER_SCALES, Candidate, LayerSpec, TensorSpec
 
 #: weights of one block
@@ -33,8 +36,22 @@ _TYPES: Mapping[bool, Mapping[int, str]] = {
     False: {4: "Q4_1", 5: "Q5_1"},
 }
 #: bits of a type's own codes
-TYPE_BITS: Mapping[str, int] = {"Q4_0": 4, "Q5_0": 5, "Q8_0": 8, "Q4_1": 4, "Q5_1": 5}
-BLOCK_BYTES: Mapping[str, int] = {"Q4_0": 18, "Q5_0": 22, "Q8_0": 34, "Q4_1": 20, "Q5_1": 24}
+TYPE_BITS: Mapping[str, int] = {
+    "Q4_0": 4,
+    "Q5_0": 5,
+    "Q8_0": 8,
+    "Q4_1": 4,
+    "Q5_1": 5,
+    "IQ4_NL": 4,
+}
+BLOCK_BYTES: Mapping[str, int] = {
+    "Q4_0": 18,
+    "Q5_0": 22,
+    "Q8_0": 34,
+    "Q4_1": 20,
+    "Q5_1": 24,
+    "IQ4_NL": 18,
+}
 SUPER_BYTES: Mapping[str, int] = {"Q3_K": 110, "Q6_K": 210}
 
 
@@ -42,6 +59,9 @@ def find_type(candidate: Candidate) -> str | None:
     """The type that holds a candidate's codes; None where there is none."""
     if candidate.sparsity or candidate.float8 or candidate.scales not in ("", SUPER_SCALES):
         return None
+    if candidate.levels:
+        plain = candidate.symmetric and not candidate.scales
+        return "IQ4_NL" if plain and candidate.levels == GGML_NONLINEAR else None
     if candidate.scales:
         return SUPER_TYPES.get(candidate.bits) if candidate.symmetric else None
     return _TYPES[candidate.symmetric].get(candidate.bits)
@@ -106,6 +126,8 @@ def explain_type(candidate: Candidate) -> str:
         return "8-bit floats"
     if candidate.scales not in ("", SUPER_SCALES):
         return f"{candidate.scales} scales"
+    if candidate.levels:
+        return f"{candidate.levels} levels"
     grid = "symmetric" if candidate.symmetric else "asymmetric"
     if candidate.scales:
         known = " and ".join(map(str, SUPER_TYPES))

@@ -44,6 +44,8 @@ class PackQuantized:
             return "scales in another form than stock transformers multiplies with"
         if not candidate.symmetric:
             return "an asymmetric grid, which stock transformers does not load"
+        if candidate.levels:
+            return "uneven levels, where stock transformers multiplies integers"
         if candidate.sparsity:
             return "sparse, for which the format has no storage"
         return None if 2 <= candidate.bits <= 8 else f"{candidate.bits} bits, not 2 to 8"

@@ -26,13 +26,14 @@ from dataclasses import replace
 from math import comb
 
 from cptq.layouts.groups import resolve_group
+from cptq.layouts.levels import LEVELS
 from cptq.types import Candidate, LayerSpec, TensorSpec
 
 #: grows when a tensor changes its meaning; 2 added `row` scales, 3 patterns other than 2:4, 4 rules
-#: of activation sparsity
-FORMAT_VERSION = 4
+#: of activation sparsity, 5 uneven levels
+FORMAT_VERSION = 5
 #: versions that this code reads
-READABLE = (1, 2, 3, 4)
+READABLE = (1, 2, 3, 4, 5)
 #: the first version that can hold rules of activation sparsity
 RULES_VERSION = 4
 #: bits of a code of a `row` scale
@@ -49,6 +50,8 @@ UNSTRUCTURED, TWO_OF_FOUR = "unstructured", "2:4"
 
 def find_version(scheme: Candidate) -> int:
     """The first version that can hold a scheme."""
+    if scheme.levels:
+        return 5
     if scheme.kept_of and scheme.pattern != TWO_OF_FOUR:
         return 3
     return 2 if scheme.scales else 1
@@ -90,9 +93,23 @@ def explain_misfit(shape: tuple[int, int], scheme: Candidate) -> str | None:
         return f"{scheme.scales} scales, which compressed-tensors has"
     if scheme.scales and not scheme.symmetric:
         return "row scales beside zero points"
+    if scheme.levels:
+        return explain_levels(scheme)
     if scheme.kept_of and shape[1] % scheme.kept_of[1]:
         of = scheme.kept_of[1]
         return f"{scheme.pattern} needs a multiple of {of} inputs, and there are {shape[1]}"
+    return None
+
+
+def explain_levels(scheme: Candidate) -> str | None:
+    """Why a scheme cannot have its uneven levels; None where it can."""
+    if scheme.bits not in LEVELS[scheme.levels]:
+        known = " and ".join(map(str, LEVELS[scheme.levels]))
+        return f"{scheme.levels} levels of {scheme.bits} bits; there are those of {known}"
+    if not scheme.symmetric:
+        return f"{scheme.levels} levels beside zero points"
+    if scheme.sparsity:
+        return f"{scheme.levels} levels of sparse weights, as none of them is 0"
     return None
 
 

@@ -1,12 +1,13 @@
 """Integer codes as ggml's blocks of 32, bit for bit.
 
-| type | bytes | layout of a block                                       | weight       |
-|------|-------|---------------------------------------------------------|--------------|
-| Q4_0 | 18    | d (float16), 16 bytes                                   | d * (u - 8)  |
-| Q5_0 | 22    | d (float16), 32 fifth bits (uint32), 16 bytes           | d * (u - 16) |
-| Q8_0 | 34    | d (float16), 32 signed bytes                            | d * q        |
-| Q4_1 | 20    | d, m (float16), 16 bytes                                | d * u + m    |
-| Q5_1 | 24    | d, m (float16), 32 fifth bits (uint32), 16 bytes        | d * u + m    |
+| type   | bytes | layout of a block                                       | weight       |
+|--------|-------|---------------------------------------------------------|--------------|
+| Q4_0   | 18    | d (float16), 16 bytes                                   | d * (u - 8)  |
+| Q5_0   | 22    | d (float16), 32 fifth bits (uint32), 16 bytes           | d * (u - 16) |
+| Q8_0   | 34    | d (float16), 32 signed bytes                            | d * q        |
+| Q4_1   | 20    | d, m (float16), 16 bytes                                | d * u + m    |
+| Q5_1   | 24    | d, m (float16), 32 fifth bits (uint32), 16 bytes        | d * u + m    |
+| IQ4_NL | 18    | d (float16), 16 bytes                                   | d * l_u      |
 
 Byte j of the 16 holds the low four bits of value j (low half) and of value j + 16 (high half);
 bit j of the uint32 is the fifth bit of value j. Source: ggml's block definitions
@@ -16,7 +17,8 @@ What fits: codes of fewer bits fit into the next wider block (2, 3 -> Q4_0; 6, 7
 a multiple of 32 are that many blocks of equal d, and d may be negative. So a layer is held exactly
 if 32 divides its inputs and its group, and float16 holds its scales. An asymmetric weight is
 d * (q - z), so u = q + half and m = -d * (z + half), half being 2^(bits of the type - 1): float16
-must hold that product, which `float16_offset` in `numerics.grid` sees to. Nothing is rounded here.
+must hold that product, which `float16_offset` in `numerics.grid` sees to. l are the levels of
+`iq4nl` (`layouts.levels`), which a layer has in place of codes. Nothing is rounded here.
 
 Cost: O(out * in). Shapes: codes_OI int8 (out, in), scale_OG and zero_OG (out, groups), bytes
 (out, bytes).
@@ -28,7 +30,9 @@ import torch
 from torch import Tensor
 
 from cptq.layouts.gguf import BLOCK, BLOCK_BYTES, TYPE_BITS
+from cptq.layouts.levels import GGML_NONLINEAR
 from cptq.numerics.grid import to_unsigned
+from cptq.numerics.levels import Spacing, to_codes
 
 
 def fits_float16(scale_OG: Tensor) -> bool:
@@ -48,7 +52,7 @@ def pack_blocks(
     """The bytes of a weight, uint8 (out, blocks * block bytes).
 
     Args:
-        codes_OI: int8, in the range of the type (4, 5 or 8 bits, signed).
+        codes_OI: int8, in the range of the type (4, 5 or 8 bits, signed), or levels of IQ4_NL.
         scale_OG: scales that float16 holds; a group is a multiple of 32 inputs.
         kind: a key of `BLOCK_BYTES`.
         zero_OG: zero points int8, for the types with a minimum (which float16 must hold).
@@ -65,6 +69,8 @@ def pack_blocks(
     numbers = (
         [scale_OG] if zero_OG is None else [scale_OG, compute_minimum(scale_OG, zero_OG, kind)]
     )
+    if kind == "IQ4_NL":
+        codes_OI = to_codes(codes_OI, Spacing(TYPE_BITS[kind], GGML_NONLINEAR))
     _check_range(codes_OI, TYPE_BITS[kind])
     heads_OBD = [_encode_float16(x_OG, blocks) for x_OG in numbers]
     body_OBD = _BODIES[kind](codes_OI.view(out, blocks, BLOCK))
@@ -113,5 +119,6 @@ _BODIES = {
     "Q8_0": _pack_8bit,
     "Q4_1": _pack_4bit,
     "Q5_1": _pack_5bit,
+    "IQ4_NL": _pack_4bit,
 }
 _WITH_MINIMUM = ("Q4_1", "Q5_1")

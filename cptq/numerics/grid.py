@@ -26,12 +26,16 @@ shrinks the range step by step and keeps the best; written there with unsigned c
 - Either end of an asymmetric range is shrunk on its own: a group with one outlier is clipped on
   the outlier's side.
 
+A symmetric grid may have levels that are not evenly spaced (`numerics.levels`): integers in place
+of q, with scales from the same search.
+
 When to use which: an asymmetric grid helps groups that lie to one side of 0 and costs b bits more
 per group; for weights distributed evenly around 0 signed symmetric scales are as good.
 Cost: 2 * 6 + 6 passes over the weights for a symmetric grid, 6^2 + 3 * 5 for an asymmetric one,
 about three times as long; a block of rows at a time.
 Limits: the search is a lattice, not exact. A group of zeros gets scale 1 (stock loaders divide by
-the scale nowhere, but some refuse a 0); of scales with a common factor, the smallest.
+the scale nowhere, but some refuse a 0); of scales with a common factor, and with uneven levels, of
+which none is 0, the smallest.
 Shapes: W_OI (out, in), scale_OG and zero_OG (out, groups), codes_OI int8; a group is a run of
 `in / G` inputs.
 
@@ -61,6 +65,7 @@ import torch
 from torch import Tensor
 
 from cptq.numerics.chunks import choose_rows
+from cptq.numerics.levels import Spacing
 from cptq.numerics.scale_grids import ScaleType
 from cptq.types import CompressedLayer
 
@@ -90,12 +95,21 @@ def get_code_range(bits: int) -> tuple[int, int]:
     return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
 
 
-def encode(W_OGK: Tensor, bits: int, scale_OG: Tensor, zero_OG: Tensor | None = None) -> Tensor:
-    """Return the nearest codes (as floats) of grouped weights on given grids; shape of `W_OGK`."""
-    low, high = get_code_range(bits)
-    steps_OGK = (W_OGK / scale_OG.unsqueeze(-1)).round_()
-    if zero_OG is not None:
-        steps_OGK.add_(zero_OG.to(W_OGK.dtype).unsqueeze(-1))
+def encode(
+    W_OGK: Tensor,
+    spacing: Spacing,
+    scale_OG: Tensor,
+    zero_OG: Tensor | None = None,
+) -> Tensor:
+    """Return the nearest codes (as floats) of grouped weights on given grids; shape of `W_OGK`.
+
+    Of unevenly spaced levels these are the levels.
+    """
+    steps_OGK = W_OGK / scale_OG.unsqueeze(-1)
+    if zero_OG is None:
+        return spacing.round(steps_OGK)
+    low, high = get_code_range(spacing.bits)
+    steps_OGK.round_().add_(zero_OG.to(W_OGK.dtype).unsqueeze(-1))
     return steps_OGK.clamp_(low, high)
 
 
@@ -139,6 +153,7 @@ def quantize_nearest(
     scale_dtype: ScaleType = torch.float16,
     importance_I: Tensor | None = None,
     float16_offset: bool = False,
+    levels: str = "",
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Round to nearest on fitted grids.
 
@@ -151,10 +166,12 @@ def quantize_nearest(
         scale_dtype: storage type of the scales.
         importance_I: positive weights of the squared error per input, or None for equal ones.
         float16_offset: round asymmetric scales so that float16 holds scale times zero point.
+        levels: a table of unevenly spaced levels (`numerics.levels`) of a symmetric grid.
 
     Returns:
-        codes int8 (out, in), scale (out, in / group) in `scale_dtype`, and the zero point, int8 of
-        the scale's shape, or None where the grid is symmetric.
+        codes int8 (out, in), or levels where these are uneven, scale (out, in / group) in
+        `scale_dtype`, and the zero point, int8 of the scale's shape, or None where the grid is
+        symmetric.
     """
     scale_OG, zero_OG = fit_grid(
         W_OI,
@@ -165,8 +182,10 @@ def quantize_nearest(
         scale_dtype=scale_dtype,
         importance_I=importance_I,
         float16_offset=float16_offset,
+        levels=levels,
     )
-    codes_OGK = encode(_split_groups(W_OI, group), bits, scale_OG.to(W_OI.dtype), zero_OG)
+    spacing = Spacing(bits, levels)
+    codes_OGK = encode(_split_groups(W_OI, group), spacing, scale_OG.to(W_OI.dtype), zero_OG)
     return codes_OGK.view(W_OI.shape).to(torch.int8), scale_OG, zero_OG
 
 
@@ -180,18 +199,19 @@ def fit_grid(
     scale_dtype: ScaleType = torch.float16,
     importance_I: Tensor | None = None,
     float16_offset: bool = False,
+    levels: str = "",
 ) -> Grid:
     """Fit scales, never 0 and in `scale_dtype`, and int8 zero points; see `quantize_nearest`."""
-    rows = choose_rows(W_OI, CHUNK)
+    rows, spacing = choose_rows(W_OI, CHUNK), Spacing(bits, levels)
     h_GK = None if importance_I is None else importance_I.to(W_OI.dtype).view(-1, group)
     grids = [
-        _fit_chunk(_split_groups(W_RI, group), bits, symmetric, clip, h_GK)
+        _fit_chunk(_split_groups(W_RI, group), spacing, symmetric, clip, h_GK)
         for W_RI in W_OI.split(rows)
     ]
     scale_OG = torch.cat([scale for scale, _ in grids])
     zeros = [zero for _, zero in grids if zero is not None]
     if not zeros:
-        if not isinstance(scale_dtype, torch.dtype):
+        if levels or not isinstance(scale_dtype, torch.dtype):
             scale_OG = torch.where(_find_empty_groups(W_OI, group), 0.0, scale_OG)
         return round_scales(scale_OG, scale_dtype), None
     zero_OG = torch.cat(zeros).to(torch.int8)
@@ -261,13 +281,13 @@ def _find_empty_groups(W_OI: Tensor, group: int) -> Tensor:
 class _SymmetricTrials:
     """The symmetric grids that the search tries: shrunken ranges with a scale of either sign."""
 
-    def __init__(self, W_OGK: Tensor, bits: int) -> None:
-        largest_OG = W_OGK.abs().amax(-1)
-        self._full_OG = _replace_zeros(largest_OG / (2 ** (bits - 1) - 1))
-        self._widest_OG = _replace_zeros(largest_OG / (2 ** (bits - 1)))
+    def __init__(self, W_OGK: Tensor, spacing: Spacing) -> None:
+        largest_OG, (smaller, larger) = W_OGK.abs().amax(-1), spacing.ends
+        self._full_OG = _replace_zeros(largest_OG / smaller)
+        self._widest_OG = _replace_zeros(largest_OG / larger)
 
     def plain(self) -> Grid:
-        """Return the textbook scale, max|w| / (2^(b-1) - 1)."""
+        """Return the textbook scale, max|w| / (2^(b-1) - 1) on even levels."""
         return self._full_OG, None
 
     def coarse(self) -> Iterator[Grid]:
@@ -328,25 +348,31 @@ def _replace_zeros(scale_OG: Tensor) -> Tensor:
     return torch.where(scale_OG == 0, torch.ones_like(scale_OG), scale_OG)
 
 
-def _fit_chunk(W_OGK: Tensor, bits: int, symmetric: bool, clip: bool, h_GK: Tensor | None) -> Grid:
+def _fit_chunk(
+    W_OGK: Tensor, spacing: Spacing, symmetric: bool, clip: bool, h_GK: Tensor | None
+) -> Grid:
     """Return the best grid tried for each group, its scale refitted in closed form."""
-    trials = _SymmetricTrials(W_OGK, bits) if symmetric else _AsymmetricTrials(W_OGK, bits)
+    trials: _SymmetricTrials | _AsymmetricTrials
+    if symmetric:
+        trials = _SymmetricTrials(W_OGK, spacing)
+    else:
+        trials = _AsymmetricTrials(W_OGK, spacing.bits)
     plain = trials.plain()
     if not clip:
         return plain
-    best = plain, _compute_error(W_OGK, plain, bits, h_GK)
+    best = plain, _compute_error(W_OGK, plain, spacing, h_GK)
     for trial in trials.coarse():
-        best = _keep_better(W_OGK, trial, *best, bits, h_GK)
+        best = _keep_better(W_OGK, trial, *best, spacing, h_GK)
     for trial in trials.around(best[0]):
-        best = _keep_better(W_OGK, trial, *best, bits, h_GK)
-    return _refit(W_OGK, *best, bits, h_GK)
+        best = _keep_better(W_OGK, trial, *best, spacing, h_GK)
+    return _refit(W_OGK, *best, spacing, h_GK)
 
 
 def _keep_better(
-    W_OGK: Tensor, trial: Grid, best: Grid, least_OG: Tensor, bits: int, h_GK: Tensor | None
+    W_OGK: Tensor, trial: Grid, best: Grid, least_OG: Tensor, spacing: Spacing, h_GK: Tensor | None
 ) -> tuple[Grid, Tensor]:
     """Return grids and their errors, each group's trial taken where it lowers the error."""
-    error_OG = _compute_error(W_OGK, trial, bits, h_GK)
+    error_OG = _compute_error(W_OGK, trial, spacing, h_GK)
     smaller_OG = error_OG < least_OG
     scale_OG = torch.where(smaller_OG, trial[0], best[0])
     zero_OG = best[1]
@@ -355,27 +381,29 @@ def _keep_better(
     return (scale_OG, zero_OG), torch.where(smaller_OG, error_OG, least_OG)
 
 
-def _compute_error(W_OGK: Tensor, grid: Grid, bits: int, h_GK: Tensor | None) -> Tensor:
+def _compute_error(W_OGK: Tensor, grid: Grid, spacing: Spacing, h_GK: Tensor | None) -> Tensor:
     """Return the weighted squared error of each group (out, groups)."""
-    difference_OGK = _count_steps(W_OGK, grid, bits).mul_(grid[0].unsqueeze(-1)).sub_(W_OGK)
+    difference_OGK = _count_steps(W_OGK, grid, spacing).mul_(grid[0].unsqueeze(-1)).sub_(W_OGK)
     squared_OGK = difference_OGK.square_()
     return (squared_OGK if h_GK is None else squared_OGK.mul_(h_GK)).sum(-1)
 
 
-def _count_steps(W_OGK: Tensor, grid: Grid, bits: int) -> Tensor:
+def _count_steps(W_OGK: Tensor, grid: Grid, spacing: Spacing) -> Tensor:
     """Return code minus zero point: how many scales the rounded weights are away from 0."""
-    codes_OGK = encode(W_OGK, bits, *grid)
+    codes_OGK = encode(W_OGK, spacing, *grid)
     return codes_OGK if grid[1] is None else codes_OGK.sub_(grid[1].unsqueeze(-1))
 
 
-def _refit(W_OGK: Tensor, best: Grid, least_OG: Tensor, bits: int, h_GK: Tensor | None) -> Grid:
+def _refit(
+    W_OGK: Tensor, best: Grid, least_OG: Tensor, spacing: Spacing, h_GK: Tensor | None
+) -> Grid:
     """Take one closed-form step of the scale at fixed codes where it lowers the error."""
     scale_OG, zero_OG = best
-    q_OGK = _count_steps(W_OGK, best, bits)
+    q_OGK = _count_steps(W_OGK, best, spacing)
     hq_OGK = q_OGK if h_GK is None else q_OGK * h_GK
     fitted_OG = (hq_OGK * W_OGK).sum(-1) / (hq_OGK * q_OGK).sum(-1).clamp_min(1e-30)
     # a scale is never 0, and beside a zero point always positive
     usable_OG = fitted_OG != 0 if zero_OG is None else fitted_OG > 0
     fitted_OG = torch.where(usable_OG, fitted_OG, scale_OG)
-    better_OG = _compute_error(W_OGK, (fitted_OG, zero_OG), bits, h_GK) < least_OG
+    better_OG = _compute_error(W_OGK, (fitted_OG, zero_OG), spacing, h_GK) < least_OG
     return torch.where(better_OG, fitted_OG, scale_OG), zero_OG

@@ -105,7 +105,7 @@ def _load_inputs(settings: AnalyzeSettings, recorder: Recorder, folder: Path) ->
     missing = tuple(name for name in settings.metrics if name not in known)
     judges = settings.validate or settings.sparsity_analysis
     text = judges or (bool(missing) and needs_text(missing))
-    cost = build_cost_model(model, settings, vocabulary) if text else None
+    cost = build_cost_model(model, settings, candidates, vocabulary) if text else None
     ledgers: list[Ledger] = []
     if settings.validate and cost is not None:
         # before the work, so that an unreachable target is refused at once

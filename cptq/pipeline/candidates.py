@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import AnalyzeSettings, CompressSettings, find_runtime, parse_sparsity
 from cptq.layouts.gguf import GGUF_LAYOUT
-from cptq.pipeline.scales import choose_scales
+from cptq.pipeline.grids import choose_grids
 from cptq.types import SUPER_SCALES, Candidate
 
 
@@ -33,9 +33,11 @@ def build_candidates(
         asymmetric=list_asymmetric_widths(settings),
         sparsity=settings.sparsity if bits is None else (),
     )
+    levels = settings.levels == "auto"
     if settings.scales == "16bit":
-        return tuple(c for c in named if runtime.choose_grid(c) == c)
-    chosen = map(runtime.choose_grid, choose_scales(model, named, runtime))
+        plain = [c for c in named if runtime.choose_grid(c) == c]
+        return choose_grids(model, plain, runtime, scales=False, levels=levels)
+    chosen = map(runtime.choose_grid, choose_grids(model, named, runtime, levels=levels))
     usual = bits is None and settings.bits == runtime.default_bits
     return tuple(c for c in chosen if not usual or _is_of_use(c, model))
 

@@ -138,7 +138,7 @@ def fit_plan(plan: Plan, model: LoadedModel, cost: CostModel) -> Plan:
 def fill_in_scales(
     table: SensitivityTable, options: Mapping[str, Sequence[Candidate]], emit: Emit
 ) -> SensitivityTable:
-    """Let a score stand for candidates that differ in how scales are stored alone.
+    """Let a score stand for candidates that differ in scales and spacing of levels alone.
 
     Which way that is depends on the runtime, and it hardly changes how units compare, so that one
     measurement serves several runtimes. What stands for what is said.
@@ -147,25 +147,24 @@ def fill_in_scales(
     stood: dict[str, str] = {}
     for unit, row in options.items():
         known = scores.get(unit, {})
-        alike = {_forget_scales(c): c for c in sorted(known, reverse=True)}
+        alike = {_forget_grid(c): c for c in sorted(known, reverse=True)}
         for candidate in row:
-            other = alike.get(_forget_scales(candidate))
+            other = alike.get(_forget_grid(candidate))
             if candidate not in known and other is not None:
                 known[candidate] = known[other]
                 stood[candidate.label] = other.label
     if not stood:
         return table
     pairs = ", ".join(f"{own} by that of {other}" for own, other in stood.items())
-    message = f"scales are stored in another way than when it was measured: {pairs}"
+    message = f"scales or levels are stored in another way than when it was measured: {pairs}"
     emit(Notice(kind="info", subject="--sensitivity", message=message))
     return replace(table, scores=scores)
 
 
-def _forget_scales(candidate: Candidate) -> Candidate:
-    """Return the candidate with 16-bit scales that takes about the same bytes."""
-    if not candidate.scales:
-        return candidate
-    return replace(candidate, scales="", group_size=2 * candidate.group_size)
+def _forget_grid(candidate: Candidate) -> Candidate:
+    """Return the candidate with 16-bit scales and even levels that takes about the same bytes."""
+    size = candidate.group_size * (2 if candidate.scales else 1)
+    return replace(candidate, scales="", levels="", group_size=size)
 
 
 def check_covers(

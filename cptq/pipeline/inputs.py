@@ -231,6 +231,7 @@ def _build_search_space(
         asymmetric=bool(list_asymmetric_widths(settings))
         or not all(choice.symmetric for _, choice in chosen),
         vocabulary=packed or (plan is None and _needs_packing(offered, runtime)),
+        uneven=any(choice.levels for choice in ([c for _, c in chosen] or candidates)),
     )
     rules = list_rules(settings.activation_sparsity, model)
     layout = _find_layout(form, rules)
@@ -468,7 +469,10 @@ def calibrate(
 
 
 def build_cost_model(
-    model: LoadedModel, settings: AnalyzeSettings, offered: Mapping[str, Sequence[Candidate]]
+    model: LoadedModel,
+    settings: AnalyzeSettings,
+    candidates: Sequence[Candidate],
+    offered: Mapping[str, Sequence[Candidate]],
 ) -> CostModel:
     """Return the cost model of the file that the runtime loads; `offered`: `offer_vocabulary`."""
     runtime = find_runtime(settings.runtime)
@@ -476,6 +480,7 @@ def build_cost_model(
         model.layers,
         asymmetric=settings.asymmetric,
         vocabulary=_needs_packing(offered, runtime),
+        uneven=any(candidate.levels for candidate in candidates),
     )
     layout = FORMATS.get(form).layout
     taken = _take_vocabulary(model, offered, layout, runtime, lambda event: None)

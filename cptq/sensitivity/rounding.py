@@ -24,6 +24,7 @@ from cptq.layouts.groups import resolve_group
 from cptq.layouts.packed import UNSTRUCTURED
 from cptq.numerics.float8 import round_to_float8
 from cptq.numerics.grid import Grid, dequantize, encode, fit_grid
+from cptq.numerics.levels import Spacing
 from cptq.numerics.masks import build_magnitude_mask, build_n_of_m_mask
 from cptq.types import Candidate, LayerSpec, Unit
 
@@ -73,7 +74,8 @@ class NearestRounding:
             return W_OI - round_to_float8(kept_OI, candidate.float8).to(W_OI.dtype)
         scale_OG, zero_OG = self._grid(kept_OI, spec, candidate)
         kept_OGK = kept_OI.reshape(*scale_OG.shape, -1)
-        codes_OGK = encode(kept_OGK, candidate.bits, scale_OG.to(W_OI.dtype), zero_OG)
+        spacing = Spacing(candidate.bits, candidate.levels)
+        codes_OGK = encode(kept_OGK, spacing, scale_OG.to(W_OI.dtype), zero_OG)
         return W_OI - dequantize(codes_OGK.view(W_OI.shape), scale_OG, zero_OG, dtype=W_OI.dtype)
 
     def forget_unit(self, unit: Unit) -> None:
@@ -91,6 +93,7 @@ class NearestRounding:
                 resolve_group(spec.shape[1], candidate.group_size),
                 symmetric=candidate.symmetric,
                 scale_dtype=get_scale_type(spec, candidate),
+                levels=candidate.levels,
             )
         return self._grids[key]
 

@@ -34,6 +34,7 @@ class Candidate:
     `bits` 16 keeps the unit dense. `group_size` 0 means one scale per output channel. `float8`
     stores 8-bit floats without scales, "e4m3" or "e5m2"; then `bits` is 8. `scales` names a narrow
     way to store scales (`numerics.scale_grids`, `numerics.super_scales`); empty: 16 bits each.
+    `levels` names a table of unevenly spaced levels (`layouts.levels`); empty: even spacing.
     `sparsity` is the share of zeros, `pattern` where they lie: "none", "unstructured", or "N:M".
     """
 
@@ -44,6 +45,7 @@ class Candidate:
     pattern: str = "none"
     float8: str = ""
     scales: str = ""
+    levels: str = ""
 
     @property
     def dense(self) -> bool:
@@ -63,14 +65,15 @@ class Candidate:
 
     @property
     def label(self) -> str:
-        """Short name: `w4g64`, `w4c` (per channel), `w3g64-asym`, `w4g32-row`, `w6g16-k`,
-        `w4c-s50`, `w16`, `w4c-2:4`, `f8e4m3`."""
+        """Short name: `w4g64`, `w4c` (per channel), `w3g64-asym`, `w4g32-row`,
+        `w4g32-nl-row`, `w4g32-iq4nl`, `w6g16-k`, `w4c-s50`, `w16`, `w4c-2:4`, `f8e4m3`."""
         if self.dense:
             return "w16"
         if self.float8:
             return f"f8{self.float8}"
         grid = f"w{self.bits}" + (f"g{self.group_size}" if self.group_size else "c")
         grid += "" if self.symmetric else "-asym"
+        grid += f"-{self.levels}" if self.levels else ""
         grid += f"-{self.scales}" if self.scales else ""
         if ":" in self.pattern:
             return f"{grid}-{self.pattern}"
@@ -88,13 +91,15 @@ class Candidate:
         if label in ("f8e4m3", "f8e5m2"):
             return cls(bits=8, float8=label.removeprefix("f8"))
         match = re.fullmatch(
-            r"w([2-8])(?:g(\d+)|c)(-asym)?(?:-(row|k|e4m3|e5m2))?(?:-s(\d+)|-(\d:\d))?", label
+            r"w([2-8])(?:g(\d+)|c)(-asym)?(?:-(nl|iq4nl))?(?:-(row|k|e4m3|e5m2))?"
+            r"(?:-s(\d+)|-(\d:\d))?",
+            label,
         )
-        if match is None or (match[6] and not _is_pattern(match[6])):
+        if match is None or (match[7] and not _is_pattern(match[7])):
             raise ValueError(
                 f"invalid candidate label {label!r} (valid: w4g64, w4c, w16, f8e4m3, ...)"
             )
-        bits, group, asym, scales, sparsity, pattern = match.groups()
+        bits, group, asym, levels, scales, sparsity, pattern = match.groups()
         return cls(
             bits=int(bits),
             group_size=int(group or 0),
@@ -102,6 +107,7 @@ class Candidate:
             sparsity=compute_share(pattern) if pattern else int(sparsity or 0) / 100,
             pattern=pattern or ("unstructured" if sparsity else "none"),
             scales=scales or "",
+            levels=levels or "",
         )
 
 

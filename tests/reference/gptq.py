@@ -62,8 +62,9 @@ def sweep(
     damping: float,
     zero_OG: Tensor | None = None,
     mask_OI: Tensor | None = None,
+    levels: tuple[int, ...] | None = None,
 ) -> Tensor:
-    """Codes (out, in) on fixed grids; masked weights become 0."""
+    """Codes (out, in) on fixed grids, or the nearest of `levels`; masked weights become 0."""
     W_OI, P_II = W_OI.double().clone(), inverse(damped(H_II, damping))
     codes_OI = torch.zeros_like(W_OI)
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -71,7 +72,12 @@ def sweep(
     for j in visiting_order(H_II):
         scale_O = scale_OG[:, j // group].double()
         zero_O = 0.0 * scale_O if zero_OG is None else zero_OG[:, j // group].double()
-        codes_OI[:, j] = ((W_OI[:, j] / scale_O).round() + zero_O).clamp(low, high)
+        if levels is None:
+            codes_OI[:, j] = ((W_OI[:, j] / scale_O).round() + zero_O).clamp(low, high)
+        else:
+            table = torch.tensor(levels, dtype=torch.float64)
+            far_OL = (W_OI[:, j, None] - scale_O[:, None] * table).abs()
+            codes_OI[:, j] = table[far_OL.argmin(1)]
         if mask_OI is not None:
             codes_OI[:, j] = torch.where(mask_OI[:, j], codes_OI[:, j], zero_O)
         gap_O = W_OI[:, j] - (codes_OI[:, j] - zero_O) * scale_O

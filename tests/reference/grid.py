@@ -1,4 +1,7 @@
-"""Symmetric grids by exhaustion: every code tried, every scale that can matter tried."""
+"""Symmetric grids by exhaustion: every level tried, every scale that can matter tried.
+
+Levels are the codes themselves, or a table of numbers in ascending order.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,12 @@ def all_codes(bits: int) -> range:
     return range(-(2 ** (bits - 1)), 2 ** (bits - 1))
 
 
-def nearest_codes(weights: Sequence[float], scale: float, bits: int) -> list[int]:
-    """For each weight the code whose value is nearest, by trying them all."""
-    return [min(all_codes(bits), key=lambda q, w=w: abs(w - q * scale)) for w in weights]
+def nearest_codes(
+    weights: Sequence[float], scale: float, bits: int, levels: Sequence[int] | None = None
+) -> list[int]:
+    """For each weight the level whose value is nearest, by trying them all."""
+    table = levels or all_codes(bits)
+    return [min(table, key=lambda q, w=w: abs(w - q * scale)) for w in weights]
 
 
 def squared_error(
@@ -24,17 +30,22 @@ def squared_error(
     return sum(h * (w - scale * q) ** 2 for w, q, h in rows)
 
 
-def least_error(weights: Sequence[float], bits: int, importance: Sequence[float]) -> float:
+def least_error(
+    weights: Sequence[float],
+    bits: int,
+    importance: Sequence[float],
+    levels: Sequence[int] | None = None,
+) -> float:
     """The least squared error of a group over all scales, of either sign.
 
-    The codes change only where a weight lies half way between two grid points, s = w / (q + 1/2).
-    Between two such scales they are constant and the best scale is a quotient of sums, so the
-    minimum over the intervals is the minimum.
+    The levels change only where a weight lies half way between two of them, s = w / (q + 1/2) on
+    even ones. Between two such scales they are constant and the best scale is a quotient of sums,
+    so the minimum over the intervals is the minimum.
     """
+    table = levels or all_codes(bits)
     best = sum(h * w * w for w, h in zip(weights, importance, strict=True))
-    for scale in _one_of_every_interval(weights, bits):
-        low, high = all_codes(bits)[0], all_codes(bits)[-1]
-        codes = [min(max(round(w / scale), low), high) for w in weights]
+    for scale in _one_of_every_interval(weights, table):
+        codes = nearest_codes(weights, scale, bits, table)
         norm = sum(h * q * q for q, h in zip(codes, importance, strict=True))
         if norm:
             rows = zip(weights, codes, importance, strict=True)
@@ -43,9 +54,9 @@ def least_error(weights: Sequence[float], bits: int, importance: Sequence[float]
     return best
 
 
-def _one_of_every_interval(weights: Sequence[float], bits: int) -> Iterator[float]:
-    halves = [q + 0.5 for q in all_codes(bits)[:-1]]
-    edges = sorted({w / half for w in weights for half in halves if w})
+def _one_of_every_interval(weights: Sequence[float], table: Sequence[int]) -> Iterator[float]:
+    halves = [(low + high) / 2 for low, high in pairwise(table)]
+    edges = sorted({w / half for w in weights for half in halves if w and half})
     for sign in (1.0, -1.0):
         inside = sorted(abs(edge) for edge in edges if edge * sign > 0)
         for low, high in pairwise([0.0, *inside]):

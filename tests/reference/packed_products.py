@@ -28,10 +28,15 @@ def weight(
     bits: int,
     inputs: int,
     group: int,
+    levels: tuple[int, ...] | None = None,
 ) -> Floats:
-    """The weight (out, in); `scale` holds numbers, or with `factor` words of 6-bit codes."""
+    """The weight (out, in); `scale` holds numbers, or with `factor` words of 6-bit codes.
+
+    `levels`: what a code stands for, where that is not the code itself.
+    """
     groups, middle = inputs // group, 2 ** (bits - 1)
-    q = read_stream(codes, bits, inputs) - middle
+    unsigned = read_stream(codes, bits, inputs)
+    q = unsigned - middle if levels is None else np.array(levels)[unsigned]
     z = 0 if zero is None else read_stream(zero, bits, groups) - middle
     s = scale.astype(np.float64)
     if factor is not None:

@@ -63,7 +63,16 @@ from cptq.numerics.super_scales import split_supers
 from cptq.types import CompressedLayer, Emit, ModelKind, TensorSpec
 
 #: llama.cpp's names for files of mostly one type; of Q3_K there are three, S that of Q3_K alone
-_FILE_TYPES = {"Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q3_K": 11, "Q6_K": 18}
+_FILE_TYPES = {
+    "Q4_0": 2,
+    "Q4_1": 3,
+    "Q8_0": 7,
+    "Q5_0": 8,
+    "Q5_1": 9,
+    "Q3_K": 11,
+    "Q6_K": 18,
+    "IQ4_NL": 25,
+}
 _WIDTHS = {"F32": 4, "F16": 2, "BF16": 2}
 
 

@@ -44,6 +44,7 @@ from cptq.layouts.packed import (
     resolve_candidate,
 )
 from cptq.layouts.safetensors_header import split_shards
+from cptq.numerics.levels import Spacing, to_codes, to_levels
 from cptq.numerics.packing import pack_rows, pack_values, unpack_rows, unpack_values
 from cptq.numerics.scale_grids import join_rows, split_rows
 from cptq.numerics.sparse import gather_codes, join_n_of_m, scatter_codes, split_n_of_m
@@ -185,10 +186,18 @@ def _check_mask(name: str, mask_OI: Tensor, shape: tuple[int, int], grid: Candid
 def _pack_codes(layer: CompressedLayer) -> Tensor:
     bits, grid = layer.result.candidate.bits, get_scheme(layer)
     if layer.mask is None:
-        return pack_rows(layer.codes, bits)
+        return pack_rows(_find_codes(layer, grid), bits)
     if grid.kept_of:
         return pack_rows(split_n_of_m(layer.codes, layer.mask, *grid.kept_of)[1], bits)
     return pack_rows(gather_codes(layer.codes, layer.mask).unsqueeze(0), bits)[0]
+
+
+def _find_codes(layer: CompressedLayer, grid: Candidate) -> Tensor:
+    """Return the codes of a weight that has all of them."""
+    try:
+        return to_codes(layer.codes, Spacing(grid.bits, grid.levels))
+    except ValueError as error:
+        raise ArtifactError(f"{layer.spec.name}: {error}") from error
 
 
 def _pack_zero(layer: CompressedLayer) -> Tensor:
@@ -243,10 +252,13 @@ def _unpack_layer(
         scale = join_rows(unpack_rows(scale, ROW_BITS, groups), values["weight_factor"])
     zero = values.get("weight_zero")
     codes, mask = _unpack_sparse_codes(spec, grid, values)
+    if codes is None:
+        stored = unpack_rows(values["weight"], grid.bits, inputs)
+        codes = to_levels(stored, Spacing(grid.bits, grid.levels))
     return CompressedLayer(
         spec=spec,
         result=result,
-        codes=codes if codes is not None else unpack_rows(values["weight"], grid.bits, inputs),
+        codes=codes,
         scale=scale,
         zero=None if zero is None else unpack_rows(zero, grid.bits, scale.shape[1]),
         mask=mask,

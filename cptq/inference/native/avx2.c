@@ -10,7 +10,8 @@
  * vpmaddubsw and vpmaddwd give 32-bit sums of 4 * planes neighbouring inputs per lane, exactly: no
  * sum of 16 bits can overflow, as (2^b - 1) 127 * 2 * planes < 2^15 for b < 8. Codes of 8 bits are
  * made signed and multiplied as |w| and sign(w) x. One fused multiply-add per register takes a sum
- * to float32 with the product of both scales. What unsigned codes add is taken off once per row:
+ * to float32 with the product of both scales. Codes that stand for levels are looked up by a byte
+ * shuffle per 16 levels and multiplied as |w| and sign(w) x, too. What unsigned codes add is taken off once per row:
  * sum_g s_g v_g (sum over group g of a q). The method is ggml's (Q4_0 x Q8_0), the layout is not.
  *
  * Prompts (many tokens): 16 rows by 512 inputs are unpacked into bytes, four inputs of each of 16
@@ -49,10 +50,30 @@
 
 /* ---- units and planes ----------------------------------------------------------------------- */
 
-static inline int count_planes(int bits) { return bits == 2 ? 4 : bits < 5 ? 2 : 1; }
+/* How codes are read: their bits, and whether they stand for levels, whose sizes are up to 64 (2
+ * bits: 32; NARROW) or up to 127 (WIDE). */
+#define NARROW 16
+#define WIDE 32
+#define BITS(kind) ((kind) & 15)
+/* bytes of a plane are signed, so they are multiplied by their sizes and their signs */
+#define IS_SIGNED(kind) ((kind) >= 8)
+
+static inline int count_planes(int kind) { return BITS(kind) == 2 ? 4 : BITS(kind) < 5 ? 2 : 1; }
 
 /* bytes that hold 32 units */
-static inline int unit_bytes(int bits) { return 4 * bits * count_planes(bits); }
+static inline int unit_bytes(int kind) { return 4 * BITS(kind) * count_planes(kind); }
+
+static int find_kind(const cptq_weight *w)
+{
+    int most = 0;
+    for (int k = 0; w->levels && k < 1 << w->bits; k++) {
+        int size = w->levels[k] < 0 ? -w->levels[k] : w->levels[k];
+        most = size > most ? size : most;
+    }
+    if (!w->levels)
+        return w->bits;
+    return w->bits | (most <= (w->bits == 2 ? 32 : 64) ? NARROW : WIDE);
+}
 
 /* bytes first.. of each quad of units in a half of the register; the fourth may be absent */
 INLINE __m256i make_shuffle(int a, int b, int c, int d, int shift, int width)
@@ -120,6 +141,45 @@ INLINE void part_planes(int bits, __m256i units, __m256i *plane)
     plane[0] = _mm256_and_si256(units, mask);
     for (int p = 1; p < count_planes(bits); p++)
         plane[p] = _mm256_and_si256(_mm256_srli_epi16(units, p * bits), mask);
+}
+
+/* sixteen levels in each half of a register, and so on: what a byte shuffle looks up */
+typedef struct {
+    __m256i part[4];
+} level_table;
+
+INLINE level_table read_levels(int kind, const int8_t *levels)
+{
+    level_table table;
+    int8_t some[64] = {0};
+    memcpy(some, levels, (size_t)1 << BITS(kind));
+    for (int k = 0; k < 4; k++)
+        table.part[k] =
+            _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i *)(some + 16 * k)));
+    return table;
+}
+
+/* the levels of codes; a shuffle uses four bits, the others choose among its results */
+INLINE __m256i look_up(int bits, __m256i code, const level_table *table)
+{
+    __m256i found = _mm256_shuffle_epi8(table->part[0], code);
+    if (bits < 5)
+        return found;
+    __m256i fifth = _mm256_slli_epi16(code, 3);
+    found = _mm256_blendv_epi8(found, _mm256_shuffle_epi8(table->part[1], code), fifth);
+    if (bits == 5)
+        return found;
+    __m256i upper = _mm256_blendv_epi8(_mm256_shuffle_epi8(table->part[2], code),
+                                       _mm256_shuffle_epi8(table->part[3], code), fifth);
+    return _mm256_blendv_epi8(found, upper, _mm256_slli_epi16(code, 2));
+}
+
+/* what is multiplied, by plane: codes or levels */
+INLINE void part_values(int kind, __m256i units, const level_table *table, __m256i *plane)
+{
+    part_planes(BITS(kind), units, plane);
+    for (int p = 0; kind >= NARROW && p < count_planes(kind); p++)
+        plane[p] = look_up(BITS(kind), plane[p], table);
 }
 
 /* block `b` of a row, whose last block may be a part of one: then a copy with zeros behind it */
@@ -492,28 +552,40 @@ static int64_t choose_distance(int64_t row_bytes)
     return rows < FAR_AHEAD ? rows : FAR_AHEAD;
 }
 
+/* 16-bit sums of products of two neighbours */
+INLINE __m256i multiply_pairs(int kind, __m256i plane, __m256i x)
+{
+    if (IS_SIGNED(kind))
+        return _mm256_maddubs_epi16(_mm256_abs_epi8(plane), _mm256_sign_epi8(x, plane));
+    return _mm256_maddubs_epi16(plane, x);
+}
+
 /* 32-bit sums of a block's products */
-INLINE __m256i multiply_block(int bits, const __m256i *plane, const int8_t *q)
+INLINE __m256i multiply_block(int kind, const __m256i *plane, const int8_t *q)
 {
     const __m256i ones = _mm256_set1_epi16(1);
-    __m256i sum = _mm256_setzero_si256();
-    for (int p = 0; p < count_planes(bits); p++) {
+    __m256i sum = _mm256_setzero_si256(), wide = sum;
+    for (int p = 0; p < count_planes(kind); p++) {
         __m256i x = _mm256_load_si256((const __m256i *)(q + 32 * p));
-        __m256i pairs = bits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(plane[p]),
-                                                         _mm256_sign_epi8(x, plane[p]))
-                                  : _mm256_maddubs_epi16(plane[p], x);
-        sum = p ? _mm256_add_epi16(sum, pairs) : pairs;
+        __m256i pairs = multiply_pairs(kind, plane[p], x);
+        if (kind & WIDE) /* two do not fit into 16 bits */
+            wide = _mm256_add_epi32(wide, _mm256_madd_epi16(pairs, ones));
+        else
+            sum = p ? _mm256_add_epi16(sum, pairs) : pairs;
     }
-    return _mm256_madd_epi16(sum, ones);
+    return kind & WIDE ? wide : _mm256_madd_epi16(sum, ones);
 }
 
 /* `rows` rows by `tokens` tokens: sums by lane, without the correction */
-INLINE void run_strip(int bits, int rows, int tokens, const cptq_weight *w, const input_layout *in,
+INLINE void run_strip(int kind, int rows, int tokens, const cptq_weight *w, const input_layout *in,
                       schedule plan, const uint8_t *codes, const row_parts *parts,
                       const char *input, __m256 *sum)
 {
-    int size = unit_bytes(bits), planes = count_planes(bits);
+    int size = unit_bytes(kind), planes = count_planes(kind);
     int64_t row_bytes = w->code_words * 4, whole = row_bytes / size;
+    level_table table;
+    if (kind >= NARROW)
+        table = read_levels(kind, w->levels);
     const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
     /* the scale of a lane, among 4 or 8 that are loaded: lane * spread / 8 */
     const __m256i index = _mm256_srli_epi32(
@@ -543,11 +615,11 @@ INLINE void run_strip(int bits, int rows, int tokens, const cptq_weight *w, cons
                 const uint8_t *at = b < whole ? codes + r * row_bytes + b * size : copy[r];
                 __m256i plane[4];
                 _mm_prefetch((const char *)at + ahead, _MM_HINT_T0);
-                part_planes(bits, load_units(bits, at), plane);
+                part_values(kind, load_units(BITS(kind), at), &table, plane);
                 for (int t = 0; t < tokens; t++) {
                     const char *token = input + (size_t)t * in->bytes;
                     __m256i dot =
-                        multiply_block(bits, plane, (const int8_t *)token + 32 * planes * b);
+                        multiply_block(kind, plane, (const int8_t *)token + 32 * planes * b);
                     __m256 by = _mm256_load_ps((const float *)(token + in->lanes) + 8 * b);
                     sum[r * tokens + t] = _mm256_fmadd_ps(
                         _mm256_cvtepi32_ps(dot), _mm256_mul_ps(scale[r], by), sum[r * tokens + t]);
@@ -557,7 +629,7 @@ INLINE void run_strip(int bits, int rows, int tokens, const cptq_weight *w, cons
     }
 }
 
-INLINE void finish_strip(int bits, int rows, int tokens, const cptq_weight *w,
+INLINE void finish_strip(int kind, int rows, int tokens, const cptq_weight *w,
                          const input_layout *in, const row_parts *parts, const char *input,
                          const __m256 *sum, const float *bias, float *y, int64_t stride)
 {
@@ -567,36 +639,42 @@ INLINE void finish_strip(int bits, int rows, int tokens, const cptq_weight *w,
             const float *scale = parts->scale + r * in->groups;
             const float *zero = w->zero ? parts->zero + r * in->groups : NULL;
             __m256 all = sum[r * tokens + t];
-            if (zero || bits < 8)
-                all = _mm256_fnmadd_ps(_mm256_set1_ps(zero ? 1.0f : (float)(1 << (bits - 1))),
+            if (zero || !IS_SIGNED(kind))
+                all = _mm256_fnmadd_ps(_mm256_set1_ps(zero ? 1.0f : (float)(1 << (kind - 1))),
                                        correct(scale, zero, totals, in->groups), all);
             y[t * stride + r] = add_lanes(all) + (bias ? bias[r] : 0.0f);
         }
 }
 
-#define STRIP(bits, rows, tokens)                                                                   \
-    static AVX2 __attribute__((noinline)) void strip_##bits##_##rows##_##tokens(                    \
+#define STRIP(name, kind, rows, tokens)                                                             \
+    static AVX2 __attribute__((noinline)) void strip_##name##_##rows##_##tokens(                    \
         const cptq_weight *w, const input_layout *in, schedule plan, const uint8_t *codes,          \
         const row_parts *parts, const char *input, const float *bias, float *y, int64_t stride)     \
     {                                                                                               \
         __m256 sum[(rows) * (tokens)];                                                              \
-        run_strip(bits, rows, tokens, w, in, plan, codes, parts, input, sum);                       \
-        finish_strip(bits, rows, tokens, w, in, parts, input, sum, bias, y, stride);                \
+        run_strip(kind, rows, tokens, w, in, plan, codes, parts, input, sum);                       \
+        finish_strip(kind, rows, tokens, w, in, parts, input, sum, bias, y, stride);                \
     }
-#define STRIPS(bits) STRIP(bits, 4, 1) STRIP(bits, 1, 1) STRIP(bits, 1, 2) STRIP(bits, 1, 4)
+#define STRIPS(name, kind)                                                                          \
+    STRIP(name, kind, 4, 1) STRIP(name, kind, 1, 1) STRIP(name, kind, 1, 2) STRIP(name, kind, 1, 4)
 
-STRIPS(2) STRIPS(3) STRIPS(4) STRIPS(5) STRIPS(6) STRIPS(7) STRIPS(8)
+/* all kinds: X(name, kind) */
+#define KINDS(X)                                                                                    \
+    X(2, 2) X(3, 3) X(4, 4) X(5, 5) X(6, 6) X(7, 7) X(8, 8)                                         \
+    X(2n, 2 | NARROW) X(3n, 3 | NARROW) X(4n, 4 | NARROW) X(5n, 5 | NARROW) X(6n, 6 | NARROW)       \
+    X(2w, 2 | WIDE) X(3w, 3 | WIDE) X(4w, 4 | WIDE) X(5w, 5 | WIDE) X(6w, 6 | WIDE)
+
+KINDS(STRIPS)
 
 typedef void (*strip)(const cptq_weight *, const input_layout *, schedule, const uint8_t *,
                       const row_parts *, const char *, const float *, float *, int64_t);
-#define LIST(bits) {strip_##bits##_4_1, strip_##bits##_1_1, strip_##bits##_1_2, strip_##bits##_1_4}
-static const strip strips[9][4] = {
-    {0}, {0}, LIST(2), LIST(3), LIST(4), LIST(5), LIST(6), LIST(7), LIST(8),
-};
+#define LIST(name, kind)                                                                            \
+    [kind] = {strip_##name##_4_1, strip_##name##_1_1, strip_##name##_1_2, strip_##name##_1_4},
+static const strip strips[WIDE + 8][4] = {KINDS(LIST)};
 enum { FOUR_ROWS, ONE_TOKEN, TWO_TOKENS, FOUR_TOKENS };
 
 /* rows [row, row + rows) for all tokens, `rows` at most ROWS */
-static void multiply_rows(const cptq_weight *w, const input_layout *in, schedule plan,
+static void multiply_rows(const cptq_weight *w, const input_layout *in, int kind, schedule plan,
                           const char *input, int64_t tokens, const float *bias, float *y,
                           int64_t stride, int64_t row, int rows, void *scratch)
 {
@@ -605,7 +683,7 @@ static void multiply_rows(const cptq_weight *w, const input_layout *in, schedule
     read_zeros(w, row, rows, w->bits == 8 ? 128.0f : 0.0f, parts);
     if (plan.spread < 0)
         fill_lanes(w, in, rows, parts);
-    const strip *run = strips[w->bits];
+    const strip *run = strips[kind];
     const uint8_t *codes = (const uint8_t *)(w->codes + row * w->code_words);
     bias = bias ? bias + row : NULL;
     y += row;
@@ -652,20 +730,37 @@ static void multiply(const cptq_weight *w, const input_layout *in, const char *i
         return;
     }
     schedule plan = plan_scales(w, in);
+    int kind = find_kind(w);
     int tiled = tokens >= TILE_TOKENS && (w->group == w->in || w->group % 16 == 0);
     for (int64_t i = first; i < last;) {
         if (tiled && last - i >= TILE_ROWS) {
-            multiply_tile(w, in, input, tokens, bias, y, stride, i, scratch);
+            multiply_tile(w, in, kind, input, tokens, bias, y, stride, i, scratch);
             i += TILE_ROWS;
             continue;
         }
         int rows = last - i < ROWS ? (int)(last - i) : ROWS;
-        multiply_rows(w, in, plan, input, tokens, bias, y, stride, i, rows, scratch);
+        multiply_rows(w, in, kind, plan, input, tokens, bias, y, stride, i, rows, scratch);
         i += rows;
     }
 }
 
 /* ---- float32 ---------------------------------------------------------------------------------- */
+
+/* The bytes of a row in natural order, from which the middle or a zero point is to be subtracted;
+ * up to 127 bytes behind them are written. */
+AVX2 static void unpack_bytes(const cptq_weight *w, int64_t row, uint8_t *out)
+{
+    unpack_natural(w->bits, w->codes + row * w->code_words, w->in, out);
+    if (!w->levels)
+        return;
+    level_table table = read_levels(w->bits, w->levels);
+    for (int64_t j = 0; j < w->in; j += 32) {
+        __m256i code = _mm256_loadu_si256((const __m256i *)(out + j));
+        __m256i level = look_up(MOST_LEVEL_BITS, code, &table);
+        _mm256_storeu_si256((__m256i *)(out + j),
+                            _mm256_xor_si256(level, _mm256_set1_epi8((char)LEVEL_MIDDLE)));
+    }
+}
 
 AVX2 static void dequantize(const cptq_weight *w, int64_t row, float *out, void *scratch)
 {
@@ -673,8 +768,8 @@ AVX2 static void dequantize(const cptq_weight *w, int64_t row, float *out, void 
     read_scales(w, row, 1, parts);
     read_zeros(w, row, 1, 0.0f, parts);
     const uint8_t *bytes = parts.bytes;
-    unpack_natural(w->bits, w->codes + row * w->code_words, w->in, parts.bytes);
-    float middle = (float)(1 << (w->bits - 1));
+    unpack_bytes(w, row, parts.bytes);
+    float middle = (float)find_middle(w);
     for (int64_t g = 0, j = 0; g < count_groups(w); g++) {
         float zero = w->zero ? parts.zero[g] : middle, scale = parts.scale[g];
         int64_t last = j + w->group;
@@ -700,7 +795,7 @@ INLINE void multiply_floats(int tokens, int width, const cptq_weight *w, const r
     for (int64_t g = 0, j = 0; g < count_groups(w); g++) {
         __m256 scale = _mm256_broadcast_ss(row->scale + g);
         __m256 zero =
-            _mm256_set1_ps(w->zero ? row->zero[g] : (float)(1 << (w->bits - 1)));
+            _mm256_set1_ps(w->zero ? row->zero[g] : (float)find_middle(w));
         for (int k = 0; k < tokens * parts; k++)
             part[k] = _mm256_setzero_ps();
         for (int64_t last = j + w->group; j < last; j += width)
@@ -735,7 +830,7 @@ AVX2 static void multiply_exact(const cptq_weight *w, const char *x, size_t x_st
         int64_t t = 0;
         read_scales(w, i, 1, row);
         read_zeros(w, i, 1, 0.0f, row);
-        unpack_natural(w->bits, w->codes + i * w->code_words, w->in, row.bytes);
+        unpack_bytes(w, i, row.bytes);
         for (; t + 4 <= tokens; t += 4)
             multiply_floats(4, 16, w, &row, x + (size_t)t * x_stride, x_stride, add,
                             to + t * stride, stride);

@@ -1,7 +1,13 @@
 /* Part of avx2.c: products with many tokens, by tiles of 16 rows and 512 inputs. */
 
 /* products that fit into one sum of 16 bits */
-static inline int count_sums(int bits) { return bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1; }
+static inline int count_sums(int kind)
+{
+    int bits = BITS(kind);
+    if (kind & NARROW)
+        return bits == 2 ? 4 : 2;
+    return kind & WIDE ? 1 : bits <= 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
+}
 
 typedef struct {
     uint8_t *codes;     /* [inputs / 4][16 rows][4 inputs], in the order of the activations */
@@ -31,19 +37,21 @@ INLINE void transpose(__m256i *r)
     }
 }
 
-INLINE void unpack_tile(int bits, const uint8_t *codes, int64_t row_bytes, int64_t block,
-                        int64_t blocks, uint8_t *out)
+INLINE void unpack_tile(int kind, const int8_t *levels, const uint8_t *codes, int64_t row_bytes,
+                        int64_t block, int64_t blocks, uint8_t *out)
 {
-    int size = unit_bytes(bits), planes = count_planes(bits);
+    int size = unit_bytes(kind), planes = count_planes(kind);
     uint8_t copy[32];
+    level_table table;
+    if (kind >= NARROW)
+        table = read_levels(kind, levels);
     for (int64_t b = 0; b < blocks; b++)
         for (int half = 0; half < 2; half++) {
             __m256i plane[8][4], lane[8];
             for (int r = 0; r < 8; r++) {
                 const uint8_t *row = codes + (8 * half + r) * row_bytes;
-                part_planes(bits,
-                            load_units(bits, find_block(row, row_bytes, block + b, size, copy)),
-                            plane[r]);
+                const uint8_t *at = find_block(row, row_bytes, block + b, size, copy);
+                part_values(kind, load_units(BITS(kind), at), &table, plane[r]);
             }
             for (int p = 0; p < planes; p++) {
                 for (int r = 0; r < 8; r++)
@@ -57,10 +65,10 @@ INLINE void unpack_tile(int bits, const uint8_t *codes, int64_t row_bytes, int64
 }
 
 /* one step (16 or 32 inputs, `units` of four) of 16 rows for some tokens */
-INLINE void multiply_step(int bits, int tokens, int units, const uint8_t *codes, const char *input,
+INLINE void multiply_step(int kind, int tokens, int units, const uint8_t *codes, const char *input,
                           size_t bytes, __m256i (*dot)[2])
 {
-    const int planes = count_planes(bits), most = count_sums(bits);
+    const int planes = count_planes(kind), most = count_sums(kind);
     const __m256i ones = _mm256_set1_epi16(1);
     __m256i pairs[4][2], zero = _mm256_setzero_si256();
     int per = units / planes; /* lanes of a plane that belong to the step */
@@ -76,10 +84,7 @@ INLINE void multiply_step(int bits, int tokens, int units, const uint8_t *codes,
             memcpy(&four, input + (size_t)t * bytes + 4 * at, 4);
             __m256i x = _mm256_set1_epi32(four);
             UNROLL for (int h = 0; h < 2; h++) {
-                __m256i product =
-                    bits == 8 ? _mm256_maddubs_epi16(_mm256_abs_epi8(row[h]),
-                                                     _mm256_sign_epi8(x, row[h]))
-                              : _mm256_maddubs_epi16(row[h], x);
+                __m256i product = multiply_pairs(kind, row[h], x);
                 pairs[t][h] = u % most ? _mm256_add_epi16(pairs[t][h], product) : product;
                 KEEP(pairs[t][h]);
                 if (u % most == most - 1 || u == units - 1) {
@@ -93,16 +98,16 @@ INLINE void multiply_step(int bits, int tokens, int units, const uint8_t *codes,
 }
 
 /* a tile times some tokens, added to sum[token][16 rows] */
-INLINE void run_tile(int bits, int tokens, int units, const tile *from, const input_layout *in,
+INLINE void run_tile(int kind, int tokens, int units, const tile *from, const input_layout *in,
                      const char *input, float *sum)
 {
-    const int planes = count_planes(bits), per_block = 8 * planes / units;
+    const int planes = count_planes(kind), per_block = 8 * planes / units;
     const int lanes = 8 / per_block; /* lanes of a block that a step takes */
     for (int64_t k = 0; k < from->steps; k++) {
         int64_t b = k / per_block, block = from->block + b;
         int first = (int)(k % per_block) * lanes;
         __m256i dot[4][2];
-        multiply_step(bits, tokens, units, from->codes + b * planes * 512 + 64 * first,
+        multiply_step(kind, tokens, units, from->codes + b * planes * 512 + 64 * first,
                       input + block * 32 * planes + 4 * first, in->bytes, dot);
         UNROLL for (int t = 0; t < tokens; t++) {
             const char *token = input + (size_t)t * in->bytes;
@@ -120,35 +125,34 @@ INLINE void run_tile(int bits, int tokens, int units, const tile *from, const in
     }
 }
 
-#define TILE(bits)                                                                                  \
-    static AVX2 __attribute__((noinline)) void tile_##bits(                                         \
-        const uint8_t *codes, int64_t row_bytes, int64_t blocks, const tile *to,                    \
-        const input_layout *in, const char *input, int64_t tokens, float *sum)                      \
+#define TILE(name, kind)                                                                            \
+    static AVX2 __attribute__((noinline)) void tile_##name(                                         \
+        const int8_t *levels, const uint8_t *codes, int64_t row_bytes, int64_t blocks,              \
+        const tile *to, const input_layout *in, const char *input, int64_t tokens, float *sum)      \
     {                                                                                               \
         int64_t t = 0;                                                                              \
-        unpack_tile(bits, codes, row_bytes, to->block, blocks, to->codes);                          \
+        unpack_tile(kind, levels, codes, row_bytes, to->block, blocks, to->codes);                  \
         for (; in->step == CHUNK && t + 4 <= tokens; t += 4)                                        \
-            run_tile(bits, 4, 8, to, in, input + (size_t)t * in->bytes, sum + 16 * t);              \
+            run_tile(kind, 4, 8, to, in, input + (size_t)t * in->bytes, sum + 16 * t);              \
         for (; in->step == CHUNK && t < tokens; t++)                                                \
-            run_tile(bits, 1, 8, to, in, input + (size_t)t * in->bytes, sum + 16 * t);              \
+            run_tile(kind, 1, 8, to, in, input + (size_t)t * in->bytes, sum + 16 * t);              \
         for (; t + 4 <= tokens; t += 4)                                                             \
-            run_tile(bits, 4, 4, to, in, input + (size_t)t * in->bytes, sum + 16 * t);              \
+            run_tile(kind, 4, 4, to, in, input + (size_t)t * in->bytes, sum + 16 * t);              \
         for (; t < tokens; t++)                                                                     \
-            run_tile(bits, 1, 4, to, in, input + (size_t)t * in->bytes, sum + 16 * t);              \
+            run_tile(kind, 1, 4, to, in, input + (size_t)t * in->bytes, sum + 16 * t);              \
     }
 
-TILE(2) TILE(3) TILE(4) TILE(5) TILE(6) TILE(7) TILE(8)
+KINDS(TILE)
 
-typedef void (*tile_product)(const uint8_t *, int64_t, int64_t, const tile *, const input_layout *,
-                             const char *, int64_t, float *);
-static const tile_product tiles[9] = {
-    0, 0, tile_2, tile_3, tile_4, tile_5, tile_6, tile_7, tile_8,
-};
+typedef void (*tile_product)(const int8_t *, const uint8_t *, int64_t, int64_t, const tile *,
+                             const input_layout *, const char *, int64_t, float *);
+#define TILE_OF(name, kind) [kind] = tile_##name,
+static const tile_product tiles[WIDE + 8] = {KINDS(TILE_OF)};
 
 /* the scales of a tile's steps, and those times what is subtracted, rows side by side */
 static void spread_scales(const cptq_weight *w, const input_layout *in, row_parts parts, tile *to)
 {
-    float middle = w->bits == 8 ? 0.0f : (float)(1 << (w->bits - 1));
+    float middle = w->bits == 8 || w->levels ? 0.0f : (float)(1 << (w->bits - 1));
     for (int64_t k = 0; k < to->steps; k++) {
         int64_t g = (to->step + k) * in->step / w->group;
         for (int r = 0; r < TILE_ROWS; r++) {
@@ -162,7 +166,8 @@ static void spread_scales(const cptq_weight *w, const input_layout *in, row_part
 }
 
 /* rows [row, row + 16) for all tokens */
-static void multiply_tile(const cptq_weight *w, const input_layout *in, const char *input,
+static void multiply_tile(const cptq_weight *w, const input_layout *in, int kind,
+                          const char *input,
                           int64_t tokens, const float *bias, float *y, int64_t stride, int64_t row,
                           void *scratch)
 {
@@ -179,7 +184,7 @@ static void multiply_tile(const cptq_weight *w, const input_layout *in, const ch
         int64_t count = in->blocks - b < blocks ? in->blocks - b : blocks;
         tile to = {codes, scale, zero, b * size / in->step, count * size / in->step, b};
         spread_scales(w, in, parts, &to);
-        tiles[w->bits](from, w->code_words * 4, count, &to, in, input, tokens, sum);
+        tiles[kind](w->levels, from, w->code_words * 4, count, &to, in, input, tokens, sum);
     }
     for (int64_t t = 0; t < tokens; t++)
         for (int r = 0; r < TILE_ROWS; r++)

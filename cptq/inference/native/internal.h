@@ -11,6 +11,10 @@
 #define CHUNK 32
 /* bits of the codes of row scales */
 #define ROW_BITS 6
+/* most bits of codes that stand for levels of a table */
+#define MOST_LEVEL_BITS 6
+/* what makes bytes of levels, as float32 products read them */
+#define LEVEL_MIDDLE 128
 /* rows that a large product computes together, see avx2.c */
 #define TILE_ROWS 16
 /* |x| below this many times 127 is 0 in 8 bits: the inverse of its scale would overflow */
@@ -63,6 +67,12 @@ int64_t cptq_widen_float8_avx2(const uint8_t *x, float *y, int64_t n, int e4m3);
 static inline size_t pad64(size_t bytes) { return (bytes + 63) & ~(size_t)63; }
 
 static inline int64_t count_groups(const cptq_weight *w) { return w->group ? w->in / w->group : 0; }
+
+/* what is subtracted from the unsigned bytes of a weight without zero points */
+static inline int find_middle(const cptq_weight *w)
+{
+    return w->levels ? LEVEL_MIDDLE : 1 << (w->bits - 1);
+}
 
 /* bytes of the scales, zero points and unpacked bytes of one row */
 static inline size_t row_scratch(const cptq_weight *w)

@@ -16,11 +16,13 @@ import torch
 from torch import Tensor
 
 from cptq.inference.operations import PackedWeight
+from cptq.layouts.levels import get_levels
+from cptq.types import Candidate
 
 #: where setuptools places the library
 FOLDER = Path(__file__).parent
 #: CPTQ_ABI_VERSION of packed.h
-ABI_VERSION = 3
+ABI_VERSION = 4
 #: codes of enum cptq_type
 TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ROW_CODES = 3
@@ -47,6 +49,7 @@ class WeightStruct(ctypes.Structure):
         ("zero", ctypes.c_void_p),
         ("scale_words", ctypes.c_int64),
         ("zero_words", ctypes.c_int64),
+        ("levels", ctypes.c_void_p),
     )
 
 
@@ -137,10 +140,22 @@ def describe_weight(weight: PackedWeight) -> WeightStruct:
         zero=None if weight.zero is None else _find(weight.zero),
         scale_words=weight.scale.shape[1] if rows else 0,
         zero_words=0 if weight.zero is None else weight.zero.shape[1],
+        levels=_find_levels(weight.scheme),
     )
     if out and load_library().cptq_check(ctypes.byref(struct)):
         raise ValueError(f"the tensors of a packed weight do not fit {weight.scheme.label}")
     return struct
+
+
+def _find_levels(scheme: Candidate) -> int | None:
+    return ctypes.addressof(_copy_levels(scheme.levels, scheme.bits)) if scheme.levels else None
+
+
+@cache
+def _copy_levels(kind: str, bits: int) -> ctypes.Array[ctypes.c_int8]:
+    """Return a table in memory that stays."""
+    table = get_levels(kind, bits)
+    return (ctypes.c_int8 * len(table))(*table)
 
 
 def describe_dense(weight: Tensor) -> Projection:

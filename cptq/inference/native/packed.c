@@ -41,6 +41,8 @@ int cptq_check(const cptq_weight *w)
         return CPTQ_EWEIGHT;
     if (!w->codes || !w->scale || w->code_words != count_words(w->in, w->bits))
         return CPTQ_EWEIGHT;
+    if (w->levels && (w->bits > MOST_LEVEL_BITS || w->zero))
+        return CPTQ_EWEIGHT;
     if (w->zero && w->zero_words != count_words(count_groups(w), w->bits))
         return CPTQ_EWEIGHT;
     if (w->scale_type != CPTQ_ROW_CODES)

@@ -24,13 +24,14 @@ extern "C" {
 #endif
 
 /* grows when a struct or a meaning below changes */
-#define CPTQ_ABI_VERSION 3
+#define CPTQ_ABI_VERSION 4
 
 enum cptq_type { CPTQ_F32 = 0, CPTQ_F16 = 1, CPTQ_BF16 = 2, CPTQ_ROW_CODES = 3 };
 enum cptq_error { CPTQ_EWEIGHT = -1, CPTQ_EMEMORY = -2, CPTQ_EINDEX = -3 };
 
 /* A weight (out, in). The weight of input j in row i is (u - v) s: u is value j of the bitstream of
- * row i, v the group's value in `zero` (without one 2^(bits - 1)), s the group's scale. */
+ * row i, v the group's value in `zero` (without one 2^(bits - 1)), s the group's scale. With `levels`
+ * it is levels[u] s. */
 typedef struct {
     int32_t bits;  /* 2..8 */
     int32_t group; /* inputs of a group, a divisor of `in`; `in` itself per channel */
@@ -43,6 +44,7 @@ typedef struct {
     const void *factor;  /* out numbers, or NULL */
     const uint32_t *zero; /* out rows of zero_words words, or NULL */
     int64_t scale_words, zero_words;
+    const int8_t *levels; /* 2^bits of them in -127..127, at most 6 bits and no `zero`; or NULL */
 } cptq_weight;
 
 int cptq_abi_version(void);

@@ -4,7 +4,7 @@
  *
  * A part is a run of inputs within one group g of the weight and one chunk c of 32 activations; u
  * are the unsigned codes, v the zero point (or 2^(b-1)), s the scale, q the 8-bit activations and a
- * their scale. The inner sums are integers and exact. Activations are rounded to the nearest of 127
+ * their scale. Of a weight with levels, u is the level plus 128 and v is 128. The inner sums are integers and exact. Activations are rounded to the nearest of 127
  * steps of the chunk's largest |x| (as Q8_0 of ggml does). Cost: O(out in) to unpack, once for all
  * tokens, and O(out in tokens) multiplications, in loops that compilers can vectorize. Limits: a
  * row is unpacked to one byte a weight, in the scratch memory. Little-endian machines only, as the
@@ -57,7 +57,7 @@ static void read_scales(const cptq_weight *w, int64_t row, row_parts parts)
         parts.scale[g] = w->scale_type == CPTQ_ROW_CODES
                              ? (float)((int)read_value(codes, ROW_BITS, g) - 32) * factor
                              : read_number(w->scale, w->scale_type, row * groups + g);
-        parts.zero[g] = (float)(zeros ? read_value(zeros, w->bits, g) : 1u << (w->bits - 1));
+        parts.zero[g] = zeros ? (float)read_value(zeros, w->bits, g) : (float)find_middle(w);
     }
 }
 
@@ -65,6 +65,8 @@ static row_parts read_row(const cptq_weight *w, int64_t row, void *scratch)
 {
     row_parts parts = divide_scratch(w, scratch);
     unpack_row(w->codes + row * w->code_words, w->bits, w->in, parts.codes);
+    for (int64_t j = 0; w->levels && j < w->in; j++)
+        parts.codes[j] = (uint8_t)(w->levels[parts.codes[j]] + LEVEL_MIDDLE);
     read_scales(w, row, parts);
     return parts;
 }

@@ -30,7 +30,8 @@ ASYMMETRIC = tuple(f"{label}-asym" for label in SYMMETRIC)
 SPARSE = ("w4g16-s50", "w8c-s75", "w3c-asym-s60", "w2g16-s30")
 TWO_FOUR = ("w4g16-2:4", "w8c-2:4", "w3c-asym-2:4")
 ROW = ("w4g16-row", "w3g8-row", "w6g24-row")
-EVERYTHING = SYMMETRIC + ASYMMETRIC + SPARSE + TWO_FOUR + ROW
+UNEVEN = ("w2g16-nl", "w3g8-nl-row", "w4g16-nl-row", "w5c-nl", "w6g24-nl", "w4g32-iq4nl")
+EVERYTHING = SYMMETRIC + ASYMMETRIC + SPARSE + TWO_FOUR + ROW + UNEVEN
 
 
 def mask_of(W_OI: torch.Tensor, choice: Candidate) -> torch.Tensor | None:
@@ -57,6 +58,7 @@ def pack_layer(model: LoadedModel, spec: LayerSpec, choice: Candidate) -> Compre
         group,
         symmetric=choice.symmetric,
         scale_dtype=get_scale_type(spec, choice),
+        levels=choice.levels,
     )
     result = LayerResult(
         name=spec.name,

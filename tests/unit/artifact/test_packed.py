@@ -93,7 +93,14 @@ def test_loads_and_computes_the_same(
     assert ways >= {"embedding", "conv1d" if arch == "gpt2" else "linear"}
 
 
-@pytest.mark.parametrize(("labels", "version"), [(("w4g16",), 1), (("w4g16", "w4g16-row"), 2)])
+@pytest.mark.parametrize(
+    ("labels", "version"),
+    [
+        (("w4g16",), 1),
+        (("w4g16", "w4g16-row"), 2),
+        (("w4g16", "w4g16-nl-row"), 5),
+    ],
+)
 def test_only_what_needs_it_is_of_a_later_version(
     tiny_model: TinyModel, tmp_path: Path, labels: tuple[str, ...], version: int
 ) -> None:

@@ -56,8 +56,8 @@ def refused(path: Path, words: str) -> None:
     ("change", "words"),
     [
         (
-            lambda q: q.update(format_version=5),
-            r"version 5\b.*; allowed: version 1, 2, 3 or 4",
+            lambda q: q.update(format_version=6),
+            r"version 6\b.*; allowed: version 1, 2, 3, 4 or 5",
         ),
         (lambda q: q.pop("modules"), "packed modules"),
         (lambda q: q.update(modules=["a"]), "packed modules"),

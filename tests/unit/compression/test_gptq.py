@@ -12,6 +12,7 @@ from cptq.compression import COMPRESSORS, gptq, nearest
 from cptq.compression.gptq import DAMPING
 from cptq.compression.layer import LayerProblem, LayerSolution
 from cptq.errors import UnknownNameError
+from cptq.layouts.levels import get_levels
 from cptq.numerics.grid import dequantize, fit_grid, get_code_range, quantize_nearest
 from tests.quick import cover
 from tests.reference import gptq as truth
@@ -33,7 +34,7 @@ def inputs(features: int, *, dead: tuple[int, ...] = ()) -> Tensor:
 
 
 def problem(
-    out: int, features: int, group: int, bits: int, *, dead: tuple[int, ...] = ()
+    out: int, features: int, group: int, bits: int, *, dead: tuple[int, ...] = (), levels: str = ""
 ) -> LayerProblem:
     generator = torch.Generator().manual_seed(out)
     X_TI = inputs(features, dead=dead)
@@ -43,6 +44,7 @@ def problem(
         bits=bits,
         group=group,
         scale_dtype=torch.float64,
+        levels=levels,
     )
 
 
@@ -60,8 +62,10 @@ def reference(asked: LayerProblem, damping: float = DAMPING) -> tuple[Tensor, Te
         asked.group,
         scale_dtype=torch.float64,
         importance_I=truth.prices(asked.H_II, damping),
+        levels=asked.levels,
     )
-    codes_OI = truth.sweep(asked.W_OI, asked.H_II, scale_OG, asked.bits, damping)
+    table = get_levels(asked.levels, asked.bits) if asked.levels else None
+    codes_OI = truth.sweep(asked.W_OI, asked.H_II, scale_OG, asked.bits, damping, levels=table)
     H_II = truth.damped(asked.H_II, damping, never=1e-3)
     return codes_OI, truth.best_scales(asked.W_OI, H_II, codes_OI, scale_OG)
 
@@ -91,6 +95,17 @@ def test_equals_brain_surgery_by_elimination(
     assert found.codes_OI.dtype is torch.int8
     low, high = get_code_range(bits)
     assert low <= int(found.codes_OI.min()) <= int(found.codes_OI.max()) <= high
+
+
+@pytest.mark.parametrize(
+    ("kind", "bits"), [("nl", 2), ("nl", 3), ("nl", 4), ("nl", 6), ("iq4nl", 4)]
+)
+def test_uneven_levels_equal_brain_surgery_too(kind: str, bits: int) -> None:
+    for out, features, group in SHAPES[2:4]:
+        asked = problem(out, features, group, bits, levels=kind)
+        found = gptq.compress(asked)
+        agree(asked, found, reference(asked))
+        assert set(found.codes_OI.unique().tolist()) <= set(get_levels(kind, bits))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

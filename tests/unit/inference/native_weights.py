@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from cptq.inference.operations import PackedWeight
+from cptq.layouts.levels import LEVELS, get_levels
 from cptq.numerics.packing import pack_values
 from cptq.types import Candidate
 from tests.reference import packed_products as truth
@@ -27,6 +28,7 @@ def make_weight(
     group: int = 0,
     symmetric: bool = True,
     scales: str = "float16",
+    levels: str = "",
     seed: int = 0,
 ) -> PackedWeight:
     """Random codes and scales; `scales` is a type, or `row` or `row-bfloat16`."""
@@ -53,6 +55,7 @@ def make_weight(
             group_size=0 if group == inputs else group,
             symmetric=symmetric,
             scales="row" if factor is not None else "",
+            levels=levels,
         ),
         shape=(out, inputs),
         codes=pack_values(draw(1 << bits, out, inputs), bits),
@@ -60,6 +63,14 @@ def make_weight(
         factor=factor,
         zero=None if symmetric else pack_values(draw(1 << bits, out, groups), bits),
     )
+
+
+def choose_levels(bits: int, seed: int, *, symmetric: bool = True) -> str:
+    """Every second weight that can have uneven levels has them, the tables taken in turn."""
+    known = [kind for kind, table in LEVELS.items() if bits in table]
+    if not (known and symmetric and seed % 2):
+        return ""
+    return known[seed // 2 % len(known)]
 
 
 def dense(weight: PackedWeight) -> NDArray[np.float64]:
@@ -78,4 +89,5 @@ def dense(weight: PackedWeight) -> NDArray[np.float64]:
         weight.scheme.bits,
         weight.shape[1],
         weight.scheme.group_size or weight.shape[1],
+        get_levels(weight.scheme.levels, weight.scheme.bits) if weight.scheme.levels else None,
     )

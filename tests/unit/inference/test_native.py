@@ -25,7 +25,7 @@ from cptq.inference.modules import PackedEmbedding, PackedLinear
 from cptq.inference.native import backend, library
 from cptq.inference.operations import PackedWeight
 from tests.reference import packed_products as truth
-from tests.unit.inference.native_weights import dense, make_weight
+from tests.unit.inference.native_weights import choose_levels, dense, make_weight
 
 NATIVE = Path(library.__file__).parent
 BUILT = [file for suffix in EXTENSION_SUFFIXES for file in NATIVE.glob(f"_packed{suffix}")]
@@ -105,6 +105,7 @@ def list_weights(bits: int) -> Iterator[PackedWeight]:
                         group=group,
                         symmetric=symmetric,
                         scales=scales,
+                        levels=choose_levels(bits, seed, symmetric=symmetric),
                         seed=seed,
                     )
 
@@ -183,11 +184,15 @@ def test_results_have_the_type_and_shape_of_the_input(dtype: torch.dtype, rounde
     )
 
 
-@pytest.mark.parametrize("bits", [2, 4, 5, 8])
+@pytest.mark.parametrize(
+    ("bits", "levels"), [(2, ""), (4, ""), (5, ""), (8, ""), (3, "nl"), (6, "nl")]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("exact", [False, True])
-def test_what_is_not_finite_stays_so(bits: int, value: float, exact: bool, path: str) -> None:
-    weight = make_weight(21, 320, bits=bits, group=64)
+def test_what_is_not_finite_stays_so(
+    bits: int, levels: str, value: float, exact: bool, path: str
+) -> None:
+    weight = make_weight(21, 320, bits=bits, group=64, levels=levels)
     operations.set_exact(exact)
     try:
         for tokens in (1, 3, 17):
@@ -311,7 +316,7 @@ def test_constants_are_those_of_the_header() -> None:
     assert [name.replace("in", "inputs") if name == "in" else name for name in names] == [
         field[0] for field in library.WeightStruct._fields_
     ]
-    assert ctypes.sizeof(library.WeightStruct) == 80
+    assert ctypes.sizeof(library.WeightStruct) == 88
 
 
 @pytest.mark.parametrize(("value", "answer"), [("1", True), ("0", False), ("", False)])

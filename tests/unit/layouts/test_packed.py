@@ -22,6 +22,7 @@ def layer(out: int, inputs: int, kind: LayerKind = "linear") -> LayerSpec:
 
 LABELS = ("w4g64", "w4c", "w3g64-asym", "w2c-asym", "w4g32-s50", "w8c-asym-s37", "w4g8-2:4", "w16")
 LABELS += ("w4g32-row", "w3g32-e4m3", "w2g32-e5m2", "f8e4m3", "f8e5m2", "w4g32-row-s50")
+LABELS += ("w4g32-nl-row", "w5c-nl", "w4g32-iq4nl")
 
 
 @pytest.mark.parametrize("label", LABELS)
@@ -68,6 +69,11 @@ def test_what_cannot_be_packed_is_said() -> None:
     assert "multiple of 4" in str(explain_misfit((3, 6), parse("w4c-2:4")))
     assert "stores no weight" in str(explain_misfit((3, 6), parse("w4c-s100")))
     assert "16 bits" in str(explain_misfit((3, 6), parse("w16")))
+    assert "levels of 7 bits; there are those of 2 and 3" in str(
+        explain_misfit((3, 64), parse("w7g32-nl"))
+    )
+    assert "zero points" in str(explain_misfit((3, 64), parse("w4g32-asym-nl")))
+    assert "none of them is 0" in str(explain_misfit((3, 64), parse("w4g32-nl-s50")))
     sparse = PACKED_LAYOUT.explain_refusal(layer(8, 8, "embedding"), parse("w4c-s50"))
     assert sparse is not None
     assert PACKED_LAYOUT.explain_refusal(layer(8, 8, "embedding"), parse("w4c-asym")) is None

@@ -10,6 +10,7 @@ import torch
 from cptq.layouts.gguf import BLOCK_BYTES, find_type
 from cptq.numerics.gguf_blocks import fits_float16, pack_blocks
 from cptq.numerics.grid import count_scale_bits, get_code_range, round_to_precision
+from cptq.numerics.levels import Spacing, to_levels
 from cptq.types import Candidate
 from tests.reference.gguf_blocks import unpack_block
 
@@ -64,6 +65,20 @@ def test_the_library_reads_back_exactly_what_was_packed(
     assert packed.shape == (out, inputs // 32 * BLOCK_BYTES[kind])
     read = gguf.dequantize(packed, gguf.GGMLQuantizationType[kind])
     assert np.array_equal(read.astype(np.float64), weights(codes, scale))
+
+
+@pytest.mark.parametrize(("out", "inputs", "group"), [(1, 32, 32), (7, 96, 32), (5, 192, 64)])
+def test_the_library_reads_back_uneven_levels_too(out: int, inputs: int, group: int) -> None:
+    codes, scale = drawn(4, out, inputs, group)
+    kind = find_type(Candidate(bits=4, group_size=32, levels="iq4nl"))
+    assert kind == "IQ4_NL"
+    levels = to_levels(codes, Spacing(4, "iq4nl"))
+    read = gguf.dequantize(
+        pack_blocks(levels, scale, kind).numpy(), gguf.GGMLQuantizationType[kind]
+    )
+    assert np.array_equal(read.astype(np.float64), weights(levels, scale))
+    with pytest.raises(ValueError, match="no iq4nl level"):
+        pack_blocks(codes, scale, kind)
 
 
 @pytest.mark.parametrize("bits", [4, 5])

@@ -1,10 +1,11 @@
-"""Which candidates get narrow scales: those that then lose less for their bytes.
+"""Which grid each width gets: narrow scales and uneven levels, where it then loses less.
 
 A scale of 8 bits (or 6 and a factor per row) among half as many inputs takes about the bytes of one
 of 16 bits. Whether it serves better depends on the model: 8-bit floats lose precision where scales
 are small, a factor per row is dear where rows are short, and half the group may not divide the
-inputs of some layers. So both are tried on some rows of every shape of layer, rounded to nearest,
-and each width takes, for the whole model, the kind with the least
+inputs of some layers. Uneven levels (`numerics.levels`) take no bytes, and serve better where
+weights are nearly normal, as most are. So all ways are tried on some rows of every shape of layer,
+rounded to nearest, and each width takes, for the whole model, the one with the least
 
     relative squared error * 4^(stored bits per weight),
 
@@ -21,6 +22,7 @@ from torch import Tensor
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
 from cptq.config import Runtime
+from cptq.layouts.levels import LEVELS
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.sensitivity.slope_metric import estimate_rounding_error, sample_rows
@@ -30,27 +32,42 @@ from cptq.types import Candidate, LayerSpec
 TRIED = 2
 
 
-def choose_scales(
-    model: LoadedModel, candidates: Sequence[Candidate], runtime: Runtime
+def choose_grids(
+    model: LoadedModel,
+    candidates: Sequence[Candidate],
+    runtime: Runtime,
+    *,
+    scales: bool = True,
+    levels: bool = True,
 ) -> tuple[Candidate, ...]:
-    """Return the candidates, each with the scales that lose least of those that the runtime takes.
+    """Return the candidates, each with the grid that loses least of those that the runtime takes.
 
-    Candidates without groups, on asymmetric grids, sparse or dense stay as they are; so do all of a
-    mixture of experts, whose scales stock transformers multiplies with in their own type.
+    Candidates on asymmetric grids, sparse or dense stay as they are, and those without groups keep
+    their scales; so do all of a mixture of experts, whose scales stock transformers multiplies with
+    in their own type. `scales`, `levels`: whether others than 16-bit scales and even levels are
+    tried.
     """
-    kinds = runtime.list_scale_kinds()
-    if not kinds or any(spec.expert for spec in model.layers):
+    kinds = runtime.list_scale_kinds() if scales else ()
+    tables = runtime.levels if levels else ()
+    if not (kinds or tables) or any(spec.expert for spec in model.layers):
         return tuple(candidates)
     samples = list(_sample_layers(model))
-    found = []
-    for candidate in candidates:
-        plain = candidate.symmetric and not candidate.dense and not candidate.sparsity
-        rivals = [candidate]
-        if plain and candidate.group_size > 1:
-            half = candidate.group_size // 2
-            rivals += [replace(candidate, group_size=half, scales=kind) for kind in kinds]
-        found.append(min(rivals, key=lambda c: _weigh(samples, c)))
-    return tuple(found)
+    rivals = (_list_rivals(candidate, kinds, tables) for candidate in candidates)
+    return tuple(min(row, key=lambda c: _weigh(samples, c)) for row in rivals)
+
+
+def _list_rivals(
+    candidate: Candidate, kinds: Sequence[str], tables: Sequence[str]
+) -> list[Candidate]:
+    """Return the ways to store a width, the usual one first."""
+    rivals = [candidate]
+    if candidate.dense or candidate.sparsity or candidate.float8 or not candidate.symmetric:
+        return rivals
+    if candidate.group_size > 1:
+        half = candidate.group_size // 2
+        rivals += [replace(candidate, group_size=half, scales=kind) for kind in kinds]
+    known = [name for name in tables if candidate.bits in LEVELS[name]]
+    return rivals + [replace(rival, levels=name) for name in known for rival in rivals]
 
 
 def _sample_layers(model: LoadedModel) -> Iterator[tuple[LayerSpec, Tensor]]:
