@@ -25,7 +25,16 @@ from cptq.compression.layer import compress_layer
 from cptq.layouts.gguf import GGUF_LAYOUT, find_type
 from cptq.types import Candidate
 
-LABELS = ("w3g16-k", "w4g32", "w5g32", "w6g16-k", "w8g32", "w4g32-asym", "w5g32-asym")
+LABELS = (
+    "w3g16-k",
+    "w4g32",
+    "w4g32-iq4nl",
+    "w5g32",
+    "w6g16-k",
+    "w8g32",
+    "w4g32-asym",
+    "w5g32-asym",
+)
 
 
 @torch.no_grad()
@@ -82,7 +91,7 @@ def main() -> None:
         mean = math.exp(sum(map(math.log, errors[candidate])) / len(specs))
         bits = 8 * nbytes[candidate] / weights
         size = f"{nbytes[candidate]:>10,} bytes {bits:7.4f} bits a weight"
-        print(f"{find_type(candidate):5} {candidate.label:11} {size}  error {mean:.3e}")
+        print(f"{find_type(candidate):6} {candidate.label:11} {size}  error {mean:.3e}")
     print(f"{time.process_time() - began:.0f} processor seconds")
 
 

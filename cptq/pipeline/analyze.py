@@ -16,14 +16,13 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.compression.trial_model import TrialModel
 from cptq.config import GROUND_TRUTH, RUNTIMES, AnalyzeSettings, find_runtime
 from cptq.errors import UsageError
-from cptq.pipeline.candidates import build_candidates
+from cptq.pipeline.candidates import build_candidates, offer_vocabulary
 from cptq.pipeline.disk import check_analysis
 from cptq.pipeline.files import encode_stage_files, read_tables
 from cptq.pipeline.inputs import (
     build_cost_model,
     calibrate,
     load_dense,
-    offer_vocabulary,
 )
 from cptq.pipeline.recorder import Recorder
 from cptq.pipeline.resume import forget_resume, identify_inputs, resume_or_begin

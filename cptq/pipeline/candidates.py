@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 
 from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.weights import get_weight
+from cptq.compression.vocabulary import list_candidates as list_vocabulary_candidates
 from cptq.config import AnalyzeSettings, CompressSettings, find_runtime, parse_sparsity
 from cptq.layouts.gguf import GGUF_LAYOUT
 from cptq.pipeline.grids import choose_grids
@@ -48,6 +50,18 @@ def _is_of_use(candidate: Candidate, model: LoadedModel) -> bool:
         return True
     specs = (spec for unit in model.all_units for spec in unit.layers)
     return any(GGUF_LAYOUT.explain_refusal(spec, candidate) is None for spec in specs)
+
+
+def offer_vocabulary(
+    model: LoadedModel, candidates: Sequence[Candidate]
+) -> dict[str, tuple[Candidate, ...]]:
+    """Return what each unit of the vocabulary may get of the candidates, in whatever runtime."""
+    return {
+        unit.name: list_vocabulary_candidates(
+            get_weight(model.linear(unit.layers[0].name)), candidates
+        )
+        for unit in model.vocabulary
+    }
 
 
 def list_candidates(

@@ -27,8 +27,6 @@ from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.memory import choose_memory
 from cptq.checkpoint.model import LoadedModel
-from cptq.checkpoint.weights import get_weight
-from cptq.compression.vocabulary import list_candidates as list_vocabulary_candidates
 from cptq.config import (
     RUNTIMES,
     AnalyzeSettings,
@@ -43,7 +41,11 @@ from cptq.layouts.activations import RuledLayout
 from cptq.layouts.gguf import GGUF_LAYOUT
 from cptq.layouts.safetensors_header import SHARD_BYTES
 from cptq.pipeline.activations import list_rules
-from cptq.pipeline.candidates import build_candidates, list_asymmetric_widths
+from cptq.pipeline.candidates import (
+    build_candidates,
+    list_asymmetric_widths,
+    offer_vocabulary,
+)
 from cptq.pipeline.files import check_covers, fill_in_scales, fit_plan, read_table
 from cptq.pipeline.larger import refuse_larger
 from cptq.pipeline.load_check import check_loadable
@@ -231,7 +233,7 @@ def _build_search_space(
         asymmetric=bool(list_asymmetric_widths(settings))
         or not all(choice.symmetric for _, choice in chosen),
         vocabulary=packed or (plan is None and _needs_packing(offered, runtime)),
-        uneven=any(choice.levels for choice in ([c for _, c in chosen] or candidates)),
+        uneven=any(c.levels for c in ([c for _, c in chosen] or candidates)),
     )
     rules = list_rules(settings.activation_sparsity, model)
     layout = _find_layout(form, rules)
@@ -253,18 +255,6 @@ def _build_search_space(
 def _find_layout(form: str, rules: Mapping[str, str]) -> Layout:
     layout = FORMATS.get(form).layout
     return RuledLayout(layout, rules) if rules else layout
-
-
-def offer_vocabulary(
-    model: LoadedModel, candidates: Sequence[Candidate]
-) -> dict[str, tuple[Candidate, ...]]:
-    """Return what each unit of the vocabulary may get of the candidates, in whatever runtime."""
-    return {
-        unit.name: list_vocabulary_candidates(
-            get_weight(model.linear(unit.layers[0].name)), candidates
-        )
-        for unit in model.vocabulary
-    }
 
 
 def _offer_vocabulary(

@@ -51,6 +51,7 @@ def artifact(
             runtime="llamacpp",
             bits=(4, 5, 8, 16),
             group_size=32,
+            levels="even",
             embedding_bits=16,
             target="8bit",
             out=place / "artifact",

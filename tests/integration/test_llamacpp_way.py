@@ -38,7 +38,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "bert": {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4},
 }
 KINDS = {"w4g32": "Q4_0", "w8g32": "Q8_0", "w4g32-asym": "Q4_1", "w5g32-asym": "Q5_1"}
-KINDS |= {"w3g16-k": "Q3_K", "w6g16-k": "Q6_K"}
+KINDS |= {"w3g16-k": "Q3_K", "w6g16-k": "Q6_K", "w4g32-iq4nl": "IQ4_NL"}
 #: whole super-blocks, but for the 96 inputs of down_proj
 WIDE = SIZES["llama"] | {"hidden_size": 256, "num_attention_heads": 2, "head_dim": 128}
 
@@ -74,11 +74,13 @@ def test_a_mixed_plan_comes_out_bit_for_bit(
     tiny_model: TinyModel, tmp_path: Path, arch: str, asymmetric: bool, dtype: torch.dtype
 ) -> None:
     source = tiny_model(arch, dtype=dtype, **SIZES[arch])
-    done = compressed(source, tmp_path / "out", asymmetric=asymmetric, bits=(4, 8))
+    levels = "even" if dtype is torch.float32 else "auto"
+    done = compressed(source, tmp_path / "out", asymmetric=asymmetric, bits=(4, 8), levels=levels)
     assert done.artifact.manifest["form"] == "packed"
     content = open_artifact(done.out).content
     labels = {layer.result.candidate.label for layer in content.compressed.values()}
-    assert labels == ({"w4g32-asym", "w8g32"} if asymmetric else {"w4g32", "w8g32"})
+    symmetric = "w4g32" if levels == "even" else "w4g32-iq4nl"
+    assert labels == ({"w4g32-asym", "w8g32"} if asymmetric else {symmetric, "w8g32"})
     said = [n.message for n in done.summary.notices if n.subject == "--asymmetric"]
     assert said == ["w8g32 stay symmetric: llamacpp has no other"] * asymmetric
     planned = {spec.name for unit in done.summary.units for spec in unit.layers}
@@ -200,11 +202,11 @@ def test_a_plan_of_k_types_is_read_by_gguf_and_by_transformers(
     done = compressed(source, tmp_path / "out", target=target, **options)
     content = open_artifact(done.out).content
     choices = {unit: choice.label for unit, choice in done.summary.plan.choices.items()}
-    assert set(choices.values()) == {"w3g16-k", "w4g32", "w6g16-k"}
+    assert set(choices.values()) == {"w3g16-k", "w4g32-iq4nl", "w6g16-k"}
     said = [n.message for n in done.summary.notices if n.message.startswith("some --bits left out")]
     why = f"some --bits left out: {inner} inputs, which super-blocks of 256 do not divide"
     assert said == [why] * (inner == 96)
-    assert ({choices[f"model.layers.{i}.mlp.down_proj"] for i in (0, 1)} == {"w4g32"}) == (
+    assert ({choices[f"model.layers.{i}.mlp.down_proj"] for i in (0, 1)} == {"w4g32-iq4nl"}) == (
         inner == 96
     )
     reader = exported(done.out, tmp_path / "gguf")

@@ -154,6 +154,7 @@ class TestPlan:
             *("target", "metric", "allocator", "bits", "group_size", "sparsity", "asymmetric"),
             *(
                 "sparsity_profile",
+                "levels",
                 "scales",
                 "embedding_bits",
                 "sensitivity",
