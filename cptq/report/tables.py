@@ -238,6 +238,8 @@ def _explain_labels(labels: Sequence[str]) -> str:
     known = {
         "w16": "w16: dense",
         "f8": "f8: 8-bit floats",
+        "-nl": "nl: levels closer around 0",
+        "-iq4nl": "iq4nl: the uneven levels of ggml's IQ4_NL",
         "-row": "row: scales of 6 bits and a factor per row",
         "-e": "e4m3, e5m2: scales are 8-bit floats",
         "-asym": "asym: with zero points",

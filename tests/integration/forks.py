@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -27,6 +28,10 @@ FEW = 16
 #: calibration text
 TEXT = "".join(f"{i} {SENTENCES[i % len(SENTENCES)]}\n" for i in range(160))
 REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+#: the environment variable that names where a run's directory is kept, see `_keep_run`
+KEEP = "CPTQ_TEST_KEEP_RUN"
 
 
 class Forks:
@@ -111,9 +116,24 @@ def _warm_up(compress: Callable[..., Any]) -> None:
         )
 
 
+def _keep_run(place: Path) -> None:
+    """Copy the run directory right before it is removed at the end."""
+    from cptq.pipeline import run_directory
+
+    remove = run_directory._remove_all
+
+    def keep(run: run_directory.RunDirectory, made: list[Path]) -> None:
+        shutil.copytree(run.path, place)
+        remove(run, made)
+
+    run_directory._remove_all = keep
+
+
 def _become_cptq(words: list[str], log: str) -> None:
     from cptq.cli.app import main
 
+    if KEEP in os.environ:
+        _keep_run(Path(os.environ[KEEP]))
     # whoever started the tests may ignore some (nohup, the background of a shell)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for number in (signal.SIGTERM, signal.SIGHUP):

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import TinyModel
-from tests.integration.forks import TEXT, Forks, place_text_beside
+from tests.integration.forks import KEEP, TEXT, Forks, place_text_beside
 
 SMALL = [*("--samples", "4", "--seqlen", "64", "--batch-size", "2", "--target", "3.5bit")]
 SMALL += ["--group-size", "16"]
@@ -186,28 +185,18 @@ def test_a_run_that_is_killed_when_its_output_is_in_place_replaces_its_own(
 ) -> None:
     out = tmp_path / "out"
     send_at(forks, command(model, out), out, signal.SIGKILL, "head")
-    # a copy of the steps, put back after the end: what a kill between two renames leaves
-    kept = tmp_path / "kept"
-    shutil.copytree(find_run(out), kept, ignore=shutil.ignore_patterns("*-written.*"))
-    pid = forks.start(command(model, out, "--resume"), tmp_path / "log")
-    found: dict[str, bytes] = {}
-
-    def read() -> bool:
-        with suppress(OSError):  # the run ends at any moment
-            found.update((path.name, path.read_bytes()) for path in list_written())
-        return bool(found) or ended(pid)
-
-    def list_written() -> list[Path]:
-        return list(find_run(out).glob("*-written.*"))
-
-    wait_for(read)
-    ((written, content),) = found.items()
+    # the run directory as it is when the output is in place, put back after the end: what a kill
+    # before its removal leaves
+    kept, log = tmp_path / "kept", tmp_path / "log"
+    pid = forks.start(command(model, out, "--resume"), log, **{KEEP: str(kept)})
     assert forks.wait(pid) == 0
+    (written,) = kept.glob("*-written.*")
+    content = written.read_bytes()
+    written.unlink()  # without it the output might be anyone's
     kept.rename(find_run(out))
-    assert forks.run(command(model, out, "--resume"), tmp_path / "log") == 2
-    assert "--overwrite to replace it" in (tmp_path / "log").read_text()
-    name = written.partition("-")[2]  # steps are numbered, and this is the next one
-    (find_run(out) / f"{len(list_steps(out)):03d}-{name}").write_bytes(content)
+    assert forks.run(command(model, out, "--resume"), log) == 2
+    assert "--overwrite to replace it" in log.read_text()
+    (find_run(out) / written.name).write_bytes(content)
     assert forks.run(command(model, out, "--resume"), tmp_path / "log") == 0
     assert sha256_of(out) == whole
     assert not find_run(out).exists()

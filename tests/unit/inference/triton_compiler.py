@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from cptq.inference import triton_backend as backend
 from cptq.inference import triton_kernels as kernels
-from tests.unit.inference.native_weights import make_weight
+from tests.unit.inference.native_weights import choose_levels, make_weight
 
 TARGET = GPUTarget("cuda", 86, 32)
 POINTERS = {
@@ -28,6 +28,7 @@ POINTERS = {
     torch.bfloat16: "*bf16",
     torch.int32: "*i32",
     torch.int64: "*i64",
+    torch.int8: "*i8",
 }
 OPTIONS = ("num_stages", "num_warps")
 
@@ -90,7 +91,14 @@ def compile_all(bits: int) -> None:
         scales, symmetric = grids[(place + bits) % 3]
         group = (64, 24, 0)[bits % 3 - place]
         weight = make_weight(
-            70, 576, bits=bits, group=group, scales=scales, symmetric=symmetric, seed=bits
+            70,
+            576,
+            bits=bits,
+            group=group,
+            scales=scales,
+            symmetric=symmetric,
+            levels=choose_levels(bits, int(scales == "row-bfloat16"), symmetric=symmetric),
+            seed=bits,
         )
         backend._load_kernels = lambda dtype=dtype: Recorders(dtype)
         for tokens in (1, 5, 20, 64):
