@@ -29,6 +29,7 @@ from cptq.compression.restored import KeptLayer, Restored, move_layer, restore_l
 from cptq.compression.scores import USUAL_MASKING, Masking
 from cptq.compression.vocabulary import choose_compressor, is_head
 from cptq.layouts import Layout
+from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.types import Candidate, CompressedLayer, Emit, LayerSpec, Progress, Unit
 
 #: fewest units compressed for one choice whose progress is reported
@@ -155,6 +156,11 @@ class TrialModel:
         """Return the dense weight, whatever the module holds now."""
         return get_stored_weight(self.model.linear(spec.name))
 
+    def _choose_layout(self, spec: LayerSpec, candidate: Candidate) -> Layout:
+        """Return what counts the bytes: another runtime's candidate is scored as well."""
+        held = self._layout.explain_refusal(spec, candidate) is None
+        return self._layout if held else PACK_QUANTIZED
+
     def _compress(self, unit: Unit, candidate: Candidate) -> list[CompressedLayer]:
         outer = unit.block is None
         if outer and self._measure_heads is not None and is_head(unit):
@@ -168,7 +174,7 @@ class TrialModel:
                 self._hessians.get(unit.name),
                 candidate,
                 method,
-                self._layout,
+                self._choose_layout(spec, candidate),
                 float16_scales=self._float16_scales,
                 masking=self._masking,
                 measure_output=False,

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cptq.layouts.groups import resolve_group
-from cptq.layouts.levels import GGML_NONLINEAR
+from cptq.layouts.levels import GGML_NONLINEAR, LEVELS
 from cptq.types import SUPER_SCALES, Candidate, LayerSpec, TensorSpec
 
 #: weights of one block
@@ -61,6 +61,7 @@ def find_type(candidate: Candidate) -> str | None:
         return None
     if candidate.levels:
         plain = candidate.symmetric and not candidate.scales
+        plain = plain and candidate.bits in LEVELS[GGML_NONLINEAR]
         return "IQ4_NL" if plain and candidate.levels == GGML_NONLINEAR else None
     if candidate.scales:
         return SUPER_TYPES.get(candidate.bits) if candidate.symmetric else None
@@ -127,7 +128,7 @@ def explain_type(candidate: Candidate) -> str:
     if candidate.scales not in ("", SUPER_SCALES):
         return f"{candidate.scales} scales"
     if candidate.levels:
-        return f"{candidate.levels} levels"
+        return f"codes of {candidate.bits} bits on {candidate.levels} levels, but of 4 on iq4nl"
     grid = "symmetric" if candidate.symmetric else "asymmetric"
     if candidate.scales:
         known = " and ".join(map(str, SUPER_TYPES))

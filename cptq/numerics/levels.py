@@ -28,7 +28,9 @@ which level is nearest: one lookup in a table of 512, exact, whatever the number
 in the middle takes the upper level.
 
 Cost: about 2 ns per weight instead of 0.2 for even spacing. Limits: widths that `layouts.levels`
-has; no 0 among the levels, so no masks and no zero points. Shapes: any.
+has; no 0 among the levels, so no masks and no zero points, and a weight that is 0 becomes the level
+next to it: in a group of zeros with `row` scales up to 0.018, 0.007, 0.003, 0.001, 0.001 of the
+root mean square of the other weights of its row at 2 to 6 bits. Shapes: any.
 """
 
 from __future__ import annotations
@@ -65,23 +67,24 @@ class Spacing:
     def round(self, steps: Tensor) -> Tensor:
         """Return the nearest level of each number (weights divided by scales), in its type.
 
-        The memory of `steps` may be used.
+        The memory of `steps` may be used. NaN stays NaN.
         """
         if not self.levels:
             half = 1 << (self.bits - 1)
             return steps.round_().clamp_(-half, half - 1)
-        place = steps.mul_(2).floor_().clamp_(-HALVES, HALVES - 1).add_(HALVES).to(torch.int32)
+        place = steps.mul_(2).floor_().clamp_(-HALVES, HALVES - 1)
+        place = place.nan_to_num_(nan=HALVES).add_(HALVES).to(torch.int32)
         table = _list_nearest(self, steps.dtype, steps.device)
         return table.index_select(0, place.reshape(-1)).view(steps.shape)
 
 
 @cache
 def _list_nearest(spacing: Spacing, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return the nearest level of numbers in [k/2, (k + 1)/2), k from -HALVES."""
+    """Return the nearest level of numbers in [k/2, (k + 1)/2), k from -HALVES; NaN last."""
     table = torch.tensor(get_levels(spacing.levels, spacing.bits), dtype=torch.float64)
     inside = (torch.arange(-HALVES, HALVES, dtype=torch.float64) + 0.5) / 2
     nearest = torch.bucketize(inside, (table[1:] + table[:-1]) / 2)
-    return table[nearest].to(dtype).to(device)
+    return torch.cat([table[nearest], table.new_full((1,), torch.nan)]).to(dtype).to(device)
 
 
 def to_codes(levels_OI: Tensor, spacing: Spacing) -> Tensor:

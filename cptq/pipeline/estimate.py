@@ -39,6 +39,7 @@ from cptq.compression import COMPRESSORS, CORRECTING
 from cptq.compression.layer import build_layer_problem, solve_layer_problem
 from cptq.compression.streams import DENSE_SHARE, can_wait
 from cptq.config import CompressSettings
+from cptq.layouts.levels import NONLINEAR
 from cptq.numerics.asymmetric_target import compute_asymmetric_targets
 from cptq.numerics.hessian import SecondMoment
 from cptq.pipeline.compress import make_plan
@@ -289,8 +290,9 @@ def _prepare_rounding(
     settings = inputs.settings
     method = COMPRESSORS.get(settings.compressor)
     packed = [c for c in inputs.space.candidates if not c.dense]
-    group = min(packed, key=lambda c: abs(c.bits - 4)).group_size if packed else 0
-    candidate = Candidate(bits=4, group_size=group)
+    usual = min(packed, key=lambda c: abs(c.bits - 4)) if packed else Candidate(bits=4)
+    levels = NONLINEAR if usual.levels else ""
+    candidate = Candidate(bits=4, group_size=usual.group_size, levels=levels)
 
     def compress() -> object:
         target_OI = W_OI

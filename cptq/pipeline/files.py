@@ -186,6 +186,10 @@ def check_covers(
             sizes = sorted({2 * c.group_size if c.scales else c.group_size for c in grids})
             words = f"--bits {','.join(str(b) for b in sorted({c.bits for c in measured}))}"
             words += f" --group-size {sizes[0]}" if len(sizes) == 1 else ""
+            if any(c.scales for c in missing) and not any(c.scales for c in measured):
+                words += " --scales 16bit"
+            if any(c.levels for c in missing) and not any(c.levels for c in measured):
+                words += " --levels even"
             raise PlanError(
                 f"{path} has no score for {', '.join(c.label for c in missing)}",
                 allowed=", ".join(candidate.label for candidate in measured),

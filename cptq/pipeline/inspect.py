@@ -151,7 +151,7 @@ def _judge(
     except CptqError as error:
         return False, error.problem
     candidate = Candidate(bits=_BITS, group_size=runtime.group_size)
-    form = runtime.format_for(model.layers, asymmetric=False)
+    form = runtime.format_for(model.layers, asymmetric=False, uneven=bool(runtime.levels))
     layout = FORMATS.get(form).layout
     specs = [spec for unit in model.units for spec in unit.layers]
     refused = [explain_layer_refusal(spec, candidate, layout, runtime) for spec in specs]

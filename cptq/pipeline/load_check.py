@@ -123,8 +123,8 @@ def _refuse_mostly_dense(
 
 
 def _strip(candidate: Candidate) -> Candidate:
-    """Return a candidate without narrow scales, zeros or zero points: loaders know it best."""
-    return replace(candidate, scales="", sparsity=0.0, pattern="none", symmetric=True)
+    """Return a candidate on the plain grid, which loaders know best and which a 0 lies on."""
+    return replace(candidate, scales="", levels="", sparsity=0.0, pattern="none", symmetric=True)
 
 
 def _try(

@@ -121,6 +121,26 @@ def test_an_embedding_comes_out_as_q8_0(
     assert np.array_equal(found, dequantize_layer(content.compressed[name], torch.float64).numpy())
 
 
+def test_a_vocabulary_is_measured_at_what_other_runtimes_take(
+    tiny_model: TinyModel, tmp_path: Path
+) -> None:
+    """8-bit floats have a score, though no block of ggml holds them."""
+    source = tiny_model("llama", **SIZES["llama"])
+    settings = AnalyzeSettings(
+        model=ModelSettings(model=str(source), device="cpu"),
+        calibration=CalibrationSettings(calibration="pydoc", samples=4, seqlen=32),
+        out=tmp_path / "out",
+        runtime="llamacpp",
+        metrics=("output",),
+        bits=(4, 8, 16),
+        group_size=32,
+    )
+    table = analyze(settings, lambda event: None).summary.sensitivity["output"]
+    found = {candidate.label for candidate in table.scores["model.embed_tokens"]}
+    assert {"w4g32-iq4nl", "w8g32", "w16"} < found
+    assert any(label.startswith("f8") for label in found)
+
+
 @pytest.mark.parametrize("command", ["compress --refine", "analyze --validate"])
 def test_plans_are_tried_with_the_scales_that_are_shipped(
     tiny_model: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str

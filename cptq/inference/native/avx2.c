@@ -11,8 +11,9 @@
  * sum of 16 bits can overflow, as (2^b - 1) 127 * 2 * planes < 2^15 for b < 8. Codes of 8 bits are
  * made signed and multiplied as |w| and sign(w) x. One fused multiply-add per register takes a sum
  * to float32 with the product of both scales. Codes that stand for levels are looked up by a byte
- * shuffle per 16 levels and multiplied as |w| and sign(w) x, too. What unsigned codes add is taken off once per row:
- * sum_g s_g v_g (sum over group g of a q). The method is ggml's (Q4_0 x Q8_0), the layout is not.
+ * shuffle per 16 levels and multiplied as |w| and sign(w) x, too. What unsigned codes add is taken
+ * off once per row: sum_g s_g v_g (sum over group g of a q). The method is ggml's (Q4_0 x Q8_0), the
+ * layout is not.
  *
  * Prompts (many tokens): 16 rows by 512 inputs are unpacked into bytes, four inputs of each of 16
  * rows side by side, and multiplied with four tokens at a time. A lane then is a row, so up to eight

@@ -4,11 +4,12 @@
  *
  * A part is a run of inputs within one group g of the weight and one chunk c of 32 activations; u
  * are the unsigned codes, v the zero point (or 2^(b-1)), s the scale, q the 8-bit activations and a
- * their scale. Of a weight with levels, u is the level plus 128 and v is 128. The inner sums are integers and exact. Activations are rounded to the nearest of 127
- * steps of the chunk's largest |x| (as Q8_0 of ggml does). Cost: O(out in) to unpack, once for all
- * tokens, and O(out in tokens) multiplications, in loops that compilers can vectorize. Limits: a
- * row is unpacked to one byte a weight, in the scratch memory. Little-endian machines only, as the
- * format's words are read in place.
+ * their scale. Of a weight with levels, u is the level plus 128 and v is 128. The inner sums are
+ * integers and exact. Activations are rounded to the nearest of 127 steps of the chunk's largest |x|
+ * (as Q8_0 of ggml does). Cost: O(out in) to unpack, once for all tokens, and O(out in tokens)
+ * multiplications, in loops that compilers can vectorize. Limits: a row is unpacked to one byte a
+ * weight, in the scratch memory. Little-endian machines only, as the format's words are read in
+ * place.
  */
 #include "internal.h"
 

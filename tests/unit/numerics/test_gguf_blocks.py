@@ -77,6 +77,8 @@ def test_the_library_reads_back_uneven_levels_too(out: int, inputs: int, group: 
         pack_blocks(levels, scale, kind).numpy(), gguf.GGMLQuantizationType[kind]
     )
     assert np.array_equal(read.astype(np.float64), weights(levels, scale))
+    assert find_type(Candidate(bits=5, group_size=32, levels="iq4nl")) is None
+    assert find_type(Candidate(bits=4, group_size=32, levels="nl")) is None
     with pytest.raises(ValueError, match="no iq4nl level"):
         pack_blocks(codes, scale, kind)
 

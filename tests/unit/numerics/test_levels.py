@@ -89,6 +89,15 @@ def test_normal_weights_lose_less_than_on_even_levels(kind: str, bits: int) -> N
     assert measure(kind) / measure("") == pytest.approx(share, rel=0.03)
 
 
+def test_weights_that_underflow_are_rounded_as_on_even_levels() -> None:
+    """A scale that is 0 makes 0 / 0, which is not a number and no level either."""
+    assert bool(Spacing(4, "nl").round(torch.tensor([torch.nan, 1.0])).isnan()[0])
+    W_OI = torch.zeros(2, 32)
+    W_OI[0, 0] = 5e-44
+    q_OI, s_OG, _ = quantize_nearest(W_OI, 4, 32, levels="nl")
+    assert float(dequantize(q_OI, s_OG, dtype=torch.float32).abs().max()) < 1e-5
+
+
 @pytest.mark.parametrize("scale_dtype", [torch.float16, torch.bfloat16, RowScales(torch.float16)])
 def test_a_group_of_zeros_stays_near_zero(scale_dtype: torch.dtype | RowScales) -> None:
     W_OI = torch.randn(3, 96, generator=torch.Generator().manual_seed(2))

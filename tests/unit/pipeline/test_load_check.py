@@ -43,3 +43,17 @@ def test_candidates_with_narrow_scales_are_tried_by_their_plain_form(
         model, stock, stock.format, [narrow], model.units, lambda _: None, trust_remote_code=False
     )
     assert not tried
+
+
+def test_uneven_levels_are_tried_by_even_ones(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The trial's codes are zeros, and no table has a 0."""
+    model = load_model(ModelSettings(model=str(tiny_model("llama"))), lambda _: None)
+    monkeypatch.setattr(load_check, "_is_known", lambda _: False)
+    said: list[Any] = []
+    runtime, uneven = RUNTIMES["cptq"], Candidate(bits=4, group_size=16, levels="nl", scales="row")
+    load_check.check_loadable(
+        model, runtime, "packed", [uneven], model.units, said.append, trust_remote_code=False
+    )
+    assert not said
