@@ -22,6 +22,7 @@ from _runs import count_weight_bytes, read_metric, run
 WAYS = {
     "portable": (),
     "packed": ("--runtime", "cptq"),
+    "even": ("--runtime", "cptq", "--levels", "even"),
     "tuned": ("--runtime", "cptq", "--tune"),
     "gguf": ("--runtime", "llamacpp"),
 }
