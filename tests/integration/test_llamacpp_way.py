@@ -24,7 +24,7 @@ from cptq.config import (
 from cptq.errors import BudgetError, PlanError
 from cptq.numerics.grid import dequantize_layer
 from cptq.pipeline import analyze, compress, export
-from cptq.report.summary import CompressOutcome
+from cptq.report.summary import AnalyzeOutcome, CompressOutcome
 from cptq.types import CompressedLayer
 from tests.conftest import TinyModel
 from tests.quick import cover
@@ -56,6 +56,20 @@ def compressed(model: Path, out: Path, **options: Any) -> CompressOutcome:
             runtime="llamacpp",
             group_size=32,
             **asked,
+        ),
+        lambda event: None,
+    )
+
+
+def analyzed(model: Path, out: Path, **options: Any) -> AnalyzeOutcome:
+    return analyze(
+        AnalyzeSettings(
+            model=ModelSettings(model=str(model), device="cpu"),
+            calibration=CalibrationSettings(calibration="pydoc", samples=4, seqlen=32),
+            out=out,
+            runtime="llamacpp",
+            group_size=32,
+            **options,
         ),
         lambda event: None,
     )
@@ -126,16 +140,8 @@ def test_a_vocabulary_is_measured_at_what_other_runtimes_take(
 ) -> None:
     """8-bit floats have a score, though no block of ggml holds them."""
     source = tiny_model("llama", **SIZES["llama"])
-    settings = AnalyzeSettings(
-        model=ModelSettings(model=str(source), device="cpu"),
-        calibration=CalibrationSettings(calibration="pydoc", samples=4, seqlen=32),
-        out=tmp_path / "out",
-        runtime="llamacpp",
-        metrics=("output",),
-        bits=(4, 8, 16),
-        group_size=32,
-    )
-    table = analyze(settings, lambda event: None).summary.sensitivity["output"]
+    done = analyzed(source, tmp_path / "out", metrics=("output",), bits=(4, 8, 16))
+    table = done.summary.sensitivity["output"]
     found = {candidate.label for candidate in table.scores["model.embed_tokens"]}
     assert {"w4g32-iq4nl", "w8g32", "w16"} < found
     assert any(label.startswith("f8") for label in found)
@@ -157,19 +163,8 @@ def test_plans_are_tried_with_the_scales_that_are_shipped(
     if command == "compress --refine":
         compressed(source, tmp_path / "out", refine=2)
     else:
-        settings = AnalyzeSettings(
-            model=ModelSettings(model=str(source), device="cpu"),
-            calibration=CalibrationSettings(calibration="pydoc", samples=4, seqlen=32),
-            out=tmp_path / "out",
-            runtime="llamacpp",
-            metrics=("pq-index",),
-            bits=(4, 5, 8, 16),
-            group_size=32,
-            targets=("5bit",),
-            pairs=4,
-            validate=True,
-        )
-        analyze(settings, lambda event: None)
+        judged = {"targets": ("5bit",), "pairs": 4, "validate": True}
+        analyzed(source, tmp_path / "out", metrics=("pq-index",), bits=(4, 5, 8, 16), **judged)
     assert flags
     assert all(flags)
 
