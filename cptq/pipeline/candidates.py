@@ -8,7 +8,9 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight
 from cptq.compression.vocabulary import list_candidates as list_vocabulary_candidates
 from cptq.config import AnalyzeSettings, CompressSettings, find_runtime, parse_sparsity
-from cptq.layouts.gguf import GGUF_LAYOUT
+from cptq.config.runtimes import Runtime
+from cptq.errors import UsageError
+from cptq.layouts.gguf import GGUF_LAYOUT, SUPER_BLOCK
 from cptq.pipeline.grids import choose_grids
 from cptq.types import SUPER_SCALES, Candidate
 
@@ -42,6 +44,23 @@ def build_candidates(
     chosen = map(runtime.choose_grid, choose_grids(model, named, runtime, levels=levels))
     usual = bits is None and settings.bits == runtime.default_bits
     return tuple(c for c in chosen if not usual or _is_of_use(c, model))
+
+
+def check_of_use(candidates: Sequence[Candidate], model: LoadedModel, runtime: Runtime) -> None:
+    """Refuse widths of which no layer can have any.
+
+    Raises:
+        UsageError: names them.
+    """
+    packed = [candidate for candidate in candidates if not candidate.dense]
+    if packed and not any(_is_of_use(candidate, model) for candidate in packed):
+        widths = ", ".join(str(candidate.bits) for candidate in packed)
+        others = ", ".join(map(str, runtime.list_16bit_widths()[:-1]))
+        raise UsageError(
+            f"--bits names {widths}, which --runtime {runtime.name} takes in layers whose inputs "
+            f"{SUPER_BLOCK} divides, and this model has none",
+            allowed=f"--bits with one of {others}",
+        )
 
 
 def _is_of_use(candidate: Candidate, model: LoadedModel) -> bool:

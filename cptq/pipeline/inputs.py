@@ -43,6 +43,7 @@ from cptq.layouts.safetensors_header import SHARD_BYTES
 from cptq.pipeline.activations import list_rules
 from cptq.pipeline.candidates import (
     build_candidates,
+    check_of_use,
     list_asymmetric_widths,
     offer_vocabulary,
 )
@@ -222,6 +223,7 @@ def _build_search_space(
 ) -> SearchSpace:
     """Find the file format, and the candidates of every unit that the runtime can hold."""
     candidates = build_candidates(settings, model)
+    check_of_use(candidates, model, runtime)
     if settings.asymmetric:
         _report_symmetric(candidates, runtime, emit)
     offered = _offer_vocabulary(settings, model, candidates)

@@ -21,7 +21,7 @@ from cptq.config import (
     ExportSettings,
     ModelSettings,
 )
-from cptq.errors import BudgetError, PlanError
+from cptq.errors import BudgetError, PlanError, UsageError
 from cptq.numerics.grid import dequantize_layer
 from cptq.pipeline import analyze, compress, export
 from cptq.report.summary import AnalyzeOutcome, CompressOutcome
@@ -203,6 +203,15 @@ def test_a_target_below_what_blocks_can_do_is_refused(
     source = tiny_model("llama", dtype=torch.float16, **SIZES["llama"])
     with pytest.raises(BudgetError, match="the target 3bit is below the smallest plan"):
         compressed(source, tmp_path / "out", target="3bit")
+
+
+def test_widths_that_no_layer_can_have_are_refused(tiny_model: TinyModel, tmp_path: Path) -> None:
+    source = tiny_model("llama", **SIZES["llama"])
+    with pytest.raises(
+        UsageError, match=r"--bits names 3, 6, .* whose inputs 256 divides"
+    ) as found:
+        compressed(source, tmp_path / "out", bits=(3, 6, 16))
+    assert found.value.allowed == "--bits with one of 4, 5, 8"
 
 
 @pytest.mark.parametrize(
