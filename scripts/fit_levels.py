@@ -85,15 +85,22 @@ def round_levels(levels: Tensor, largest: int) -> Tensor:
     return tables[losses.index(min(losses))]
 
 
+def _read_width(word: str) -> int:
+    """Return a width; `choices` would refuse that none is given."""
+    if word not in map(str, GROUPS):
+        raise argparse.ArgumentTypeError(f"{word!r} is not among {', '.join(map(str, GROUPS))}")
+    return int(word)
+
+
 def main() -> None:
     """Fit the asked widths and print a line for each."""
     parser = argparse.ArgumentParser(prog="scripts/fit_levels")
-    parser.add_argument("bits", nargs="*", type=int, choices=[*GROUPS], default=[*GROUPS])
+    parser.add_argument("bits", nargs="*", type=_read_width)
     parser.add_argument("--group", type=int, default=32)
     parser.add_argument("--seed", type=int, default=3)
     given = parser.parse_args()
     torch.set_num_threads(1)
-    for bits in given.bits:
+    for bits in given.bits or GROUPS:
         generator = torch.Generator().manual_seed(given.seed)
         table = round_levels(fit(bits, given.group, generator), LARGEST[bits])
         even = torch.arange(-(1 << (bits - 1)), 1 << (bits - 1))

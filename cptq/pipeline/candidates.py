@@ -37,11 +37,11 @@ def build_candidates(
         asymmetric=list_asymmetric_widths(settings),
         sparsity=settings.sparsity if bits is None else (),
     )
-    levels = settings.levels == "auto"
-    if settings.scales == "16bit":
-        plain = [c for c in named if runtime.choose_grid(c) == c]
-        return choose_grids(model, plain, runtime, scales=False, levels=levels)
-    chosen = map(runtime.choose_grid, choose_grids(model, named, runtime, levels=levels))
+    narrow, uneven = settings.scales == "auto", settings.levels == "auto"
+    if not narrow:
+        named = tuple(c for c in named if runtime.choose_grid(c) == c)
+    grids = choose_grids(model, named, runtime, scales=narrow, levels=uneven)
+    chosen = map(runtime.choose_grid, grids)
     usual = bits is None and settings.bits == runtime.default_bits
     return tuple(c for c in chosen if not usual or _is_of_use(c, model))
 

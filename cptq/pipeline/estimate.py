@@ -39,7 +39,6 @@ from cptq.compression import COMPRESSORS, CORRECTING
 from cptq.compression.layer import build_layer_problem, solve_layer_problem
 from cptq.compression.streams import DENSE_SHARE, can_wait
 from cptq.config import CompressSettings
-from cptq.layouts.levels import NONLINEAR
 from cptq.numerics.asymmetric_target import compute_asymmetric_targets
 from cptq.numerics.hessian import SecondMoment
 from cptq.pipeline.compress import make_plan
@@ -291,8 +290,8 @@ def _prepare_rounding(
     method = COMPRESSORS.get(settings.compressor)
     packed = [c for c in inputs.space.candidates if not c.dense]
     usual = min(packed, key=lambda c: abs(c.bits - 4)) if packed else Candidate(bits=4)
-    levels = NONLINEAR if usual.levels else ""
-    candidate = Candidate(bits=4, group_size=usual.group_size, levels=levels)
+    # every table of levels has 4 bits
+    candidate = Candidate(bits=4, group_size=usual.group_size, levels=usual.levels)
 
     def compress() -> object:
         target_OI = W_OI

@@ -37,8 +37,8 @@ def choose_grids(
     candidates: Sequence[Candidate],
     runtime: Runtime,
     *,
-    scales: bool = True,
-    levels: bool = True,
+    scales: bool,
+    levels: bool,
 ) -> tuple[Candidate, ...]:
     """Return the candidates, each with the grid that loses least of those that the runtime takes.
 

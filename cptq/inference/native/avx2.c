@@ -30,6 +30,7 @@
 
 #include <cpuid.h>
 #include <immintrin.h>
+#include <stdlib.h>
 
 #define AVX2 __attribute__((target("avx2,fma,f16c")))
 #define INLINE static inline __attribute__((always_inline, target("avx2,fma,f16c")))
@@ -51,8 +52,8 @@
 
 /* ---- units and planes ----------------------------------------------------------------------- */
 
-/* How codes are read: their bits, and whether they stand for levels, whose sizes are up to 64 (2
- * bits: 32; NARROW) or up to 127 (WIDE). */
+/* How codes are read: their bits, and whether they stand for levels: NARROW ones, of at most 4 bits,
+ * have sizes up to 64 (2 bits: 32), so that 16 bits hold sums; WIDE ones have sizes up to 127. */
 #define NARROW 16
 #define WIDE 32
 #define BITS(kind) ((kind) & 15)
@@ -66,14 +67,12 @@ static inline int unit_bytes(int kind) { return 4 * BITS(kind) * count_planes(ki
 
 static int find_kind(const cptq_weight *w)
 {
-    int most = 0;
-    for (int k = 0; w->levels && k < 1 << w->bits; k++) {
-        int size = w->levels[k] < 0 ? -w->levels[k] : w->levels[k];
-        most = size > most ? size : most;
-    }
     if (!w->levels)
         return w->bits;
-    return w->bits | (most <= (w->bits == 2 ? 32 : 64) ? NARROW : WIDE);
+    int narrow = w->bits <= 4, most = w->bits == 2 ? 32 : 64;
+    for (int k = 0; k < 1 << w->bits; k++)
+        narrow = narrow && abs(w->levels[k]) <= most;
+    return w->bits | (narrow ? NARROW : WIDE);
 }
 
 /* bytes first.. of each quad of units in a half of the register; the fourth may be absent */
@@ -662,7 +661,7 @@ INLINE void finish_strip(int kind, int rows, int tokens, const cptq_weight *w,
 /* all kinds: X(name, kind) */
 #define KINDS(X)                                                                                    \
     X(2, 2) X(3, 3) X(4, 4) X(5, 5) X(6, 6) X(7, 7) X(8, 8)                                         \
-    X(2n, 2 | NARROW) X(3n, 3 | NARROW) X(4n, 4 | NARROW) X(5n, 5 | NARROW) X(6n, 6 | NARROW)       \
+    X(2n, 2 | NARROW) X(3n, 3 | NARROW) X(4n, 4 | NARROW)                                           \
     X(2w, 2 | WIDE) X(3w, 3 | WIDE) X(4w, 4 | WIDE) X(5w, 5 | WIDE) X(6w, 6 | WIDE)
 
 KINDS(STRIPS)

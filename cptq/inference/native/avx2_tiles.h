@@ -150,9 +150,10 @@ typedef void (*tile_product)(const int8_t *, const uint8_t *, int64_t, int64_t, 
 static const tile_product tiles[WIDE + 8] = {KINDS(TILE_OF)};
 
 /* the scales of a tile's steps, and those times what is subtracted, rows side by side */
-static void spread_scales(const cptq_weight *w, const input_layout *in, row_parts parts, tile *to)
+static void spread_scales(const cptq_weight *w, const input_layout *in, int kind, row_parts parts,
+                          tile *to)
 {
-    float middle = w->bits == 8 || w->levels ? 0.0f : (float)(1 << (w->bits - 1));
+    float middle = IS_SIGNED(kind) ? 0.0f : (float)(1 << (w->bits - 1));
     for (int64_t k = 0; k < to->steps; k++) {
         int64_t g = (to->step + k) * in->step / w->group;
         for (int r = 0; r < TILE_ROWS; r++) {
@@ -183,7 +184,7 @@ static void multiply_tile(const cptq_weight *w, const input_layout *in, int kind
     for (int64_t b = 0; b < in->blocks; b += blocks) {
         int64_t count = in->blocks - b < blocks ? in->blocks - b : blocks;
         tile to = {codes, scale, zero, b * size / in->step, count * size / in->step, b};
-        spread_scales(w, in, parts, &to);
+        spread_scales(w, in, kind, parts, &to);
         tiles[kind](w->levels, from, w->code_words * 4, count, &to, in, input, tokens, sum);
     }
     for (int64_t t = 0; t < tokens; t++)

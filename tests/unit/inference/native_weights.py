@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -65,12 +67,17 @@ def make_weight(
     )
 
 
-def choose_levels(bits: int, seed: int, *, symmetric: bool = True) -> str:
-    """Every second weight that can have uneven levels has them, the tables taken in turn."""
+def make_weight_in_turn(
+    turn: int, out: int, inputs: int, *, bits: int, symmetric: bool = True, **more: Any
+) -> PackedWeight:
+    """As `make_weight`; every second weight that can have uneven levels has them.
+
+    `turn` counts weights; the tables are taken in turn.
+    """
     known = [kind for kind, table in LEVELS.items() if bits in table]
-    if not (known and symmetric and seed % 2):
-        return ""
-    return known[seed // 2 % len(known)]
+    uneven = known and symmetric and turn % 2
+    levels = known[turn // 2 % len(known)] if uneven else ""
+    return make_weight(out, inputs, bits=bits, symmetric=symmetric, levels=levels, **more)
 
 
 def dense(weight: PackedWeight) -> NDArray[np.float64]:

@@ -25,7 +25,7 @@ from cptq.inference.modules import PackedEmbedding, PackedLinear
 from cptq.inference.native import backend, library
 from cptq.inference.operations import PackedWeight
 from tests.reference import packed_products as truth
-from tests.unit.inference.native_weights import choose_levels, dense, make_weight
+from tests.unit.inference.native_weights import dense, make_weight, make_weight_in_turn
 
 NATIVE = Path(library.__file__).parent
 BUILT = [file for suffix in EXTENSION_SUFFIXES for file in NATIVE.glob(f"_packed{suffix}")]
@@ -98,14 +98,14 @@ def list_weights(bits: int) -> Iterator[PackedWeight]:
                 some = types[seed % 3 : seed % 3 + 3] if symmetric else types[seed % 3 : 3]
                 for scales in some:
                     seed += 1
-                    yield make_weight(
+                    yield make_weight_in_turn(
+                        seed,
                         out,
                         inputs,
                         bits=bits,
                         group=group,
                         symmetric=symmetric,
                         scales=scales,
-                        levels=choose_levels(bits, seed, symmetric=symmetric),
                         seed=seed,
                     )
 

@@ -25,7 +25,7 @@ from cptq.inference import triton_backend as backend
 from cptq.inference.modules import PackedEmbedding, PackedLinear
 from cptq.inference.operations import PackedWeight
 from tests.unit.inference import triton_interpreter
-from tests.unit.inference.native_weights import choose_levels, dense, make_weight
+from tests.unit.inference.native_weights import dense, make_weight, make_weight_in_turn
 
 needs_triton = pytest.mark.skipif(
     find_spec("triton") is None, reason='needs triton (pip install "cptq[gpu]")'
@@ -87,14 +87,14 @@ def list_cases(bits: int) -> Iterator[tuple[PackedWeight, torch.dtype]]:
         seed = bits + number
         symmetric = bool(seed % 3)
         scales = TYPES[seed % 5] if symmetric else TYPES[seed % 3]
-        weight = make_weight(
+        weight = make_weight_in_turn(
+            seed // 3,
             out,
             inputs,
             bits=bits,
             group=group,
             symmetric=symmetric,
             scales=scales,
-            levels=choose_levels(bits, seed // 3, symmetric=symmetric),
             seed=seed,
         )
         yield weight, (torch.float32, torch.float16, torch.bfloat16)[seed % 3 - bits % 3]
@@ -128,14 +128,14 @@ def test_all_products(bits: int, scales: str) -> None:
     stored = scales.removesuffix("-asym")
     for number, (out, inputs, group) in enumerate((*SHAPES, *LARGER)):
         symmetric = stored == scales
-        weight = make_weight(
+        weight = make_weight_in_turn(
+            number,
             out,
             inputs,
             bits=bits,
             group=group,
             symmetric=symmetric,
             scales=stored,
-            levels=choose_levels(bits, number, symmetric=symmetric),
         )
         for place, tokens in enumerate(TOKENS):
             dtype = list(ROUNDED)[(bits + number + place) % 3]

@@ -19,7 +19,7 @@ from triton.compiler import ASTSource
 
 from cptq.inference import triton_backend as backend
 from cptq.inference import triton_kernels as kernels
-from tests.unit.inference.native_weights import choose_levels, make_weight
+from tests.unit.inference.native_weights import make_weight, make_weight_in_turn
 
 TARGET = GPUTarget("cuda", 86, 32)
 POINTERS = {
@@ -90,14 +90,14 @@ def compile_all(bits: int) -> None:
     for place, dtype in enumerate(types):
         scales, symmetric = grids[(place + bits) % 3]
         group = (64, 24, 0)[bits % 3 - place]
-        weight = make_weight(
+        weight = make_weight_in_turn(
+            int(scales == "row-bfloat16"),
             70,
             576,
             bits=bits,
             group=group,
             scales=scales,
             symmetric=symmetric,
-            levels=choose_levels(bits, int(scales == "row-bfloat16"), symmetric=symmetric),
             seed=bits,
         )
         backend._load_kernels = lambda dtype=dtype: Recorders(dtype)
