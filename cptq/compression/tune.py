@@ -17,8 +17,10 @@ Departures:
   labels, works for classifiers and encoders, and does not teach the model the calibration text.
 - A step is relative: s = s_0 e^r and v = v_0 + rms(v_0) r, with Adam on r. So scales keep their
   sign and never reach 0, and layers of any size move alike. Adam's rate is `RATES` times
-  |W - Q| / |W| of the layer, for v that of all layers: noise in a gradient must not move weights
-  by more than rounding did, and there is more to gain where fewer bits were left. It falls along a
+  |W - Q| / |W| of the layer, for v the mean of all layers': noise in a gradient must not move
+  weights by more than rounding did, and there is more to gain where fewer bits were left. From
+  `WIDTH` inputs on it falls with their number, as all of a row move by the same step and what they
+  do to an output adds up (muP: Yang et al., arXiv 2203.03466, table 8). It falls along a
   cosine. Where steps end at a worse model than the first, they go on from the best one with a
   third of the rate.
 - Norms and biases move as well, as stored in the checkpoint's type.
@@ -31,12 +33,13 @@ Departures:
 The best state on held-out text is kept, judged every `CHECK_EVERY` steps. If it is not better than
 the beginning there, or worse on a second text that chose nothing, the model is left as it began.
 
-Cost: per step of `STEP_TOKENS` tokens a forward pass of the dense model, which is cheaper than to
-keep its logits, and a forward and a backward pass of the compressed one, as much as four forward
-passes; with a look at the held-out text every `CHECK_EVERY` steps, a quarter of a pass more.
+Cost: per step of `STEP_TOKENS` tokens a forward and a backward pass of the compressed model, as
+much as three forward passes, and of the dense one a forward pass when a batch comes first, later
+its head alone (to keep logits would take more memory than the model); with a look at the held-out
+text every `CHECK_EVERY` steps, a quarter of a pass more.
 Memory: the dense weights once more, on the model's device (`copy_dense`; what is never changed is
-shared), the activations of one step, the gradient of one weight at a time, four numbers per scale,
-and the dense outputs for the held-out text.
+shared), one hidden state per token of the text, the activations of one step, the gradient of one
+weight at a time, four numbers per scale, and the dense outputs for the held-out text.
 Limits: codes do not move, so what is lost by a code stays lost; embeddings, heads, routers and
 vectors of zeros are frozen. The gain is that on text like the calibration text. Rates were measured
 on stories260k at 2 to 4 bits and on small encoders. `seconds` may end it early, and then the result
@@ -59,8 +62,9 @@ from transformers.pytorch_utils import Conv1D
 from cptq.calibration.batches import Batch, split_batches, stack_rows
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import Objective
-from cptq.calibration.replay import forward
+from cptq.calibration.replay import BlockReplay, forward
 from cptq.checkpoint.model import LoadedModel
+from cptq.checkpoint.spill import Kept
 from cptq.checkpoint.weights import TORCH_DTYPES, get_weight, set_weight
 from cptq.compression.layer import measure_layer, round_layer_scales
 from cptq.compression.streams import Stream
@@ -75,6 +79,8 @@ STEPS, CHECK_EVERY = 512, 16
 #: size of a step of Adam at the beginning, as a share of the relative error of the weights, by what
 #: an output row is; a step has hundreds of tokens, but few sentences, and more noise
 RATES = {"token": 0.07, "sentence": 0.02, "example": 0.02}
+#: inputs of a layer up to which that holds; with more, the rate falls with their number
+WIDTH = 64
 #: what is left of it after steps that led to a worse model than the first
 CUT = 1 / 3
 #: the gradients of a model that is confident of its classes are small
@@ -181,13 +187,15 @@ def tune(
     start, before = [part.store() for part in free], [text.measure_rows() for text in judges]
     search = _Search(free, choose, float(before[0].mean()))
     pace = _Pace(steps, seconds)
+    teacher = _Teacher(dense, batches, objective)
     made, order = 0, _repeat(len(batches), seed)
     optimizer = torch.optim.Adam([{"params": [part.r]} for part in free], eps=EPSILON)
     with _receive_gradients(free):
         while made < pace.estimate_steps(made):
             _set_rates(optimizer, free, pace.anneal(made))
             optimizer.zero_grad()
-            _backpropagate(model, dense, batches[next(order)], objective)
+            index = next(order)
+            _backpropagate(model, batches[index], teacher.compute_reference(index), objective)
             optimizer.step()
             _load(free, [part.store() for part in free])
             made += 1
@@ -222,12 +230,14 @@ def tune(
 def _list_free(
     model: LoadedModel, layers: Sequence[CompressedLayer], float16_scales: bool, rate: float
 ) -> list[_Free]:
-    """Return all that may move."""
-    mean = math.sqrt(sum(x.result.weight_error for x in layers) / len(layers))
-    vectors = find_free_vectors(model).items()
+    """Return all that may move; `rate`: as a share of the relative error."""
+    rates = [
+        rate * math.sqrt(x.result.weight_error) * min(1.0, WIDTH / x.spec.shape[1]) for x in layers
+    ]
+    mean, vectors = sum(rates) / len(rates), find_free_vectors(model).items()
     return [
-        *(_Scales(model, layer, float16_scales, rate) for layer in layers),
-        *(_Vector(model, name, vector, rate * mean) for name, vector in vectors),
+        *(_Scales(model, x, float16_scales, r) for x, r in zip(layers, rates, strict=True)),
+        *(_Vector(model, name, vector, mean) for name, vector in vectors),
     ]
 
 
@@ -303,7 +313,6 @@ class _Scales(_Free):
         self._module = model.linear(layer.spec.name)
         weight = self._module.weight
         assert isinstance(weight, nn.Parameter)
-        rate *= math.sqrt(layer.result.weight_error)
         super().__init__(weight, layer.scale.shape, rate)
         self.layer = layer
         self._start_OG = layer.scale.float()
@@ -422,13 +431,36 @@ def _repeat(count: int, seed: int) -> Iterator[int]:
         yield from torch.randperm(count, generator=generator).tolist()
 
 
+class _Teacher:
+    """What the dense model gives for each batch.
+
+    A batch runs through its blocks once. What the last block gives is kept, and what follows it, a
+    head with a row of numbers for every token, is computed again.
+    """
+
+    def __init__(self, dense: LoadedModel, batches: Sequence[Batch], objective: Objective) -> None:
+        self._batches, self._objective = batches, objective
+        self._spill, self._blocks = dense.spill, len(dense.blocks)
+        self._replay = BlockReplay(dense, list(batches))
+        self._last: dict[int, Kept] = {}
+
+    @torch.no_grad()
+    def compute_reference(self, index: int) -> Tensor:
+        """Return what the divergence of a batch is measured from."""
+        if index not in self._last:
+            hidden = self._replay.embed(index)
+            for block in range(self._blocks):
+                hidden = self._replay.run(block, hidden, index)
+            self._last[index] = self._spill.keep(hidden)
+        output = self._replay.finish(self._last[index].get(), index)
+        wanted_RV = self._objective.select_rows(output, self._batches[index])
+        return self._objective.compute_reference(wanted_RV)
+
+
 def _backpropagate(
-    model: LoadedModel, dense: LoadedModel, batch: Batch, objective: Objective
+    model: LoadedModel, batch: Batch, reference_RV: Tensor, objective: Objective
 ) -> None:
     """Send the gradient of the divergence, summed over the output rows, back through the model."""
-    with torch.no_grad():
-        wanted_RV = objective.select_rows(forward(dense, batch), batch)
-        reference_RV = objective.compute_reference(wanted_RV)
     with torch.enable_grad():
         z_RV = objective.select_rows(forward(model, batch), batch)
     z_RV.backward(objective.compute_gradient(reference_RV, z_RV).to(z_RV.dtype))
