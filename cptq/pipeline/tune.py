@@ -20,10 +20,10 @@ from cptq.compression.tune import (
     Tuned,
     copy_dense,
     cut_steps,
-    find_free_vectors,
     measure_errors,
     tune,
 )
+from cptq.compression.tuned_parts import find_free_vectors
 from cptq.pipeline.inputs import CompressInputs
 from cptq.report.formatting import format_number
 from cptq.types import CompressedLayer, Emit, LayerResult, Notice

@@ -29,7 +29,15 @@ from cptq.compression.layer import (
     measure_layer,
     round_layer_scales,
 )
-from cptq.compression.tune import Tuned, copy_dense, cut_steps, find_free_vectors, fold_gradient
+from cptq.compression.tune import Tuned, copy_dense, cut_steps
+from cptq.compression.tuned_parts import (
+    RATES,
+    Scales,
+    Vector,
+    find_free_vectors,
+    fold_gradient,
+    list_free,
+)
 from cptq.layouts.pack_quantized import PACK_QUANTIZED
 from cptq.layouts.packed import PACKED_LAYOUT
 from cptq.numerics.float8 import round_to_float8
@@ -121,8 +129,8 @@ def snapshot(model: LoadedModel) -> dict[str, Tensor]:
 def test_gradients_are_those_of_autograd_in_float64(arch: str, tiny_model: TinyModel) -> None:
     case = build(tiny_model(arch), CANDIDATES, conv1d=True)
     vectors = find_free_vectors(case.model)
-    free = [tuning._Scales(case.model, layer, False, 1.0) for layer in case.layers]
-    free += [tuning._Vector(case.model, name, x, 1.0) for name, x in vectors.items()]
+    free = [Scales(case.model, layer, False, 1.0) for layer in case.layers]
+    free += [Vector(case.model, name, x, 1.0) for name, x in vectors.items()]
     with tuning._receive_gradients(free):
         teacher = tuning._Teacher(case.dense, case.batches, case.objective)
         reference_RV = teacher.compute_reference(0)
@@ -162,12 +170,12 @@ def test_the_dense_model_runs_through_its_blocks_once(arch: str, tiny_model: Tin
 
 def test_the_rate_falls_with_the_inputs_of_a_layer(tiny_model: TinyModel) -> None:
     case = build(tiny_model("llama", hidden_size=96, intermediate_size=192))
-    free = tuning._list_free(case.model, case.layers, False, 0.5)
-    scales = [part for part in free if isinstance(part, tuning._Scales)]
+    free = list_free(case.model, case.layers, False, 0.5)
+    scales = [part for part in free if isinstance(part, Scales)]
     for part, layer in zip(scales, case.layers, strict=True):
         share = {48: 1, 96: 2 / 3, 192: 1 / 3}[layer.spec.shape[1]]
         assert part.rate == pytest.approx(0.5 * math.sqrt(layer.result.weight_error) * share)
-    vectors = [part.rate for part in free if not isinstance(part, tuning._Scales)]
+    vectors = [part.rate for part in free if not isinstance(part, Scales)]
     mean = sum(part.rate for part in scales) / len(scales)
     assert vectors == pytest.approx([mean] * len(vectors))
 
@@ -246,7 +254,7 @@ def test_what_makes_it_worse_is_not_kept(
 ) -> None:
     case = build(tiny_model("llama"))
     before = snapshot(case.model)
-    monkeypatch.setitem(tuning.RATES, "token", rate)
+    monkeypatch.setitem(RATES, "token", rate)
     found = case.tune()
     assert not found.kept
     assert found.dense == ()
@@ -254,9 +262,34 @@ def test_what_makes_it_worse_is_not_kept(
     assert all(torch.equal(x, before[n]) for n, x in case.model.module.state_dict().items())
 
 
+def test_the_mean_of_the_latest_states_is_judged_and_the_steps_go_on(
+    tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = build(tiny_model("llama"))
+    monkeypatch.setattr(tuning, "AVERAGED", 4)
+    part = Scales(case.model, case.layers[0], False, 1.0)
+    search = tuning._Search([part], case.choose, math.inf)
+    generator = torch.Generator().manual_seed(0)
+    path = [0.1 * torch.randn(part.r.shape, generator=generator) for _ in range(7)]
+    mean = torch.zeros_like(part.r)
+    for k, change in enumerate(path):
+        part.r.copy_(change)
+        part.load(part.store(part.r))
+        search.follow()
+        mean += (change - mean) / min(k + 1, 4)
+    now = part.layer.scale
+    search.look()
+    assert torch.equal(part.layer.scale, now)
+    torch.testing.assert_close(search.best[0], part.store(mean))
+    search.return_to_best()
+    assert torch.equal(part.layer.scale, search.best[0])
+    assert search.last == pytest.approx(float(case.choose.measure_rows().mean()), rel=1e-9)
+    torch.testing.assert_close(part.r, mean)
+
+
 def test_too_large_a_rate_is_cut(tiny_model: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
     case = build(tiny_model("llama"))
-    monkeypatch.setitem(tuning.RATES, "token", 1.0)
+    monkeypatch.setitem(RATES, "token", 1.0)
     monkeypatch.setattr(tuning, "CHECK_EVERY", 4)
     found = case.tune(steps=32)
     assert found.kept
