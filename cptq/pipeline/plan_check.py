@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from cptq.calibration.batches import Batch, count_tokens
+from cptq.calibration.batches import Batch, count_tokens, split_batches
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.samples import take_batches
 from cptq.errors import BudgetError
@@ -57,7 +57,8 @@ def list_trials(inputs: CompressInputs, divergence: DivergenceFromDense, emit: E
 
 def list_trial_texts(inputs: CompressInputs) -> dict[int, list[Batch]]:
     """Return {tokens: batches} of the calibration text that plans are tried on, growing."""
-    taken = [take_batches(inputs.calibration.batches, n) for n in (FEW_TOKENS, TRIAL_TOKENS)]
+    some = split_batches(take_batches(inputs.calibration.batches, TRIAL_TOKENS), FEW_TOKENS)
+    taken = [take_batches(some, tokens) for tokens in (FEW_TOKENS, TRIAL_TOKENS)]
     return {count_tokens(batches): batches for batches in taken}
 
 

@@ -38,7 +38,7 @@ from cptq.types import Emit, Keep, Notice, Plan, keep_nothing
 #: the allocator of the baseline plan
 BASELINE = "even"
 #: tokens of the calibration text that both plans are tried on: at first, and at most
-FEW_TOKENS, TRIAL_TOKENS = 4096, 8192
+FEW_TOKENS, TRIAL_TOKENS = 2048, 8192
 #: standard errors, and share of the larger divergence, that a plain difference exceeds
 ERRORS, SHARE = 2.0, 0.05
 
