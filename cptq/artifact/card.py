@@ -162,7 +162,7 @@ def _describe_tuning(tuned: Mapping[str, Any] | None) -> list[str]:
     if tuned is None:
         return []
     return [
-        f"- Tuned on text of the calibration corpus in {tuned['steps']} steps of {tuned['tokens_per_step']} "
+        f"- Tuned on the calibration text in {tuned['steps']} steps of {tuned['tokens_per_step']} "
         f"tokens: the scales of the compressed layers and {len(tuned['dense_tensors'])} norms and "
         "biases, which therefore differ from the base model's. Divergence from it on held-out "
         f"text: {tuned['before']:.4g} before, {tuned['after']:.4g} after, {tuned['unit']}."

@@ -65,14 +65,12 @@ class Row:
 class Calibration:
     """Token batches on the model's device, and what they are.
 
-    `held_out` are rows of the same text that do not calibrate, `more` rows beyond both, as batches
-    of one row each. The sketch in `record` covers `more` as well.
+    `held_out` are rows of the same text that do not calibrate, as batches of one row each.
     """
 
     batches: list[Batch]
     record: CalibrationRecord
     held_out: list[Batch] = field(default_factory=list)
-    more: list[Batch] = field(default_factory=list)
 
     @property
     def tokens(self) -> int:
@@ -88,7 +86,6 @@ def build_calibration(
     *,
     held_out: int = 0,
     reserve: bool = True,
-    more: int = 0,
 ) -> Calibration:
     """Load, tokenise and batch the calibration text.
 
@@ -97,7 +94,6 @@ def build_calibration(
             with enough text they do not change which rows calibrate.
         reserve: where the text is short, let fewer samples calibrate; otherwise fewer rows are
             held out, or none.
-        more: rows to read after these, as far as the text goes.
 
     Raises:
         DataError: the text is missing or empty.
@@ -120,12 +116,11 @@ def build_calibration(
         emit(Notice(kind="info", subject="calibration", message=note))
     seqlen = _limit_seqlen(model, settings.seqlen, emit)
     wanted = replace(settings, samples=settings.samples + held_out)
-    drawn = (_cut_windows if model.kind == "causal-lm" else _tokenize_documents)(
-        model, text, wanted, seqlen, more, emit
+    rows = (_cut_windows if model.kind == "causal-lm" else _tokenize_documents)(
+        model, text, wanted, seqlen, emit
     )
-    check_token_ids(model, (row.inputs["input_ids"] for row in drawn))
-    _choose_padding(model, drawn, emit)
-    rows, rest = drawn[: wanted.samples], drawn[wanted.samples :]
+    check_token_ids(model, (row.inputs["input_ids"] for row in rows))
+    _choose_padding(model, rows, emit)
     count = count_calibrating(len(rows), settings.samples, held_out if reserve else 0)
     if count < min(settings.samples, len(rows)):
         message = (
@@ -133,14 +128,8 @@ def build_calibration(
             f"judge, {count} calibrate instead of {settings.samples}"
         )
         emit(Notice(kind="warning", subject="--samples", message=message))
-    rest = _drop_seen(rows, rest)
-    calibration = _assemble(model, text, settings, seqlen, rows[:count], rest)
-    held = _drop_seen(rows[:count], rows[count:])
-    return replace(
-        calibration,
-        held_out=[_pad_rows(model, [row]) for row in held],
-        more=[_pad_rows(model, [row]) for row in rest],
-    )
+    calibration = _assemble(model, text, settings, seqlen, rows[:count])
+    return replace(calibration, held_out=_drop_seen(model, rows[:count], rows[count:]))
 
 
 def count_calibrating(rows: int, samples: int, held_out: int) -> int:
@@ -182,10 +171,10 @@ def _choose_padding(model: LoadedModel, rows: Sequence[Row], emit: Emit) -> None
     emit(Notice(kind="fallback", subject="calibration", message=message))
 
 
-def _drop_seen(seen: Iterable[Row], rows: Iterable[Row]) -> list[Row]:
-    """Return the rows without those that repeat one that was seen."""
+def _drop_seen(model: LoadedModel, seen: Iterable[Row], rows: Iterable[Row]) -> list[Batch]:
+    """Return the rows, one per batch, without those that repeat a calibrating row."""
     known = {row.key for row in seen}
-    return [row for row in rows if row.key not in known]
+    return [_pad_rows(model, [row]) for row in rows if row.key not in known]
 
 
 def _limit_seqlen(model: LoadedModel, asked: int, emit: Emit) -> int:
@@ -198,12 +187,7 @@ def _limit_seqlen(model: LoadedModel, asked: int, emit: Emit) -> int:
 
 
 def _cut_windows(
-    model: LoadedModel,
-    text: Text,
-    settings: CalibrationSettings,
-    seqlen: int,
-    more: int,
-    emit: Emit,
+    model: LoadedModel, text: Text, settings: CalibrationSettings, seqlen: int, emit: Emit
 ) -> list[Row]:
     """Return non-overlapping windows in seeded order, each with its BOS at most `seqlen` tokens."""
     bos = find_bos(model.tokenizer)
@@ -218,7 +202,7 @@ def _cut_windows(
         windows = _cut_apart(model.tokenizer, text, room, emit)
     else:
         windows = _cut_joined(model.tokenizer, text, room)
-    chosen = _draw(windows, settings, more, emit)
+    chosen = _draw(windows, settings, emit)
     return [Row(inputs={"input_ids": torch.cat([first, window])}) for window in chosen]
 
 
@@ -256,12 +240,7 @@ def _cut_apart(tokenizer: Any, text: Text, room: int, emit: Emit) -> list[Tensor
 
 
 def _tokenize_documents(
-    model: LoadedModel,
-    text: Text,
-    settings: CalibrationSettings,
-    seqlen: int,
-    more: int,
-    emit: Emit,
+    model: LoadedModel, text: Text, settings: CalibrationSettings, seqlen: int, emit: Emit
 ) -> list[Row]:
     """Return one document, or one pair, per row, truncated at `seqlen`, in seeded order."""
     if settings.documents == "apart":
@@ -276,7 +255,7 @@ def _tokenize_documents(
             hint=f"pass a --seqlen of at least {specials + 1}",
         )
     documents = text.pairs if pairs else [(row,) for row in text.rows]
-    chosen = _draw(list(documents), settings, more, emit)
+    chosen = _draw(list(documents), settings, emit)
     long = sum(len(tokenizer(*texts, verbose=False)["input_ids"]) > seqlen for texts in chosen)
     if long:
         what = "pairs" if pairs else "documents"
@@ -304,12 +283,12 @@ def _list_inputs(model: LoadedModel, pairs: bool) -> list[str]:
     return ["input_ids", *(name for name in ("token_type_ids",) if pairs and name in accepted)]
 
 
-def _draw(items: list[Any], settings: CalibrationSettings, more: int, emit: Emit) -> list[Any]:
+def _draw(items: list[Any], settings: CalibrationSettings, emit: Emit) -> list[Any]:
     if len(items) < settings.samples:
         message = f"{settings.samples} samples requested, the text has {len(items)}: all are used"
         emit(Notice(kind="warning", subject="--samples", message=message))
     generator = torch.Generator().manual_seed(settings.seed)
-    order = torch.randperm(len(items), generator=generator)[: settings.samples + more]
+    order = torch.randperm(len(items), generator=generator)[: settings.samples]
     return [items[i] for i in order.tolist()]
 
 
@@ -325,7 +304,6 @@ def _assemble(
     settings: CalibrationSettings,
     seqlen: int,
     rows: list[Row],
-    more: list[Row],
 ) -> Calibration:
     language = model.kind == "causal-lm"
     record = CalibrationRecord(
@@ -338,7 +316,7 @@ def _assemble(
         fingerprint=digest_tokens(value for row in rows for value in row.inputs.values()),
         text_sha256=text.sha256,
         notes=tuple(text.notes),
-        sketch=encode_sketch(build_sketch(_list_texts(model, [*rows, *more]))),
+        sketch=encode_sketch(build_sketch(_list_texts(model, rows))),
         bos=language and find_bos(model.tokenizer) is not None,
         documents=settings.documents if language else None,
         pairs=_takes_pairs(model, text),

@@ -27,7 +27,6 @@ from cptq.calibration.tokens import Calibration, build_calibration
 from cptq.checkpoint.loader import load_model
 from cptq.checkpoint.memory import choose_memory
 from cptq.checkpoint.model import LoadedModel
-from cptq.compression.tune import count_rows
 from cptq.config import (
     RUNTIMES,
     AnalyzeSettings,
@@ -392,15 +391,14 @@ def _read_tables(
 def _read_text(
     settings: CompressSettings, model: LoadedModel, recorder: Recorder
 ) -> tuple[Calibration, HeldOutText]:
-    """Read the text that calibrates, and hold out one part to judge; where it is short none.
+    """Read the text that calibrates, and hold out one part to judge.
 
-    Two more are held out for --refine, and one for --tune, which learns from what is left as well.
+    Two more are held out for --refine, and one for --tune. Where the text is short nothing judges.
     """
     needed = ["search", "guard"] if settings.refine else []
     needed += ["tune"] if settings.tune else []
     count = max(LEAST_PARTS, len(needed) + 1)
-    more = count_rows(model.kind, settings.calibration.seqlen) if settings.tune else 0
-    calibration = calibrate(model, settings, recorder, parts=count, reserve=False, more=more)
+    calibration = calibrate(model, settings, recorder, parts=count, reserve=False)
     rows = calibration.held_out
     uses = [*needed, "judge"] if len(rows) >= max(LEAST_CHECK_ROWS, len(needed) + 1) else needed
     if not uses:
@@ -443,12 +441,10 @@ def calibrate(
     *,
     parts: int = 0,
     reserve: bool = True,
-    more: int = 0,
 ) -> Calibration:
     """Read the calibration text as the model's tokens, and hold out rows for `parts` parts.
 
     `reserve`: where the text is short, fewer samples calibrate, so that some rows are held out.
-    `more`: rows to read beyond these.
     """
     with recorder.stage("calibration"):
         recorder(Progress(stage="calibration", done=0, total=None, message="read text"))
@@ -459,7 +455,6 @@ def calibrate(
             recorder,
             held_out=parts * count_part_rows(model, settings.calibration.seqlen),
             reserve=reserve,
-            more=more,
         )
     model.give_back_memory()
     return calibration

@@ -49,7 +49,7 @@ FREE = frozenset(
 )
 _PACKAGES = ("torch", "transformers")
 #: counts the changes, within a version, of what the steps of a run hold
-STEPS = 4
+STEPS = 3
 
 
 def resume_or_begin(
@@ -118,8 +118,6 @@ def identify_compress(inputs: CompressInputs) -> dict[str, str]:
     text = inputs.held_out
     held_out = [*text.search, *text.guard, *text.tune, *text.judge]
     found = identify_inputs(inputs.model, inputs.calibration, held_out, inputs.tables)
-    if inputs.settings.tune:
-        found["the text that --tune learns from"] = _digest_batches(inputs.calibration.more)
     if inputs.plan is not None:
         found["the plan of --plan"] = digest(inputs.plan.to_dict())
     return found

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cptq.calibration.batches import Batch, count_tokens
+from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import Objective, choose_objective
 from cptq.checkpoint.model import LoadedModel
@@ -102,8 +102,9 @@ def tune_layers(
         return TuneResult()
     model, settings = inputs.model, inputs.settings
     record = inputs.calibration.record
-    text = [*inputs.calibration.batches, *inputs.calibration.more]
-    batches = cut_steps(text, windows=model.kind == "causal-lm", bos=record.bos)
+    batches = cut_steps(
+        inputs.calibration.batches, windows=model.kind == "causal-lm", bos=record.bos
+    )
     found = tune(
         model,
         dense.model,
@@ -127,7 +128,7 @@ def tune_layers(
     return TuneResult(
         layers={layer.spec.name: (layer.scale, layer.result) for layer in tuned},
         vectors={name: vectors[name].detach() for name in found.dense},
-        record=_record(found, judge, count_tokens(batches)),
+        record=_record(found, judge),
     )
 
 
@@ -174,12 +175,11 @@ def _report(found: Tuned, judge: DivergenceFromDense, minutes: int, emit: Emit) 
         emit(Notice(kind="warning", subject=SUBJECT, message=message))
 
 
-def _record(found: Tuned, judge: DivergenceFromDense, tokens: int) -> dict[str, Any]:
-    """Return what was done as plain data; `tokens`: of the text that there was to learn from."""
+def _record(found: Tuned, judge: DivergenceFromDense) -> dict[str, Any]:
+    """Return what was done as plain data."""
     return {
         "steps": found.steps,
         "tokens_per_step": STEP_TOKENS,
-        "tokens": tokens,
         "before": float(found.before.mean()),
         "after": float(found.after.mean()),
         "unit": judge.unit,

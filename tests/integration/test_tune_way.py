@@ -102,7 +102,7 @@ def test_tuned_norms_and_scales_are_in_the_file_that_stock_transformers_loads(pa
     assert note.kind == "info"
     assert "the divergence from the dense model fell from" in note.message
     assert note.message in (folder / "tuned/report.md").read_text()
-    assert "Tuned on text of the calibration corpus in 16 steps" in (folder / "tuned/README.md").read_text()
+    assert "Tuned on the calibration text in 16 steps" in (folder / "tuned/README.md").read_text()
     assert "tuned" not in plain.artifact.manifest
     first, second = pair.read("plan.json")
     assert first == second

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from cptq.calibration.batches import Batch, split_batches, stack_rows
+from cptq.calibration.batches import split_batches, stack_rows
 from cptq.calibration.tokens import Calibration, build_calibration, digest_tokens
 from cptq.checkpoint.model import LoadedModel
 from cptq.config import CalibrationSettings, ModelSettings
@@ -261,33 +261,6 @@ def test_held_out_pairs_are_not_those_that_calibrate(tiny_model: TinyModel, pair
     assert len(held) == 4
     assert not any(row in rows(found) for row in held)
     assert all("token_type_ids" in batch for batch in found.held_out)
-
-
-@pytest.mark.parametrize("arch", ["llama", "bert-encoder"])
-def test_more_rows_are_others_and_change_neither_those_that_calibrate_nor_those_held_out(
-    arch: str, tiny_model: TinyModel, text: Path
-) -> None:
-    model, events = loaded(tiny_model(arch)), []
-    settings = CalibrationSettings(calibration=str(text), samples=6, seqlen=16)
-    asked = model, settings, ModelSettings(model="any"), events.append
-    plain = build_calibration(*asked, held_out=4)
-    found = build_calibration(*asked, held_out=4, more=5)
-    assert plain.more == []
-    assert rows(found) == rows(plain)
-    assert found.record.fingerprint == plain.record.fingerprint
-
-    def read(batches: list[Batch]) -> list[list[int]]:
-        return [batch["input_ids"][0].tolist() for batch in batches]
-
-    assert read(found.held_out) == read(plain.held_out)
-    assert len(found.more) == 5
-    assert not any(row in rows(found) or row in read(found.held_out) for row in read(found.more))
-    # an evaluation on what was learnt from is a leak too
-    sketches = [decode_sketch(x.record.sketch) for x in (plain, found)]
-    assert set(sketches[0].tolist()) < set(sketches[1].tolist())
-    whole = build_calibration(*asked, held_out=4, more=10**6)
-    assert len(whole.more) > 5
-    assert "requested" not in str(events)
 
 
 @pytest.mark.parametrize("arch", ENCODERS)

@@ -16,6 +16,7 @@ from torch import Tensor
 from cptq.calibration.batches import Batch
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import Objective, choose_objective
+from cptq.calibration.replay import forward
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.weights import get_weight, set_weight
 from cptq.compression import nearest
@@ -131,7 +132,9 @@ def test_gradients_are_those_of_autograd_in_float64(arch: str, tiny_model: TinyM
     free = [Scales(case.model, layer, False, 1.0) for layer in case.layers]
     free += [Vector(case.model, name, x, 1.0) for name, x in vectors.items()]
     with tuning._receive_gradients(free):
-        tuning._backpropagate(case.model, case.dense, case.batches[0], case.objective)
+        teacher = tuning._Teacher(case.dense, case.batches, case.objective)
+        reference_RV = teacher.compute_reference(0)
+        tuning._backpropagate(case.model, case.batches[0], reference_RV, case.objective)
     by_scale, by_vector = differentiate(
         case.model.module,
         case.dense.module,
@@ -148,6 +151,21 @@ def test_gradients_are_those_of_autograd_in_float64(arch: str, tiny_model: TinyM
         found = torch.zeros_like(part.r) if part.r.grad is None else part.r.grad
         torch.testing.assert_close(found.double(), gradient, rtol=1e-3, atol=1e-5 * largest)
     assert not any(p.requires_grad or p.grad is not None for p in case.model.module.parameters())
+
+
+@pytest.mark.parametrize("arch", ["llama", "bert", "bert-encoder"])
+def test_the_dense_model_runs_through_its_blocks_once(arch: str, tiny_model: TinyModel) -> None:
+    case = build(tiny_model(arch))
+    teacher = tuning._Teacher(case.dense, case.batches, case.objective)
+    first = [teacher.compute_reference(k).clone() for k in range(len(case.batches))]
+    for batch, found in zip(case.batches, first, strict=True):
+        expected = case.objective.select_rows(forward(case.dense, batch), batch)
+        torch.testing.assert_close(found, case.objective.compute_reference(expected))
+    with torch.no_grad():
+        for unit in case.dense.units:
+            for spec in unit.layers:
+                get_weight(case.dense.linear(spec.name)).fill_(torch.nan)
+    assert all(torch.equal(teacher.compute_reference(k), x) for k, x in enumerate(first))
 
 
 def test_the_rate_falls_with_the_inputs_of_a_layer(tiny_model: TinyModel) -> None:
