@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
+from cptq.pipeline.plan_check import list_trial_texts
 from cptq.pipeline.uniform_check import Trial, keep_better_plan
 from cptq.types import Budget, Candidate, Plan
 from tests.conftest import Heard
@@ -79,3 +81,18 @@ def test_the_first_plain_trial_decides(
     found: list[tuple[float, float]], kept: str, ran: int, heard: Heard
 ) -> None:
     assert decide(found, heard) == (kept, [str(i) for i in range(ran)])
+
+
+@pytest.mark.parametrize(
+    ("batches", "rows", "tokens"),
+    [(8, 8, [2048, 8192]), (3, 64, [2048, 8192]), (3, 8, [2048, 8192]), (1, 3, [1536])],
+)
+def test_trials_begin_with_part_of_a_batch(batches: int, rows: int, tokens: list[int]) -> None:
+    ids = torch.arange(batches * rows * 512).view(batches, rows, 512)
+    text = [{"input_ids": x, "attention_mask": torch.ones_like(x)} for x in ids]
+    inputs = SimpleNamespace(calibration=SimpleNamespace(batches=text))
+    found = list_trial_texts(cast(Any, inputs))
+    assert list(found) == tokens
+    for count, parts in found.items():
+        read = torch.cat([part["input_ids"].flatten() for part in parts])
+        assert read.tolist() == list(range(count))
