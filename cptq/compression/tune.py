@@ -304,7 +304,7 @@ class _Search:
         self._steps = 0
         for part, mean, change in zip(self._free, self._means, self._changes, strict=True):
             part.r.copy_(change)
-            mean.copy_(change)  # which may hold what is not finite
+            mean.copy_(change)  # it may not be finite, and then no step would mend it
         _load(self._free, self.best)
 
 

@@ -18,6 +18,7 @@ bytes of a number in the type that the model runs in, B the blocks and V the out
                   + S(x)                         with a packed embedding (`compression.streams`)
                   + (T(x) + T(y)) i e            what a unit of i inputs reads, while batches wait
                   + m (1 + log2 PARTS) in^2 4    m moments of the widest unit, in parts that wait
+    tune(x)       = S(x) + R(y)                  the dense model's last states, y judges
 
 The stages of a run follow one another, so the largest counts. A text that fits into the memory for
 activations (`Spill.limit`) never goes to the disk; of one that does not, all is counted, as what
@@ -47,6 +48,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.ranks import PARTS
 from cptq.compression import CORRECTING, WITHOUT_ACTIVATIONS
 from cptq.compression.streams import DENSE_SHARE
+from cptq.compression.tune import cut_steps
 from cptq.compression.vocabulary import is_head
 from cptq.config import GROUND_TRUTH
 from cptq.pipeline.uniform_check import TRIAL_TOKENS
@@ -83,6 +85,10 @@ def bound_compress(inputs: CompressInputs) -> int:
         states = len(model.block_names) + 1
         kept += states * _count_state(model, take_rows(text.judge))
     stages.append(kept + _bound_blocks(inputs, inputs.calibration.batches, text.errors))
+    if settings.tune:
+        bos = inputs.calibration.record.bos
+        learnt = cut_steps(inputs.calibration.batches, windows=model.kind == "causal-lm", bos=bos)
+        stages.append(kept + _count_state(model, learnt))
     return _limit(model, max(stages))
 
 
