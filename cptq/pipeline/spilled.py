@@ -12,6 +12,7 @@ bytes of a number in the type that the model runs in, B the blocks and V the out
     dense(x)      = B S(x) + b(x) + R(x)         what trials of single units start from
                   = R(x)                         of whole models (`divergence_from_dense`)
     R(x)          = judged positions V 4
+    judge(x)      = S(x) + b(x) + R(x)           a changed model, all of x block by block
     blocks(x, y)  = S(x) + S(y) + b(x, y)        a plan that is carried out on x, judged on y
                   + S(x / 2) + T(x / 2) r e      corrected: the dense stream of half of the batches,
                                                  and what the units of a block read, r numbers each
@@ -85,6 +86,8 @@ def bound_compress(inputs: CompressInputs) -> int:
         states = len(model.block_names) + 1
         kept += states * _count_state(model, take_rows(text.judge))
     stages.append(kept + _bound_blocks(inputs, inputs.calibration.batches, text.errors))
+    judged = [bound_pass(model, rows, back=False) for rows in (text.judge, text.tune) if rows]
+    stages.append(kept + max(judged, default=0))
     if settings.tune:
         bos = inputs.calibration.record.bos
         learnt = cut_steps(inputs.calibration.batches, windows=model.kind == "causal-lm", bos=bos)
@@ -103,7 +106,8 @@ def bound_analyze(inputs: AnalyzeInputs) -> int:
     if settings.validate:
         stages.append(_bound_hessians(model, calibration, settings.compressor))
         part = split_parts(model, calibration.held_out, 1)[0]
-        stages.append(_bound_dense(model, part))
+        tried = _count_codes(model, inputs.candidates, len(inputs.candidates))
+        stages.append(_bound_dense(model, part) + bound_pass(model, part, back=False) + tried)
     return _limit(model, max(stages))
 
 
