@@ -86,8 +86,8 @@ def bound_compress(inputs: CompressInputs) -> int:
         states = len(model.block_names) + 1
         kept += states * _count_state(model, take_rows(text.judge))
     stages.append(kept + _bound_blocks(inputs, inputs.calibration.batches, text.errors))
-    judged = [bound_pass(model, rows, back=False) for rows in (text.judge, text.tune) if rows]
-    stages.append(kept + max(judged, default=0))
+    passes = [bound_pass(model, rows, back=False) for rows in (text.judge, text.tune) if rows]
+    stages.append(kept + max(passes, default=0))
     if settings.tune:
         bos = inputs.calibration.record.bos
         learnt = cut_steps(inputs.calibration.batches, windows=model.kind == "causal-lm", bos=bos)
