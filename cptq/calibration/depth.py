@@ -14,10 +14,9 @@ the model's type. Padding is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
-from torch import Tensor
 
 from cptq.calibration.batches import Batch
 from cptq.calibration.objective import mask_real_tokens, select_real_rows
@@ -45,15 +44,8 @@ class DepthError:
         self._model = model
         self._rows = take_rows(rows)
         self._replay = BlockReplay(model, self._rows)
-        self._dense = [States(model.spill, self._run(index)) for index in range(len(self._rows))]
-
-    def _run(self, index: int) -> Iterator[Tensor]:
-        """Yield the input of block 0, then the output of every block."""
-        hidden = self._replay.embed(index)
-        yield hidden
-        for block in range(len(self._model.block_names)):
-            hidden = self._replay.run(block, hidden, index)
-            yield hidden
+        walks = map(self._replay.walk, range(len(self._rows)))
+        self._dense = [States(model.spill, walk) for walk in walks]
 
     @torch.no_grad()
     def measure(self) -> tuple[float, ...]:
@@ -62,7 +54,7 @@ class DepthError:
         gap, norm = [0.0] * count, [0.0] * count
         for index, row in enumerate(self._rows):
             mask_BT = mask_real_tokens(row)
-            pairs = zip(self._dense[index], self._run(index), strict=True)
+            pairs = zip(self._dense[index], self._replay.walk(index), strict=True)
             for place, (dense_BTD, own_BTD) in enumerate(pairs):
                 dense_ND, own_ND = (
                     select_real_rows(x, mask_BT).double() for x in (dense_BTD, own_BTD)

@@ -101,7 +101,7 @@ class DivergenceFromDense:
 
     def _record(self, index: int) -> object:
         """Return the dense model's output, and keep the input of every block."""
-        inputs = list(self._run_dense(index))
+        inputs = list(self._replay.walk(index))
         self._inputs.append(States(self._model.spill, inputs[:-1]))
         return self._replay.finish(inputs[-1], index)
 
@@ -118,14 +118,6 @@ class DivergenceFromDense:
             assert len(found[-1]) == len(reference_RV)
             done += samples
         return torch.cat(found)
-
-    def _run_dense(self, index: int) -> Iterator[Tensor]:
-        """Yield the input of every block, then the output of the last."""
-        hidden = self._replay.embed(index)
-        for block in range(len(self._model.block_names)):
-            yield hidden
-            hidden = self._replay.run(block, hidden, index)
-        yield hidden
 
     @torch.no_grad()
     def measure_unit(self, unit: Unit, weights: Mapping[str, Tensor]) -> float:

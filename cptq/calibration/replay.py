@@ -8,7 +8,7 @@ and the masks.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -54,6 +54,14 @@ class BlockReplay:
     def run(self, block: int, hidden: Tensor, batch_index: int) -> Tensor:
         """Run one block alone; return its output hidden state."""
         return self._blocks.run_block(block, hidden, self._make_run(batch_index))
+
+    def walk(self, batch_index: int) -> Iterator[Tensor]:
+        """Yield the input of every block, then the output of the last."""
+        hidden = self.embed(batch_index)
+        yield hidden
+        for block in range(len(self.model.block_names)):
+            hidden = self.run(block, hidden, batch_index)
+            yield hidden
 
     @torch.no_grad()
     def take_arguments(self, block: int, hidden: Tensor, batch_index: int) -> Arguments:

@@ -67,6 +67,7 @@ from cptq.calibration.batches import Batch, split_batches, stack_rows
 from cptq.calibration.divergence_from_dense import DivergenceFromDense
 from cptq.calibration.objective import Objective
 from cptq.calibration.replay import BlockReplay, forward
+from cptq.calibration.tokens import Calibration
 from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.spill import Kept
 from cptq.checkpoint.weights import get_weight
@@ -114,6 +115,12 @@ def copy_dense(model: LoadedModel) -> LoadedModel:
     shared = {id(p): p for p in model.module.parameters() if id(p) not in changed}
     module, resident = copy.deepcopy((model.module, model.resident), shared)
     return replace(model, module=module, resident=resident)
+
+
+def list_steps(model: LoadedModel, calibration: Calibration) -> list[Batch]:
+    """Return the text to learn from, a batch for each step."""
+    windows, bos = model.kind == "causal-lm", calibration.record.bos
+    return cut_steps(calibration.batches, windows=windows, bos=bos)
 
 
 def cut_steps(batches: Sequence[Batch], *, windows: bool, bos: bool) -> list[Batch]:
@@ -266,7 +273,10 @@ class _Search:
         self._least = self.last = before
         self._means = [part.r.clone() for part in free]
         self._steps = 0
-        self._keep([part.store(mean) for part, mean in zip(free, self._means, strict=True)])
+        self._keep(self._store())
+
+    def _store(self) -> list[Tensor]:
+        return [part.store(mean) for part, mean in zip(self._free, self._means, strict=True)]
 
     def _keep(self, state: list[Tensor]) -> None:
         self.best, self._changes = state, [mean.clone() for mean in self._means]
@@ -291,7 +301,7 @@ class _Search:
     def look(self) -> None:
         """Measure the model at the mean."""
         now = [part.store(part.r) for part in self._free]
-        state = [part.store(mean) for part, mean in zip(self._free, self._means, strict=True)]
+        state = self._store()
         _load(self._free, state)
         self.last = float(_measure_rows(self._choose).mean())
         _load(self._free, now)
@@ -352,18 +362,16 @@ class _Teacher:
 
     def __init__(self, dense: LoadedModel, batches: Sequence[Batch], objective: Objective) -> None:
         self._batches, self._objective = batches, objective
-        self._spill, self._blocks = dense.spill, len(dense.blocks)
-        self._replay = BlockReplay(dense, list(batches))
+        self._spill, self._replay = dense.spill, BlockReplay(dense, list(batches))
         self._last: dict[int, Kept] = {}
 
     @torch.no_grad()
     def compute_reference(self, index: int) -> Tensor:
         """Return what the divergence of a batch is measured from."""
         if index not in self._last:
-            hidden = self._replay.embed(index)
-            for block in range(self._blocks):
-                hidden = self._replay.run(block, hidden, index)
-            self._last[index] = self._spill.keep(hidden)
+            for hidden in self._replay.walk(index):
+                last = hidden
+            self._last[index] = self._spill.keep(last)
         output = self._replay.finish(self._last[index].get(), index)
         wanted_RV = self._objective.select_rows(output, self._batches[index])
         return self._objective.compute_reference(wanted_RV)

@@ -49,7 +49,7 @@ from cptq.checkpoint.model import LoadedModel
 from cptq.checkpoint.ranks import PARTS
 from cptq.compression import CORRECTING, WITHOUT_ACTIVATIONS
 from cptq.compression.streams import DENSE_SHARE
-from cptq.compression.tune import cut_steps
+from cptq.compression.tune import list_steps
 from cptq.compression.vocabulary import is_head
 from cptq.config import GROUND_TRUTH
 from cptq.pipeline.uniform_check import TRIAL_TOKENS
@@ -89,9 +89,7 @@ def bound_compress(inputs: CompressInputs) -> int:
     passes = [bound_pass(model, rows, back=False) for rows in (text.judge, text.tune) if rows]
     stages.append(kept + max(passes, default=0))
     if settings.tune:
-        bos = inputs.calibration.record.bos
-        learnt = cut_steps(inputs.calibration.batches, windows=model.kind == "causal-lm", bos=bos)
-        stages.append(kept + _count_state(model, learnt))
+        stages.append(kept + _count_state(model, list_steps(model, inputs.calibration)))
     return _limit(model, max(stages))
 
 

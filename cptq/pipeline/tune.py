@@ -19,7 +19,7 @@ from cptq.compression.tune import (
     STEPS,
     Tuned,
     copy_dense,
-    cut_steps,
+    list_steps,
     measure_errors,
     tune,
 )
@@ -101,15 +101,11 @@ def tune_layers(
         emit(Notice(kind="warning", subject=SUBJECT, message=message))
         return TuneResult()
     model, settings = inputs.model, inputs.settings
-    record = inputs.calibration.record
-    batches = cut_steps(
-        inputs.calibration.batches, windows=model.kind == "causal-lm", bos=record.bos
-    )
     found = tune(
         model,
         dense.model,
         linears,
-        batches,
+        list_steps(model, inputs.calibration),
         dense.objective,
         dense.choose,
         dense.judge,

@@ -29,7 +29,7 @@ CALIBRATION = CalibrationSettings(calibration="pydoc", samples=16, seqlen=64, ba
 def in_short(same_process: None, short_manual: None) -> Iterator[None]:
     """Few steps."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tuning, "STEPS", 16)
+        patch.setattr(tuning, "STEPS", 32)
         patch.setattr("cptq.compression.tune.CHECK_EVERY", 4)
         yield
 
@@ -93,7 +93,7 @@ def test_tuned_norms_and_scales_are_in_the_file_that_stock_transformers_loads(pa
     assert norms == set(record["dense_tensors"])
     scales = {name for name in after if name.endswith("weight_scale")}
     assert norms < changed <= norms | scales
-    assert len(changed & scales) > len(scales) / 4  # narrow scales move in large steps
+    assert len(changed & scales) > len(scales) / 2  # narrow scales move in large steps
     loaded = AutoModelForCausalLM.from_pretrained(folder / "tuned").state_dict()
     for name in norms:
         assert torch.equal(loaded[name].bfloat16(), after[name])
@@ -102,7 +102,7 @@ def test_tuned_norms_and_scales_are_in_the_file_that_stock_transformers_loads(pa
     assert note.kind == "info"
     assert "the divergence from the dense model fell from" in note.message
     assert note.message in (folder / "tuned/report.md").read_text()
-    assert "Tuned on the calibration text in 16 steps" in (folder / "tuned/README.md").read_text()
+    assert "Tuned on the calibration text in 32 steps" in (folder / "tuned/README.md").read_text()
     assert "tuned" not in plain.artifact.manifest
     first, second = pair.read("plan.json")
     assert first == second
@@ -162,7 +162,7 @@ def test_errors_are_those_of_the_tuned_layers(pair: Pair) -> None:
         assert 0 < 0.99 * before["weight_error"] < after["weight_error"] < 0.5
         assert after["output_error"] != before["output_error"]
         grown += after["weight_error"] > before["weight_error"]
-    assert grown > len(rows[0]) / 4
+    assert grown > len(rows[0]) / 2
 
 
 def test_a_plan_without_compressed_layers_has_nothing_to_tune(
